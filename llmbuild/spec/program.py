@@ -1,0 +1,47 @@
+"""What the frontend makes: imported MLIR, its parameters, and what a caller must know to run them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PREFILL = "prefill"
+"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, logits of the last token."""
+
+DECODE = "decode"
+"""`decode(token i64[1], position i64[1], *kv) -> (next_token i64[1], logits f32[V])`."""
+
+PARAMETER_SCOPE = "model"
+"""The scope under which a module names its parameters and a loader provides them."""
+
+
+@dataclass(frozen=True)
+class TensorType:
+    """Shape and element type, as NumPy names it (`float32`, `float16`, `int8`)."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Abi:
+    """How to call a program: `kv` are the caller's cache buffers, updated in place, in the order of the arguments."""
+
+    vocabulary: int
+    context: int
+    kv: tuple[TensorType, ...]
+    eos_tokens: tuple[int, ...]
+    parameters: int
+    """Number of the model's weights, tied ones counted once."""
+    required_features: tuple[str, ...] = ()
+    """CPU features that kernels inside the module need (`avx512vnni`), by LLVM's names."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """Imported MLIR (bytecode), its parameter archive and its check data, each named by digest."""
+
+    module: str
+    parameters: str
+    check: str
+    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights."""
+    abi: Abi
