@@ -1,0 +1,69 @@
+"""Read trials back as the nouns they were recorded from."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from llmbuild.catalog import tables as t
+from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+
+def trials(session: Session, scope: str) -> list[Trial]:
+    """Return the finished trials of a scope, in order."""
+    measured: dict[str, list[Measurement]] = defaultdict(list)
+    for row in session.scalars(select(t.MeasurementRow).where(t.MeasurementRow.scope == scope)):
+        measured[row.variant].append(_measurement(row))
+    found = session.execute(
+        select(t.TrialRow, t.VariantRow, t.FailureRow)
+        .join(t.VariantRow, t.VariantRow.digest == t.TrialRow.variant)
+        .outerjoin(t.FailureRow, t.FailureRow.id == t.TrialRow.failure)
+        .where(t.TrialRow.scope == scope)
+        .order_by(t.TrialRow.number)
+    )
+    return [_trial(row, variant, failure, measured) for row, variant, failure in found]
+
+
+def _trial(
+    row: t.TrialRow, variant: t.VariantRow, failure: t.FailureRow | None, measured: dict[str, list[Measurement]]
+) -> Trial:
+    told = Failure(failure.stage, failure.reason, failure.command, failure.log, failure.lasting) if failure else None  # type: ignore[arg-type]
+    return Trial(
+        scope=row.scope,
+        number=row.number,
+        point=Point.of(variant.point),
+        variant=variant.digest,
+        is_default=variant.is_default,
+        program=variant.program,
+        artifact=variant.artifact,
+        measurements=() if told else tuple(sorted(measured[variant.digest], key=lambda m: m.workload.name)),
+        failure=told,
+        seconds=row.seconds,
+    )
+
+
+def _measurement(row: t.MeasurementRow) -> Measurement:
+    readings = {}
+    for name, (low, high) in row.intervals.items():
+        samples = tuple(row.samples.get(name, ()))
+        median = getattr(row, name)
+        if median is not None:
+            readings[name] = Reading(median, low, high, samples)
+    return Measurement(
+        key=row.key,
+        variant=row.variant,
+        artifact=row.artifact,
+        workload=Workload(**row.workload_body),
+        machine=row.machine,
+        readings=readings,
+        ratios={name: Reading(middle, low, high, ()) for name, (middle, low, high) in row.ratios.items()},
+        notes=dict(row.notes),
+        energy_source=row.energy_source,
+        protocol=row.protocol,
+    )

@@ -1,0 +1,91 @@
+"""The blob store: files named by the sha256 of their bytes, never seen half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from llmbuild.errors import CatalogError
+
+_CHUNK = 1 << 20
+
+
+class BlobStore:
+    """`blobs/sha256/ab/<digest>` under a catalog's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root = folder / "blobs" / "sha256"
+
+    def path(self, digest: str) -> Path:
+        """Return where a blob is or would be."""
+        return self.root / digest[:2] / digest
+
+    def has(self, digest: str) -> bool:
+        """Say whether a blob is there; its bytes are not read."""
+        return self.path(digest).is_file()
+
+    def put_file(self, source: Path) -> str:
+        """Copy a file in and return its digest; what is there already stays as it is.
+
+        The bytes go to a temporary name, are synced, then renamed: a reader sees all of them or none.
+
+        Raises:
+            CatalogError: the store cannot be written, or the disk is full; nothing half-written stays.
+        """
+        digest = _digest_of(source)
+        final = self.path(digest)
+        if final.is_file() and final.stat().st_size == source.stat().st_size and _digest_of(final) == digest:
+            return digest
+        with _told(self.root):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
+            temporary = Path(name)
+            try:
+                with os.fdopen(handle, "wb") as out, open(source, "rb") as data:
+                    shutil.copyfileobj(data, out, _CHUNK)
+                    out.flush()
+                    os.fsync(out.fileno())
+                os.chmod(temporary, 0o444)
+                os.replace(temporary, final)
+                _sync_folder(final.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return digest
+
+    def put_bytes(self, data: bytes) -> str:
+        """Store bytes and return their digest."""
+        with _told(self.root), tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            return self.put_file(Path(file.name))
+
+    def verify(self, digest: str) -> bool:
+        """Say whether a blob is there and its bytes are those it is named by."""
+        path = self.path(digest)
+        return path.is_file() and _digest_of(path) == digest
+
+
+def _digest_of(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(root: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise CatalogError(f"cannot write to {root}: {error.strerror or error}; what was finished is kept") from None

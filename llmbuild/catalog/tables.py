@@ -1,0 +1,213 @@
+"""The tables of a catalog. Other tools read the views of `migrations`, not these."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+Digest = String(64)
+
+
+class Base(DeclarativeBase):
+    """Everything a catalog holds; digests are 64 hex digits, times are UTC in ISO 8601."""
+
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON}
+
+
+class Info(Base):
+    """One row: the version of the schema, which every reader checks first."""
+
+    __tablename__ = "info"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    schema_version: Mapped[int]
+    created_at: Mapped[str]
+
+
+class TargetRow(Base):
+    """A resolved target."""
+
+    __tablename__ = "target"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), index=True)
+    body: Mapped[dict[str, Any]]
+
+
+class MachineRow(Base):
+    """A host that measured; its digest is the fingerprint."""
+
+    __tablename__ = "machine"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    name: Mapped[str]
+    body: Mapped[dict[str, Any]]
+
+
+class ToolchainRow(Base):
+    """Versions that made something."""
+
+    __tablename__ = "toolchain"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    body: Mapped[dict[str, Any]]
+
+
+class ProgramRow(Base):
+    """Imported MLIR, parameters and check data, all blobs; `tokenizer` is a blob too, absent for a bare shape."""
+
+    __tablename__ = "program"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    module: Mapped[str] = mapped_column(Digest)
+    parameters: Mapped[str] = mapped_column(Digest)
+    checks: Mapped[str] = mapped_column(Digest)
+    parameter_bytes: Mapped[int]
+    abi: Mapped[dict[str, Any]]
+
+
+class ImportRow(Base):
+    """What an import made, by the digest of everything that went into it."""
+
+    __tablename__ = "import"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    inputs: Mapped[dict[str, Any]]
+    program: Mapped[str] = mapped_column(ForeignKey("program.digest"))
+    seconds: Mapped[float]
+    created_at: Mapped[str]
+
+
+class ReferenceRow(Base):
+    """What the library's own f32 model says on the quality text, a blob, by the digest of what went into it."""
+
+    __tablename__ = "reference"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    blob: Mapped[str] = mapped_column(Digest)
+    inputs: Mapped[dict[str, Any]]
+    created_at: Mapped[str]
+
+
+class ArtifactRow(Base):
+    """A `.vmfb` in the blob store."""
+
+    __tablename__ = "artifact"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    size_bytes: Mapped[int]
+    runtime: Mapped[str]
+    created_at: Mapped[str]
+
+
+class CompileRow(Base):
+    """What a compile made, by program, target, flags and compiler."""
+
+    __tablename__ = "compile"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    inputs: Mapped[dict[str, Any]]
+    artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"), index=True)
+    seconds: Mapped[float]
+    created_at: Mapped[str]
+
+
+class VariantRow(Base):
+    """Program × target × point × toolchain. `program` and `artifact` are absent where making them failed."""
+
+    __tablename__ = "variant"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    program: Mapped[str | None] = mapped_column(ForeignKey("program.digest"))
+    target: Mapped[str] = mapped_column(ForeignKey("target.digest"))
+    toolchain: Mapped[str] = mapped_column(ForeignKey("toolchain.digest"))
+    artifact: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
+    tokenizer: Mapped[str | None] = mapped_column(Digest)
+    point: Mapped[dict[str, Any]]
+    is_default: Mapped[bool] = mapped_column(Boolean)
+    created_at: Mapped[str]
+
+
+class TrialRow(Base):
+    """One evaluated point. `scope` is the digest of everything that decides an outcome but the point."""
+
+    __tablename__ = "trial"
+    scope: Mapped[str] = mapped_column(Digest, primary_key=True)
+    point: Mapped[str] = mapped_column(Digest, primary_key=True)
+    number: Mapped[int]
+    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"), index=True)
+    failure: Mapped[int | None] = mapped_column(ForeignKey("failure.id"))
+    seconds: Mapped[float]
+    created_at: Mapped[str]
+
+
+class MeasurementRow(Base):
+    """Medians as columns; 95 % intervals, ratios to the baseline and samples as JSON beside them."""
+
+    __tablename__ = "measurement"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    scope: Mapped[str] = mapped_column(Digest, index=True)
+    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"), index=True)
+    artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"))
+    machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"))
+    workload: Mapped[str] = mapped_column(String(64))
+    workload_body: Mapped[dict[str, Any]]
+    protocol: Mapped[int]
+    ttft_s: Mapped[float | None] = mapped_column(Float)
+    tpot_s: Mapped[float | None] = mapped_column(Float)
+    e2e_s: Mapped[float | None] = mapped_column(Float)
+    output_tokens_per_s: Mapped[float | None] = mapped_column(Float)
+    energy_j_per_token: Mapped[float | None] = mapped_column(Float)
+    energy_source: Mapped[str | None]
+    peak_memory_bytes: Mapped[int | None]
+    load_s: Mapped[float | None] = mapped_column(Float)
+    quality_kl: Mapped[float | None] = mapped_column(Float)
+    quality_top1: Mapped[float | None] = mapped_column(Float)
+    quality_perplexity: Mapped[float | None] = mapped_column(Float)
+    intervals: Mapped[dict[str, Any]]
+    ratios: Mapped[dict[str, Any]]
+    samples: Mapped[dict[str, Any]]
+    notes: Mapped[dict[str, Any]]
+    created_at: Mapped[str]
+
+
+class FailureRow(Base):
+    """A tool that did not do its work, with what to paste to see it again."""
+
+    __tablename__ = "failure"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    model: Mapped[str]
+    variant: Mapped[str | None] = mapped_column(Digest, index=True)
+    stage: Mapped[str] = mapped_column(String(16))
+    reason: Mapped[str] = mapped_column(Text)
+    command: Mapped[str] = mapped_column(Text)
+    log: Mapped[str] = mapped_column(Text)
+    lasting: Mapped[bool] = mapped_column(Boolean)
+    created_at: Mapped[str]
+
+
+class StandingRow(Base):
+    """Where a variant stands among a recipe's variants on one target, machine and workload."""
+
+    __tablename__ = "standing"
+    id: Mapped[int] = mapped_column(Integer, primary_key=True)
+    model: Mapped[str] = mapped_column(String(64))
+    target: Mapped[str] = mapped_column(ForeignKey("target.digest"))
+    machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"))
+    workload: Mapped[str] = mapped_column(String(64))
+    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"), index=True)
+    measurement: Mapped[str | None] = mapped_column(ForeignKey("measurement.key"))
+    failure: Mapped[int | None] = mapped_column(ForeignKey("failure.id"))
+    status: Mapped[str] = mapped_column(String(16))
+    confidence: Mapped[float | None] = mapped_column(Float)
+    reason: Mapped[str] = mapped_column(Text)
+    __table_args__ = (
+        UniqueConstraint("model", "target", "machine", "workload", "variant"),
+        Index("standing_by_model", "model", "status"),
+    )
+
+
+class BuildRow(Base):
+    """How far a recipe's build on a target and machine has come; `inputs` says what it was keyed by."""
+
+    __tablename__ = "build"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    model: Mapped[str] = mapped_column(String(64))
+    scope: Mapped[str] = mapped_column(Digest)
+    inputs: Mapped[dict[str, Any]]
+    seconds: Mapped[float]
+    raced: Mapped[bool] = mapped_column(Boolean)
+    ended: Mapped[str]
+    created_at: Mapped[str]

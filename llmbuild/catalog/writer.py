@@ -1,0 +1,272 @@
+"""Write a catalog: one short transaction for each thing that is finished, so that an interruption loses one at most."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import delete, select
+from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.orm import Session
+
+from llmbuild import digest
+from llmbuild.catalog import history
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.schema import now, open_engine, told
+from llmbuild.catalog.store import BlobStore
+from llmbuild.digest import plain
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.program import Abi, Program, TensorType
+from llmbuild.spec.target import Target
+from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.variant import Artifact, Failure, Toolchain
+
+_MEDIANS = (
+    "ttft_s",
+    "tpot_s",
+    "e2e_s",
+    "output_tokens_per_s",
+    "energy_j_per_token",
+    "peak_memory_bytes",
+    "load_s",
+    "quality_kl",
+    "quality_top1",
+    "quality_perplexity",
+)
+
+
+class Catalog:
+    """A catalog open for writing. Blobs go in first, then the row that names them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.engine = open_engine(folder)
+        self.blobs = BlobStore(folder)
+
+    @contextlib.contextmanager
+    def _session(self, write: bool = False) -> Iterator[Session]:
+        with told(self.folder), Session(self.engine) as session:
+            if write:
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            yield session
+            if write:
+                session.commit()
+
+    def close(self) -> None:
+        """Release the database."""
+        self.engine.dispose()
+
+    # --- programs ------------------------------------------------------------------------------------------------
+
+    def find_import(self, key: str) -> Program | None:
+        """Return the program an import made before, if all its blobs are still there."""
+        with self._session() as session:
+            row = session.execute(
+                select(t.ProgramRow).join(t.ImportRow, t.ImportRow.program == t.ProgramRow.digest).where(t.ImportRow.key == key)
+            ).scalar()
+            if row is None:
+                return None
+            program = Program(row.module, row.parameters, row.checks, _abi(row.abi))
+        return program if all(self.blobs.has(d) for d in (program.module, program.parameters, program.check)) else None
+
+    def record_import(self, key: str, inputs: dict[str, Any], program: Program, seconds: float) -> None:
+        """Keep what an import made."""
+        name = digest.of(program)
+        row = {
+            "digest": name,
+            "module": program.module,
+            "parameters": program.parameters,
+            "checks": program.check,
+            "parameter_bytes": self.blobs.path(program.parameters).stat().st_size,
+            "abi": plain(program.abi),
+        }
+        with self._session(write=True) as session:
+            session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
+            values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
+            session.execute(upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+    def find_reference(self, key: str) -> str | None:
+        """Return the blob of a reference made before."""
+        with self._session() as session:
+            blob = session.execute(select(t.ReferenceRow.blob).where(t.ReferenceRow.key == key)).scalar()
+        return blob if blob and self.blobs.has(blob) else None
+
+    def record_reference(self, key: str, inputs: dict[str, Any], blob: str) -> None:
+        """Keep what the library's own model says."""
+        values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
+        with self._session(write=True) as session:
+            session.execute(upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+    # --- artifacts -----------------------------------------------------------------------------------------------
+
+    def find_compile(self, key: str) -> Artifact | None:
+        """Return the artifact a compile made before, if its blob is still there and whole."""
+        with self._session() as session:
+            row = session.execute(
+                select(t.ArtifactRow).join(t.CompileRow, t.CompileRow.artifact == t.ArtifactRow.digest).where(t.CompileRow.key == key)
+            ).scalar()
+            if row is None:
+                return None
+            artifact = Artifact(row.digest, row.size_bytes, row.runtime)
+        return artifact if self.blobs.verify(artifact.digest) else None
+
+    def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
+        """Keep what a compile made."""
+        with self._session(write=True) as session:
+            row = {"digest": artifact.digest, "size_bytes": artifact.size_bytes, "runtime": artifact.runtime, "created_at": now()}
+            session.execute(upsert(t.ArtifactRow).values(row).on_conflict_do_nothing())
+            values = {"key": key, "inputs": plain(inputs), "artifact": artifact.digest, "seconds": seconds, "created_at": now()}
+            session.execute(upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+    # --- trials --------------------------------------------------------------------------------------------------
+
+    def record_target(self, target: Target) -> str:
+        """Keep a resolved target and return its digest."""
+        name = digest.of({"name": target.name, **target.identity()})
+        self._keep(t.TargetRow, {"digest": name, "name": target.name, "body": plain(target)})
+        return name
+
+    def record_machine(self, machine: Machine) -> str:
+        """Keep a machine and return its fingerprint."""
+        name = digest.of(machine)
+        self._keep(t.MachineRow, {"digest": name, "name": machine.describe(), "body": plain(machine)})
+        return name
+
+    def record_toolchain(self, toolchain: Toolchain) -> str:
+        """Keep a toolchain and return its digest."""
+        name = digest.of(toolchain)
+        self._keep(t.ToolchainRow, {"digest": name, "body": plain(toolchain)})
+        return name
+
+    def _keep(self, table: type[t.Base], row: dict[str, Any]) -> None:
+        with self._session() as session:
+            known = session.get(table, row["digest"]) is not None
+        if not known:
+            with self._session(write=True) as session:
+                session.execute(upsert(table).values(row).on_conflict_do_nothing())
+
+    def record_trial(self, trial: Trial, tokenizer: str | None, target: str, toolchain: str, model: str) -> None:
+        """Keep one finished trial whole: the variant, its measurements or its failure, in one transaction."""
+        with self._session(write=True) as session:
+            session.execute(_variant_upsert(trial, tokenizer, target, toolchain))
+            failure = self._add_failure(session, trial, model) if trial.failure else None
+            for measurement in trial.measurements:
+                session.execute(_measurement_upsert(trial.scope, measurement))
+            row = {
+                "scope": trial.scope,
+                "point": digest.of(trial.point.as_dict()),
+                "number": trial.number,
+                "variant": trial.variant,
+                "failure": failure,
+                "seconds": trial.seconds,
+                "created_at": now(),
+            }
+            session.execute(upsert(t.TrialRow).values(row).on_conflict_do_update(index_elements=["scope", "point"], set_=row))
+
+    def record_failure(self, model: str, variant: str | None, failure: Failure) -> None:
+        """Keep a failure that belongs to no trial, such as that of a plain compile."""
+        with self._session(write=True) as session:
+            session.add(_failure_row(model, variant, failure))
+
+    def _add_failure(self, session: Session, trial: Trial, model: str) -> int:
+        assert trial.failure is not None
+        row = _failure_row(model, trial.variant, trial.failure)
+        session.add(row)
+        session.flush()
+        return row.id
+
+    def update_measurement(self, scope: str, measurement: Measurement) -> None:
+        """Replace a measurement by a longer one of the same key."""
+        with self._session(write=True) as session:
+            session.execute(_measurement_upsert(scope, measurement))
+
+    def forget(self, scope: str) -> None:
+        """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
+        with self._session(write=True) as session:
+            session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def trials(self, scope: str) -> list[Trial]:
+        """Return the finished trials of a scope, in the order in which they were made."""
+        with self._session() as session:
+            return history.trials(session, scope)
+
+    # --- builds and standings ------------------------------------------------------------------------------------
+
+    def build_state(self, key: str) -> dict[str, Any] | None:
+        """Return how far a build has come: `seconds`, `raced`, `ended`."""
+        with self._session() as session:
+            row = session.get(t.BuildRow, key)
+            return None if row is None else {"seconds": row.seconds, "raced": row.raced, "ended": row.ended}
+
+    def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
+        """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
+        values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
+        with self._session(write=True) as session:
+            session.execute(upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+    def reset_build(self, key: str) -> None:
+        """Forget how far a build has come."""
+        with self._session(write=True) as session:
+            session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
+
+    def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
+        """Replace the standings of a recipe on a target and machine, all at once."""
+        rows = [
+            {"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings
+        ]
+        where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == machine)
+        with self._session(write=True) as session:
+            session.execute(delete(t.StandingRow).where(*where))
+            for row in rows:
+                session.add(t.StandingRow(**row))
+
+
+def _abi(body: dict[str, Any]) -> Abi:
+    kv = tuple(TensorType(tuple(k["shape"]), k["dtype"]) for k in body["kv"])
+    return Abi(**{**body, "kv": kv, "eos_tokens": tuple(body["eos_tokens"]), "required_features": tuple(body["required_features"])})
+
+
+def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:
+    return t.FailureRow(model=model, variant=variant, created_at=now(), **plain(failure))
+
+
+def _variant_upsert(trial: Trial, tokenizer: str | None, target: str, toolchain: str) -> Any:
+    row = {
+        "digest": trial.variant,
+        "program": trial.program,
+        "target": target,
+        "toolchain": toolchain,
+        "artifact": trial.artifact,
+        "tokenizer": tokenizer,
+        "point": trial.point.as_dict(),
+        "is_default": trial.is_default,
+        "created_at": now(),
+    }
+    changed = {k: v for k, v in row.items() if k in ("program", "artifact", "tokenizer", "is_default")}
+    return upsert(t.VariantRow).values(row).on_conflict_do_update(index_elements=["digest"], set_=changed)
+
+
+def _measurement_upsert(scope: str, m: Measurement) -> Any:
+    readings = {name: m.readings[name].median for name in _MEDIANS if name in m.readings}
+    row = {
+        "key": m.key,
+        "scope": scope,
+        "variant": m.variant,
+        "artifact": m.artifact,
+        "machine": m.machine,
+        "workload": m.workload.name,
+        "workload_body": plain(m.workload),
+        "protocol": m.protocol,
+        **{name: readings.get(name) for name in _MEDIANS},
+        "energy_source": m.energy_source,
+        "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
+        "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},
+        "samples": {k: list(r.samples) for k, r in m.readings.items()},
+        "notes": dict(m.notes),
+        "created_at": now(),
+    }
+    return upsert(t.MeasurementRow).values(row).on_conflict_do_update(index_elements=["key"], set_=row)
+

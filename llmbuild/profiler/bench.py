@@ -1,0 +1,273 @@
+"""Measure variants against the baseline in interleaved rounds: both run in every round, in random order.
+
+A number alone drifts with the machine; the paired ratio to a baseline that ran a moment before or after does not.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.process import Limits
+from llmbuild.profiler import noise, statistics
+from llmbuild.profiler.child import Child, ChildFailed
+from llmbuild.profiler.energy import RaplMeter, rapl
+from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_j_per_token")
+LOADS = 3
+Samples = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun."""
+
+    warmup_s: float = 0.3
+    rounds: int = 5
+    most_rounds: int = 15
+    seconds: float = 2.0
+    baseline_round_s: float = 1.0
+    race_rounds: int = 10
+    race_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: files, call contract and run-time settings of one variant."""
+
+    variant: str
+    artifact: str
+    artifact_path: Path
+    parameters_path: Path
+    check_path: Path
+    abi: dict[str, Any]
+    driver: str
+    workers: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The reference data on held-out text, or the reason why there is none."""
+
+    data: Path | None
+    reason: str
+
+
+class Live:
+    """A subject in a running worker."""
+
+    def __init__(self, subject: Subject, limits: Limits) -> None:
+        self.subject = subject
+        self.child = Child(limits)
+        self.readings: dict[str, Reading] = {}
+        self.notes: dict[str, str] = {}
+        self.decode_steps = 1 << 30
+        """Output tokens of one round; shortened for a baseline that is much slower than what it is compared with."""
+
+    def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
+        """Open, warm up, then check numerics and quality; memory is read before the checks add their own.
+
+        Raises:
+            ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
+        """
+        s = self.subject
+        opened = self.child.ask(
+            "profile",
+            "open",
+            artifact=str(s.artifact_path),
+            parameters=str(s.parameters_path),
+            abi=s.abi,
+            driver=s.driver,
+            workers=s.workers,
+            times=LOADS,
+        )
+        self.readings["load_s"] = statistics.median_of(opened["load_s"])
+        self.warm(workload, warmup_s)
+        peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
+        if peak is not None:
+            self.readings["peak_memory_bytes"] = statistics.exact(peak)
+        self._check()
+        self._score(quality)
+
+    def warm(self, workload: Workload, seconds: float) -> float:
+        """Run until `seconds` have passed, once at least; return the seconds of the last answer."""
+        end = monotonic() + seconds
+        while True:
+            took = self.round(workload)["e2e_s"]
+            if monotonic() >= end:
+                return took
+
+    def round(self, workload: Workload) -> dict[str, float]:
+        """Answer once and return the seconds."""
+        output = min(workload.output, self.decode_steps)
+        answer = self.child.ask("profile", "round", prompt=prompt_of(workload, self.subject.abi), output=output)
+        full = answer["ttft_s"] + answer["tpot_s"] * (workload.output - 1)
+        return {**answer, "e2e_s": full, "output_tokens_per_s": workload.output / full}
+
+    def _check(self) -> None:
+        found = self.child.ask("check", "check", data=str(self.subject.check_path))
+        if not found["finite"] or found["error"] > self.subject.tolerance:
+            reason = (
+                f"logits differ from PyTorch's on the same weights by {found['error']:.3g} of their size "
+                f"(allowed {self.subject.tolerance:g}), top-1 agreement {found['top1']:.2f}"
+            )
+            raise ChildFailed(Failure("check", reason, self.child.pasteable(), "", lasting=True))
+        self.notes["check"] = f"logits within {found['error']:.2g} of PyTorch's on the same weights"
+
+    def _score(self, quality: Quality) -> None:
+        if quality.data is None:
+            self.notes["quality"] = quality.reason
+            return
+        for name, value in self.child.ask("quality", "quality", data=str(quality.data)).items():
+            self.readings[name] = statistics.exact(value)
+
+
+class Bench:
+    """The meter of one build: keeps the baseline's worker alive, so that every candidate is paired with it."""
+
+    def __init__(
+        self, workloads: Sequence[Workload], quality: Quality, machine: str, limits: Limits, protocol: Protocol
+    ) -> None:
+        self.workloads, self.quality, self.machine = tuple(workloads), quality, machine
+        self.limits, self.protocol = limits, protocol
+        self.meter: RaplMeter = rapl()
+        self._order = random.Random(0)
+        self._baseline: Live | None = None
+
+    def measure(self, subject: Subject) -> tuple[Measurement, ...] | Failure:
+        """Return a measurement for each workload; the first subject ever given is the baseline."""
+        live = Live(subject, self.limits)
+        try:
+            live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            if self._baseline is None:
+                self._adopt(live)
+            measured = tuple(self._rounds([live], w, self.protocol.seconds)[0] for w in self.workloads)
+        except ChildFailed as error:
+            return error.failure
+        finally:
+            if live is not self._baseline:
+                live.child.close()
+        return measured
+
+    def race(self, subjects: Sequence[Subject]) -> list[tuple[Measurement, ...]]:
+        """Measure the survivors again, all of them and the baseline in every round."""
+        lives = [Live(s, self.limits) for s in subjects]
+        try:
+            for live in lives:
+                live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            by_workload = [self._rounds(lives, w, self.protocol.race_seconds, self.protocol.race_rounds) for w in self.workloads]
+        except ChildFailed:
+            return []  # what was measured before stands; a survivor that dies now was measured whole already
+        finally:
+            for live in lives:
+                live.child.close()
+        return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
+
+    def close(self) -> None:
+        """End the baseline's worker."""
+        if self._baseline is not None:
+            self._baseline.child.close()
+            self._baseline = None
+
+    def _adopt(self, live: Live) -> None:
+        """Make `live` the baseline, its rounds short enough not to eat the budget."""
+        self._baseline = live
+
+    def _fit_baseline(self, workload: Workload) -> str:
+        """Shorten the baseline's rounds where a whole answer takes too long; return a note when that was done."""
+        assert self._baseline is not None
+        self._baseline.decode_steps = 1 << 30
+        took = self._baseline.warm(workload, 0.0)
+        if took <= self.protocol.baseline_round_s:
+            return ""
+        steps = max(4, int(workload.output * self.protocol.baseline_round_s / took))
+        self._baseline.decode_steps = steps
+        return f"baseline rounds shortened to {min(steps, workload.output)} of {workload.output} output tokens"
+
+    def _rounds(self, lives: Sequence[Live], workload: Workload, seconds: float, rounds: int | None = None) -> list[Measurement]:
+        baseline = self._baseline
+        assert baseline is not None
+        alone = list(lives) == [baseline]
+        shortened = "" if alone else self._fit_baseline(workload)
+        if alone:
+            baseline.decode_steps = 1 << 30
+        for live in lives:
+            live.warm(workload, 0.0)
+        entrants = list(dict.fromkeys([baseline, *lives]))
+        samples: dict[Live, Samples] = {live: defaultdict(list) for live in entrants}
+        before, end, done = noise.snapshot(), monotonic() + seconds, 0
+        least = rounds or self.protocol.rounds
+        while done < least or (rounds is None and done < self.protocol.most_rounds and monotonic() < end):
+            if done >= self.protocol.rounds and monotonic() >= end:
+                break
+            self._order.shuffle(entrants)
+            for live in entrants:
+                self._sample(live, workload, samples[live])
+            done += 1
+        noisy = noise.verdict(before, noise.snapshot(), max(1, max(live.subject.workers for live in lives)))
+        notes = {k: v for k, v in (("baseline", shortened), ("noise", noisy)) if v}
+        return [self._measurement(live, workload, samples[live], samples[baseline], notes) for live in lives]
+
+    def _sample(self, live: Live, workload: Workload, into: Samples) -> None:
+        before = self.meter.read()
+        seconds = live.round(workload)
+        joules = self.meter.joules(before, self.meter.read())
+        for name, value in seconds.items():
+            into[name].append(value)
+        if joules is not None:
+            into["energy_j_per_token"].append(joules / min(workload.output, live.decode_steps))
+
+    def _measurement(self, live: Live, workload: Workload, mine: Samples, theirs: Samples, notes: dict[str, str]) -> Measurement:
+        timed = {name: statistics.median_of(mine[name]) for name in TIMED if mine.get(name)}
+        ratios = {name: statistics.paired_ratio(mine[name], theirs[name]) for name in timed if theirs.get(name)}
+        energy = {} if "energy_j_per_token" in timed else {"energy": self.meter.reason}
+        return Measurement(
+            key=measurement_key(live.subject, workload, self.machine),
+            variant=live.subject.variant,
+            artifact=live.subject.artifact,
+            workload=workload,
+            machine=self.machine,
+            readings={**live.readings, **timed},
+            ratios=ratios,
+            notes={**live.notes, **notes, **energy},
+            energy_source=self.meter.source if "energy_j_per_token" in timed else None,
+        )
+
+
+def measurement_key(subject: Subject, workload: Workload, machine: str) -> str:
+    """Return the name of a measurement: what was run, how, on what, under which protocol."""
+    return digest.of(
+        {
+            "variant": subject.variant,
+            "artifact": subject.artifact,
+            "workload": workload,
+            "machine": machine,
+            "protocol": PROTOCOL,
+        }
+    )
+
+
+def adopt(known: Measurement, subject: Subject) -> Measurement:
+    """Return a measurement of the same bytes under the same settings, for another variant that came out equal."""
+    return replace(
+        known,
+        key=measurement_key(subject, known.workload, known.machine),
+        variant=subject.variant,
+        notes={**known.notes, "reused": f"same executable and settings as {digest.short(known.variant)}"},
+    )
+
+
+def prompt_of(workload: Workload, abi: dict[str, Any]) -> list[int]:
+    """Return the workload's prompt: random tokens of the model's vocabulary by the workload's seed."""
+    chosen = random.Random(workload.seed)
+    return [chosen.randrange(abi["vocabulary"]) for _ in range(workload.prompt)]

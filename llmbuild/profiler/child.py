@@ -1,0 +1,87 @@
+"""The parent's end of a profiler worker: ask, wait with a limit, and turn whatever goes wrong into a `Failure`."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from llmbuild.process import Limits, confine, failure_of, stop_group, tail
+from llmbuild.spec.variant import Failure, Stage
+
+
+class ChildFailed(Exception):
+    """Carries the failure from the place where a child died to the one that records it; never leaves the profiler."""
+
+    def __init__(self, failure: Failure) -> None:
+        super().__init__(failure.reason)
+        self.failure = failure
+
+
+class Child:
+    """One worker process with one artifact."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.command = [sys.executable, "-m", "llmbuild.profiler.worker"]
+        self._log = tempfile.TemporaryFile()
+        self._requests: list[str] = []
+        self._process = subprocess.Popen(
+            self.command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            start_new_session=True,
+            preexec_fn=confine(limits),
+        )
+
+    def ask(self, stage: Stage, verb: str, **request: Any) -> dict[str, Any]:
+        """Return the worker's answer.
+
+        Raises:
+            ChildFailed: it crashed, took too long, or said what it could not do.
+        """
+        line = json.dumps({"verb": verb, **request})
+        self._requests.append(line)
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            self._process.stdin.write(line.encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._died(stage) from None
+        ready, _, _ = select.select([self._process.stdout], [], [], self.limits.seconds)
+        if not ready:
+            stop_group(self._process)
+            raise ChildFailed(failure_of(self.command, stage, self.limits, None, self._tail()))
+        answer = self._process.stdout.readline()
+        if not answer.endswith(b"\n"):
+            raise self._died(stage)
+        told: dict[str, Any] = json.loads(answer)
+        if "error" in told:
+            raise ChildFailed(Failure(stage, told["error"], self.pasteable(), self._tail(), lasting=True))
+        return told
+
+    def close(self) -> None:
+        """End the worker."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        stop_group(self._process)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        self._log.close()
+
+    def _died(self, stage: Stage) -> ChildFailed:
+        code = self._process.wait()
+        failure = failure_of(self.command, stage, self.limits, code, self._tail())
+        return ChildFailed(Failure(stage, failure.reason, self.pasteable(), failure.log, failure.lasting))
+
+    def pasteable(self) -> str:
+        """Return a shell line that repeats the last request."""
+        requests = " ".join("'" + r.replace("'", "'\\''") + "'" for r in self._requests[:1] + self._requests[1:][-1:])
+        return f"printf '%s\\n' {requests} | {' '.join(self.command)}"
+
+    def _tail(self) -> str:
+        return tail(self._log.fileno())

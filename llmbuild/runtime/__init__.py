@@ -1,0 +1,12 @@
+"""The thin loader: read a catalog, pick a variant, open it, generate.
+
+Needs the standard library, numpy, iree.runtime and (for text) tokenizers; imports only `spec`, `errors` and `digest`.
+"""
+
+from __future__ import annotations
+
+from llmbuild.runtime.model import Model, load
+from llmbuild.spec.pick import Pick
+from llmbuild.spec.slo import Slo, parse_slo
+
+__all__ = ["Model", "Pick", "Slo", "load", "parse_slo"]

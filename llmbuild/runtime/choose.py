@@ -1,0 +1,97 @@
+"""Pick a variant: a pure function of rows, host facts and an SLO; every other row gets the reason it was not picked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmbuild.spec.pick import Candidate, Pick
+from llmbuild.spec.slo import METRICS, Slo
+
+
+@dataclass(frozen=True)
+class HostFacts:
+    """What of a host decides whether an artifact may be opened on it."""
+
+    arch: str
+    features: frozenset[str]
+    runtime: str
+    memory_bytes: int | None
+    machine: str
+    """Fingerprint: rows measured on this very machine are preferred to all others."""
+
+
+def refusal(row: dict[str, Any], host: HostFacts) -> str:
+    """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty when it may."""
+    if not row.get("artifact"):
+        return row.get("reason") or "has no artifact"
+    if not same_minor(row["runtime"], host.runtime):
+        return f"needs IREE runtime {minor(row['runtime'])}, installed is {host.runtime}: pip install iree-base-runtime=={row['runtime']}"
+    target = row["target_body"]
+    if target["arch"] != host.arch:
+        return f"is for {target['arch']}, this host is {host.arch}"
+    missing = sorted(set(target["requires"]) - host.features)
+    if missing:
+        return f"needs CPU features this host lacks: {' '.join(missing)}"
+    need = row.get("peak_memory_bytes")
+    if need and host.memory_bytes is not None and need > host.memory_bytes:
+        return f"needs {need / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
+    return ""
+
+
+def choose(rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo) -> Pick:
+    """Return the pick: what runs here, meets every bound and is best in the objective.
+
+    Where rows measured on this very machine can be opened, rows of other machines are passed over: another
+    machine's seconds say nothing of this one's.
+    """
+    runnable = [(row, refusal(row, host)) for row in rows]
+    here = any(not why and row["machine_digest"] == host.machine for row, why in runnable)
+    candidates: list[Candidate] = []
+    usable: list[dict[str, Any]] = []
+    for row, why in runnable:
+        if not why and here and row["machine_digest"] != host.machine:
+            why = f"was measured on another machine ({row['machine']})"
+        if not why and row["status"] not in ("pareto", "undecided"):
+            why = f"is {row['status']}" + (f": {row['reason']}" if row.get("reason") else "")
+        if not why:
+            usable.append(row)
+            why = "; ".join(slo.misses(row))
+            if not why and row.get(slo.objective) is None:
+                why = f"{slo.objective} is absent"
+        candidates.append(Candidate(row, not why, why))
+    accepted = [c.row for c in candidates if c.accepted]
+    chosen = min(accepted, key=lambda r: _rank(r, slo), default=None)
+    nearest = None if chosen else min(usable, key=slo.distance, default=None)
+    done = tuple(_beaten(c, chosen, slo) for c in candidates)
+    return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf)
+
+
+def _rank(row: dict[str, Any], slo: Slo) -> tuple[float, float, float, str]:
+    """Sort by the objective; ties go to less memory, then to the smaller artifact, then to the name."""
+    sign = 1.0 if METRICS[slo.objective].direction == "min" else -1.0
+    return (
+        sign * float(row[slo.objective]),
+        float(row.get("peak_memory_bytes") or math.inf),
+        float(row.get("artifact_bytes") or math.inf),
+        str(row["variant"]),
+    )
+
+
+def _beaten(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo) -> Candidate:
+    if not candidate.accepted or chosen is None or candidate.row is chosen:
+        return candidate
+    mine, best = candidate.row[slo.objective], chosen[slo.objective]
+    return Candidate(candidate.row, True, f"meets the SLO, but {slo.objective} is {mine:.4g} against {best:.4g}")
+
+
+def minor(text: str) -> str:
+    """Return `3.13` of `3.13.0`: IREE's bytecode and HAL modules are matched by minor version."""
+    return ".".join(text.split(".")[:2])
+
+
+def same_minor(a: str, b: str) -> bool:
+    """Say whether two IREE versions can read each other's artifacts."""
+    return minor(a) == minor(b)

@@ -1,0 +1,149 @@
+"""Open one artifact on a device and call it: nothing here knows of catalogs, text or SLOs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import iree.runtime as rt
+import numpy as np
+from iree.runtime.flags import parse_flags
+from numpy.typing import NDArray
+
+from llmbuild.errors import InputError, LoadRefused
+from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
+
+_ELEMENT = {
+    "float32": rt.HalElementType.FLOAT_32,
+    "float16": rt.HalElementType.FLOAT_16,
+    "int8": rt.HalElementType.SINT_8,
+    "int64": rt.HalElementType.SINT_64,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Run-time settings of a variant: the driver, and its worker threads (0: one for each physical core)."""
+
+    driver: str = "local-task"
+    workers: int = 0
+
+
+def parse_abi(body: dict[str, Any]) -> Abi:
+    """Return the call contract from its JSON form."""
+    kv = tuple(TensorType(tuple(k["shape"]), k["dtype"]) for k in body["kv"])
+    tuples = {name: tuple(body.get(name, ())) for name in ("eos_tokens", "required_features")}
+    return Abi(**{**body, **tuples, "kv": kv})
+
+
+class Session:
+    """One opened artifact with one KV cache: `prefill` a prompt, then `decode` token by token.
+
+    The parameter archive is mapped, not copied; the cache buffers live here and are updated in place. Not for use by
+    two threads at a time.
+    """
+
+    def __init__(self, artifact: Path, parameters: Path, abi: Abi, settings: Settings) -> None:
+        """Map both files and create the device.
+
+        Raises:
+            LoadRefused: the runtime does not take the artifact or its parameters.
+        """
+        self.abi = abi
+        try:
+            self._device = _create_device(settings)
+            self._open(artifact, parameters)
+        except (RuntimeError, ValueError) as error:
+            raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
+        self._kv = [self._zeros(t) for t in abi.kv]
+        self._token, self._token_view = self._scalar()
+        self._position, self._position_view = self._scalar()
+        self._decode_arguments = self._arguments(self._token_view, self._position_view)
+        self._logits: Any = None
+
+    def _open(self, artifact: Path, parameters: Path) -> None:
+        instance = rt.VmInstance()
+        index = rt.ParameterIndex()
+        index.load(str(parameters), format="irpa")
+        provider = index.create_provider(scope=PARAMETER_SCOPE)
+        modules = [
+            rt.create_io_parameters_module(instance, provider),
+            rt.create_hal_module(instance, self._device),
+            rt.VmModule.mmap(instance, str(artifact)),
+        ]
+        self._context = rt.VmContext(instance, modules)
+        self._prefill = modules[-1].lookup_function(PREFILL)
+        self._decode = modules[-1].lookup_function(DECODE)
+        self._keep = (instance, index, provider, modules)
+
+    def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0) -> int:
+        """Run the prompt `tokens` from position `start` on and return the most likely next token.
+
+        Raises:
+            InputError: no token, a token outside the vocabulary, or more than fits in the context.
+        """
+        array = np.asarray(tokens, np.int64).reshape(1, -1)
+        if array.size == 0:
+            raise InputError("the prompt is empty: give at least one token")
+        if start < 0 or start + array.size > self.abi.context:
+            raise InputError(f"{start + array.size} tokens do not fit in a context of {self.abi.context}")
+        if array.min() < 0 or array.max() >= self.abi.vocabulary:
+            raise InputError(f"a token is outside the vocabulary of {self.abi.vocabulary}")
+        self._position[0] = start
+        return self._call(self._prefill, self._arguments(self._buffer(array), self._position_view))
+
+    def decode(self, token: int, position: int) -> int:
+        """Run one token at `position` and return the most likely next one. `position` is below the context."""
+        if not 0 <= position < self.abi.context:
+            raise InputError(f"position {position} is outside a context of {self.abi.context}")
+        self._token[0] = token
+        self._position[0] = position
+        return self._call(self._decode, self._decode_arguments)
+
+    def logits(self) -> NDArray[np.float32]:
+        """Return the f32[V] logits of the last call, copied."""
+        view = self._logits
+        return np.array(view.map().asarray(view.shape, np.dtype(np.float32))).reshape(-1)
+
+    def _call(self, function: Any, arguments: Any) -> int:
+        results = rt.VmVariantList(2)
+        self._context.invoke(function, arguments, results)
+        token = results.get_as_object(0, rt.HalBufferView)
+        self._logits = results.get_as_object(1, rt.HalBufferView)
+        return int(token.map().asarray((1,), np.dtype(np.int64))[0])
+
+    def _arguments(self, *views: Any) -> Any:
+        packed = rt.VmVariantList(len(views) + len(self._kv))
+        for view in (*views, *self._kv):
+            packed.push_ref(view)
+        return packed
+
+    def _buffer(self, array: NDArray[Any]) -> Any:
+        return self._device.allocator.allocate_buffer_copy(
+            memory_type=rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE,
+            allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
+            device=self._device,
+            buffer=array,
+            element_type=_ELEMENT[array.dtype.name],
+        )
+
+    def _zeros(self, kind: TensorType) -> Any:
+        return self._buffer(np.zeros(kind.shape, kind.dtype))
+
+    def _scalar(self) -> tuple[NDArray[np.int64], Any]:
+        """Return an i64[1] that the host writes and the device reads, without a copy for each call."""
+        view = self._buffer(np.zeros(1, np.int64))
+        return view.map().asarray((1,), np.dtype(np.int64)), view
+
+
+def _create_device(settings: Settings) -> Any:
+    """IREE reads worker counts from process flags at the time a device is created, so they are set just before."""
+    if settings.driver == "local-task":
+        parse_flags(f"--task_topology_group_count={settings.workers}")
+    return rt.get_device(settings.driver, cache=False)
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

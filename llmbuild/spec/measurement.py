@@ -1,0 +1,40 @@
+"""What was read on a machine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmbuild.spec.workload import Workload
+
+PROTOCOL = 1
+"""Version of how things are measured; readings of different versions are never compared."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One metric: its median, the 95 % bootstrap interval of that median, and every sample in the order taken."""
+
+    median: float
+    low: float
+    high: float
+    samples: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Readings of an artifact under a workload on a machine.
+
+    `ratios` holds, per metric, this variant over the baseline measured in the same rounds (paired), with its interval.
+    `notes` say what a number alone cannot: why energy is absent, why quality is absent, what was noisy.
+    """
+
+    key: str
+    variant: str
+    artifact: str
+    workload: Workload
+    machine: str
+    readings: dict[str, Reading]
+    ratios: dict[str, Reading]
+    notes: dict[str, str]
+    energy_source: str | None = None
+    protocol: int = PROTOCOL

@@ -1,0 +1,260 @@
+"""Strict YAML into Recipe and Target: unknown and duplicate keys refused, every error with file, line and key path.
+
+The only module of `spec` that reads files; only `build` and `cli` reach it, so that the loader needs neither
+YAML (ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (pydantic: every error at once).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from llmbuild.errors import InputError
+from llmbuild.spec import recipe as nouns
+from llmbuild.spec.slo import METRICS, Bound, parse_bound
+from llmbuild.spec.space import Value
+from llmbuild.spec.target import Target
+from llmbuild.spec.workload import Workload
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
+_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+MAX_FILE_BYTES = 1 << 20
+"""A recipe or target larger than this is refused unread: it is not one."""
+
+
+def seconds(text: Any) -> float:
+    """Return the seconds in `90`, `90s`, `20m` or `1h`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = _DURATION.fullmatch(str(text).strip())
+    if not match or isinstance(text, bool):
+        raise ValueError(f"{text!r} is not a duration: write 90s, 20m or 1h")
+    return float(match[1]) * _UNIT[match[2]]
+
+
+def _bound(text: Any) -> Bound:
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is not a bound: write METRIC<=NUMBER")
+    try:
+        return parse_bound(text)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _metric(name: Any) -> str:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
+    return str(name)
+
+
+_Bound = Annotated[Bound, BeforeValidator(_bound)]
+_Seconds = Annotated[float, BeforeValidator(seconds)]
+_MetricName = Annotated[str, BeforeValidator(_metric)]
+_Positive = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
+
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+
+class _Model(_Strict):
+    huggingface: str = Field(min_length=1)
+    random_init: Annotated[bool, Field(strict=True)] = False
+    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
+
+
+class _Workload(_Strict):
+    name: str = Field(pattern=f"^{_NAME}$")
+    prompt: _Positive
+    output: _Positive
+    context: _Positive | None = None
+    batch: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Workload:
+        if self.context is not None and self.context < self.prompt + self.output:
+            raise ValueError(f"context {self.context} is smaller than prompt + output = {self.prompt + self.output}")
+        return self
+
+
+class _Text(_Strict):
+    stdlib: tuple[str, ...] = ()
+    file: str = ""
+
+    @model_validator(mode="after")
+    def _one(self) -> _Text:
+        if bool(self.stdlib) == bool(self.file):
+            raise ValueError("name either `stdlib` modules or one `file`")
+        return self
+
+
+class _Quality(_Strict):
+    text: _Text | None = None
+    tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 512
+    bounds: tuple[_Bound, ...] = ()
+
+
+class _Budget(_Strict):
+    trials: _Positive = 12
+    time: _Seconds = 1200.0
+
+
+class _Recipe(_Strict):
+    name: str | None = Field(default=None, pattern=f"^{_NAME}$")
+    model: _Model
+    workloads: tuple[_Workload, ...] = Field(min_length=1)
+    objectives: tuple[_MetricName, ...] = Field(default=("tpot_s", "ttft_s", "quality_kl"), min_length=1)
+    constraints: tuple[_Bound, ...] = ()
+    quality: _Quality = _Quality()
+    budget: _Budget = _Budget()
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> _Recipe:
+        names = [w.name for w in self.workloads]
+        if len(set(names)) != len(names):
+            raise ValueError(f"workloads share a name: {names}")
+        return self
+
+
+class _Target(_Strict):
+    name: str | None = Field(default=None, pattern=f"^{_NAME}$")
+    backend: str = Field(pattern="^(llvm-cpu)$")
+    arch: str = Field(pattern="^(x86_64|aarch64)$")
+    cpu: str = Field(pattern=f"^{_NAME}$")
+    features: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
+    description: str = ""
+
+
+def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
+    """Return the recipe in a YAML file; a model location that is a path is taken from the recipe's folder.
+
+    Raises:
+        InputError: every fault of the file at once, each with line and key path.
+    """
+    raw = _read(path)
+    parsed = _validate(_Recipe, raw, path)
+    folder = (path.parent / parsed.model.huggingface).resolve()
+    looks_local = folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
+    text = parsed.quality.text
+    return nouns.Recipe(
+        name=parsed.name or path.stem,
+        model=nouns.ModelSource(
+            "huggingface",
+            str(folder) if looks_local else parsed.model.huggingface,
+            parsed.model.random_init or random_init,
+            parsed.model.seed,
+        ),
+        workloads=tuple(_workload(w) for w in parsed.workloads),
+        objectives=tuple(parsed.objectives),
+        constraints=tuple(parsed.constraints),
+        quality=nouns.Quality(
+            stdlib=text.stdlib if text else (),
+            file=str((path.parent / text.file).resolve()) if text and text.file else "",
+            tokens=parsed.quality.tokens,
+            bounds=tuple(parsed.quality.bounds),
+        ),
+        budget=nouns.Budget(parsed.budget.trials, parsed.budget.time),
+        knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
+    )
+
+
+def read_target(path: Path) -> Target:
+    """Return the target in a YAML file, not yet resolved.
+
+    Raises:
+        InputError: every fault of the file at once.
+    """
+    parsed = _validate(_Target, _read(path), path)
+    return Target(
+        name=parsed.name or path.stem,
+        backend=parsed.backend,
+        arch=parsed.arch,
+        cpu=parsed.cpu,
+        features=tuple(sorted(parsed.features)),
+        requires=tuple(sorted(parsed.requires)),
+        description=parsed.description,
+    )
+
+
+def _workload(w: _Workload) -> Workload:
+    return Workload(w.name, w.prompt, w.output, w.context or w.prompt + w.output, w.batch, w.seed)
+
+
+def _knob_values(name: str, value: Any, raw: Any, path: Path) -> tuple[str, tuple[Value, ...]]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values or any(not isinstance(v, (str, int, bool)) for v in values):
+        raise InputError(f"{path}:{_line(raw, ('knobs', name))} $.knobs.{name}: give one value or a list of values")
+    return name, values
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe or target is")
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+    try:
+        raw = YAML(typ="rt").load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        key = str(error.problem or "").split('"')[1:2]
+        raise InputError(f"{path}:{line} duplicate key {key[0] if key else ''!r}: keep one of the two") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise InputError(f"{path}:{mark.line + 1 if mark else '?'} not YAML: {error.problem}") from None
+    except (YAMLError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a mapping of keys is expected at the top")
+    return raw
+
+
+def _validate(kind: type[_M], raw: Any, path: Path) -> _M:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        lines = [_tell(fault, raw, path) for fault in error.errors()]
+        raise InputError("\n".join(lines)) from None
+
+
+def _tell(fault: Any, raw: Any, path: Path) -> str:
+    where = tuple(fault["loc"])
+    text = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif fault["type"] == "missing":
+        text = "this key is missing"
+    dotted = "$" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where)
+    return f"{path}:{_line(raw, where)} {dotted}: {text}"
+
+
+def _line(raw: Any, where: tuple[int | str, ...]) -> int:
+    """Return the 1-based line of the deepest key of `where` that the file has."""
+    node, line = raw, 1
+    for part in where:
+        marks = getattr(node, "lc", None)
+        try:
+            line = int((marks.key(part) if isinstance(node, dict) else marks.item(part))[0]) + 1  # type: ignore[union-attr]
+            node = node[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return line

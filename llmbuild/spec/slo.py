@@ -1,0 +1,130 @@
+"""Metrics, what must hold of them, and which one to improve."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from llmbuild.errors import InputError
+
+Direction = Literal["min", "max"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measured quantity in SI units; `direction` says which way is better."""
+
+    name: str
+    unit: str
+    direction: Direction
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    m.name: m
+    for m in (
+        Metric("ttft_s", "s", "min", "time to first token: the call of prefill until its token is read"),
+        Metric("tpot_s", "s", "min", "time per output token after the first, mean over one answer"),
+        Metric("e2e_s", "s", "min", "the whole answer: prefill and every decode step"),
+        Metric("output_tokens_per_s", "1/s", "max", "output tokens over e2e_s"),
+        Metric("energy_j_per_token", "J", "min", "energy of one answer over its output tokens; NULL without a counter"),
+        Metric("peak_memory_bytes", "B", "min", "peak resident memory of the process that runs the workload"),
+        Metric("artifact_bytes", "B", "min", "size of the .vmfb"),
+        Metric("parameter_bytes", "B", "min", "size of the parameter archive the artifact maps"),
+        Metric("load_s", "s", "min", "opening the artifact and its parameters until the first call can be made"),
+        Metric("quality_kl", "nat", "min", "mean KL divergence per token from the f32 model on held-out text"),
+        Metric("quality_top1", "1", "max", "share of tokens on which the most likely next token is the f32 model's"),
+        Metric("quality_perplexity", "1", "min", "perplexity on the held-out text"),
+    )
+}
+
+_SHAPE = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
+
+
+@dataclass(frozen=True)
+class Bound:
+    """One thing that must hold: `tpot_s <= 0.02`."""
+
+    metric: str
+    operator: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric}{self.operator}{self.limit:g}"
+
+    def holds(self, value: float | None) -> bool:
+        """Say whether `value` is inside; an absent value never is."""
+        if value is None:
+            return False
+        return {
+            "<=": value <= self.limit,
+            "<": value < self.limit,
+            ">=": value >= self.limit,
+            ">": value > self.limit,
+        }[self.operator]
+
+    def distance(self, value: float | None) -> float:
+        """Return how far outside `value` is, as a share of the limit: 0 inside, infinite when absent."""
+        if value is None:
+            return float("inf")
+        if self.holds(value):
+            return 0.0
+        return abs(value - self.limit) / max(abs(self.limit), 1e-12)
+
+
+@dataclass(frozen=True)
+class Slo:
+    """What must hold, and the objective to improve among what holds."""
+
+    bounds: tuple[Bound, ...]
+    objective: str
+
+    def misses(self, row: Mapping[str, Any]) -> list[str]:
+        """Return, for each bound that `row` breaks, what was found and what was asked."""
+        found = []
+        for bound in self.bounds:
+            value = row.get(bound.metric)
+            if not bound.holds(value):
+                have = "absent" if value is None else f"{value:.4g}"
+                found.append(f"{bound.metric} is {have}, {bound} asked")
+        return found
+
+    def distance(self, row: Mapping[str, Any]) -> float:
+        """Return the sum of the bounds' distances; 0 where all hold."""
+        return sum(bound.distance(row.get(bound.metric)) for bound in self.bounds)
+
+
+def metric(name: str) -> Metric:
+    """Return the metric of that name.
+
+    Raises:
+        InputError: no such metric.
+    """
+    if name not in METRICS:
+        raise InputError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
+    return METRICS[name]
+
+
+def parse_bound(text: str) -> Bound:
+    """Return the bound that `text` says.
+
+    Raises:
+        InputError: not of the form METRIC<=NUMBER, or an unknown metric.
+    """
+    match = _SHAPE.fullmatch(text)
+    if not match:
+        raise InputError(f"cannot read the SLO {text!r}: write METRIC<=NUMBER in SI units, such as 'tpot_s<=0.02'")
+    try:
+        limit = float(match[3])
+    except ValueError:
+        raise InputError(f"cannot read the SLO {text!r}: {match[3]!r} is not a number") from None
+    return Bound(metric(match[1]).name, match[2], limit)
+
+
+def parse_slo(bounds: tuple[str, ...] | list[str], objective: str | None) -> Slo:
+    """Return the SLO of these bounds; without an objective, the first bound's metric, else `tpot_s`."""
+    parsed = tuple(parse_bound(text) for text in bounds)
+    chosen = objective or (parsed[0].metric if parsed else "tpot_s")
+    return Slo(parsed, metric(chosen).name)

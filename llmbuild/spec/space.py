@@ -1,0 +1,105 @@
+"""The choices: a knob, the space of all knobs, and a point in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+Value = str | int | bool
+Level = Literal["model", "codegen", "runtime"]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A knob is asked about only where `knob` has one of `values`; elsewhere it keeps its default."""
+
+    knob: str
+    values: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Knob:
+    """A named choice. `default` is what the compiler does when nobody chooses.
+
+    `level` says what a change costs: an import and a compile (model), a compile (codegen), nothing (runtime).
+    `backends` are those the knob applies to; `features` the CPU features each value needs.
+    """
+
+    name: str
+    level: Level
+    domain: tuple[Value, ...]
+    default: Value
+    meaning: str
+    when: tuple[Condition, ...] = ()
+    backends: tuple[str, ...] = ()
+    features: tuple[tuple[Value, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value for each knob, sorted by name; equal points are equal whatever order they were made in."""
+
+    values: tuple[tuple[str, Value], ...]
+
+    @staticmethod
+    def of(values: Mapping[str, Value]) -> Point:
+        """Return the point with these values."""
+        return Point(tuple(sorted(values.items())))
+
+    def as_dict(self) -> dict[str, Value]:
+        """Return the values by knob name."""
+        return dict(self.values)
+
+    def __getitem__(self, knob: str) -> Value:
+        return dict(self.values)[knob]
+
+
+@dataclass(frozen=True)
+class Space:
+    """All knobs of one build, in the order in which they are asked about: a condition names an earlier knob."""
+
+    knobs: tuple[Knob, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[str] = set()
+        for knob in self.knobs:
+            missing = [c.knob for c in knob.when if c.knob not in seen]
+            if missing:
+                raise ValueError(f"knob {knob.name} depends on {missing}, which does not come before it")
+            seen.add(knob.name)
+
+    def default(self) -> Point:
+        """Return point 0, the compiler's defaults, whatever the domains have been narrowed to."""
+        return Point.of({k.name: k.default for k in self.knobs})
+
+    def active(self, knob: Knob, values: Mapping[str, Value]) -> bool:
+        """Say whether `knob` is a choice at all, given the values of the knobs before it."""
+        return all(values[c.knob] in c.values for c in knob.when)
+
+    def complete(self, values: Mapping[str, Value]) -> Point:
+        """Return the point with these values; a knob that is missing or not active takes its default."""
+        done: dict[str, Value] = {}
+        for knob in self.knobs:
+            chosen = values.get(knob.name, knob.default)
+            done[knob.name] = chosen if self.active(knob, done) else knob.default
+        return Point.of(done)
+
+    def level(self, point: Point, *levels: Level) -> dict[str, Value]:
+        """Return the part of `point` that belongs to these levels."""
+        names = {k.name for k in self.knobs if k.level in levels}
+        return {name: value for name, value in point.values if name in names}
+
+    def points(self) -> Iterator[Point]:
+        """Yield every distinct point of the space, without an order that means anything."""
+        seen: set[Point] = set()
+        for values in product(*(k.domain for k in self.knobs)):
+            point = self.complete(dict(zip((k.name for k in self.knobs), values, strict=True)))
+            if point not in seen:
+                seen.add(point)
+                yield point
+
+    def size(self) -> int:
+        """Return the number of distinct points."""
+        return sum(1 for _ in self.points())
