@@ -45,3 +45,37 @@ class Program:
     check: str
     """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights."""
     abi: Abi
+
+
+MODULE_FILE, PARAMETERS_FILE, CHECK_FILE, ABI_FILE = "module.mlirbc", "parameters.irpa", "check.npz", "abi.json"
+"""What an import writes into its folder: MLIR bytecode, the weights, the check data and the `Abi` as canonical JSON."""
+
+
+@dataclass(frozen=True)
+class ImportJob:
+    """What to import and how; the same job gives the same bytes.
+
+    `choices` are model-level knobs and their values; a knob left out has its default:
+    `weight_format` f32 | f16 | int8, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16.
+    """
+
+    model: str
+    """A Hugging Face folder, or the id of a model on the hub."""
+    context: int
+    """Number of positions the cache buffers hold."""
+    random_init: bool = False
+    """Take only the shape from the model's configuration; weights are drawn from `seed`."""
+    seed: int = 0
+    choices: tuple[tuple[str, str], ...] = ()
+    features: tuple[str, ...] = ()
+    """CPU features of the target by LLVM's names: a choice that needs one that is missing is refused."""
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """What an import wrote: its files by digest, and what they hold."""
+
+    program: Program
+    architecture: str
+    parameter_bytes: int
+    """Size of the weights as stored."""

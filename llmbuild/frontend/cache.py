@@ -1,0 +1,34 @@
+"""A key/value cache in buffers that the caller owns: written in place, so that an export shows them as mutated arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+class CallerCache:
+    """The part of the library's cache interface that a decoder layer calls, over buffers `[context, kv_heads, head_dim]`.
+
+    The sequence is the first axis: one position is one contiguous row, which the compiler can write in place.
+    """
+
+    is_compileable = True
+
+    def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
+        """Take two buffers per layer, key before value, and the positions i64[T] that this call writes."""
+        self.buffers = buffers
+        self.positions = positions
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write keys and values `[1, kv_heads, T, head_dim]`, return the layer's whole buffers."""
+        pair = self.buffers[2 * layer], self.buffers[2 * layer + 1]
+        for buffer, new in zip(pair, (keys, values), strict=True):
+            buffer.index_put_((self.positions,), new[0].transpose(0, 1).to(buffer.dtype))
+        return pair
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        """Return 0: positions are always given, so nothing may be derived from the cache."""
+        return 0

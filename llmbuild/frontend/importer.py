@@ -1,0 +1,115 @@
+"""Exported torch programs to one MLIR module whose weights live in a parameter archive beside it.
+
+It names tensors and writes files; what the programs compute is not its business.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from iree.compiler import ir
+from iree.compiler.extras import fx_importer
+from iree.runtime import ParameterIndex
+
+from llmbuild.spec.program import PARAMETER_SCOPE
+
+BUILTIN_TYPES = {
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.int8: "i8",
+    torch.uint8: "i8",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.bool: "i1",
+}
+
+
+class _NoLocations(fx_importer.ContextCache):  # type: ignore[misc]
+    """A context cache that drops stack traces: they name files of this machine, and bytes must not depend on it."""
+
+    def get_node_location(self, node: torch.fx.Node) -> ir.Location:
+        return ir.Location.unknown(self._c)
+
+
+class Parameters(fx_importer.FxImporterHooks):  # type: ignore[misc]
+    """Turns every parameter and buffer into a module global backed by the archive; one tensor becomes one global."""
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names: dict[tuple[object, ...], str] = {}
+
+    def resolve_input(self, gni: Any, value: Any, info: Any) -> ir.Value | None:
+        """Load the global of a parameter or buffer; tied weights share their storage and so their global."""
+        tensor = value.detach()
+        name = self._name(info.input_spec.target, tensor)
+        if name not in self.tensors:
+            self.tensors[name] = tensor
+            _declare(gni.fx_importer.module, name, tensor)
+        return _load(gni, name, tensor, info.ir_type)
+
+    def _name(self, target: str, tensor: torch.Tensor) -> str:
+        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
+        return self._names.setdefault(identity, target.removeprefix("model."))
+
+    def size_bytes(self) -> int:
+        """Return the size of all tensors."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def save(self, path: Path) -> None:
+        """Write the archive, tensors in name order."""
+        index = ParameterIndex()
+        for name in sorted(self.tensors):
+            index.add_buffer(name, self.tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        index.create_archive_file(str(path))
+
+
+def _builtin_type(tensor: torch.Tensor) -> str:
+    return f"tensor<{''.join(f'{n}x' for n in tensor.shape)}{BUILTIN_TYPES[tensor.dtype]}>"
+
+
+def _declare(module: ir.Module, name: str, tensor: torch.Tensor) -> None:
+    kind = _builtin_type(tensor)
+    text = (
+        f'util.global private @"{name}" = #flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {kind}'
+    )
+    with module.context:
+        parsed = ir.Module.parse(text)
+        for operation in list(parsed.body.operations):
+            operation.detach_from_parent()
+            module.body.append(operation)
+
+
+def _load(gni: Any, name: str, tensor: torch.Tensor, torch_type: ir.Type) -> ir.Value:
+    with gni._c, ir.Location.unknown(gni._c):
+        point = ir.InsertionPoint(gni._b)
+        loaded = ir.Operation.create(
+            "util.global.load",
+            results=[ir.Type.parse(_builtin_type(tensor))],
+            attributes={"global": ir.FlatSymbolRefAttr.get(name)},
+            ip=point,
+        ).result
+        return ir.Operation.create(
+            "torch_c.from_builtin_tensor", results=[torch_type], operands=[loaded], ip=point
+        ).result
+
+
+def import_programs(programs: dict[str, torch.export.ExportedProgram]) -> tuple[ir.Module, Parameters]:
+    """Import exported programs, by function name, into one module; also return the parameters it names."""
+    parameters = Parameters()
+    importer = fx_importer.FxImporter(hooks=parameters)
+    importer._cc = _NoLocations(importer._c, py_attr_tracker=importer._py_attr_tracker)
+    for name, program in programs.items():
+        importer.import_program(program, func_name=name)
+    importer.module.operation.verify()
+    return importer.module, parameters
+
+
+def save_module(module: ir.Module, path: Path) -> None:
+    """Write the module as bytecode."""
+    buffer = io.BytesIO()
+    module.operation.write_bytecode(buffer)
+    path.write_bytes(buffer.getvalue())

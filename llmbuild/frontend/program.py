@@ -1,0 +1,139 @@
+"""The path of one import: load, apply the choices, export, import, write files and their check data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from llmbuild import digest
+from llmbuild.errors import InputError
+from llmbuild.frontend import attention, huggingface, importer
+from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.spec.program import (
+    ABI_FILE,
+    CHECK_FILE,
+    DECODE,
+    MODULE_FILE,
+    PARAMETERS_FILE,
+    PREFILL,
+    Abi,
+    ImportJob,
+    ImportResult,
+    Program,
+    TensorType,
+)
+
+KNOBS: dict[str, tuple[str, ...]] = {
+    "weight_format": ("f32", "f16", "int8"),
+    "layout": ("row_major", "packed"),
+    "kernel": ("compiler", "own"),
+    "kv_dtype": ("f32", "f16"),
+}
+"""Model-level knobs; the first value is the default."""
+
+KV_TYPES = {"f32": torch.float32, "f16": torch.float16}
+CHECK_PROMPT, CHECK_FORCED = 16, 8
+
+
+def import_model(job: ImportJob, out: Path) -> ImportResult:
+    """Import `job.model` into the folder `out`; the same job writes the same bytes.
+
+    Raises:
+        InputError: the model cannot be taken, or a choice does not exist or does not fit the model or the target.
+    """
+    choices = settle(job)
+    attention.register()
+    model = huggingface.load(job.model, job.random_init, job.seed, attention.NAME)
+    abi = describe(model, job, choices)
+    out.mkdir(parents=True, exist_ok=True)
+    with torch.inference_mode():
+        np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))
+    module, parameters = importer.import_programs(export(model, abi))
+    importer.save_module(module, out / MODULE_FILE)
+    parameters.save(out / PARAMETERS_FILE)
+    (out / ABI_FILE).write_text(digest.canonical(abi) + "\n")
+    program = Program(
+        module=digest.of_file(out / MODULE_FILE),
+        parameters=digest.of_file(out / PARAMETERS_FILE),
+        check=digest.of_file(out / CHECK_FILE),
+        abi=abi,
+    )
+    return ImportResult(program, type(model).__name__, parameters.size_bytes())
+
+
+def settle(job: ImportJob) -> dict[str, str]:
+    """Return a value for every knob."""
+    settled = {knob: values[0] for knob, values in KNOBS.items()}
+    for knob, value in job.choices:
+        if knob not in KNOBS:
+            raise InputError(f"no model-level knob {knob!r}; there are {', '.join(KNOBS)}")
+        if value not in KNOBS[knob]:
+            raise InputError(f"{knob} cannot be {value!r}; it is one of {', '.join(KNOBS[knob])}")
+        settled[knob] = value
+    if job.context < 2:
+        raise InputError(f"context {job.context} is too short: at least 2 positions are needed")
+    return settled
+
+
+def describe(model: nn.Module, job: ImportJob, choices: dict[str, str]) -> Abi:
+    """Return how the program of this model will be called."""
+    config = model.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and job.context > limit:
+        raise InputError(f"context {job.context} is longer than the {limit} positions {job.model} was made for")
+    buffer = TensorType((job.context, config.num_key_value_heads, head_dim), _numpy_name(choices["kv_dtype"]))
+    return Abi(
+        vocabulary=config.vocab_size,
+        context=job.context,
+        kv=(buffer,) * (2 * config.num_hidden_layers),
+        eos_tokens=huggingface.eos_tokens(model),
+        parameters=sum(p.numel() for p in model.parameters()),
+    )
+
+
+def _numpy_name(kind: str) -> str:
+    return str(KV_TYPES[kind]).removeprefix("torch.")
+
+
+def new_cache(abi: Abi) -> list[torch.Tensor]:
+    """Return zeroed cache buffers."""
+    return [torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype)) for kind in abi.kv]
+
+
+def export(model: nn.Module, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
+    """Trace both entry points; the prompt length stays dynamic."""
+    length = torch.export.Dim("T", min=2, max=abi.context)
+    kv = new_cache(abi)
+    fixed = [None] * len(kv)
+    long = torch.zeros(1, min(8, abi.context), dtype=torch.int64)
+    one, start = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    calls: dict[str, tuple[nn.Module, tuple[object, ...], tuple[object, ...]]] = {
+        PREFILL: (Prefill(model, abi.context), (long, start, kv), ({1: length}, None, fixed)),
+        DECODE: (Decode(model, abi.context), (one, start, kv), (None, None, fixed)),
+    }
+    return {
+        name: torch.export.export(entry, args, dynamic_shapes=shapes, strict=False).run_decompositions({})
+        for name, (entry, args, shapes) in calls.items()
+    }
+
+
+def check_data(model: nn.Module, abi: Abi, seed: int) -> dict[str, np.ndarray]:
+    """Return `prompt` i64[P], `forced` i64[D] and `logits` f32[1+D, V] as PyTorch computes them on the same weights."""
+    drawn = np.random.default_rng(seed)
+    prompt = drawn.integers(0, abi.vocabulary, min(CHECK_PROMPT, abi.context // 2))
+    forced = drawn.integers(0, abi.vocabulary, min(CHECK_FORCED, abi.context - len(prompt)))
+    return {"prompt": prompt, "forced": forced, "logits": run_eagerly(model, abi, prompt, forced)}
+
+
+def run_eagerly(model: nn.Module, abi: Abi, prompt: Sequence[int], forced: Sequence[int]) -> np.ndarray:
+    """Return logits f32[1+D, V]: of the prompt's last token, then of each forced token."""
+    prefill, decode, kv = Prefill(model, abi.context), Decode(model, abi.context), new_cache(abi)
+    rows = [prefill(torch.tensor([list(prompt)]), torch.tensor([0]), kv)[1]]
+    for offset, token in enumerate(forced):
+        rows.append(decode(torch.tensor([token]), torch.tensor([len(prompt) + offset]), kv)[1])
+    return torch.stack(rows).numpy()

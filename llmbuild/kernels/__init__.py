@@ -1,0 +1,1 @@
+"""MLIR text of our own kernels, one module per instruction set. Pure Python: no torch, no compiler."""
