@@ -33,6 +33,9 @@ class Limits:
     memory_bytes: int = 16 << 30
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+"""Children under way, so that an interruption in one thread ends those of all."""
+
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -72,15 +75,23 @@ def run(
             )
         except OSError as error:
             return Failure(stage, f"cannot start {command[0]}: {error}", shlex.join(command), "", lasting=False)
+        _running.add(child)
         try:
             code: int | None = child.wait(limits.seconds)
         except subprocess.TimeoutExpired:
             code = None
         finally:
+            _running.discard(child)
             stop_group(child)
         if code == 0 and output.is_file():
             return None
         return failure_of(command, stage, limits, code, tail(log.fileno()))
+
+
+def stop_all() -> None:
+    """End every child that `run` waits for in any thread."""
+    for child in list(_running):
+        stop_group(child)
 
 
 def stop_group(child: subprocess.Popen[bytes]) -> None:
@@ -109,6 +120,7 @@ def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int |
         return Failure(stage, f"{name} crashed with {told}", shlex.join(command), log, lasting=not killed)
     if code == 0:
         return Failure(stage, f"{name} ended well but wrote no file", shlex.join(command), log, lasting=False)
-    reason = next((x.strip() for x in log.splitlines() if "error:" in x), f"{name} ended with {code}")
+    lines = [x.strip() for x in log.splitlines() if x.strip()]
+    reason = next((x for x in lines if "error:" in x), next((x for x in lines if "error" in x.lower()), f"{name} ended with {code}"))
     passing = "No space left" in log or "bad_alloc" in log or "out of memory" in log.lower()
     return Failure(stage, reason[:500], shlex.join(command), log, lasting=not passing)

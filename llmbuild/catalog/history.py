@@ -21,17 +21,24 @@ def trials(session: Session, scope: str) -> list[Trial]:
     for row in session.scalars(select(t.MeasurementRow).where(t.MeasurementRow.scope == scope)):
         measured[row.variant].append(_measurement(row))
     found = session.execute(
-        select(t.TrialRow, t.VariantRow, t.FailureRow)
+        select(t.TrialRow, t.VariantRow, t.FailureRow, t.ArtifactRow.size_bytes, t.ProgramRow.parameter_bytes)
         .join(t.VariantRow, t.VariantRow.digest == t.TrialRow.variant)
         .outerjoin(t.FailureRow, t.FailureRow.id == t.TrialRow.failure)
+        .outerjoin(t.ArtifactRow, t.ArtifactRow.digest == t.VariantRow.artifact)
+        .outerjoin(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
         .where(t.TrialRow.scope == scope)
         .order_by(t.TrialRow.number)
     )
-    return [_trial(row, variant, failure, measured) for row, variant, failure in found]
+    return [_trial(*row, measured=measured) for row in found]
 
 
 def _trial(
-    row: t.TrialRow, variant: t.VariantRow, failure: t.FailureRow | None, measured: dict[str, list[Measurement]]
+    row: t.TrialRow,
+    variant: t.VariantRow,
+    failure: t.FailureRow | None,
+    artifact_bytes: int | None,
+    parameter_bytes: int | None,
+    measured: dict[str, list[Measurement]],
 ) -> Trial:
     told = Failure(failure.stage, failure.reason, failure.command, failure.log, failure.lasting) if failure else None  # type: ignore[arg-type]
     return Trial(
@@ -42,6 +49,8 @@ def _trial(
         is_default=variant.is_default,
         program=variant.program,
         artifact=variant.artifact,
+        artifact_bytes=artifact_bytes,
+        parameter_bytes=parameter_bytes,
         measurements=() if told else tuple(sorted(measured[variant.digest], key=lambda m: m.workload.name)),
         failure=told,
         seconds=row.seconds,

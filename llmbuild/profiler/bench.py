@@ -144,13 +144,19 @@ class Bench:
         self._order = random.Random(0)
         self._baseline: Live | None = None
 
-    def measure(self, subject: Subject) -> tuple[Measurement, ...] | Failure:
-        """Return a measurement for each workload; the first subject ever given is the baseline."""
+    @property
+    def has_baseline(self) -> bool:
+        """Say whether there is something to pair with."""
+        return self._baseline is not None
+
+    def measure(self, subject: Subject, baseline: bool = False) -> tuple[Measurement, ...] | Failure:
+        """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it."""
         live = Live(subject, self.limits)
         try:
             live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
-            if self._baseline is None:
-                self._adopt(live)
+            if baseline:
+                self.close()
+                self._baseline = live
             measured = tuple(self._rounds([live], w, self.protocol.seconds)[0] for w in self.workloads)
         except ChildFailed as error:
             return error.failure
@@ -179,13 +185,10 @@ class Bench:
             self._baseline.child.close()
             self._baseline = None
 
-    def _adopt(self, live: Live) -> None:
-        """Make `live` the baseline, its rounds short enough not to eat the budget."""
-        self._baseline = live
-
     def _fit_baseline(self, workload: Workload) -> str:
         """Shorten the baseline's rounds where a whole answer takes too long; return a note when that was done."""
-        assert self._baseline is not None
+        if self._baseline is None:
+            return ""
         self._baseline.decode_steps = 1 << 30
         took = self._baseline.warm(workload, 0.0)
         if took <= self.protocol.baseline_round_s:
@@ -196,14 +199,13 @@ class Bench:
 
     def _rounds(self, lives: Sequence[Live], workload: Workload, seconds: float, rounds: int | None = None) -> list[Measurement]:
         baseline = self._baseline
-        assert baseline is not None
-        alone = list(lives) == [baseline]
+        alone = baseline is not None and list(lives) == [baseline]
         shortened = "" if alone else self._fit_baseline(workload)
-        if alone:
+        if alone and baseline is not None:
             baseline.decode_steps = 1 << 30
         for live in lives:
             live.warm(workload, 0.0)
-        entrants = list(dict.fromkeys([baseline, *lives]))
+        entrants = list(dict.fromkeys([*([baseline] if baseline else []), *lives]))
         samples: dict[Live, Samples] = {live: defaultdict(list) for live in entrants}
         before, end, done = noise.snapshot(), monotonic() + seconds, 0
         least = rounds or self.protocol.rounds
@@ -216,7 +218,7 @@ class Bench:
             done += 1
         noisy = noise.verdict(before, noise.snapshot(), max(1, max(live.subject.workers for live in lives)))
         notes = {k: v for k, v in (("baseline", shortened), ("noise", noisy)) if v}
-        return [self._measurement(live, workload, samples[live], samples[baseline], notes) for live in lives]
+        return [self._measurement(live, workload, samples[live], samples[baseline] if baseline else {}, notes) for live in lives]
 
     def _sample(self, live: Live, workload: Workload, into: Samples) -> None:
         before = self.meter.read()

@@ -60,8 +60,8 @@ class Child:
         if not answer.endswith(b"\n"):
             raise self._died(stage)
         told: dict[str, Any] = json.loads(answer)
-        if "error" in told:
-            raise ChildFailed(Failure(stage, told["error"], self.pasteable(), self._tail(), lasting=True))
+        if "refused" in told:
+            raise ChildFailed(Failure(stage, told["refused"], self.pasteable(), self._tail(), lasting=True))
         return told
 
     def close(self) -> None:

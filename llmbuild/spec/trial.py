@@ -24,6 +24,8 @@ class Trial:
     is_default: bool
     program: str | None
     artifact: str | None
+    artifact_bytes: int | None
+    parameter_bytes: int | None
     measurements: tuple[Measurement, ...]
     failure: Failure | None
     seconds: float

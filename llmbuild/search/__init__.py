@@ -1,0 +1,1 @@
+"""What to try next and what came out best; the one home of optuna. May not import other stages."""
