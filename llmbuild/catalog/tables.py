@@ -115,6 +115,7 @@ class VariantRow(Base):
     toolchain: Mapped[str] = mapped_column(ForeignKey("toolchain.digest"))
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     tokenizer: Mapped[str | None] = mapped_column(Digest)
+    lineage: Mapped[str] = mapped_column(Digest, index=True)
     point: Mapped[dict[str, Any]]
     is_default: Mapped[bool] = mapped_column(Boolean)
     created_at: Mapped[str]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
-from llmbuild.spec.program import Abi, Program, TensorType
+from llmbuild.spec.program import Program, abi_from
+from llmbuild.spec.space import Point
 from llmbuild.spec.target import Target
 from llmbuild.spec.trial import Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
@@ -36,6 +38,44 @@ _MEDIANS = (
     "quality_top1",
     "quality_perplexity",
 )
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What every variant of one build shares: the recipe's name, and digests of target, toolchain and lineage.
+
+    `tokenizer` is a blob, absent for a model without one.
+    """
+
+    model: str
+    target: str
+    toolchain: str
+    lineage: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The records every row of a build points at, named by digest."""
+
+    target: Target
+    machine: Machine
+    toolchain: Toolchain
+
+    @property
+    def target_digest(self) -> str:
+        """Name of the target: what decides the code, and what people call it."""
+        return digest.of({"name": self.target.name, **self.target.identity()})
+
+    @property
+    def machine_digest(self) -> str:
+        """Fingerprint of the machine."""
+        return digest.of(self.machine)
+
+    @property
+    def toolchain_digest(self) -> str:
+        """Name of the toolchain."""
+        return digest.of(self.toolchain)
 
 
 class Catalog:
@@ -69,7 +109,7 @@ class Catalog:
             ).scalar()
             if row is None:
                 return None
-            program = Program(row.module, row.parameters, row.checks, _abi(row.abi))
+            program = Program(row.module, row.parameters, row.checks, abi_from(row.abi))
         return program if all(self.blobs.has(d) for d in (program.module, program.parameters, program.check)) else None
 
     def record_import(self, key: str, inputs: dict[str, Any], program: Program, seconds: float) -> None:
@@ -87,6 +127,11 @@ class Catalog:
             session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
             values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
             session.execute(upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+    def parameters_of(self, program: str) -> str | None:
+        """Return the digest of a program's parameter archive."""
+        with self._session() as session:
+            return session.execute(select(t.ProgramRow.parameters).where(t.ProgramRow.digest == program)).scalar()
 
     def find_reference(self, key: str) -> str | None:
         """Return the blob of a reference made before."""
@@ -123,23 +168,11 @@ class Catalog:
 
     # --- trials --------------------------------------------------------------------------------------------------
 
-    def record_target(self, target: Target) -> str:
-        """Keep a resolved target and return its digest."""
-        name = digest.of({"name": target.name, **target.identity()})
-        self._keep(t.TargetRow, {"digest": name, "name": target.name, "body": plain(target)})
-        return name
-
-    def record_machine(self, machine: Machine) -> str:
-        """Keep a machine and return its fingerprint."""
-        name = digest.of(machine)
-        self._keep(t.MachineRow, {"digest": name, "name": machine.describe(), "body": plain(machine)})
-        return name
-
-    def record_toolchain(self, toolchain: Toolchain) -> str:
-        """Keep a toolchain and return its digest."""
-        name = digest.of(toolchain)
-        self._keep(t.ToolchainRow, {"digest": name, "body": plain(toolchain)})
-        return name
+    def register(self, job: Registered) -> None:
+        """Keep target, machine and toolchain of a build; what is known already costs one read."""
+        self._keep(t.TargetRow, {"digest": job.target_digest, "name": job.target.name, "body": plain(job.target)})
+        self._keep(t.MachineRow, {"digest": job.machine_digest, "name": job.machine.describe(), "body": plain(job.machine)})
+        self._keep(t.ToolchainRow, {"digest": job.toolchain_digest, "body": plain(job.toolchain)})
 
     def _keep(self, table: type[t.Base], row: dict[str, Any]) -> None:
         with self._session() as session:
@@ -148,11 +181,11 @@ class Catalog:
             with self._session(write=True) as session:
                 session.execute(upsert(table).values(row).on_conflict_do_nothing())
 
-    def record_trial(self, trial: Trial, tokenizer: str | None, target: str, toolchain: str, model: str) -> None:
+    def record_trial(self, trial: Trial, owner: Owner) -> None:
         """Keep one finished trial whole: the variant, its measurements or its failure, in one transaction."""
         with self._session(write=True) as session:
-            session.execute(_variant_upsert(trial, tokenizer, target, toolchain))
-            failure = self._add_failure(session, trial, model) if trial.failure else None
+            session.execute(_variant_upsert(trial, owner))
+            failure = self._add_failure(session, trial, owner.model) if trial.failure else None
             for measurement in trial.measurements:
                 session.execute(_measurement_upsert(trial.scope, measurement))
             row = {
@@ -178,6 +211,21 @@ class Catalog:
         session.flush()
         return row.id
 
+    def record_compiled(self, trial: Trial, owner: Owner) -> None:
+        """Keep a variant that was compiled and not measured."""
+        with self._session(write=True) as session:
+            session.execute(_variant_upsert(trial, owner))
+
+    def compiled(self, lineage: str) -> list[Point]:
+        """Return the points of a lineage that have an artifact, oldest first."""
+        with self._session() as session:
+            rows = session.scalars(
+                select(t.VariantRow.point)
+                .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
+                .order_by(t.VariantRow.created_at)
+            )
+            return [Point.of(body) for body in rows]
+
     def update_measurement(self, scope: str, measurement: Measurement) -> None:
         """Replace a measurement by a longer one of the same key."""
         with self._session(write=True) as session:
@@ -200,6 +248,12 @@ class Catalog:
         with self._session() as session:
             row = session.get(t.BuildRow, key)
             return None if row is None else {"seconds": row.seconds, "raced": row.raced, "ended": row.ended}
+
+    def last_inputs(self, model: str) -> list[dict[str, Any]]:
+        """Return what the builds of a recipe were keyed by, the latest first."""
+        with self._session() as session:
+            rows = session.scalars(select(t.BuildRow).where(t.BuildRow.model == model).order_by(t.BuildRow.created_at.desc()))
+            return [row.inputs for row in rows]
 
     def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
@@ -224,28 +278,24 @@ class Catalog:
                 session.add(t.StandingRow(**row))
 
 
-def _abi(body: dict[str, Any]) -> Abi:
-    kv = tuple(TensorType(tuple(k["shape"]), k["dtype"]) for k in body["kv"])
-    return Abi(**{**body, "kv": kv, "eos_tokens": tuple(body["eos_tokens"]), "required_features": tuple(body["required_features"])})
-
-
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:
     return t.FailureRow(model=model, variant=variant, created_at=now(), **plain(failure))
 
 
-def _variant_upsert(trial: Trial, tokenizer: str | None, target: str, toolchain: str) -> Any:
+def _variant_upsert(trial: Trial, owner: Owner) -> Any:
     row = {
         "digest": trial.variant,
         "program": trial.program,
-        "target": target,
-        "toolchain": toolchain,
+        "target": owner.target,
+        "toolchain": owner.toolchain,
+        "lineage": owner.lineage,
         "artifact": trial.artifact,
-        "tokenizer": tokenizer,
+        "tokenizer": owner.tokenizer,
         "point": trial.point.as_dict(),
         "is_default": trial.is_default,
         "created_at": now(),
     }
-    changed = {k: v for k, v in row.items() if k in ("program", "artifact", "tokenizer", "is_default")}
+    changed = {k: v for k, v in row.items() if k in ("program", "artifact", "tokenizer", "is_default", "lineage")}
     return upsert(t.VariantRow).values(row).on_conflict_do_update(index_elements=["digest"], set_=changed)
 
 

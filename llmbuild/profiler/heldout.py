@@ -51,4 +51,5 @@ def windows(quality: Quality, tokenizer: Path, context: int) -> NDArray[np.int64
     if len(ids) < length:
         raise InputError(f"quality text: {len(ids)} tokens are fewer than one window of {length}")
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
-    return ids[starts[:, None] + np.arange(length)]
+    cut: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
+    return cut

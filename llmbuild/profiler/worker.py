@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmbuild.errors import LlmbuildError
-from llmbuild.runtime.session import Session, Settings, parse_abi
+from llmbuild.runtime.session import Session, Settings
+from llmbuild.spec.program import abi_from
 
 QUALITY_PROMPT = 8
 """Tokens of each quality window that go through prefill; the rest go through decode one by one."""
@@ -49,7 +50,7 @@ class Worker:
             self._session = Session(
                 Path(request["artifact"]),
                 Path(request["parameters"]),
-                parse_abi(request["abi"]),
+                abi_from(request["abi"]),
                 Settings(request["driver"], request["workers"]),
             )
             seconds.append(perf_counter() - begin)

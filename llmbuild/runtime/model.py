@@ -12,6 +12,7 @@ from llmbuild.errors import InputError, LoadRefused, NoVariant
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import HostFacts, choose, refusal
 from llmbuild.spec.pick import Pick
+from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
@@ -108,13 +109,13 @@ class Model:
     @cached_property
     def session(self) -> Session:
         """The opened artifact."""
-        from llmbuild.runtime.session import Session, Settings, parse_abi
+        from llmbuild.runtime.session import Session, Settings
 
         point = self.row["point"]
         return Session(
             reader.blob_path(self.catalog, self.row["artifact"]),
             reader.blob_path(self.catalog, self.row["parameters"]),
-            parse_abi(self.row["abi"]),
+            abi_from(self.row["abi"]),
             Settings(str(point["driver"]), int(point["workers"])),
         )
 

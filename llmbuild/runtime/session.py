@@ -31,13 +31,6 @@ class Settings:
     workers: int = 0
 
 
-def parse_abi(body: dict[str, Any]) -> Abi:
-    """Return the call contract from its JSON form."""
-    kv = tuple(TensorType(tuple(k["shape"]), k["dtype"]) for k in body["kv"])
-    tuples = {name: tuple(body.get(name, ())) for name in ("eos_tokens", "required_features")}
-    return Abi(**{**body, **tuples, "kv": kv})
-
-
 class Session:
     """One opened artifact with one KV cache: `prefill` a prompt, then `decode` token by token.
 

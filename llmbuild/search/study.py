@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from llmbuild.search.front import value_of
@@ -48,7 +48,7 @@ class Study:
         self._results: dict[Point, tuple[list[float], float]] = {}
         for trial in known:
             self.tell(trial)
-        self._first = self._openers()
+        self._first = iter(openers(space))
 
     def ask(self) -> Point | None:
         """Return a point that was never tried: point 0 first, then experience, then the sampler's; None when all are known."""
@@ -83,20 +83,6 @@ class Study:
         )
         self._constrain(frozen, violation)
         self._study.add_trial(frozen)
-
-    def _openers(self) -> Iterator[Point]:
-        yield self.space.default()
-        domains = {k.name: k.domain for k in self.space.knobs}
-        for values in EXPERIENCE:
-            full = {**{name: self._settled(name, domain) for name, domain in domains.items()}, **values}
-            point = self.space.complete(full)
-            if all(point[name] in domain for name, domain in domains.items()):
-                yield point
-
-    def _settled(self, name: str, domain: tuple[Value, ...]) -> Value:
-        """Return the default where a recipe allows it, else the first value it does allow."""
-        default = self.space.default()[name]
-        return default if default in domain else domain[0]
 
     def _asked(self, point: Point) -> list[Any]:
         values = point.as_dict()
@@ -147,3 +133,15 @@ class Study:
         self._known.add(point)
         return point
 
+
+def openers(space: Space) -> list[Point]:
+    """Return what is tried before a sampler knows anything: point 0, then experience as far as the space allows it."""
+    default = space.default()
+    domains = {k.name: k.domain for k in space.knobs}
+    settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
+    points = [default]
+    for values in ({}, *EXPERIENCE):
+        point = space.complete({**settled, **values})
+        if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
+            points.append(point)
+    return list(dict.fromkeys(points))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 PREFILL = "prefill"
 """`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, logits of the last token."""
@@ -34,6 +36,13 @@ class Abi:
     """Number of the model's weights, tied ones counted once."""
     required_features: tuple[str, ...] = ()
     """CPU features that kernels inside the module need (`avx512vnni`), by LLVM's names."""
+
+
+def abi_from(body: Mapping[str, Any]) -> Abi:
+    """Return the call contract from its JSON form."""
+    kv = tuple(TensorType(tuple(k["shape"]), k["dtype"]) for k in body["kv"])
+    listed = {name: tuple(body.get(name, ())) for name in ("eos_tokens", "required_features")}
+    return Abi(**{**body, **listed, "kv": kv})
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,379 @@
+"""The path: import, compile, check, profile, record, front. It reads as a line; formats and devices are other people's.
+
+What is known is read from the catalog first; every finished trial is recorded before the next one begins, so a killed
+build goes on where it stopped and a finished one does nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from time import monotonic
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.catalog.writer import Owner
+from llmbuild.process import stop_all
+from llmbuild.profiler.bench import Bench, Subject
+from llmbuild.search.front import standings, value_of
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.program import Program
+from llmbuild.spec.recipe import Budget
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.variant import Artifact, Failure
+from llmbuild.steps import Job, Steps
+
+RACERS = 8
+"""Survivors in the final race at most: each one is a live process."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something to tell a person: which step, about what, how far, how long, and the best so far."""
+
+    step: str
+    text: str
+    done: int = 0
+    total: int = 0
+    seconds: float | None = None
+    best: str = ""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build came to: how many trials it made now, how many are known, and why it ended."""
+
+    made: int
+    known: int
+    usable: int
+    ended: str
+    seconds: float
+
+
+Tell = Callable[[Event], None]
+
+
+class Build:
+    """One job under way."""
+
+    def __init__(self, steps: Steps, budget: Budget, seed: int, jobs: int, tell: Tell) -> None:
+        self.steps, self.job, self.catalog = steps, steps.job, steps.catalog
+        self.budget, self.seed, self.jobs, self.tell = budget, seed, jobs, tell
+        self.key = build_key(self.job, seed)
+        if self.job.force:
+            self.catalog.forget(self.job.scope)
+            self.catalog.reset_build(self.key)
+        self.state = self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": "never built"}
+        self.known = known_trials(steps)
+        self._begin = monotonic()
+
+    def run(self) -> Outcome:
+        """Search until the budget is spent, race the survivors, and keep the front."""
+        before = len(self.known)
+        stale = stale_reason(self)
+        if not stale:
+            return self._outcome(0, "up to date")
+        self.catalog.register(self.steps.registered)
+        try:
+            ended = self._search()
+            self._race()
+            self._save(raced=True, ended=ended)
+        finally:
+            stop_all()
+            self.steps.close()
+        return self._outcome(len(self.known) - before, ended)
+
+    def compile(self) -> list[tuple[Point, Artifact | Failure]]:
+        """Make artifacts and measure nothing, up to the budget: for a target that is not this host."""
+        from llmbuild.search.study import openers
+
+        points = openers(self.job.space)[: self.budget.trials]
+        self.catalog.register(self.steps.registered)
+        done: list[tuple[Point, Artifact | Failure]] = []
+        try:
+            for start in range(0, len(points), self.jobs):
+                batch = points[start : start + self.jobs]
+                for point, made in zip(batch, self._make(batch), strict=True):
+                    done.append((point, made if isinstance(made, Failure) else made[1]))
+                    self._compiled(point, made, len(done), len(points))
+        finally:
+            stop_all()
+        return done
+
+    def _compiled(self, point: Point, made: tuple[Program, Artifact] | Failure, done: int, total: int) -> None:
+        if isinstance(made, Failure):
+            self.catalog.record_failure(self.job.recipe.name, None, made)
+            self.tell(Event("done", f"{describe(self.job, point)}: {made.stage} failed: {made.reason}", done, total))
+            return
+        trial = trial_of(self.steps, point, *made, (), None, done, 0.0)
+        self.catalog.record_compiled(trial, owner(self.steps))
+        self.tell(Event("done", describe(self.job, point), done, total))
+
+    def measure(self, points: Sequence[Point]) -> Outcome:
+        """Measure points that were compiled before, without a search."""
+        before = len(self.known)
+        done = {t.point for t in self.known}
+        self.catalog.register(self.steps.registered)
+        try:
+            for point in [p for p in points if p not in done]:
+                self._evaluate([point])
+            self._race()
+        finally:
+            stop_all()
+            self.steps.close()
+        return self._outcome(len(self.known) - before, "profiled")
+
+    # --- search --------------------------------------------------------------------------------------------------
+
+    def _search(self) -> str:
+        from llmbuild.search.study import Study
+
+        study = Study(self.job.space, self.job.recipe.objectives, self.seed, self.known)
+        while True:
+            if len(self.known) >= self.budget.trials:
+                return f"{self.budget.trials} trials done"
+            if self.known and self.spent() >= self.budget.seconds:
+                return f"{self.budget.seconds:.0f} s spent"
+            batch = self._ask(study)
+            if not batch:
+                return "every point of the space is known"
+            for trial in self._evaluate(batch):
+                study.tell(trial)
+
+    def _ask(self, study: Any) -> list[Point]:
+        """Ask for as many points as compile side by side; point 0 goes alone, since all others are paired with it."""
+        wanted = min(self.jobs, self.budget.trials - len(self.known)) if self.known else 1
+        asked = (study.ask() for _ in range(wanted))
+        return [point for point in asked if point is not None]
+
+    def _evaluate(self, points: Sequence[Point]) -> list[Trial]:
+        """Make the artifacts of a batch side by side, then measure them one at a time; record each as it ends."""
+        done = []
+        begin = monotonic()
+        for point, made in zip(points, self._make(points), strict=True):
+            trial = self._trial(point, made, begin)
+            self.catalog.record_trial(trial, owner(self.steps))
+            self.known.append(trial)
+            self._stand()
+            self._save(raced=False, ended="under way")
+            self._told(trial)
+            done.append(trial)
+            begin = monotonic()
+        return done
+
+    def _make(self, points: Sequence[Point]) -> list[tuple[Program, Artifact] | Failure]:
+        if len(points) == 1:
+            return [self._artifact(points[0])]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(pool.map(self._artifact, points))
+            except BaseException:
+                stop_all()
+                raise
+
+    def _artifact(self, point: Point, quietly: bool = False) -> tuple[Program, Artifact] | Failure:
+        if not quietly:
+            self.tell(Event("import", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+        program = self.steps.import_(point)
+        if isinstance(program, Failure):
+            return program
+        if not quietly:
+            self.tell(Event("compile", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+        artifact = self.steps.compile(program, point)
+        return artifact if isinstance(artifact, Failure) else (program, artifact)
+
+    def _trial(self, point: Point, made: tuple[Program, Artifact] | Failure, begin: float) -> Trial:
+        if isinstance(made, Failure):
+            return trial_of(self.steps, point, None, None, (), made, len(self.known), monotonic() - begin)
+        program, artifact = made
+        self.tell(Event("profile", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+        measured = self._measure(self.steps.subject(point, program, artifact), point)
+        failure = measured if isinstance(measured, Failure) else None
+        readings = () if isinstance(measured, Failure) else measured
+        return trial_of(self.steps, point, program, artifact, readings, failure, len(self.known), monotonic() - begin)
+
+    def _measure(self, subject: Subject, point: Point) -> tuple[Measurement, ...] | Failure:
+        equal = self.steps.equal(subject, self.known)
+        if equal:
+            return equal
+        with self.steps.alone():
+            bench = self._bench()
+            if isinstance(bench, Failure):
+                return bench
+            default = point == self.job.space.default()
+            if not default and not bench.has_baseline:
+                self._open_baseline(bench)
+            return bench.measure(subject, baseline=default)
+
+    def _bench(self) -> Bench | Failure:
+        quality = self.steps.reference()
+        return quality if isinstance(quality, Failure) else self.steps.bench(quality)
+
+    def _open_baseline(self, bench: Bench) -> None:
+        """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
+        zero = next((t for t in self.known if t.point == self.job.space.default() and t.measurements), None)
+        subject = self._subject(zero) if zero else None
+        if subject:
+            bench.measure(subject, baseline=True)
+
+    def _subject(self, trial: Trial) -> Subject | None:
+        made = self._artifact(trial.point, quietly=True)
+        return None if isinstance(made, Failure) else self.steps.subject(trial.point, *made)
+
+    # --- the front -----------------------------------------------------------------------------------------------
+
+    def _race(self) -> None:
+        """Measure the survivors once more, all of them and the baseline in every round."""
+        alive = {s.variant for s in self._stand() if s.status in ("pareto", "undecided")}
+        racers = [t for t in self.known if t.variant in alive][:RACERS]
+        subjects = [s for s in (self._subject(t) for t in racers) if s]
+        if len(subjects) < 2:
+            return
+        self.tell(Event("race", f"{len(subjects)} survivors in interleaved rounds", len(self.known), self.budget.trials))
+        begin = monotonic()
+        with self.steps.alone():
+            bench = self._bench()
+            if isinstance(bench, Failure):
+                return
+            if not bench.has_baseline:
+                self._open_baseline(bench)
+            for measured in bench.race(subjects):
+                for measurement in measured:
+                    self.catalog.update_measurement(self.job.scope, measurement)
+        self.known = known_trials(self.steps)
+        self._stand()
+        self.tell(Event("front", "kept", len(self.known), self.budget.trials, monotonic() - begin))
+
+    def _stand(self) -> list[Standing]:
+        found = stand(self.job, self.known)
+        names = self.steps.registered
+        self.catalog.record_standings(self.job.recipe.name, names.target_digest, names.machine_digest, found)
+        return found
+
+    # --- book-keeping --------------------------------------------------------------------------------------------
+
+    def spent(self) -> float:
+        """Return the seconds this build has taken, those of earlier runs of it included."""
+        return float(self.state["seconds"]) + monotonic() - self._begin
+
+    def _save(self, raced: bool, ended: str) -> None:
+        self.catalog.record_build(
+            self.key,
+            self.job.recipe.name,
+            self.job.scope,
+            self.job.scope_inputs,
+            seconds=self.spent(),
+            raced=raced,
+            ended=ended,
+        )
+
+    def _outcome(self, made: int, ended: str) -> Outcome:
+        usable = sum(1 for s in stand(self.job, self.known) if s.status in ("pareto", "undecided", "dominated"))
+        return Outcome(made, len(self.known), usable, ended, monotonic() - self._begin)
+
+    def _told(self, trial: Trial) -> None:
+        text = describe(self.job, trial.point)
+        if trial.failure:
+            text = f"{text}: {trial.failure.stage} failed: {trial.failure.reason}"
+        best = best_of(self.known, self.job.recipe.objectives[0])
+        self.tell(Event("done", text, len(self.known), self.budget.trials, trial.seconds, best))
+
+
+# --- plain functions over a job ----------------------------------------------------------------------------------
+
+
+def build_key(job: Job, seed: int) -> str:
+    """Return the name of a build: the scope and what of the recipe steers the search."""
+    recipe = job.recipe
+    return digest.of(
+        {
+            "recipe": recipe.name,
+            "scope": job.scope,
+            "space": job.space,
+            "objectives": recipe.objectives,
+            "bounds": (*recipe.constraints, *recipe.quality.bounds),
+            "seed": seed,
+        }
+    )
+
+
+def known_trials(steps: Steps) -> list[Trial]:
+    """Return the finished trials of the job's space; one whose failure may pass is not finished."""
+    inside = set(steps.job.space.points()) | {steps.job.space.default()}
+    trials = steps.catalog.trials(steps.job.scope)
+    return [t for t in trials if t.point in inside and not (t.failure and not t.failure.lasting)]
+
+
+def stale_reason(build: Build) -> str:
+    """Return why a build has something to do; empty when it is up to date."""
+    state, known = build.state, build.known
+    if state["ended"] == "never built":
+        return "never built"
+    missing = [t for t in known if t.artifact and not build.catalog.blobs.has(t.artifact)]
+    if missing:
+        for trial in missing:
+            build.known.remove(trial)
+        return f"{len(missing)} artifacts are missing"
+    spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
+    if len(known) < build.budget.trials and not spent_up:
+        return f"{build.budget.trials - len(known)} of {build.budget.trials} trials to go"
+    return "" if state["raced"] else "survivors have not been raced"
+
+
+def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:
+    """Return where every trial stands, on every workload."""
+    recipe = job.recipe
+    bounds = (*recipe.constraints, *recipe.quality.bounds)
+    found = list(trials)
+    return [s for w in recipe.workloads for s in standings(found, w.name, recipe.objectives, bounds)]
+
+
+def owner(steps: Steps) -> Owner:
+    """Return what every variant of a job shares; the tokenizer goes into the store."""
+    tokenizer = steps.job.model.tokenizer
+    blob = steps.catalog.blobs.put_file(tokenizer) if tokenizer else None
+    names = steps.registered
+    return Owner(steps.job.recipe.name, names.target_digest, names.toolchain_digest, steps.job.lineage, blob)
+
+
+def trial_of(
+    steps: Steps,
+    point: Point,
+    program: Program | None,
+    artifact: Artifact | None,
+    measured: tuple[Measurement, ...],
+    failure: Failure | None,
+    number: int,
+    seconds: float,
+) -> Trial:
+    """Return the record of one evaluated point; without a program, the variant is named by what was asked for."""
+    asked = {"lineage": steps.job.lineage, "point": point.as_dict()}
+    return Trial(
+        scope=steps.job.scope,
+        number=number,
+        point=point,
+        variant=steps.job.variant(program, point).digest if program else digest.of(asked),
+        is_default=point == steps.job.space.default(),
+        program=digest.of(program) if program else None,
+        artifact=artifact.digest if artifact else None,
+        artifact_bytes=artifact.size_bytes if artifact else None,
+        parameter_bytes=steps.catalog.blobs.path(program.parameters).stat().st_size if program else None,
+        measurements=measured,
+        failure=failure,
+        seconds=seconds,
+    )
+
+
+def describe(job: Job, point: Point) -> str:
+    """Return what a point changes from the compiler's defaults."""
+    default = job.space.default()
+    return " ".join(f"{k}={v}" for k, v in point.values if v != default[k]) or "the compiler's defaults"
+
+
+def best_of(trials: Sequence[Trial], objective: str) -> str:
+    """Return the best median of an objective so far, for people."""
+    values = [value_of(t, t.measurements[0], objective) for t in trials if t.measurements]
+    found = [v for v in values if v is not None]
+    return f"{objective} {min(found):.3g}" if found else ""

@@ -1,0 +1,305 @@
+"""The stages wired to a catalog: each step looks for what was made before, makes it if need be, and records it."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import Any
+
+import numpy as np
+
+from llmbuild import digest
+from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.compiler import iree
+from llmbuild.compiler.flags import compile_flags
+from llmbuild.digest import plain
+from llmbuild.errors import InputError
+from llmbuild.frontend.source import FoundModel, find_model
+from llmbuild.process import Limits, run
+from llmbuild.profiler import heldout
+from llmbuild.profiler.bench import Bench, Protocol, Quality, Subject, adopt
+from llmbuild.search.knobs import space_for
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import PROTOCOL, Measurement
+from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
+from llmbuild.spec.recipe import Recipe
+from llmbuild.spec.space import Point, Space
+from llmbuild.spec.target import Target
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Artifact, Failure, Toolchain, Variant
+
+KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
+"""CPU features that our own kernels choose by; an import without them does not depend on the target."""
+
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, "int8": 3e-2}
+"""Allowed error of logits against PyTorch on the same weights, over their root mean square."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe on one resolved target: everything that decides its results, found once."""
+
+    recipe: Recipe
+    target: Target
+    space: Space
+    model: FoundModel
+    machine: Machine
+    toolchain: Toolchain
+    limits: Limits
+    protocol: Protocol = Protocol()
+    force: bool = False
+
+    @cached_property
+    def lineage(self) -> str:
+        """Digest of what decides an artifact but the point."""
+        return digest.of(
+            {
+                "model": self.model.digest,
+                "context": self.recipe.context,
+                "target": self.target.identity(),
+                "toolchain": self.toolchain,
+            }
+        )
+
+    @cached_property
+    def scope_inputs(self) -> dict[str, Any]:
+        """What decides a trial's outcome but the point, by name, so that a change can be told by name."""
+        tokenizer = digest.of_file(self.model.tokenizer) if self.model.tokenizer else None
+        quality = self.recipe.quality
+        return {
+            "model": self.model.digest,
+            "tokenizer": tokenizer,
+            "context": self.recipe.context,
+            "target": plain(self.target.identity()),
+            "toolchain": plain(self.toolchain),
+            "machine": digest.of(self.machine),
+            "workloads": plain(self.recipe.workloads),
+            "quality text": digest.of({"text": self._text_digest(), "tokens": quality.tokens}),
+            "protocol": PROTOCOL,
+        }
+
+    @cached_property
+    def scope(self) -> str:
+        """Digest of what decides a trial's outcome but the point."""
+        return digest.of(self.scope_inputs)
+
+    def scored(self) -> str:
+        """Return why quality is not scored; empty where it is."""
+        if self.recipe.model.random_init:
+            return "absent: random-init weights, speed only"
+        if not (self.recipe.quality.stdlib or self.recipe.quality.file):
+            return "absent: the recipe names no held-out text"
+        if self.model.tokenizer is None:
+            return "absent: the model has no tokenizer.json to read the held-out text with"
+        return ""
+
+    def _text_digest(self) -> str:
+        return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
+
+    def variant(self, program: Program, point: Point) -> Variant:
+        """Return the variant a point makes of a program."""
+        return Variant(program, self.target, point, self.toolchain)
+
+
+def make_job(recipe: Recipe, target: Target, pinned: dict[str, str], machine: Machine, toolchain: Toolchain, force: bool) -> Job:
+    """Return the job of a recipe on a target that may still be called `host`.
+
+    Raises:
+        InputError: what is wrong with the model, the target or a knob.
+    """
+    resolved = iree.resolve(target)
+    space = space_for(resolved, recipe, pinned)
+    return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
+
+
+class Steps:
+    """The steps of one job on one catalog."""
+
+    def __init__(self, job: Job, catalog: Catalog) -> None:
+        self.job, self.catalog = job, catalog
+        self.registered = Registered(job.target, job.machine, job.toolchain)
+        self._fresh: set[str] = set()
+        self._bench: Bench | None = None
+
+    # --- import --------------------------------------------------------------------------------------------------
+
+    def import_inputs(self, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the import of a point, by name."""
+        job = self.job
+        choices = job.space.level(point, "model")
+        features = [f for f in KERNEL_FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
+        return {
+            "model": job.model.digest,
+            "context": job.recipe.context,
+            "choices": choices,
+            "features": features,
+            "importer": job.toolchain.importer,
+        }
+
+    def import_(self, point: Point) -> Program | Failure:
+        """Return the program of a point, from the catalog or a child process.
+
+        Raises:
+            InputError: the model itself cannot be taken.
+        """
+        inputs = self.import_inputs(point)
+        key = digest.of(inputs)
+        found = self.catalog.find_import(key)
+        if found and not self._forced("import " + key):
+            return found
+        source = self.job.recipe.model
+        request = {
+            "verb": "import",
+            "model": str(self.job.model.folder),
+            "random_init": source.random_init,
+            "seed": source.seed,
+            "context": inputs["context"],
+            "choices": inputs["choices"],
+            "features": inputs["features"],
+        }
+        begin = monotonic()
+        with TemporaryDirectory(prefix="llmbuild-") as folder:
+            result = self._frontend(request, Path(folder))
+            if isinstance(result, Failure):
+                return result
+            blobs = [self.catalog.blobs.put_file(Path(folder) / n) for n in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE)]
+        program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
+        self.catalog.record_import(key, inputs, program, monotonic() - begin)
+        return program
+
+    def _frontend(self, request: dict[str, Any], folder: Path) -> dict[str, Any] | Failure:
+        job_file, result = folder / "job.json", folder / "result.json"
+        job_file.write_text(json.dumps({**request, "out": str(folder)}))
+        command = [sys.executable, "-m", "llmbuild.frontend", str(job_file)]
+        failure = run(command, "import", self.job.limits, result)
+        if result.is_file():
+            told: dict[str, Any] = json.loads(result.read_text())
+            if "error" in told:
+                raise InputError(told["error"])
+            return told
+        assert failure is not None
+        pasteable = f"echo {shlex.quote(json.dumps({**request, 'out': 'out'}))} > job.json && {sys.executable} -m llmbuild.frontend job.json"
+        return replace(failure, command=pasteable)
+
+    def _forced(self, name: str) -> bool:
+        """Under `-B`, say yes once for each thing, so that a rebuild makes it again but only once."""
+        if not self.job.force or name in self._fresh:
+            return False
+        self._fresh.add(name)
+        return True
+
+    # --- reference -----------------------------------------------------------------------------------------------
+
+    def reference(self) -> Quality | Failure:
+        """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
+        job = self.job
+        absent = job.scored()
+        if absent or job.model.tokenizer is None:
+            return Quality(None, absent)
+        windows = heldout.windows(job.recipe.quality, job.model.tokenizer, job.recipe.context)
+        inputs = {
+            "model": job.model.digest,
+            "windows": digest.of_bytes(windows.tobytes()),
+            "shape": list(windows.shape),
+            "importer": job.toolchain.importer,
+        }
+        key = digest.of(inputs)
+        blob = self.catalog.find_reference(key)
+        if blob and not self._forced("reference " + key):
+            return Quality(self.catalog.blobs.path(blob), "")
+        with TemporaryDirectory(prefix="llmbuild-") as name:
+            folder = Path(name)
+            np.save(folder / "windows.npy", windows)
+            request = {"verb": "reference", "model": str(job.model.folder), "windows": str(folder / "windows.npy")}
+            result = self._frontend(request, folder)
+            if isinstance(result, Failure):
+                return result
+            np.savez(folder / "reference.npz", tokens=windows, logits=np.load(folder / result["logits"]))
+            blob = self.catalog.blobs.put_file(folder / "reference.npz")
+        self.catalog.record_reference(key, inputs, blob)
+        return Quality(self.catalog.blobs.path(blob), "")
+
+    # --- compile -------------------------------------------------------------------------------------------------
+
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+        """Return everything that goes into a compile, by name."""
+        flags = compile_flags(self.job.target, self.job.space.level(point, "codegen"))
+        return {"module": program.module, "flags": flags, "compiler": self.job.toolchain.compiler}
+
+    def compile(self, program: Program, point: Point) -> Artifact | Failure:
+        """Return the artifact of a point, from the catalog or the compiler."""
+        inputs = self.compile_inputs(program, point)
+        key = digest.of(inputs)
+        found = self.catalog.find_compile(key)
+        if found and not self._forced("compile " + key):
+            return found
+        module = self.catalog.blobs.path(program.module)
+        begin = monotonic()
+        with TemporaryDirectory(prefix="llmbuild-") as folder:
+            output = Path(folder) / "module.vmfb"
+            settings = self.job.space.level(point, "codegen")
+            failure = iree.compile_module(module, output, self.job.target, settings, self.job.limits)
+            if failure:
+                return failure
+            artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.job.toolchain.compiler)
+        self.catalog.record_compile(key, inputs, artifact, monotonic() - begin)
+        return artifact
+
+    # --- profile -------------------------------------------------------------------------------------------------
+
+    def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
+        """Return what the profiler needs to know of a variant."""
+        blobs, values = self.catalog.blobs, point.as_dict()
+        loosest = max(TOLERANCE[str(values["weight_format"])], TOLERANCE[str(values["kv_dtype"])])
+        return Subject(
+            variant=self.job.variant(program, point).digest,
+            artifact=artifact.digest,
+            artifact_path=blobs.path(artifact.digest),
+            parameters_path=blobs.path(program.parameters),
+            check_path=blobs.path(program.check),
+            abi=plain(program.abi),
+            driver=str(values["driver"]),
+            workers=int(values["workers"]),
+            tolerance=loosest,
+        )
+
+    def bench(self, quality: Quality) -> Bench:
+        """Return the meter, made on first use."""
+        if self._bench is None:
+            job = self.job
+            self._bench = Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol)
+        return self._bench
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self._bench is not None:
+            self._bench.close()
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the catalog's measuring lock: two builds compile side by side but measure in turn."""
+        with open(self.catalog.folder / ".measuring", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def equal(self, subject: Subject, known: list[Trial]) -> tuple[Measurement, ...] | None:
+        """Return the measurements of a known variant with the same bytes and settings, adopted for this one."""
+        for trial in known:
+            same = trial.artifact == subject.artifact and trial.measurements and trial.variant != subject.variant
+            settings = (trial.point["driver"], trial.point["workers"])
+            if same and settings == (subject.driver, subject.workers) and self._same_weights(trial, subject):
+                return tuple(adopt(m, subject) for m in trial.measurements)
+        return None
+
+    def _same_weights(self, trial: Trial, subject: Subject) -> bool:
+        return bool(trial.program) and self.catalog.parameters_of(str(trial.program)) == subject.parameters_path.name
+
