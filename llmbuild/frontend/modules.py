@@ -81,8 +81,9 @@ class Packed(Matrix):
         return out if out.shape[-1] == self.rows else out[..., : self.rows]
 
     def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        row = rows.unsqueeze(-1)  # every axis is indexed: a slice between two indices does not lower
-        return self.data[row // layouts.PANEL, torch.arange(self.columns), row % layouts.PANEL]
+        row, column = rows.unsqueeze(-1), torch.arange(self.columns)
+        place = (row // layouts.PANEL * self.columns + column) * layouts.PANEL + row % layouts.PANEL
+        return self.data.flatten()[place]  # one flat index: indexing several axes with a dynamic T does not lower
 
 
 LAYOUTS: dict[str, type[Matrix]] = {"row_major": RowMajor, "packed": Packed}
