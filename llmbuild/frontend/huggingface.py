@@ -9,7 +9,6 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmbuild.errors import InputError
@@ -18,7 +17,7 @@ ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "
 """Decoders whose layers are those of Llama, up to biases and norms of the projections."""
 
 
-def load(model: str, random_init: bool, seed: int, attention: str) -> nn.Module:
+def load(model: str, random_init: bool, seed: int, attention: str) -> Any:
     """Return the model in f32, in evaluation mode, with weights from its files or drawn from `seed`.
 
     Raises:
@@ -84,7 +83,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
-def eos_tokens(model: nn.Module) -> tuple[int, ...]:
+def eos_tokens(model: Any) -> tuple[int, ...]:
     """Return the tokens that end a text, from the generation settings or else the configuration."""
     for source in (getattr(model, "generation_config", None), model.config):
         found = getattr(source, "eos_token_id", None)

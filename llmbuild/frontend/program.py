@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import InputError
-from llmbuild.frontend import attention, huggingface, importer
+from llmbuild.frontend import attention, huggingface, importer, modules
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -49,6 +49,7 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     attention.register()
     model = huggingface.load(job.model, job.random_init, job.seed, attention.NAME)
     abi = describe(model, job, choices)
+    modules.swap(model, choices["weight_format"], choices["layout"])
     out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))
@@ -79,7 +80,7 @@ def settle(job: ImportJob) -> dict[str, str]:
     return settled
 
 
-def describe(model: nn.Module, job: ImportJob, choices: dict[str, str]) -> Abi:
+def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     """Return how the program of this model will be called."""
     config = model.config
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -105,7 +106,7 @@ def new_cache(abi: Abi) -> list[torch.Tensor]:
     return [torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype)) for kind in abi.kv]
 
 
-def export(model: nn.Module, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
+def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
     """Trace both entry points; the prompt length stays dynamic."""
     length = torch.export.Dim("T", min=2, max=abi.context)
     kv = new_cache(abi)
@@ -122,7 +123,7 @@ def export(model: nn.Module, abi: Abi) -> dict[str, torch.export.ExportedProgram
     }
 
 
-def check_data(model: nn.Module, abi: Abi, seed: int) -> dict[str, np.ndarray]:
+def check_data(model: Any, abi: Abi, seed: int) -> dict[str, np.ndarray]:
     """Return `prompt` i64[P], `forced` i64[D] and `logits` f32[1+D, V] as PyTorch computes them on the same weights."""
     drawn = np.random.default_rng(seed)
     prompt = drawn.integers(0, abi.vocabulary, min(CHECK_PROMPT, abi.context // 2))
@@ -130,10 +131,10 @@ def check_data(model: nn.Module, abi: Abi, seed: int) -> dict[str, np.ndarray]:
     return {"prompt": prompt, "forced": forced, "logits": run_eagerly(model, abi, prompt, forced)}
 
 
-def run_eagerly(model: nn.Module, abi: Abi, prompt: Sequence[int], forced: Sequence[int]) -> np.ndarray:
+def run_eagerly(model: Any, abi: Abi, prompt: np.ndarray, forced: np.ndarray) -> np.ndarray:
     """Return logits f32[1+D, V]: of the prompt's last token, then of each forced token."""
     prefill, decode, kv = Prefill(model, abi.context), Decode(model, abi.context), new_cache(abi)
-    rows = [prefill(torch.tensor([list(prompt)]), torch.tensor([0]), kv)[1]]
+    rows = [prefill(torch.from_numpy(prompt[None]), torch.tensor([0]), kv)[1]]
     for offset, token in enumerate(forced):
-        rows.append(decode(torch.tensor([token]), torch.tensor([len(prompt) + offset]), kv)[1])
+        rows.append(decode(torch.tensor([int(token)]), torch.tensor([len(prompt) + offset]), kv)[1])
     return torch.stack(rows).numpy()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
-from torch import nn
 
 from llmbuild.errors import InputError
 from llmbuild.frontend import huggingface
@@ -12,7 +13,7 @@ from llmbuild.frontend import huggingface
 LIBRARY_ATTENTION = "eager"
 
 
-def _model(model: str, random_init: bool, seed: int, tokens: np.ndarray) -> nn.Module:
+def _model(model: str, random_init: bool, seed: int, tokens: np.ndarray) -> Any:
     built = huggingface.load(model, random_init, seed, LIBRARY_ATTENTION)
     vocabulary = built.config.vocab_size
     if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
