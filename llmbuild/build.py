@@ -231,7 +231,9 @@ class Build:
         subjects = [s for s in (self._subject(t) for t in racers) if s]
         if len(subjects) < 2:
             return
-        self.tell(Event("race", f"{len(subjects)} survivors in interleaved rounds", len(self.known), self.budget.trials))
+        self.tell(
+            Event("race", f"{len(subjects)} survivors in interleaved rounds", len(self.known), self.budget.trials)
+        )
         begin = monotonic()
         with self.steps.alone():
             bench = self._bench()

@@ -1,11 +1,11 @@
 """The tree of our own faults; what a tool does wrong is a `Failure` value instead.
 
-    LlmbuildError            anything a command reports in one message, without a traceback
-    ├── InputError           a recipe, target, option or model that cannot be taken        exit 2
-    ├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
-    ├── LoadRefused          an artifact that must not be opened on this host              exit 2
-    ├── NothingUsable        a build that ended without one usable variant                 exit 1
-    └── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
+LlmbuildError            anything a command reports in one message, without a traceback
+├── InputError           a recipe, target, option or model that cannot be taken        exit 2
+├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
+├── LoadRefused          an artifact that must not be opened on this host              exit 2
+├── NothingUsable        a build that ended without one usable variant                 exit 1
+└── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
 """
 
 from __future__ import annotations

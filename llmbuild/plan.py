@@ -22,7 +22,12 @@ class Planned:
 
     def row(self) -> dict[str, Any]:
         """Return what `-n` prints."""
-        return {"step": self.step, "what": self.what, "state": "stale" if self.reason else "fresh", "reason": self.reason}
+        return {
+            "step": self.step,
+            "what": self.what,
+            "state": "stale" if self.reason else "fresh",
+            "reason": self.reason,
+        }
 
 
 def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[Planned]:
@@ -52,7 +57,7 @@ def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[P
 def changes(job: Job, catalog: Catalog) -> str:
     """Return which fields differ from the latest build of this recipe; empty when one had the very same."""
     mine = job.scope_inputs
-    earlier = [inputs for inputs in catalog.last_inputs(job.recipe.name)]
+    earlier = catalog.last_inputs(job.recipe.name)
     if not earlier:
         return "never built"
     if any(inputs == mine for inputs in earlier):
@@ -74,5 +79,3 @@ def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[s
 
 def _search(known: int, budget: Budget, reason: str) -> Planned:
     return Planned("search", f"{known} of {budget.trials} trials known", reason)
-
-

@@ -121,6 +121,9 @@ def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int |
     if code == 0:
         return Failure(stage, f"{name} ended well but wrote no file", shlex.join(command), log, lasting=False)
     lines = [x.strip() for x in log.splitlines() if x.strip()]
-    reason = next((x for x in lines if "error:" in x), next((x for x in lines if "error" in x.lower()), f"{name} ended with {code}"))
+    reason = next(
+        (x for x in lines if "error:" in x),
+        next((x for x in lines if "error" in x.lower()), f"{name} ended with {code}"),
+    )
     passing = "No space left" in log or "bad_alloc" in log or "out of memory" in log.lower()
     return Failure(stage, reason[:500], shlex.join(command), log, lasting=not passing)

@@ -8,7 +8,7 @@ import json
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -55,7 +55,7 @@ class Job:
     machine: Machine
     toolchain: Toolchain
     limits: Limits
-    protocol: Protocol = Protocol()
+    protocol: Protocol = field(default_factory=Protocol)
     force: bool = False
 
     @cached_property
@@ -110,7 +110,9 @@ class Job:
         return Variant(program, self.target, point, self.toolchain)
 
 
-def make_job(recipe: Recipe, target: Target, pinned: dict[str, str], machine: Machine, toolchain: Toolchain, force: bool) -> Job:
+def make_job(
+    recipe: Recipe, target: Target, pinned: dict[str, str], machine: Machine, toolchain: Toolchain, force: bool
+) -> Job:
     """Return the job of a recipe on a target that may still be called `host`.
 
     Raises:
@@ -187,7 +189,8 @@ class Steps:
                 raise InputError(told["error"])
             return told
         assert failure is not None
-        pasteable = f"echo {shlex.quote(json.dumps({**request, 'out': 'out'}))} > job.json && {sys.executable} -m llmbuild.frontend job.json"
+        shown = json.dumps({**request, "out": "out"})
+        pasteable = f"echo {shlex.quote(shown)} > job.json && {sys.executable} -m llmbuild.frontend job.json"
         return replace(failure, command=pasteable)
 
     def _forced(self, name: str) -> bool:
@@ -302,4 +305,3 @@ class Steps:
 
     def _same_weights(self, trial: Trial, subject: Subject) -> bool:
         return bool(trial.program) and self.catalog.parameters_of(str(trial.program)) == subject.parameters_path.name
-

@@ -82,7 +82,7 @@ def _migrate(engine: Engine) -> None:
     with engine.connect() as connection:
         connection.exec_driver_sql("BEGIN IMMEDIATE")
         if schema_version(engine) != SCHEMA_VERSION:  # another process may have been first
-            with EnvironmentContext(config, script, fn=lambda rev, _: script._upgrade_revs("head", rev)) as context:  # noqa: SLF001
+            with EnvironmentContext(config, script, fn=lambda rev, _: script._upgrade_revs("head", rev)) as context:
                 context.configure(connection=connection, transactional_ddl=False)
                 context.run_migrations()
             connection.execute(text("DELETE FROM info"))

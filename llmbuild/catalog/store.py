@@ -50,8 +50,8 @@ class BlobStore:
                     shutil.copyfileobj(data, out, _CHUNK)
                     out.flush()
                     os.fsync(out.fileno())
-                os.chmod(temporary, 0o444)
-                os.replace(temporary, final)
+                temporary.chmod(0o444)
+                temporary.replace(final)
                 _sync_folder(final.parent)
             finally:
                 temporary.unlink(missing_ok=True)

@@ -105,7 +105,9 @@ class Catalog:
         """Return the program an import made before, if all its blobs are still there."""
         with self._session() as session:
             row = session.execute(
-                select(t.ProgramRow).join(t.ImportRow, t.ImportRow.program == t.ProgramRow.digest).where(t.ImportRow.key == key)
+                select(t.ProgramRow)
+                .join(t.ImportRow, t.ImportRow.program == t.ProgramRow.digest)
+                .where(t.ImportRow.key == key)
             ).scalar()
             if row is None:
                 return None
@@ -126,7 +128,9 @@ class Catalog:
         with self._session(write=True) as session:
             session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
             values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
-            session.execute(upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+            session.execute(
+                upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
+            )
 
     def parameters_of(self, program: str) -> str | None:
         """Return the digest of a program's parameter archive."""
@@ -143,7 +147,9 @@ class Catalog:
         """Keep what the library's own model says."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
         with self._session(write=True) as session:
-            session.execute(upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+            session.execute(
+                upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
+            )
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
@@ -151,7 +157,9 @@ class Catalog:
         """Return the artifact a compile made before, if its blob is still there and whole."""
         with self._session() as session:
             row = session.execute(
-                select(t.ArtifactRow).join(t.CompileRow, t.CompileRow.artifact == t.ArtifactRow.digest).where(t.CompileRow.key == key)
+                select(t.ArtifactRow)
+                .join(t.CompileRow, t.CompileRow.artifact == t.ArtifactRow.digest)
+                .where(t.CompileRow.key == key)
             ).scalar()
             if row is None:
                 return None
@@ -161,17 +169,32 @@ class Catalog:
     def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
         """Keep what a compile made."""
         with self._session(write=True) as session:
-            row = {"digest": artifact.digest, "size_bytes": artifact.size_bytes, "runtime": artifact.runtime, "created_at": now()}
+            row = {
+                "digest": artifact.digest,
+                "size_bytes": artifact.size_bytes,
+                "runtime": artifact.runtime,
+                "created_at": now(),
+            }
             session.execute(upsert(t.ArtifactRow).values(row).on_conflict_do_nothing())
-            values = {"key": key, "inputs": plain(inputs), "artifact": artifact.digest, "seconds": seconds, "created_at": now()}
-            session.execute(upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+            values = {
+                "key": key,
+                "inputs": plain(inputs),
+                "artifact": artifact.digest,
+                "seconds": seconds,
+                "created_at": now(),
+            }
+            session.execute(
+                upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
+            )
 
     # --- trials --------------------------------------------------------------------------------------------------
 
     def register(self, job: Registered) -> None:
         """Keep target, machine and toolchain of a build; what is known already costs one read."""
         self._keep(t.TargetRow, {"digest": job.target_digest, "name": job.target.name, "body": plain(job.target)})
-        self._keep(t.MachineRow, {"digest": job.machine_digest, "name": job.machine.describe(), "body": plain(job.machine)})
+        self._keep(
+            t.MachineRow, {"digest": job.machine_digest, "name": job.machine.describe(), "body": plain(job.machine)}
+        )
         self._keep(t.ToolchainRow, {"digest": job.toolchain_digest, "body": plain(job.toolchain)})
 
     def _keep(self, table: type[t.Base], row: dict[str, Any]) -> None:
@@ -197,7 +220,9 @@ class Catalog:
                 "seconds": trial.seconds,
                 "created_at": now(),
             }
-            session.execute(upsert(t.TrialRow).values(row).on_conflict_do_update(index_elements=["scope", "point"], set_=row))
+            session.execute(
+                upsert(t.TrialRow).values(row).on_conflict_do_update(index_elements=["scope", "point"], set_=row)
+            )
 
     def record_failure(self, model: str, variant: str | None, failure: Failure) -> None:
         """Keep a failure that belongs to no trial, such as that of a plain compile."""
@@ -252,14 +277,18 @@ class Catalog:
     def last_inputs(self, model: str) -> list[dict[str, Any]]:
         """Return what the builds of a recipe were keyed by, the latest first."""
         with self._session() as session:
-            rows = session.scalars(select(t.BuildRow).where(t.BuildRow.model == model).order_by(t.BuildRow.created_at.desc()))
+            rows = session.scalars(
+                select(t.BuildRow).where(t.BuildRow.model == model).order_by(t.BuildRow.created_at.desc())
+            )
             return [row.inputs for row in rows]
 
     def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
         with self._session(write=True) as session:
-            session.execute(upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+            session.execute(
+                upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
+            )
 
     def reset_build(self, key: str) -> None:
         """Forget how far a build has come."""
@@ -268,9 +297,7 @@ class Catalog:
 
     def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
         """Replace the standings of a recipe on a target and machine, all at once."""
-        rows = [
-            {"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings
-        ]
+        rows = [{"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings]
         where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == machine)
         with self._session(write=True) as session:
             session.execute(delete(t.StandingRow).where(*where))
@@ -319,4 +346,3 @@ def _measurement_upsert(scope: str, m: Measurement) -> Any:
         "created_at": now(),
     }
     return upsert(t.MeasurementRow).values(row).on_conflict_do_update(index_elements=["key"], set_=row)
-

@@ -13,8 +13,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from llmbuild.compiler.flags import compile_flags, target_flags
-from llmbuild.process import Limits, run
 from llmbuild.errors import InputError
+from llmbuild.process import Limits, run
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
@@ -27,9 +27,9 @@ func.func @probe(%a: tensor<4xf32>) -> tensor<4xf32> {
 """
 
 SYSTEM_FEATURES = frozenset(
-    "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp "
-    "xsave xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit "
-    "x87 mmx cx8 crc32 cmov enqcmd hreset kl widekl invlpgb".split()
+    "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "  # noqa: SIM905
+    "xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit x87 mmx "
+    "cx8 crc32 cmov enqcmd hreset kl widekl invlpgb".split()
 )
 """Features that generated code for tensors never uses, or that every x86-64 host has; a loader need not check them."""
 
@@ -81,7 +81,9 @@ def resolve(target: Target) -> Target:
         command = [str(binary()), str(source), *target_flags(target), "--compile-to=executable-sources"]
         failure = run([*command, "-o", str(output)], "compile", Limits(seconds=60), output)
         if failure:
-            raise InputError(f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}")
+            raise InputError(
+                f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}"
+            )
         text = output.read_text(errors="replace")
     return _resolved(target, text)
 

@@ -171,7 +171,9 @@ class Bench:
         try:
             for live in lives:
                 live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
-            by_workload = [self._rounds(lives, w, self.protocol.race_seconds, self.protocol.race_rounds) for w in self.workloads]
+            by_workload = [
+                self._rounds(lives, w, self.protocol.race_seconds, self.protocol.race_rounds) for w in self.workloads
+            ]
         except ChildFailed:
             return []  # what was measured before stands; a survivor that dies now was measured whole already
         finally:
@@ -197,7 +199,9 @@ class Bench:
         self._baseline.decode_steps = steps
         return f"baseline rounds shortened to {min(steps, workload.output)} of {workload.output} output tokens"
 
-    def _rounds(self, lives: Sequence[Live], workload: Workload, seconds: float, rounds: int | None = None) -> list[Measurement]:
+    def _rounds(
+        self, lives: Sequence[Live], workload: Workload, seconds: float, rounds: int | None = None
+    ) -> list[Measurement]:
         baseline = self._baseline
         alone = baseline is not None and list(lives) == [baseline]
         shortened = "" if alone else self._fit_baseline(workload)
@@ -218,7 +222,10 @@ class Bench:
             done += 1
         noisy = noise.verdict(before, noise.snapshot(), max(1, max(live.subject.workers for live in lives)))
         notes = {k: v for k, v in (("baseline", shortened), ("noise", noisy)) if v}
-        return [self._measurement(live, workload, samples[live], samples[baseline] if baseline else {}, notes) for live in lives]
+        return [
+            self._measurement(live, workload, samples[live], samples[baseline] if baseline else {}, notes)
+            for live in lives
+        ]
 
     def _sample(self, live: Live, workload: Workload, into: Samples) -> None:
         before = self.meter.read()
@@ -229,7 +236,9 @@ class Bench:
         if joules is not None:
             into["energy_j_per_token"].append(joules / min(workload.output, live.decode_steps))
 
-    def _measurement(self, live: Live, workload: Workload, mine: Samples, theirs: Samples, notes: dict[str, str]) -> Measurement:
+    def _measurement(
+        self, live: Live, workload: Workload, mine: Samples, theirs: Samples, notes: dict[str, str]
+    ) -> Measurement:
         timed = {name: statistics.median_of(mine[name]) for name in TIMED if mine.get(name)}
         ratios = {name: statistics.paired_ratio(mine[name], theirs[name]) for name in timed if theirs.get(name)}
         energy = {} if "energy_j_per_token" in timed else {"energy": self.meter.reason}

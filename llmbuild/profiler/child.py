@@ -27,7 +27,7 @@ class Child:
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
         self.command = [sys.executable, "-m", "llmbuild.profiler.worker"]
-        self._log = tempfile.TemporaryFile()
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._requests: list[str] = []
         self._process = subprocess.Popen(
             self.command,

@@ -1,10 +1,10 @@
 """The process that runs one artifact: JSON requests on stdin, one JSON answer a line on stdout.
 
-    open     {artifact, parameters, abi, driver, workers, times}   -> load_s samples
-    check    {data}                                                -> errors against PyTorch on the same weights
-    quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
-    round    {prompt, output}                                      -> ttft_s, tpot_s, e2e_s of one answer
-    memory   {}                                                    -> peak resident bytes so far
+open     {artifact, parameters, abi, driver, workers, times}   -> load_s samples
+check    {data}                                                -> errors against PyTorch on the same weights
+quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
+round    {prompt, output}                                      -> ttft_s, tpot_s, e2e_s of one answer
+memory   {}                                                    -> peak resident bytes so far
 """
 
 from __future__ import annotations

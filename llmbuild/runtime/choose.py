@@ -28,16 +28,17 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
     if not row.get("artifact"):
         return row.get("reason") or "has no artifact"
     if not same_minor(row["runtime"], host.runtime):
-        return f"needs IREE runtime {minor(row['runtime'])}, installed is {host.runtime}: pip install iree-base-runtime=={row['runtime']}"
+        need = minor(row["runtime"])
+        return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
     target = row["target_body"]
     if target["arch"] != host.arch:
         return f"is for {target['arch']}, this host is {host.arch}"
     missing = sorted(set(target["requires"]) - host.features)
     if missing:
         return f"needs CPU features this host lacks: {' '.join(missing)}"
-    need = row.get("peak_memory_bytes")
-    if need and host.memory_bytes is not None and need > host.memory_bytes:
-        return f"needs {need / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
+    peak = row.get("peak_memory_bytes")
+    if peak and host.memory_bytes is not None and peak > host.memory_bytes:
+        return f"needs {peak / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
     return ""
 
 

@@ -135,7 +135,12 @@ def _first_line(path: Path) -> str:
 
 def _darwin_features() -> list[str]:
     found = []
-    for name, feature in (("FEAT_DotProd", "dotprod"), ("FEAT_I8MM", "i8mm"), ("FEAT_BF16", "bf16"), ("FEAT_FP16", "fullfp16")):
+    for name, feature in (
+        ("FEAT_DotProd", "dotprod"),
+        ("FEAT_I8MM", "i8mm"),
+        ("FEAT_BF16", "bf16"),
+        ("FEAT_FP16", "fullfp16"),
+    ):
         if _sysctl(f"hw.optional.arm.{name}") == "1":
             found.append(feature)
     return ["neon", *found] if architecture() == "aarch64" and platform.system() == "Darwin" else found

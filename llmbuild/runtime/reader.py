@@ -69,7 +69,9 @@ def _check_schema(connection: sqlite3.Connection, file: Path) -> None:
     if found not in SCHEMA_VERSIONS:
         newer = isinstance(found, int) and found > max(SCHEMA_VERSIONS)
         todo = "upgrade llmbuild" if newer else "run `llmbuild build` on it once to migrate it"
-        raise CatalogError(f"{file}: the catalog's schema is {found}, this llmbuild reads {SCHEMA_VERSIONS[-1]}: {todo}")
+        raise CatalogError(
+            f"{file}: the catalog's schema is {found}, this llmbuild reads {SCHEMA_VERSIONS[-1]}: {todo}"
+        )
 
 
 def variants(

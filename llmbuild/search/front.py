@@ -25,7 +25,9 @@ class Entrant:
     readings: dict[str, Reading]
 
 
-def standings(trials: Sequence[Trial], workload: str, objectives: Sequence[str], bounds: Sequence[Bound]) -> list[Standing]:
+def standings(
+    trials: Sequence[Trial], workload: str, objectives: Sequence[str], bounds: Sequence[Bound]
+) -> list[Standing]:
     """Return where every trial stands on one workload.
 
     `dominated` is only who another beats in every objective beyond the interval; who is merely worse at the median is

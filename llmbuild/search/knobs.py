@@ -34,7 +34,9 @@ KNOBS: tuple[Knob, ...] = (
     ),
     Knob("split_reduction", "codegen", (False, True), False, "split long reductions into two dispatches"),
     Knob("distribution_size", "codegen", (64, 16, 32, 128), 64, "rows a work-group takes"),
-    Knob("driver", "runtime", ("local-task", "local-sync"), "local-task", "IREE's CPU driver: threads, or the caller's"),
+    Knob(
+        "driver", "runtime", ("local-task", "local-sync"), "local-task", "IREE's CPU driver: threads, or the caller's"
+    ),
     Knob(
         "workers",
         "runtime",

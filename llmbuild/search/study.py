@@ -51,7 +51,7 @@ class Study:
         self._first = iter(openers(space))
 
     def ask(self) -> Point | None:
-        """Return a point that was never tried: point 0 first, then experience, then the sampler's; None when all are known."""
+        """Return a point never tried: point 0 first, then experience, then the sampler's; None when all are known."""
         for point in self._first:
             if point not in self._known:
                 self._known.add(point)
@@ -111,7 +111,7 @@ class Study:
         trial.set_constraint("feasible", violation)
 
     def _outcome(self, trial: Trial) -> tuple[list[float], float]:
-        """Return the objectives, all to be minimized and on a log scale where positive, and the violation (<= 0: none)."""
+        """Return the objectives, minimized and on a log scale where positive, and the violation (<= 0: none)."""
         worst = [20.0] * len(self.objectives)
         if trial.failure is not None or not trial.measurements:
             return worst, 1.0

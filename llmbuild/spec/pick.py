@@ -31,7 +31,7 @@ class Pick:
         """Return the choice and the reasons, one line for each variant."""
         bounds = ", ".join(str(b) for b in self.slo.bounds) or "no bounds"
         lines = [f"asked: {bounds}; best {self.slo.objective}"]
-        for c in sorted(self.candidates, key=lambda c: not (c.row is self.chosen)):
+        for c in sorted(self.candidates, key=lambda c: c.row is not self.chosen):
             value = c.row.get(self.slo.objective)
             shown = "absent" if value is None else f"{value:.4g}"
             verdict = "chosen" if c.row is self.chosen else ("accepted" if c.accepted else "rejected")

@@ -150,7 +150,9 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     raw = _read(path)
     parsed = _validate(_Recipe, raw, path)
     folder = (path.parent / parsed.model.huggingface).resolve()
-    looks_local = folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
+    looks_local = (
+        folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
+    )
     text = parsed.quality.text
     return nouns.Recipe(
         name=parsed.name or path.stem,

@@ -1,0 +1,338 @@
+"""The commands: parse, call one function, print. The only place where an error becomes an exit code."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+import llmbuild
+from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
+
+F = TypeVar("F", bound=Callable[..., Any])
+INTERRUPTED = 130
+
+
+class Group(click.Group):
+    """Turns every error of ours into one message and its exit code; a traceback is shown under `--debug` only."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command and exit with its code."""
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except click.exceptions.Exit as done:
+            code = done.exit_code
+        except click.ClickException as error:
+            error.show()
+            code = error.exit_code
+        except (click.exceptions.Abort, KeyboardInterrupt):
+            click.echo("interrupted; what was finished is kept", err=True)
+            code = INTERRUPTED
+        except LlmbuildError as error:
+            if _debug():
+                raise
+            click.echo(f"error: {error}", err=True)
+            code = error.exit_code
+        except BrokenPipeError:
+            code = 0
+        except Exception as error:  # the one broad except: a bug of ours must not look like the user's fault
+            if _debug():
+                raise
+            click.echo(
+                f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it", err=True
+            )
+            code = 1
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _debug() -> bool:
+    return "--debug" in sys.argv
+
+
+def catalog_option(command: F) -> F:
+    """Add `-C`."""
+    return click.option(
+        "-C",
+        "--catalog",
+        envvar="LLMBUILD_CATALOG",
+        default="catalog",
+        show_default=True,
+        help="Folder of the catalog.",
+    )(command)
+
+
+def format_options(command: F) -> F:
+    """Add `--json` and `--csv`."""
+    command = click.option("--csv", "form", flag_value="csv", help="CSV on stdout.")(command)
+    return click.option("--json", "form", flag_value="json", help="JSON on stdout.")(command)
+
+
+def slo_options(command: F) -> F:
+    """Add what picks a row."""
+    for option in (
+        click.option("--objective", metavar="METRIC", help="What to improve; the first SLO's metric if left out."),
+        click.option("--slo", multiple=True, metavar="BOUND", help="What must hold, such as 'tpot_s<=0.02'."),
+        click.option("--workload", help="Only rows of this workload."),
+        click.option("-t", "--target", help="Only rows of this target."),
+    ):
+        command = option(command)
+    return command
+
+
+def build_options(command: F) -> F:
+    """Add what steers a build."""
+    for option in (
+        click.option(
+            "--random-init", is_flag=True, help="Take the model's shape only; weights are random, quality is absent."
+        ),
+        click.option("--set", "pinned", multiple=True, metavar="KNOB=VALUE", help="Pin a knob; may be given again."),
+        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the search."),
+        click.option("--budget", metavar="TIME", help="Stop the search after this long, such as 20m."),
+        click.option("--trials", type=click.IntRange(min=1), help="Unique evaluations, known ones included."),
+        click.option("-B", "--always-make", "force", is_flag=True, help="Make everything again."),
+        click.option(
+            "-k", "--keep-going", is_flag=True, help="Go on with the other recipes and targets when one fails."
+        ),
+        click.option(
+            "-j", "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Compiles side by side."
+        ),
+        click.option("-n", "--dry-run", is_flag=True, help="Print each step and why it would run; do nothing."),
+        click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(llmbuild.__version__, prog_name="llmbuild")
+@click.option("--debug", is_flag=True, help="Show tracebacks.")
+def main(debug: bool) -> None:
+    """Make for LLM binaries: build, measure and pick IREE variants of a model."""
+
+
+@main.command()
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@build_options
+@catalog_option
+@format_options
+def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
+    """Build each RECIPE for each target: search, measure, and keep the front."""
+    from llmbuild import commands
+
+    return _over(commands.each(recipes, options), options, lambda job: _print_built(commands.build(job, options), form))
+
+
+@main.command("compile")
+@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@build_options
+@catalog_option
+@format_options
+def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
+    """Compile each RECIPE for each target; nothing is run, so the target need not be this host."""
+    from llmbuild import commands
+
+    return _over(
+        commands.each(recipes, options), options, lambda job: _print_rows(commands.compile_only(job, options), form)
+    )
+
+
+@main.command()
+@click.argument("what", nargs=-1, required=True)
+@catalog_option
+@format_options
+@click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out.")
+@click.option("--random-init", is_flag=True, help="The recipe was compiled with --random-init.")
+def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
+    """Measure what is compiled, on this machine: a RECIPE, or VARIANTs by digest."""
+    from llmbuild import commands
+
+    return _print_built(commands.profile(what, options), form)
+
+
+@main.command()
+@click.option("-m", "--model", help="Only rows of this model.")
+@slo_options
+@click.option("--all", "everything", is_flag=True, help="Dominated, infeasible and failed variants too.")
+@catalog_option
+@format_options
+def query(form: str | None, **options: Any) -> int:
+    """List the variants that meet an SLO, the best first."""
+    from llmbuild import commands
+    from llmbuild.report.rows import front_table
+
+    rows = commands.query(options)
+    if form or not rows:
+        return _print_public(rows, form)
+    click.echo(front_table(rows))
+    return 0
+
+
+@main.command()
+@click.option("-m", "--model", help="The model; not needed where the catalog has only one.")
+@slo_options
+@catalog_option
+@format_options
+def pick(form: str | None, **options: Any) -> int:
+    """Print the one variant a loader would open on this host, and say why on stderr."""
+    from llmbuild.report.rows import front_table, public
+    from llmbuild.runtime.model import pick as choose
+
+    try:
+        made = choose(
+            options["catalog"],
+            options["model"],
+            options["slo"],
+            options["objective"],
+            options["target"],
+            options["workload"],
+        )
+    except NoVariant as error:
+        if form == "json" and error.pick is not None and error.pick.nearest:
+            click.echo(
+                json.dumps(
+                    {"nearest": public(error.pick.nearest), "distance": error.pick.distance, "reason": str(error)}
+                )
+            )
+        raise
+    assert made.chosen is not None
+    click.echo(made.explain(), err=True)
+    if form == "json":
+        click.echo(json.dumps(public(made.chosen)))
+    elif form == "csv":
+        _print_public([made.chosen], form)
+    else:
+        click.echo(front_table([made.chosen]))
+    return 0
+
+
+@main.command()
+@click.argument("model")
+@click.option("--prompt", default="def main(", show_default=True, help="Text to continue.")
+@click.option("--max-new-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens to add.")
+@click.option("--variant", help="Open this variant instead of picking one.")
+@slo_options
+@catalog_option
+def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
+    """Pick a variant of MODEL and let it continue a text, token by token."""
+    from llmbuild.runtime.model import load
+
+    opened = load(
+        options["catalog"],
+        model,
+        options["slo"],
+        options["objective"],
+        options["target"],
+        options["workload"],
+        options["variant"],
+    )
+    click.echo(f"variant {opened.row['variant'][:12]}, tpot {opened.row['tpot_s'] or 0:.3g} s", err=True)
+    click.echo(prompt, nl=False)
+    for piece in opened.generate(prompt, max_new_tokens):
+        click.echo(piece, nl=False)
+        sys.stdout.flush()
+    click.echo()
+    return 0
+
+
+@main.command()
+@click.argument("variant")
+@catalog_option
+@click.option("--json", "form", flag_value="json", help="JSON on stdout.")
+def explain(variant: str, catalog: str, form: str | None) -> int:
+    """Say everything about a VARIANT: what it is, how it was made, what was read, why it stands where it does."""
+    from llmbuild import commands
+
+    click.echo(commands.explain(variant, Path(catalog), form == "json"))
+    return 0
+
+
+@main.command()
+@format_options
+@click.argument("folder", default="recipes", type=click.Path(path_type=Path))
+def recipes(folder: Path, form: str | None) -> int:
+    """List the recipes of FOLDER and what each asks for."""
+    from llmbuild import commands
+
+    return _print_rows(commands.recipes(folder), form)
+
+
+@main.command()
+@format_options
+@click.option("--knobs", is_flag=True, help="List the knobs of the search space instead.")
+def targets(form: str | None, knobs: bool) -> int:
+    """List the targets, and whether this host can compile and run each."""
+    from llmbuild import commands
+
+    return _print_rows(commands.knobs() if knobs else commands.targets(), form)
+
+
+@main.command()
+@catalog_option
+@format_options
+def doctor(catalog: str, form: str | None) -> int:
+    """Check this installation, this host and the catalog; say what to do about what is wrong."""
+    from llmbuild import commands
+
+    rows = commands.doctor(Path(catalog))
+    _print_rows(rows, form)
+    return 1 if any(row["state"] == "wrong" for row in rows) else 0
+
+
+# --- printing ----------------------------------------------------------------------------------------------------
+
+
+def _over(jobs: Sequence[Any], options: dict[str, Any], act: Callable[[Any], int]) -> int:
+    """Do every job; with `-k` go on past an error and end with the first one's code."""
+    codes = []
+    for job in jobs:
+        try:
+            codes.append(act(job()))
+        except LlmbuildError as error:
+            if not options["keep_going"]:
+                raise
+            click.echo(f"error: {error}", err=True)
+            codes.append(error.exit_code)
+    return next((code for code in codes if code), 0)
+
+
+def _print_built(built: Any, form: str | None) -> int:
+    from llmbuild.report.rows import footnotes, front_table
+
+    if built.plan is not None:
+        return _print_rows(built.plan, form)
+    if form:
+        _print_public(built.rows, form)
+    elif built.rows:
+        click.echo(front_table(built.rows))
+        click.echo("\n".join(footnotes(built.rows)), err=True)
+    if not built.usable:
+        raise NothingUsable(built.advice)
+    return 0
+
+
+def _print_public(rows: Sequence[dict[str, Any]], form: str | None) -> int:
+    from llmbuild.report.rows import public
+
+    return _print_rows([public(row) for row in rows], form)
+
+
+def _print_rows(rows: Sequence[dict[str, Any]], form: str | None) -> int:
+    from llmbuild.report.rows import as_csv, as_json, table
+
+    if form == "json":
+        click.echo(as_json(rows))
+    elif form == "csv":
+        click.echo(as_csv(rows))
+    elif rows:
+        names = list(rows[0])
+        click.echo(table(names, [[str(row[n]) for n in names] for row in rows], left=range(len(names))))
+    else:
+        click.echo("nothing to list", err=True)
+    return 0

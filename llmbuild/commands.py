@@ -1,0 +1,339 @@
+"""What each command does, apart from parsing and printing: options in, plain rows out."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import llmbuild
+from llmbuild import digest, toolchain
+from llmbuild.build import Build, Outcome, describe
+from llmbuild.catalog.schema import FILE
+from llmbuild.catalog.writer import Catalog
+from llmbuild.compiler import iree
+from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.plan import changes, plan
+from llmbuild.report.doctor import checks
+from llmbuild.report.explain import explain as explain_text
+from llmbuild.report.progress import Progress
+from llmbuild.report.rows import public
+from llmbuild.runtime import host, reader
+from llmbuild.search.knobs import KNOBS
+from llmbuild.spec.reader import read_recipe, read_target, seconds
+from llmbuild.spec.recipe import Budget, Recipe
+from llmbuild.spec.slo import METRICS, parse_slo
+from llmbuild.spec.space import Point
+from llmbuild.spec.target import HOST, Target
+from llmbuild.spec.variant import Failure
+from llmbuild.steps import Job, Steps, make_job
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a build has to show: rows of the front and the default, or the plan of a dry run."""
+
+    rows: list[dict[str, Any]]
+    usable: bool
+    advice: str
+    plan: list[dict[str, Any]] | None = None
+
+
+# --- recipes and targets -----------------------------------------------------------------------------------------
+
+
+def each(recipes: Sequence[Path], options: Options) -> list[Callable[[], Job]]:
+    """Return one way to make a job for each recipe on each target; what is wrong is told when it is called."""
+    names = options["targets"] or (HOST,)
+    return [partial(_job, path, name, options) for path in recipes for name in names]
+
+
+def _job(path: Path, target: str, options: Options) -> Job:
+    pinned = _pins(options["pinned"])
+    recipe = read_recipe(path)
+    if options["random_init"] and not recipe.model.random_init:
+        # another name, so that a shape's speed never takes the place of a real model's front
+        recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
+    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"])
+
+
+def _pins(texts: Sequence[str]) -> dict[str, str]:
+    pins = {}
+    for text in texts:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise InputError(f"cannot read --set {text!r}: write KNOB=VALUE")
+        pins[name.strip()] = value.strip()
+    return pins
+
+
+def target_folders() -> list[Path]:
+    """Return where target files are looked for: here, beside the package, inside it."""
+    package = Path(llmbuild.__file__).parent
+    return [Path("targets"), package.parent / "targets", package / "targets"]
+
+
+def find_target(name: str) -> Target:
+    """Return a target by name or file; `host` is built in.
+
+    Raises:
+        InputError: no such target.
+    """
+    if name == HOST:
+        return Target(HOST, "llvm-cpu", host.architecture(), HOST, description="this machine")
+    if name.endswith((".yaml", ".yml")):
+        return read_target(Path(name))
+    for folder in target_folders():
+        if (folder / f"{name}.yaml").is_file():
+            return read_target(folder / f"{name}.yaml")
+    known = ", ".join([HOST, *(t.name for t in _target_files())])
+    raise InputError(f"unknown target {name!r}; there are {known}, or name a file")
+
+
+def _target_files() -> list[Target]:
+    found: dict[str, Path] = {}
+    for folder in target_folders():
+        for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
+            found.setdefault(path.stem, path)
+    return [read_target(path) for path in found.values()]
+
+
+def budget_of(recipe: Recipe, options: Options) -> Budget:
+    """Return the recipe's budget, as far as the command line does not say otherwise."""
+    budget = recipe.budget
+    if options.get("budget"):
+        try:
+            budget = replace(budget, seconds=seconds(options["budget"]))
+        except ValueError as error:
+            raise InputError(f"--budget: {error}") from None
+    return replace(budget, trials=options.get("trials") or budget.trials)
+
+
+# --- build, compile, profile -------------------------------------------------------------------------------------
+
+
+def build(job: Job, options: Options) -> Built:
+    """Build one job, or print what would be done."""
+    _runnable(job)
+    budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
+    if options["dry_run"]:
+        catalog = Catalog(folder) if (folder / FILE).is_file() else None
+        planned = [p.row() for p in plan(job, catalog, budget, options["seed"])]
+        return Built([], True, "", planned)
+    catalog = Catalog(folder)
+    try:
+        return _build(job, catalog, budget, options)
+    finally:
+        catalog.close()
+
+
+def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Built:
+    talk = Progress()
+    reason = changes(job, catalog)
+    talk.say(
+        f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): {job.space.size()} points, {budget.trials} trials"
+    )
+    done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], talk).run()
+    talk.say(_closing(done, reason))
+    return _built(job, catalog.folder, done)
+
+
+def _closing(done: Outcome, reason: str) -> str:
+    if not done.made and done.ended == "up to date":
+        return f"nothing to do: all {done.known} trials are up to date ({done.seconds:.2f} s)"
+    why = f" ({reason})" if reason else ""
+    return f"{done.made} trials made{why}, {done.known} known, {done.usable} usable; {done.ended}, {done.seconds:.0f} s"
+
+
+def _built(job: Job, folder: Path, done: Outcome) -> Built:
+    machine = digest.of(job.machine)
+    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=True)
+    mine = [
+        r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in ("pareto", "undecided"))
+    ]
+    failed = [r for r in rows if r["status"] in ("failed", "infeasible")]
+    why = "; ".join(sorted({str(r["reason"])[:160] for r in failed})[:3])
+    return Built(
+        sorted(mine, key=_order("tpot_s")),
+        done.usable > 0,
+        f"nothing usable came of {done.known} trials: {why}; `llmbuild query --all` lists them",
+    )
+
+
+def _runnable(job: Job) -> None:
+    """Refuse to measure code that this host cannot run."""
+    arch = host.architecture()
+    missing = sorted(set(job.target.requires) - host.features())
+    if job.target.arch != arch or missing:
+        lacks = f"is {arch}" if job.target.arch != arch else f"lacks {' '.join(missing)}"
+        raise InputError(
+            f"target {job.target.name} cannot run on this host, which {lacks}: `llmbuild compile -t {job.target.name}` "
+            "makes its artifacts here, `llmbuild profile` measures them on a host that has it"
+        )
+
+
+def compile_only(job: Job, options: Options) -> list[dict[str, Any]]:
+    """Compile the points that are tried first, for any target."""
+    budget = budget_of(job.recipe, options)
+    folder = Path(options["catalog"])
+    if options["dry_run"]:
+        catalog = Catalog(folder) if (folder / FILE).is_file() else None
+        return [p.row() for p in plan(job, catalog, budget, options["seed"]) if p.step in ("import", "compile")]
+    catalog = Catalog(folder)
+    try:
+        done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], Progress()).compile()
+    finally:
+        catalog.close()
+    rows = [_compiled_row(job, point, made) for point, made in done]
+    if not any(row["artifact"] for row in rows):
+        raise InputError(f"nothing compiled for {job.target.name}: {rows[0]['failure'] if rows else 'no point to try'}")
+    return rows
+
+
+def _compiled_row(job: Job, point: Point, made: Any) -> dict[str, Any]:
+    failed = isinstance(made, Failure)
+    return {
+        "model": job.recipe.name,
+        "target": job.target.name,
+        "choices": describe(job, point),
+        "artifact": "" if failed else made.digest,
+        "artifact_bytes": None if failed else made.size_bytes,
+        "failure": f"{made.stage}: {made.reason}" if failed else "",
+    }
+
+
+def profile(what: Sequence[str], options: Options) -> Built:
+    """Measure what is compiled: every compiled point of recipes, or single variants."""
+    last: Built | None = None
+    settings = {"pinned": (), "force": False, **options}
+    for name in what:
+        if name.endswith((".yaml", ".yml")):
+            for target in options["targets"] or (HOST,):
+                last = _profile_recipe(_job(Path(name), target, settings), settings)
+        else:
+            raise InputError(f"{name}: give a recipe file; its compiled variants are measured")
+    assert last is not None
+    return last
+
+
+def _profile_recipe(job: Job, options: Options) -> Built:
+    _runnable(job)
+    catalog = Catalog(Path(options["catalog"]))
+    try:
+        points = catalog.compiled(job.lineage)
+        if not points:
+            raise InputError(
+                f"nothing of {job.recipe.name} is compiled for {job.target.name}: run `llmbuild compile` first"
+            )
+        budget = replace(job.recipe.budget, trials=len(points))
+        done = Build(Steps(job, catalog), budget, 0, 1, Progress()).measure(points)
+        return _built(job, catalog.folder, done)
+    finally:
+        catalog.close()
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def _order(metric: str) -> Callable[[dict[str, Any]], tuple[bool, float]]:
+    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
+    return lambda row: (row.get(metric) is None, sign * (row.get(metric) or 0.0))
+
+
+def query(options: Options) -> list[dict[str, Any]]:
+    """Return the rows that meet an SLO, the best first."""
+    slo = parse_slo(options["slo"], options["objective"])
+    rows = reader.variants(
+        Path(options["catalog"]), options["model"], options["target"], options["workload"], options["everything"]
+    )
+    return sorted((r for r in rows if not slo.misses(r)), key=_order(slo.objective))
+
+
+def explain(prefix: str, catalog: Path, as_json: bool) -> str:
+    """Return the story of a variant."""
+    rows = reader.find_variant(catalog, prefix)
+    command = _compile_line(catalog, rows[0])
+    if as_json:
+        return json.dumps(
+            [{**public(r), "program": r["program"], "parameters": r["parameters"], "compile": command} for r in rows]
+        )
+    return explain_text(rows, command)
+
+
+def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
+    """Return the command that compiles a variant again from the blobs of its catalog."""
+    if not row["program"]:
+        return ""
+    with reader.opened(catalog) as connection:
+        module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
+    body = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
+    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), Target(**body), row["point"])
+    return shlex.join(command)
+
+
+def recipes(folder: Path) -> list[dict[str, Any]]:
+    """Return what each recipe of a folder asks for; one that cannot be read is told as such."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder of recipes")
+    return [_recipe_row(path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def _recipe_row(path: Path) -> dict[str, Any]:
+    row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
+    try:
+        recipe = read_recipe(path)
+    except InputError as error:
+        return {**row, "state": str(error)}
+    loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)
+    return {
+        **row,
+        "model": recipe.name,
+        "workloads": loads,
+        "objectives": " ".join(recipe.objectives),
+        "trials": recipe.budget.trials,
+    }
+
+
+def targets() -> list[dict[str, Any]]:
+    """Return every target, and whether it compiles and runs here."""
+    return [_target_row(target) for target in [find_target(HOST), *_target_files()]]
+
+
+def _target_row(target: Target) -> dict[str, Any]:
+    row = {"target": target.name, "backend": target.backend, "cpu": target.cpu, "compiles": "yes", "runs": "yes"}
+    try:
+        resolved = iree.resolve(target)
+    except LlmbuildError as error:
+        return {**row, "compiles": str(error).splitlines()[0], "runs": "no", "description": target.description}
+    missing = sorted(set(resolved.requires) - host.features())
+    if target.arch != host.architecture():
+        row["runs"] = f"no: this host is {host.architecture()}"
+    elif missing:
+        row["runs"] = f"no: this host lacks {' '.join(missing)}"
+    return {**row, "cpu": resolved.cpu, "description": target.description}
+
+
+def knobs() -> list[dict[str, Any]]:
+    """Return the knobs of the search space."""
+    return [
+        {
+            "knob": k.name,
+            "level": k.level,
+            "default": k.default,
+            "domain": " ".join(str(v) for v in k.domain),
+            "when": "; ".join(f"{c.knob} in {' '.join(map(str, c.values))}" for c in k.when),
+            "meaning": k.meaning,
+        }
+        for k in KNOBS
+    ]
+
+
+def doctor(catalog: Path) -> list[dict[str, Any]]:
+    """Return what was checked, what was found, and what to do about it."""
+    return checks(catalog)

@@ -1,0 +1,106 @@
+"""Is this installation, this host and this catalog in order? Each check says what to do when it is not."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+from llmbuild.catalog.schema import FILE
+from llmbuild.compiler.iree import compiler_version
+from llmbuild.errors import LlmbuildError
+from llmbuild.profiler.energy import rapl
+from llmbuild.runtime import host, reader
+from llmbuild.runtime.choose import same_minor
+from llmbuild.toolchain import package_version
+
+NEEDED = {
+    "runtime": ("iree-base-runtime", "numpy", "tokenizers"),
+    "build": ("iree-base-compiler", "torch", "transformers", "safetensors", "optuna"),
+}
+
+
+def _row(check: str, state: str, found: str, todo: str = "") -> dict[str, Any]:
+    return {"check": check, "state": state, "found": found, "todo": todo}
+
+
+def checks(catalog: Path) -> list[dict[str, Any]]:
+    """Return every check as a row; `state` is ok, note or wrong."""
+    rows = [_row("python", "ok", sys.version.split()[0])]
+    for extra, names in NEEDED.items():
+        rows += [_package(name, extra) for name in names]
+    rows += [_versions(), _features(), _energy(), _disk(catalog)]
+    return [*rows, *_catalog(catalog)]
+
+
+def _package(name: str, extra: str) -> dict[str, Any]:
+    found = package_version(name)
+    if found != "absent":
+        return _row(name, "ok", found)
+    state = "wrong" if extra == "runtime" else "note"
+    return _row(
+        name, state, "absent", f"pip install 'llmbuild[{extra}]'" if extra == "build" else f"pip install {name}"
+    )
+
+
+def _versions() -> dict[str, Any]:
+    compiler, runtime = compiler_version(), host.runtime_version()
+    if "absent" in (compiler, runtime) or same_minor(compiler, runtime):
+        return _row("compiler and runtime", "ok", f"{compiler} and {runtime}")
+    return _row(
+        "compiler and runtime", "wrong", f"{compiler} and {runtime}", f"pip install iree-base-runtime=={compiler}"
+    )
+
+
+def _features() -> dict[str, Any]:
+    found = host.features()
+    if not found:
+        return _row(
+            "CPU features", "wrong", "this system does not tell them", "artifacts cannot be checked before opening"
+        )
+    named = [
+        f for f in ("avx2", "avx512f", "avx512vnni", "avx512bf16", "amx-int8", "dotprod", "i8mm", "sve") if f in found
+    ]
+    return _row("CPU features", "ok", f"{host.machine().chip}: {' '.join(named) or 'baseline'}")
+
+
+def _energy() -> dict[str, Any]:
+    meter = rapl()
+    return (
+        _row("energy counter", "ok", f"rapl, {len(meter.zones)} packages")
+        if meter.zones
+        else _row("energy counter", "note", meter.reason)
+    )
+
+
+def _disk(catalog: Path) -> dict[str, Any]:
+    existing = next(p for p in (catalog.resolve(), *catalog.resolve().parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if free < 1 << 30:
+        return _row(
+            "disk",
+            "wrong",
+            f"{free / 1e9:.1f} GB free at {existing}",
+            "free some space, or name another catalog with -C",
+        )
+    return _row("disk", "ok", f"{free / 1e9:.0f} GB free at {existing}")
+
+
+def _catalog(catalog: Path) -> list[dict[str, Any]]:
+    if not (catalog / FILE).is_file():
+        return [_row("catalog", "note", f"none at {catalog}", "llmbuild build RECIPE makes one")]
+    try:
+        with reader.opened(catalog) as connection:
+            found = connection.execute("PRAGMA integrity_check").fetchone()[0]
+            blobs = connection.execute("SELECT digest FROM artifact").fetchall()
+    except (LlmbuildError, sqlite3.Error) as error:
+        return [_row("catalog", "wrong", str(error), "restore it from a copy, or build into another folder")]
+    missing = sum(1 for row in blobs if not reader.blob_path(catalog, row[0]).is_file())
+    rows = [_row("catalog", "ok" if found == "ok" else "wrong", f"{catalog}: integrity {found}")]
+    if missing:
+        rows.append(
+            _row("artifacts", "wrong", f"{missing} of {len(blobs)} are missing", "llmbuild build makes them again")
+        )
+    return rows

@@ -1,0 +1,41 @@
+"""Everything about one variant, for people: what it is, how it was made, what was read, why it stands where it does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmbuild.report.rows import differences, gain, quantity
+from llmbuild.spec.slo import METRICS
+
+
+def explain(rows: list[dict[str, Any]], command: str) -> str:
+    """Return the story of a variant; `rows` are its standings, `command` compiles it again."""
+    first = rows[0]
+    lines = [
+        f"variant    {first['variant']}",
+        f"model      {first['model']}",
+        f"target     {first['target']} ({first['target_body']['cpu']})",
+        f"needs      {' '.join(first['target_body']['requires'])}",
+        f"machine    {first['machine']}",
+        f"toolchain  {first['toolchain']}",
+        f"artifact   {first['artifact'] or 'none'}",
+        f"program    {first['program'] or 'none'}",
+        f"parameters {first['parameters'] or 'none'}",
+        f"choices    {differences(first)}",
+        f"point      {' '.join(f'{k}={v}' for k, v in first['point'].items())}",
+        f"compile    {command or 'not known: it was never compiled'}",
+    ]
+    for row in rows:
+        lines += ["", f"workload {row['workload']}: {row['status']}" + (f" ({row['reason']})" if row["reason"] else "")]
+        lines += [_metric_line(row, name) for name in METRICS if row.get(name) is not None]
+        lines += [f"  note {name}: {text}" for name, text in (row["notes"] or {}).items()]
+    return "\n".join(lines)
+
+
+def _metric_line(row: dict[str, Any], name: str) -> str:
+    unit = METRICS[name].unit
+    low, high = (row.get("intervals") or {}).get(name, (None, None))
+    interval = f"  95 % [{quantity(low, unit)}, {quantity(high, unit)}]" if low != high else ""
+    better = gain(row, name)
+    against = f"  {better} over the default" if better else ""
+    return f"  {name:<20} {quantity(row[name], unit):>10}{interval}{against}"

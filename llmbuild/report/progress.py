@@ -1,0 +1,43 @@
+"""Talk on stderr while a build runs: one line for each step that ends, nothing that a log file could not hold."""
+
+from __future__ import annotations
+
+import sys
+from time import monotonic
+from typing import TextIO
+
+from llmbuild.build import Event
+
+
+class Progress:
+    """Prints events; on a terminal, what is under way is shown on a line that the next one replaces."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stderr
+        self.live = self.stream.isatty()
+        self.begin = monotonic()
+
+    def __call__(self, event: Event) -> None:
+        """Print one event."""
+        clock = f"{monotonic() - self.begin:6.1f}s"
+        count = f"[{event.done}/{event.total}]" if event.total else ""
+        if event.step not in ("done", "front") and self.live:
+            self._replace(f"{clock} {count} {event.step} {event.text} ...")
+            return
+        if event.step in ("import", "compile", "profile"):
+            return
+        took = f" {event.seconds:.1f}s" if event.seconds is not None else ""
+        best = f"  best so far: {event.best}" if event.best else ""
+        self._line(f"{clock} {count} {event.step}{took}  {event.text}{best}")
+
+    def say(self, text: str) -> None:
+        """Print a line of talk."""
+        self._line(text)
+
+    def _replace(self, text: str) -> None:
+        self.stream.write("\r\x1b[K" + text[:150])
+        self.stream.flush()
+
+    def _line(self, text: str) -> None:
+        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n")
+        self.stream.flush()

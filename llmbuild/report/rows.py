@@ -1,0 +1,135 @@
+"""Rows of a catalog as people and scripts get them: aligned table, JSON or CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from llmbuild.digest import short
+from llmbuild.search.knobs import KNOBS
+from llmbuild.spec.slo import METRICS
+
+COLUMNS = tuple(
+    "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "
+    "energy_source peak_memory_bytes artifact_bytes quality_kl quality_top1 point artifact toolchain".split()  # noqa: SIM905
+)
+"""The columns every JSON row carries, in the order of the contract."""
+
+MORE = (
+    "parameter_bytes",
+    "e2e_s",
+    "load_s",
+    "quality_perplexity",
+    "confidence",
+    "reason",
+    "ratios",
+    "intervals",
+    "notes",
+)
+
+Cell = str | float | int | bool | None
+
+
+def public(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of the contract, then those that are ours."""
+    return {name: row.get(name) for name in (*COLUMNS, *MORE)}
+
+
+def as_json(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a JSON array, one row a line."""
+    if not rows:
+        return "[]"
+    return "[\n" + ",\n".join(json.dumps(row, sort_keys=False) for row in rows) + "\n]"
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Return CSV with a header; what is not a plain value is JSON in its cell, what is absent is empty."""
+    out = io.StringIO()
+    names = list(rows[0]) if rows else COLUMNS
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(names)
+    for row in rows:
+        writer.writerow([json.dumps(row[n]) if isinstance(row[n], (dict, list)) else row[n] for n in names])
+    return out.getvalue().rstrip("\n")
+
+
+def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
+    """Return an aligned table; the columns in `left` are flush left, the rest flush right."""
+    widths = [max(len(str(line[i])) for line in (header, *lines)) for i in range(len(header))]
+
+    def one(line: Sequence[str]) -> str:
+        cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        return "  ".join(cells).rstrip()
+
+    return "\n".join(one([str(c) for c in line]) for line in (header, *lines))
+
+
+def quantity(value: float | None, unit: str) -> str:
+    """Return a number for people: milliseconds, megabytes, or three digits; `-` where it is absent."""
+    if value is None:
+        return "-"
+    if unit == "s":
+        return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+    if unit == "B":
+        return f"{value / 1e6:.1f} MB"
+    if unit == "1/s":
+        return f"{value:.0f}/s"
+    return f"{value:.3g}"
+
+
+def gain(row: dict[str, Any], metric: str) -> str:
+    """Return how many times better than the compiler's default, paired in the same rounds, with its 95 % interval."""
+    ratio = (row.get("ratios") or {}).get(metric)
+    if not ratio or row.get("default"):
+        return ""
+    middle, low, high = ratio
+    if METRICS[metric].direction == "min":
+        middle, low, high = 1 / middle, 1 / high, 1 / low
+    return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
+
+
+def differences(row: dict[str, Any]) -> str:
+    """Return what a variant's point changes from the compiler's defaults."""
+    defaults = {k.name: k.default for k in KNOBS}
+    point = row.get("point") or {}
+    return " ".join(f"{k}={v}" for k, v in point.items() if defaults.get(k) != v) or "(compiler's defaults)"
+
+
+def front_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return the table of a front: figures, and each variant's gain over the compiler's default."""
+    header = ["variant", "status", "tpot", "gain", "ttft", "gain", "kl", "top1", "weights", "memory", "load", "choices"]
+    return table(header, [_front_line(row) for row in rows], left=(0, 1, 11))
+
+
+def _front_line(row: dict[str, Any]) -> list[str]:
+    kl = row["quality_kl"]
+    return [
+        short(row["variant"]),
+        row["status"] + ("*" if row["default"] else ""),
+        quantity(row["tpot_s"], "s"),
+        gain(row, "tpot_s"),
+        quantity(row["ttft_s"], "s"),
+        gain(row, "ttft_s"),
+        "-" if kl is None else ("0" if kl < 5e-7 else f"{kl:.2g}"),
+        "-" if row["quality_top1"] is None else f"{row['quality_top1']:.1%}",
+        quantity(row["parameter_bytes"], "B"),
+        quantity(row["peak_memory_bytes"], "B"),
+        quantity(row["load_s"], "s"),
+        differences(row),
+    ]
+
+
+def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return what the figures alone do not say: why something is absent, and what was noisy."""
+    told: dict[str, int] = {}
+    for row in rows:
+        for name, text in (row.get("notes") or {}).items():
+            if name in ("quality", "energy", "noise", "baseline"):
+                told[f"{name}: {text}"] = told.get(f"{name}: {text}", 0) + 1
+    lines = [
+        text if count == len(rows) else f"{text} ({count} of {len(rows)} variants)" for text, count in told.items()
+    ]
+    return ["* the compiler's default flags on the plain f32 export", *lines]
