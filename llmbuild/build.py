@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.catalog.writer import Owner
 from llmbuild.process import stop_all
-from llmbuild.profiler.bench import Bench, Subject
+from llmbuild.profiler.protocol import Subject
 from llmbuild.search.front import standings, value_of
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program
@@ -24,6 +24,9 @@ from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.bench import Bench
 
 RACERS = 8
 """Survivors in the final race at most: each one is a live process."""

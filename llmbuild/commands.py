@@ -272,7 +272,7 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
         return ""
     with reader.opened(catalog) as connection:
         module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
-    body = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
+    body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
     command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), Target(**body), row["point"])
     return shlex.join(command)
 

@@ -13,9 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Registered
@@ -26,7 +24,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
 from llmbuild.process import Limits, run
 from llmbuild.profiler import heldout
-from llmbuild.profiler.bench import Bench, Protocol, Quality, Subject, adopt
+from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.search.knobs import space_for
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
@@ -36,6 +34,9 @@ from llmbuild.spec.space import Point, Space
 from llmbuild.spec.target import Target
 from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain, Variant
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.bench import Bench
 
 KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
 """CPU features that our own kernels choose by; an import without them does not depend on the target."""
@@ -204,6 +205,8 @@ class Steps:
 
     def reference(self) -> Quality | Failure:
         """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
+        import numpy as np
+
         job = self.job
         absent = job.scored()
         if absent or job.model.tokenizer is None:
@@ -277,6 +280,8 @@ class Steps:
 
     def bench(self, quality: Quality) -> Bench:
         """Return the meter, made on first use."""
+        from llmbuild.profiler.bench import Bench
+
         if self._bench is None:
             job = self.job
             self._bench = Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol)
@@ -296,6 +301,8 @@ class Steps:
 
     def equal(self, subject: Subject, known: list[Trial]) -> tuple[Measurement, ...] | None:
         """Return the measurements of a known variant with the same bytes and settings, adopted for this one."""
+        from llmbuild.profiler.bench import adopt
+
         for trial in known:
             same = trial.artifact == subject.artifact and trial.measurements and trial.variant != subject.variant
             settings = (trial.point["driver"], trial.point["workers"])

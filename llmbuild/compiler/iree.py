@@ -27,7 +27,7 @@ func.func @probe(%a: tensor<4xf32>) -> tensor<4xf32> {
 """
 
 SYSTEM_FEATURES = frozenset(
-    "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "  # noqa: SIM905
+    "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "
     "xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit x87 mmx "
     "cx8 crc32 cmov enqcmd hreset kl widekl invlpgb".split()
 )

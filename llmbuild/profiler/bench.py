@@ -8,8 +8,7 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from time import monotonic
 from typing import Any
 
@@ -18,6 +17,7 @@ from llmbuild.process import Limits
 from llmbuild.profiler import noise, statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.energy import RaplMeter, rapl
+from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
@@ -25,42 +25,6 @@ from llmbuild.spec.workload import Workload
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_j_per_token")
 LOADS = 3
 Samples = dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun."""
-
-    warmup_s: float = 0.3
-    rounds: int = 5
-    most_rounds: int = 15
-    seconds: float = 2.0
-    baseline_round_s: float = 1.0
-    race_rounds: int = 10
-    race_seconds: float = 20.0
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is measured: files, call contract and run-time settings of one variant."""
-
-    variant: str
-    artifact: str
-    artifact_path: Path
-    parameters_path: Path
-    check_path: Path
-    abi: dict[str, Any]
-    driver: str
-    workers: int
-    tolerance: float
-
-
-@dataclass(frozen=True)
-class Quality:
-    """The reference data on held-out text, or the reason why there is none."""
-
-    data: Path | None
-    reason: str
 
 
 class Live:

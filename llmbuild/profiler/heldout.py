@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sysconfig
 from pathlib import Path
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING
 
 from llmbuild.errors import InputError
 from llmbuild.spec.recipe import Quality
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 WINDOW = 128
 """Tokens of a window at most; a shorter context cuts them shorter."""
@@ -43,6 +45,7 @@ def windows(quality: Quality, tokenizer: Path, context: int) -> NDArray[np.int64
     Raises:
         InputError: the text is shorter than one window.
     """
+    import numpy as np
     from tokenizers import Tokenizer
 
     ids = np.asarray(Tokenizer.from_file(str(tokenizer)).encode(read_text(quality)).ids, np.int64)

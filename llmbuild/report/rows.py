@@ -14,7 +14,7 @@ from llmbuild.spec.slo import METRICS
 
 COLUMNS = tuple(
     "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "
-    "energy_source peak_memory_bytes artifact_bytes quality_kl quality_top1 point artifact toolchain".split()  # noqa: SIM905
+    "energy_source peak_memory_bytes artifact_bytes quality_kl quality_top1 point artifact toolchain".split()
 )
 """The columns every JSON row carries, in the order of the contract."""
 

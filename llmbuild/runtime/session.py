@@ -23,6 +23,22 @@ _ELEMENT = {
 }
 
 
+_RELEASED_IN_ORDER = (
+    "_logits",
+    "_token",
+    "_position",
+    "_decode_arguments",
+    "_token_view",
+    "_position_view",
+    "_kv",
+    "_prefill",
+    "_decode",
+    "_context",
+    "_keep",
+    "_device",
+)
+
+
 @dataclass(frozen=True)
 class Settings:
     """Run-time settings of a variant: the driver, and its worker threads (0: one for each physical core)."""
@@ -55,6 +71,14 @@ class Session:
         self._position, self._position_view = self._scalar()
         self._decode_arguments = self._arguments(self._token_view, self._position_view)
         self._logits: Any = None
+
+    def close(self) -> None:
+        """Release everything, the device last: buffers that outlive their device take the process down with them."""
+        for name in _RELEASED_IN_ORDER:
+            self.__dict__.pop(name, None)
+
+    def __del__(self) -> None:
+        self.close()
 
     def _open(self, artifact: Path, parameters: Path) -> None:
         instance = rt.VmInstance()

@@ -1,0 +1,43 @@
+"""What is measured and for how long: plain data, so that a build with nothing to measure loads nothing to measure with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun."""
+
+    warmup_s: float = 0.3
+    rounds: int = 5
+    most_rounds: int = 15
+    seconds: float = 2.0
+    baseline_round_s: float = 1.0
+    race_rounds: int = 10
+    race_seconds: float = 20.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured: files, call contract and run-time settings of one variant."""
+
+    variant: str
+    artifact: str
+    artifact_path: Path
+    parameters_path: Path
+    check_path: Path
+    abi: dict[str, Any]
+    driver: str
+    workers: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Quality:
+    """The reference data on held-out text, or the reason why there is none."""
+
+    data: Path | None
+    reason: str
