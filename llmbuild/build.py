@@ -306,9 +306,9 @@ def build_key(job: Job, seed: int) -> str:
 
 def known_trials(steps: Steps) -> list[Trial]:
     """Return the finished trials of the job's space; one whose failure may pass is not finished."""
-    inside = set(steps.job.space.points()) | {steps.job.space.default()}
-    trials = steps.catalog.trials(steps.job.scope)
-    return [t for t in trials if t.point in inside and not (t.failure and not t.failure.lasting)]
+    space, trials = steps.job.space, steps.catalog.trials(steps.job.scope)
+    finished = [t for t in trials if not (t.failure and not t.failure.lasting)]
+    return [t for t in finished if t.is_default or space.contains(t.point)]
 
 
 def stale_reason(build: Build) -> str:

@@ -136,9 +136,7 @@ def build(job: Job, options: Options) -> Built:
 def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Built:
     talk = Progress()
     reason = changes(job, catalog)
-    talk.say(
-        f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): {job.space.size()} points, {budget.trials} trials"
-    )
+    talk.say(f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials")
     done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], talk).run()
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)

@@ -91,6 +91,13 @@ class Space:
         names = {k.name for k in self.knobs if k.level in levels}
         return {name: value for name, value in point.values if name in names}
 
+    def contains(self, point: Point) -> bool:
+        """Say whether `point` is one of this space's, without listing them."""
+        values = point.as_dict()
+        if values.keys() != {k.name for k in self.knobs} or self.complete(values) != point:
+            return False
+        return all(values[k.name] in k.domain for k in self.knobs if self.active(k, values))
+
     def points(self) -> Iterator[Point]:
         """Yield every distinct point of the space, without an order that means anything."""
         seen: set[Point] = set()
