@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 Digest = String(64)
@@ -59,7 +59,7 @@ class ProgramRow(Base):
     module: Mapped[str] = mapped_column(Digest)
     parameters: Mapped[str] = mapped_column(Digest)
     checks: Mapped[str] = mapped_column(Digest)
-    parameter_bytes: Mapped[int]
+    parameter_bytes: Mapped[int] = mapped_column(BigInteger)
     abi: Mapped[dict[str, Any]]
 
 
@@ -89,7 +89,7 @@ class ArtifactRow(Base):
 
     __tablename__ = "artifact"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
-    size_bytes: Mapped[int]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     runtime: Mapped[str]
     created_at: Mapped[str]
 
@@ -152,7 +152,7 @@ class MeasurementRow(Base):
     output_tokens_per_s: Mapped[float | None] = mapped_column(Float)
     energy_j_per_token: Mapped[float | None] = mapped_column(Float)
     energy_source: Mapped[str | None]
-    peak_memory_bytes: Mapped[int | None]
+    peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     load_s: Mapped[float | None] = mapped_column(Float)
     quality_kl: Mapped[float | None] = mapped_column(Float)
     quality_top1: Mapped[float | None] = mapped_column(Float)

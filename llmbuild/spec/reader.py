@@ -234,7 +234,11 @@ def _validate(kind: type[_M], raw: Any, path: Path) -> _M:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
-        lines = [_tell(fault, raw, path) for fault in error.errors()]
+        faults = error.errors()
+        inner = [f["loc"] for f in faults]
+        # a list whose items are all bad is also told as too short: say only what is wrong with the items
+        told = [f for f in faults if not any(len(x) > len(f["loc"]) and x[: len(f["loc"])] == f["loc"] for x in inner)]
+        lines = [_tell(fault, raw, path) for fault in told]
         raise InputError("\n".join(lines)) from None
 
 

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.search.front import Entrant, dominates, standings
+from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.spec.slo import parse_bound
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+WORKLOAD = Workload("w", 4, 4, 8)
+
+
+def exact(value: float) -> Reading:
+    return Reading(value, value, value, ())
+
+
+def trial(name: str, failure: Failure | None = None, notes: dict | None = None, **readings: Reading) -> Trial:
+    found = Measurement(name, name, "a", WORKLOAD, "m", readings, {}, notes or {})
+    measured = () if failure else (found,)
+    return Trial("s", 0, Point(()), name, False, "p", "a", 1000, 1000, measured, failure, 0.0)
+
+
+def status(trials: list[Trial], *bounds: str) -> dict[str, str]:
+    found = standings(trials, "w", ("tpot_s", "quality_kl"), tuple(parse_bound(b) for b in bounds))
+    return {s.variant: s.status for s in found}
+
+
+def test_beaten_in_everything_beyond_the_interval_is_dominated() -> None:
+    fast = trial("fast", tpot_s=Reading(1.0, 0.9, 1.1, ()), quality_kl=exact(0.0))
+    slow = trial("slow", tpot_s=Reading(2.0, 1.9, 2.1, ()), quality_kl=exact(0.5))
+    assert status([fast, slow]) == {"fast": "pareto", "slow": "dominated"}
+
+
+def test_behind_within_the_interval_is_undecided() -> None:
+    one = trial("one", tpot_s=Reading(1.0, 0.8, 1.3, ()), quality_kl=exact(0.0))
+    two = trial("two", tpot_s=Reading(1.1, 0.9, 1.4, ()), quality_kl=exact(0.0))
+    assert status([one, two]) == {"one": "pareto", "two": "undecided"}
+
+
+def test_the_same_variant_twice_never_dominates_itself() -> None:
+    a = trial("a", tpot_s=Reading(1.0, 0.99, 1.01, ()), quality_kl=exact(0.1))
+    b = trial("b", tpot_s=Reading(1.0, 0.99, 1.01, ()), quality_kl=exact(0.1))
+    assert status([a, b]) == {"a": "pareto", "b": "pareto"}
+
+
+def test_a_tie_in_a_noiseless_objective_saves_nobody() -> None:
+    fast = trial("fast", tpot_s=Reading(1.0, 0.9, 1.1, ()), quality_kl=exact(1.0e-9))
+    slow = trial("slow", tpot_s=Reading(2.0, 1.9, 2.1, ()), quality_kl=exact(0.9e-9))
+    assert status([fast, slow])["slow"] == "dominated"
+
+
+def test_a_broken_bound_is_infeasible_with_its_reason() -> None:
+    bad = trial("bad", tpot_s=exact(1.0), quality_kl=exact(0.5))
+    found = standings([bad], "w", ("tpot_s",), (parse_bound("quality_kl<=0.1"),))
+    assert (found[0].status, found[0].reason) == ("infeasible", "quality_kl is 0.5, quality_kl<=0.1 asked")
+
+
+def test_quality_that_is_marked_absent_breaks_no_bound() -> None:
+    shape = trial("shape", notes={"quality": "absent: random-init weights"}, tpot_s=exact(1.0))
+    assert status([shape], "quality_kl<=0.1") == {"shape": "pareto"}
+
+
+def test_a_failure_stands_with_its_reason() -> None:
+    dead = trial("dead", failure=Failure("compile", "crashed", "cmd", "", lasting=True))
+    found = standings([dead], "w", ("tpot_s",), ())
+    assert (found[0].status, found[0].reason) == ("failed", "compile: crashed")
+
+
+readings = st.tuples(st.floats(0.1, 10), st.floats(0, 0.2)).map(lambda t: Reading(t[0], t[0] - t[1], t[0] + t[1], ()))
+entrants = st.lists(st.tuples(readings, readings), min_size=1, max_size=12)
+
+
+@given(entrants)
+def test_the_front_is_never_empty_and_nobody_on_it_is_dominated(rows: list) -> None:
+    trials = [trial(str(i), tpot_s=a, quality_kl=b) for i, (a, b) in enumerate(rows)]
+    found = status(trials)
+    by_name = {t.variant: Entrant(t.variant, t.measurements[0].readings) for t in trials}
+    front = [name for name, s in found.items() if s in ("pareto", "undecided")]
+    assert front
+    assert not [(a, b) for a in front for b in front if a != b and dominates(by_name[a], by_name[b])]
+
+
+@given(entrants)
+def test_everyone_off_the_front_is_dominated_by_someone(rows: list) -> None:
+    trials = [trial(str(i), tpot_s=a, quality_kl=b) for i, (a, b) in enumerate(rows)]
+    by_name = {t.variant: Entrant(t.variant, t.measurements[0].readings) for t in trials}
+    off = [name for name, s in status(trials).items() if s == "dominated"]
+    assert all(any(dominates(by_name[o], by_name[name]) for o in by_name if o != name) for name in off)

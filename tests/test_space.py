@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.errors import InputError
+from llmbuild.search.knobs import KNOBS, space_for
+from llmbuild.search.study import Study, openers
+from llmbuild.spec.recipe import Budget, ModelSource, Quality, Recipe
+from llmbuild.spec.slo import METRICS
+from llmbuild.spec.space import Condition, Knob, Point, Space
+from llmbuild.spec.target import Target
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.workload import Workload
+
+VNNI = Target("t", "llvm-cpu", "x86_64", "znver4", (), ("avx512vnni",))
+PLAIN = Target("t", "llvm-cpu", "x86_64", "x86-64-v2")
+
+
+def recipe(**knobs: tuple) -> Recipe:
+    return Recipe(
+        name="r",
+        model=ModelSource("huggingface", "/m"),
+        workloads=(Workload("w", 4, 4, 8),),
+        objectives=("tpot_s",),
+        constraints=(),
+        quality=Quality(),
+        budget=Budget(),
+        knobs=tuple(knobs.items()),
+    )
+
+
+chosen = st.fixed_dictionaries({k.name: st.sampled_from(k.domain) for k in KNOBS})
+
+
+@given(chosen)
+def test_completing_twice_changes_nothing_and_stays_inside(values: dict) -> None:
+    space = Space(KNOBS)
+    once = space.complete(values)
+    assert space.complete(once.as_dict()) == once
+    assert space.contains(once)
+
+
+def test_contains_agrees_with_listing() -> None:
+    space = space_for(PLAIN, recipe(opt_level=("O2",), distribution_size=(64,), workers=(0,)), {})
+    listed = set(space.points())
+    everything = set(Space(KNOBS).points())
+    assert {p for p in everything if space.contains(p)} == listed
+
+
+def test_point_zero_is_the_compilers_defaults_whatever_a_recipe_pins() -> None:
+    space = space_for(VNNI, recipe(opt_level=("O3",), weight_format=("int8",)), {})
+    assert openers(space)[0] == Point.of({k.name: k.default for k in KNOBS})
+
+
+def test_a_condition_names_an_earlier_knob() -> None:
+    late = Knob("a", "model", (1, 2), 1, "", when=(Condition("b", (1,)),))
+    with pytest.raises(ValueError, match="does not come before"):
+        Space((late, Knob("b", "model", (1, 2), 1, "")))
+
+
+def test_a_kernel_that_a_target_cannot_run_is_not_in_its_space() -> None:
+    kernels = {k.name: k.domain for k in space_for(PLAIN, recipe(), {}).knobs}["kernel"]
+    assert kernels == ("compiler",)
+    with pytest.raises(InputError, match="lacks avx512vnni"):
+        space_for(PLAIN, recipe(), {"kernel": "own"})
+
+
+@pytest.mark.parametrize(
+    ("pins", "told"),
+    [({"optlevel": "O2"}, "unknown knob 'optlevel'"), ({"opt_level": "O9"}, "choose from O0, O1, O2, O3")],
+)
+def test_a_bad_pin_is_told(pins: dict, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        space_for(VNNI, recipe(), pins)
+
+
+def test_command_line_values_take_the_type_of_the_domain() -> None:
+    space = space_for(VNNI, recipe(), {"split_reduction": "true", "workers": "1", "distribution_size": "32"})
+    domains = {k.name: k.domain for k in space.knobs}
+    assert (domains["split_reduction"], domains["workers"], domains["distribution_size"]) == ((True,), (1,), (32,))
+
+
+def failed(number: int, point: Point) -> Trial:
+    from llmbuild.spec.variant import Failure
+
+    failure = Failure("compile", "no", "cmd", "", lasting=True)
+    return Trial("s", number, point, f"v{number}", number == 0, None, None, None, None, (), failure, 0.0)
+
+
+def test_a_study_asks_for_every_point_once_and_then_ends() -> None:
+    space = space_for(PLAIN, recipe(weight_format=("f32",), opt_level=("O0", "O2"), distribution_size=(64,)), {})
+    study, asked = Study(space, ("tpot_s",), 0, []), []
+    while (point := study.ask()) is not None:
+        asked.append(point)
+        study.tell(failed(len(asked) - 1, point))
+    assert len(asked) == len(set(asked))
+    assert set(asked) == set(space.points()) | {space.default()}
+
+
+def test_a_study_rebuilt_from_its_trials_repeats_none() -> None:
+    space = space_for(VNNI, recipe(), {})
+    first = Study(space, ("tpot_s",), 0, [])
+    known = [failed(n, point) for n in range(12) if (point := first.ask())]
+    second = Study(space, ("tpot_s",), 0, known)
+    again = [second.ask() for _ in range(12)]
+    assert {t.point for t in known} & set(again) == set()
+
+
+def test_every_metric_names_its_unit_and_direction() -> None:
+    assert {m.direction for m in METRICS.values()} == {"min", "max"}
+    assert all(m.unit for m in METRICS.values())
