@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache
+from llmbuild.frontend.own import OwnHead
 
 
 class _Entry(nn.Module):
     """Holds the model under one name in both entry points, so that both name a weight alike."""
 
-    def __init__(self, model: nn.Module, context: int) -> None:
+    def __init__(self, model: Any, context: int) -> None:
         super().__init__()
         self.model = model
         self.context = context
 
     def step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, kv: Sequence[torch.Tensor]
+        self, tokens: torch.Tensor, positions: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tokens i64[1,T] at positions i64[T]; return the next token i64[1] and the last logits f32[V]."""
-        output = self.model(
+        """Run tokens i64[1,T] at positions i64[T] from `start` i64[1] on; return the next token i64[1] and the last logits f32[V]."""
+        hidden = self.model.model(
             input_ids=tokens,
             attention_mask=causal_mask(positions, self.context),
             position_ids=positions[None],
-            past_key_values=CallerCache(kv, positions),
+            past_key_values=CallerCache(kv, positions, start),
             use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[0, -1].float()
+        ).last_hidden_state[:, -1:]
+        if isinstance(self.model.lm_head, OwnHead):
+            logits, token = self.model.lm_head(hidden)
+            return token, logits
+        logits = self.model.lm_head(hidden)[0, -1]
         return logits.argmax(-1, keepdim=True), logits
 
 
@@ -41,7 +45,7 @@ class Prefill(_Entry):
     def forward(
         self, tokens: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(tokens, start + torch.arange(tokens.shape[1]), kv)
+        return self.step(tokens, start + torch.arange(tokens.shape[1]), start, kv)
 
 
 class Decode(_Entry):
@@ -50,4 +54,4 @@ class Decode(_Entry):
     def forward(
         self, token: torch.Tensor, position: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(token[None], position, kv)
+        return self.step(token[None], position, position, kv)

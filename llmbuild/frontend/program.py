@@ -11,8 +11,9 @@ from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import InputError
-from llmbuild.frontend import attention, huggingface, importer, modules
+from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
 from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.kernels.avx512 import FEATURES
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -32,6 +33,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16"),
+    "workers": ("2", "1", "4", "8", "16", "32", "64"),
 }
 """Model-level knobs; the first value is the default."""
 
@@ -49,11 +51,12 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     attention.register()
     model = huggingface.load(job.model, job.random_init, job.seed, attention.NAME)
     abi = describe(model, job, choices)
-    modules.swap(model, choices["weight_format"], choices["layout"])
+    kernels = apply(model, job, choices)
     out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
         np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))
     module, parameters = importer.import_programs(export(model, abi))
+    splice.splice(module, kernels)
     importer.save_module(module, out / MODULE_FILE)
     parameters.save(out / PARAMETERS_FILE)
     (out / ABI_FILE).write_text(digest.canonical(abi) + "\n")
@@ -80,6 +83,17 @@ def settle(job: ImportJob) -> dict[str, str]:
     return settled
 
 
+def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
+    """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
+    if choices["kernel"] == "compiler":
+        modules.swap(model, choices["weight_format"], choices["layout"])
+        return {}
+    if (choices["weight_format"], choices["layout"]) != ("int8", "packed"):
+        raise InputError("kernel=own reads weight_format=int8 in layout=packed; choose these with it")
+    own.check(model, job.model, job.features)
+    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["workers"]))
+
+
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     """Return how the program of this model will be called."""
     config = model.config
@@ -94,6 +108,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         kv=(buffer,) * (2 * config.num_hidden_layers),
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
+        required_features=FEATURES if choices["kernel"] == "own" else (),
     )
 
 

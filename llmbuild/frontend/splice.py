@@ -1,0 +1,86 @@
+"""Puts our own kernels where an imported module calls our torch operators."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from iree.compiler import ir
+
+OPERATOR = "torch.operator"
+NAMESPACE = "torch.llmbuild."
+
+
+def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
+    """Replace every operator of ours by a call of the kernel that its last operand names.
+
+    `kernels` maps a name to the MLIR that defines the function of that name.
+    """
+    with module.context, ir.Location.unknown():
+        found = _operators(module.operation)
+        for name in sorted({_kernel_name(operator) for operator in found}):
+            _append(module, kernels[name])
+        table = ir.SymbolTable(module.operation)
+        for operator in found:
+            _replace(operator, table)
+
+
+def _operators(root: Any) -> list[Any]:
+    found: list[Any] = []
+
+    def visit(operation: Any) -> Any:
+        if operation.name == OPERATOR and ir.StringAttr(operation.attributes["name"]).value.startswith(NAMESPACE):
+            found.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    root.walk(visit)
+    return found
+
+
+def _kernel_name(operator: Any) -> str:
+    constant = operator.operands[len(operator.operands) - 1].owner
+    return str(ir.StringAttr(constant.attributes["value"]).value)
+
+
+def _append(module: ir.Module, text: str) -> None:
+    parsed = ir.Module.parse(text)
+    for operation in list(parsed.body.operations):
+        operation.detach_from_parent()
+        module.body.append(operation)
+
+
+def _replace(operator: Any, table: ir.SymbolTable) -> None:
+    name = _kernel_name(operator)
+    kind = ir.FunctionType(ir.TypeAttr(table[name].attributes["function_type"]).value)
+    with ir.InsertionPoint(operator):
+        tensors = list(operator.operands)[:-1]
+        operands = [_to_builtin(value, wanted) for value, wanted in zip(tensors, kind.inputs, strict=True)]
+        call = ir.Operation.create(
+            "util.call", results=kind.results, operands=operands, attributes={"callee": ir.FlatSymbolRefAttr.get(name)}
+        )
+        for old, new in zip(operator.results, call.results, strict=True):
+            old.replace_all_uses_with(_from_builtin(new, old.type))
+    operator.erase()
+
+
+def _to_builtin(value: Any, wanted: Any) -> Any:
+    plain = ir.Operation.create("torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]).result
+    return plain if plain.type == wanted else _cast(plain, wanted)
+
+
+def _from_builtin(value: Any, wanted: Any) -> Any:
+    kind = _builtin(wanted, value.type)
+    plain = value if value.type == kind else _cast(value, kind)
+    return ir.Operation.create("torch_c.from_builtin_tensor", results=[wanted], operands=[plain]).result
+
+
+def _cast(value: Any, wanted: Any) -> Any:
+    return ir.Operation.create("tensor.cast", results=[wanted], operands=[value]).result
+
+
+def _builtin(torch_type: Any, like: Any) -> Any:
+    """Return the builtin tensor of a `!torch.vtensor<[1,?,64],f32>`: its shape, the element type of the other side."""
+    shape = str(torch_type).partition("[")[2].partition("]")[0]
+    dynamic = ir.ShapedType.get_dynamic_size()
+    sizes = [dynamic if size == "?" else int(size) for size in shape.split(",") if size]
+    return ir.RankedTensorType.get(sizes, ir.RankedTensorType(like).element_type)

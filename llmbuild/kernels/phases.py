@@ -1,0 +1,74 @@
+"""Phases of work inside one dispatch, shared by its work-groups, without assuming that work-groups run at the same time.
+
+Each phase is a number of units. Every work-group has a segment of them, one contiguous stream of memory; units are claimed
+one by one with an atomic counter, from the own segment first, then from the others'. Who finds nothing left to claim waits
+until all units of the phase are done: only for units that a running work-group holds. So one work-group alone finishes all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmbuild.kernels.text import I32, I64, PTR, Writer
+
+LINE = 64
+"""Bytes from one counter to the next: two on one cache line would be one lock."""
+
+
+def counter_bytes(phases: int, workers: int) -> int:
+    """Return the size of the zeroed counters that `phases` phases need."""
+    return phases * (workers + 1) * LINE
+
+
+class Phases:
+    """Writes phases, one after the other, into a function."""
+
+    def __init__(self, writer: Writer, counters: str, worker: str, workers: int) -> None:
+        """Take a pointer to zeroed counters, the work-group's number (i64) and how many there are."""
+        self._w = writer
+        self._counters = counters
+        self._worker = worker
+        self._workers = workers
+        self._phase = 0
+
+    def run(self, units: int | str, unit: Callable[[str], None]) -> None:
+        """Write one phase: `unit(i)` writes the work of unit i (i64). Nothing after it starts before all units are done."""
+        w = self._w
+        base = w.at(self._counters, self._phase * (self._workers + 1) * LINE)
+        self._phase += 1
+
+        def segment(turn: str, done: str) -> list[str]:
+            which = w.integers("remui", w.add(self._worker, turn), self._workers)
+            first = w.integers("divui", w.mul(units, which), self._workers)
+            stop = w.integers("divui", w.mul(units, w.add(which, 1)), self._workers)
+            counter = w.at(base, w.mul(w.add(which, 1), LINE))
+            return [self._drain(counter, first, stop, done, unit)]
+
+        zero = w.constant("0", I32)
+        (mine,) = w.loop(0, self._workers, 1, segment, [(zero, I32)])
+        w.let(f"llvm.atomicrmw add {base}, {mine} acq_rel : {PTR}, {I32}")
+        self._wait(base, units)
+
+    def _drain(self, counter: str, first: str, stop: str, done: str, unit: Callable[[str], None]) -> str:
+        w = self._w
+        result, before, count, claimed = w.name(), w.name(), w.name(), w.name()
+        one = w.constant("1", I32)
+        w.line(f"{result}:2 = scf.while ({before} = {done}) : ({I32}) -> ({I32}, {I64}) {{")
+        taken = w.let(f"llvm.atomicrmw add {counter}, {one} monotonic : {PTR}, {I32}")
+        index = w.add(first, w.cast("arith.extui", taken, I32, I64))
+        w.line(f"scf.condition({w.below(index, stop)}) {before}, {index} : {I32}, {I64}")
+        w.line(f"}} do {{\n^bb0({count}: {I32}, {claimed}: {I64}):")
+        unit(claimed)
+        w.line(f"scf.yield {w.let(f'arith.addi {count}, {one} : {I32}')} : {I32}")
+        w.line("}")
+        return f"{result}#0"
+
+    def _wait(self, base: str, units: int | str) -> None:
+        w = self._w
+        goal = w.cast("arith.trunci", w.integer(units), I64, I32)
+        w.line("scf.while : () -> () {")
+        seen = w.let(f'"llvm.load"({base}) <{{alignment = 4 : i64, ordering = 4 : i64}}> : ({PTR}) -> {I32}')
+        w.line(f"scf.condition({w.let(f'arith.cmpi slt, {seen}, {goal} : {I32}')})")
+        w.line("} do {")
+        w.line('llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
+        w.line("scf.yield\n}")

@@ -1,0 +1,69 @@
+"""The arithmetic of our own kernels in NumPy: slow, plain, and the truth that they are checked against."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.transform.decoder import layer_matrices, section_of
+from llmbuild.transform.weights import Array
+
+
+def quantized_rows(x: Array) -> tuple[Array, Array]:
+    """Return integers (as f64) in -127..127 and scales [T,1] of rows [T,K]: `round(x * 127 / max|x|)`."""
+    top = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
+    factor = np.float32(127) / np.maximum(top, np.float32(1e-30))
+    return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(127)
+
+
+def multiply(x: Array, matrix: tuple[Array, Array, Array]) -> Array:
+    """Return f32[T,N] of rows [T,K] that are quantized first, times int8[N,K] with scales and biases."""
+    data, scale, bias = matrix
+    rows, row_scale = quantized_rows(x)
+    exact = rows @ data.astype(np.float64).T
+    return (exact * (row_scale.astype(np.float64) * scale) + bias).astype(np.float32)
+
+
+def normalize(x: Array, weight: Array, epsilon: float) -> Array:
+    """Return rows scaled to a root mean square of 1, times the weight."""
+    mean = np.square(x.astype(np.float64)).mean(axis=1, keepdims=True)
+    return (x / np.sqrt(mean + epsilon) * weight).astype(np.float32)
+
+
+def rotated(x: Array, cosine: Array, sine: Array) -> Array:
+    """Return heads [T,heads,head_dim] rotated by angles [T,head_dim]."""
+    half = x.shape[-1] // 2
+    turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
+    return x * cosine[:, None] + turned * sine[:, None]
+
+
+def layer(
+    shape: DecoderShape, x: Array, cosine: Array, sine: Array, start: int, buffer: Array, keys: Array, values: Array
+) -> tuple[Array, Array, Array]:
+    """Return the new hidden states f32[T,hidden] and the new cache; arguments are those of the kernel."""
+    matrices, rows = layer_matrices(shape, buffer), len(x)
+    norms = [section_of(shape, buffer, name).view(np.float32) for name in ("norm1", "norm2")]
+    qkv = multiply(normalize(x, norms[0], shape.epsilon), matrices["qkv"])
+    query, key, value = np.split(qkv, np.cumsum([shape.attended, shape.cached]), axis=1)
+    key = rotated(key.reshape(rows, shape.kv_heads, -1), cosine, sine)
+    keys, values, seen = keys.copy(), values.copy(), slice(start, start + rows)
+    keys[seen] = key
+    values[seen] = value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
+    query = rotated(query.reshape(rows, shape.heads, -1), cosine, sine)
+    middle = x + multiply(_attend(shape, query, start, keys, values), matrices["out"])[:, : shape.hidden]
+    turns = multiply(normalize(middle, norms[1], shape.epsilon), matrices["gate_up"]).reshape(rows, -1, 2, 32)
+    gate, up = turns[:, :, 0].astype(np.float64), turns[:, :, 1]
+    inner = (gate / (1 + np.exp(-gate)) * up).reshape(rows, -1).astype(np.float32)
+    return middle + multiply(inner, matrices["down"])[:, : shape.hidden], keys, values
+
+
+def _attend(shape: DecoderShape, query: Array, start: int, keys: Array, values: Array) -> Array:
+    groups = shape.heads // shape.kv_heads
+    out = np.zeros((len(query), shape.heads, shape.head_dim))
+    for row in range(len(query)):
+        for head in range(shape.heads):
+            seen = slice(0, start + row + 1)
+            scores = keys[seen, head // groups].astype(np.float64) @ query[row, head] * shape.scale
+            weights = np.exp(scores - scores.max())
+            out[row, head] = weights @ values[seen, head // groups].astype(np.float64) / weights.sum()
+    return out.reshape(len(query), -1).astype(np.float32)
