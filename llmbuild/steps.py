@@ -120,7 +120,7 @@ def make_job(
         InputError: what is wrong with the model, the target or a knob.
     """
     resolved = iree.resolve(target)
-    space = space_for(resolved, recipe, pinned)
+    space = space_for(resolved, recipe, pinned, machine.cores)
     return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
 
 
@@ -138,7 +138,8 @@ class Steps:
     def import_inputs(self, point: Point) -> dict[str, Any]:
         """Return everything that goes into the import of a point, by name."""
         job = self.job
-        choices = job.space.level(point, "model")
+        choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
+        choices["workers"] = choices.pop("work_groups")
         features = [f for f in KERNEL_FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
         return {
             "model": job.model.digest,

@@ -22,6 +22,14 @@ KNOBS: tuple[Knob, ...] = (
         when=(Condition("weight_format", ("int8",)), Condition("layout", ("packed",))),
         features=(("own", ("avx512vnni",)),),
     ),
+    Knob(
+        "work_groups",
+        "model",
+        (1, 2, 4, 8, 16, 32, 64),
+        1,
+        "pieces our kernels cut a layer into; one for each worker is enough",
+        when=(Condition("kernel", ("own",)),),
+    ),
     Knob("kv_dtype", "model", ("f32", "f16"), "f32", "element type of the KV cache"),
     Knob("opt_level", "codegen", ("O0", "O1", "O2", "O3"), "O0", "--iree-opt-level"),
     Knob(
@@ -49,19 +57,27 @@ KNOBS: tuple[Knob, ...] = (
 """In the order in which they are asked about; a condition names an earlier knob."""
 
 
-def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str]) -> Space:
+def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: int = 2) -> Space:
     """Return the space of a recipe on a target; `pinned` holds the `--set KNOB=VALUE` options, which win.
+
+    `cores` is how many workers are expected where the artifacts will run: our kernels are cut into that many pieces.
 
     Raises:
         InputError: an unknown knob, a value outside its domain, or one the target cannot do.
     """
-    asked: dict[str, tuple[Value, ...]] = dict(recipe.knobs)
+    asked: dict[str, tuple[Value, ...]] = {"work_groups": (work_groups(cores),), **dict(recipe.knobs)}
     asked.update({name: (text,) for name, text in pinned.items()})
     known = {knob.name for knob in KNOBS}
     for name in asked:
         if name not in known:
             raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
     return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in KNOBS))
+
+
+def work_groups(cores: int) -> int:
+    """Return the smallest number of pieces that keeps every core busy."""
+    pieces = [int(v) for k in KNOBS if k.name == "work_groups" for v in k.domain]
+    return next((n for n in pieces if n >= cores), pieces[-1])
 
 
 def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
