@@ -201,7 +201,7 @@ class Build:
         equal = self.steps.equal(subject, self.known)
         if equal:
             return equal
-        with self.steps.alone():
+        with self.catalog.measuring():
             bench = self._bench()
             if isinstance(bench, Failure):
                 return bench
@@ -238,7 +238,7 @@ class Build:
             Event("race", f"{len(subjects)} survivors in interleaved rounds", len(self.known), self.budget.trials)
         )
         begin = monotonic()
-        with self.steps.alone():
+        with self.catalog.measuring():
             bench = self._bench()
             if isinstance(bench, Failure):
                 return

@@ -18,6 +18,7 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, plan
+from llmbuild.remeasure import remeasure
 from llmbuild.report.doctor import checks
 from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
@@ -207,17 +208,16 @@ def _compiled_row(job: Job, point: Point, made: Any) -> dict[str, Any]:
 
 
 def profile(what: Sequence[str], options: Options) -> Built:
-    """Measure what is compiled: every compiled point of recipes, or single variants."""
-    last: Built | None = None
+    """Measure what is compiled: every compiled point of recipes, or single variants anew."""
+    files = [name for name in what if name.endswith((".yaml", ".yml"))]
+    variants = [name for name in what if name not in files]
     settings = {"pinned": (), "force": False, **options}
-    for name in what:
-        if name.endswith((".yaml", ".yml")):
-            for target in options["targets"] or (HOST,):
-                last = _profile_recipe(_job(Path(name), target, settings), settings)
-        else:
-            raise InputError(f"{name}: give a recipe file; its compiled variants are measured")
-    assert last is not None
-    return last
+    jobs = each([Path(name) for name in files], settings)
+    built = [_profile_recipe(job(), settings) for job in jobs]
+    if variants:
+        rows = remeasure(Path(options["catalog"]), variants, Progress())
+        built.append(Built(rows, True, ""))
+    return Built([r for b in built for r in b.rows], all(b.usable for b in built), "; ".join(b.advice for b in built))
 
 
 def _profile_recipe(job: Job, options: Options) -> Built:

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import json
 import shlex
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -292,13 +289,6 @@ class Steps:
         """End what still runs."""
         if self._bench is not None:
             self._bench.close()
-
-    @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hold the catalog's measuring lock: two builds compile side by side but measure in turn."""
-        with open(self.catalog.folder / ".measuring", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
 
     def equal(self, subject: Subject, known: list[Trial]) -> tuple[Measurement, ...] | None:
         """Return the measurements of a known variant with the same bytes and settings, adopted for this one."""

@@ -249,3 +249,14 @@ def test_a_killed_build_keeps_what_was_finished_and_repeats_none_of_it(tmp_path:
     assert kills >= 1
     assert {k: after[k] for k in before} == before
     assert len(after) == 3
+
+
+def test_profiling_a_variant_again_keeps_its_quality_and_renews_its_times(built: Project, tmp_path: Path) -> None:
+    moved = tmp_path / "again"
+    subprocess.run(["cp", "-r", built.catalog, moved], check=True)
+    row = next(r for r in rows_of(built) if not r["default"])
+    done = llmbuild("profile", row["variant"][:16], "--json", "-C", moved)
+    fresh = json.loads(done.stdout)
+    assert [r["variant"] for r in fresh] == [row["variant"]], done.stderr
+    assert fresh[0]["quality_kl"] == row["quality_kl"]
+    assert fresh[0]["intervals"]["tpot_s"] != row["intervals"]["tpot_s"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,13 @@ class Catalog:
     def close(self) -> None:
         """Release the database."""
         self.engine.dispose()
+
+    @contextlib.contextmanager
+    def measuring(self) -> Iterator[None]:
+        """Hold the measuring lock: builds of one catalog compile side by side but measure in turn."""
+        with open(self.folder / ".measuring", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     # --- programs ------------------------------------------------------------------------------------------------
 
@@ -294,6 +302,13 @@ class Catalog:
         """Forget how far a build has come."""
         with self._session(write=True) as session:
             session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
+
+    def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
+        """Add or replace one standing, beside those of other machines."""
+        row = {"model": model, "target": names.target_digest, "machine": names.machine_digest, **plain(standing)}
+        keys = ["model", "target", "machine", "workload", "variant"]
+        with self._session(write=True) as session:
+            session.execute(upsert(t.StandingRow).values(row).on_conflict_do_update(index_elements=keys, set_=row))
 
     def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
         """Replace the standings of a recipe on a target and machine, all at once."""

@@ -94,7 +94,7 @@ def variants(
     return [decode(row) for row in found]
 
 
-def decode(row: sqlite3.Row) -> dict[str, Any]:
+def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
     """Return a row as a dict, its JSON columns parsed."""
     out = dict(row)
     for name in _JSON:

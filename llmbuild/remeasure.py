@@ -1,0 +1,151 @@
+"""Measure single variants anew on this machine, paired with their default, from what the catalog alone holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.build import Event
+from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.errors import LoadRefused, NothingUsable
+from llmbuild.process import Limits
+from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.runtime import host, reader
+from llmbuild.runtime.choose import refusal
+from llmbuild.runtime.model import host_facts, verify
+from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.spec.target import Target
+from llmbuild.spec.trial import Standing
+from llmbuild.spec.variant import Failure, Toolchain
+from llmbuild.spec.workload import Workload
+from llmbuild.steps import TOLERANCE
+
+Row = dict[str, Any]
+KEPT = "quality"
+
+
+@dataclass(frozen=True)
+class Known:
+    """A variant as the catalog has it: one of its rows, where it was measured, and its check data."""
+
+    row: Row
+    scope: str
+    workload: Workload
+    checks: str
+    target: Target
+    toolchain: Toolchain
+
+
+def remeasure(folder: Path, prefixes: Sequence[str], tell: Callable[[Event], None]) -> list[Row]:
+    """Measure variants again and return their rows.
+
+    On the machine that measured them before, the readings replace the earlier ones and quality is kept, for it does
+    not depend on the machine; on another machine they are added beside them.
+
+    Raises:
+        InputError: no such variant.
+        LoadRefused: this host must not open it.
+        NothingUsable: it does not run here.
+    """
+    known = [_known(folder, row) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
+    catalog = Catalog(folder)
+    try:
+        for number, one in enumerate(known, 1):
+            tell(Event("profile", digest.short(one.row["variant"]), number, len(known)))
+            _measure(catalog, folder, one)
+            tell(Event("done", digest.short(one.row["variant"]), number, len(known)))
+    finally:
+        catalog.close()
+    here = digest.of(host.machine())
+    rows = [row for prefix in prefixes for row in reader.find_variant(folder, prefix)]
+    return [row for row in rows if row["machine_digest"] == here]
+
+
+def _known(folder: Path, row: Row) -> Known:
+    why = refusal(row, host_facts())
+    if why:
+        raise LoadRefused(f"variant {digest.short(row['variant'])} {why}")
+    verify(folder, row)
+    with reader.opened(folder) as connection:
+        measured = connection.execute(
+            "SELECT scope, workload_body FROM measurement WHERE variant = ? AND workload = ?",
+            (row["variant"], row["workload"]),
+        ).fetchone()
+        checks = connection.execute("SELECT checks FROM program WHERE digest = ?", (row["program"],)).fetchone()
+        body = connection.execute("SELECT body FROM toolchain WHERE digest = ?", (row["toolchain"],)).fetchone()
+    if measured is None:
+        raise LoadRefused(f"variant {digest.short(row['variant'])} was never measured: give its recipe instead")
+    decoded = reader.decode({"workload_body": measured["workload_body"], "notes": body["body"]})
+    target: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
+    return Known(
+        row=row,
+        scope=measured["scope"],
+        workload=Workload(**decoded["workload_body"]),
+        checks=checks["checks"],
+        target=Target(**target),
+        toolchain=Toolchain(**decoded["notes"]),
+    )
+
+
+def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
+    from llmbuild.profiler.bench import Bench
+
+    names = Registered(known.target, host.machine(), known.toolchain)
+    catalog.register(names)
+    quality = Quality(None, "kept from the first measurement")
+    with catalog.measuring():
+        bench = Bench([known.workload], quality, names.machine_digest, Limits(), Protocol())
+        try:
+            default = _default(folder, known)
+            if default:
+                bench.measure(_subject(folder, default), baseline=True)
+            measured = bench.measure(_subject(folder, known), baseline=default is None)
+        finally:
+            bench.close()
+    if isinstance(measured, Failure):
+        catalog.record_failure(known.row["model"], known.row["variant"], measured)
+        raise NothingUsable(f"variant {digest.short(known.row['variant'])}: {measured.stage}: {measured.reason}")
+    fresh = _with_quality(measured[0], known.row)
+    catalog.update_measurement(known.scope, fresh)
+    if known.row["machine_digest"] != names.machine_digest:
+        reason = "measured alone on this machine"
+        catalog.add_standing(
+            known.row["model"],
+            names,
+            Standing(known.row["variant"], known.workload.name, "undecided", None, reason, fresh.key),
+        )
+
+
+def _default(folder: Path, known: Known) -> Known | None:
+    """Return the compiler's default of the same model, target and workload; None when this is it, or there is none."""
+    row = known.row
+    rows = reader.variants(folder, row["model"], row["target"], row["workload"], everything=True)
+    found = next((r for r in rows if r["default"] and r["artifact"]), None)
+    return None if found is None or found["variant"] == row["variant"] else _known(folder, found)
+
+
+def _subject(folder: Path, known: Known) -> Subject:
+    row, point = known.row, known.row["point"]
+    return Subject(
+        variant=row["variant"],
+        artifact=row["artifact"],
+        artifact_path=reader.blob_path(folder, row["artifact"]),
+        parameters_path=reader.blob_path(folder, row["parameters"]),
+        check_path=reader.blob_path(folder, known.checks),
+        abi=row["abi"],
+        driver=str(point["driver"]),
+        workers=int(point["workers"]),
+        tolerance=max(TOLERANCE[point["weight_format"]], TOLERANCE[point["kv_dtype"]]),
+    )
+
+
+def _with_quality(measured: Measurement, row: Row) -> Measurement:
+    kept = {n: Reading(row[n], row[n], row[n], ()) for n in row if n.startswith("quality_") and row[n] is not None}
+    notes = {k: v for k, v in measured.notes.items() if k != KEPT}
+    absent = (row["notes"] or {}).get(KEPT)
+    return replace(
+        measured, readings={**measured.readings, **kept}, notes={**notes, **({KEPT: absent} if absent else {})}
+    )
