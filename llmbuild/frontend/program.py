@@ -33,7 +33,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16"),
-    "workers": ("2", "1", "4", "8", "16", "32", "64"),
+    "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
 }
 """Model-level knobs; the first value is the default."""
 
@@ -91,7 +91,7 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
     if (choices["weight_format"], choices["layout"]) != ("int8", "packed"):
         raise InputError("kernel=own reads weight_format=int8 in layout=packed; choose these with it")
     own.check(model, job.model, job.features)
-    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["workers"]))
+    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:

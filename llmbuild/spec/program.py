@@ -65,7 +65,8 @@ class ImportJob:
     """What to import and how; the same job gives the same bytes.
 
     `choices` are model-level knobs and their values; a knob left out has its default:
-    `weight_format` f32 | f16 | int8, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16.
+    `weight_format` f32 | f16 | int8, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16,
+    `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own` kernels.
     """
 
     model: str
