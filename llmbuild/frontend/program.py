@@ -12,8 +12,11 @@ from torch import nn
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
+from llmbuild.frontend.cache import layer_buffers
 from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.frontend.formats import Formats
 from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.spec.formats import SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -25,19 +28,18 @@ from llmbuild.spec.program import (
     ImportJob,
     ImportResult,
     Program,
-    TensorType,
 )
 
 KNOBS: dict[str, tuple[str, ...]] = {
-    "weight_format": ("f32", "f16", "int8"),
+    "weight_format": WEIGHT_FORMATS,
+    "head_format": (SAME, *WEIGHT_FORMATS),
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
-    "kv_dtype": ("f32", "f16"),
+    "kv_dtype": ("f32", "f16", "int8"),
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
 }
 """Model-level knobs; the first value is the default."""
 
-KV_TYPES = {"f32": torch.float32, "f16": torch.float16}
 CHECK_PROMPT, CHECK_FORCED = 16, 8
 
 
@@ -86,12 +88,20 @@ def settle(job: ImportJob) -> dict[str, str]:
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "compiler":
-        modules.swap(model, choices["weight_format"], choices["layout"])
+        modules.swap(model, formats_of(choices), choices["layout"])
         return {}
-    if (choices["weight_format"], choices["layout"]) != ("int8", "packed"):
-        raise InputError("kernel=own reads weight_format=int8 in layout=packed; choose these with it")
+    if (choices["weight_format"], choices["layout"], choices["head_format"]) != ("int8", "packed", SAME):
+        raise InputError("kernel=own reads weight_format=int8 in layout=packed, the head too; choose these with it")
+    if choices["kv_dtype"] == "int8":
+        raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     own.check(model, job.model, job.features)
     return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
+
+
+def formats_of(choices: dict[str, str]) -> Formats:
+    """Return the stored weights that the choices ask for."""
+    layers, head = choices["weight_format"], choices["head_format"]
+    return Formats(layers, layers if head == SAME else head)
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
@@ -101,19 +111,15 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and job.context > limit:
         raise InputError(f"context {job.context} is longer than the {limit} positions {job.model} was made for")
-    buffer = TensorType((job.context, config.num_key_value_heads, head_dim), _numpy_name(choices["kv_dtype"]))
     return Abi(
         vocabulary=config.vocab_size,
         context=job.context,
-        kv=(buffer,) * (2 * config.num_hidden_layers),
+        kv=layer_buffers(choices["kv_dtype"], job.context, config.num_key_value_heads, head_dim)
+        * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
         required_features=FEATURES if choices["kernel"] == "own" else (),
     )
-
-
-def _numpy_name(kind: str) -> str:
-    return str(KV_TYPES[kind]).removeprefix("torch.")
 
 
 def new_cache(abi: Abi) -> list[torch.Tensor]:

@@ -26,6 +26,9 @@ INTEGERS: dict[str, Format] = {
     **{f"int4_g{group}": Format(4, group) for group in GROUPS},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
 }
-"""`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zero points (asymmetric)."""
+"""`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zeros (asymmetric)."""
 
 WEIGHT_FORMATS = (*FLOATS, *INTEGERS)
+
+SAME = "same"
+"""As `head_format`: the format of the layers."""

@@ -147,5 +147,6 @@ def pack_nibbles(codes: Array) -> Array:
 
 def unpack_nibbles(packed: Array) -> Array:
     """Return the codes int8[..., n] of bytes u8[..., n/2]."""
-    pairs = np.stack([packed << 4, packed & 0xF0], axis=-1).view(np.int8) >> 4
+    unsigned = packed.view(np.uint8)
+    pairs = np.stack([unsigned << 4, unsigned & 0xF0], axis=-1).view(np.int8) >> 4
     return pairs.reshape(*packed.shape[:-1], -1)
