@@ -75,9 +75,8 @@ class Packed(Matrix):
         panels = self.data.float()
         if x.shape[1] == 1:  # one row: a matrix product would be padded to the tile of one
             out = (x[0, 0, None, :, None] * panels).sum(1).reshape(1, 1, -1)
-        else:
-            spread = x.expand(panels.shape[0], -1, -1)
-            out = torch.bmm(spread, panels).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        else:  # as one matrix product: a batch of panels ends in a transposed store, three times slower
+            out = torch.einsum("tk,pkl->tpl", x[0], panels).flatten(1, 2).unsqueeze(0)
         return out if out.shape[-1] == self.rows else out[..., : self.rows]
 
     def gathered(self, rows: torch.Tensor) -> torch.Tensor:
