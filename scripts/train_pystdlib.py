@@ -275,7 +275,7 @@ def save_folder(model: LlamaForCausalLM, tokenizer: Tokenizer, out: Path) -> Non
     half: Any = LlamaForCausalLM(model_config())
     half.load_state_dict(model.state_dict())
     half.half()
-    half.generation_config = GenerationConfig(bos_token_id=END_ID, eos_token_id=END_ID)
+    half.generation_config = GenerationConfig(bos_token_id=END_ID, eos_token_id=END_ID)  # type: ignore[no-untyped-call]
     half.save_pretrained(out)
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
