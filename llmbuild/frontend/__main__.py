@@ -11,7 +11,6 @@ import dataclasses
 import json
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m llmbuild.frontend JOB.json", file=sys.stderr)
         return InputError.exit_code
-    warnings.filterwarnings("ignore", category=FutureWarning)
     job = json.loads(Path(arguments[0]).read_text())
     out = Path(job.pop("out"))
     try:

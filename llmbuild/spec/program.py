@@ -52,7 +52,8 @@ class Program:
     module: str
     parameters: str
     check: str
-    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights."""
+    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights,
+    `noise` f32: how far these move, relative, when the token vectors move by a millionth."""
     abi: Abi
 
 
