@@ -8,7 +8,8 @@
 
 Needs torch, transformers, tokenizers, safetensors and numpy; no network and no accelerator.  The budget is computing
 time, not wall time: a run that is stopped, or that shares its processor, still does the work that was asked for,
-unless --deadline makes it anneal sooner.  A killed run goes on from its last checkpoint when started again.
+unless --deadline makes it anneal sooner.  A killed run goes on from its last checkpoint when started again.  On a
+processor that others use too, OMP_WAIT_POLICY=passive in the environment keeps threads from burning time in waiting.
 """
 
 from __future__ import annotations
