@@ -191,7 +191,7 @@ class Run:
         }
         part = self.file.with_suffix(".part")
         torch.save(state, part)
-        os.replace(part, self.file)
+        part.replace(self.file)
 
     def restore(self) -> None:
         """Go on from the checkpoint."""
@@ -241,8 +241,10 @@ def train_loop(run: Run, rows: tuple[Tokens, Tokens], check: list[Tokens], args:
         if now - shown >= 10:
             pace = len(losses) * TOKENS_PER_STEP / (now - shown)
             loss = torch.stack(losses).mean().item()
-            say(f"{run.clock.progress:6.1%}  step {run.step}  loss {loss:.3f}  {pace:,.0f} tokens/s  "
-                f"eta {run.clock.left() / 60:.1f} min")
+            say(
+                f"{run.clock.progress:6.1%}  step {run.step}  loss {loss:.3f}  {pace:,.0f} tokens/s  "
+                f"eta {run.clock.left() / 60:.1f} min"
+            )
             losses, shown = [], now
         if now - saved >= SAVE_SECONDS:
             run.save()
@@ -306,16 +308,20 @@ def evaluate(folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     size = sum(len(text.encode()) for text in library.held.values())
     print(f"held out: {len(held)} modules, {size:,} bytes; {left_out(library)}")
-    print(f"training text: {len(train)} modules of {sum(map(len, train)):,} tokens, "
-          f"and {len(library.extra)} files of the test suite")
+    print(
+        f"training text: {len(train)} modules of {sum(map(len, train)):,} tokens, "
+        f"and {len(library.extra)} files of the test suite"
+    )
     bigram = tuned_bigram(train, VOCAB)
     learnt, pairs = measure(model, held), bigram.measure(held)
     for name, score in (("the model", learnt), (f"bigram, discount {bigram.discount:.2f}", pairs)):
         bits = score.nats / math.log(2) / size
         print(f"{name}: perplexity {score.perplexity:.2f} of {score.tokens:,} tokens, {bits:.3f} bits per byte")
     for path, document in zip(library.held, held, strict=True):
-        print(f"  {path}: {measure(model, [document]).perplexity:.2f} "
-              f"(bigram {bigram.measure([document]).perplexity:.2f})")
+        print(
+            f"  {path}: {measure(model, [document]).perplexity:.2f} "
+            f"(bigram {bigram.measure([document]).perplexity:.2f})"
+        )
 
 
 def sample(folder: Path, prompt: str, tokens: int, temperature: float, seed: int) -> str:
@@ -351,13 +357,17 @@ def train(args: argparse.Namespace) -> None:
     if run.file.exists() and not args.fresh:
         run.restore()
     count = sum(weight.numel() for weight in run.model.parameters())
-    say(f"{count:,} parameters; {len(rows[0]):,} tokens of {len(documents)} modules, "
-        f"{len(rows[1]):,} of {len(library.extra)} files of the test suite; {left_out(library)}")
+    say(
+        f"{count:,} parameters; {len(rows[0]):,} tokens of {len(documents)} modules, "
+        f"{len(rows[1]):,} of {len(library.extra)} files of the test suite; {left_out(library)}"
+    )
     train_loop(run, rows, [document[: CONTEXT + 1] for document in held], args)
     run.save()
     save_folder(run.model, tokenizer, out)
-    say(f"{run.step} steps, {run.tokens:,} tokens, {run.clock.used / args.threads / 60:.1f} min of computing on "
-        f"{args.threads} threads, {run.wall / 60:.1f} min of wall time; Python {sys.version.split()[0]}")
+    say(
+        f"{run.step} steps, {run.tokens:,} tokens, {run.clock.used / args.threads / 60:.1f} min of computing on "
+        f"{args.threads} threads, {run.wall / 60:.1f} min of wall time; Python {sys.version.split()[0]}"
+    )
     say(f"held-out perplexity before rounding to float16: {measure(run.model, held).perplexity:.4f}")
     evaluate(out)
 
