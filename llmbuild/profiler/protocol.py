@@ -1,4 +1,6 @@
-"""What is measured and for how long: plain data, so that a build with nothing to measure loads nothing to measure with."""
+"""What is measured and for how long: plain data, so that a build with nothing to measure loads nothing to measure
+with.
+"""
 
 from __future__ import annotations
 
