@@ -145,8 +145,12 @@ def test_tied_weights_are_stored_once(build: Callable[..., Built]) -> None:
 
 
 def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
-    folder = tiny.write(tmp_path / "model", attention_bias=True, mlp_bias=True, tie_word_embeddings=False)
-    import_model(ImportJob(str(folder), CONTEXT, choices=(("weight_format", "int8"), ("layout", "packed"))), tmp_path / "a")
+    folder = tiny.write(
+        tmp_path / "model", num_hidden_layers=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    )
+    import_model(
+        ImportJob(str(folder), CONTEXT, choices=(("weight_format", "int8"), ("layout", "packed"))), tmp_path / "a"
+    )
     with np.load(tmp_path / "a" / "check.npz") as check:
         actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
         assert relative_error(actual, check["logits"]) < 1e-5
@@ -154,7 +158,13 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
 
 @needs_vnni
 def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path) -> None:
-    shape = {"hidden_size": 112, "intermediate_size": 75, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 32}
+    shape = {
+        "hidden_size": 112,
+        "intermediate_size": 75,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
     folder = tiny.write(tmp_path / "model", **shape, vocab_size=333, attention_bias=True, tie_word_embeddings=False)
     import_model(ImportJob(str(folder), CONTEXT, choices=tuple(OWN.items()), features=FEATURES), tmp_path / "a")
     with np.load(tmp_path / "a" / "check.npz") as check:

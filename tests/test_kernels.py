@@ -30,7 +30,15 @@ COUNT = 2
 def draw(shape: DecoderShape, rng: np.random.Generator) -> dict[str, Any]:
     """Return random weights of one layer."""
     h, a, c, f = shape.hidden, shape.attended, shape.cached, shape.inner
-    sizes = {"query": (a, h), "key": (c, h), "value": (c, h), "out": (h, a), "gate": (f, h), "up": (f, h), "down": (h, f)}
+    sizes = {
+        "query": (a, h),
+        "key": (c, h),
+        "value": (c, h),
+        "out": (h, a),
+        "gate": (f, h),
+        "up": (f, h),
+        "down": (h, f),
+    }
     arrays: dict[str, Any] = {n: (rng.standard_normal(s) / np.sqrt(s[1])).astype(np.float32) for n, s in sizes.items()}
     arrays |= {f"{n}.bias": rng.standard_normal(s[0]).astype(np.float32) for n, s in sizes.items()}
     return arrays | {norm: rng.standard_normal(h).astype(np.float32) for norm in ("norm1", "norm2")}

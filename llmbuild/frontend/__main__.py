@@ -1,15 +1,15 @@
 """`python -m llmbuild.frontend JOB.json`: one import or reference run in a process of its own.
 
-The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference` takes `model`,
-`random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and `count`, or both.
-Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it, and exit code 2.
+The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference`
+takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and
+`count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it,
+and exit code 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,7 +83,7 @@ def _write_last(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -155,7 +155,7 @@ def check_data(model: Any, abi: Abi, seed: int) -> dict[str, np.ndarray]:
     moved = run_eagerly(model, abi, prompt, forced) - logits
     hook.remove()
     noise = np.sqrt(np.square(moved, dtype=np.float64).mean() / np.square(logits, dtype=np.float64).mean())
-    return {"prompt": prompt, "forced": forced, "logits": logits, "noise": np.float32(noise)}
+    return {"prompt": prompt, "forced": forced, "logits": logits, "noise": np.asarray(noise, np.float32)}
 
 
 def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
