@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFILL = "prefill"
-"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, logits of the last."""
+"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, last logits."""
 
 DECODE = "decode"
 """`decode(token i64[1], position i64[1], *kv) -> (next_token i64[1], logits f32[V])`."""
