@@ -33,6 +33,23 @@ SENSITIVE_WINDOWS = 4
 """Windows that sensitivity is measured on: it takes a run of the model for each unit."""
 
 
+def read_tokens(path: str) -> np.ndarray:
+    """Return the calibration tokens i64[W,L] of an `.npy`.
+
+    Raises:
+        InputError: there is no such file, or it holds something else.
+    """
+    if not path:
+        raise InputError("quantization=gptq and mixed=sensitive need calibration text: name some in the recipe")
+    try:
+        tokens = np.load(path)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"calibration {path}: cannot be read: {error}") from None
+    if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int64:
+        raise InputError(f"calibration {path}: tokens must be i64[W,L]")
+    return tokens
+
+
 class Calibration:
     """A model of the library and calibration tokens i64[W,L]; weights are replaced in place by what their integers say."""
 
@@ -47,6 +64,9 @@ class Calibration:
             raise InputError(f"calibration tokens must be i64[W,L] with values from 0 to {vocabulary - 1}")
         self.model, self.tokens = model, torch.from_numpy(tokens)
         config, length = model.config, tokens.shape[1]
+        limit = getattr(config, "max_position_embeddings", length)
+        if length > limit:
+            raise InputError(f"calibration windows of {length} tokens are longer than the {limit} that the model reads")
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 2 * config.num_hidden_layers
         cache = [torch.zeros(length, config.num_key_value_heads, head_dim) for _ in range(pair)]

@@ -1,4 +1,6 @@
-"""Linear layers and embeddings that read weights in their format and layout, and the swap that puts them into a model."""
+"""Linear layers and embeddings that read weights in the chosen format and layout, and the swap that puts them into
+a model.
+"""
 
 from __future__ import annotations
 
@@ -212,7 +214,8 @@ class Part(nn.Module):
         self.start, self.size = start, size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fused(x).narrow(-1, self.start, self.size)
+        whole: torch.Tensor = self.fused(x)
+        return whole.narrow(-1, self.start, self.size)
 
 
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -1,4 +1,6 @@
-"""Our kernels as torch operators: eager PyTorch runs their NumPy reference, an export keeps their names for `splice`."""
+"""Our kernels as torch operators: eager PyTorch runs their NumPy reference, an export keeps their names for
+`splice`.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def _(
 def head(
     x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits f32[padded vocabulary] of one hidden state f32[1,hidden], and the first largest one's index i64[1]."""
+    """Return logits f32[padded vocabulary] of one hidden state f32[1,hidden], and the first largest one's index
+    i64[1].
+    """
     shape = HEADS[kernel]
     quads = data.numpy().view(np.uint8).reshape(-1, shape.hidden // 4, 4, 16, 4)
     matrix = (weights.unpack_quads(quads, shape.padded), scale.numpy(), np.zeros(shape.padded, np.float32))

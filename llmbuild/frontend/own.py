@@ -57,7 +57,8 @@ class OwnLayers(nn.Module):
         cosine, sine = position_embeddings
         cache = list(past_key_values.buffers[2 * self.first : 2 * (self.first + self.count)])
         start, x = past_key_values.start, hidden_states[0]
-        return operators.layers(x, cosine[0], sine[0], start, self.buffer, cache, self.kernel).unsqueeze(0)
+        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], start, self.buffer, cache, self.kernel)
+        return new.unsqueeze(0)
 
 
 class OwnHead(nn.Module):
@@ -108,7 +109,9 @@ def check(model: Any, name: str, features: tuple[str, ...]) -> None:
     config = model.config
     odd = [part for part in ("q_norm", "k_norm") if hasattr(model.model.layers[0].self_attn, part)]
     if config.hidden_act != "silu" or odd:
-        raise InputError(f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}")
+        raise InputError(
+            f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}"
+        )
 
 
 def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int) -> dict[str, str]:
@@ -165,5 +168,3 @@ def _arrays(old: nn.Module) -> dict[str, np.ndarray]:
         if getattr(part, "bias", None) is not None:
             arrays[f"{ours}.bias"] = part.bias.detach().numpy()
     return arrays
-
-

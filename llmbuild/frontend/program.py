@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,11 @@ from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
 from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
 from llmbuild.kernels.avx512 import FEATURES
-from llmbuild.spec.formats import SAME, WEIGHT_FORMATS
+from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -33,6 +36,8 @@ from llmbuild.spec.program import (
 KNOBS: dict[str, tuple[str, ...]] = {
     "weight_format": WEIGHT_FORMATS,
     "head_format": (SAME, *WEIGHT_FORMATS),
+    "quantization": ("rtn", "gptq"),
+    "mixed": ("none", "sensitive"),
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16", "int8"),
@@ -40,7 +45,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
 }
 """Model-level knobs; the first value is the default."""
 
-CHECK_PROMPT, CHECK_FORCED = 16, 8
+CHECK_PROMPT, CHECK_FORCED, NUDGE = 16, 8, 1e-6
 
 
 def import_model(job: ImportJob, out: Path) -> ImportResult:
@@ -56,7 +61,7 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     kernels = apply(model, job, choices)
     out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))
+        np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))  # type: ignore[arg-type]
     module, parameters = importer.import_programs(export(model, abi))
     splice.splice(module, kernels)
     importer.save_module(module, out / MODULE_FILE)
@@ -88,20 +93,37 @@ def settle(job: ImportJob) -> dict[str, str]:
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "compiler":
-        modules.swap(model, formats_of(choices), choices["layout"])
+        modules.swap(model, formats_of(model, job, choices), choices["layout"])
         return {}
     if (choices["weight_format"], choices["layout"], choices["head_format"]) != ("int8", "packed", SAME):
         raise InputError("kernel=own reads weight_format=int8 in layout=packed, the head too; choose these with it")
     if choices["kv_dtype"] == "int8":
         raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     own.check(model, job.model, job.features)
+    formats_of(model, job, choices)
     return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
 
 
-def formats_of(choices: dict[str, str]) -> Formats:
-    """Return the stored weights that the choices ask for."""
+def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
+    """Return the stored weights that the choices ask for; calibration replaces the model's by what is stored of them.
+
+    Raises:
+        InputError: a choice that does not go with the format, or calibration tokens that are missing or unfit.
+    """
     layers, head = choices["weight_format"], choices["head_format"]
-    return Formats(layers, layers if head == SAME else head)
+    formats = Formats(layers, layers if head == SAME else head)
+    fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
+    if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
+        raise InputError(f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}")
+    if fitted and not {layers, formats.head} & set(INTEGERS):
+        raise InputError(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
+    if not (fitted or mixed):
+        return formats
+    with torch.inference_mode():
+        calibration = Calibration(model, read_tokens(job.calibration))
+        if mixed:
+            formats = replace(formats, kept=calibration.sensitive(formats))
+        return calibration.fitted(formats) if fitted else formats
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
@@ -138,18 +160,35 @@ def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
         PREFILL: (Prefill(model, abi.context), (long, start, kv), ({1: length}, None, fixed)),
         DECODE: (Decode(model, abi.context), (one, start, kv), (None, None, fixed)),
     }
-    return {
-        name: torch.export.export(entry, args, dynamic_shapes=shapes, strict=False).run_decompositions({})
-        for name, (entry, args, shapes) in calls.items()
-    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own use of its own tree specs
+        return {
+            name: torch.export.export(entry, args, dynamic_shapes=shapes, strict=False).run_decompositions({})
+            for name, (entry, args, shapes) in calls.items()
+        }
 
 
 def check_data(model: Any, abi: Abi, seed: int) -> dict[str, np.ndarray]:
-    """Return `prompt` i64[P], `forced` i64[D] and `logits` f32[1+D, V] as PyTorch computes them on the same weights."""
+    """Return `prompt` i64[P], `forced` i64[D] and `logits` f32[1+D, V] as PyTorch computes them on the same weights.
+
+    `noise` is how far the logits move, root mean square over their own, when every token vector moves by a millionth:
+    rounding to integers inside the model can make much of little, and no artifact can be nearer than that.
+    """
     drawn = np.random.default_rng(seed)
     prompt = drawn.integers(0, abi.vocabulary, min(CHECK_PROMPT, abi.context // 2))
     forced = drawn.integers(0, abi.vocabulary, min(CHECK_FORCED, abi.context - len(prompt)))
-    return {"prompt": prompt, "forced": forced, "logits": run_eagerly(model, abi, prompt, forced)}
+    logits = run_eagerly(model, abi, prompt, forced)
+    hook = model.get_input_embeddings().register_forward_hook(_nudge)
+    moved = run_eagerly(model, abi, prompt, forced[:2])
+    hook.remove()
+    same = logits[: len(moved)]
+    noise = np.sqrt(np.square(moved - same, dtype=np.float64).mean() / np.square(same, dtype=np.float64).mean())
+    return {"prompt": prompt, "forced": forced, "logits": logits, "noise": np.asarray(noise, np.float32)}
+
+
+def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
+    signs = torch.arange(vectors.numel()).remainder(2).mul(2).sub(1).view(vectors.shape)
+    return vectors * (1 + NUDGE * signs)
 
 
 def run_eagerly(model: Any, abi: Abi, prompt: np.ndarray, forced: np.ndarray) -> np.ndarray:

@@ -70,7 +70,9 @@ def _flat(value: Any) -> list[Any]:
 
 
 def _to_builtin(value: Any, wanted: Any) -> Any:
-    plain = ir.Operation.create("torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]).result
+    plain = ir.Operation.create(
+        "torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]
+    ).result
     return plain if plain.type == wanted else _cast(plain, wanted)
 
 

@@ -1,7 +1,8 @@
 """Pieces of a decoder for AVX-512 VNNI: quantize a row, multiply rows by a panel, rotate heads, attend.
 
-Weights are unsigned bytes (int8 + 128) in panels of 64 rows, `[K/4][4 blocks][16 rows][4]`; activations are signed bytes with
-one scale per row. `vpdpbusd` adds four products per lane without saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x).
+Weights are unsigned bytes (int8 + 128) in panels of 64 rows, `[K/4][4 blocks][16 rows][4]`; activations are signed
+bytes with one scale per row. `vpdpbusd` adds four products per lane without saturation: sum(w*x) = sum((w+128)*x) -
+128*sum(x).
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
+from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
 
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 LANES, BLOCKS, PANEL, QUAD = 16, 4, 64, 4
 ROW_TILE = 6
-"""Rows that share one pass over a panel: 6 rows x 4 blocks of accumulators, 4 of weights and 1 of activations fit 32 registers."""
+"""Rows that share one pass over a panel: 6 rows x 4 blocks of accumulators, 4 of weights and 1 of activations fit
+32 registers.
+"""
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
 HALVES = "vector<16xf16>"
 MASKED = -1e30
+MIX_STEP, MIX_CHAINS = 4, 2
+"""Positions per turn of the weighted sum of values, and sums side by side: one alone would wait for its own result."""
 
 
 @dataclass(frozen=True)
@@ -168,19 +173,22 @@ def sigmoid_gate(w: Writer, gate: str, up: str) -> str:
     return w.op("arith.mulf", w.op("arith.divf", gate, w.op("arith.addf", grown, w.lanes(1.0))), up)
 
 
-def rotate(w: Writer, source: str, cosine: str, sine: str, size: int, store: Callable[[int, str], None]) -> None:
-    """Rotate one head f32[size]: `x * cos + turned(x) * sin`; `store(element, vector)` takes the result."""
-    half = size // 2
+def rotated(w: Writer, source: str, cosine: str, sine: str, size: int) -> list[tuple[int, str]]:
+    """Return one head f32[size] rotated, `x * cos + turned(x) * sin`: sixteen values for each place in it."""
+    half, done = size // 2, []
     for i in range(0, half, LANES):
         low, high = w.load(w.at(source, i * 4), VF), w.load(w.at(source, (half + i) * 4), VF)
         for place, x, turned in ((i, low, w.op("arith.negf", high)), (half + i, high, low)):
             c, s = w.load(w.at(cosine, place * 4), VF), w.load(w.at(sine, place * 4), VF)
-            store(place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c)))
+            done.append((place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c))))
+    return done
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One head's keys or values in a cache `[context, kv_heads, head_dim]`: pointer to its first row, bytes to the next."""
+    """One head's keys or values in a cache `[context, kv_heads, head_dim]`: pointer to its first row, bytes to the
+    next.
+    """
 
     base: str
     stride: int
@@ -205,37 +213,71 @@ def store_cached(w: Writer, vector: str, pointer: str, half: bool) -> None:
 def attend(
     w: Writer, query: str, keys: Cache, values: Cache, visible: str, size: int, scale: float, scores: str, out: str
 ) -> None:
-    """Attend with one head's query f32[size] to `visible` positions (i64); `scores` is room for them, rounded up to 16."""
+    """Attend with one head's query f32[size] to `visible` positions (i64); `scores` is room for them, rounded up
+    to 16.
+    """
     parts = range(0, size, LANES)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), VF), w.lanes(scale)) for e in parts]
+    last = w.add(visible, -1)
+    order = w.constant(f"dense<[{', '.join(str(lane) for lane in range(LANES))}]>", VI)
 
-    def score(position: str) -> list[str]:
-        total = w.op("arith.mulf", loaded[0], keys.load(w, position, 0))
-        for e, part in zip(parts[1:], loaded[1:], strict=True):
-            total = w.op("math.fma", part, keys.load(w, position, e), total)
-        w.store(w.total(total), w.at(scores, w.mul(position, 4)), F32)
+    def score(first: str) -> list[str]:
+        sums = []
+        for lane in range(LANES):
+            position = w.integers("minsi", w.add(first, lane), last)
+            total = w.op("arith.mulf", loaded[0], keys.load(w, position, 0))
+            for e, part in zip(parts[1:], loaded[1:], strict=True):
+                total = w.op("math.fma", part, keys.load(w, position, e), total)
+            sums.append(total)
+        left = w.splat(w.cast("arith.trunci", w.integers("subi", visible, first), I64, I32), VI)
+        seen = w.let(f"arith.cmpi slt, {order}, {left} : {VI}")
+        values = w.let(f"arith.select {seen}, {_lane_sums(w, sums)}, {w.lanes(MASKED)} : vector<16xi1>, {VF}")
+        w.store(values, w.at(scores, w.mul(first, 4)), VF)
         return []
 
-    w.store(w.lanes(MASKED), w.at(scores, w.mul(w.integers("andi", visible, -16), 4)), VF)
-    w.loop(0, visible, 1, score)
+    w.loop(0, visible, LANES, score)
     total = _softmax(w, scores, visible)
 
-    def mix(position: str, *sums: str) -> list[str]:
-        weight = w.splat(w.load(w.at(scores, w.mul(position, 4)), F32))
-        return [w.op("math.fma", weight, values.load(w, position, e), s) for e, s in zip(parts, sums, strict=True)]
+    def mix(first: str, *sums: str) -> list[str]:
+        new = list(sums)
+        for step in range(MIX_STEP):
+            place, chain = w.add(first, step), step % MIX_CHAINS * len(parts)
+            weight = w.splat(w.load(w.at(scores, w.mul(place, 4)), F32))
+            position = w.integers("minsi", place, last)
+            for i, e in enumerate(parts):
+                new[chain + i] = w.op("math.fma", weight, values.load(w, position, e), new[chain + i])
+        return new
 
-    mixed = w.loop(0, visible, 1, mix, [(w.lanes(0.0), VF)] * len(parts))
+    mixed = w.loop(0, visible, MIX_STEP, mix, [(w.lanes(0.0), VF)] * len(parts) * MIX_CHAINS)
     inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32))
-    for e, part in zip(parts, mixed, strict=True):
-        w.store(w.op("arith.mulf", part, inverse), w.at(out, e * 4), VF)
+    for i, e in enumerate(parts):
+        both = w.op("arith.addf", mixed[i], mixed[len(parts) + i])
+        w.store(w.op("arith.mulf", both, inverse), w.at(out, e * 4), VF)
+
+
+def _lane_sums(w: Writer, vectors_: list[str]) -> str:
+    """Return the sums of sixteen vectors, one in each lane: pairs are folded into one vector until one is left."""
+    width, left = LANES // 2, vectors_
+    while len(left) > 1:
+        blocks = range(0, LANES, 2 * width)
+        low = [lane + side for block in blocks for side in (0, LANES) for lane in range(block, block + width)]
+        high = [lane + width for lane in low]
+        kinds = f"{VF}, {VF}"
+        left = [
+            w.op(
+                "arith.addf",
+                *(w.let(f"vector.shuffle {one}, {other} {lanes} : {kinds}") for lanes in (low, high)),
+            )
+            for one, other in zip(left[:width], left[width:], strict=True)
+        ]
+        width //= 2
+    return left[0]
 
 
 def _softmax(w: Writer, scores: str, visible: str) -> str:
     """Replace scores by exp(score - largest) and return their sum f32; lanes past the end hold `MASKED`."""
     at = vectors(w, scores)
-    (most,) = w.loop(
-        0, visible, LANES, lambda i, m: [w.larger(at(i), m)], [(w.lanes(MASKED), VF)]
-    )
+    (most,) = w.loop(0, visible, LANES, lambda i, m: [w.larger(at(i), m)], [(w.lanes(MASKED), VF)])
     top = w.splat(w.top(most))
 
     def body(i: str, total: str) -> list[str]:
@@ -245,5 +287,3 @@ def _softmax(w: Writer, scores: str, visible: str) -> str:
 
     (total,) = w.loop(0, visible, LANES, body, [(w.lanes(0.0), VF)])
     return w.total(total)
-
-

@@ -1,6 +1,8 @@
-"""Decoder layers as one dispatch: ten phases each over T rows, from hidden states to hidden states, cache written in place.
+"""Decoder layers as one dispatch: ten phases each over T rows, from hidden states to hidden states, cache written
+in place.
 
-Fewer and longer dispatches keep the workers awake: between two of them a worker may sleep, and its partner then works alone.
+Fewer and longer dispatches keep the workers awake: between two of them a worker may sleep, and its partner then
+works alone.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ PHASES = 10
 MAX_BINDINGS = 32
 """What IREE's HAL module takes for one dispatch (3.13): `OUT_OF_RANGE; binding count 36 > 32`."""
 BINDING = "memref<?xi8, strided<[1], offset: ?>>"
-"""Bytes at an offset that the compiler chooses when it merges bindings; with a plain memref the offset would be dropped."""
+"""Bytes at an offset that the compiler chooses when it merges bindings; with a plain memref the offset would be
+dropped.
+"""
 
 
 def bind(w: Writer, names: list[str], sizes: dict[str, int | str]) -> dict[str, str]:
@@ -55,7 +59,9 @@ def worker(w: Writer) -> str:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Offsets of the regions of a layer's scratch: `per_row` are bytes per row of T, after a part for each work-group."""
+    """Offsets of the regions of a layer's scratch: `per_row` are bytes per row of T, after a part for each
+    work-group.
+    """
 
     scores: int
     per_row: dict[str, int]
@@ -119,11 +125,12 @@ class LayerWriter:
         row = w.mul(rows, 4 * shape.hidden)
         angle = w.mul(rows, 4 * shape.head_dim)
         size = scratch(shape)
-        return {
+        sizes: dict[str, int | str] = {
             "x": row, "out": row, "cosine": angle, "sine": angle, "start": 8,
             "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
             "scratch": w.add(size.scores, w.mul(rows, size.total(1) - size.scores)),
-        } | dict.fromkeys(cache_names(self.layers), cache)  # fmt: skip
+        }  # fmt: skip
+        return sizes | dict.fromkeys(cache_names(self.layers), cache)
 
     def text(self) -> str:
         """Write all phases of all layers and return the body."""
@@ -261,9 +268,7 @@ class LayerWriter:
             for head in range(shape.heads + shape.kv_heads):
                 at = w.at(source, head * shape.head_dim * 4)
                 key = w.at(self.keys, slot, (head - shape.heads) * shape.head_dim * width)
-                turned: list[tuple[int, str]] = []
-                k.rotate(w, at, cosine, sine, shape.head_dim, lambda e, v: turned.append((e, v)))
-                for e, vector in turned:
+                for e, vector in k.rotated(w, at, cosine, sine, shape.head_dim):
                     if head < shape.heads:
                         w.store(vector, w.at(at, e * 4), VF)
                     else:
@@ -305,8 +310,8 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
 def layers(name: str, shape: DecoderShape, count: int) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
-    The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one after the
-    other, and keys and values of each layer, which it writes in place; it returns the new hidden states.
+    The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
+    after the other, and keys and values of each layer, which it writes in place; it returns the new hidden states.
     """
     row = scratch(shape)
     cache = f"tensor<{shape.context}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
@@ -331,7 +336,8 @@ util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: 
 %room = arith.addi %grown, %fixed : index
 %none = arith.constant 0 : i8
 %counters = flow.tensor.splat %none : {counters}
-%r:{len(names) + 3} = flow.dispatch @{name}_ex::@{name}(%x, %cosine, %sine, %start, %weights, %counters, {caches}, %rows)
+%r:{len(names) + 3} = flow.dispatch @{name}_ex::@{name}(
+    %x, %cosine, %sine, %start, %weights, %counters, {caches}, %rows)
     : ({kinds}) -> (%counters, {caches}, {wide}{{%rows}}, {room}{{%room}})
 util.return %r#{len(names) + 1} : {wide}
 }}"""

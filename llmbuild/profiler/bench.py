@@ -72,11 +72,13 @@ class Live:
                 return took
 
     def round(self, workload: Workload) -> dict[str, float]:
-        """Answer once and return the seconds."""
+        """Answer once and return the seconds, and the joules per output token where they are counted."""
         output = min(workload.output, self.decode_steps)
         answer = self.child.ask("profile", "round", prompt=prompt_of(workload, self.subject.abi), output=output)
+        joules = answer.pop("energy_j")
         full = answer["ttft_s"] + answer["tpot_s"] * (workload.output - 1)
-        return {**answer, "e2e_s": full, "output_tokens_per_s": workload.output / full}
+        energy = {} if joules is None else {"energy_j_per_token": joules / output}
+        return {**answer, **energy, "e2e_s": full, "output_tokens_per_s": workload.output / full}
 
     def _check(self) -> None:
         found = self.child.ask("check", "check", data=str(self.subject.check_path))
@@ -130,10 +132,11 @@ class Bench:
         return measured
 
     def race(self, subjects: Sequence[Subject]) -> list[tuple[Measurement, ...]]:
-        """Measure the survivors again, all of them and the baseline in every round."""
-        lives = [Live(s, self.limits) for s in subjects]
+        """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too."""
+        fresh = [Live(s, self.limits) for s in subjects if not self._is_baseline(s)]
+        lives = [*([self._baseline] if self._baseline else []), *fresh]
         try:
-            for live in lives:
+            for live in fresh:
                 live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
             by_workload = [
                 self._rounds(lives, w, self.protocol.race_seconds, self.protocol.race_rounds) for w in self.workloads
@@ -141,9 +144,12 @@ class Bench:
         except ChildFailed:
             return []  # what was measured before stands; a survivor that dies now was measured whole already
         finally:
-            for live in lives:
+            for live in fresh:
                 live.child.close()
         return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
+
+    def _is_baseline(self, subject: Subject) -> bool:
+        return self._baseline is not None and subject.variant == self._baseline.subject.variant
 
     def close(self) -> None:
         """End the baseline's worker."""
@@ -191,14 +197,10 @@ class Bench:
             for live in lives
         ]
 
-    def _sample(self, live: Live, workload: Workload, into: Samples) -> None:
-        before = self.meter.read()
-        seconds = live.round(workload)
-        joules = self.meter.joules(before, self.meter.read())
-        for name, value in seconds.items():
+    @staticmethod
+    def _sample(live: Live, workload: Workload, into: Samples) -> None:
+        for name, value in live.round(workload).items():
             into[name].append(value)
-        if joules is not None:
-            into["energy_j_per_token"].append(joules / min(workload.output, live.decode_steps))
 
     def _measurement(
         self, live: Live, workload: Workload, mine: Samples, theirs: Samples, notes: dict[str, str]
