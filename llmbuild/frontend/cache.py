@@ -39,7 +39,7 @@ class CallerCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `[1, kv_heads, T, head_dim]`, return all of the layer's `[context, kv_heads, head_dim]`."""
+        """Write keys and values `[1, kv_heads, T, head_dim]`, return all of them: `[context, kv_heads, head_dim]`."""
         if self.buffers[0].dtype == torch.int8:
             codes_k, scale_k, codes_v, scale_v = self.buffers[4 * layer : 4 * layer + 4]
             return self._integers(codes_k, scale_k, keys), self._integers(codes_v, scale_v, values)

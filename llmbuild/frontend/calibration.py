@@ -1,7 +1,7 @@
 """Quantize a model for the text it is meant for: what flows into each linear layer decides how its weights are rounded.
 
-The library's own layers are run here, one after another, on calibration tokens; each sees what the layers before it make of
-the text once they are quantized, and can make good some of their error.
+The library's own layers are run here, one after another, on calibration tokens; each sees what the layers before it
+make of the text once they are quantized, and can make good some of their error.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import FUSED_GROUPS
 from llmbuild.spec.formats import INTEGERS
-from llmbuild.transform.gptq import gptq
+from llmbuild.transform.gptq import DAMPING, gptq
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
 
 SHARES_INPUT = {name: group[0] for group in FUSED_GROUPS for name in group}
+TIED_DAMPING = 10 * DAMPING
 SENSITIVE_SHARE = 0.25
 """Part of the layers' weights that keeps 8 bits when the sensitive ones do."""
 
@@ -51,7 +52,7 @@ def read_tokens(path: str) -> np.ndarray:
 
 
 class Calibration:
-    """A model of the library and calibration tokens i64[W,L]; weights are replaced in place by what their integers say."""
+    """A model of the library and calibration tokens i64[W,L]; weights are replaced in place by what is stored of them."""
 
     def __init__(self, model: Any, tokens: np.ndarray) -> None:
         """Take both.
@@ -128,21 +129,19 @@ class Calibration:
         return replace(formats, ready=ready)
 
     def _fit_tables(self, formats: Formats) -> dict[str, Quantized]:
-        """Round the token tables: the head for its inputs, the embedding, whose rows are only looked up, to the nearest.
+        """Round the token tables: the head for its inputs, the embedding, whose rows are looked up, to the nearest.
 
-        A tied table serves both, and an error of a looked-up row goes through all layers: it is rounded to the nearest.
+        A tied table serves both. Looked up, every column counts alike, which is what more damping says.
         """
         form = INTEGERS[formats.head]
-        embedding, head = self.model.model.embed_tokens, self.model.lm_head
-        ready = dict.fromkeys(TABLES[:1], quantize(embedding.weight.numpy(), form))
-        if embedding.weight.data_ptr() == head.weight.data_ptr():
-            ready[TABLES[1]] = ready[TABLES[0]]
-        else:
-            total = sum(x[0].T @ x[0] for x in self.hidden())
-            assert isinstance(total, torch.Tensor)
-            ready[TABLES[1]] = gptq(head.weight.numpy(), total.numpy(), form)
-            head.weight.copy_(torch.from_numpy(dequantize(ready[TABLES[1]])))
-        embedding.weight.copy_(torch.from_numpy(dequantize(ready[TABLES[0]])))
+        tables = (self.model.model.embed_tokens, self.model.lm_head)
+        table, head = (part.weight.numpy() for part in tables)
+        tied = tables[0].weight.data_ptr() == tables[1].weight.data_ptr()
+        inputs = torch.cat([x[0] for x in self.hidden()])
+        fitted = gptq(head, (inputs.T @ inputs).numpy(), form, TIED_DAMPING if tied else DAMPING)
+        ready = dict(zip(TABLES, (fitted if tied else quantize(table, form), fitted), strict=True))
+        for part, name in zip(tables, TABLES, strict=True):
+            part.weight.copy_(torch.from_numpy(dequantize(ready[name])))
         return ready
 
     # --- mixed precision -----------------------------------------------------------------------------------------

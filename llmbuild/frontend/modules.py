@@ -35,7 +35,8 @@ class Matrix(nn.Module):
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.rows, self.columns = (weights.codes if isinstance(weights, Quantized) else weights).shape
+        shape: tuple[int, ...] = (weights.codes if isinstance(weights, Quantized) else weights).shape
+        self.rows, self.columns = shape
         self.group, self.nibbles = self.columns, False
         scale = zero = None
         if isinstance(weights, Quantized):

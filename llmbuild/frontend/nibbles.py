@@ -1,7 +1,7 @@
 """Two 4-bit codes in one byte, as a torch operator that an import turns into the compiler's own `i4`.
 
-The compiler folds a bit cast and a sign extension into whatever reads them; shifts and masks written in torch it computes
-lane by lane, three times slower.
+The compiler folds a bit cast and a sign extension into whatever reads them; shifts and masks written in torch take it
+three times as long.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _(data: torch.Tensor) -> torch.Tensor:
 
 
 def picked(data: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Return codes int32 at places i64 of the codes in bytes int8[n]: for reads here and there, which a cast would widen."""
+    """Return codes int32 at places i64 of the codes in bytes int8[n]: for reads here and there, without widening all."""
     byte = data[place // 2].to(torch.int32)
     return torch.where(place % 2 == 0, (byte << 28) >> 28, byte >> 4)
 

@@ -184,7 +184,9 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
 
 
 def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
-    return parsed and nouns.Calibration(parsed.text.stdlib, _beside(path, parsed.text.file), parsed.tokens)
+    if parsed is None:
+        return None
+    return nouns.Calibration(parsed.text.stdlib, _beside(path, parsed.text.file), parsed.tokens)
 
 
 def _beside(path: Path, file: str) -> str:

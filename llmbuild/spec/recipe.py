@@ -34,7 +34,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that weights are rounded for: `stdlib` module names, or one text file; `tokens` is how much of it is read.
+    """The text that weights are rounded for: `stdlib` module names, or one text file; `tokens` is how much is read.
 
     It must not be the text that quality is measured on.
     """

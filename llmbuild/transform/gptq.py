@@ -22,7 +22,7 @@ BLOCK = 64
 """Columns after which what is still to come is corrected at once."""
 
 
-def gptq(dense: Array, hessian: Array, form: Format) -> Quantized:
+def gptq(dense: Array, hessian: Array, form: Format, damping: float = DAMPING) -> Quantized:
     """Return the matrix f32[N,K] for inputs whose products sum to `hessian`, the sum of `x x^T`, f32 or f64[K,K].
 
     Scales are chosen before any column is rounded, so that columns may be taken in any order.
@@ -35,7 +35,7 @@ def gptq(dense: Array, hessian: Array, form: Format) -> Quantized:
     of_column = order // group
     codes = _rounded(
         np.ascontiguousarray(dense.T[order]),
-        inverse_factor(hessian[np.ix_(order, order)]),
+        inverse_factor(hessian[np.ix_(order, order)], damping),
         np.ascontiguousarray(scale.T)[of_column],
         None if zero is None else np.ascontiguousarray(zero.T)[of_column],
         form.bits,
@@ -46,7 +46,7 @@ def gptq(dense: Array, hessian: Array, form: Format) -> Quantized:
 
 
 def fitting_range(dense: Array, weight: Array, form: Format) -> tuple[Array, Array | None]:
-    """Return scale and zero f32[N,K/group] with the least squared error, each column's counted `weight` f32[K] times."""
+    """Return scale and zero f32[N,K/group] with the least squared error, where column k counts `weight` f32[K] times."""
     scale, zero = full_range(dense, form)
     parts = by_group(dense, dense.shape[1] // scale.shape[1])
     shares = weight.reshape(1, scale.shape[1], -1)
@@ -62,16 +62,17 @@ def fitting_range(dense: Array, weight: Array, form: Format) -> tuple[Array, Arr
 
 
 def _error(parts: Array, shares: Array, scale: Array, zero: Array | None, bits: int) -> Array:
-    steps, origin = scale[..., None], 0 if zero is None else zero[..., None]
-    back = (encode(parts, steps, None if zero is None else origin, bits) - np.float32(1) * origin) * steps
+    steps, origin = scale[..., None], None if zero is None else zero[..., None]
+    codes = encode(parts, steps, origin, bits).astype(np.float32)
+    back = (codes if origin is None else codes - origin) * steps
     return np.asarray((np.square(back - parts) * shares).sum(axis=2))
 
 
-def inverse_factor(hessian: Array) -> Array:
+def inverse_factor(hessian: Array, damping: float = DAMPING) -> Array:
     """Return f32[K,K], the upper Cholesky factor of the damped Hessian's inverse."""
     damped = hessian.astype(np.float64)
     mean = float(np.diag(damped).mean()) or 1.0
-    damped[np.diag_indices_from(damped)] += DAMPING * mean
+    damped[np.diag_indices_from(damped)] += damping * mean
     return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32))
 
 
@@ -84,7 +85,7 @@ def _rounded(rows: Array, factor: Array, scale: Array, zero: Array | None, bits:
         for k in range(block.start, block.stop):
             origin = None if zero is None else zero[k]
             codes[k] = encode(rows[k], scale[k], origin, bits)
-            back = (codes[k] - (np.float32(0) if origin is None else origin)) * scale[k]
+            back = (codes[k] if origin is None else codes[k] - origin) * scale[k]
             error = (rows[k] - back) / factor[k, k]
             errors[k - start] = error
             rows[k + 1 : block.stop] -= factor[k, k + 1 : block.stop, None] * error

@@ -21,9 +21,9 @@ LEAST_WEIGHT = 2.0**-100
 class Quantized:
     """A matrix `[N, K]`: `(codes - zero) * scale`, with scale and zero of the column's group.
 
-    `codes` are int8[N,K] in -8..7 for 4 bits and in -128..127 for 8; `scale` is f32[N,K/group], positive. `zero` is f32 of
-    the same shape holding integers within the range of the codes, or None where it is 0 throughout.
-    Scales of groups smaller than a row are numbers that bf16 holds exactly, and may be stored so.
+    `codes` are int8[N,K] in -8..7 for 4 bits and in -128..127 for 8; `scale` is f32[N,K/group], positive. `zero` is f32
+    of the same shape, integers within the range of the codes, or None where it is 0 throughout. Scales of groups
+    smaller than a row are numbers that bf16 holds exactly, and are stored so.
     """
 
     codes: Array
@@ -38,7 +38,7 @@ class Quantized:
         rows, columns = self.codes.shape
         scale = 16 if self.group < columns else 32
         zero = 0 if self.zero is None else 8
-        return self.bits + self.scale.size * (scale + zero) / (rows * columns)
+        return float(self.bits + self.scale.size * (scale + zero) / (rows * columns))
 
 
 def fit_group(columns: int, group: int) -> int:
@@ -137,7 +137,7 @@ def stack(parts: Sequence[Quantized]) -> Quantized:
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """Return bytes u8[..., n/2] of codes int8[..., n] in -8..7: an even place in the low half, the odd one after it above.
+    """Return bytes u8[..., n/2] of codes int8[..., n] in -8..7: the first of two in the low half of a byte.
 
     Each is kept in two's complement, as a compiler keeps `i4`.
     """
