@@ -18,7 +18,7 @@ KNOBS: tuple[Knob, ...] = (
         WEIGHT_FORMATS,
         "f32",
         "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros",
-        searched=("f32", "f16", "int8", "int4_g32", "int4_g128"),
+        searched=("f32", "f16", "int8", "int4_g128", "int4a_g64"),
     ),
     Knob(
         "head_format",
