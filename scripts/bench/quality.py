@@ -1,10 +1,10 @@
-"""What each weight format costs in quality, and what calibration wins back: formats × methods on a recipe's held-out text.
+"""What each weight format costs in quality, and what calibration wins back, on a recipe's held-out text.
 
     python scripts/bench/quality.py [RECIPE] [--tokens N] [--json]
 
-PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled. KL divergence
-and top-1 agreement are against the f32 model, per token; bits per weight are those of all matrices, scales included, tied
-ones counted once.
+PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled. KL
+divergence and top-1 agreement are against the f32 model, per token; bits per weight are those of all matrices, scales
+included, tied ones counted once.
 """
 
 from __future__ import annotations
@@ -26,24 +26,13 @@ from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.source import find_model
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
-from llmbuild.spec.formats import INTEGERS
+from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
 from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
 
-LAYERS = ("f16", "bf16", "int8", "int8_g32", "int4_g32", "int4_g64", "int4_g128", "int4a_g64", "int4a_g128")
-    "f16",
-    "bf16",
-    "int8",
-    "int8_g32",
-    "int4_g32",
-    "int4_g64",
-    "int4_g128",
-    "int4a_g32",
-    "int4a_g64",
-    "int4a_g128",
-)
+LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in ("f32", "int8_g64", "int8_g128"))
 HEAD = "int8"
-"""Format of the token table where the layers have one of integers, so that rows tell layers apart; `same` rows follow."""
+"""Format of the token table where the layers have one of integers, so that rows tell layers apart."""
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
