@@ -1,6 +1,6 @@
 """Time what must start quickly, in interleaved rounds: the loader's import, `--help`, and a build with nothing to do.
 
-    python scripts/bench/startup.py [--json] [--rounds N] [--recipe R -C CATALOG]
+python scripts/bench/startup.py [--json] [--rounds N] [--recipe R -C CATALOG]
 """
 
 from __future__ import annotations
