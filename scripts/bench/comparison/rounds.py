@@ -78,8 +78,8 @@ class Worker:
     def _ended(self) -> WorkerFailed:
         code, log = self._process.wait(), tail(self._log.fileno())
         last = next((x.strip() for x in reversed(log.splitlines()) if x.strip()), "")
-        if code == 0:
-            return WorkerFailed(f"ended without an answer: {last}")
+        if code >= 0:
+            return WorkerFailed(f"ended with {code} instead of an answer: {last}")
         return WorkerFailed(failure_of(self.command, "profile", self.limits, code, log).reason)
 
     def close(self) -> None:

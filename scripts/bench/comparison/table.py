@@ -89,7 +89,14 @@ def _row(entrant: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any]:
 
 def text(found: Sequence[dict[str, Any]], prompt: int) -> str:
     """Return the table, with what is missing and why below it."""
-    header = ["participant", "load", f"first of {FIRST_PROMPT}", f"prefill {prompt}", "decode/token", "memory"]
+    header = [
+        "participant",
+        "load",
+        f"first of {min(FIRST_PROMPT, prompt)}",
+        f"prefill {prompt}",
+        "decode/token",
+        "memory",
+    ]
     header += ["decode vs peer", "first vs peer", "prefill vs peer"]
     lines = [
         [
