@@ -216,6 +216,10 @@ def pick(form: str | None, **options: Any) -> int:
 @click.argument("model")
 @click.option("--prompt", default="def main(", show_default=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens to add.")
+@click.option("--temperature", type=float, default=0.0, show_default=True, help="Above 0: draw tokens; 0 is greedy.")
+@click.option("--top-k", type=int, default=0, help="Draw from the k most likely tokens only.")
+@click.option("--top-p", type=float, default=1.0, help="Draw from the most likely tokens that reach this share.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--variant", help="Open this variant instead of picking one.")
 @slo_options
 @catalog_option
@@ -234,7 +238,8 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
     )
     click.echo(f"variant {opened.row['variant'][:12]}, tpot {opened.row['tpot_s'] or 0:.3g} s", err=True)
     click.echo(prompt, nl=False)
-    for piece in opened.generate(prompt, max_new_tokens):
+    drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
+    for piece in opened.generate(prompt, max_new_tokens, **drawn):
         click.echo(piece, nl=False)
         sys.stdout.flush()
     click.echo()

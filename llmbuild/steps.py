@@ -136,7 +136,6 @@ class Steps:
         """Return everything that goes into the import of a point, by name."""
         job = self.job
         choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
-        choices["workers"] = choices.pop("work_groups")
         features = [f for f in KERNEL_FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
         return {
             "model": job.model.digest,

@@ -17,7 +17,7 @@ from llmbuild.frontend.reference import reference_greedy
 from llmbuild.runtime import load, reader
 from llmbuild.spec.reader import read_recipe
 
-PROMPTS = ("import os", "def main(", "class Stack:\n    def __init__(self")
+PROMPTS = ("def main(", "import os", "class Stack:\n    def __init__(self")
 
 
 def main() -> int:

@@ -1,17 +1,16 @@
 """`python -m llmbuild.frontend JOB.json`: one import or reference run in a process of its own.
 
-The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference` takes `model`,
-`random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and `count`, or both.
-Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it, and exit code 2.
+The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference`
+takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and
+`count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it,
+and exit code 2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +66,6 @@ def main(arguments: list[str]) -> int:
     if len(arguments) != 1:
         print("usage: python -m llmbuild.frontend JOB.json", file=sys.stderr)
         return InputError.exit_code
-    warnings.filterwarnings("ignore", category=FutureWarning)
     job = json.loads(Path(arguments[0]).read_text())
     out = Path(job.pop("out"))
     try:
@@ -85,7 +83,7 @@ def _write_last(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_suffix(".part")
     draft.write_text(json.dumps(result, sort_keys=True, indent=1) + "\n")
-    os.replace(draft, path)
+    draft.replace(path)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ def grouped_attention(
     dynamic T is needed. Returns `[1, T, heads, head_dim]`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    grouped = query[0].unflatten(0, (keys.shape[1], query.shape[1] // keys.shape[1]))
+    groups = query.shape[1] // keys.shape[1]
+    grouped = query[0].view(keys.shape[1], groups, *query.shape[2:])
     scores = torch.einsum("grtd,sgd->grts", grouped, keys.to(query.dtype)) * scale + attention_mask[0, 0]
     weights = torch.softmax(scores, -1)
     mixed = torch.einsum("grts,sgd->tgrd", weights, values.to(query.dtype))

@@ -1,4 +1,4 @@
-"""A key/value cache in buffers that the caller owns: written in place, so that an export shows them as mutated arguments."""
+"""A key/value cache in buffers that the caller owns, written in place."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 
 
 class CallerCache:
-    """The part of the library's cache interface that a decoder layer calls, over buffers `[context, kv_heads, head_dim]`.
+    """The part of the library's cache interface that a decoder layer calls, over buffers `[context, kv_heads,
+    head_dim]`.
 
     The sequence is the first axis: one position is one contiguous row, which the compiler can write in place.
     """
@@ -16,7 +17,9 @@ class CallerCache:
     is_compileable = True
 
     def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, start: torch.Tensor) -> None:
-        """Take two buffers per layer, key before value, the positions i64[T] that this call writes, and the first i64[1]."""
+        """Take two buffers per layer, key before value, the positions i64[T] that this call writes, and the first
+        i64[1].
+        """
         self.buffers = buffers
         self.start = start
         self.positions = positions

@@ -24,7 +24,9 @@ class _Entry(nn.Module):
     def step(
         self, tokens: torch.Tensor, positions: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tokens i64[1,T] at positions i64[T] from `start` i64[1] on; return the next token i64[1] and the last logits f32[V]."""
+        """Run tokens i64[1,T] at positions i64[T] from `start` i64[1] on; return the next token i64[1] and the
+        last logits f32[V].
+        """
         hidden = self.model.model(
             input_ids=tokens,
             attention_mask=causal_mask(positions, self.context),

@@ -9,9 +9,11 @@ from typing import Any
 import safetensors
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from llmbuild.errors import InputError
+
+_library: Any = transformers
+"""The library without its types: they do not cover what is called here."""
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Decoders whose layers are those of Llama, up to biases and norms of the projections."""
@@ -23,13 +25,13 @@ def load(model: str, random_init: bool, seed: int, attention: str) -> Any:
     Raises:
         InputError: the model is missing, incomplete, corrupt or of an architecture that is not taken.
     """
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    _library.logging.set_verbosity_error()
+    _library.logging.disable_progress_bar()
     config = _config(model)
     if random_init:
         torch.manual_seed(seed)
         config.dtype = torch.float32
-        built = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        built = _library.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     else:
         built = _with_weights(model, config, attention)
     return built.eval().requires_grad_(False)
@@ -42,7 +44,7 @@ def _config(model: str) -> Any:
     if not folder.exists() and (folder.is_absolute() or model.startswith(".") or model.count("/") != 1):
         raise InputError(f"{model}: no such folder")
     try:
-        config = AutoConfig.from_pretrained(model)
+        config = _library.AutoConfig.from_pretrained(model)
     except json.JSONDecodeError as error:
         raise InputError(f"{model}/config.json: not JSON: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -64,7 +66,7 @@ def _check_architecture(model: str, config: Any) -> None:
 
 def _with_weights(model: str, config: Any, attention: str) -> Any:
     try:
-        built, loading = AutoModelForCausalLM.from_pretrained(
+        built, loading = _library.AutoModelForCausalLM.from_pretrained(
             model, config=config, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
         )
     except safetensors.SafetensorError as error:
@@ -75,7 +77,9 @@ def _with_weights(model: str, config: Any, attention: str) -> Any:
         if loading[kind]:
             names = sorted(str(key) for key in loading[kind])
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise InputError(f"{model}: weights do not fit config.json: {kind.split('_')[0]} {', '.join(names[:3])}{more}")
+            raise InputError(
+                f"{model}: weights do not fit config.json: {kind.split('_')[0]} {', '.join(names[:3])}{more}"
+            )
     return built
 
 

@@ -74,9 +74,7 @@ def _builtin_type(tensor: torch.Tensor) -> str:
 
 def _declare(module: ir.Module, name: str, tensor: torch.Tensor) -> None:
     kind = _builtin_type(tensor)
-    text = (
-        f'util.global private @"{name}" = #flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {kind}'
-    )
+    text = f'util.global private @"{name}" = #flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {kind}'
     with module.context:
         parsed = ir.Module.parse(text)
         for operation in list(parsed.body.operations):
@@ -113,10 +111,10 @@ def import_programs(programs: dict[str, torch.export.ExportedProgram]) -> tuple[
 def _write_in_place(program: torch.export.ExportedProgram) -> None:
     """Forget which inputs the program mutates: the compiler then writes them in place, and copies none.
 
-    An input that is declared as mutated is written in place as well, but its new content is also copied to a fresh result
-    of its size at the end of each call (IREE 3.13: `hal.tensor.alias` joined in a barrier). Undeclared, the import of the
-    caller's buffer has the write as its last use, so the write takes it over. The check data proves it for every program:
-    decoding reads what prefill wrote.
+    An input that is declared as mutated is written in place as well, but its new content is also copied to a fresh
+    result of its size at the end of each call (IREE 3.13: `hal.tensor.alias` joined in a barrier). Undeclared, the
+    import of the caller's buffer has the write as its last use, so the write takes it over. The check data proves
+    it for every program: decoding reads what prefill wrote.
     """
     signature = program.graph_signature
     kept = [spec for spec in signature.output_specs if spec.kind != OutputKind.USER_INPUT_MUTATION]

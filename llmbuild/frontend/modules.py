@@ -1,4 +1,6 @@
-"""Linear layers and embeddings that read weights in the chosen format and layout, and the swap that puts them into a model."""
+"""Linear layers and embeddings that read weights in the chosen format and layout, and the swap that puts them into
+a model.
+"""
 
 from __future__ import annotations
 
@@ -75,9 +77,8 @@ class Packed(Matrix):
         panels = self.data.float()
         if x.shape[1] == 1:  # one row: a matrix product would be padded to the tile of one
             out = (x[0, 0, None, :, None] * panels).sum(1).reshape(1, 1, -1)
-        else:
-            spread = x.expand(panels.shape[0], -1, -1)
-            out = torch.bmm(spread, panels).transpose(0, 1).flatten(1, 2).unsqueeze(0)
+        else:  # as one matrix product: a batch of panels ends in a transposed store, three times slower
+            out = torch.einsum("tk,pkl->tpl", x[0], panels).flatten(1, 2).unsqueeze(0)
         return out if out.shape[-1] == self.rows else out[..., : self.rows]
 
     def gathered(self, rows: torch.Tensor) -> torch.Tensor:
@@ -139,7 +140,8 @@ class Part(nn.Module):
         self.start, self.size = start, size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.fused(x).narrow(-1, self.start, self.size)
+        whole: torch.Tensor = self.fused(x)
+        return whole.narrow(-1, self.start, self.size)
 
 
 FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

@@ -1,4 +1,6 @@
-"""Our kernels as torch operators: eager PyTorch runs their NumPy reference, an export keeps their names for `splice`."""
+"""Our kernels as torch operators: eager PyTorch runs their NumPy reference, an export keeps their names for
+`splice`.
+"""
 
 from __future__ import annotations
 
@@ -14,44 +16,55 @@ HEADS: dict[str, HeadShape] = {}
 """Shapes by kernel name: an operator can carry a name, not a dataclass."""
 
 
-@torch.library.custom_op("llmbuild::layer", mutates_args=())
-def layer(
+@torch.library.custom_op("llmbuild::layers", mutates_args=())
+def layers(
     x: torch.Tensor,
     cosine: torch.Tensor,
     sine: torch.Tensor,
     start: torch.Tensor,
     buffer: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: list[torch.Tensor],
     kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Run one decoder layer; return the hidden states f32[T,hidden] and the new cache."""
-    arrays = [tensor.numpy() for tensor in (x, cosine, sine)]
-    cache = [tensor.numpy() for tensor in (keys, values)]
-    packed = buffer.numpy().view(np.uint8)
-    new = reference.layer(LAYERS[kernel], *arrays, int(start[0]), packed, *cache)
-    return tuple(torch.from_numpy(np.ascontiguousarray(part)) for part in new)  # type: ignore[return-value]
+) -> torch.Tensor:
+    """Run decoder layers; return the hidden states f32[T,hidden].
+
+    The cache is written in place, and torch is not told: an export would otherwise return a copy of it.
+    """
+    shape, state = LAYERS[kernel], x.numpy()
+    angles = cosine.numpy(), sine.numpy()
+    for packed, pair in zip(np.split(buffer.numpy().view(np.uint8), len(cache) // 2), pairs(cache), strict=True):
+        arrays = [part.numpy() for part in pair]
+        state, *new = reference.layer(shape, state, *angles, int(start[0]), packed, *arrays)
+        for old, part in zip(arrays, new, strict=True):
+            old[:] = part
+    return torch.from_numpy(np.ascontiguousarray(state))
 
 
-@layer.register_fake
+def pairs(cache: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return keys and values of each layer."""
+    return list(zip(cache[::2], cache[1::2], strict=True))
+
+
+@layers.register_fake
 def _(
     x: torch.Tensor,
     cosine: torch.Tensor,
     sine: torch.Tensor,
     start: torch.Tensor,
     buffer: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
+    cache: list[torch.Tensor],
     kernel: str,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), torch.empty_like(keys), torch.empty_like(values)
+) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
 @torch.library.custom_op("llmbuild::head", mutates_args=())
 def head(
     x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits f32[padded vocabulary] of one hidden state f32[1,hidden], and the first largest one's index i64[1]."""
+    """Return logits f32[padded vocabulary] of one hidden state f32[1,hidden], and the first largest one's index
+    i64[1].
+    """
     shape = HEADS[kernel]
     quads = data.numpy().view(np.uint8).reshape(-1, shape.hidden // 4, 4, 16, 4)
     matrix = (weights.unpack_quads(quads, shape.padded), scale.numpy(), np.zeros(shape.padded, np.float32))

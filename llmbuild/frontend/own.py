@@ -14,12 +14,12 @@ from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.modules import Embedding, RowMajor
 from llmbuild.kernels.avx512 import FEATURES
 from llmbuild.kernels.head import HeadShape, head
-from llmbuild.kernels.layer import layer
+from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform import weights as layouts
 from llmbuild.transform.decoder import layer_buffer
 
-LAYER, HEAD = "llmbuild_layer", "llmbuild_head"
+LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
 NAMES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -34,14 +34,14 @@ NAMES = {
 """Our names of a layer's parts, and the library's."""
 
 
-class OwnLayer(nn.Module):
-    """A decoder layer as one operator; it is called like the library's."""
+class OwnLayers(nn.Module):
+    """Decoder layers as one operator; they are called like one of the library's."""
 
-    def __init__(self, buffer: np.ndarray, index: int) -> None:
+    def __init__(self, buffers: list[np.ndarray], first: int, kernel: str) -> None:
         super().__init__()
-        self.index = index
+        self.first, self.count, self.kernel = first, len(buffers), kernel
         self.buffer: torch.Tensor
-        self.register_buffer("buffer", torch.from_numpy(buffer.view(np.int8)))
+        self.register_buffer("buffer", torch.from_numpy(np.concatenate(buffers).view(np.int8)))
 
     def forward(
         self,
@@ -53,12 +53,9 @@ class OwnLayer(nn.Module):
     ) -> torch.Tensor:
         """Return hidden states f32[1,T,hidden]."""
         cosine, sine = position_embeddings
-        keys, values = past_key_values.layer(self.index)
-        new, new_keys, new_values = operators.layer(
-            hidden_states[0], cosine[0], sine[0], past_key_values.start, self.buffer, keys, values, LAYER
-        )
-        keys.copy_(new_keys)
-        values.copy_(new_values)
+        cache = list(past_key_values.buffers[2 * self.first : 2 * (self.first + self.count)])
+        start, x = past_key_values.start, hidden_states[0]
+        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], start, self.buffer, cache, self.kernel)
         return new.unsqueeze(0)
 
 
@@ -110,25 +107,39 @@ def check(model: Any, name: str, features: tuple[str, ...]) -> None:
     config = model.config
     odd = [part for part in ("q_norm", "k_norm") if hasattr(model.model.layers[0].self_attn, part)]
     if config.hidden_act != "silu" or odd:
-        raise InputError(f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}")
+        raise InputError(
+            f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}"
+        )
 
 
-def put_in(model: Any, name: str, context: int, half_cache: bool, workers: int) -> dict[str, str]:
+def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, workers)
+    shape = _shape(model, context, half_cache, work_groups)
     if problem := shape.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
-    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, workers)
-    operators.LAYERS[LAYER], operators.HEADS[HEAD] = shape, head_shape
-    decoder = model.model
-    for index, old in enumerate(decoder.layers):
-        decoder.layers[index] = OwnLayer(layer_buffer(shape, _arrays(old)), index)
+    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups)
+    operators.HEADS[HEAD] = head_shape
+    kernels, decoder = {HEAD: head(HEAD, head_shape)}, model.model
+    buffers = [layer_buffer(shape, _arrays(old)) for old in decoder.layers]
+    groups, first = [], 0
+    for part in _split(len(buffers)):
+        kernel = f"{LAYERS}_{part}"
+        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part)
+        groups.append(OwnLayers(buffers[first : first + part], first, kernel))
+        first += part
+    decoder.layers = nn.ModuleList(groups)
     tied = decoder.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
     table = decoder.embed_tokens.weight.detach().numpy()
     model.lm_head = OwnHead(head_shape, decoder.norm.weight, model.lm_head.weight.detach().numpy())
     decoder.embed_tokens = QuadEmbedding(model.lm_head) if tied else Embedding(RowMajor(table, "int8"))
     decoder.norm = nn.Identity()
-    return {LAYER: layer(LAYER, shape), HEAD: head(HEAD, head_shape)}
+    return kernels
+
+
+def _split(count: int) -> list[int]:
+    """Return how many layers go into each dispatch: as few dispatches as bindings allow, of nearly one size."""
+    dispatches = -(-count // MAX_LAYERS)
+    return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
 def _shape(model: Any, context: int, half_cache: bool, workers: int) -> DecoderShape:
@@ -155,5 +166,3 @@ def _arrays(old: nn.Module) -> dict[str, np.ndarray]:
         if getattr(part, "bias", None) is not None:
             arrays[f"{ours}.bias"] = part.bias.detach().numpy()
     return arrays
-
-

@@ -1,4 +1,6 @@
-"""What the library's own model says, in f32 and untouched by any of our choices: the truth that quality is measured against."""
+"""What the library's own model says, in f32 and untouched by any of our choices: the truth that quality is
+measured against.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def reference_logits(model: str, random_init: bool, seed: int, windows: np.ndarr
 
 
 def reference_greedy(model: str, random_init: bool, seed: int, prompt: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` tokens i64[count] that the library's `generate` puts after the prompt i64[P], end tokens ignored."""
+    """Return the `count` tokens i64[count] that the library's `generate` puts after the prompt i64[P], end tokens
+    ignored.
+    """
     built = _model(model, random_init, seed, prompt)
     tokens = torch.from_numpy(prompt[None])
     with torch.inference_mode():
@@ -43,4 +47,5 @@ def reference_greedy(model: str, random_init: bool, seed: int, prompt: np.ndarra
             eos_token_id=None,
             pad_token_id=0,
         )
-    return text[0, len(prompt) :].numpy()
+    new: np.ndarray = text[0, len(prompt) :].numpy()
+    return new

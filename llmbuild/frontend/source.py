@@ -34,14 +34,18 @@ def find_model(source: ModelSource) -> FoundModel:
         folder = _from_hub(source.location)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json in this model folder")
-    files = sorted({p for pattern in (_SHAPE if source.random_init else _SHAPE + _WEIGHTS) for p in folder.glob(pattern)})
+    files = sorted(
+        {p for pattern in (_SHAPE if source.random_init else _SHAPE + _WEIGHTS) for p in folder.glob(pattern)}
+    )
     if not source.random_init and not any(p.suffix in (".safetensors", ".bin") for p in files):
         raise InputError(f"{folder}: no weights in this model folder; --random-init builds its shape without any")
     tokenizer = folder / TOKENIZER
     content = {p.name: digest.of_file(p) for p in files}
     return FoundModel(
         folder,
-        digest.of({"files": content, "random_init": source.random_init, "seed": source.seed if source.random_init else 0}),
+        digest.of(
+            {"files": content, "random_init": source.random_init, "seed": source.seed if source.random_init else 0}
+        ),
         tokenizer if tokenizer.is_file() else None,
     )
 

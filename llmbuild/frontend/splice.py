@@ -53,7 +53,7 @@ def _replace(operator: Any, table: ir.SymbolTable) -> None:
     name = _kernel_name(operator)
     kind = ir.FunctionType(ir.TypeAttr(table[name].attributes["function_type"]).value)
     with ir.InsertionPoint(operator):
-        tensors = list(operator.operands)[:-1]
+        tensors = [tensor for value in list(operator.operands)[:-1] for tensor in _flat(value)]
         operands = [_to_builtin(value, wanted) for value, wanted in zip(tensors, kind.inputs, strict=True)]
         call = ir.Operation.create(
             "util.call", results=kind.results, operands=operands, attributes={"callee": ir.FlatSymbolRefAttr.get(name)}
@@ -63,8 +63,16 @@ def _replace(operator: Any, table: ir.SymbolTable) -> None:
     operator.erase()
 
 
+def _flat(value: Any) -> list[Any]:
+    """Return the tensors of a list, or the one tensor."""
+    is_list = str(value.type).startswith("!torch.list")
+    return list(value.owner.operands) if is_list else [value]
+
+
 def _to_builtin(value: Any, wanted: Any) -> Any:
-    plain = ir.Operation.create("torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]).result
+    plain = ir.Operation.create(
+        "torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]
+    ).result
     return plain if plain.type == wanted else _cast(plain, wanted)
 
 

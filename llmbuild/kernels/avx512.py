@@ -1,7 +1,8 @@
 """Pieces of a decoder for AVX-512 VNNI: quantize a row, multiply rows by a panel, rotate heads, attend.
 
-Weights are unsigned bytes (int8 + 128) in panels of 64 rows, `[K/4][4 blocks][16 rows][4]`; activations are signed bytes with
-one scale per row. `vpdpbusd` adds four products per lane without saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x).
+Weights are unsigned bytes (int8 + 128) in panels of 64 rows, `[K/4][4 blocks][16 rows][4]`; activations are signed
+bytes with one scale per row. `vpdpbusd` adds four products per lane without saturation: sum(w*x) = sum((w+128)*x) -
+128*sum(x).
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 LANES, BLOCKS, PANEL, QUAD = 16, 4, 64, 4
 ROW_TILE = 6
-"""Rows that share one pass over a panel: 6 rows x 4 blocks of accumulators, 4 of weights and 1 of activations fit 32 registers."""
+"""Rows that share one pass over a panel: 6 rows x 4 blocks of accumulators, 4 of weights and 1 of activations fit
+32 registers.
+"""
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
 HALVES = "vector<16xf16>"
@@ -168,19 +171,22 @@ def sigmoid_gate(w: Writer, gate: str, up: str) -> str:
     return w.op("arith.mulf", w.op("arith.divf", gate, w.op("arith.addf", grown, w.lanes(1.0))), up)
 
 
-def rotate(w: Writer, source: str, cosine: str, sine: str, size: int, store: Callable[[int, str], None]) -> None:
-    """Rotate one head f32[size]: `x * cos + turned(x) * sin`; `store(element, vector)` takes the result."""
-    half = size // 2
+def rotated(w: Writer, source: str, cosine: str, sine: str, size: int) -> list[tuple[int, str]]:
+    """Return one head f32[size] rotated, `x * cos + turned(x) * sin`: sixteen values for each place in it."""
+    half, done = size // 2, []
     for i in range(0, half, LANES):
         low, high = w.load(w.at(source, i * 4), VF), w.load(w.at(source, (half + i) * 4), VF)
         for place, x, turned in ((i, low, w.op("arith.negf", high)), (half + i, high, low)):
             c, s = w.load(w.at(cosine, place * 4), VF), w.load(w.at(sine, place * 4), VF)
-            store(place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c)))
+            done.append((place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c))))
+    return done
 
 
 @dataclass(frozen=True)
 class Cache:
-    """One head's keys or values in a cache `[context, kv_heads, head_dim]`: pointer to its first row, bytes to the next."""
+    """One head's keys or values in a cache `[context, kv_heads, head_dim]`: pointer to its first row, bytes to the
+    next.
+    """
 
     base: str
     stride: int
@@ -205,7 +211,9 @@ def store_cached(w: Writer, vector: str, pointer: str, half: bool) -> None:
 def attend(
     w: Writer, query: str, keys: Cache, values: Cache, visible: str, size: int, scale: float, scores: str, out: str
 ) -> None:
-    """Attend with one head's query f32[size] to `visible` positions (i64); `scores` is room for them, rounded up to 16."""
+    """Attend with one head's query f32[size] to `visible` positions (i64); `scores` is room for them, rounded up
+    to 16.
+    """
     parts = range(0, size, LANES)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), VF), w.lanes(scale)) for e in parts]
 
@@ -233,9 +241,7 @@ def attend(
 def _softmax(w: Writer, scores: str, visible: str) -> str:
     """Replace scores by exp(score - largest) and return their sum f32; lanes past the end hold `MASKED`."""
     at = vectors(w, scores)
-    (most,) = w.loop(
-        0, visible, LANES, lambda i, m: [w.larger(at(i), m)], [(w.lanes(MASKED), VF)]
-    )
+    (most,) = w.loop(0, visible, LANES, lambda i, m: [w.larger(at(i), m)], [(w.lanes(MASKED), VF)])
     top = w.splat(w.top(most))
 
     def body(i: str, total: str) -> list[str]:
@@ -245,5 +251,3 @@ def _softmax(w: Writer, scores: str, visible: str) -> str:
 
     (total,) = w.loop(0, visible, LANES, body, [(w.lanes(0.0), VF)])
     return w.total(total)
-
-

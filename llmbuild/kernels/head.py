@@ -100,7 +100,9 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
 
 
 def head(name: str, shape: HeadShape) -> str:
-    """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token i64[1])`."""
+    """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token
+    i64[1])`.
+    """
     sizes = _sizes(shape)
     wide, norm = f"tensor<1x{shape.hidden}xf32>", f"tensor<{shape.hidden}xf32>"
     data, scale = f"tensor<{sizes['data']}xi8>", f"tensor<{shape.padded}xf32>"

@@ -1,4 +1,9 @@
-"""One decoder layer as one dispatch: ten phases over T rows, from hidden states to hidden states, cache written in place."""
+"""Decoder layers as one dispatch: ten phases each over T rows, from hidden states to hidden states, cache written
+in place.
+
+Fewer and longer dispatches keep the workers awake: between two of them a worker may sleep, and its partner then
+works alone.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +15,12 @@ from llmbuild.kernels.shapes import LINE, PANEL, DecoderShape, buffer_bytes, sec
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
+MAX_BINDINGS = 32
+"""What IREE's HAL module takes for one dispatch (3.13): `OUT_OF_RANGE; binding count 36 > 32`."""
 BINDING = "memref<?xi8, strided<[1], offset: ?>>"
-"""Bytes at an offset that the compiler chooses when it merges bindings; with a plain memref the offset would be dropped."""
+"""Bytes at an offset that the compiler chooses when it merges bindings; with a plain memref the offset would be
+dropped.
+"""
 
 
 def bind(w: Writer, names: list[str], sizes: dict[str, int | str]) -> dict[str, str]:
@@ -50,7 +59,9 @@ def worker(w: Writer) -> str:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Offsets of the regions of a layer's scratch: `per_row` are bytes per row of T, after a part for each work-group."""
+    """Offsets of the regions of a layer's scratch: `per_row` are bytes per row of T, after a part for each
+    work-group.
+    """
 
     scores: int
     per_row: dict[str, int]
@@ -79,25 +90,33 @@ def _score_bytes(shape: DecoderShape) -> int:
     return up_to(4 * (shape.context + 2 * k.LANES), LINE)
 
 
-ARGUMENTS = ["x", "cosine", "sine", "start", "weights", "counters", "keys", "values", "out", "scratch"]
+BEFORE = ["x", "cosine", "sine", "start", "weights", "counters"]
+AFTER = ["out", "scratch"]
+MAX_LAYERS = (MAX_BINDINGS - len(BEFORE) - len(AFTER)) // 2
+
+
+def cache_names(layers: int) -> list[str]:
+    """Return the names of the cache buffers, keys before values, layer by layer."""
+    return [f"{part}{layer}" for layer in range(layers) for part in ("keys", "values")]
 
 
 class LayerWriter:
-    """Writes the body of the dispatch; each method is one phase."""
+    """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, shape: DecoderShape) -> None:
+    def __init__(self, shape: DecoderShape, layers: int) -> None:
         self.shape = shape
+        self.layers = layers
         self.w = w = Writer()
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
-        self.p = bind(w, ARGUMENTS, self._sizes())
+        self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
         self.number = worker(w)
         self.start = w.load(self.p["start"], I64, 8)
-        self.s, base = {}, scratch(shape).scores
-        offset = w.integer(base)
+        self.s, offset = {}, w.integer(scratch(shape).scores)
         for region, size in scratch(shape).per_row.items():
             self.s[region] = w.at(self.p["scratch"], offset)
             offset = w.add(offset, w.mul(self.rows, size))
-        self.parts = {name: w.at(self.p["weights"], part.offset) for name, part in sections(shape).items()}
+        self.parts: dict[str, str] = {}
+        self.keys = self.values = ""
         self.phases = Phases(w, self.p["counters"], self.number, shape.workers)
 
     def _sizes(self) -> dict[str, int | str]:
@@ -106,28 +125,59 @@ class LayerWriter:
         row = w.mul(rows, 4 * shape.hidden)
         angle = w.mul(rows, 4 * shape.head_dim)
         size = scratch(shape)
-        return {
-            "x": row, "out": row, "cosine": angle, "sine": angle, "start": 8, "weights": buffer_bytes(shape),
-            "keys": cache, "values": cache, "counters": counter_bytes(PHASES, shape.workers),
+        sizes: dict[str, int | str] = {
+            "x": row, "out": row, "cosine": angle, "sine": angle, "start": 8,
+            "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
             "scratch": w.add(size.scores, w.mul(rows, size.total(1) - size.scores)),
         }  # fmt: skip
+        return sizes | dict.fromkeys(cache_names(self.layers), cache)
 
     def text(self) -> str:
-        """Write all phases and return the body."""
-        shape, s = self.shape, self.s
+        """Write all phases of all layers and return the body."""
+        w, width = self.w, 4 * self.shape.hidden
+        table = w.let(f"llvm.alloca {w.integer(2 * self.layers)} x {PTR} : ({I64}) -> {PTR}")
+        for i, name in enumerate(cache_names(self.layers)):
+            w.store(self.p[name], w.at(table, 8 * i), PTR, 8)
+        self.phases.run(self.rows, lambda row: self._copy(w.mul(row, width)))
+        first = w.at(self.p["counters"], counter_bytes(1, self.shape.workers))
+
+        def body(layer: str) -> list[str]:
+            counters = w.at(first, w.mul(layer, counter_bytes(PHASES, self.shape.workers)))
+            self.phases = Phases(w, counters, self.number, self.shape.workers)
+            buffer = w.at(self.p["weights"], w.mul(layer, buffer_bytes(self.shape)))
+            self.parts = {name: w.at(buffer, part.offset) for name, part in sections(self.shape).items()}
+            self.keys, self.values = (w.load(w.at(table, w.mul(layer, 16), 8 * i), PTR, 8) for i in range(2))
+            self._layer()
+            return []
+
+        w.loop(0, self.layers, 1, body)
+        return w.text()
+
+    def _copy(self, offset: str) -> None:
+        w = self.w
+
+        def body(i: str) -> list[str]:
+            place = w.add(offset, w.mul(i, 4))
+            w.store(w.load(w.at(self.p["x"], place), VF), w.at(self.p["out"], place), VF)
+            return []
+
+        w.loop(0, self.shape.hidden, k.LANES, body)
+
+    def _layer(self) -> None:
+        """Write one layer, from `out` through `middle` back to `out`."""
+        shape, s, out = self.shape, self.s, self.p["out"]
         hidden = 4 * shape.hidden
-        self.normalize("norm1", self.p["x"], hidden)
+        self.normalize("norm1", out, hidden)
         self.multiply("qkv", shape.projected, shape.hidden, self.plain(s["qkv"], 4 * shape.projected))
         self.rotate()
         self.attend()
         self.quantize(s["attended"], shape.attended, up_to(4 * shape.attended, LINE))
-        self.multiply("out", shape.hidden, shape.attended, self.residual(self.p["x"], hidden, s["middle"], self._middle))
+        self.multiply("out", shape.hidden, shape.attended, self.residual(out, hidden, s["middle"], self._middle))
         self.normalize("norm2", s["middle"], self._middle)
         self.multiply("gate_up", 2 * shape.inner_padded, shape.hidden, self.gated)
         self.quantize(s["inner"], shape.inner_padded, 4 * shape.inner_padded)
-        last = self.residual(s["middle"], self._middle, self.p["out"], hidden)
+        last = self.residual(s["middle"], self._middle, out, hidden)
         self.multiply("down", shape.hidden, shape.inner_padded, last)
-        return self.w.text()
 
     @property
     def _middle(self) -> int:
@@ -217,10 +267,8 @@ class LayerWriter:
             slot = w.mul(w.add(self.start, row), shape.cached * width)
             for head in range(shape.heads + shape.kv_heads):
                 at = w.at(source, head * shape.head_dim * 4)
-                key = w.at(self.p["keys"], slot, (head - shape.heads) * shape.head_dim * width)
-                turned: list[tuple[int, str]] = []
-                k.rotate(w, at, cosine, sine, shape.head_dim, lambda e, v: turned.append((e, v)))
-                for e, vector in turned:
+                key = w.at(self.keys, slot, (head - shape.heads) * shape.head_dim * width)
+                for e, vector in k.rotated(w, at, cosine, sine, shape.head_dim):
                     if head < shape.heads:
                         w.store(vector, w.at(at, e * 4), VF)
                     else:
@@ -228,7 +276,7 @@ class LayerWriter:
             values = w.at(source, (shape.attended + shape.cached) * 4)
             for e in range(0, shape.cached, k.LANES):
                 vector = w.load(w.at(values, e * 4), VF)
-                k.store_cached(w, vector, w.at(self.p["values"], slot, e * width), shape.half_cache)
+                k.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
 
         self.phases.run(self.rows, unit)
 
@@ -243,7 +291,7 @@ class LayerWriter:
             group = w.integers("divui", head, shape.heads // shape.kv_heads)
             offset = w.mul(group, shape.head_dim * width)
             keys, values = (
-                k.Cache(w.at(self.p[name], offset), shape.cached * width, shape.half_cache) for name in ("keys", "values")
+                k.Cache(w.at(base, offset), shape.cached * width, shape.half_cache) for base in (self.keys, self.values)
             )
             at = w.mul(head, shape.head_dim * 4)
             query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
@@ -254,22 +302,32 @@ class LayerWriter:
         self.phases.run(w.mul(self.rows, shape.heads), unit)
 
 
-def layer(name: str, shape: DecoderShape) -> str:
+def counters_bytes(shape: DecoderShape, layers: int) -> int:
+    """Return the size of the zeroed counters of a dispatch of so many layers."""
+    return counter_bytes(1 + layers * PHASES, shape.workers)
+
+
+def layers(name: str, shape: DecoderShape, count: int) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
-    The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layer's weights, zeroed counters,
-    `keys` and `values`; it returns the new hidden states and the cache, which are the caller's buffers.
+    The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
+    after the other, and keys and values of each layer, which it writes in place; it returns the new hidden states.
     """
     row = scratch(shape)
     cache = f"tensor<{shape.context}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
     wide, angle = f"tensor<?x{shape.hidden}xf32>", f"tensor<?x{shape.head_dim}xf32>"
-    weights, counters = f"tensor<{buffer_bytes(shape)}xi8>", f"tensor<{counter_bytes(PHASES, shape.workers)}xi8>"
-    room = "tensor<?xi8>"
-    kinds = f"{wide}{{%rows}}, {angle}{{%rows}}, {angle}{{%rows}}, tensor<1xi64>, {weights}, {counters}, {cache}, {cache}, index"
-    results = f"%counters, %keys, %values, {wide}{{%rows}}, {room}{{%room}}"
-    return f"""{executable(name, ARGUMENTS, LayerWriter(shape).text(), shape.workers)}
+    weights, counters = f"tensor<{count * buffer_bytes(shape)}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
+    room, names = "tensor<?xi8>", cache_names(count)
+    taken, caches = ", ".join(f"%{n}: {cache}" for n in names), ", ".join(f"%{n}" for n in names)
+    kinds = ", ".join(
+        [f"{wide}{{%rows}}", f"{angle}{{%rows}}", f"{angle}{{%rows}}", "tensor<1xi64>", weights, counters]
+        + [cache] * len(names)
+        + ["index"]
+    )
+    body = LayerWriter(shape, count).text()
+    return f"""{executable(name, BEFORE + names + AFTER, body, shape.workers)}
 util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: tensor<1xi64>, %weights: {weights},
-    %keys: {cache}, %values: {cache}) -> ({wide}, {cache}, {cache}) {{
+    {taken}) -> {wide} {{
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
 %each = arith.constant {row.total(1) - row.scores} : index
@@ -278,9 +336,8 @@ util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: 
 %room = arith.addi %grown, %fixed : index
 %none = arith.constant 0 : i8
 %counters = flow.tensor.splat %none : {counters}
-%r:5 = flow.dispatch @{name}_ex::@{name}(%x, %cosine, %sine, %start, %weights, %counters, %keys, %values, %rows)
-    : ({kinds}) -> ({results})
-util.return %r#3, %r#1, %r#2 : {wide}, {cache}, {cache}
+%r:{len(names) + 3} = flow.dispatch @{name}_ex::@{name}(
+    %x, %cosine, %sine, %start, %weights, %counters, {caches}, %rows)
+    : ({kinds}) -> (%counters, {caches}, {wide}{{%rows}}, {room}{{%room}})
+util.return %r#{len(names) + 1} : {wide}
 }}"""
-
-

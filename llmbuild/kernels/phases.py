@@ -1,8 +1,10 @@
-"""Phases of work inside one dispatch, shared by its work-groups, without assuming that work-groups run at the same time.
+"""Phases of work inside one dispatch, shared by its work-groups, without assuming that work-groups run at the same
+time.
 
-Each phase is a number of units. Every work-group has a segment of them, one contiguous stream of memory; units are claimed
-one by one with an atomic counter, from the own segment first, then from the others'. Who finds nothing left to claim waits
-until all units of the phase are done: only for units that a running work-group holds. So one work-group alone finishes all.
+Each phase is a number of units. Every work-group has a segment of them, one contiguous stream of memory; units are
+claimed one by one with an atomic counter, from the own segment first, then from the others'. Who finds nothing left
+to claim waits until all units of the phase are done: only for units that a running work-group holds. So one work-
+group alone finishes all.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class Phases:
         self._phase = 0
 
     def run(self, units: int | str, unit: Callable[[str], None]) -> None:
-        """Write one phase: `unit(i)` writes the work of unit i (i64). Nothing after it starts before all units are done."""
+        """Write one phase: `unit(i)` writes the work of unit i (i64). Nothing after it starts before all units are
+        done.
+        """
         w = self._w
         base = w.at(self._counters, self._phase * (self._workers + 1) * LINE)
         self._phase += 1

@@ -1,6 +1,7 @@
 """A writer of MLIR text: names values, places constants, nests regions. It knows no kernel.
 
-Integers are i64 and pointers are `!llvm.ptr`, so that addresses are plain arithmetic; a vector is sixteen lanes of f32 or i32.
+Integers are i64 and pointers are `!llvm.ptr`, so that addresses are plain arithmetic; a vector is sixteen lanes of
+f32 or i32.
 """
 
 from __future__ import annotations
@@ -105,11 +106,16 @@ class Writer:
         return self.let(f"vector.reduction <maxnumf>, {vector} fastmath<nnan,nsz> : {VF} into {F32}")
 
     def larger(self, left: str, right: str, kind: str = VF) -> str:
-        """Return the larger of both, lane by lane; the right one where the left is NaN. One instruction, unlike maximumf."""
+        """Return the larger of both, lane by lane; the right one where the left is NaN. One instruction, unlike
+        maximumf.
+        """
         flags = "vector<16xi1>" if kind == VF else "i1"
         greater = self.let(f"arith.cmpf ogt, {left}, {right} : {kind}")
-        return self.let(f"arith.select {greater}, {left}, {right} : {flags}, {kind}" if kind == VF
-                        else f"arith.select {greater}, {left}, {right} : {kind}")
+        return self.let(
+            f"arith.select {greater}, {left}, {right} : {flags}, {kind}"
+            if kind == VF
+            else f"arith.select {greater}, {left}, {right} : {kind}"
+        )
 
     def at(self, pointer: str, *offset: int | str) -> str:
         """Return the pointer moved by the sum of offsets in bytes."""
@@ -133,7 +139,9 @@ class Writer:
         body: Callable[..., Sequence[str]],
         carried: Sequence[tuple[str, str]] = (),
     ) -> list[str]:
-        """Write a counted loop over i64. `body(i, *values)` returns the next values; `carried` are (first value, type)."""
+        """Write a counted loop over i64. `body(i, *values)` returns the next values; `carried` are (first value,
+        type).
+        """
         index, names = self.name(), [self.name() for _ in carried]
         bounds = f"{index} = {self.integer(start)} to {self.integer(stop)} step {self.integer(step)}"
         kinds = ", ".join(kind for _, kind in carried)

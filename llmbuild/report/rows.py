@@ -124,12 +124,11 @@ def _front_line(row: dict[str, Any]) -> list[str]:
 
 def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the figures alone do not say: why something is absent, and what was noisy."""
-    told: dict[str, int] = {}
-    for row in rows:
-        for name, text in (row.get("notes") or {}).items():
-            if name in ("quality", "energy", "noise", "baseline"):
-                told[f"{name}: {text}"] = told.get(f"{name}: {text}", 0) + 1
-    lines = [
-        text if count == len(rows) else f"{text} ({count} of {len(rows)} variants)" for text, count in told.items()
-    ]
-    return ["* the compiler's default flags on the plain f32 export", *lines]
+    lines = ["* the compiler's default flags on the plain f32 export"]
+    for name in ("quality", "energy", "baseline", "noise"):
+        told = [str(row["notes"][name]) for row in rows if name in (row.get("notes") or {})]
+        if not told:
+            continue
+        most = max(told, key=lambda text: (told.count(text), text))
+        lines.append(f"{name}: {most}" + ("" if len(told) == len(rows) else f" ({len(told)} of {len(rows)} variants)"))
+    return lines

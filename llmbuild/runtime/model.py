@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
+    from llmbuild.runtime.sampling import Sampling
     from llmbuild.runtime.session import Session
 
 
@@ -132,31 +133,52 @@ class Model:
 
         return Tokenizer.from_file(str(reader.blob_path(self.catalog, self.row["tokenizer"])))
 
-    def tokens(self, prompt: Sequence[int], max_new_tokens: int = 64) -> Iterator[int]:
-        """Yield the greedy continuation of `prompt` token by token, up to an end token or the end of the context."""
+    def tokens(
+        self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> Iterator[int]:
+        """Yield the continuation of `prompt` token by token, up to an end token or the end of the context.
+
+        Greedy unless `sampling` has a temperature.
+        """
         session = self.session
+        choose = _chooser(session, sampling)
         position = len(prompt)
-        token = session.prefill(prompt)
+        token = choose(session.prefill(prompt))
         for left in range(max_new_tokens - 1, -1, -1):
             yield token
             if left == 0 or token in session.abi.eos_tokens or position >= session.abi.context:
                 return
-            token = session.decode(token, position)
+            token = choose(session.decode(token, position))
             position += 1
 
-    def generate(self, prompt: str, max_new_tokens: int = 64) -> Iterator[str]:
-        """Yield the greedy continuation of `prompt` as pieces of text, each as soon as it is certain."""
+    def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: float) -> Iterator[str]:
+        """Yield the continuation of `prompt` as pieces of text, each as soon as it is certain.
+
+        `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`; without them the text is greedy.
+        """
         from tokenizers.decoders import DecodeStream
+
+        from llmbuild.runtime.sampling import Sampling
 
         tokenizer = self.tokenizer
         ids = tokenizer.encode(prompt).ids
         if not ids:
             raise InputError("the prompt is empty: give at least one character")
         stream = DecodeStream(ids=ids, skip_special_tokens=True)
-        for token in self.tokens(ids, max_new_tokens):
+        for token in self.tokens(ids, max_new_tokens, Sampling(**sampling)):  # type: ignore[arg-type]
             piece = stream.step(tokenizer, token)
             if piece:
                 yield piece
+
+
+def _chooser(session: Session, sampling: Sampling | None) -> Callable[[int], int]:
+    """Return what turns the device's greedy token into the one to take."""
+    if sampling is None or sampling.greedy:
+        return lambda greedy: greedy
+    from llmbuild.runtime.sampling import Sampler
+
+    sampler = Sampler(sampling)
+    return lambda _: sampler.choose(session.peek())
 
 
 def _named(catalog: Path, prefix: str) -> Pick:

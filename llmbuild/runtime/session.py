@@ -120,9 +120,14 @@ class Session:
         return self._call(self._decode, self._decode_arguments)
 
     def logits(self) -> NDArray[np.float32]:
-        """Return the f32[V] logits of the last call, copied."""
+        """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made."""
+        return np.array(self.peek())
+
+    def peek(self) -> NDArray[np.float32]:
+        """Return the f32[V] logits of the last call where they lie; valid until the next call."""
         view = self._logits
-        return np.array(view.map().asarray(view.shape, np.dtype(np.float32))).reshape(-1)
+        found: NDArray[np.float32] = view.map().asarray(view.shape, np.dtype(np.float32)).reshape(-1)
+        return found
 
     def _call(self, function: Any, arguments: Any) -> int:
         results = rt.VmVariantList(2)

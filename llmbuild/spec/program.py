@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFILL = "prefill"
-"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, logits of the last token."""
+"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, last logits."""
 
 DECODE = "decode"
 """`decode(token i64[1], position i64[1], *kv) -> (next_token i64[1], logits f32[V])`."""
@@ -52,7 +52,8 @@ class Program:
     module: str
     parameters: str
     check: str
-    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights."""
+    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights,
+    `noise` f32: how far these move, relative, when the token vectors move by a millionth."""
     abi: Abi
 
 
@@ -65,7 +66,8 @@ class ImportJob:
     """What to import and how; the same job gives the same bytes.
 
     `choices` are model-level knobs and their values; a knob left out has its default:
-    `weight_format` f32 | f16 | int8, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16.
+    `weight_format` f32 | f16 | int8, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16,
+    `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own` kernels.
     """
 
     model: str

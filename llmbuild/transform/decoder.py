@@ -13,8 +13,8 @@ from llmbuild.transform.weights import PANEL, Array, interleave, pack_quads, pad
 def layer_buffer(shape: DecoderShape, arrays: Mapping[str, Array]) -> Array:
     """Return bytes u8[buffer_bytes(shape)].
 
-    `arrays` holds `norm1`, `norm2` f32[hidden] and the matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`, `up`, `down`;
-    a bias f32[N] of one of them is `<name>.bias`.
+    `arrays` holds `norm1`, `norm2` f32[hidden] and the matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`,
+    `up`, `down`; a bias f32[N] of one of them is `<name>.bias`.
     """
     matrices = {
         "qkv": np.concatenate([arrays[name] for name in ("query", "key", "value")]),
@@ -31,7 +31,11 @@ def layer_buffer(shape: DecoderShape, arrays: Mapping[str, Array]) -> Array:
     parts = {"norm1": arrays["norm1"], "norm2": arrays["norm2"]}
     for name, dense in matrices.items():
         quantized, scale = quantize_rows(dense)
-        parts |= {f"{name}.data": pack_quads(quantized), f"{name}.scale": pad_rows(scale), f"{name}.bias": pad_rows(biases[name])}
+        parts |= {
+            f"{name}.data": pack_quads(quantized),
+            f"{name}.scale": pad_rows(scale),
+            f"{name}.bias": pad_rows(biases[name]),
+        }
     buffer = np.zeros(buffer_bytes(shape), np.uint8)
     for name, section in sections(shape).items():
         part = np.ascontiguousarray(parts[name])
@@ -53,7 +57,9 @@ def _widen(dense: Array, columns: int) -> Array:
 
 
 def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, tuple[Array, Array, Array]]:
-    """Return int8[N,K], scales f32[N] and biases f32[N] of `qkv`, `out`, `gate_up` and `down`, padded as they lie there."""
+    """Return int8[N,K], scales f32[N] and biases f32[N] of `qkv`, `out`, `gate_up` and `down`, padded as they lie
+    there.
+    """
     found = {}
     columns = {"qkv": shape.hidden, "out": shape.attended, "gate_up": shape.hidden, "down": shape.inner_padded}
     for name, width in columns.items():

@@ -21,20 +21,23 @@ def multiply(x: Array, matrix: tuple[Array, Array, Array]) -> Array:
     data, scale, bias = matrix
     rows, row_scale = quantized_rows(x)
     exact = rows @ data.astype(np.float64).T
-    return (exact * (row_scale.astype(np.float64) * scale) + bias).astype(np.float32)
+    out: Array = (exact * (row_scale.astype(np.float64) * scale) + bias).astype(np.float32)
+    return out
 
 
 def normalize(x: Array, weight: Array, epsilon: float) -> Array:
     """Return rows scaled to a root mean square of 1, times the weight."""
     mean = np.square(x.astype(np.float64)).mean(axis=1, keepdims=True)
-    return (x / np.sqrt(mean + epsilon) * weight).astype(np.float32)
+    out: Array = (x / np.sqrt(mean + epsilon) * weight).astype(np.float32)
+    return out
 
 
 def rotated(x: Array, cosine: Array, sine: Array) -> Array:
     """Return heads [T,heads,head_dim] rotated by angles [T,head_dim]."""
     half = x.shape[-1] // 2
     turned = np.concatenate([-x[..., half:], x[..., :half]], axis=-1)
-    return x * cosine[:, None] + turned * sine[:, None]
+    out: Array = x * cosine[:, None] + turned * sine[:, None]
+    return out
 
 
 def layer(

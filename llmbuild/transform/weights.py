@@ -1,4 +1,6 @@
-"""How a weight matrix is quantized and laid out. Matrices are `[N, K]`: N outputs, K inputs, as torch keeps a linear layer."""
+"""How a weight matrix is quantized and laid out. Matrices are `[N, K]`: N outputs, K inputs, as torch keeps a
+linear layer.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def pad_rows(weights: Array, multiple: int = PANEL) -> Array:
 
 
 def pack_panels(weights: Array) -> Array:
-    """Return `[ceil(N/64), K, 64]`: what one step over K needs lies together, and one panel is one contiguous stream."""
+    """Return `[ceil(N/64), K, 64]`: what one step over K needs lies together, and one panel is one contiguous
+    stream.
+    """
     padded = pad_rows(weights)
     return np.ascontiguousarray(padded.reshape(-1, PANEL, weights.shape[1]).transpose(0, 2, 1))
 

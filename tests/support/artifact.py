@@ -1,0 +1,77 @@
+"""Compile what an import or a kernel writer made, and call it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+COMPILER = Path(sys.executable).parent / "iree-compile"
+FLAGS = [
+    "--iree-hal-target-device=local",
+    "--iree-hal-local-target-device-backends=llvm-cpu",
+    "--iree-llvmcpu-target-cpu=host",
+]
+
+
+def compile_file(source: Path, output: Path, *flags: str) -> Path:
+    """Compile MLIR text or bytecode; the compiler's own message is the failure."""
+    done = subprocess.run(
+        [str(COMPILER), str(source), *FLAGS, *flags, "-o", str(output)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return output
+
+
+class Loaded:
+    """A compiled program with its cache buffers."""
+
+    def __init__(self, folder: Path, artifact: Path, driver: str = "local-task") -> None:
+        import iree.runtime as rt
+
+        self.abi = json.loads((folder / "abi.json").read_text())
+        device, instance = rt.get_device(driver), rt.VmInstance()
+        index = rt.ParameterIndex()
+        index.load(str(folder / "parameters.irpa"))
+        modules = [
+            rt.create_io_parameters_module(instance, index.create_provider(scope="model")),
+            rt.create_hal_module(instance, device),
+            rt.VmModule.mmap(instance, str(artifact)),
+        ]
+        self._context = rt.SystemContext(vm_modules=modules, config=rt.Config(device=device))
+        self._module = self._context.modules.module
+        self.kv = [rt.asdevicearray(device, np.zeros(k["shape"], k["dtype"])) for k in self.abi["kv"]]
+
+    def prefill(self, tokens: Sequence[int], start: int = 0) -> tuple[int, Any]:
+        """Return the next token and the logits."""
+        token, logits = self._module.prefill(np.asarray(tokens, np.int64)[None], np.array([start]), *self.kv)
+        return int(token.to_host()[0]), np.asarray(logits)
+
+    def decode(self, token: int, position: int) -> tuple[int, Any]:
+        """Return the next token and the logits."""
+        token_out, logits = self._module.decode(np.array([token]), np.array([position]), *self.kv)
+        return int(token_out.to_host()[0]), np.asarray(logits)
+
+    def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
+        """Return logits f32[1+D,V] after the prompt and after each token."""
+        rows = [self.prefill(prompt)[1]]
+        rows += [self.decode(int(token), len(prompt) + i)[1] for i, token in enumerate(tokens)]
+        return np.stack(rows)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        """Return the tokens after the prompt."""
+        found = [self.prefill(prompt)[0]]
+        while len(found) < count:
+            found.append(self.decode(found[-1], len(prompt) + len(found) - 1)[0])
+        return found
+
+
+def relative_error(actual: Any, expected: Any) -> float:
+    """Return the largest difference over the largest value."""
+    wide = np.asarray(expected, np.float64)
+    return float(np.abs(np.asarray(actual, np.float64) - wide).max() / (np.abs(wide).max() or 1.0))

@@ -1,0 +1,179 @@
+"""Imports of tiny models, compiled with IREE and held against PyTorch on the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmbuild.frontend.program import import_model
+from llmbuild.frontend.reference import reference_greedy, reference_logits
+from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.spec.program import ImportJob
+from tests.support import tiny
+from tests.support.artifact import Loaded, compile_file, relative_error
+
+CONTEXT = 64
+PROMPT = [7, 300, 12, 99, 5, 41]
+OWN = {"weight_format": "int8", "layout": "packed", "kernel": "own"}
+
+HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+needs_vnni = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
+
+
+@dataclass(frozen=True)
+class Built:
+    """An imported program; `at` compiles it at an optimization level and loads it."""
+
+    folder: Path
+
+    def at(self, level: str, driver: str = "local-task") -> Loaded:
+        artifact = self.folder / f"{level}.vmfb"
+        if not artifact.exists():
+            compile_file(self.folder / "module.mlirbc", artifact, f"--iree-opt-level={level}")
+        return Loaded(self.folder, artifact, driver)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Built]:
+    done: dict[tuple[tuple[str, str], ...], Built] = {}
+
+    def get(**choices: str) -> Built:
+        key = tuple(sorted(choices.items()))
+        if key not in done:
+            folder = tmp_path_factory.mktemp("import")
+            import_model(ImportJob(str(model), CONTEXT, choices=key, features=FEATURES), folder)
+            done[key] = Built(folder)
+        return done[key]
+
+    return get
+
+
+@pytest.mark.parametrize("level", ["O0", "O2"])
+def test_greedy_tokens_equal_the_library(build: Callable[..., Built], model: Path, level: str) -> None:
+    expected = reference_greedy(str(model), False, 0, np.array(PROMPT), 32)
+    assert build().at(level).greedy(PROMPT, 32) == expected.tolist()
+
+
+def test_logits_equal_the_library(build: Callable[..., Built], model: Path) -> None:
+    tokens = [*PROMPT, 17, 200, 3]
+    expected = reference_logits(str(model), False, 0, np.array([tokens]))[0]
+    actual = build().at("O2").forced(tokens[: len(PROMPT)], tokens[len(PROMPT) :])
+    assert relative_error(actual, expected[len(PROMPT) - 1 :]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {},
+        {"weight_format": "f16", "kv_dtype": "f16"},
+        {"weight_format": "int8"},
+        {"layout": "packed"},
+        {"weight_format": "f16", "layout": "packed"},
+        {"weight_format": "int8", "layout": "packed", "kv_dtype": "f16"},
+        pytest.param(OWN, marks=needs_vnni),
+        pytest.param({**OWN, "kv_dtype": "f16", "work_groups": "4"}, marks=needs_vnni),
+    ],
+    ids=lambda choices: "-".join(choices.values()) or "default",
+)
+def test_artifact_agrees_with_its_check_data(build: Callable[..., Built], choices: dict[str, str]) -> None:
+    built = build(**choices)
+    with np.load(built.folder / "check.npz") as check:
+        prompt, forced, expected, noise = (check[name] for name in ("prompt", "forced", "logits", "noise"))
+    assert expected.shape == (1 + len(forced), 320)
+    actual = built.at("O2").forced(prompt, forced)
+    half = choices.get("kv_dtype") == "f16"
+    assert relative_error(actual, expected) < max(1e-5, 10 * float(noise), 1e-3 if half else 0.0)
+
+
+@needs_vnni
+def test_own_kernels_agree_on_one_thread(build: Callable[..., Built]) -> None:
+    built = build(**OWN)
+    one, two = (built.at("O2", driver).forced(PROMPT, [1, 2, 3]) for driver in ("local-sync", "local-task"))
+    assert np.array_equal(one, two)
+
+
+@pytest.mark.parametrize("choices", [{}, pytest.param(OWN, marks=needs_vnni)], ids=["compiler", "own"])
+def test_prompt_in_parts_equals_the_prompt_at_once(build: Callable[..., Built], choices: dict[str, str]) -> None:
+    loaded = build(**choices).at("O2")
+    _, whole = loaded.prefill(PROMPT)
+    loaded.prefill(PROMPT[:1])
+    _, parts = loaded.prefill(PROMPT[1:], start=1)
+    assert relative_error(parts, whole) < 1e-5
+
+
+@pytest.mark.parametrize("choices", [{}, pytest.param(OWN, marks=needs_vnni)], ids=["compiler", "own"])
+def test_context_can_be_filled_to_its_last_position(build: Callable[..., Built], choices: dict[str, str]) -> None:
+    loaded = build(**choices).at("O2")
+    tokens = [(5 * i) % 320 for i in range(CONTEXT)]
+    _, whole = loaded.prefill(tokens)
+    loaded.prefill(tokens[:-1])
+    _, last = loaded.decode(tokens[-1], CONTEXT - 1)
+    assert relative_error(last, whole) < 1e-5
+
+
+@pytest.mark.parametrize("choices", [{}, pytest.param(OWN, marks=needs_vnni)], ids=["compiler", "own"])
+def test_cache_is_written_in_place_and_nowhere_else(build: Callable[..., Built], choices: dict[str, str]) -> None:
+    loaded = build(**choices).at("O2")
+    loaded.prefill(PROMPT)
+    loaded.decode(1, len(PROMPT))
+    for buffer in loaded.kv:
+        written = np.abs(buffer.to_host()).sum(axis=(1, 2)) > 0
+        assert written.tolist() == [i <= len(PROMPT) for i in range(CONTEXT)]
+
+
+@pytest.mark.parametrize("choices", [{}, pytest.param(OWN, marks=needs_vnni)], ids=["compiler", "own"])
+def test_cache_is_never_copied(build: Callable[..., Built], choices: dict[str, str], tmp_path: Path) -> None:
+    source = build(**choices).folder / "module.mlirbc"
+    text = compile_file(source, tmp_path / "stream.mlir", "--iree-opt-level=O2", "--compile-to=stream").read_text()
+    bytes_per_buffer = CONTEXT * 2 * 32 * 4
+    assert "stream.cmd.execute" in text
+    assert [line for line in text.splitlines() if "stream.cmd.copy" in line and f"%c{bytes_per_buffer}" in line] == []
+
+
+def test_tied_weights_are_stored_once(build: Callable[..., Built]) -> None:
+    stored = (build().folder / "parameters.irpa").stat().st_size
+    assert stored < 4 * 287360 + 8192
+
+
+def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
+    folder = tiny.write(
+        tmp_path / "model", num_hidden_layers=1, attention_bias=True, mlp_bias=True, tie_word_embeddings=False
+    )
+    import_model(
+        ImportJob(str(folder), CONTEXT, choices=(("weight_format", "int8"), ("layout", "packed"))), tmp_path / "a"
+    )
+    with np.load(tmp_path / "a" / "check.npz") as check:
+        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < 1e-5
+
+
+@needs_vnni
+def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path) -> None:
+    shape = {
+        "hidden_size": 112,
+        "intermediate_size": 75,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 32,
+    }
+    folder = tiny.write(tmp_path / "model", **shape, vocab_size=333, attention_bias=True, tie_word_embeddings=False)
+    import_model(ImportJob(str(folder), CONTEXT, choices=tuple(OWN.items()), features=FEATURES), tmp_path / "a")
+    with np.load(tmp_path / "a" / "check.npz") as check:
+        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
+
+
+def test_random_init_depends_on_the_seed_alone(model: Path) -> None:
+    window = np.array([[1, 2, 3]])
+    one, same, other = (reference_logits(str(model), True, seed, window) for seed in (1, 1, 2))
+    assert np.array_equal(one, same)
+    assert not np.array_equal(one, other)

@@ -1,0 +1,64 @@
+"""Quantization and layouts of weight matrices."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmbuild.transform import weights
+from llmbuild.transform.reference import quantized_rows
+
+SIZES = st.tuples(st.integers(1, 150), st.integers(1, 20).map(lambda quads: 4 * quads))
+
+
+def matrix(size: tuple[int, int]) -> weights.Array:
+    return np.random.default_rng(size[0]).standard_normal(size).astype(np.float32)
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES)
+def test_quantized_rows_are_within_half_a_step(size: tuple[int, int]) -> None:
+    dense = matrix(size)
+    quantized, scale = weights.quantize_rows(dense)
+    assert np.abs(quantized * scale[:, None] - dense).max() <= scale.max() * 0.5001
+    assert np.abs(quantized).max(axis=1).tolist() == [127] * size[0]
+
+
+def test_row_of_zeros_stays_zero_with_a_scale_of_one() -> None:
+    quantized, scale = weights.quantize_rows(np.zeros((2, 4), np.float32))
+    assert not quantized.any()
+    assert scale.tolist() == [1.0, 1.0]
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES)
+def test_panels_hold_every_row_once(size: tuple[int, int]) -> None:
+    dense = matrix(size)
+    packed = weights.pack_panels(dense)
+    rows = packed.transpose(0, 2, 1).reshape(-1, size[1])
+    assert np.array_equal(rows[: size[0]], dense)
+    assert not rows[size[0] :].any()
+
+
+@settings(max_examples=30, deadline=None)
+@given(SIZES)
+def test_unpacked_quads_are_what_was_packed(size: tuple[int, int]) -> None:
+    quantized, _ = weights.quantize_rows(matrix(size))
+    assert np.array_equal(weights.unpack_quads(weights.pack_quads(quantized), size[0]), quantized)
+
+
+def test_interleaved_panel_has_a_gate_row_and_its_up_row_in_one_lane() -> None:
+    gate, up = np.arange(40)[:, None], 1000 + np.arange(40)[:, None]
+    mixed = weights.interleave(gate, up)[:, 0]
+    assert mixed.shape == (128,)
+    assert mixed[:32].tolist() == list(range(32))
+    assert mixed[32:64].tolist() == list(range(1000, 1032))
+    assert mixed[64:72].tolist() == list(range(32, 40))
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-20, 1.0, 1e20])
+def test_activations_of_any_size_are_quantized(value: float) -> None:
+    integers, scale = quantized_rows(np.full((1, 16), value, np.float32))
+    assert np.allclose(integers * scale, value, rtol=1e-6)
