@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from comparison.rounds import FIRST_PROMPT, Entrant
+from llmbuild.digest import short
 from llmbuild.profiler import statistics
 from llmbuild.report.rows import quantity, table
 from llmbuild.spec.measurement import Reading
@@ -109,12 +110,15 @@ def text(found: Sequence[dict[str, Any]], prompt: int) -> str:
     ]
     told = [f"{row['participant']}: {row['status']}: {row['reason']}" for row in found if row["reason"]]
     met = sorted({f"{OURS} {row['format']} meets {_met(row)}" for row in found if row["ratios"]})
-    return "\n".join([table(header, lines), "", *met, *told])
+    ours = [
+        f"{row['participant']}: variant {short(row['variant'])}, {row['choices']}" for row in found if row["variant"]
+    ]
+    return "\n".join([table(header, lines), "", *ours, *met, *told])
 
 
 def _met(row: dict[str, Any]) -> str:
-    short = {"decode_s": "at decoding", "first_token_s": "at load and first token", "prefill_s": "at the prompt"}
-    return ", ".join(f"{found['to']} {short[name]}" for name, found in row["ratios"].items())
+    where = {"decode_s": "at decoding", "first_token_s": "at load and first token", "prefill_s": "at the prompt"}
+    return ", ".join(f"{found['to']} {where[name]}" for name, found in row["ratios"].items())
 
 
 def _ratio(found: dict[str, Any] | None) -> str:
