@@ -24,6 +24,9 @@ from llmbuild.spec.workload import Workload
 
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_j_per_token")
 LOADS = 3
+NOISE = 3.0
+"""Allowed error in units of how far the logits move when token vectors move by a millionth: rounding flips steps of
+quantized activations, and random weights amplify that."""
 Samples = dict[str, list[float]]
 
 
@@ -82,10 +85,11 @@ class Live:
 
     def _check(self) -> None:
         found = self.child.ask("check", "check", data=str(self.subject.check_path))
-        if not found["finite"] or found["error"] > self.subject.tolerance:
+        allowed = max(self.subject.tolerance, NOISE * found["noise"])
+        if not found["finite"] or found["error"] > allowed:
             reason = (
                 f"logits differ from PyTorch's on the same weights by {found['error']:.3g} of their size "
-                f"(allowed {self.subject.tolerance:g}), top-1 agreement {found['top1']:.2f}"
+                f"(allowed {allowed:.3g}), top-1 agreement {found['top1']:.2f}"
             )
             raise ChildFailed(Failure("check", reason, self.child.pasteable(), "", lasting=True))
         self.notes["check"] = f"logits within {found['error']:.2g} of PyTorch's on the same weights"

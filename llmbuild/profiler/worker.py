@@ -66,13 +66,14 @@ class Worker:
     def check(self, request: dict[str, Any]) -> dict[str, Any]:
         """Compare logits with PyTorch's on the same weights: error over the size of the logits, root mean square."""
         with np.load(request["data"]) as data:
-            prompt, forced, expected = data["prompt"], data["forced"], data["logits"]
+            prompt, forced, expected, noise = data["prompt"], data["forced"], data["logits"], float(data["noise"])
         actual = self._forced(prompt, forced)
         scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))) or 1.0
         error = float(np.sqrt(np.mean(np.square(actual.astype(np.float64) - expected))))
         return {
             "finite": bool(np.isfinite(actual).all()),
             "error": error / scale,
+            "noise": noise,
             "top1": float(np.mean(actual.argmax(-1) == expected.argmax(-1))),
         }
 
