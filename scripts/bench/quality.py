@@ -31,19 +31,8 @@ from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
 
 LAYERS = ("f16", "bf16", "int8", "int8_g32", "int4_g32", "int4_g64", "int4_g128", "int4a_g64", "int4a_g128")
-    "f16",
-    "bf16",
-    "int8",
-    "int8_g32",
-    "int4_g32",
-    "int4_g64",
-    "int4_g128",
-    "int4a_g32",
-    "int4a_g64",
-    "int4a_g128",
-)
 HEAD = "int8"
-"""Format of the token table where the layers have one of integers, so that rows tell layers apart; `same` rows follow."""
+"""Format of the token table where the layers have one of integers, so that rows tell layers apart."""
 
 
 def cases() -> Iterator[tuple[str, str, str, str]]:
