@@ -39,6 +39,10 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.roofline import Roofline
+
+ROOFLINE_S = 3.0
+"""Seconds spent on measuring a machine's limits, once."""
 
 KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
 """CPU features that our own kernels choose by; an import without them does not depend on the target."""
@@ -309,6 +313,8 @@ class Steps:
             driver=str(values["driver"]),
             workers=int(values["workers"]),
             tolerance=loosest,
+            parameter_bytes=blobs.path(program.parameters).stat().st_size,
+            integer=str(values["weight_format"]).startswith("int"),
         )
 
     def bench(self, quality: Quality) -> Bench:
@@ -317,8 +323,30 @@ class Steps:
 
         if self._bench is None:
             job = self.job
-            self._bench = Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol)
+            machine, limits = self.registered.machine_digest, self.roofline()
+            self._bench = Bench(job.recipe.workloads, quality, machine, job.limits, job.protocol, limits)
         return self._bench
+
+    def roofline(self) -> Roofline | None:
+        """Return what this machine can do at most, measured once; None where that failed or the machine was busy."""
+        from llmbuild.profiler import roofline
+
+        machine = self.registered.machine_digest
+        known = self.catalog.find_limits(machine)
+        if known is not None:
+            return roofline.from_body(known)
+        found = roofline.measure(self._compile_limits, ROOFLINE_S)
+        if isinstance(found, Failure):
+            self.catalog.record_failure(self.job.recipe.name, None, found)
+            return None
+        if any(note.startswith("noise") for note in found.notes):
+            return None  # a limit read on a busy machine would flatter every variant; the next build tries again
+        self.catalog.record_limits(machine, found)
+        return found
+
+    def _compile_limits(self, source: Path, output: Path) -> Failure | None:
+        plainly = {**self.job.space.level(self.job.space.default(), "codegen"), "opt_level": "O2"}
+        return iree.compile_module(source, output, self.job.target, plainly, self.job.limits)
 
     def close(self) -> None:
         """End what still runs."""

@@ -62,7 +62,7 @@ def _check_architecture(model: str, config: Any) -> None:
         raise InputError(f"{model}: architecture {found} is not supported; taken are {', '.join(ARCHITECTURES)}")
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if rope not in ROPE_TYPES:
-        raise InputError(f"{model}: rope type {rope} depends on the length of the text; taken are {', '.join(ROPE_TYPES)}")
+        raise InputError(f"{model}: rope type {rope} is not supported; taken are {', '.join(ROPE_TYPES)}")
     if getattr(config, "use_sliding_window", False) or (
         "Mistral" in names[0] and getattr(config, "sliding_window", None)
     ):

@@ -5,6 +5,7 @@ check    {data}                                                -> errors against
 quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
 round    {prompt, output}                                      -> ttft_s, tpot_s, e2e_s, energy_j of one answer
 memory   {}                                                    -> peak resident bytes so far
+limits   {artifact, workers, read_bytes, functions, seconds}   -> seconds of the machine's limit kernels
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmbuild.errors import LlmbuildError
+from llmbuild.profiler import limits
 from llmbuild.profiler.energy import rapl
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import abi_from
@@ -64,13 +66,14 @@ class Worker:
     def check(self, request: dict[str, Any]) -> dict[str, Any]:
         """Compare logits with PyTorch's on the same weights: error over the size of the logits, root mean square."""
         with np.load(request["data"]) as data:
-            prompt, forced, expected = data["prompt"], data["forced"], data["logits"]
+            prompt, forced, expected, noise = data["prompt"], data["forced"], data["logits"], float(data["noise"])
         actual = self._forced(prompt, forced)
         scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))) or 1.0
         error = float(np.sqrt(np.mean(np.square(actual.astype(np.float64) - expected))))
         return {
             "finite": bool(np.isfinite(actual).all()),
             "error": error / scale,
+            "noise": noise,
             "top1": float(np.mean(actual.argmax(-1) == expected.argmax(-1))),
         }
 
@@ -151,6 +154,7 @@ def main() -> None:
     verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
         name: getattr(worker, name) for name in ("open", "check", "quality", "round", "memory")
     }
+    verbs["limits"] = limits.run
     for line in sys.stdin:
         request = json.loads(line)
         try:

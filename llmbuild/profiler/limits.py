@@ -1,0 +1,72 @@
+"""Call the functions of a compiled `llmbuild.kernels.limits` and take their seconds; runs in the profiler's worker."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic, perf_counter
+from typing import Any
+
+import iree.runtime as rt
+import numpy as np
+from iree.runtime.flags import parse_flags
+
+LEAST_ROUNDS = 5
+
+
+class Calls:
+    """One artifact of limit kernels on a device with `workers` threads, and the bytes its functions read."""
+
+    def __init__(self, artifact: Path, workers: int, read_bytes: int) -> None:
+        parse_flags(f"--task_topology_group_count={workers}")
+        self._device = rt.get_device("local-task", cache=False)
+        self._instance = rt.VmInstance()
+        self._module = rt.VmModule.mmap(self._instance, str(artifact))
+        modules = [rt.create_hal_module(self._instance, self._device), self._module]
+        self._context = rt.VmContext(self._instance, modules)
+        self._data = self._device.allocator.allocate_buffer_copy(
+            memory_type=rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE,
+            allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
+            device=self._device,
+            buffer=np.ones(read_bytes, np.int8),
+            element_type=rt.HalElementType.SINT_8,
+        )
+        self._arguments = rt.VmVariantList(1)
+        self._arguments.push_ref(self._data)
+
+    def seconds(self, function: str) -> float:
+        """Return how long one call took, until its result is there."""
+        called, results = self._module.lookup_function(function), rt.VmVariantList(1)
+        begin = perf_counter()
+        self._context.invoke(called, self._arguments, results)
+        results.get_as_object(0, rt.HalBufferView).map().asarray((1,), np.dtype(np.int8))
+        return perf_counter() - begin
+
+    def close(self) -> None:
+        """Release everything, the device last: buffers that outlive it take the process down."""
+        for name in ("_arguments", "_data", "_context", "_module", "_instance", "_device"):
+            self.__dict__.pop(name, None)
+
+
+def run(request: dict[str, Any]) -> dict[str, Any]:
+    """Answer {artifact, workers, read_bytes, functions, seconds} with the seconds of each function, round by round."""
+    calls = Calls(Path(request["artifact"]), request["workers"], request["read_bytes"])
+    try:
+        return {"samples": _rounds(calls, request["functions"], request["seconds"])}
+    finally:
+        calls.close()
+
+
+def _rounds(calls: Calls, functions: Sequence[str], seconds: float) -> dict[str, list[float]]:
+    """Call all functions in every round, in random order; the first round warms up."""
+    order = random.Random(0)
+    taken: dict[str, list[float]] = {name: [] for name in functions}
+    for name in functions:
+        calls.seconds(name)
+    end, done = monotonic() + seconds, 0
+    while done < LEAST_ROUNDS or monotonic() < end:
+        for name in order.sample(list(functions), len(functions)):
+            taken[name].append(calls.seconds(name))
+        done += 1
+    return taken

@@ -1,0 +1,196 @@
+"""What this machine can do at most, measured: bytes read and arithmetic per second, and how near a variant comes.
+
+Decoding one token reads every weight and the cache once, so it cannot take less than those bytes over the bandwidth;
+a prompt multiplies every weight with each of its tokens, so it cannot take less than that over the arithmetic peak.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmbuild.kernels import limits
+from llmbuild.process import Limits
+from llmbuild.profiler import noise, statistics
+from llmbuild.profiler.child import Child, ChildFailed
+from llmbuild.runtime import host
+from llmbuild.spec.measurement import Reading
+from llmbuild.spec.program import Abi
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+LEAST_BYTES, MOST_BYTES, CACHES = 256 << 20, 2 << 30, 8
+"""The buffer is this many times the last-level cache, between the two bounds."""
+
+Compile = Callable[[Path, Path], Failure | None]
+"""Compiles MLIR (first path) for this host into a `.vmfb` (second path); None when it is there."""
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a number of workers reaches together: bytes read a second, and multiplications plus additions a second."""
+
+    workers: int
+    read_bytes_per_s: Reading
+    f32_flop_per_s: Reading
+    int8_op_per_s: Reading | None
+    """None where no kernel is written for this machine's int8 instructions; `Roofline.notes` says so."""
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The limits of a machine with one worker and with all cores; readings are medians with 95 % intervals."""
+
+    one: Rates
+    all: Rates
+    buffer_bytes: int
+    notes: tuple[str, ...]
+
+    def of(self, driver: str, workers: int) -> Rates:
+        """Return the rates that a variant's run-time settings can reach (`workers` 0 is one for each core)."""
+        alone = driver == "local-sync" or workers == 1
+        return self.one if alone else self.all
+
+
+def from_body(body: dict[str, Any]) -> Roofline:
+    """Return the limits from their JSON form."""
+
+    def rates(found: dict[str, Any]) -> Rates:
+        readings = {
+            k: None if v is None else Reading(**{**v, "samples": tuple(v["samples"])})
+            for k, v in found.items()
+            if k != "workers"
+        }
+        return Rates(workers=found["workers"], **readings)  # type: ignore[arg-type]
+
+    return Roofline(rates(body["one"]), rates(body["all"]), body["buffer_bytes"], tuple(body["notes"]))
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a variant does: bytes that each decode step reads, and operations that the prompt needs."""
+
+    parameter_bytes: int
+    kv_bytes: float
+    prefill_operations: int
+
+
+@dataclass(frozen=True)
+class Fractions:
+    """The share of the limits that a variant reaches; more than 1 means that it does less than was counted."""
+
+    decode_of_bandwidth: Reading
+    prefill_of_f32: Reading
+    prefill_of_int8: Reading | None
+
+
+def buffer_bytes(workers: int) -> int:
+    """Return the size of the buffer that is read: far larger than the last-level cache, and whole lines for each."""
+    wanted = min(max(LEAST_BYTES, CACHES * _last_level_cache_bytes()), MOST_BYTES)
+    piece = 512 * workers
+    return -(-wanted // piece) * piece
+
+
+def measure(compile_: Compile, seconds: float = 3.0, size: int = 0) -> Roofline | Failure:
+    """Compile the limit kernels, run them in a process of their own for about `seconds` and return the limits.
+
+    `size` is the buffer's bytes, a multiple of 512 for each core; 0 chooses. What disturbed it stands in the notes.
+    """
+    cores, features = host.cores(), host.features()
+    counts, size = sorted({1, cores}), size or buffer_bytes(cores)
+    with TemporaryDirectory(prefix="llmbuild-") as folder:
+        source, artifact = Path(folder) / "limits.mlir", Path(folder) / "limits.vmfb"
+        source.write_text(limits.module(features, counts, size))
+        failure = compile_(source, artifact)
+        if failure is not None:
+            return failure
+        before = noise.snapshot()
+        try:
+            taken = _samples(artifact, counts, features, size, seconds)
+        except ChildFailed as error:
+            return error.failure
+        noisy = noise.verdict(before, noise.snapshot(), cores)
+    notes = [f"noise: {noisy}"] if noisy else []
+    if not limits.has_int8(features):
+        notes.append("int8: no kernel for this machine's int8 instructions; the f32 peak alone is given")
+    found = [_rates(n, taken, features, size) for n in counts]
+    return Roofline(found[0], found[-1], size, tuple(notes))
+
+
+def work(abi: Abi, parameter_bytes: int, workload: Workload, head_parameters: int = 0) -> Work:
+    """Return what a variant does under a workload; cache bytes are those of its middle output token.
+
+    `head_parameters` are the weights of the output matrix, which only the last token of a prompt meets; with 0 every
+    weight is counted for every token. Attention itself, small at short prompts, is left out of the operations.
+    """
+    filled = min(workload.prompt + workload.output / 2, abi.context)
+    cached = sum(math.prod(t.shape) * _width(t.dtype) for t in abi.kv)
+    layers = abi.parameters - head_parameters
+    return Work(parameter_bytes, cached * filled / abi.context, 2 * (layers * workload.prompt + head_parameters))
+
+
+def fractions(rates: Rates, done: Work, tpot: Reading, ttft: Reading) -> Fractions:
+    """Return how near a variant comes to the limits; intervals are the widest that those of both sides allow."""
+    int8 = rates.int8_op_per_s
+    return Fractions(
+        decode_of_bandwidth=_fraction(done.parameter_bytes + done.kv_bytes, tpot, rates.read_bytes_per_s),
+        prefill_of_f32=_fraction(done.prefill_operations, ttft, rates.f32_flop_per_s),
+        prefill_of_int8=_fraction(done.prefill_operations, ttft, int8) if int8 is not None else None,
+    )
+
+
+def _fraction(amount: float, took: Reading, limit: Reading) -> Reading:
+    return Reading(
+        amount / took.median / limit.median, amount / took.high / limit.high, amount / took.low / limit.low, ()
+    )
+
+
+def _samples(
+    artifact: Path, counts: list[int], features: frozenset[str], size: int, seconds: float
+) -> dict[str, list[float]]:
+    names = [limits.READ, *limits.operations(features, 1)]
+    child = Child(Limits(seconds=60 + 4 * seconds))
+    try:
+        answer = child.ask(
+            "profile",
+            "limits",
+            artifact=str(artifact),
+            workers=counts[-1],
+            read_bytes=size,
+            functions=[limits.function(name, n) for n in counts for name in names],
+            seconds=seconds,
+        )
+    finally:
+        child.close()
+    return dict(answer["samples"])
+
+
+def _rates(workers: int, taken: dict[str, list[float]], features: frozenset[str], size: int) -> Rates:
+    amounts = {limits.READ: size, **limits.operations(features, workers)}
+    read = {
+        name: statistics.median_of([amount / s for s in taken[limits.function(name, workers)]])
+        for name, amount in amounts.items()
+    }
+    return Rates(workers, read[limits.READ], read[limits.F32], read.get(limits.INT8))
+
+
+def _width(dtype: str) -> int:
+    """Return the bytes of an element by the bits in its name: `float16`, `int8`."""
+    match = re.search(r"\d+$", dtype)
+    return int(match[0]) // 8 if match else 1
+
+
+def _last_level_cache_bytes() -> int:
+    """Return the size of the largest cache of CPU 0; 0 where the system does not tell."""
+    units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+    found = [0]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG])\s*", path.read_text())
+        if match:
+            found.append(int(match[1]) * units[match[2]])
+    return max(found)

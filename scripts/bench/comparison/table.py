@@ -1,0 +1,125 @@
+"""From what participants took to rows: medians, who is compared with whom, paired ratios, and the table for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from comparison.rounds import FIRST_PROMPT, Entrant
+from llmbuild.digest import short
+from llmbuild.profiler import statistics
+from llmbuild.report.rows import quantity, table
+from llmbuild.spec.measurement import Reading
+
+OURS = "llmbuild"
+SECONDS = ("load_s", "first_token_s", "prefill_s", "decode_s")
+DECODE_PEER = {
+    "int8": ("llama.cpp", "q8_0"),
+    "int4": ("llama.cpp", "q4_0"),
+    "f16": ("llama.cpp", "f16"),
+    "bf16": ("llama.cpp", "f16"),
+    "f32": ("torch", "float32"),
+}
+"""Whom a weight format of ours meets at decoding and starting: the fastest known peer with weights of that size."""
+
+PREFILL_PEER = ("openvino", "int8")
+"""Whom all of ours meet at the prompt: the fastest known peer there."""
+
+RATIOS = ("decode_s", "first_token_s", "prefill_s")
+
+
+def peer_of(weight_format: str, metric: str) -> tuple[str, str] | None:
+    """Return runtime and format of the peer that ours is compared with; None where there is no match."""
+    return PREFILL_PEER if metric == "prefill_s" else DECODE_PEER.get(weight_format)
+
+
+def ratio(mine: Entrant, theirs: Entrant, metric: str) -> Reading | None:
+    """Return ours over theirs, paired by round; None when no round has both."""
+    a, b = mine.samples.get(metric, {}), theirs.samples.get(metric, {})
+    both = sorted(a.keys() & b.keys())
+    if not both:
+        return None
+    return statistics.paired_ratio([a[n] for n in both], [b[n] for n in both])
+
+
+def ratios(mine: Entrant, everyone: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
+    """Return, per metric, the peer and the paired ratio to it with its 95 % interval."""
+    found: dict[str, dict[str, Any]] = {}
+    if mine.participant.runtime != OURS:
+        return found
+    for metric in RATIOS:
+        wanted = peer_of(mine.participant.format, metric)
+        theirs = next((e for e in everyone if (e.participant.runtime, e.participant.format) == wanted), None)
+        read = ratio(mine, theirs, metric) if theirs is not None else None
+        if theirs is not None and read is not None:
+            found[metric] = {
+                "to": theirs.participant.name,
+                "median": read.median,
+                "low": read.low,
+                "high": read.high,
+                "rounds": len(read.samples),
+            }
+    return found
+
+
+def rows(everyone: Sequence[Entrant]) -> list[dict[str, Any]]:
+    """Return one row for each participant, the failed ones too: metrics in seconds and bytes, absent ones None."""
+    return [_row(entrant, everyone) for entrant in everyone]
+
+
+def _row(entrant: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any]:
+    taken = {name: list(entrant.samples.get(name, {}).values()) for name in SECONDS}
+    read = {name: statistics.median_of(values) for name, values in taken.items() if values}
+    who = entrant.participant
+    return {
+        "participant": who.name,
+        "runtime": who.runtime,
+        "format": who.format,
+        "version": entrant.version,
+        "variant": who.variant or None,
+        "choices": who.choices or None,
+        "status": "absent" if who.absent else "failed" if entrant.reason else "measured",
+        "reason": entrant.reason or None,
+        **{name: read[name].median if name in read else None for name in SECONDS},
+        "peak_memory_bytes": entrant.peak_memory_bytes,
+        "intervals": {name: [r.low, r.high] for name, r in read.items()},
+        "ratios": ratios(entrant, everyone),
+        "samples": {**taken, "decode_steps_s": entrant.decode_steps_s},
+    }
+
+
+def text(found: Sequence[dict[str, Any]], prompt: int) -> str:
+    """Return the table, with what is missing and why below it."""
+    header = [
+        "participant",
+        "load",
+        f"first of {min(FIRST_PROMPT, prompt)}",
+        f"prefill {prompt}",
+        "decode/token",
+        "memory",
+    ]
+    header += ["decode vs peer", "first vs peer", "prefill vs peer"]
+    lines = [
+        [
+            row["participant"],
+            *(quantity(row[name], "s") for name in SECONDS),
+            quantity(row["peak_memory_bytes"], "B"),
+            *(_ratio(row["ratios"].get(name)) for name in RATIOS),
+        ]
+        for row in found
+    ]
+    told = [f"{row['participant']}: {row['status']}: {row['reason']}" for row in found if row["reason"]]
+    met = sorted({f"{OURS} {row['format']} meets {_met(row)}" for row in found if row["ratios"]})
+    ours = [
+        f"{row['participant']}: variant {short(row['variant'])}, {row['choices']}" for row in found if row["variant"]
+    ]
+    return "\n".join([table(header, lines), "", *ours, *met, *told])
+
+
+def _met(row: dict[str, Any]) -> str:
+    where = {"decode_s": "at decoding", "first_token_s": "at load and first token", "prefill_s": "at the prompt"}
+    return ", ".join(f"{found['to']} {where[name]}" for name, found in row["ratios"].items())
+
+
+def _ratio(found: dict[str, Any] | None) -> str:
+    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
