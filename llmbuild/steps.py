@@ -74,6 +74,7 @@ class Job:
                 "context": self.recipe.context,
                 "target": self.target.identity(),
                 "toolchain": self.toolchain,
+                **self._calibration_inputs(),
             }
         )
 
@@ -92,6 +93,7 @@ class Job:
             "workloads": plain(self.recipe.workloads),
             "quality text": digest.of({"text": self._text_digest(), "tokens": quality.tokens}),
             "protocol": PROTOCOL,
+            **self._calibration_inputs(),
         }
 
     @cached_property
@@ -114,13 +116,18 @@ class Job:
         """Tokens i64[W,L] of the calibration text.
 
         Raises:
-            InputError: the model has no tokenizer, or the text is not there, too short, or what quality is measured on.
+            InputError: the model has no tokenizer, or the text is too short.
         """
         text = self.recipe.calibration
         if text is None or self.model.tokenizer is None:
             raise InputError("calibration: the model has no tokenizer.json to read the text with")
-        heldout.check_apart(text, self.recipe.quality)
         return heldout.windows(text, self.model.tokenizer, self.recipe.context)
+
+    def _calibration_inputs(self) -> dict[str, str]:
+        text = self.recipe.calibration
+        if text is None:
+            return {}
+        return {"calibration text": digest.of({"text": heldout.read_text(text), "tokens": text.tokens})}
 
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
@@ -136,8 +143,10 @@ def make_job(
     """Return the job of a recipe on a target that may still be called `host`.
 
     Raises:
-        InputError: what is wrong with the model, the target or a knob.
+        InputError: what is wrong with the model, the target, a knob or the calibration text.
     """
+    if recipe.calibration:
+        heldout.check_apart(recipe.calibration, recipe.quality)
     resolved = iree.resolve(target)
     space = space_for(resolved, recipe, pinned, machine.cores)
     return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from llmbuild.errors import InputError
 from llmbuild.search.knobs import KNOBS, space_for
 from llmbuild.search.study import Study, openers
-from llmbuild.spec.recipe import Budget, ModelSource, Quality, Recipe
+from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Condition, Knob, Point, Space
 from llmbuild.spec.target import Target
@@ -90,7 +92,8 @@ def failed(number: int, point: Point) -> Trial:
 
 
 def test_a_study_asks_for_every_point_once_and_then_ends() -> None:
-    space = space_for(PLAIN, recipe(weight_format=("f32",), opt_level=("O0", "O2"), distribution_size=(64,)), {})
+    few = {"weight_format": ("f32",), "head_format": ("same",), "kv_dtype": ("f32",), "distribution_size": (64,)}
+    space = space_for(PLAIN, recipe(**few, opt_level=("O0", "O2")), {})
     study, asked = Study(space, ("tpot_s",), 0, []), []
     while (point := study.ask()) is not None:
         asked.append(point)
@@ -111,3 +114,32 @@ def test_a_study_rebuilt_from_its_trials_repeats_none() -> None:
 def test_every_metric_names_its_unit_and_direction() -> None:
     assert {m.direction for m in METRICS.values()} == {"min", "max"}
     assert all(m.unit for m in METRICS.values())
+
+
+def test_what_needs_calibration_text_is_not_searched_without_any() -> None:
+    pinned = recipe(weight_format=("int4_g128",))
+    domains = {k.name: k.domain for k in space_for(VNNI, pinned, {}).knobs}
+    assert (domains["quantization"], domains["mixed"]) == (("rtn",), ("none",))
+    with pytest.raises(InputError, match="quantization=gptq needs calibration text, and the recipe names none"):
+        space_for(VNNI, pinned, {"quantization": "gptq"})
+    with_text = replace(pinned, calibration=Calibration(("ast",)))
+    assert {k.name: k.domain for k in space_for(VNNI, with_text, {}).knobs}["quantization"] == ("rtn", "gptq")
+    random = replace(with_text, model=ModelSource("huggingface", "/m", random_init=True))
+    with pytest.raises(InputError, match="random weights have no text"):
+        space_for(VNNI, random, {"mixed": "sensitive"})
+
+
+def test_formats_that_are_not_searched_can_be_pinned() -> None:
+    searched = {k.name: k.domain for k in space_for(VNNI, recipe(), {}).knobs}["weight_format"]
+    assert "int8_g64" not in searched
+    pinned = {k.name: k.domain for k in space_for(VNNI, recipe(), {"weight_format": "int8_g64"}).knobs}
+    assert pinned["weight_format"] == ("int8_g64",)
+
+
+def test_our_kernels_are_asked_about_only_where_they_can_read_weights_and_cache() -> None:
+    points = list(space_for(VNNI, recipe(opt_level=("O2",)), {}).points())
+    own = [p for p in points if p["kernel"] == "own"]
+    assert own
+    assert {(p["weight_format"], p["head_format"], p["layout"]) for p in own} == {("int8", "same", "packed")}
+    assert {p["kv_dtype"] for p in own} == {"f32", "f16"}
+    assert len(points) == len(set(points))
