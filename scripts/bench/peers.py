@@ -45,6 +45,9 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m.yaml")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     parser.add_argument("--peers", nargs="*", default=list(setup.FORMATS), metavar="PEER[:FORMAT,...]")
+    parser.add_argument(
+        "--formats", nargs="+", metavar="FORMAT", help="our weight formats that take part; default: all"
+    )
     parser.add_argument("--environment", type=Path, help="one that has the peers, instead of .peers/; left as it is")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=64, help="tokens one by one")
@@ -108,7 +111,10 @@ def participants(asked: argparse.Namespace, recipe: Recipe, rows: list[dict[str,
     peers = setup.asked_peers(asked.peers)
     folder = asked.environment or ROOT / ".peers"
     place = setup.environment(folder.absolute(), asked.environment is None, list(peers), say) if peers else None
-    ours = setup.own_participants(asked.catalog, rows, asked.threads)
+    taking = [row for row in rows if asked.formats is None or row["point"]["weight_format"] in asked.formats]
+    if not taking:
+        raise InputError(f"{asked.catalog} has no variant of {recipe.name} in {' '.join(asked.formats)} that runs here")
+    ours = setup.own_participants(asked.catalog, taking, asked.threads)
     if place is None:
         return ours
     shared = {"threads": asked.threads, "positions": positions(asked)}
