@@ -6,6 +6,7 @@ build goes on where it stopped and a finished one does nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from llmbuild.search.front import standings, value_of
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
+from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
@@ -230,7 +232,8 @@ class Build:
     def _race(self) -> None:
         """Measure the survivors once more, all of them and the baseline in every round."""
         alive = {s.variant for s in self._stand() if s.status in ("pareto", "undecided")}
-        racers = [t for t in self.known if t.variant in alive][:RACERS]
+        ranked = sorted(self.known, key=lambda t: rank(t, self.job.recipe.objectives[0]))
+        racers = [t for t in ranked if t.variant in alive][:RACERS]
         subjects = [s for s in (self._subject(t) for t in racers) if s]
         if len(subjects) < 2:
             return
@@ -377,8 +380,16 @@ def describe(job: Job, point: Point) -> str:
     return " ".join(f"{k}={v}" for k, v in point.values if v != default[k]) or "the compiler's defaults"
 
 
+def rank(trial: Trial, objective: str) -> float:
+    """Return what sorts the better trial first; a trial without the objective comes last."""
+    value = value_of(trial, trial.measurements[0], objective) if trial.measurements else None
+    if value is None:
+        return math.inf
+    return value if METRICS[objective].direction == "min" else -value
+
+
 def best_of(trials: Sequence[Trial], objective: str) -> str:
     """Return the best median of an objective so far, for people."""
-    values = [value_of(t, t.measurements[0], objective) for t in trials if t.measurements]
-    found = [v for v in values if v is not None]
-    return f"{objective} {min(found):.3g}" if found else ""
+    best = min(trials, key=lambda t: rank(t, objective))
+    value = value_of(best, best.measurements[0], objective) if best.measurements else None
+    return "" if value is None else f"{objective} {value:.3g}"

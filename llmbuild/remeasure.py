@@ -92,12 +92,15 @@ def _known(folder: Path, row: Row) -> Known:
 
 def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.roofline import from_body
 
     names = Registered(known.target, host.machine(), known.toolchain)
     catalog.register(names)
     quality = Quality(None, "kept from the first measurement")
     with catalog.measuring():
-        bench = Bench([known.workload], quality, names.machine_digest, Limits(), Protocol())
+        limits = catalog.find_limits(names.machine_digest)
+        known_limits = from_body(limits) if limits else None
+        bench = Bench([known.workload], quality, names.machine_digest, Limits(), Protocol(), known_limits)
         try:
             default = _default(folder, known)
             if default:
@@ -138,6 +141,8 @@ def _subject(folder: Path, known: Known) -> Subject:
         abi=row["abi"],
         driver=str(point["driver"]),
         workers=int(point["workers"]),
+        parameter_bytes=int(row["parameter_bytes"]),
+        integer=str(point["weight_format"]).startswith("int"),
         tolerance=max(TOLERANCE[point["weight_format"]], TOLERANCE[point["kv_dtype"]]),
     )
 

@@ -41,6 +41,8 @@ def test_every_variant_is_measured_whole(built: Project) -> None:
         measured = {name: row[name] for name in ("ttft_s", "tpot_s", "output_tokens_per_s", "load_s", "quality_kl")}
         assert all(v is not None and v >= 0 for v in measured.values()), row
         assert row["peak_memory_bytes"] > row["parameter_bytes"] > 0
+        assert row["dispatches_per_token"] >= 1
+        assert (row["bandwidth_fraction"] is None) == ("limits" in row["notes"])
         low, high = row["intervals"]["tpot_s"]
         assert low <= row["tpot_s"] <= high
 
@@ -186,6 +188,14 @@ def test_explain_gives_a_command_that_makes_the_same_bytes(built: Project, tmp_p
     command = next(line.split(maxsplit=1)[1] for line in done.stdout.splitlines() if line.startswith("compile"))
     subprocess.run(command, shell=True, check=True, cwd=tmp_path)
     assert digest.of_file(tmp_path / "out.vmfb") == row["artifact"]
+
+
+def test_explain_shows_the_time_by_operator(built: Project) -> None:
+    row = next(r for r in rows_of(built) if r["default"])
+    done = llmbuild("explain", row["variant"], "-C", built.catalog)
+    lines = [line.split() for line in done.stdout.splitlines() if " calls " in line]
+    assert len(lines) >= 3
+    assert [float(x[0].rstrip("%")) for x in lines] == sorted((float(x[0].rstrip("%")) for x in lines), reverse=True)
 
 
 def test_two_targets_in_one_catalog_stand_apart(built: Project, tmp_path: Path) -> None:

@@ -96,6 +96,14 @@ def test_other_architecture_is_refused_by_name(tmp_path: Path) -> None:
     assert "LlamaForCausalLM" in message
 
 
+def test_positions_that_depend_on_the_length_are_refused(tmp_path: Path) -> None:
+    folder = tiny.write(tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert "rope type dynamic" in refused(ImportJob(str(folder), 32), tmp_path / "out")
+
+
 def test_truncated_weights_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model")
     weights = folder / "model.safetensors"

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Failure
@@ -73,6 +73,7 @@ def _measurement(row: t.MeasurementRow) -> Measurement:
         readings=readings,
         ratios={name: Reading(middle, low, high, ()) for name, (middle, low, high) in row.ratios.items()},
         notes=dict(row.notes),
+        operators=tuple(Operator(**body) for body in row.operators),
         energy_source=row.energy_source,
         protocol=row.protocol,
     )

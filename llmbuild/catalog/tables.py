@@ -43,6 +43,15 @@ class MachineRow(Base):
     body: Mapped[dict[str, Any]]
 
 
+class LimitRow(Base):
+    """What a machine can do at most, measured once: bandwidth and arithmetic peaks."""
+
+    __tablename__ = "machine_limit"
+    machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"), primary_key=True)
+    body: Mapped[dict[str, Any]]
+    created_at: Mapped[str]
+
+
 class ToolchainRow(Base):
     """Versions that made something."""
 
@@ -157,6 +166,10 @@ class MeasurementRow(Base):
     quality_kl: Mapped[float | None] = mapped_column(Float)
     quality_top1: Mapped[float | None] = mapped_column(Float)
     quality_perplexity: Mapped[float | None] = mapped_column(Float)
+    dispatches_per_token: Mapped[float | None] = mapped_column(Float)
+    bandwidth_fraction: Mapped[float | None] = mapped_column(Float)
+    peak_fraction: Mapped[float | None] = mapped_column(Float)
+    operators: Mapped[list[Any]]
     intervals: Mapped[dict[str, Any]]
     ratios: Mapped[dict[str, Any]]
     samples: Mapped[dict[str, Any]]

@@ -35,6 +35,9 @@ _MEDIANS = (
     "energy_j_per_token",
     "peak_memory_bytes",
     "load_s",
+    "dispatches_per_token",
+    "bandwidth_fraction",
+    "peak_fraction",
     "quality_kl",
     "quality_top1",
     "quality_perplexity",
@@ -274,6 +277,19 @@ class Catalog:
         with self._session() as session:
             return history.trials(session, scope)
 
+    def find_limits(self, machine: str) -> dict[str, Any] | None:
+        """Return what was measured of a machine's limits."""
+        with self._session() as session:
+            return session.execute(select(t.LimitRow.body).where(t.LimitRow.machine == machine)).scalar()
+
+    def record_limits(self, machine: str, body: Any) -> None:
+        """Keep a machine's limits."""
+        values = {"machine": machine, "body": plain(body), "created_at": now()}
+        with self._session(write=True) as session:
+            session.execute(
+                upsert(t.LimitRow).values(values).on_conflict_do_update(index_elements=["machine"], set_=values)
+            )
+
     # --- builds and standings ------------------------------------------------------------------------------------
 
     def build_state(self, key: str) -> dict[str, Any] | None:
@@ -354,6 +370,7 @@ def _measurement_upsert(scope: str, m: Measurement) -> Any:
         "protocol": m.protocol,
         **{name: readings.get(name) for name in _MEDIANS},
         "energy_source": m.energy_source,
+        "operators": plain(m.operators),
         "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
         "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},
         "samples": {k: list(r.samples) for k, r in m.readings.items()},

@@ -18,6 +18,8 @@ _library: Any = transformers
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 """Decoders whose layers are those of Llama, up to biases and norms of the projections."""
 
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
 
 def load(model: str, random_init: bool, seed: int, attention: str) -> Any:
     """Return the model in f32, in evaluation mode, with weights from its files or drawn from `seed`.
@@ -58,6 +60,9 @@ def _check_architecture(model: str, config: Any) -> None:
     if not any(name in ARCHITECTURES for name in names):
         found = ", ".join(names) or f"model_type {config.model_type} without an architecture"
         raise InputError(f"{model}: architecture {found} is not supported; taken are {', '.join(ARCHITECTURES)}")
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope not in ROPE_TYPES:
+        raise InputError(f"{model}: rope type {rope} is not supported; taken are {', '.join(ROPE_TYPES)}")
     if getattr(config, "use_sliding_window", False) or (
         "Mistral" in names[0] and getattr(config, "sliding_window", None)
     ):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
+from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
 
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 LANES, BLOCKS, PANEL, QUAD = 16, 4, 64, 4
@@ -22,6 +22,8 @@ ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
 HALVES = "vector<16xf16>"
 MASKED = -1e30
+MIX_STEP, MIX_CHAINS = 4, 2
+"""Positions per turn of the weighted sum of values, and sums side by side: one alone would wait for its own result."""
 
 
 @dataclass(frozen=True)
@@ -216,26 +218,60 @@ def attend(
     """
     parts = range(0, size, LANES)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), VF), w.lanes(scale)) for e in parts]
+    last = w.add(visible, -1)
+    order = w.constant(f"dense<[{', '.join(str(lane) for lane in range(LANES))}]>", VI)
 
-    def score(position: str) -> list[str]:
-        total = w.op("arith.mulf", loaded[0], keys.load(w, position, 0))
-        for e, part in zip(parts[1:], loaded[1:], strict=True):
-            total = w.op("math.fma", part, keys.load(w, position, e), total)
-        w.store(w.total(total), w.at(scores, w.mul(position, 4)), F32)
+    def score(first: str) -> list[str]:
+        sums = []
+        for lane in range(LANES):
+            position = w.integers("minsi", w.add(first, lane), last)
+            total = w.op("arith.mulf", loaded[0], keys.load(w, position, 0))
+            for e, part in zip(parts[1:], loaded[1:], strict=True):
+                total = w.op("math.fma", part, keys.load(w, position, e), total)
+            sums.append(total)
+        left = w.splat(w.cast("arith.trunci", w.integers("subi", visible, first), I64, I32), VI)
+        seen = w.let(f"arith.cmpi slt, {order}, {left} : {VI}")
+        values = w.let(f"arith.select {seen}, {_lane_sums(w, sums)}, {w.lanes(MASKED)} : vector<16xi1>, {VF}")
+        w.store(values, w.at(scores, w.mul(first, 4)), VF)
         return []
 
-    w.store(w.lanes(MASKED), w.at(scores, w.mul(w.integers("andi", visible, -16), 4)), VF)
-    w.loop(0, visible, 1, score)
+    w.loop(0, visible, LANES, score)
     total = _softmax(w, scores, visible)
 
-    def mix(position: str, *sums: str) -> list[str]:
-        weight = w.splat(w.load(w.at(scores, w.mul(position, 4)), F32))
-        return [w.op("math.fma", weight, values.load(w, position, e), s) for e, s in zip(parts, sums, strict=True)]
+    def mix(first: str, *sums: str) -> list[str]:
+        new = list(sums)
+        for step in range(MIX_STEP):
+            place, chain = w.add(first, step), step % MIX_CHAINS * len(parts)
+            weight = w.splat(w.load(w.at(scores, w.mul(place, 4)), F32))
+            position = w.integers("minsi", place, last)
+            for i, e in enumerate(parts):
+                new[chain + i] = w.op("math.fma", weight, values.load(w, position, e), new[chain + i])
+        return new
 
-    mixed = w.loop(0, visible, 1, mix, [(w.lanes(0.0), VF)] * len(parts))
+    mixed = w.loop(0, visible, MIX_STEP, mix, [(w.lanes(0.0), VF)] * len(parts) * MIX_CHAINS)
     inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32))
-    for e, part in zip(parts, mixed, strict=True):
-        w.store(w.op("arith.mulf", part, inverse), w.at(out, e * 4), VF)
+    for i, e in enumerate(parts):
+        both = w.op("arith.addf", mixed[i], mixed[len(parts) + i])
+        w.store(w.op("arith.mulf", both, inverse), w.at(out, e * 4), VF)
+
+
+def _lane_sums(w: Writer, vectors_: list[str]) -> str:
+    """Return the sums of sixteen vectors, one in each lane: pairs are folded into one vector until one is left."""
+    width, left = LANES // 2, vectors_
+    while len(left) > 1:
+        blocks = range(0, LANES, 2 * width)
+        low = [lane + side for block in blocks for side in (0, LANES) for lane in range(block, block + width)]
+        high = [lane + width for lane in low]
+        kinds = f"{VF}, {VF}"
+        left = [
+            w.op(
+                "arith.addf",
+                *(w.let(f"vector.shuffle {one}, {other} {lanes} : {kinds}") for lanes in (low, high)),
+            )
+            for one, other in zip(left[:width], left[width:], strict=True)
+        ]
+        width //= 2
+    return left[0]
 
 
 def _softmax(w: Writer, scores: str, visible: str) -> str:

@@ -33,6 +33,9 @@ class Subject:
     driver: str
     workers: int
     tolerance: float
+    parameter_bytes: int = 0
+    integer: bool = False
+    """Whether the weights are integers: the prompt is then held against the integer peak where there is one."""
 
 
 @dataclass(frozen=True)

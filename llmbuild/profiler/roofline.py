@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from llmbuild.kernels import limits
 from llmbuild.process import Limits
@@ -54,6 +55,20 @@ class Roofline:
         """Return the rates that a variant's run-time settings can reach (`workers` 0 is one for each core)."""
         alone = driver == "local-sync" or workers == 1
         return self.one if alone else self.all
+
+
+def from_body(body: dict[str, Any]) -> Roofline:
+    """Return the limits from their JSON form."""
+
+    def rates(found: dict[str, Any]) -> Rates:
+        readings = {
+            k: None if v is None else Reading(**{**v, "samples": tuple(v["samples"])})
+            for k, v in found.items()
+            if k != "workers"
+        }
+        return Rates(workers=found["workers"], **readings)  # type: ignore[arg-type]
+
+    return Roofline(rates(body["one"]), rates(body["all"]), body["buffer_bytes"], tuple(body["notes"]))
 
 
 @dataclass(frozen=True)

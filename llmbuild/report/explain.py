@@ -28,6 +28,7 @@ def explain(rows: list[dict[str, Any]], command: str) -> str:
     for row in rows:
         lines += ["", f"workload {row['workload']}: {row['status']}" + (f" ({row['reason']})" if row["reason"] else "")]
         lines += [_metric_line(row, name) for name in METRICS if row.get(name) is not None]
+        lines += _operator_lines(row.get("operators") or [])
         lines += [f"  note {name}: {text}" for name, text in (row["notes"] or {}).items()]
     return "\n".join(lines)
 
@@ -39,3 +40,14 @@ def _metric_line(row: dict[str, Any], name: str) -> str:
     better = gain(row, name)
     against = f"  {better} over the default" if better else ""
     return f"  {name:<20} {quantity(row[name], unit):>10}{interval}{against}"
+
+
+def _operator_lines(operators: list[dict[str, Any]]) -> list[str]:
+    """Return where a decode step spends its time, on one thread."""
+    if not operators:
+        return []
+    total = sum(o["seconds"] for o in operators)
+    lines = [f"  a decode step by operator ({len(operators)} costliest kinds, one thread, {total * 1e3:.3g} ms):"]
+    for o in operators:
+        lines.append(f"    {o['seconds'] / total:6.1%} {o['seconds'] * 1e6:9.1f} us {o['calls']:4d} calls  {o['name']}")
+    return lines

@@ -16,7 +16,7 @@ SCHEMA_VERSIONS = (1,)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
-_JSON = ("point", "target_body", "abi", "ratios", "intervals", "notes", "samples", "workload_body")
+_JSON = ("point", "target_body", "abi", "ratios", "intervals", "notes", "samples", "workload_body", "operators")
 
 
 def default_location() -> str:

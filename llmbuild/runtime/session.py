@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import iree.runtime as rt
@@ -23,16 +24,17 @@ _ELEMENT = {
 }
 
 
+POLL_S = 2e-5
+"""Pause between looks at whether the workers are done; the system may make it some tens of microseconds longer."""
+
 _RELEASED_IN_ORDER = (
     "_logits",
     "_token",
     "_position",
-    "_decode_arguments",
     "_token_view",
     "_position_view",
     "_kv",
-    "_prefill",
-    "_decode",
+    "_call",
     "_context",
     "_keep",
     "_device",
@@ -63,13 +65,13 @@ class Session:
         self.abi = abi
         try:
             self._device = _create_device(settings)
+            self._threaded = settings.driver == "local-task"
             self._open(artifact, parameters)
         except (RuntimeError, ValueError) as error:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
         self._kv = [self._zeros(t) for t in abi.kv]
         self._token, self._token_view = self._scalar()
         self._position, self._position_view = self._scalar()
-        self._decode_arguments = self._arguments(self._token_view, self._position_view)
         self._logits: Any = None
 
     def close(self) -> None:
@@ -91,8 +93,7 @@ class Session:
             rt.VmModule.mmap(instance, str(artifact)),
         ]
         self._context = rt.VmContext(instance, modules)
-        self._prefill = modules[-1].lookup_function(PREFILL)
-        self._decode = modules[-1].lookup_function(DECODE)
+        self._call = (_PolledCaller if self._threaded else _PlainCaller)(self._device, self._context, modules[-1])
         self._keep = (instance, index, provider, modules)
 
     def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0) -> int:
@@ -109,7 +110,7 @@ class Session:
         if array.min() < 0 or array.max() >= self.abi.vocabulary:
             raise InputError(f"a token is outside the vocabulary of {self.abi.vocabulary}")
         self._position[0] = start
-        return self._call(self._prefill, self._arguments(self._buffer(array), self._position_view))
+        return self._run(PREFILL, self._buffer(array))
 
     def decode(self, token: int, position: int) -> int:
         """Run one token at `position` and return the most likely next one. `position` is below the context."""
@@ -117,7 +118,7 @@ class Session:
             raise InputError(f"position {position} is outside a context of {self.abi.context}")
         self._token[0] = token
         self._position[0] = position
-        return self._call(self._decode, self._decode_arguments)
+        return self._run(DECODE, self._token_view)
 
     def logits(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made."""
@@ -129,18 +130,11 @@ class Session:
         found: NDArray[np.float32] = view.map().asarray(view.shape, np.dtype(np.float32)).reshape(-1)
         return found
 
-    def _call(self, function: Any, arguments: Any) -> int:
-        results = rt.VmVariantList(2)
-        self._context.invoke(function, arguments, results)
+    def _run(self, entry: str, tokens: Any) -> int:
+        results = self._call(entry, (tokens, self._position_view, *self._kv))
         token = results.get_as_object(0, rt.HalBufferView)
         self._logits = results.get_as_object(1, rt.HalBufferView)
         return int(token.map().asarray((1,), np.dtype(np.int64))[0])
-
-    def _arguments(self, *views: Any) -> Any:
-        packed = rt.VmVariantList(len(views) + len(self._kv))
-        for view in (*views, *self._kv):
-            packed.push_ref(view)
-        return packed
 
     def _buffer(self, array: NDArray[Any]) -> Any:
         return self._device.allocator.allocate_buffer_copy(
@@ -158,6 +152,47 @@ class Session:
         """Return an i64[1] that the host writes and the device reads, without a copy for each call."""
         view = self._buffer(np.zeros(1, np.int64))
         return view.map().asarray((1,), np.dtype(np.int64)), view
+
+
+class _PlainCaller:
+    """Calls the synchronous entry points: right where the caller's own thread does the work."""
+
+    def __init__(self, device: Any, context: Any, module: Any) -> None:
+        self._context = context
+        self._functions = {name: module.lookup_function(name) for name in (PREFILL, DECODE)}
+
+    def __call__(self, entry: str, views: Sequence[Any]) -> Any:
+        arguments, results = rt.VmVariantList(len(views)), rt.VmVariantList(2)
+        for view in views:
+            arguments.push_ref(view)
+        self._context.invoke(self._functions[entry], arguments, results)
+        return results
+
+
+class _PolledCaller:
+    """Calls the asynchronous entry points and sleeps until the workers are done.
+
+    The synchronous ones spin while they wait, on a core that a worker needs: on a host with as many cores as workers
+    the kernel may take a whole time slice from the very worker that is waited for.
+    """
+
+    def __init__(self, device: Any, context: Any, module: Any) -> None:
+        self._context = context
+        self._functions = {name: module.lookup_function(f"{name}$async") for name in (PREFILL, DECODE)}
+        self._done = device.create_semaphore(0)
+        self._calls = 0
+
+    def __call__(self, entry: str, views: Sequence[Any]) -> Any:
+        arguments, results = rt.VmVariantList(len(views) + 2), rt.VmVariantList(2)
+        for view in views:
+            arguments.push_ref(view)
+        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
+        self._calls += 1
+        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
+        self._context.invoke(self._functions[entry], arguments, results)
+        while self._done.query() < self._calls:
+            sleep(POLL_S)
+        return results
 
 
 def _create_device(settings: Settings) -> Any:

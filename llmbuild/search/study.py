@@ -29,6 +29,7 @@ EXPERIENCE: tuple[dict[str, Value], ...] = (
     {"weight_format": "f16", "layout": "packed", "opt_level": "O2", "driver": "local-sync"},
     {"opt_level": "O2", "data_tiling": "dispatch"},
     {"layout": "packed", "opt_level": "O2"},
+    {"weight_format": "int4_g128", "layout": "packed", "quantization": "gptq", "opt_level": "O2"},
 )
 """Points that did well on other models and hosts, asked about right after point 0.
 

@@ -21,6 +21,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Operator:
+    """All dispatches of one kind in a decode step: how many, and their seconds together on one thread."""
+
+    name: str
+    calls: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Measurement:
     """Readings of an artifact under a workload on a machine.
 
@@ -37,4 +46,5 @@ class Measurement:
     ratios: dict[str, Reading]
     notes: dict[str, str]
     energy_source: str | None = None
+    operators: tuple[Operator, ...] = ()
     protocol: int = PROTOCOL

@@ -15,6 +15,7 @@ SELECT s.variant AS variant, s.model AS model, t.name AS target, m.name AS machi
        r.ttft_s, r.tpot_s, r.e2e_s, r.output_tokens_per_s, r.energy_j_per_token, r.energy_source,
        r.peak_memory_bytes, a.size_bytes AS artifact_bytes, p.parameter_bytes AS parameter_bytes, r.load_s,
        r.quality_kl, r.quality_top1, r.quality_perplexity,
+       r.dispatches_per_token, r.bandwidth_fraction, r.peak_fraction, r.operators AS operators,
        v.point AS point, v.artifact AS artifact, v.toolchain AS toolchain,
        s.confidence AS confidence, s.reason AS reason,
        s.machine AS machine_digest, s.target AS target_digest, t.body AS target_body,
@@ -39,6 +40,7 @@ SELECT r.key AS measurement, r.variant AS variant, r.artifact AS artifact, m.nam
        r.machine AS machine_digest, r.workload AS workload, r.workload_body AS workload_body, r.protocol AS protocol,
        r.ttft_s, r.tpot_s, r.e2e_s, r.output_tokens_per_s, r.energy_j_per_token, r.energy_source,
        r.peak_memory_bytes, r.load_s, r.quality_kl, r.quality_top1, r.quality_perplexity,
+       r.dispatches_per_token, r.bandwidth_fraction, r.peak_fraction, r.operators AS operators,
        r.intervals AS intervals, r.ratios AS ratios, r.samples AS samples, r.notes AS notes,
        r.created_at AS created_at
 FROM measurement r JOIN machine m ON m.digest = r.machine
@@ -201,6 +203,14 @@ def _tables() -> None:
     )
     op.create_index(op.f("ix_variant_lineage"), "variant", ["lineage"], unique=False)
     op.create_table(
+        "machine_limit",
+        sa.Column("machine", sa.String(length=64), nullable=False),
+        sa.Column("body", sa.JSON(), nullable=False),
+        sa.Column("created_at", sa.String(), nullable=False),
+        sa.ForeignKeyConstraint(["machine"], ["machine.digest"]),
+        sa.PrimaryKeyConstraint("machine"),
+    )
+    op.create_table(
         "measurement",
         sa.Column("key", sa.String(length=64), nullable=False),
         sa.Column("scope", sa.String(length=64), nullable=False),
@@ -221,6 +231,10 @@ def _tables() -> None:
         sa.Column("quality_kl", sa.Float(), nullable=True),
         sa.Column("quality_top1", sa.Float(), nullable=True),
         sa.Column("quality_perplexity", sa.Float(), nullable=True),
+        sa.Column("dispatches_per_token", sa.Float(), nullable=True),
+        sa.Column("bandwidth_fraction", sa.Float(), nullable=True),
+        sa.Column("peak_fraction", sa.Float(), nullable=True),
+        sa.Column("operators", sa.JSON(), nullable=False),
         sa.Column("intervals", sa.JSON(), nullable=False),
         sa.Column("ratios", sa.JSON(), nullable=False),
         sa.Column("samples", sa.JSON(), nullable=False),

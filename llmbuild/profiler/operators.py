@@ -1,0 +1,81 @@
+"""Where a decode step spends its time: IREE's own count of every dispatch, on real weights, in the real order."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmbuild.errors import InputError
+from llmbuild.process import Limits, run
+from llmbuild.spec.measurement import Operator
+from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, Abi, TensorType
+from llmbuild.spec.variant import Failure
+
+_TYPES = {"float32": "f32", "float16": "f16", "int8": "i8", "int64": "i64"}
+SECONDS = 0.05
+"""How long the step is repeated."""
+
+
+def tool() -> Path:
+    """Return the path of the runtime wheel's iree-benchmark-module.
+
+    Raises:
+        InputError: the wheel has none.
+    """
+    spec = importlib.util.find_spec("iree")
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(folder) / "_runtime_libs" / "iree-benchmark-module"
+        if path.is_file():
+            return path
+    raise InputError("iree-benchmark-module is not installed: pip install iree-base-runtime")
+
+
+def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits) -> tuple[Operator, ...] | Failure:
+    """Return the operators of one decode step in the middle of the context, the costliest first."""
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        folder = Path(name)
+        archive, output = folder / "parameters.irpa", folder / "result.json"
+        archive.symlink_to(parameters.resolve())  # the tool tells formats by the file's suffix
+        command = [
+            str(tool()),
+            "--device=local-sync",
+            f"--module={artifact}",
+            f"--parameters={PARAMETER_SCOPE}={archive}",
+            f"--function={DECODE}",
+            "--input=1xi64=1",
+            f"--input=1xi64={abi.context // 2}",
+            *[f"--input={_zeros(kind)}" for kind in abi.kv],
+            "--dispatch_statistics=true",
+            f"--benchmark_min_time={SECONDS}s",
+            "--benchmark_out_format=json",
+            f"--benchmark_out={output}",
+        ]
+        failure = run(command, "profile", limits, output)
+        if failure:
+            return failure
+        return _read(json.loads(output.read_text())["benchmarks"])
+
+
+def dispatches(operators: Sequence[Operator]) -> int:
+    """Return how many dispatches one step makes."""
+    return sum(o.calls for o in operators)
+
+
+def _zeros(kind: TensorType) -> str:
+    return "x".join([*(str(d) for d in kind.shape), _TYPES[kind.dtype]]) + "=0"
+
+
+def _read(rows: Sequence[dict[str, Any]]) -> tuple[Operator, ...]:
+    found = []
+    for row in rows:
+        if "calls" not in row:
+            continue
+        scale = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}[row["time_unit"]]
+        name = re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", row["name"].split("/", 1)[1])
+        found.append(Operator(name, round(row["calls"]), row["real_time"] * scale))
+    return tuple(sorted(found, key=lambda o: -o.seconds))
