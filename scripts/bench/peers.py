@@ -48,7 +48,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
         "--formats",
         nargs="+",
         metavar="FORMAT",
-        help="our weight formats, or families such as int4, that take part; default: all",
+        help="our weight formats, or families such as int4; default: all",
     )
     parser.add_argument("--environment", type=Path, help="one that has the peers, instead of .peers/; left as it is")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
