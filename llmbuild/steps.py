@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +23,8 @@ from llmbuild.frontend.source import FoundModel, find_model
 from llmbuild.process import Limits, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
-from llmbuild.search.knobs import space_for
+from llmbuild.search.knobs import CALIBRATED, space_for
+from llmbuild.spec.formats import INTEGERS, SAME
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
@@ -33,12 +35,15 @@ from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain, Variant
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from llmbuild.profiler.bench import Bench
 
 KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
 """CPU features that our own kernels choose by; an import without them does not depend on the target."""
 
-TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, "int8": 3e-2}
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
 """Allowed error of logits against PyTorch on the same weights, over their root mean square."""
 
 
@@ -100,6 +105,19 @@ class Job:
             return "absent: the model has no tokenizer.json to read the held-out text with"
         return ""
 
+    @cached_property
+    def calibration(self) -> NDArray[np.int64]:
+        """Tokens i64[W,L] of the calibration text.
+
+        Raises:
+            InputError: the model has no tokenizer, or the text is not there, too short, or what quality is measured on.
+        """
+        text = self.recipe.calibration
+        if text is None or self.model.tokenizer is None:
+            raise InputError("calibration: the model has no tokenizer.json to read the text with")
+        heldout.check_apart(text, self.recipe.quality)
+        return heldout.windows(text, self.model.tokenizer, self.recipe.context)
+
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
 
@@ -119,6 +137,11 @@ def make_job(
     resolved = iree.resolve(target)
     space = space_for(resolved, recipe, pinned, machine.cores)
     return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
+
+
+def _calibrated(choices: Mapping[str, str]) -> bool:
+    """Say whether an import needs calibration text."""
+    return any(choices.get(knob) == value for knob, value in CALIBRATED.items())
 
 
 class Steps:
@@ -143,6 +166,7 @@ class Steps:
             "choices": choices,
             "features": features,
             "importer": job.toolchain.importer,
+            **({"calibration": digest.of_bytes(job.calibration.tobytes())} if _calibrated(choices) else {}),
         }
 
     def import_(self, point: Point) -> Program | Failure:
@@ -166,6 +190,8 @@ class Steps:
             "choices": inputs["choices"],
             "features": inputs["features"],
         }
+        if "calibration" in inputs:
+            request["calibration"] = str(self._calibration_file())
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as folder:
             result = self._frontend(request, Path(folder))
@@ -175,6 +201,15 @@ class Steps:
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
         self.catalog.record_import(key, inputs, program, monotonic() - begin)
         return program
+
+    def _calibration_file(self) -> Path:
+        """Return an `.npy` of the calibration tokens in the store, where a pasted command finds it too."""
+        import numpy as np
+
+        with TemporaryDirectory(prefix="llmbuild-") as folder:
+            path = Path(folder) / "calibration.npy"
+            np.save(path, self.job.calibration)
+            return self.catalog.blobs.path(self.catalog.blobs.put_file(path))
 
     def _frontend(self, request: dict[str, Any], folder: Path) -> dict[str, Any] | Failure:
         job_file, result = folder / "job.json", folder / "result.json"
@@ -262,7 +297,8 @@ class Steps:
     def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
         """Return what the profiler needs to know of a variant."""
         blobs, values = self.catalog.blobs, point.as_dict()
-        loosest = max(TOLERANCE[str(values["weight_format"])], TOLERANCE[str(values["kv_dtype"])])
+        formats = (str(values[knob]) for knob in ("weight_format", "head_format", "kv_dtype"))
+        loosest = max(TOLERANCE[name] for name in formats if name != SAME)
         return Subject(
             variant=self.job.variant(program, point).digest,
             artifact=artifact.digest,

@@ -6,20 +6,32 @@ from collections.abc import Sequence
 
 import torch
 
+from llmbuild.spec.program import TensorType
+
+FLOATS = {"f32": "float32", "f16": "float16"}
+LEAST_SCALE = 2.0**-14
+"""The least normal number of f16, in which scales are kept."""
+
+
+def layer_buffers(kind: str, context: int, kv_heads: int, head_dim: int) -> tuple[TensorType, ...]:
+    """Return the buffers of one layer: keys, values; of `int8` the keys, their scales, the values, their scales.
+
+    The sequence is the first axis: one position is one contiguous row, which the compiler can write in place. A scale
+    belongs to one position and head: what was written before never changes.
+    """
+    shape = (context, kv_heads, head_dim)
+    if kind == "int8":
+        return (TensorType(shape, "int8"), TensorType(shape[:2], "float16")) * 2
+    return (TensorType(shape, FLOATS[kind]),) * 2
+
 
 class CallerCache:
-    """The part of the library's cache interface that a decoder layer calls, over buffers `[context, kv_heads,
-    head_dim]`.
-
-    The sequence is the first axis: one position is one contiguous row, which the compiler can write in place.
-    """
+    """The part of the library's cache interface that a decoder layer calls, over the buffers of `layer_buffers`."""
 
     is_compileable = True
 
     def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, start: torch.Tensor) -> None:
-        """Take two buffers per layer, key before value, the positions i64[T] that this call writes, and the first
-        i64[1].
-        """
+        """Take every layer's buffers, the positions i64[T] that this call writes, and the first i64[1]."""
         self.buffers = buffers
         self.start = start
         self.positions = positions
@@ -27,14 +39,25 @@ class CallerCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `[1, kv_heads, T, head_dim]`, return the layer's whole buffers."""
+        """Write keys and values `[1, kv_heads, T, head_dim]`, return all of them: `[context, kv_heads, head_dim]`."""
+        if self.buffers[0].dtype == torch.int8:
+            codes_k, scale_k, codes_v, scale_v = self.buffers[4 * layer : 4 * layer + 4]
+            return self._integers(codes_k, scale_k, keys), self._integers(codes_v, scale_v, values)
         pair = self.layer(layer)
         for buffer, new in zip(pair, (keys, values), strict=True):
             buffer.index_put_((self.positions,), new[0].transpose(0, 1).to(buffer.dtype))
         return pair
 
+    def _integers(self, codes: torch.Tensor, scale: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        rows = new[0].transpose(0, 1)
+        fresh = (rows.abs().amax(-1) / 127).clamp_min(LEAST_SCALE).to(scale.dtype)
+        rounded = torch.round(rows / fresh.float().unsqueeze(-1)).clamp(-127, 127).to(torch.int8)
+        codes.index_put_((self.positions,), rounded)
+        scale.index_put_((self.positions,), fresh)
+        return codes.float() * scale.float().unsqueeze(-1)
+
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the buffers of a layer: keys, values."""
+        """Return the floating-point buffers of a layer: keys, values."""
         return self.buffers[2 * index], self.buffers[2 * index + 1]
 
     def get_seq_length(self, layer: int = 0) -> int:

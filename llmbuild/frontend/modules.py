@@ -4,87 +4,162 @@ a model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from llmbuild.frontend import nibbles
 from llmbuild.transform import weights as layouts
+from llmbuild.transform.quantized import Quantized, pack_nibbles, stack
 
-STORED = {"f32": np.float32, "f16": np.float16, "int8": np.int8}
+Weights = Quantized | torch.Tensor
+"""A matrix `[N, K]` ready to be stored: quantized, or floating-point in the type it is stored in."""
+
+Prepare = Callable[[str, np.ndarray], Weights]
+"""From the name of a layer and its weights f32[N,K] to what is stored of them."""
 
 
 class Matrix(nn.Module):
-    """A weight matrix `[N, K]` as it is stored; tied layers hold the same one, so that it is stored once."""
+    """A weight matrix `[N, K]` as it is stored; tied layers hold the same one, so that it is stored once.
 
-    def __init__(self, dense: np.ndarray, weight_format: str) -> None:
+    `data` is floating-point, int8, or 4-bit codes two in a byte. A quantized matrix has a `scale` for each row, or in
+    groups of columns, and then `zero` points as well where its format has them.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+
+    def __init__(self, weights: Weights) -> None:
         super().__init__()
-        self.rows, self.columns = dense.shape
-        self.scale: torch.Tensor | None
-        if weight_format == "int8":
-            dense, scale = layouts.quantize_rows(dense)
-            self.register_buffer("scale", torch.from_numpy(scale))
+        shape: tuple[int, ...] = (weights.codes if isinstance(weights, Quantized) else weights).shape
+        self.rows, self.columns = shape
+        self.group, self.nibbles = self.columns, False
+        scale = zero = None
+        if isinstance(weights, Quantized):
+            self.group, self.nibbles = weights.group, weights.bits == 4
+            data = torch.from_numpy(self._stored(weights.codes))
+            if self.groups == 1 and weights.zero is None:
+                scale = torch.from_numpy(weights.scale[:, 0].copy())
+            else:
+                scale = torch.from_numpy(self.lay_out(weights.scale)).to(torch.bfloat16)
+                zero = None if weights.zero is None else torch.from_numpy(self.lay_out(weights.zero)).to(torch.int8)
         else:
-            self.register_buffer("scale", None)
-        self.data: torch.Tensor
-        self.register_buffer("data", torch.from_numpy(self.lay_out(dense.astype(STORED[weight_format]))))
+            data = torch.from_numpy(self.lay_out(weights.float().numpy())).to(weights.dtype)
+        for name, tensor in (("data", data), ("scale", scale), ("zero", zero)):
+            self.register_buffer(name, tensor)
+
+    def _stored(self, codes: np.ndarray) -> np.ndarray:
+        laid_out = self.lay_out(codes)
+        return pack_nibbles(laid_out).view(np.int8) if self.nibbles else laid_out
+
+    @property
+    def groups(self) -> int:
+        """Number of scales in a row."""
+        return self.columns // self.group
+
+    @property
+    def grouped(self) -> bool:
+        """Whether scales go with the columns; else they can wait until the row is summed."""
+        return self.scale is not None and self.scale.dim() > 1
+
+    def values(self) -> torch.Tensor:
+        """Return what is stored, in f32 and in this layout, without the scales."""
+        return (nibbles.unpack(self.data) if self.nibbles else self.data).float()
 
     def lay_out(self, stored: np.ndarray) -> np.ndarray:
-        """Return the array that is stored."""
+        """Return an array `[N, ...]` in the order in which it is stored."""
         raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x f32[1,T,K] times the transposed stored matrix: f32[1,T,N], without the scales."""
+        """Return x f32[1,T,K] times the transposed stored matrix: f32[1,T,N], without scales of rows."""
         raise NotImplementedError
 
-    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return the stored values of rows i64[1,T]: [1,T,K]."""
+    def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
+        """Return where an element of an array `[N, columns]` is stored, counted in elements."""
         raise NotImplementedError
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x f32[1,T,K] times the transposed matrix: f32[1,T,N]."""
         out = self.product(x)
-        return out if self.scale is None else out * self.scale
+        return out if self.scale is None or self.grouped else out * self.scale
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows i64[1,T] of the matrix: f32[1,T,K]."""
-        out = self.gathered(rows).float()
-        return out if self.scale is None else out * self.scale[rows].unsqueeze(-1)
+        row, column = rows.unsqueeze(-1), torch.arange(self.columns)
+        place = self.place(row, column, self.columns)
+        data = self.data.flatten()  # one flat index: indexing several axes with a dynamic T does not lower
+        found = (nibbles.picked(data, place) if self.nibbles else data[place]).float()
+        if self.scale is None:
+            return found
+        if not self.grouped:
+            return found * self.scale[rows].unsqueeze(-1)
+        shared = self.place(row, column // self.group, self.groups)
+        if self.zero is not None:
+            found = found - self.zero.flatten()[shared].float()
+        return found * self.scale.flatten()[shared].float()
 
 
 class RowMajor(Matrix):
-    """`[N, K]` as torch keeps it."""
+    """`[N, K]` as torch keeps it; scales `[N, K/group]`."""
 
     def lay_out(self, stored: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(stored)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.data.float())
+        dense = self.values()
+        if self.grouped:
+            assert self.scale is not None
+            parts = dense.unflatten(1, (self.groups, self.group))
+            if self.zero is not None:
+                parts = parts - self.zero.float().unsqueeze(-1)
+            dense = (parts * self.scale.float().unsqueeze(-1)).flatten(1)
+        return nn.functional.linear(x, dense)
 
-    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        return self.data[rows]
+    def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
+        return row * columns + column
 
 
 class Packed(Matrix):
-    """`[N/64, K, 64]`: panels of 64 rows."""
+    """`[N/64, K, 64]`: panels of 64 rows; scales `[N/64, K/group, 64]`."""
 
     def lay_out(self, stored: np.ndarray) -> np.ndarray:
         return layouts.pack_panels(stored)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        panels = self.data.float()
+        panels = self.values()
         if x.shape[1] == 1:  # one row: a matrix product would be padded to the tile of one
-            out = (x[0, 0, None, :, None] * panels).sum(1).reshape(1, 1, -1)
+            out = self._grouped_row(x[0, 0], panels) if self.grouped else (x[0, 0, None, :, None] * panels).sum(1)
+            out = out.reshape(1, 1, -1)
         else:  # as one matrix product: a batch of panels ends in a transposed store, three times slower
-            out = torch.einsum("tk,pkl->tpl", x[0], panels).flatten(1, 2).unsqueeze(0)
+            dense = self._scaled(panels) if self.grouped else panels
+            out = torch.einsum("tk,pkl->tpl", x[0], dense).flatten(1, 2).unsqueeze(0)
         return out if out.shape[-1] == self.rows else out[..., : self.rows]
 
-    def gathered(self, rows: torch.Tensor) -> torch.Tensor:
-        row, column = rows.unsqueeze(-1), torch.arange(self.columns)
-        place = (row // layouts.PANEL * self.columns + column) * layouts.PANEL + row % layouts.PANEL
-        return self.data.flatten()[place]  # one flat index: indexing several axes with a dynamic T does not lower
+    def _grouped_row(self, x: torch.Tensor, panels: torch.Tensor) -> torch.Tensor:
+        """Return f32[N/64,64] for one row f32[K]: a sum for each group, then the scaled sum of these.
+
+        Scaled within the inner sum, the same takes four times as long.
+        """
+        assert self.scale is not None
+        x = x.unflatten(0, (self.groups, self.group))
+        sums = (x[None, :, :, None] * panels.unflatten(1, (self.groups, self.group))).sum(2)
+        if self.zero is not None:
+            sums = sums - x.sum(1)[None, :, None] * self.zero.float()
+        return (sums * self.scale.float()).sum(1)
+
+    def _scaled(self, panels: torch.Tensor) -> torch.Tensor:
+        assert self.scale is not None
+        parts = panels.unflatten(1, (self.groups, self.group))
+        if self.zero is not None:
+            parts = parts - self.zero.float().unsqueeze(2)
+        return (parts * self.scale.float().unsqueeze(2)).flatten(1, 2)
+
+    def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
+        return (row // layouts.PANEL * columns + column) * layouts.PANEL + row % layouts.PANEL
 
 
 LAYOUTS: dict[str, type[Matrix]] = {"row_major": RowMajor, "packed": Packed}
@@ -148,37 +223,41 @@ FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one parent module that the library calls with the same input, in this order."""
 
 
-def swap(model: Any, weight_format: str, layout: str) -> None:
+def swap(model: Any, prepare: Prepare, layout: str) -> None:
     """Put stored matrices into the model, in place: every linear layer, the embedding, and a tied head only once."""
     kind = LAYOUTS[layout]
+    names = {id(module): name for name, module in model.named_modules()}
     if layout != "row_major":
         for parent in list(model.modules()):
-            for names in FUSED_GROUPS:
-                if all(isinstance(getattr(parent, name, None), nn.Linear) for name in names):
-                    _fuse(parent, names, lambda dense: kind(dense, weight_format))
-    _swap_rest(model, lambda dense: kind(dense, weight_format))
-
-
-def _fuse(parent: nn.Module, names: tuple[str, ...], store: Callable[[np.ndarray], Matrix]) -> None:
-    layers = [getattr(parent, name) for name in names]
-    dense = np.concatenate([layer.weight.detach().numpy() for layer in layers])
-    biases = [layer.bias for layer in layers]
-    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-    fused, start = Fused(Linear(store(dense), bias), len(layers)), 0
-    for name, layer in zip(names, layers, strict=True):
-        setattr(parent, name, Part(fused, start, layer.out_features))
-        start += layer.out_features
-
-
-def _swap_rest(model: nn.Module, store: Callable[[np.ndarray], Matrix]) -> None:
+            for group in FUSED_GROUPS:
+                if all(isinstance(getattr(parent, name, None), nn.Linear) for name in group):
+                    _fuse(parent, group, kind, [_prepared(getattr(parent, name), names, prepare) for name in group])
     stored: dict[int, Matrix] = {}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear | nn.Embedding):
                 continue
-            dense = layer.weight.detach()
-            matrix = stored.setdefault(dense.data_ptr(), store(dense.numpy()))
+            address = layer.weight.data_ptr()
+            if address not in stored:
+                stored[address] = kind(_prepared(layer, names, prepare))
             if isinstance(layer, nn.Embedding):
-                setattr(parent, name, Embedding(matrix))
+                setattr(parent, name, Embedding(stored[address]))
             else:
-                setattr(parent, name, Linear(matrix, None if layer.bias is None else layer.bias.detach()))
+                bias = None if layer.bias is None else layer.bias.detach()
+                setattr(parent, name, Linear(stored[address], bias))
+
+
+def _prepared(layer: Any, names: dict[int, str], prepare: Prepare) -> Weights:
+    return prepare(names[id(layer)], layer.weight.detach().numpy())
+
+
+def _fuse(parent: nn.Module, names: tuple[str, ...], kind: type[Matrix], weights: Sequence[Weights]) -> None:
+    layers = [getattr(parent, name) for name in names]
+    quantized = [w for w in weights if isinstance(w, Quantized)]
+    together = stack(quantized) if quantized else torch.cat([w for w in weights if isinstance(w, torch.Tensor)])
+    biases = [layer.bias for layer in layers]
+    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
+    fused, start = Fused(Linear(kind(together), bias), len(layers)), 0
+    for name, layer in zip(names, layers, strict=True):
+        setattr(parent, name, Part(fused, start, layer.out_features))
+        start += layer.out_features

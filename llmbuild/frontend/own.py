@@ -16,8 +16,10 @@ from llmbuild.kernels.avx512 import FEATURES
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import weights as layouts
 from llmbuild.transform.decoder import layer_buffer
+from llmbuild.transform.quantized import quantize
 
 LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
 NAMES = {
@@ -131,7 +133,7 @@ def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: i
     tied = decoder.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
     table = decoder.embed_tokens.weight.detach().numpy()
     model.lm_head = OwnHead(head_shape, decoder.norm.weight, model.lm_head.weight.detach().numpy())
-    decoder.embed_tokens = QuadEmbedding(model.lm_head) if tied else Embedding(RowMajor(table, "int8"))
+    decoder.embed_tokens = QuadEmbedding(model.lm_head) if tied else Embedding(RowMajor(quantize(table, INTEGERS["int8"])))
     decoder.norm = nn.Identity()
     return kernels
 

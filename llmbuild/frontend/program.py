@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from torch import nn
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
+from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.frontend.formats import Formats
 from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -26,19 +31,20 @@ from llmbuild.spec.program import (
     ImportJob,
     ImportResult,
     Program,
-    TensorType,
 )
 
 KNOBS: dict[str, tuple[str, ...]] = {
-    "weight_format": ("f32", "f16", "int8"),
+    "weight_format": WEIGHT_FORMATS,
+    "head_format": (SAME, *WEIGHT_FORMATS),
+    "quantization": ("rtn", "gptq"),
+    "mixed": ("none", "sensitive"),
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
-    "kv_dtype": ("f32", "f16"),
+    "kv_dtype": ("f32", "f16", "int8"),
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
 }
 """Model-level knobs; the first value is the default."""
 
-KV_TYPES = {"f32": torch.float32, "f16": torch.float16}
 CHECK_PROMPT, CHECK_FORCED, NUDGE = 16, 8, 1e-6
 
 
@@ -87,12 +93,37 @@ def settle(job: ImportJob) -> dict[str, str]:
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "compiler":
-        modules.swap(model, choices["weight_format"], choices["layout"])
+        modules.swap(model, formats_of(model, job, choices), choices["layout"])
         return {}
-    if (choices["weight_format"], choices["layout"]) != ("int8", "packed"):
-        raise InputError("kernel=own reads weight_format=int8 in layout=packed; choose these with it")
+    if (choices["weight_format"], choices["layout"], choices["head_format"]) != ("int8", "packed", SAME):
+        raise InputError("kernel=own reads weight_format=int8 in layout=packed, the head too; choose these with it")
+    if choices["kv_dtype"] == "int8":
+        raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     own.check(model, job.model, job.features)
+    formats_of(model, job, choices)
     return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
+
+
+def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
+    """Return the stored weights that the choices ask for; calibration replaces the model's by what is stored of them.
+
+    Raises:
+        InputError: a choice that does not go with the format, or calibration tokens that are missing or unfit.
+    """
+    layers, head = choices["weight_format"], choices["head_format"]
+    formats = Formats(layers, layers if head == SAME else head)
+    fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
+    if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
+        raise InputError(f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}")
+    if fitted and not {layers, formats.head} & set(INTEGERS):
+        raise InputError(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
+    if not (fitted or mixed):
+        return formats
+    with torch.inference_mode():
+        calibration = Calibration(model, read_tokens(job.calibration))
+        if mixed:
+            formats = replace(formats, kept=calibration.sensitive(formats))
+        return calibration.fitted(formats) if fitted else formats
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
@@ -102,19 +133,15 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and job.context > limit:
         raise InputError(f"context {job.context} is longer than the {limit} positions {job.model} was made for")
-    buffer = TensorType((job.context, config.num_key_value_heads, head_dim), _numpy_name(choices["kv_dtype"]))
     return Abi(
         vocabulary=config.vocab_size,
         context=job.context,
-        kv=(buffer,) * (2 * config.num_hidden_layers),
+        kv=layer_buffers(choices["kv_dtype"], job.context, config.num_key_value_heads, head_dim)
+        * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
         required_features=FEATURES if choices["kernel"] == "own" else (),
     )
-
-
-def _numpy_name(kind: str) -> str:
-    return str(KV_TYPES[kind]).removeprefix("torch.")
 
 
 def new_cache(abi: Abi) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The text that quality is scored on: read, tokenized and cut into windows."""
+"""Texts of a recipe, for scoring quality and for calibration: read, tokenized and cut into windows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmbuild.errors import InputError
-from llmbuild.spec.recipe import Quality
+from llmbuild.spec.recipe import Calibration, Quality
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,30 +17,58 @@ WINDOW = 128
 """Tokens of a window at most; a shorter context cuts them shorter."""
 
 
-def read_text(quality: Quality) -> str:
-    """Return the held-out text: modules of this interpreter's standard library, or a file.
+COPIED = 0.1
+"""Part of the held-out text's lines that calibration text may share with it: licences and idioms, not content."""
+
+LONG_LINE = 30
+"""Characters of a line that says something of its own."""
+
+
+def read_text(text: Quality | Calibration) -> str:
+    """Return a text: modules of this interpreter's standard library, or a file.
 
     Raises:
         InputError: a module or the file is not there.
     """
-    if quality.file:
+    if text.file:
         try:
-            return Path(quality.file).read_text(encoding="utf-8")
+            return Path(text.file).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"quality text {quality.file}: cannot be read: {error}") from None
-    return "\n".join(_module(name) for name in quality.stdlib)
+            raise InputError(f"{_named(text)} text {text.file}: cannot be read: {error}") from None
+    return "\n".join(_module(name, _named(text)) for name in text.stdlib)
 
 
-def _module(name: str) -> str:
+def check_apart(calibration: Calibration, quality: Quality) -> None:
+    """Refuse calibration text that quality is measured on: its figures would flatter.
+
+    Raises:
+        InputError: both name a module or a file, or one holds much of the other's text.
+    """
+    shared = sorted(set(calibration.stdlib) & set(quality.stdlib))
+    if shared or (calibration.file and calibration.file == quality.file):
+        told = ", ".join(shared) or calibration.file
+        raise InputError(f"calibration text {told} is quality text too: quality is measured on what was not seen")
+    held = {line for line in read_text(quality).splitlines() if len(line.strip()) >= LONG_LINE}
+    copied = held & set(read_text(calibration).splitlines())
+    if len(copied) > COPIED * len(held):
+        part = len(copied) / len(held)
+        raise InputError(f"calibration text has {part:.0%} of the quality text's lines: choose another text")
+
+
+def _named(text: Quality | Calibration) -> str:
+    return type(text).__name__.lower()
+
+
+def _module(name: str, purpose: str) -> str:
     base = Path(sysconfig.get_paths()["stdlib"]).joinpath(*name.split("."))
     for path in (base.with_suffix(".py"), base / "__init__.py"):
         if path.is_file():
             return path.read_text(encoding="utf-8")
-    raise InputError(f"quality text: this Python's standard library has no module {name!r}")
+    raise InputError(f"{purpose} text: this Python's standard library has no module {name!r}")
 
 
-def windows(quality: Quality, tokenizer: Path, context: int) -> NDArray[np.int64]:
-    """Return i64[W, L]: about `quality.tokens` tokens in windows spread evenly over the text.
+def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArray[np.int64]:
+    """Return i64[W, L]: about `text.tokens` tokens in windows spread evenly over the text.
 
     Raises:
         InputError: the text is shorter than one window.
@@ -48,11 +76,11 @@ def windows(quality: Quality, tokenizer: Path, context: int) -> NDArray[np.int64
     import numpy as np
     from tokenizers import Tokenizer
 
-    ids = np.asarray(Tokenizer.from_file(str(tokenizer)).encode(read_text(quality)).ids, np.int64)
+    ids = np.asarray(Tokenizer.from_file(str(tokenizer)).encode(read_text(text)).ids, np.int64)
     length = min(WINDOW, context)
-    count = max(1, quality.tokens // length)
+    count = max(1, text.tokens // length)
     if len(ids) < length:
-        raise InputError(f"quality text: {len(ids)} tokens are fewer than one window of {length}")
+        raise InputError(f"{_named(text)} text: {len(ids)} tokens are fewer than one window of {length}")
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
     cut: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
     return cut

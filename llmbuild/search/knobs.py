@@ -6,12 +6,51 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
+from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import Condition, Knob, Space, Value
 from llmbuild.spec.target import Target
 
 KNOBS: tuple[Knob, ...] = (
-    Knob("weight_format", "model", ("f32", "f16", "int8"), "f32", "element type of the weight matrices"),
+    Knob(
+        "weight_format",
+        "model",
+        WEIGHT_FORMATS,
+        "f32",
+        "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros",
+        searched=("f32", "f16", "int8", "int4_g32", "int4_g128"),
+    ),
+    Knob(
+        "head_format",
+        "model",
+        (SAME, *WEIGHT_FORMATS),
+        SAME,
+        "type of the output matrix and the token table",
+        searched=(SAME, "int8"),
+    ),
+    Knob(
+        "quantization",
+        "model",
+        ("rtn", "gptq"),
+        "rtn",
+        "how weights become integers: each to the nearest, or for the calibration text",
+        when=(Condition("weight_format", tuple(INTEGERS)),),
+    ),
+    Knob(
+        "mixed",
+        "model",
+        ("none", "sensitive"),
+        "none",
+        "keep the quarter of the weights in int8 whose rounding the calibration text shows most",
+        when=(Condition("weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4)),),
+    ),
+    Knob(
+        "kv_dtype",
+        "model",
+        ("f32", "f16", "int8"),
+        "f32",
+        "element type of the KV cache; int8 has a scale for each position and head",
+    ),
     Knob("layout", "model", ("row_major", "packed"), "row_major", "order of the weights in the parameter archive"),
     Knob(
         "kernel",
@@ -19,7 +58,12 @@ KNOBS: tuple[Knob, ...] = (
         ("compiler", "own"),
         "compiler",
         "who generates the matrix products: IREE, or our MLIR kernels",
-        when=(Condition("weight_format", ("int8",)), Condition("layout", ("packed",))),
+        when=(
+            Condition("weight_format", ("int8",)),
+            Condition("head_format", (SAME,)),
+            Condition("kv_dtype", ("f32", "f16")),
+            Condition("layout", ("packed",)),
+        ),
         features=(("own", ("avx512vnni",)),),
     ),
     Knob(
@@ -30,7 +74,6 @@ KNOBS: tuple[Knob, ...] = (
         "pieces our kernels cut a layer into; one for each worker is enough",
         when=(Condition("kernel", ("own",)),),
     ),
-    Knob("kv_dtype", "model", ("f32", "f16"), "f32", "element type of the KV cache"),
     Knob("opt_level", "codegen", ("O0", "O1", "O2", "O3"), "O0", "--iree-opt-level"),
     Knob(
         "data_tiling",
@@ -56,6 +99,9 @@ KNOBS: tuple[Knob, ...] = (
 )
 """In the order in which they are asked about; a condition names an earlier knob."""
 
+CALIBRATED = {"quantization": "gptq", "mixed": "sensitive"}
+"""Values that need calibration text."""
+
 
 def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: int = 2) -> Space:
     """Return the space of a recipe on a target; `pinned` holds the `--set KNOB=VALUE` options, which win.
@@ -71,7 +117,8 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
     for name in asked:
         if name not in known:
             raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
-    return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in KNOBS))
+    knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in KNOBS]
+    return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in knobs))
 
 
 def work_groups(cores: int) -> int:
@@ -80,11 +127,26 @@ def work_groups(cores: int) -> int:
     return next((n for n in pieces if n >= cores), pieces[-1])
 
 
+def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Knob:
+    """Return the knob without the value that needs calibration text, where there is none.
+
+    Raises:
+        InputError: that value was asked for.
+    """
+    needing = CALIBRATED.get(knob.name)
+    if needing is None or (recipe.calibration and not recipe.model.random_init):
+        return knob
+    if asked is not None and needing in map(str, asked):
+        why = "random weights have no text to be calibrated on" if recipe.model.random_init else "the recipe names none"
+        raise InputError(f"knob {knob.name}={needing} needs calibration text, and {why}")
+    return replace(knob, domain=tuple(v for v in knob.domain if v != needing))
+
+
 def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
     needs = dict(knob.features)
     able = tuple(v for v in knob.domain if set(needs.get(v, ())) <= set(target.requires))
     if asked is None:
-        return replace(knob, domain=able)
+        return replace(knob, domain=tuple(v for v in able if v in knob.searched) if knob.searched else able)
     chosen = tuple(_value(knob, v) for v in asked)
     for value in chosen:
         if value not in able:

@@ -108,6 +108,11 @@ class _Quality(_Strict):
     bounds: tuple[_Bound, ...] = ()
 
 
+class _Calibration(_Strict):
+    text: _Text
+    tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 4096
+
+
 class _Budget(_Strict):
     trials: _Positive = 12
     time: _Seconds = 1200.0
@@ -120,6 +125,7 @@ class _Recipe(_Strict):
     objectives: tuple[_MetricName, ...] = Field(default=("tpot_s", "ttft_s", "quality_kl"), min_length=1)
     constraints: tuple[_Bound, ...] = ()
     quality: _Quality = _Quality()
+    calibration: _Calibration | None = None
     budget: _Budget = _Budget()
     knobs: dict[str, Any] = Field(default_factory=dict)
 
@@ -167,13 +173,25 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
         constraints=tuple(parsed.constraints),
         quality=nouns.Quality(
             stdlib=text.stdlib if text else (),
-            file=str((path.parent / text.file).resolve()) if text and text.file else "",
+            file=_beside(path, text.file) if text else "",
             tokens=parsed.quality.tokens,
             bounds=tuple(parsed.quality.bounds),
         ),
         budget=nouns.Budget(parsed.budget.trials, parsed.budget.time),
         knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
+        calibration=_calibration(parsed.calibration, path),
     )
+
+
+def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
+    if parsed is None:
+        return None
+    return nouns.Calibration(parsed.text.stdlib, _beside(path, parsed.text.file), parsed.tokens)
+
+
+def _beside(path: Path, file: str) -> str:
+    """Return the file that a recipe names, taken from the recipe's folder."""
+    return str((path.parent / file).resolve()) if file else ""
 
 
 def read_target(path: Path) -> Target:

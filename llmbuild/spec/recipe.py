@@ -33,6 +33,18 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Calibration:
+    """The text that weights are rounded for: `stdlib` module names, or one text file; `tokens` is how much is read.
+
+    It must not be the text that quality is measured on.
+    """
+
+    stdlib: tuple[str, ...] = ()
+    file: str = ""
+    tokens: int = 4096
+
+
+@dataclass(frozen=True)
 class Budget:
     """How much a build may spend: unique evaluations, and seconds."""
 
@@ -52,6 +64,7 @@ class Recipe:
     quality: Quality
     budget: Budget
     knobs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
+    calibration: Calibration | None = None
 
     @property
     def context(self) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import product
 from typing import Literal
 
 Value = str | int | bool
@@ -24,7 +23,8 @@ class Knob:
     """A named choice. `default` is what the compiler does when nobody chooses.
 
     `level` says what a change costs: an import and a compile (model), a compile (codegen), nothing (runtime).
-    `backends` are those the knob applies to; `features` the CPU features each value needs.
+    `backends` are those the knob applies to; `features` the CPU features each value needs. `searched` is the part of
+    the domain that a search takes where nobody names values; all of it when empty.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Knob:
     when: tuple[Condition, ...] = ()
     backends: tuple[str, ...] = ()
     features: tuple[tuple[Value, tuple[str, ...]], ...] = ()
+    searched: tuple[Value, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,12 +101,16 @@ class Space:
 
     def points(self) -> Iterator[Point]:
         """Yield every distinct point of the space, without an order that means anything."""
-        seen: set[Point] = set()
-        for values in product(*(k.domain for k in self.knobs)):
-            point = self.complete(dict(zip((k.name for k in self.knobs), values, strict=True)))
-            if point not in seen:
-                seen.add(point)
-                yield point
+        yield from map(Point.of, self._from(0, {}))
+
+    def _from(self, index: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
+        """Yield every way to go on from the values of the knobs before `index`."""
+        if index == len(self.knobs):
+            yield chosen
+            return
+        knob = self.knobs[index]
+        for value in knob.domain if self.active(knob, chosen) else (knob.default,):
+            yield from self._from(index + 1, {**chosen, knob.name: value})
 
     def size(self) -> int:
         """Return the number of distinct points."""

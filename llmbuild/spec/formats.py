@@ -1,0 +1,34 @@
+"""The names of weight formats and what they mean: shared by the search, the frontend and the transforms."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FLOATS = ("f32", "f16", "bf16")
+GROUPS = (32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Format:
+    """How integers stand for weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
+
+    bits: int
+    """8 or 4: codes are -128..127 or -8..7."""
+    group: int = 0
+    """Columns that share a scale; 0 is the whole row."""
+    symmetric: bool = True
+    """Whether the zero is always code 0; else each group has a code of its own for it."""
+
+
+INTEGERS: dict[str, Format] = {
+    "int8": Format(8),
+    **{f"int8_g{group}": Format(8, group) for group in GROUPS},
+    **{f"int4_g{group}": Format(4, group) for group in GROUPS},
+    **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
+}
+"""`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zeros (asymmetric)."""
+
+WEIGHT_FORMATS = (*FLOATS, *INTEGERS)
+
+SAME = "same"
+"""As `head_format`: the format of the layers."""

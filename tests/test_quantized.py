@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.spec.formats import INTEGERS, Format
+from llmbuild.transform.quantized import (
+    Quantized,
+    by_group,
+    code_range,
+    dequantize,
+    fit_group,
+    pack_nibbles,
+    quantize,
+    round_up_to_bf16,
+    stack,
+    unpack_nibbles,
+)
+from llmbuild.transform.weights import quantize_rows
+
+formats = st.builds(Format, st.sampled_from((4, 8)), st.sampled_from((0, 32, 64, 128)), st.booleans())
+sizes = st.tuples(st.sampled_from((1, 2, 7, 64, 65)), st.sampled_from((1, 2, 8, 31, 32, 96, 100, 128, 192, 256)))
+magnitudes = st.sampled_from((1e-30, 1e-6, 0.02, 1.0, 1e30))
+
+
+@st.composite
+def matrices(draw: st.DrawFn) -> np.ndarray:
+    drawn = np.random.default_rng(draw(st.integers(0, 99)))
+    dense = (drawn.standard_normal(draw(sizes)) * draw(magnitudes)).astype(np.float32)
+    match draw(st.sampled_from(("plain", "zero row", "outlier", "positive"))):
+        case "zero row":
+            dense[0] = 0
+        case "outlier":
+            dense[-1, -1] *= 1000
+        case "positive":
+            dense = np.abs(dense)
+    return dense
+
+
+def spread(quantized: Quantized) -> np.ndarray:
+    return np.repeat(quantized.scale, quantized.group, axis=1)
+
+
+@given(matrices(), formats)
+def test_a_weight_is_off_by_half_a_scale_at_most(dense: np.ndarray, form: Format) -> None:
+    quantized = quantize(dense, form)
+    bottom, top = code_range(form.bits)
+    assert bottom <= quantized.codes.min() and quantized.codes.max() <= top
+    assert (quantized.scale > 0).all()
+    error = np.abs(dequantize(quantized).astype(np.float64) - dense)
+    assert (error <= spread(quantized) * (0.5 + 1e-5)).all()
+
+
+@given(matrices(), formats)
+def test_zeros_stay_zero(dense: np.ndarray, form: Format) -> None:
+    assert (dequantize(quantize(dense, form))[dense == 0] == 0).all()
+
+
+@given(st.integers(0, 99), formats, st.sampled_from((1, 7, 65)), st.sampled_from((2, 31, 32, 100, 192)))
+def test_representable_weights_are_exact(seed: int, form: Format, rows: int, columns: int) -> None:
+    drawn = np.random.default_rng(seed)
+    bottom, top = code_range(form.bits)
+    if form.bits == 8 and form.symmetric:
+        bottom = -top
+    codes = drawn.integers(bottom, top + 1, (rows, columns))
+    groups = by_group(codes, fit_group(columns, form.group or columns))
+    groups[..., 0], groups[..., -1] = bottom, top  # the scale can be found where the whole range is used
+    scale = round_up_to_bf16(drawn.uniform(1e-3, 1, (*groups.shape[:2], 1)))
+    dense = (groups * scale).reshape(codes.shape).astype(np.float32)
+    np.testing.assert_allclose(dequantize(quantize(dense, form)), dense, rtol=1e-6)
+
+
+def test_rows_of_8_bits_are_those_of_the_kernels() -> None:
+    dense = np.random.default_rng(0).standard_normal((65, 100)).astype(np.float32)
+    codes, scale = quantize_rows(dense)
+    quantized = quantize(dense, INTEGERS["int8"])
+    assert np.array_equal(quantized.codes, codes)
+    assert np.array_equal(quantized.scale[:, 0], scale)
+
+
+@pytest.mark.parametrize(
+    ("columns", "asked", "fitted"),
+    [(256, 128, 128), (704, 128, 64), (576, 128, 64), (192, 128, 64), (100, 32, 100), (24, 32, 8), (7, 64, 7)],
+)
+def test_a_group_is_halved_until_it_divides_the_row(columns: int, asked: int, fitted: int) -> None:
+    assert fit_group(columns, asked) == fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "bits"), [("int8_g32", 8.5), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)]
+)
+def test_bits_per_weight_count_scales_and_zeros(name: str, bits: float) -> None:
+    assert quantize(np.ones((64, 256), np.float32), INTEGERS[name]).bits_per_weight == bits
+
+
+@given(st.integers(0, 99), st.sampled_from((2, 6, 64)))
+def test_nibbles_come_back(seed: int, columns: int) -> None:
+    codes = np.random.default_rng(seed).integers(-8, 8, (3, columns)).astype(np.int8)
+    packed = pack_nibbles(codes)
+    assert packed.nbytes * 2 == codes.nbytes
+    assert np.array_equal(unpack_nibbles(packed), codes)
+
+
+def test_rows_are_stacked_as_they_are() -> None:
+    drawn, form = np.random.default_rng(1), INTEGERS["int4a_g32"]
+    parts = [drawn.standard_normal((n, 64)).astype(np.float32) for n in (3, 5)]
+    together = stack([quantize(part, form) for part in parts])
+    assert np.array_equal(dequantize(together), np.concatenate([dequantize(quantize(p, form)) for p in parts]))
+    with pytest.raises(ValueError, match="different formats"):
+        stack([quantize(parts[0], form), quantize(parts[1], INTEGERS["int4_g32"])])
