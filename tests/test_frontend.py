@@ -11,7 +11,7 @@ import pytest
 
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.reference import reference_greedy, reference_logits
-from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.kernels.layouts import required_features
 from llmbuild.spec.program import ImportJob
 from tests.support import tiny
 from tests.support.artifact import Loaded, compile_file, relative_error
@@ -50,7 +50,7 @@ def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         key = tuple(sorted(choices.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("import")
-            import_model(ImportJob(str(model), CONTEXT, choices=key, features=FEATURES), folder)
+            import_model(ImportJob(str(model), CONTEXT, choices=key, features=required_features("int8")), folder)
             done[key] = Built(folder)
         return done[key]
 
@@ -81,6 +81,11 @@ def test_logits_equal_the_library(build: Callable[..., Built], model: Path) -> N
         {"weight_format": "int8", "layout": "packed", "kv_dtype": "f16"},
         pytest.param(OWN, marks=needs_vnni),
         pytest.param({**OWN, "kv_dtype": "f16", "work_groups": "4"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "int4_g32"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "int4_g64", "head_format": "int8"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "int4_g128"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "f16"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "bf16", "head_format": "f16"}, marks=needs_vnni),
     ],
     ids=lambda choices: "-".join(choices.values()) or "default",
 )
@@ -157,7 +162,8 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
 
 
 @needs_vnni
-def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16"])
+def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form: str) -> None:
     shape = {
         "hidden_size": 112,
         "intermediate_size": 75,
@@ -166,7 +172,9 @@ def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path) -> N
         "head_dim": 32,
     }
     folder = tiny.write(tmp_path / "model", **shape, vocab_size=333, attention_bias=True, tie_word_embeddings=False)
-    import_model(ImportJob(str(folder), CONTEXT, choices=tuple(OWN.items()), features=FEATURES), tmp_path / "a")
+    choices = tuple({**OWN, "weight_format": form}.items())
+    job = ImportJob(str(folder), CONTEXT, choices=choices, features=required_features(form))
+    import_model(job, tmp_path / "a")
     with np.load(tmp_path / "a" / "check.npz") as check:
         actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
         assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))

@@ -18,7 +18,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.importer import import_programs
 from llmbuild.frontend.program import describe, export, import_model, settle
-from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.kernels.layouts import required_features
 from llmbuild.spec.program import ImportJob
 from tests.support import tiny
 
@@ -48,7 +48,8 @@ def test_same_job_gives_the_same_bytes_in_every_process(model: Path, tmp_path: P
     for seed in ("1", "2"):
         (tmp_path / seed).mkdir()
         code, result = run_job(
-            tmp_path / seed, seed, verb="import", model=str(model), context=32, seed=3, features=FEATURES,
+            tmp_path / seed, seed, verb="import", model=str(model), context=32, seed=3,
+            features=required_features("int8"),
             choices={"weight_format": "int8", "layout": "packed", "kernel": "own"},
         )  # fmt: skip
         assert code == 0

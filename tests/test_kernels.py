@@ -11,8 +11,9 @@ import pytest
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
-from llmbuild.transform import reference, weights
+from llmbuild.transform import reference
 from llmbuild.transform.decoder import layer_buffer
+from llmbuild.transform.panels import Matrix, encode, pack, unpack
 from tests.support.artifact import compile_file, relative_error
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -23,6 +24,12 @@ SHAPES = {
     "partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2),
     "smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, False, 1),
     "f16 cache, many work-groups": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 7),
+    "int4 in partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "int4_g64"),
+    "int4 in one group": DecoderShape(64, 2, 1, 32, 75, 1e-5, 32**-0.5, 40, False, 2, "int4_g64"),
+    "int4 smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, False, 1, "int4_g32"),
+    "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
+    "f16": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f16"),
+    "bf16": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 3, "bf16"),
 }
 COUNT = 2
 
@@ -130,27 +137,45 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     assert layers("many", SHAPES["smallest"], MAX_LAYERS).count("stream.binding.subspan") <= 32
 
 
-@pytest.mark.parametrize("vocabulary", [64, 100, 333])
-def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, vocabulary: int) -> None:
+@pytest.mark.parametrize(
+    ("vocabulary", "form"),
+    [(64, "int8"), (100, "int8"), (333, "int8"), (100, "int4_g32"), (333, "int4_g128"), (100, "f16"), (333, "bf16")],
+)
+def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, vocabulary: int, form: str) -> None:
     import iree.runtime as rt
 
-    shape, rng = HeadShape(48, vocabulary, 1e-5, 2), np.random.default_rng(vocabulary)
+    shape, rng = HeadShape(48, vocabulary, 1e-5, 2, form), np.random.default_rng(vocabulary)
     dense = -np.abs(rng.standard_normal((vocabulary, 48))).astype(np.float32)
     dense[vocabulary // 2] = dense[vocabulary - 1] = dense[3] = -1e-3
-    quantized, scale = weights.quantize_rows(dense)
-    data, scales = weights.pack_quads(quantized).reshape(-1).view(np.int8), weights.pad_rows(scale)
-    kinds = ["tensor<1x48xf32>", "tensor<48xf32>", f"tensor<{data.size}xi8>", f"tensor<{scales.size}xf32>"]
+    data, scales = (part.view(np.uint8) for part in pack(shape.layout, encode(form, dense)))
+    held = [f"tensor<{data.size}xi8>", f"tensor<{scales.size}xi8>"]
+    element, scale_element = shape.layout.element, shape.layout.scale_element
+    sizes = [data.size // (2 if shape.layout.is_half else 1), scales.size // (2 if scale_element == "bf16" else 4)]
+    cast = [f"tensor<{sizes[0]}x{element}>", f"tensor<{sizes[1]}x{scale_element}>"]
+    kinds, logits_kind = ["tensor<1x48xf32>", "tensor<48xf32>", *held], f"tensor<{shape.padded}xf32>"
     main = f"""
-util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) -> ({kinds[3]}, tensor<1xi64>) {{
-%r:2 = util.call @head(%a0, %a1, %a2, %a3) : ({", ".join(kinds)}) -> ({kinds[3]}, tensor<1xi64>)
-util.return %r#0, %r#1 : {kinds[3]}, tensor<1xi64>
+util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) -> ({logits_kind}, tensor<1xi64>) {{
+%data = {_as(held[0], "%a2", cast[0])}
+%scale = {_as(held[1], "%a3", cast[1])}
+%r:2 = util.call @head(%a0, %a1, %data, %scale)
+    : ({", ".join(kinds[:2] + cast)}) -> ({logits_kind}, tensor<1xi64>)
+util.return %r#0, %r#1 : {logits_kind}, tensor<1xi64>
 }}"""
     (tmp_path / "head.mlir").write_text(head("head", shape) + main)
     artifact = compile_file(tmp_path / "head.mlir", tmp_path / "head.vmfb", "--iree-opt-level=O2")
     x, norm = np.abs(rng.standard_normal((1, 48))).astype(np.float32), np.ones(48, np.float32)
     module = rt.load_vm_flatbuffer_file(str(artifact), driver="local-task")
-    logits, token = (np.asarray(part) for part in module.main(x, norm, data, scales))
-    matrix = (weights.pad_rows(quantized), scales, np.zeros(len(scales), np.float32))
+    logits, token = (np.asarray(part) for part in module.main(x, norm, data.view(np.int8), scales.view(np.int8)))
+    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), not shape.layout.is_half)
     expected = reference.multiply(reference.normalize(x, norm, 1e-5), matrix)[0]
     assert relative_error(logits[:vocabulary], expected[:vocabulary]) < 1e-5
     assert token.tolist() == [3]
+
+
+def _as(held: str, name: str, wanted: str) -> str:
+    """Return the operation that sees bytes as another type."""
+    return (
+        f"flow.tensor.bitcast {name} : {held} -> {wanted}"
+        if held != wanted
+        else f"util.optimization_barrier {name} : {held}"
+    )

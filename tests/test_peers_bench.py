@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from llmbuild.errors import InputError
 from llmbuild.process import Limits
+from llmbuild.profiler import noise
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
@@ -51,7 +53,7 @@ def plan(rounds: int = 3, seconds: float = 20.0) -> Plan:
 
 
 def ran(*participants: Participant, rounds: int = 3, seconds: float = 20.0) -> dict[str, Entrant]:
-    found = compare(participants, plan(rounds, seconds), lambda _: None)
+    found, _ = compare(participants, plan(rounds, seconds), lambda _: None)
     return {entrant.participant.name: entrant for entrant in found}
 
 
@@ -60,6 +62,8 @@ def ran(*participants: Participant, rounds: int = 3, seconds: float = 20.0) -> d
     [
         ("int8", "decode_s", ("llama.cpp", "q8_0")),
         ("int4", "first_token_s", ("llama.cpp", "q4_0")),
+        ("int4_g128", "decode_s", ("llama.cpp", "q4_0")),
+        ("int4a_g64", "decode_s", ("llama.cpp", "q4_0")),
         ("bf16", "decode_s", ("llama.cpp", "f16")),
         ("f16", "decode_s", ("llama.cpp", "f16")),
         ("int4", "prefill_s", ("openvino", "int8")),
@@ -116,6 +120,13 @@ def test_the_table_has_a_line_for_what_is_absent() -> None:
     lines = table.text(table.rows(list(found.values())), 128).splitlines()
     assert any(line.startswith("openvino int8") and line.split()[2:] == ["-"] * 5 for line in lines)
     assert lines[-1] == "openvino int8: absent: does not install: no wheel"
+
+
+def test_cpu_time_that_is_not_ours_is_told_as_noise() -> None:
+    before, after = noise.Snapshot(0, 1000, 100), noise.Snapshot(0, 2000, 700)
+    assert "other processes took 40% of the CPUs" in noise.verdict(before, after, 1000, own_ticks=200)
+    assert noise.verdict(before, after, 1000, own_ticks=580) == noise.verdict(before, after, 1000) == ""
+    assert noise.cpu_ticks([os.getpid(), 1 << 30]) >= noise.cpu_ticks([1 << 30]) == 0
 
 
 def test_peers_are_asked_for_by_name_and_format() -> None:

@@ -52,7 +52,7 @@ def read_tokens(path: str) -> np.ndarray:
 
 
 class Calibration:
-    """A model of the library and calibration tokens i64[W,L]; its weights are replaced by what is stored of them."""
+    """A model of the library and calibration tokens i64[W,L]; weights are replaced in place by what is stored."""
 
     def __init__(self, model: Any, tokens: np.ndarray) -> None:
         """Take both.

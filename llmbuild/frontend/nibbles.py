@@ -28,7 +28,7 @@ def _(data: torch.Tensor) -> torch.Tensor:
 
 
 def picked(data: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Return codes int32 at places i64 of the codes in bytes int8[n]: without widening all of them."""
+    """Return codes int32 at places i64 of the codes in bytes int8[n]: for reads here and there, not of all."""
     byte = data[place // 2].to(torch.int32)
     return torch.where(place % 2 == 0, (byte << 28) >> 28, byte >> 4)
 

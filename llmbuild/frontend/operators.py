@@ -9,7 +9,8 @@ import torch
 
 from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.shapes import DecoderShape
-from llmbuild.transform import reference, weights
+from llmbuild.transform import reference
+from llmbuild.transform.panels import Matrix, unpack
 
 LAYERS: dict[str, DecoderShape] = {}
 HEADS: dict[str, HeadShape] = {}
@@ -66,8 +67,8 @@ def head(
     i64[1].
     """
     shape = HEADS[kernel]
-    quads = data.numpy().view(np.uint8).reshape(-1, shape.hidden // 4, 4, 16, 4)
-    matrix = (weights.unpack_quads(quads, shape.padded), scale.numpy(), np.zeros(shape.padded, np.float32))
+    stored = unpack(shape.layout, data.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy())
+    matrix = Matrix(*stored, np.zeros(shape.padded, np.float32), not shape.layout.is_half)
     normal = reference.normalize(x.numpy(), norm.numpy(), shape.epsilon)
     logits = torch.from_numpy(reference.multiply(normal, matrix)[0])
     return logits, logits[: shape.vocabulary].argmax(-1, keepdim=True)
@@ -77,4 +78,4 @@ def head(
 def _(
     x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(scale), x.new_empty(1, dtype=torch.int64)
+    return x.new_empty(HEADS[kernel].padded), x.new_empty(1, dtype=torch.int64)

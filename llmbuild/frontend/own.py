@@ -11,15 +11,15 @@ from torch import nn
 from llmbuild.errors import InputError
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
-from llmbuild.frontend.modules import Embedding, RowMajor
-from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.frontend.formats import TABLES, Formats
+from llmbuild.frontend.modules import Embedding, RowMajor, Weights
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.layouts import FORMATS, PANEL, QUAD, required_features
 from llmbuild.kernels.shapes import DecoderShape
-from llmbuild.spec.formats import INTEGERS
-from llmbuild.transform import weights as layouts
 from llmbuild.transform.decoder import layer_buffer
-from llmbuild.transform.quantized import quantize
+from llmbuild.transform.panels import encode, pack
+from llmbuild.transform.quantized import Quantized
 
 LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
 NAMES = {
@@ -64,16 +64,19 @@ class OwnLayers(nn.Module):
 class OwnHead(nn.Module):
     """The final norm and the output matrix as one operator, which finds the next token as well."""
 
-    def __init__(self, shape: HeadShape, norm: torch.Tensor, dense: np.ndarray) -> None:
+    def __init__(self, shape: HeadShape, norm: torch.Tensor, weights: Weights) -> None:
         super().__init__()
         self.shape = shape
-        quantized, scale = layouts.quantize_rows(dense)
         self.norm: torch.Tensor
         self.data: torch.Tensor
         self.scale: torch.Tensor
+        if isinstance(weights, torch.Tensor):
+            data, scale = pack(shape.layout, encode(shape.weights, weights.float().numpy()))
+        else:
+            data, scale = pack(shape.layout, weights)
         self.register_buffer("norm", norm.detach())
-        self.register_buffer("data", torch.from_numpy(layouts.pack_quads(quantized).reshape(-1).view(np.int8)))
-        self.register_buffer("scale", torch.from_numpy(layouts.pad_rows(scale)))
+        self.register_buffer("data", _tensor(data))
+        self.register_buffer("scale", _tensor(scale))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,hidden]."""
@@ -81,7 +84,14 @@ class OwnHead(nn.Module):
         return logits.narrow(0, 0, self.shape.vocabulary), token
 
 
-class QuadEmbedding(nn.Module):
+def _tensor(stored: np.ndarray) -> torch.Tensor:
+    """Return the array as torch sees it; u16 are bf16."""
+    if stored.dtype == np.uint16:
+        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(stored)
+
+
+class PanelEmbedding(nn.Module):
     """A token table that reads the output matrix as our kernels keep it."""
 
     def __init__(self, head: OwnHead) -> None:
@@ -90,20 +100,39 @@ class QuadEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,hidden] of tokens i64[1,T]."""
-        row, column = tokens.unsqueeze(-1), torch.arange(self.head.shape.hidden)
-        panel = row // 64 * (self.head.shape.hidden // 4) + column // 4
-        place = panel * 256 + row % 64 // 16 * 64 + row % 16 * 4 + column % 4
-        unsigned = self.head.data[place].to(torch.int32) & 255
-        return (unsigned - 128).float() * self.head.scale[tokens].unsqueeze(-1)
+        layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
+        column = torch.arange(layout.columns)
+        shared = 2 if layout.is_nibble else 1
+        together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
+        step = column // (together * shared)
+        place = row // PANEL * layout.panel_elements + step * PANEL * together
+        stored = self.head.data[place + row % PANEL * together + column % together]
+        scale = self._scale(row, column // layout.group)
+        if layout.is_half:
+            return stored.float() * scale
+        code = stored.to(torch.int32) & 255
+        if layout.is_nibble:
+            code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
+        return (code - (8 if layout.is_nibble else 128)).float() * scale
+
+    def _scale(self, row: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        groups = self.head.shape.layout.groups
+        if groups == 1:
+            return self.head.scale[row]
+        return self.head.scale[(row // PANEL * groups + group) * PANEL + row % PANEL].float()
 
 
-def check(model: Any, name: str, features: tuple[str, ...]) -> None:
+def check(model: Any, name: str, features: tuple[str, ...], formats: Formats) -> None:
     """Refuse what our kernels do not take.
 
     Raises:
-        InputError: the target lacks a CPU feature, or the model has a part that the kernels do not know.
+        InputError: the target lacks a CPU feature, or the kernels do not know a format or a part of the
+            model.
     """
-    missing = [feature for feature in FEATURES if feature not in {f.lstrip("+") for f in features}]
+    used = (formats.layers, formats.head)
+    if formats.kept or not set(used) <= set(FORMATS):
+        raise InputError(f"kernel=own reads one format in all layers, of {', '.join(FORMATS)}; found {', '.join(used)}")
+    missing = [feature for feature in required_features(*used) if feature not in {f.lstrip("+") for f in features}]
     if missing:
         raise InputError(f"kernel=own needs CPU features that the target does not have: {', '.join(missing)}")
     config = model.config
@@ -114,15 +143,15 @@ def check(model: Any, name: str, features: tuple[str, ...]) -> None:
         )
 
 
-def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int) -> dict[str, str]:
+def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups)
+    shape = _shape(model, context, half_cache, work_groups, formats.layers)
     if problem := shape.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
-    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups)
+    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups, formats.head)
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape)}, model.model
-    buffers = [layer_buffer(shape, _arrays(old)) for old in decoder.layers]
+    buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
     groups, first = [], 0
     for part in _split(len(buffers)):
         kernel = f"{LAYERS}_{part}"
@@ -130,13 +159,20 @@ def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: i
         groups.append(OwnLayers(buffers[first : first + part], first, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)
-    tied = decoder.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr()
-    table = decoder.embed_tokens.weight.detach().numpy()
-    model.lm_head = OwnHead(head_shape, decoder.norm.weight, model.lm_head.weight.detach().numpy())
-    untied = Embedding(RowMajor(quantize(table, INTEGERS["int8"])))
-    decoder.embed_tokens = QuadEmbedding(model.lm_head) if tied else untied
+    embedding, output = decoder.embed_tokens.weight.detach(), model.lm_head.weight.detach()
+    tied = embedding.data_ptr() == output.data_ptr()
+    model.lm_head = OwnHead(head_shape, decoder.norm.weight, formats(TABLES[1], output.numpy()))
+    decoder.embed_tokens = (
+        PanelEmbedding(model.lm_head) if tied else Embedding(RowMajor(formats(TABLES[0], embedding.numpy())))
+    )
     decoder.norm = nn.Identity()
     return kernels
+
+
+def _ready(formats: Formats, layer: int) -> dict[str, Quantized]:
+    """Return the matrices of a layer that were quantized before, by our names."""
+    names = {ours: f"model.layers.{layer}.{theirs}" for ours, theirs in NAMES.items()}
+    return {ours: formats.ready[theirs] for ours, theirs in names.items() if theirs in formats.ready}
 
 
 def _split(count: int) -> list[int]:
@@ -145,7 +181,7 @@ def _split(count: int) -> list[int]:
     return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
-def _shape(model: Any, context: int, half_cache: bool, workers: int) -> DecoderShape:
+def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str) -> DecoderShape:
     config, attention = model.config, model.model.layers[0].self_attn
     return DecoderShape(
         hidden=config.hidden_size,
@@ -158,6 +194,7 @@ def _shape(model: Any, context: int, half_cache: bool, workers: int) -> DecoderS
         context=context,
         half_cache=half_cache,
         workers=workers,
+        weights=weights,
     )
 
 

@@ -18,7 +18,7 @@ from llmbuild.frontend.cache import layer_buffers
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
-from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.kernels.layouts import required_features
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -95,13 +95,20 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
     if choices["kernel"] == "compiler":
         modules.swap(model, formats_of(model, job, choices), choices["layout"])
         return {}
-    if (choices["weight_format"], choices["layout"], choices["head_format"]) != ("int8", "packed", SAME):
-        raise InputError("kernel=own reads weight_format=int8 in layout=packed, the head too; choose these with it")
+    if choices["layout"] != "packed":
+        raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
         raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
-    own.check(model, job.model, job.features)
-    formats_of(model, job, choices)
-    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
+    formats = formats_of(model, job, choices)
+    own.check(model, job.model, job.features, formats)
+    half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
+    return own.put_in(model, job.model, job.context, half_cache, work_groups, formats)
+
+
+def stored_formats(choices: dict[str, str]) -> tuple[str, str]:
+    """Return the formats of the layers and of the token tables."""
+    layers, head = choices["weight_format"], choices["head_format"]
+    return layers, layers if head == SAME else head
 
 
 def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
@@ -110,8 +117,8 @@ def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
     Raises:
         InputError: a choice that does not go with the format, or calibration tokens that are missing or unfit.
     """
-    layers, head = choices["weight_format"], choices["head_format"]
-    formats = Formats(layers, layers if head == SAME else head)
+    layers, head = stored_formats(choices)
+    formats = Formats(layers, head)
     fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
     if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
         raise InputError(f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}")
@@ -140,7 +147,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
-        required_features=FEATURES if choices["kernel"] == "own" else (),
+        required_features=required_features(*stored_formats(choices)) if choices["kernel"] == "own" else (),
     )
 
 

@@ -1,54 +1,17 @@
-"""Pieces of a decoder for AVX-512 VNNI: quantize a row, multiply rows by a panel, rotate heads, attend.
-
-Weights are unsigned bytes (int8 + 128) in panels of 64 rows, `[K/4][4 blocks][16 rows][4]`; activations are signed
-bytes with one scale per row. `vpdpbusd` adds four products per lane without saturation: sum(w*x) = sum((w+128)*x) -
-128*sum(x).
-"""
+"""Pieces of a decoder for AVX-512 but its matrix products: normalize, rotate heads, attend."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
+from llmbuild.kernels.text import F32, I32, I64, VF, VI, Writer
 
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
-LANES, BLOCKS, PANEL, QUAD = 16, 4, 64, 4
-ROW_TILE = 6
-"""Rows that share one pass over a panel: 6 rows x 4 blocks of accumulators, 4 of weights and 1 of activations fit
-32 registers.
-"""
-ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
-"""1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
+LANES = 16
 HALVES = "vector<16xf16>"
 MASKED = -1e30
 MIX_STEP, MIX_CHAINS = 4, 2
 """Positions per turn of the weighted sum of values, and sums side by side: one alone would wait for its own result."""
-
-
-@dataclass(frozen=True)
-class Quantized:
-    """Pointers to rows of signed bytes, `stride` bytes apart, with their scales f32[T] and sums i32[T]."""
-
-    bytes: str
-    scales: str
-    sums: str
-    stride: int
-
-    def row(self, w: Writer, index: str) -> tuple[str, str, str]:
-        """Return the pointers of one row."""
-        offset = w.mul(index, 4)
-        return w.at(self.bytes, w.mul(index, self.stride)), w.at(self.scales, offset), w.at(self.sums, offset)
-
-
-@dataclass(frozen=True)
-class Panels:
-    """A packed matrix: pointers to its panels and to f32[64 * panels] scales and biases (or none)."""
-
-    data: str
-    scales: str
-    bias: str | None
-    columns: int
 
 
 Reader = Callable[[str], str]
@@ -71,100 +34,6 @@ def inverse_norm(w: Writer, source: Reader, size: int, epsilon: float) -> str:
     mean = w.op("arith.divf", w.total(total), w.real(float(size)), kind=F32)
     root = w.op("math.sqrt", w.op("arith.addf", mean, w.real(epsilon), kind=F32), kind=F32)
     return w.op("arith.divf", w.real(1.0), root, kind=F32)
-
-
-def quantize_row(w: Writer, source: Reader, size: int, into: tuple[str, str, str]) -> None:
-    """Write a row as signed bytes `round(x * 127 / max|x|)`, its scale `max|x| / 127` and the sum of its bytes."""
-
-    def widest(i: str, most: str) -> list[str]:
-        return [w.larger(w.op("math.absf", source(i)), most)]
-
-    (most,) = w.loop(0, size, LANES, widest, [(w.lanes(0.0), VF)])
-    top = w.top(most)
-    scale = w.op("arith.divf", top, w.real(127.0), kind=F32)
-    safe = w.larger(top, w.real(1e-30), F32)
-    factor = w.splat(w.op("arith.divf", w.real(127.0), safe, kind=F32))
-    target, scale_at, sum_at = into
-
-    def body(i: str, total: str) -> list[str]:
-        shifted = w.op("math.fma", source(i), factor, w.lanes(ROUNDER))
-        bits = w.op("arith.subi", w.cast("arith.bitcast", shifted, VF, VI), w.lanes(ROUNDER_BITS, VI), kind=VI)
-        w.store(w.cast("arith.trunci", bits, VI, "vector<16xi8>"), w.at(target, i), "vector<16xi8>", 1)
-        return [w.op("arith.addi", bits, total, kind=VI)]
-
-    (total,) = w.loop(0, size, LANES, body, [(w.lanes(0, VI), VI)])
-    w.store(scale, scale_at, F32)
-    w.store(w.total(total, VI), sum_at, I32)
-
-
-def products(w: Writer, panel: str, rows: list[str], columns: int) -> list[list[str]]:
-    """Return the integer products i32[16] of each row with each block of a panel."""
-    zero = w.lanes(0, VI)
-
-    def body(k: str, *sums: str) -> list[str]:
-        quad = w.at(panel, w.mul(k, PANEL))
-        blocks = [w.load(w.at(quad, b * 64), BYTES, 64) for b in range(BLOCKS)]
-        result = []
-        for r, row in enumerate(rows):
-            four = w.splat(w.load(w.at(row, k), I32, 4), VI)
-            four = w.cast("vector.bitcast", four, VI, BYTES)
-            for b in range(BLOCKS):
-                result.append(_dot(w, sums[r * BLOCKS + b], blocks[b], four))
-        return result
-
-    flat = w.loop(0, columns, QUAD, body, [(zero, VI)] * (len(rows) * BLOCKS))
-    return [flat[r * BLOCKS : (r + 1) * BLOCKS] for r in range(len(rows))]
-
-
-def _dot(w: Writer, total: str, unsigned: str, signed: str) -> str:
-    return w.let(
-        f'llvm.call_intrinsic "llvm.x86.avx512.vpdpbusd.512"({total}, {unsigned}, {signed}) '
-        f": ({VI}, {BYTES}, {BYTES}) -> {VI}"
-    )
-
-
-Epilogue = Callable[[str, str, list[str]], None]
-"""Takes a row (i64), the panel's first output (i64) and the panel's four vectors of f32."""
-
-
-def multiply_panel(w: Writer, panels: Panels, index: str, x: Quantized, rows: str, finish: Epilogue) -> None:
-    """Multiply all rows (a count, i64) by one panel: tiles of `ROW_TILE` rows, then one by one."""
-    panel = w.at(panels.data, w.mul(index, panels.columns * PANEL))
-    first = w.mul(index, PANEL)
-
-    def tile(start: str, size: int) -> None:
-        taken = [w.add(start, r) for r in range(size)]
-        parts = [x.row(w, row) for row in taken]
-        sums = products(w, panel, [part[0] for part in parts], panels.columns)
-        for row, (_, scale_at, sum_at), blocks in zip(taken, parts, sums, strict=True):
-            finish(row, first, _to_reals(w, panels, first, blocks, w.load(scale_at, F32), w.load(sum_at, I32)))
-
-    tiled = w.mul(w.integers("divui", rows, ROW_TILE), ROW_TILE)
-
-    def full(start: str) -> list[str]:
-        tile(start, ROW_TILE)
-        return []
-
-    def single(start: str) -> list[str]:
-        tile(start, 1)
-        return []
-
-    w.loop(0, tiled, ROW_TILE, full)
-    w.loop(tiled, rows, 1, single)
-
-
-def _to_reals(w: Writer, panels: Panels, first: str, blocks: list[str], scale: str, total: str) -> list[str]:
-    shift = w.splat(w.op("arith.muli", total, w.constant("128", I32), kind=I32), VI)
-    reals = []
-    for b, block in enumerate(blocks):
-        place = w.mul(w.add(first, b * LANES), 4)
-        exact = w.cast("arith.sitofp", w.op("arith.subi", block, shift, kind=VI), VI, VF)
-        both = w.op("arith.mulf", w.load(w.at(panels.scales, place), VF), w.splat(scale))
-        if panels.bias is None:
-            reals.append(w.op("arith.mulf", exact, both))
-        else:
-            reals.append(w.op("math.fma", exact, both, w.load(w.at(panels.bias, place), VF)))
-    return reals
 
 
 def sigmoid_gate(w: Writer, gate: str, up: str) -> str:

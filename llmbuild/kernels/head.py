@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
+from llmbuild.kernels import products
 from llmbuild.kernels.layer import bind, executable, worker
+from llmbuild.kernels.layouts import PANEL, Layout, up_to
 from llmbuild.kernels.phases import Phases, counter_bytes
-from llmbuild.kernels.shapes import LINE, PANEL, up_to
 from llmbuild.kernels.text import I32, I64, VF, VI, Writer
 
 PHASES = 3
@@ -23,6 +24,12 @@ class HeadShape:
     vocabulary: int
     epsilon: float
     workers: int
+    weights: str = "int8"
+
+    @property
+    def layout(self) -> Layout:
+        """How the matrix lies in panels."""
+        return Layout(self.weights, self.hidden)
 
     @property
     def padded(self) -> int:
@@ -35,7 +42,6 @@ def _body(shape: HeadShape) -> str:
     rows = w.integer(1)
     p = bind(w, ARGUMENTS, dict(_sizes(shape)))
     phases = Phases(w, p["counters"], worker(w), shape.workers)
-    x = k.Quantized(w.at(p["scratch"], 2 * LINE), p["scratch"], w.at(p["scratch"], LINE), up_to(shape.hidden, LINE))
 
     def normalize(row: str) -> None:
         source, weight = k.vectors(w, p["x"]), k.vectors(w, p["norm"])
@@ -44,15 +50,18 @@ def _body(shape: HeadShape) -> str:
         def normal(i: str) -> str:
             return w.op("arith.mulf", w.op("arith.mulf", source(i), factor), weight(i))
 
-        k.quantize_row(w, normal, shape.hidden, x.row(w, row))
+        products.prepare(w, shape.layout, normal, w.at(p["scratch"], w.mul(row, shape.layout.prepared_bytes)))
 
     def store(_: str, first: str, blocks: list[str]) -> None:
         for b, block in enumerate(blocks):
             w.store(block, w.at(p["logits"], w.mul(w.add(first, b * k.LANES), 4)), VF)
 
-    panels = k.Panels(p["data"], p["scale"], None, shape.hidden)
+    panels = products.Panels(shape.layout, p["data"], p["scale"], None)
     phases.run(1, normalize)
-    phases.run(shape.padded // PANEL, lambda panel: k.multiply_panel(w, panels, panel, x, rows, store))
+    phases.run(
+        shape.padded // PANEL,
+        lambda panel: products.multiply_panel(w, panels, panel, p["scratch"], rows, store),
+    )
     phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], shape.vocabulary), p["token"], I64, 8))
     return w.text()
 
@@ -61,17 +70,13 @@ def _sizes(shape: HeadShape) -> dict[str, int | str]:
     return {
         "x": 4 * shape.hidden,
         "norm": 4 * shape.hidden,
-        "data": shape.padded * shape.hidden,
-        "scale": 4 * shape.padded,
+        "data": shape.padded // PANEL * shape.layout.panel_bytes,
+        "scale": shape.padded // PANEL * shape.layout.scale_bytes,
         "counters": counter_bytes(PHASES, shape.workers),
         "logits": 4 * shape.padded,
         "token": 8,
-        "scratch": _scratch(shape),
+        "scratch": shape.layout.prepared_bytes,
     }
-
-
-def _scratch(shape: HeadShape) -> int:
-    return 2 * LINE + up_to(shape.hidden, LINE)
 
 
 def _first_largest(w: Writer, logits: str, count: int) -> str:
@@ -103,17 +108,19 @@ def head(name: str, shape: HeadShape) -> str:
     """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token
     i64[1])`.
     """
-    sizes = _sizes(shape)
+    sizes, layout = _sizes(shape), shape.layout
     wide, norm = f"tensor<1x{shape.hidden}xf32>", f"tensor<{shape.hidden}xf32>"
-    data, scale = f"tensor<{sizes['data']}xi8>", f"tensor<{shape.padded}xf32>"
+    data = f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>"
+    scale = f"tensor<{shape.padded * layout.groups}x{layout.scale_element}>"
+    logits = f"tensor<{shape.padded}xf32>"
     counters, room = f"tensor<{sizes['counters']}xi8>", f"tensor<{sizes['scratch']}xi8>"
     kinds = f"{wide}, {norm}, {data}, {scale}, {counters}, index"
     return f"""{executable(name, ARGUMENTS, _body(shape), shape.workers)}
-util.func private @{name}(%x: {wide}, %norm: {norm}, %data: {data}, %scale: {scale}) -> ({scale}, tensor<1xi64>) {{
+util.func private @{name}(%x: {wide}, %norm: {norm}, %data: {data}, %scale: {scale}) -> ({logits}, tensor<1xi64>) {{
 %one = arith.constant 1 : index
 %none = arith.constant 0 : i8
 %counters = flow.tensor.splat %none : {counters}
 %r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %one)
-    : ({kinds}) -> (%counters, {scale}, tensor<1xi64>, {room})
-util.return %r#1, %r#2 : {scale}, tensor<1xi64>
+    : ({kinds}) -> (%counters, {logits}, tensor<1xi64>, {room})
+util.return %r#1, %r#2 : {logits}, tensor<1xi64>
 }}"""

@@ -10,8 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
+from llmbuild.kernels import products
+from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
 from llmbuild.kernels.phases import Phases, counter_bytes
-from llmbuild.kernels.shapes import LINE, PANEL, DecoderShape, buffer_bytes, sections, up_to
+from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
@@ -73,15 +75,12 @@ class Scratch:
 
 def scratch(shape: DecoderShape) -> Scratch:
     """Return the scratch of a layer; every region is a multiple of a cache line per row."""
-    widest = up_to(max(shape.hidden, shape.attended, shape.inner_padded), LINE)
     per_row = {
         "qkv": 4 * shape.projected,
         "attended": up_to(4 * shape.attended, LINE),
         "middle": up_to(4 * shape.hidden, LINE),
         "inner": 4 * shape.inner_padded,
-        "bytes": widest,
-        "scales": LINE,
-        "sums": LINE,
+        "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
     }
     return Scratch(_score_bytes(shape) * shape.workers, per_row)
 
@@ -167,29 +166,29 @@ class LayerWriter:
         """Write one layer, from `out` through `middle` back to `out`."""
         shape, s, out = self.shape, self.s, self.p["out"]
         hidden = 4 * shape.hidden
-        self.normalize("norm1", out, hidden)
-        self.multiply("qkv", shape.projected, shape.hidden, self.plain(s["qkv"], 4 * shape.projected))
+        self.normalize("norm1", out, hidden, "qkv")
+        self.multiply("qkv", shape.projected, self.plain(s["qkv"], 4 * shape.projected))
         self.rotate()
         self.attend()
-        self.quantize(s["attended"], shape.attended, up_to(4 * shape.attended, LINE))
-        self.multiply("out", shape.hidden, shape.attended, self.residual(out, hidden, s["middle"], self._middle))
-        self.normalize("norm2", s["middle"], self._middle)
-        self.multiply("gate_up", 2 * shape.inner_padded, shape.hidden, self.gated)
-        self.quantize(s["inner"], shape.inner_padded, 4 * shape.inner_padded)
+        self.prepare(s["attended"], up_to(4 * shape.attended, LINE), "out")
+        self.multiply("out", shape.hidden, self.residual(out, hidden, s["middle"], self._middle))
+        self.normalize("norm2", s["middle"], self._middle, "gate_up")
+        self.multiply("gate_up", 2 * shape.inner_padded, self.gated)
+        self.prepare(s["inner"], 4 * shape.inner_padded, "down")
         last = self.residual(s["middle"], self._middle, out, hidden)
-        self.multiply("down", shape.hidden, shape.inner_padded, last)
+        self.multiply("down", shape.hidden, last)
 
     @property
     def _middle(self) -> int:
         return up_to(4 * self.shape.hidden, LINE)
 
-    def quantized(self, columns: int) -> k.Quantized:
-        """Return the rows of signed bytes, as wide as their current content."""
-        return k.Quantized(self.s["bytes"], self.s["scales"], self.s["sums"], up_to(columns, LINE))
+    def prepared(self, layout: Layout, row: str) -> str:
+        """Return the pointer of a row that is ready for a product."""
+        return self.w.at(self.s["prepared"], self.w.mul(row, layout.prepared_bytes))
 
-    def normalize(self, norm: str, source: str, stride: int) -> None:
-        """Normalize rows and quantize them."""
-        w, size = self.w, self.shape.hidden
+    def normalize(self, norm: str, source: str, stride: int, name: str) -> None:
+        """Normalize rows and prepare them for a matrix."""
+        w, size, layout = self.w, self.shape.hidden, self.shape.layouts()[name]
 
         def unit(row: str) -> None:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
@@ -199,31 +198,30 @@ class LayerWriter:
             def normal(i: str) -> str:
                 return w.op("arith.mulf", w.op("arith.mulf", x(i), factor), weight(i))
 
-            k.quantize_row(w, normal, size, self.quantized(size).row(w, row))
+            products.prepare(w, layout, normal, self.prepared(layout, row))
 
         self.phases.run(self.rows, unit)
 
-    def quantize(self, source: str, size: int, stride: int) -> None:
-        """Quantize rows."""
-        w = self.w
+    def prepare(self, source: str, stride: int, name: str) -> None:
+        """Prepare rows for a matrix."""
+        w, layout = self.w, self.shape.layouts()[name]
 
         def unit(row: str) -> None:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
-            k.quantize_row(w, x, size, self.quantized(size).row(w, row))
+            products.prepare(w, layout, x, self.prepared(layout, row))
 
         self.phases.run(self.rows, unit)
 
-    def multiply(self, name: str, outputs: int, columns: int, finish: k.Epilogue) -> None:
-        """Multiply the quantized rows by a matrix, panel by panel."""
-        parts = self.parts
-        panels = k.Panels(parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"], columns)
-        x = self.quantized(columns)
+    def multiply(self, name: str, outputs: int, finish: products.Epilogue) -> None:
+        """Multiply the prepared rows by a matrix, panel by panel."""
+        parts, layout = self.parts, self.shape.layouts()[name]
+        panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
         self.phases.run(
             up_to(outputs, PANEL) // PANEL,
-            lambda panel: k.multiply_panel(self.w, panels, panel, x, self.rows, finish),
+            lambda panel: products.multiply_panel(self.w, panels, panel, self.s["prepared"], self.rows, finish),
         )
 
-    def plain(self, target: str, stride: int) -> k.Epilogue:
+    def plain(self, target: str, stride: int) -> products.Epilogue:
         """Store a panel's outputs as they are; rows are whole panels wide."""
         w = self.w
 
@@ -233,7 +231,7 @@ class LayerWriter:
 
         return finish
 
-    def residual(self, source: str, source_stride: int, target: str, target_stride: int) -> k.Epilogue:
+    def residual(self, source: str, source_stride: int, target: str, target_stride: int) -> products.Epilogue:
         """Add the residual; outputs past the hidden size are left out."""
         w, size = self.w, self.shape.hidden
 

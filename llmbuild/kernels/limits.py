@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from llmbuild.kernels.layer import bind, executable, worker
-from llmbuild.kernels.shapes import LINE
+from llmbuild.kernels.layouts import LINE
 from llmbuild.kernels.text import BYTES, VF, VI, Writer
 
 READ, F32, INT8 = "read", "multiply_f32", "multiply_int8"

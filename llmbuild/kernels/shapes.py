@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PANEL, HALF_PANEL, LANES, LINE = 64, 32, 16, 64
+from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
+
+HALF_PANEL, LANES = 32, 16
 
 
-def up_to(size: int, multiple: int) -> int:
-    """Return the size rounded up to a multiple."""
-    return -(-size // multiple) * multiple
+NORMS = {"qkv": "norm1", "gate_up": "norm2"}
+"""The norm before a matrix."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class DecoderShape:
     context: int
     half_cache: bool
     workers: int
+    weights: str = "int8"
 
     @property
     def attended(self) -> int:
@@ -47,6 +49,11 @@ class DecoderShape:
         """Width between gate/up and down: gate and up rows take turns of 32."""
         return up_to(self.inner, HALF_PANEL)
 
+    def layouts(self) -> dict[str, Layout]:
+        """Return how each matrix of a layer lies in panels."""
+        columns = {"qkv": self.hidden, "out": self.attended, "gate_up": self.hidden, "down": self.inner_padded}
+        return {name: Layout(self.weights, width) for name, width in columns.items()}
+
     def problem(self) -> str | None:
         """Return why the kernels do not take this shape, or nothing."""
         if self.hidden % LANES or self.attended % LANES:
@@ -67,23 +74,21 @@ class Section:
 def sections(shape: DecoderShape) -> dict[str, Section]:
     """Return the parts of a layer's buffer in the order of their use, each on a cache line of its own.
 
-    `norm*` are f32[hidden]; a matrix `m` has `m.scale` and `m.bias` f32[rows] and `m.data`, packed quads.
+    `norm*` are f32[hidden]; a matrix `m` has `m.bias` f32[rows], and `m.scale` and `m.data` in panels.
     """
-    sizes = {"norm1": 4 * shape.hidden}
-    sizes |= _matrix("qkv", shape.projected, shape.hidden)
-    sizes |= _matrix("out", up_to(shape.hidden, PANEL), shape.attended)
-    sizes |= {"norm2": 4 * shape.hidden}
-    sizes |= _matrix("gate_up", 2 * shape.inner_padded, shape.hidden)
-    sizes |= _matrix("down", up_to(shape.hidden, PANEL), shape.inner_padded)
+    rows = {"qkv": shape.projected, "out": shape.hidden, "gate_up": 2 * shape.inner_padded, "down": shape.hidden}
+    sizes = {}
+    for name, layout in shape.layouts().items():
+        if name in NORMS:
+            sizes[NORMS[name]] = 4 * shape.hidden
+        panels = up_to(rows[name], PANEL) // PANEL
+        sizes |= {f"{name}.scale": panels * layout.scale_bytes, f"{name}.bias": 4 * PANEL * panels}
+        sizes[f"{name}.data"] = panels * layout.panel_bytes
     found, offset = {}, 0
     for name, size in sizes.items():
         found[name] = Section(offset, size)
         offset += up_to(size, LINE)
     return found
-
-
-def _matrix(name: str, rows: int, columns: int) -> dict[str, int]:
-    return {f"{name}.scale": 4 * rows, f"{name}.bias": 4 * rows, f"{name}.data": rows * columns}
 
 
 def buffer_bytes(shape: DecoderShape) -> int:

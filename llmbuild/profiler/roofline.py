@@ -160,7 +160,6 @@ def _samples(
             "profile",
             "limits",
             artifact=str(artifact),
-            workers=counts[-1],
             read_bytes=size,
             functions=[limits.function(name, n) for n in counts for name in names],
             seconds=seconds,

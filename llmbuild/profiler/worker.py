@@ -5,7 +5,7 @@ check    {data}                                                -> errors against
 quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
 round    {prompt, output}                                      -> ttft_s, tpot_s, e2e_s, energy_j of one answer
 memory   {}                                                    -> peak resident bytes so far
-limits   {artifact, workers, read_bytes, functions, seconds}   -> seconds of the machine's limit kernels
+limits   {artifact, read_bytes, functions, seconds}            -> seconds of the machine's limit kernels
 """
 
 from __future__ import annotations

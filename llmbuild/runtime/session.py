@@ -27,6 +27,9 @@ _ELEMENT = {
 POLL_S = 2e-5
 """Pause between looks at whether the workers are done; the system may make it some tens of microseconds longer."""
 
+_MOST_WORKERS = 64
+"""IREE's own bound where nobody names a number of workers."""
+
 _RELEASED_IN_ORDER = (
     "_logits",
     "_token",
@@ -196,9 +199,15 @@ class _PolledCaller:
 
 
 def _create_device(settings: Settings) -> Any:
-    """IREE reads worker counts from process flags at the time a device is created, so they are set just before."""
+    """IREE reads worker counts from process flags at the time a device is created, so they are set just before.
+
+    One worker goes where the system puts it. Several are pinned, each to a core of its own: woken together without
+    that, Linux puts them on one core, and they take as long as one.
+    """
     if settings.driver == "local-task":
-        parse_flags(f"--task_topology_group_count={settings.workers}")
+        alone = int(settings.workers == 1)
+        most = settings.workers or _MOST_WORKERS
+        parse_flags(f"--task_topology_group_count={alone}", f"--task_topology_max_group_count={most}")
     return rt.get_device(settings.driver, cache=False)
 
 

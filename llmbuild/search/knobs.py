@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
+from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import Condition, Knob, Space, Value
@@ -59,8 +60,9 @@ KNOBS: tuple[Knob, ...] = (
         "compiler",
         "who generates the matrix products: IREE, or our MLIR kernels",
         when=(
-            Condition("weight_format", ("int8",)),
-            Condition("head_format", (SAME,)),
+            Condition("weight_format", OWN_FORMATS),
+            Condition("head_format", (SAME, *OWN_FORMATS)),
+            Condition("mixed", ("none",)),
             Condition("kv_dtype", ("f32", "f16")),
             Condition("layout", ("packed",)),
         ),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 FLOATS = ("f32", "f16", "bf16")
 GROUPS = (32, 64, 128)
+LEAST_GROUP = 8
+"""A group shorter than this spends as many bits on scales as on codes."""
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,15 @@ WEIGHT_FORMATS = (*FLOATS, *INTEGERS)
 
 SAME = "same"
 """As `head_format`: the format of the layers."""
+
+
+def fit_group(columns: int, group: int) -> int:
+    """Return the group that is used: halved until it divides the columns, and the whole row where 8 does not.
+
+    All groups of a matrix are equally long, so that it has the shape `[N, groups, group]` for every kernel.
+    """
+    while group >= LEAST_GROUP:
+        if columns % group == 0:
+            return group
+        group //= 2
+    return columns

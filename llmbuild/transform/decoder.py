@@ -2,47 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import numpy as np
 
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections, up_to
-from llmbuild.transform.weights import PANEL, Array, interleave, pack_quads, pad_rows, quantize_rows
+from llmbuild.kernels.layouts import Layout
+from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
+from llmbuild.transform.panels import Matrix, encode, pack, unpack
+from llmbuild.transform.quantized import Quantized
+from llmbuild.transform.weights import Array, interleave, pad_rows
+
+PARTS = {"qkv": ("query", "key", "value"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
+"""The matrices of a layer, and those of the model that each is made of."""
 
 
-def layer_buffer(shape: DecoderShape, arrays: Mapping[str, Array]) -> Array:
+def layer_buffer(
+    shape: DecoderShape, arrays: Mapping[str, Array], ready: Mapping[str, Quantized] | None = None
+) -> Array:
     """Return bytes u8[buffer_bytes(shape)].
 
     `arrays` holds `norm1`, `norm2` f32[hidden] and the matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`,
-    `up`, `down`; a bias f32[N] of one of them is `<name>.bias`.
+    `up`, `down`; a bias f32[N] of one of them is `<name>.bias`. A matrix that is `ready` was quantized before; the
+    others are rounded to the nearest.
     """
-    matrices = {
-        "qkv": np.concatenate([arrays[name] for name in ("query", "key", "value")]),
-        "out": arrays["out"],
-        "gate_up": interleave(arrays["gate"], arrays["up"]),
-        "down": _widen(arrays["down"], shape.inner_padded),
-    }
-    biases = {
-        "qkv": np.concatenate([_bias(arrays, name) for name in ("query", "key", "value")]),
-        "out": _bias(arrays, "out"),
-        "gate_up": interleave(_bias(arrays, "gate"), _bias(arrays, "up")),
-        "down": _bias(arrays, "down"),
-    }
     parts = {"norm1": arrays["norm1"], "norm2": arrays["norm2"]}
-    for name, dense in matrices.items():
-        quantized, scale = quantize_rows(dense)
-        parts |= {
-            f"{name}.data": pack_quads(quantized),
-            f"{name}.scale": pad_rows(scale),
-            f"{name}.bias": pad_rows(biases[name]),
-        }
+    for name, layout in shape.layouts().items():
+        encoded = [_encoded(layout, arrays[part], (ready or {}).get(part)) for part in PARTS[name]]
+        join = interleave if name == "gate_up" else _stack
+        data, scale = pack(layout, _joined(encoded, join))
+        bias = join(*[_bias(arrays, part) for part in PARTS[name]])
+        parts |= {f"{name}.data": data, f"{name}.scale": scale, f"{name}.bias": pad_rows(bias)}
     buffer = np.zeros(buffer_bytes(shape), np.uint8)
     for name, section in sections(shape).items():
-        part = np.ascontiguousarray(parts[name])
-        if part.nbytes != section.size:
-            raise ValueError(f"{name}: {part.nbytes} bytes where the layout has {section.size}")
-        buffer[section.offset : section.offset + section.size] = part.reshape(-1).view(np.uint8)
+        stored = np.ascontiguousarray(parts[name])
+        if stored.nbytes != section.size:
+            raise ValueError(f"{name}: {stored.nbytes} bytes where the layout has {section.size}")
+        buffer[section.offset : section.offset + section.size] = stored.reshape(-1).view(np.uint8)
     return buffer
+
+
+def _encoded(layout: Layout, dense: Array, ready: Quantized | None) -> Quantized | Array:
+    if ready is not None and dense.shape[1] == layout.columns:
+        return ready
+    return encode(layout.form, _widen(dense, layout.columns))
+
+
+def _joined(parts: list[Quantized | Array], join: Callable[..., Array]) -> Quantized | Array:
+    """Return matrices of one format as one; `join` says in which order their rows come."""
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    if not quantized:
+        return join(*parts)
+    codes, scale = (join(*[getattr(part, field) for part in quantized]) for field in ("codes", "scale"))
+    return replace(quantized[0], codes=codes, scale=scale)
+
+
+def _stack(*parts: Array) -> Array:
+    return np.concatenate(parts)
 
 
 def _bias(arrays: Mapping[str, Array], name: str) -> Array:
@@ -56,18 +72,12 @@ def _widen(dense: Array, columns: int) -> Array:
     return wide
 
 
-def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, tuple[Array, Array, Array]]:
-    """Return int8[N,K], scales f32[N] and biases f32[N] of `qkv`, `out`, `gate_up` and `down`, padded as they lie
-    there.
-    """
+def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, Matrix]:
+    """Return what `qkv`, `out`, `gate_up` and `down` say, padded as they lie there."""
     found = {}
-    columns = {"qkv": shape.hidden, "out": shape.attended, "gate_up": shape.hidden, "down": shape.inner_padded}
-    for name, width in columns.items():
+    for name, layout in shape.layouts().items():
         data, scale, bias = (section_of(shape, buffer, f"{name}.{part}") for part in ("data", "scale", "bias"))
-        rows = up_to(len(data) // width, PANEL)
-        quads = data.reshape(rows // PANEL, width // 4, 4, 16, 4)
-        panels = quads.transpose(0, 2, 3, 1, 4).reshape(rows, width)
-        found[name] = ((panels.astype(np.int16) - 128).astype(np.int8), scale.view(np.float32), bias.view(np.float32))
+        found[name] = Matrix(*unpack(layout, data, scale), bias.view(np.float32), not layout.is_half)
     return found
 
 

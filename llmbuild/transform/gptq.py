@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from llmbuild.spec.formats import Format
-from llmbuild.transform.quantized import Quantized, by_group, encode, fit_group, full_range
+from llmbuild.spec.formats import Format, fit_group
+from llmbuild.transform.quantized import Quantized, by_group, encode, full_range
 from llmbuild.transform.weights import Array
 
 DAMPING = 0.01
@@ -46,7 +46,7 @@ def gptq(dense: Array, hessian: Array, form: Format, damping: float = DAMPING) -
 
 
 def fitting_range(dense: Array, weight: Array, form: Format) -> tuple[Array, Array | None]:
-    """Return scale and zero f32[N,K/group] of least squared error, where columns count `weight` f32[K] times."""
+    """Return scale and zero f32[N,K/group] of the least squared error, where column k counts `weight` f32[K] times."""
     scale, zero = full_range(dense, form)
     parts = by_group(dense, dense.shape[1] // scale.shape[1])
     shares = weight.reshape(1, scale.shape[1], -1)

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmbuild.spec.formats import Format
+from llmbuild.spec.formats import Format, fit_group
 from llmbuild.transform.weights import Array
-
-LEAST_GROUP = 8
-"""A group shorter than this spends as many bits on scales as on codes."""
 
 LEAST_WEIGHT = 2.0**-100
 """A group with nothing larger is zero: scales of it would leave the normal numbers of f32."""
@@ -39,18 +36,6 @@ class Quantized:
         scale = 16 if self.group < columns else 32
         zero = 0 if self.zero is None else 8
         return float(self.bits + self.scale.size * (scale + zero) / (rows * columns))
-
-
-def fit_group(columns: int, group: int) -> int:
-    """Return the group that is used: halved until it divides the columns, and the whole row where 8 does not.
-
-    All groups of a matrix are equally long, so that it has the shape `[N, groups, group]` for every kernel.
-    """
-    while group >= LEAST_GROUP:
-        if columns % group == 0:
-            return group
-        group //= 2
-    return columns
 
 
 def code_range(bits: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import numpy as np
 
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_matrices, section_of
+from llmbuild.transform.panels import Matrix
 from llmbuild.transform.weights import Array
 
 
@@ -16,12 +17,11 @@ def quantized_rows(x: Array) -> tuple[Array, Array]:
     return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(127)
 
 
-def multiply(x: Array, matrix: tuple[Array, Array, Array]) -> Array:
-    """Return f32[T,N] of rows [T,K] that are quantized first, times int8[N,K] with scales and biases."""
-    data, scale, bias = matrix
-    rows, row_scale = quantized_rows(x)
-    exact = rows @ data.astype(np.float64).T
-    out: Array = (exact * (row_scale.astype(np.float64) * scale) + bias).astype(np.float32)
+def multiply(x: Array, matrix: Matrix) -> Array:
+    """Return f32[T,N] of rows [T,K] times a matrix, rounded first if it wants them so."""
+    rows, row_scale = quantized_rows(x) if matrix.rounded else (x.astype(np.float64), np.ones((len(x), 1)))
+    exact = rows @ matrix.values.astype(np.float64).T
+    out: Array = (exact * (row_scale.astype(np.float64) * matrix.scale) + matrix.bias).astype(np.float32)
     return out
 
 

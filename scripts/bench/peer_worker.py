@@ -202,15 +202,15 @@ def ir_name(kind: str) -> str:
 
 def write(request: Request) -> Request:
     """Write the model's Hugging Face folder and the GGUF files that are not there yet; each appears whole or not."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     folder = Path(request["folder"])
     folder.mkdir(parents=True, exist_ok=True)
     written = (folder / "model.safetensors").is_file()
     missing = [kind for kind in request["gguf"] if not (folder / gguf_name(kind)).is_file()]
     if written and not missing:
         return {"wrote": []}
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     if request["random_init"] and not written:
         torch.manual_seed(request["seed"])
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request["source"]))
@@ -310,14 +310,14 @@ def pair_rotations(values: Any, heads: int) -> Any:
 
 def export(request: Request) -> Request:
     """Write OpenVINO IR whose logits are of the last token alone, as its own generation library makes them."""
-    import openvino as ov
-    from openvino import opset13
-    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
-
     folder = Path(request["folder"])
     path = folder / ir_name(request["format"])
     if path.is_file() and path.with_suffix(".bin").is_file():
         return {"wrote": []}
+    import openvino as ov
+    from openvino import opset13
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+
     group = {"group_size": 64, "ratio": 1.0}
     compressed = {"int8": {"bits": 8}, "int4": {"bits": 4, **group}}[request["format"]]
     made = OVModelForCausalLM.from_pretrained(

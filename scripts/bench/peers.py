@@ -24,7 +24,6 @@ from comparison.rounds import Participant, Plan, compare
 
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.process import Limits
-from llmbuild.profiler import noise
 from llmbuild.runtime import host, reader
 from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.recipe import Recipe
@@ -45,6 +44,12 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m.yaml")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     parser.add_argument("--peers", nargs="*", default=list(setup.FORMATS), metavar="PEER[:FORMAT,...]")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        metavar="FORMAT",
+        help="our weight formats, or families such as int4; default: all",
+    )
     parser.add_argument("--environment", type=Path, help="one that has the peers, instead of .peers/; left as it is")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=64, help="tokens one by one")
@@ -71,7 +76,7 @@ def plan(asked: argparse.Namespace, vocabulary: int) -> Plan:
     at = asked.prompt, max(asked.prompt, asked.context)
     limits = Limits(seconds=asked.limit, memory_bytes=ADDRESS_SPACE)
     prompt, fill, forced = tokens[: at[0]], tokens[at[0] : at[1]], tokens[at[1] :]
-    return Plan(tuple(prompt), tuple(forced), tuple(fill), asked.rounds, asked.loads, limits, asked.seed)
+    return Plan(tuple(prompt), tuple(forced), tuple(fill), asked.rounds, asked.loads, limits, asked.seed, asked.threads)
 
 
 def positions(asked: argparse.Namespace) -> int:
@@ -108,7 +113,10 @@ def participants(asked: argparse.Namespace, recipe: Recipe, rows: list[dict[str,
     peers = setup.asked_peers(asked.peers)
     folder = asked.environment or ROOT / ".peers"
     place = setup.environment(folder.absolute(), asked.environment is None, list(peers), say) if peers else None
-    ours = setup.own_participants(asked.catalog, rows, asked.threads)
+    taking = [row for row in rows if asked.formats is None or _is_of(row["point"]["weight_format"], asked.formats)]
+    if not taking:
+        raise InputError(f"{asked.catalog} has no variant of {recipe.name} in {' '.join(asked.formats)} that runs here")
+    ours = setup.own_participants(asked.catalog, taking, asked.threads)
     if place is None:
         return ours
     shared = {"threads": asked.threads, "positions": positions(asked)}
@@ -117,19 +125,22 @@ def participants(asked: argparse.Namespace, recipe: Recipe, rows: list[dict[str,
     return ours + setup.peer_participants(peers, place, recipe, model, shared, limits, say)
 
 
+def _is_of(weight_format: str, formats: list[str]) -> bool:
+    return weight_format in formats or table.family(weight_format) in formats
+
+
 def report(asked: argparse.Namespace, recipe: Recipe) -> dict[str, Any]:
     """Run the comparison and return it as one document."""
     rows = own_rows(asked, recipe)
     entering = participants(asked, recipe, rows)
-    before = noise.snapshot()
-    found = compare(entering, plan(asked, min(r["abi"]["vocabulary"] for r in rows)), say)
+    found, noisy = compare(entering, plan(asked, min(r["abi"]["vocabulary"] for r in rows)), say)
     asked_for = {n: getattr(asked, n) for n in ("prompt", "decode", "threads", "rounds", "loads", "seed")}
     return {
         "machine": host.machine().describe(),
         "model": recipe.name,
         **asked_for,
         "context": max(asked.prompt, asked.context),
-        "noise": noise.verdict(before, noise.snapshot(), asked.threads),
+        "noise": noisy,
         "rows": table.rows(found),
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import select
 import subprocess
@@ -14,6 +15,7 @@ from time import monotonic
 from typing import Any
 
 from llmbuild.process import Limits, confine, failure_of, stop_group, tail
+from llmbuild.profiler import noise
 
 FIRST_PROMPT = 16
 """Tokens of the prompt whose first answer is timed together with the load."""
@@ -82,6 +84,11 @@ class Worker:
             return WorkerFailed(f"ended with {code} instead of an answer: {last}")
         return WorkerFailed(failure_of(self.command, "profile", self.limits, code, log).reason)
 
+    @property
+    def process_id(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
     def close(self) -> None:
         """End the worker."""
         stop_group(self._process)
@@ -116,6 +123,7 @@ class Plan:
     loads: int
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
+    threads: int = 1
 
 
 @dataclass
@@ -159,21 +167,31 @@ class Entrant:
             self.samples.setdefault(name, {})[number] = float(value)
 
 
-def compare(participants: Sequence[Participant], plan: Plan, say: Callable[[str], None]) -> list[Entrant]:
-    """Return what each participant took; one that fails is out from there on, with its reason."""
+def compare(participants: Sequence[Participant], plan: Plan, say: Callable[[str], None]) -> tuple[list[Entrant], str]:
+    """Return what each participant took, and what disturbed the rounds (empty: nothing).
+
+    One that fails is out from there on, with its reason.
+    """
     entrants = [Entrant(p, reason=p.absent) for p in participants]
     order = random.Random(plan.seed)
     try:
         for number in range(plan.loads + 1):
             _once(entrants, order, lambda e, n=number: e.start(plan, n), say)
             say(f"[{number}/{plan.loads}] fresh starts, {_alive(entrants)} participants")
+        before, own = noise.snapshot(), noise.cpu_ticks(_processes(entrants))
         for number in range(plan.rounds + 1):
             _once(entrants, order, lambda e, n=number: e.round(plan, n), say)
             say(f"[{number}/{plan.rounds}] rounds, {_alive(entrants)} participants")
+        own = noise.cpu_ticks(_processes(entrants)) - own
+        noisy = noise.verdict(before, noise.snapshot(), plan.threads, max(0, own))
     finally:
         for entrant in entrants:
             entrant.close()
-    return entrants
+    return entrants, noisy
+
+
+def _processes(entrants: Sequence[Entrant]) -> list[int]:
+    return [os.getpid(), *(e.worker.process_id for e in entrants if e.worker is not None)]
 
 
 def _alive(entrants: Sequence[Entrant]) -> int:

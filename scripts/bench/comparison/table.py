@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +21,7 @@ DECODE_PEER = {
     "bf16": ("llama.cpp", "f16"),
     "f32": ("torch", "float32"),
 }
-"""Whom a weight format of ours meets at decoding and starting: the fastest known peer with weights of that size."""
+"""Whom a family of our weight formats meets at decoding and starting: the peer with weights of that size."""
 
 PREFILL_PEER = ("openvino", "int8")
 """Whom all of ours meet at the prompt: the fastest known peer there."""
@@ -30,7 +31,13 @@ RATIOS = ("decode_s", "first_token_s", "prefill_s")
 
 def peer_of(weight_format: str, metric: str) -> tuple[str, str] | None:
     """Return runtime and format of the peer that ours is compared with; None where there is no match."""
-    return PREFILL_PEER if metric == "prefill_s" else DECODE_PEER.get(weight_format)
+    return PREFILL_PEER if metric == "prefill_s" else DECODE_PEER.get(family(weight_format))
+
+
+def family(weight_format: str) -> str:
+    """Return what a weight format is but for its groups and zeros: `int4` of `int4_g128` and of `int4a_g64`."""
+    found = re.match(r"[a-z]+\d+", weight_format)
+    return found[0] if found else weight_format
 
 
 def ratio(mine: Entrant, theirs: Entrant, metric: str) -> Reading | None:

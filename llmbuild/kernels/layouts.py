@@ -1,0 +1,97 @@
+"""How a weight matrix lies in memory for our kernels, in each format they read: panels of 64 rows, one stream each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmbuild.spec.formats import INTEGERS, fit_group
+
+PANEL, LINE, QUAD = 64, 64, 4
+
+HALVES = ("f16", "bf16")
+FORMATS = ("int8", "int4_g32", "int4_g64", "int4_g128", *HALVES)
+"""Formats that our kernels read."""
+
+
+def up_to(size: int, multiple: int) -> int:
+    """Return the size rounded up to a multiple."""
+    return -(-size // multiple) * multiple
+
+
+def required_features(*formats: str) -> tuple[str, ...]:
+    """Return the CPU features that kernels for these formats need, by LLVM's names."""
+    plain = ("avx512f", "avx512bw", "avx512vl")
+    return plain if set(formats) <= set(HALVES) else (*plain, "avx512vnni")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A matrix of so many columns, a multiple of 16, in a format.
+
+    A panel's data are, `int8`: bytes (code + 128) `[K/4][64][4]`; `int4`: bytes `[K/8][64][4]`, codes + 8, those of
+    columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them; `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`.
+    Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1.
+
+    A row of activations is prepared for it as f32`[K]` for f16 and bf16, else as signed bytes `[K]` after a line with
+    its scale, f32, and for `int8` the sum of the bytes, i32; `int4` has lines of i32 between them, for each group the
+    sum of the bytes times -8.
+    """
+
+    form: str
+    columns: int
+
+    @property
+    def group(self) -> int:
+        """Columns that share a scale."""
+        wanted = INTEGERS[self.form].group if self.form in INTEGERS else 0
+        return fit_group(self.columns, wanted) if wanted else self.columns
+
+    @property
+    def groups(self) -> int:
+        """Scales of a row, as the format has them."""
+        return self.columns // self.group
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights are floating-point."""
+        return self.form in HALVES
+
+    @property
+    def is_nibble(self) -> bool:
+        """Whether two codes share a byte."""
+        return self.form in INTEGERS and INTEGERS[self.form].bits == 4
+
+    @property
+    def element(self) -> str:
+        """Type of the stored data in MLIR."""
+        return self.form if self.is_half else "i8"
+
+    @property
+    def scale_element(self) -> str:
+        """Type of the stored scales in MLIR."""
+        return "bf16" if self.groups > 1 else "f32"
+
+    @property
+    def panel_elements(self) -> int:
+        """Stored elements of one panel."""
+        return PANEL * self.columns // (2 if self.is_nibble else 1)
+
+    @property
+    def panel_bytes(self) -> int:
+        """Bytes of one panel's data."""
+        return self.panel_elements * (2 if self.is_half else 1)
+
+    @property
+    def scale_bytes(self) -> int:
+        """Bytes of one panel's scales."""
+        return PANEL * (2 * self.groups if self.groups > 1 else 4)
+
+    @property
+    def sums_bytes(self) -> int:
+        """Bytes of the sums of groups before a prepared row's own bytes."""
+        return up_to(4 * self.groups, LINE) if self.is_nibble else 0
+
+    @property
+    def prepared_bytes(self) -> int:
+        """Bytes of one row of activations, prepared."""
+        return up_to(4 * self.columns, LINE) if self.is_half else LINE + self.sums_bytes + up_to(self.columns, LINE)

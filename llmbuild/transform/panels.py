@@ -1,0 +1,92 @@
+"""Weight matrices in the panels that our kernels read, and back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmbuild.kernels.layouts import Layout
+from llmbuild.spec.formats import INTEGERS
+from llmbuild.transform.quantized import Quantized, quantize
+from llmbuild.transform.weights import PANEL, Array, pack_quads, pad_rows, unpack_quads
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """What a packed matrix says: `values * scale`, f32[N,K] and f32[N], plus a bias f32[N].
+
+    Where `rounded`, a kernel multiplies it by activations that it rounds to bytes first.
+    """
+
+    values: Array
+    scale: Array
+    bias: Array
+    rounded: bool
+
+
+def encode(form: str, dense: Array) -> Quantized | Array:
+    """Return f32[N,K] in a format: quantized, or rounded to f16, or to bf16 as u16."""
+    if form in INTEGERS:
+        return quantize(dense, INTEGERS[form])
+    return dense.astype(np.float16) if form == "f16" else _to_bf16(dense)
+
+
+def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
+    """Return data and scales as they lie there; data is int8, f16 or u16, scales are f32 or u16 (bf16)."""
+    if not isinstance(weights, Quantized):
+        rows = pad_rows(weights)
+        each = 1 if layout.form == "f16" else 2
+        data = rows.reshape(-1, PANEL, layout.columns // each, each).transpose(0, 2, 1, 3)
+        return np.ascontiguousarray(data).reshape(-1), np.ones(len(rows), np.float32)
+    if weights.group != layout.group or weights.bits != (4 if layout.is_nibble else 8):
+        raise ValueError(f"{layout.form}: weights in groups of {weights.group} where the layout has {layout.group}")
+    data = _pack_nibbles(weights.codes) if layout.is_nibble else pack_quads(weights.codes)
+    scale = pad_rows(weights.scale.astype(np.float32))
+    if layout.groups == 1:
+        return data.reshape(-1).view(np.int8), np.ascontiguousarray(scale[:, 0])
+    short = _to_bf16(scale).reshape(-1, PANEL, layout.groups).transpose(0, 2, 1)
+    return data.reshape(-1).view(np.int8), np.ascontiguousarray(short).reshape(-1)
+
+
+def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
+    """Return values f32[N,K] and scales f32[N] of what `pack` made, given as bytes; rows that were added are there."""
+    panels = len(data) // layout.panel_bytes
+    if layout.is_half:
+        each, kind = (1, np.float16) if layout.form == "f16" else (2, np.uint16)
+        flat = data.view(kind).reshape(panels, layout.columns // each, PANEL, each).transpose(0, 2, 1, 3)
+        stored = np.ascontiguousarray(flat).reshape(panels * PANEL, layout.columns)
+        values = stored.astype(np.float32) if layout.form == "f16" else _from_bf16(stored)
+    elif layout.is_nibble:
+        values = _unpack_nibbles(data.view(np.uint8), panels, layout.columns).astype(np.float32)
+    else:
+        quads = data.view(np.uint8).reshape(panels, layout.columns // 4, 4, 16, 4)
+        values = unpack_quads(quads, panels * PANEL).astype(np.float32)
+    if layout.groups == 1:
+        return values, scale.view(np.float32)
+    short = scale.view(np.uint16).reshape(panels, layout.groups, PANEL).transpose(0, 2, 1)
+    grouped = _from_bf16(np.ascontiguousarray(short)).reshape(panels * PANEL, layout.groups)
+    values *= np.repeat(grouped, layout.group, axis=1)
+    return values, np.ones(panels * PANEL, np.float32)
+
+
+def _pack_nibbles(codes: Array) -> Array:
+    """Return bytes u8[N/64, K/8, 64, 4]: columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them, codes plus 8."""
+    shifted = (pad_rows(codes) + 8).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // 8, 2, 4)
+    return np.ascontiguousarray((shifted[:, :, :, 0] | shifted[:, :, :, 1] << 4).transpose(0, 2, 1, 3))
+
+
+def _unpack_nibbles(data: Array, panels: int, columns: int) -> Array:
+    pairs = data.reshape(panels, columns // 8, PANEL, 4).transpose(0, 2, 1, 3)
+    both = np.stack([pairs & 15, pairs >> 4], axis=3)
+    return both.reshape(panels * PANEL, columns).astype(np.int8) - 8
+
+
+def _to_bf16(x: Array) -> Array:
+    """Return finite f32 rounded to the nearest bf16, as u16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def _from_bf16(short: Array) -> Array:
+    return (short.astype(np.uint32) << 16).view(np.float32)
