@@ -132,7 +132,24 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         ({"context": 4096}, "longer than the 256 positions"),
         ({"choices": (("weights", "f32"),)}, "no model-level knob 'weights'"),
         ({"choices": (("weight_format", "int3"),)}, "weight_format cannot be 'int3'"),
-        ({"choices": (("kernel", "own"),)}, "weight_format=int8 in layout=packed"),
+        ({"choices": (("kernel", "own"),)}, "reads weights in layout=packed"),
+        ({"choices": (("kernel", "own"), ("layout", "packed"))}, "found f32"),
+        ({"choices": (("kernel", "own"), ("layout", "packed"), ("weight_format", "int4a_g32"))}, "found int4a_g32"),
+        (
+            {
+                "choices": (
+                    ("kernel", "own"),
+                    ("layout", "packed"),
+                    ("weight_format", "int4_g32"),
+                    ("mixed", "sensitive"),
+                )
+            },
+            "choose mixed=none",
+        ),
+        (
+            {"choices": (("kernel", "own"), ("weight_format", "f16"), ("layout", "packed")), "features": ("avx2",)},
+            "needs CPU features that the target does not have: avx512f, avx512bw, avx512vl",
+        ),
         (
             {"choices": (("kernel", "own"), ("weight_format", "int8"), ("layout", "packed")), "features": ("avx2",)},
             "needs CPU features that the target does not have: avx512f",

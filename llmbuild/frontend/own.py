@@ -122,17 +122,16 @@ class PanelEmbedding(nn.Module):
         return self.head.scale[(row // PANEL * groups + group) * PANEL + row % PANEL].float()
 
 
-def check(model: Any, name: str, features: tuple[str, ...], formats: Formats) -> None:
+def check(model: Any, name: str, features: tuple[str, ...], formats: tuple[str, ...]) -> None:
     """Refuse what our kernels do not take.
 
     Raises:
         InputError: the target lacks a CPU feature, or the kernels do not know a format or a part of the
             model.
     """
-    used = (formats.layers, formats.head)
-    if formats.kept or not set(used) <= set(FORMATS):
-        raise InputError(f"kernel=own reads one format in all layers, of {', '.join(FORMATS)}; found {', '.join(used)}")
-    missing = [feature for feature in required_features(*used) if feature not in {f.lstrip("+") for f in features}]
+    if not set(formats) <= set(FORMATS):
+        raise InputError(f"kernel=own reads {', '.join(FORMATS)}; found {', '.join(formats)}")
+    missing = [feature for feature in required_features(*formats) if feature not in {f.lstrip("+") for f in features}]
     if missing:
         raise InputError(f"kernel=own needs CPU features that the target does not have: {', '.join(missing)}")
     config = model.config

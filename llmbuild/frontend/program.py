@@ -99,8 +99,10 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
         raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
         raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
+    if choices["mixed"] != "none":
+        raise InputError("kernel=own reads one format in all layers; choose mixed=none")
+    own.check(model, job.model, job.features, stored_formats(choices))
     formats = formats_of(model, job, choices)
-    own.check(model, job.model, job.features, formats)
     half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
     return own.put_in(model, job.model, job.context, half_cache, work_groups, formats)
 
