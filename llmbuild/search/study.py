@@ -21,15 +21,19 @@ REPEATS = 25
 
 _OWN: dict[str, Value] = {"weight_format": "int8", "layout": "packed", "kernel": "own", "opt_level": "O2"}
 
+_OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g64", "head_format": "int8", "quantization": "gptq"}
+_SYNC: dict[str, Value] = {"driver": "local-sync"}
+
 EXPERIENCE: tuple[dict[str, Value], ...] = (
     {"opt_level": "O3"},
     _OWN,
-    {**_OWN, "driver": "local-sync"},
-    {"weight_format": "f16", "layout": "packed", "opt_level": "O2"},
-    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", "driver": "local-sync"},
+    {**_OWN, **_SYNC},
+    {**_OWN, "weight_format": "f16"},
+    {**_OWN, "weight_format": "f16", **_SYNC},
     {"opt_level": "O2", "data_tiling": "dispatch"},
-    {"layout": "packed", "opt_level": "O2"},
-    {"weight_format": "int4_g128", "layout": "packed", "quantization": "gptq", "opt_level": "O2"},
+    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
+    _OWN_INT4,
+    {**_OWN_INT4, **_SYNC},
 )
 """Points that did well on other models and hosts, asked about right after point 0.
 
