@@ -21,7 +21,7 @@ REPEATS = 25
 
 _OWN: dict[str, Value] = {"weight_format": "int8", "layout": "packed", "kernel": "own", "opt_level": "O2"}
 
-_OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g64", "head_format": "int8", "quantization": "gptq"}
+_OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g128", "head_format": "int8", "quantization": "gptq"}
 _SYNC: dict[str, Value] = {"driver": "local-sync"}
 
 EXPERIENCE: tuple[dict[str, Value], ...] = (
