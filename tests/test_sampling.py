@@ -23,7 +23,7 @@ def test_top_p_never_draws_a_token_outside_the_nucleus(row: np.ndarray, share: f
     token = Sampler(Sampling(temperature=1.0, top_p=share)).choose(row)
     weights = np.exp(row.astype(np.float64) - row.max())
     weights /= weights.sum()
-    assert weights[row > row[token]].sum() <= share + 1e-9
+    assert weights[weights > weights[token]].sum() <= share + 1e-9  # logits that differ may weigh the same
 
 
 @given(logits, st.integers(0, 9))
