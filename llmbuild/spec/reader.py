@@ -63,6 +63,18 @@ _MetricName = Annotated[str, BeforeValidator(_metric)]
 _Positive = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
 
 
+_YAML_FAULTS = (
+    YAMLError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+)
+"""What ruamel.yaml raises on text that is not YAML: its own errors, and on odd tags and merges the builtin ones."""
+
 _M = TypeVar("_M", bound=BaseModel)
 
 
@@ -241,7 +253,7 @@ def _read(path: Path) -> Any:
     except MarkedYAMLError as error:
         mark = error.problem_mark
         raise InputError(f"{path}:{mark.line + 1 if mark else '?'} not YAML: {error.problem}") from None
-    except (YAMLError, ValueError, RecursionError) as error:
+    except _YAML_FAULTS as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a mapping of keys is expected at the top")
