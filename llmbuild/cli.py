@@ -270,7 +270,7 @@ def recipes(folder: Path, form: str | None) -> int:
 
 @main.command()
 @format_options
-@click.option("--knobs", is_flag=True, help="List the knobs of the search space instead.")
+@click.option("--knobs", is_flag=True, help="List the knobs of the search space instead, and what is left out of it.")
 def targets(form: str | None, knobs: bool) -> int:
     """List the targets, and whether this host can compile and run each."""
     from llmbuild import commands

@@ -24,11 +24,12 @@ from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import KNOBS
+from llmbuild.search.knobs import ALL
+from llmbuild.search.traps import TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
-from llmbuild.spec.space import Point
+from llmbuild.spec.space import Knob, Point
 from llmbuild.spec.target import HOST, Target
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
@@ -318,18 +319,33 @@ def _target_row(target: Target) -> dict[str, Any]:
 
 
 def knobs() -> list[dict[str, Any]]:
-    """Return the knobs of the search space."""
-    return [
-        {
-            "knob": k.name,
-            "level": k.level,
-            "default": k.default,
-            "domain": " ".join(str(v) for v in k.domain),
-            "when": "; ".join(f"{c.knob} in {' '.join(map(str, c.values))}" for c in k.when),
-            "meaning": k.meaning,
-        }
-        for k in KNOBS
-    ]
+    """Return the knobs of the search space, then what is left out of it on purpose."""
+    return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
+
+
+_LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}
+
+
+def _knob_row(k: Knob) -> dict[str, Any]:
+    searched = f" (searched: {_words(k.searched)})" if k.searched and k.searched != k.domain else ""
+    return {
+        "knob": k.name,
+        "level": _LEVELS[k.level],
+        "backends": " ".join(k.backends) or "all",
+        "default": k.default,
+        "domain": _words(k.domain) + searched,
+        "when": "; ".join(f"{c.knob} in {_words(c.values)}" for c in k.when),
+        "meaning": k.meaning,
+    }
+
+
+def _trap_row(trap: Trap) -> dict[str, Any]:
+    excluded = {"knob": trap.choice, "level": "excluded", "backends": " ".join(trap.backends) or "all"}
+    return {**excluded, "default": "", "domain": "", "when": "", "meaning": trap.reason}
+
+
+def _words(values: Sequence[Any]) -> str:
+    return " ".join(str(v) for v in values)
 
 
 def doctor(catalog: Path) -> list[dict[str, Any]]:

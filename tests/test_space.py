@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
-from llmbuild.search.knobs import KNOBS, OWN_FORMATS, space_for
+from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
+from llmbuild.search.knobs import KNOBS, space_for
 from llmbuild.search.study import Study, openers
 from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe
 from llmbuild.spec.slo import METRICS

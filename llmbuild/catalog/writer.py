@@ -82,6 +82,15 @@ class Registered:
         return digest.of(self.toolchain)
 
 
+@dataclass(frozen=True)
+class Front:
+    """The front half of a compile: a blob of gzipped text, what it schedules, and the seconds it took."""
+
+    blob: str
+    features: dict[str, Any]
+    seconds: float
+
+
 class Catalog:
     """A catalog open for writing. Blobs go in first, then the row that names them."""
 
@@ -197,6 +206,22 @@ class Catalog:
             session.execute(
                 upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
             )
+
+    def find_front(self, key: str) -> Front | None:
+        """Return the front half a compile made before, if its blob is still there and whole."""
+        with self._session() as session:
+            row = session.get(t.FrontHalfRow, key)
+            found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
+        return found if found and self.blobs.verify(found.blob) else None
+
+    def record_front(self, key: str, inputs: dict[str, Any], front: Front) -> None:
+        """Keep a front half."""
+        values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)}
+        self._replace(t.FrontHalfRow, values)
+
+    def _replace(self, table: type[t.Base], values: dict[str, Any]) -> None:
+        with self._session(write=True) as session:
+            session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
 
     # --- trials --------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 
-SCHEMA_VERSIONS = (1,)
+SCHEMA_VERSIONS = (1, 2)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
