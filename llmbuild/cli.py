@@ -157,6 +157,17 @@ def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
 
 
 @main.command()
+@click.argument("variant")
+@catalog_option
+@format_options
+def tune(variant: str, form: str | None, **options: Any) -> int:
+    """Tune the costliest dispatches of a VARIANT on this machine; later builds for its target try what won."""
+    from llmbuild import commands
+
+    return _print_rows(commands.tune(variant, options), form)
+
+
+@main.command()
 @click.option("-m", "--model", help="Only rows of this model.")
 @slo_options
 @click.option("--all", "everything", is_flag=True, help="Dominated, infeasible and failed variants too.")

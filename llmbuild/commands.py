@@ -16,6 +16,7 @@ from llmbuild.build import Build, Outcome, describe
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
+from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, plan
 from llmbuild.remeasure import remeasure
@@ -24,7 +25,7 @@ from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import ALL
+from llmbuild.search.knobs import ALL, with_tuning
 from llmbuild.search.traps import TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
@@ -137,11 +138,33 @@ def build(job: Job, options: Options) -> Built:
 
 def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Built:
     talk = Progress()
+    job = _with_winners(job, catalog, options)
     reason = changes(job, catalog)
     talk.say(f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials")
     done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], talk).run()
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)
+
+
+def _with_winners(job: Job, catalog: Catalog, options: Options) -> Job:
+    """Return the job with the configurations of dispatches that won before on its target, in any build."""
+    asked = {*dict(job.recipe.knobs), *_pins(options["pinned"])}
+    name = catalog.winners_of(digest.of(job.target.identity()), job.toolchain.compiler)
+    return replace(job, space=with_tuning(job.space, name, asked))
+
+
+def tune(variant: str, options: Options) -> list[dict[str, Any]]:
+    """Tune the dispatches of a variant and return one row for each kind that matters."""
+    from llmbuild.tuning import Tuner
+
+    talk = Progress()
+    done = Tuner(Path(options["catalog"]), variant, talk).run()
+    if done.ratio is None:
+        talk.say("nothing new won: the catalog's configurations stay as they are")
+    else:
+        told = f"time per token {done.ratio.median:.3f} [{done.ratio.low:.3f}, {done.ratio.high:.3f}] of that without"
+        talk.say(f"whole model: {told}; " + (f"builds try tuning={done.name}" if done.name else "nothing is kept"))
+    return [plain(kind) for kind in done.kinds]
 
 
 def _closing(done: Outcome, reason: str) -> str:

@@ -15,14 +15,19 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Front
-from llmbuild.compiler import iree, phases
+from llmbuild.compiler import dispatches, iree, phases
 from llmbuild.compiler.flags import compile_flags
 from llmbuild.process import Limits
-from llmbuild.spec.space import Value
+from llmbuild.spec.space import TUNING, UNTUNED, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
 
 Settings = Mapping[str, Value]
+
+
+def untuned(settings: Settings) -> bool:
+    """Say whether the compiler configures every dispatch itself."""
+    return settings.get(TUNING, UNTUNED) == UNTUNED
 
 
 class Compiling:
@@ -39,7 +44,8 @@ class Compiling:
 
     def inputs(self, module: str, settings: Settings) -> dict[str, Any]:
         """Return everything that goes into a compile of a module (its digest), by name."""
-        return {"module": module, "flags": compile_flags(self.target, settings), "compiler": self.compiler}
+        inputs = {"module": module, "flags": compile_flags(self.target, settings), "compiler": self.compiler}
+        return inputs if untuned(settings) else {**inputs, TUNING: settings[TUNING]}
 
     def compile(self, module: str, settings: Settings) -> Artifact | Failure:
         """Return the artifact of a module, from the catalog or the compiler."""
@@ -86,14 +92,22 @@ class Compiling:
             return front
 
     def text(self, front: Front, settings: Settings) -> str:
-        """Return a front half as text, with what the settings change in its executable target."""
-        packed = self.catalog.blobs.path(front.blob).read_bytes()
-        return phases.retarget(gzip.decompress(packed).decode(), settings)
+        """Return a front half as text, with what the settings change in its executable target and its products."""
+        text = phases.retarget(self.plain_text(front), settings)
+        return text if untuned(settings) else dispatches.configure(text, self.catalog.winners(str(settings[TUNING])))
+
+    def plain_text(self, front: Front) -> str:
+        """Return a front half as text."""
+        return gzip.decompress(self.catalog.blobs.path(front.blob).read_bytes()).decode()
 
     def configure(self, front: Front, settings: Settings, folder: Path) -> Path | Failure:
         """Return a file with the dispatches configured."""
+        return self.configure_text(self.text(front, settings), settings, folder)
+
+    def configure_text(self, text: str, settings: Settings, folder: Path) -> Path | Failure:
+        """Return a file with the dispatches of a front half's text configured."""
         source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
-        source.write_text(self.text(front, settings))
+        source.write_text(text)
         return phases.configure(source, configured, self.target, settings, self.limits) or configured
 
     def finish(self, configured: Path, settings: Settings, folder: Path) -> Artifact | Failure:

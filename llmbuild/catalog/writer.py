@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmbuild.catalog import tables as t
 from llmbuild.catalog.schema import now, open_engine, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
+from llmbuild.errors import CatalogError
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program, abi_from
@@ -89,6 +91,15 @@ class Front:
     blob: str
     features: dict[str, Any]
     seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What won for a kind of dispatch: its configuration (empty: the compiler's own), the gain, and what was tried."""
+
+    configuration: str
+    gain: float
+    tried: tuple[dict[str, Any], ...]
 
 
 class Catalog:
@@ -218,6 +229,40 @@ class Catalog:
         """Keep a front half."""
         values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)}
         self._replace(t.FrontHalfRow, values)
+
+    def find_tuning(self, key: str) -> Tuned | None:
+        """Return what won for a kind of dispatch."""
+        with self._session() as session:
+            row = session.get(t.TuningRow, key)
+            return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
+
+    def record_tuning(self, key: str, inputs: dict[str, Any], tuned: Tuned) -> None:
+        """Keep what won for a kind of dispatch."""
+        self._replace(t.TuningRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)})
+
+    def winners_of(self, target: str, compiler: str) -> str:
+        """Return the name of all configurations that won on a target (its digest); empty when there are none.
+
+        They become a blob, so that the name says what they are whatever is found later.
+        """
+        with self._session() as session:
+            rows = [r for r in session.scalars(select(t.TuningRow)) if r.configuration]
+            found = {r.inputs["signature"]: r.configuration for r in rows if _of(r.inputs, target, compiler)}
+        return digest.short(self.blobs.put_bytes(digest.canonical(found).encode())) if found else ""
+
+    def winners(self, name: str) -> dict[str, str]:
+        """Return configurations by signature.
+
+        Raises:
+            CatalogError: the blob is gone.
+        """
+        path = next(iter(self.blobs.path(name).parent.glob(f"{name}*")), None)
+        if path is None:
+            raise CatalogError(
+                f"{self.folder}: the tuning {name} is not in this catalog: tune again, or pin tuning=none"
+            )
+        found: dict[str, str] = json.loads(path.read_text())
+        return found
 
     def _replace(self, table: type[t.Base], values: dict[str, Any]) -> None:
         with self._session(write=True) as session:
@@ -359,6 +404,10 @@ class Catalog:
             session.execute(delete(t.StandingRow).where(*where))
             for row in rows:
                 session.add(t.StandingRow(**row))
+
+
+def _of(inputs: dict[str, Any], target: str, compiler: str) -> bool:
+    return bool(inputs["target"] == target and inputs["compiler"] == compiler)
 
 
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:

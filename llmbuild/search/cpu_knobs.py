@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmbuild.search.program_knobs import LEVELS, knob
-from llmbuild.spec.space import Condition, Knob
+from llmbuild.spec.space import TUNING, UNTUNED, Condition, Knob
 
 CPU = ("llvm-cpu",)
 
@@ -43,6 +43,15 @@ KNOBS: tuple[Knob, ...] = (
         backends=CPU,
         features=((True, ("sve",)),),
         searched=(False,),
+    ),
+    Knob(
+        TUNING,
+        "codegen",
+        (UNTUNED,),
+        UNTUNED,
+        "configurations of single dispatches: none, or what `llmbuild tune` found in this catalog, by digest",
+        when=(Condition("kernel", ("compiler",)), Condition("data_tiling", ("off",))),
+        backends=CPU,
     ),
     Knob(
         "driver",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
 from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
 from llmbuild.spec.recipe import Recipe
-from llmbuild.spec.space import Knob, Space, Value
+from llmbuild.spec.space import TUNING, Knob, Space, Value
 from llmbuild.spec.target import Target
 
 ALL: tuple[Knob, ...] = (*model_knobs.KNOBS, *program_knobs.KNOBS, *cpu_knobs.KNOBS, *gpu_knobs.KNOBS)
@@ -59,6 +59,13 @@ def _check_known(name: str, target: Target, known: set[str]) -> None:
         raise InputError(f"knob {name} is for {', '.join(elsewhere)}; target {target.name} is {target.backend}")
     if name not in known:
         raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
+
+
+def with_tuning(space: Space, name: str, pinned: Collection[str]) -> Space:
+    """Return the space with configurations that a catalog holds, by name, beside the compiler's own."""
+    if not name or TUNING in pinned:
+        return space
+    return Space(tuple(replace(k, domain=(*k.domain, name)) if k.name == TUNING else k for k in space.knobs))
 
 
 def work_groups(cores: int) -> int:
