@@ -135,7 +135,10 @@ class Build:
     def _search(self) -> str:
         from llmbuild.search.study import Study
 
-        study = Study(self.job.space, self.job.recipe.objectives, self.seed, self.known)
+        recipe = self.job.recipe
+        bounds = (*recipe.constraints, *recipe.quality.bounds)
+        related = self.catalog.fronts_elsewhere(recipe.name, self.steps.registered.target_digest)
+        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related)
         while True:
             if len(self.known) >= self.budget.trials:
                 return f"{self.budget.trials} trials done"
@@ -144,8 +147,11 @@ class Build:
             batch = self._ask(study)
             if not batch:
                 return "every point of the space is known"
-            for trial in self._evaluate(batch):
+            done = self._evaluate(batch)
+            for trial in done:
                 study.tell(trial)
+            for point in {*batch} - {t.point for t in done}:
+                study.refuse(point)
 
     def _ask(self, study: Any) -> list[Point]:
         """Ask for as many points as compile side by side; point 0 goes alone, since all others are paired with it."""
@@ -154,10 +160,17 @@ class Build:
         return [point for point in asked if point is not None]
 
     def _evaluate(self, points: Sequence[Point]) -> list[Trial]:
-        """Make the artifacts of a batch side by side, then measure them one at a time; record each as it ends."""
+        """Make the artifacts of a batch side by side, then measure them one at a time; record each as it ends.
+
+        What is too large for the recipe's bounds is left out of the result.
+        """
         done = []
         begin = monotonic()
         for point, made in zip(points, self._make(points), strict=True):
+            broken = [] if isinstance(made, Failure) or point == self.job.space.default() else self._too_large(*made)
+            if broken:
+                self.tell(Event("skip", f"{describe(self.job, point)}: {'; '.join(broken)}", len(self.known)))
+                continue
             trial = self._trial(point, made, begin)
             self.catalog.record_trial(trial, owner(self.steps))
             self.known.append(trial)
@@ -167,6 +180,13 @@ class Build:
             done.append(trial)
             begin = monotonic()
         return done
+
+    def _too_large(self, program: Program, artifact: Artifact) -> list[str]:
+        """Return the bounds that sizes alone break: nothing is measured then, and nothing recorded."""
+        parameters = self.catalog.blobs.path(program.parameters).stat().st_size
+        sizes = {"artifact_bytes": float(artifact.size_bytes), "parameter_bytes": float(parameters)}
+        static = [b for b in self.job.recipe.constraints if b.metric in sizes]
+        return [f"{b.metric} is {sizes[b.metric]:.4g}, {b} asked" for b in static if not b.holds(sizes[b.metric])]
 
     def _make(self, points: Sequence[Point]) -> list[tuple[Program, Artifact] | Failure]:
         if len(points) == 1:

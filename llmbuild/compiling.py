@@ -113,7 +113,8 @@ class Compiling:
     def finish(self, configured: Path, settings: Settings, folder: Path) -> Artifact | Failure:
         """Return the artifact of configured dispatches; equal ones were compiled before, whatever flags led to them."""
         flags = phases.late_flags(self.target, settings)
-        inputs = {"configured": digest.of_file(configured), "flags": flags, "compiler": self.compiler}
+        plain = configured.read_bytes().replace(str(folder).encode(), b"")  # bytecode names the file it came from
+        inputs = {"configured": digest.of_bytes(plain), "flags": flags, "compiler": self.compiler}
         key = digest.of(inputs)
         with self._locks[key]:
             found = self.catalog.find_compile(key)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -388,6 +389,20 @@ class Catalog:
         """Forget how far a build has come."""
         with self._session(write=True) as session:
             session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
+
+    def fronts_elsewhere(self, model: str, target: str) -> list[Point]:
+        """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
+        with self._session() as session:
+            rows = session.execute(
+                select(t.VariantRow.point, t.StandingRow.target)
+                .join(t.StandingRow, t.StandingRow.variant == t.VariantRow.digest)
+                .where(t.StandingRow.status == "pareto")
+                .where((t.StandingRow.model != model) | (t.StandingRow.target != target))
+                .order_by(t.VariantRow.created_at)
+            ).all()
+        count = Counter(Point.of(body) for body, _ in rows)
+        near = {Point.of(body) for body, of in rows if of == target}
+        return sorted(count, key=lambda point: (point not in near, -count[point]))
 
     def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
         """Add or replace one standing, beside those of other machines."""

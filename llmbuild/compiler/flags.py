@@ -127,7 +127,6 @@ FLAGS: tuple[Flag, ...] = (
     Flag("specialize", "--iree-rocm-specialize-dispatches={}", False, "front"),
     Flag("waves_per_eu", "--iree-rocm-waves-per-eu={}", 0, "front"),
     Flag("rocm_slp", "--iree-rocm-llvm-slp-vec={}", True, "front"),
-    Flag("global_isel", "--iree-rocm-llvm-global-isel={}", False, "front"),
     Flag("dispatch_abi", "--iree-vulkan-dispatch-abi={}", "descriptors", "front"),
     Flag("spirv_index_bits", "--iree-spirv-index-bits={}", 32, "translate"),
     Flag("promote_bf16", "--iree-input-promote-bf16-to-f32={}", False, "front"),

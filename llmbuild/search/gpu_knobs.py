@@ -24,7 +24,6 @@ KNOBS: tuple[Knob, ...] = (
     knob("specialize", (False, True), "variants of a dispatch for ranges of its shapes", ROCM),
     knob("waves_per_eu", (0, 1, 2, 4), "waves an execution unit should hold at least; 0 leaves it open", ROCM),
     knob("rocm_slp", (True, False), "LLVM joins scalar operations into vectors", ROCM),
-    knob("global_isel", (False, True), "LLVM's newer instruction selection", ROCM),
     knob("dispatch_abi", ("descriptors", "bda", "all"), "how shaders find their buffers", VULKAN),
     knob("spirv_index_bits", (32, 64), "width of indices in shaders", VULKAN),
     knob("promote_bf16", (False, True), "f32 in place of bf16, which several drivers fail on", VULKAN),

@@ -43,7 +43,7 @@ class Recorded:
     measure_s: float
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecordedStudy:
     """Every point of a grid on one machine. `space` has the knobs that vary; point 0 may lie outside their domains."""
 

@@ -16,6 +16,7 @@ import numpy as np
 from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates
 from llmbuild.search.hypervolume import expected_gain, nondominated
+from llmbuild.search.transfer import Learned
 from llmbuild.spec.space import Point, Space, Value
 
 Losses = tuple[float, ...]
@@ -62,7 +63,8 @@ class Model:
     """The point that is expected to add most to the front's volume, by a Gaussian process over choices.
 
     Independent processes predict the losses, and one more whether a point will be feasible. Points under way count as
-    if they had come out as expected.
+    if they had come out as expected. With a cost model `learned` from other studies, the processes are about what it
+    gets wrong.
     """
 
     MARGIN = 0.1
@@ -71,8 +73,8 @@ class Model:
     LEAST = 2
     """Feasible points below which one is drawn at random: a process through fewer says nothing."""
 
-    def __init__(self, space: Space, objectives: int, seed: int) -> None:
-        self.space, self.objectives = space, objectives
+    def __init__(self, space: Space, objectives: int, seed: int, learned: Learned | None = None) -> None:
+        self.space, self.objectives, self.learned = space, objectives, learned
         self._random = random.Random(seed)
         self._candidates = Candidates(space, self._random)
         self._told: dict[Point, Losses | None] = {}
@@ -105,7 +107,7 @@ class Model:
         if not unknown:
             return self._candidates.any(self._known())
         waiting = list(self._under_way)
-        mean, spread = self._predict(self._coded(list(good)), losses, self._coded([*unknown, *waiting]))
+        mean, spread = self._predict(list(good), losses, [*unknown, *waiting])
         reference = front.max(0) + self.MARGIN
         reached = np.vstack([front, mean[len(unknown) :]])
         gain = expected_gain(mean[: len(unknown)], spread[: len(unknown)], reached, reference)
@@ -113,12 +115,16 @@ class Model:
         best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
         return unknown[self._random.choice(best.tolist())]
 
-    def _predict(self, known: Any, losses: Any, asked: Any) -> tuple[Any, Any]:
+    def _predict(self, known: Sequence[Point], losses: Any, asked: Sequence[Point]) -> tuple[Any, Any]:
         means, spreads = [], []
+        expected = self.learned.predict([*known, *asked]) if self.learned else np.zeros((len(known) + len(asked), 1))
+        expected = np.broadcast_to(expected, (len(expected), self.objectives))
+        codes, rows = self._coded(asked), self._coded(known)
         for d in range(self.objectives):
-            process, self._parameters[d] = surrogate.fit(known, losses[:, d], self._parameters.get(d))
-            mean, spread = process.predict(asked)
-            means.append(mean)
+            wrong = losses[:, d] - expected[: len(known), d]
+            process, self._parameters[d] = surrogate.fit(rows, wrong, self._parameters.get(d))
+            mean, spread = process.predict(codes)
+            means.append(mean + expected[len(known) :, d])
             spreads.append(spread)
         return np.stack(means, -1), np.stack(spreads, -1)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from llmbuild.search.front import FLOORS, value_of
+from llmbuild.search.front import FLOORS, missed, value_of
 from llmbuild.search.samplers import Losses, Model, Sampler
-from llmbuild.spec.slo import METRICS
+from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
 
@@ -61,7 +61,8 @@ class Opened:
 class Study:
     """Ask for points that are not known yet; tell what came of them.
 
-    `related` are points of the fronts of other models and targets: asked about right after point 0.
+    `bounds` are what a variant must meet: one that breaks a bound is as infeasible as one that failed. `related` are
+    points of the fronts of other models and targets, asked about right after point 0.
     """
 
     def __init__(
@@ -70,9 +71,10 @@ class Study:
         objectives: Sequence[str],
         seed: int,
         known: Sequence[Trial],
+        bounds: Sequence[Bound] = (),
         related: Sequence[Point] = (),
     ) -> None:
-        self.space, self.objectives = space, tuple(objectives)
+        self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
         first = openers(space, [p.as_dict() for p in related])
         self._sampler = Opened(first, best(space, len(self.objectives), seed))
         for trial in known:
@@ -83,8 +85,12 @@ class Study:
         return self._sampler.ask()
 
     def tell(self, trial: Trial) -> None:
-        """Take in what came of a point."""
-        self._sampler.tell(trial.point, losses_of(trial, self.objectives))
+        """Take in what came of a point; a failure or a broken bound is a constraint, never a bad number."""
+        self._sampler.tell(trial.point, losses_of(trial, self.objectives, self.bounds))
+
+    def refuse(self, point: Point) -> None:
+        """Take in that a point cannot meet the bounds, which its sizes alone told."""
+        self._sampler.tell(point, None)
 
 
 def best(space: Space, objectives: int, seed: int) -> Sampler:
@@ -92,12 +98,12 @@ def best(space: Space, objectives: int, seed: int) -> Sampler:
     return Model(space, objectives, seed)
 
 
-def losses_of(trial: Trial, objectives: Sequence[str]) -> Losses | None:
-    """Return the objectives, minimized and on a log scale where positive; None for a failure.
+def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
+    """Return the objectives, minimized and on a log scale where positive; None for what failed or breaks a bound.
 
     A metric that is absent counts the same everywhere, so that it decides nothing.
     """
-    if trial.failure is not None or not trial.measurements:
+    if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
         return None
     losses = []
     for name in objectives:
@@ -105,6 +111,10 @@ def losses_of(trial: Trial, objectives: Sequence[str]) -> Losses | None:
         sign = 1.0 if METRICS[name].direction == "min" else -1.0
         losses.append(0.0 if found is None else sign * math.log(max(found, FLOORS.get(name, 1e-9))))
     return tuple(losses)
+
+
+RELATED = 6
+"""Points of related fronts that are asked about first, at most."""
 
 
 def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
@@ -115,7 +125,7 @@ def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Poin
     domains = {k.name: k.domain for k in space.knobs}
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
-    for values in (*related, {}, *EXPERIENCE):
+    for values in (*related[:RELATED], {}, *EXPERIENCE):
         point = space.complete({**settled, **{k: v for k, v in values.items() if k in domains}})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)

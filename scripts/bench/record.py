@@ -64,7 +64,15 @@ class Recording:
 
     def build_of(self, point: Point) -> str:
         """Return the name of what a point needs compiled: points that differ at run time alone share it."""
-        return digest.of(self.job.space.level(point, "model", "codegen"))
+        return self._name(self.job.space.level(point, "model", "codegen"))
+
+    def _name(self, values: dict[str, Any]) -> str:
+        """Return a name that stays the same when knobs are added to the space: defaults are not in it."""
+        default = self.job.space.default()
+        return digest.of({k: v for k, v in values.items() if v != default[k]})
+
+    def _of(self, point: Point) -> str:
+        return self._name(point.as_dict())
 
     # --- compile -------------------------------------------------------------------------------------------------
 
@@ -86,7 +94,7 @@ class Recording:
             for row in pool.map(work, left):
                 if row is not None:
                     append(self.made, row)
-        still = len(todo) - len(lines(self.made))
+        still = len(todo.keys() - {row["build"] for row in lines(self.made)})
         print(f"{len(todo)} compiles of {len(self.points())} points; {still} to go", file=sys.stderr)
 
     def _made(self, name: str, point: Point, quality: Quality) -> dict[str, Any]:
@@ -129,7 +137,7 @@ class Recording:
         made = {row["build"]: row for row in lines(self.made)}
         done = {row["point"] for row in lines(self.read) if not row["repeat"]}
         ready = [p for p in self.points() if made.get(self.build_of(p), {}).get("failure", "unmade") is None]
-        left = [p for p in ready if digest.of(p.as_dict()) not in done]
+        left = [p for p in ready if self._of(p) not in done]
         random.Random(len(done)).shuffle(left)
         self._screen(ready[0], repeat=True)
         while left and monotonic() < end:
@@ -143,7 +151,7 @@ class Recording:
         artifact = self.steps.compile(program, point) if isinstance(program, Program) else program
         if isinstance(program, Failure) or isinstance(artifact, Failure):
             raise SystemExit("an artifact went missing: run `compile` again")
-        row: dict[str, Any] = {"point": digest.of(point.as_dict()), "repeat": repeat, "failure": None, "samples": {}}
+        row: dict[str, Any] = {"point": self._of(point), "repeat": repeat, "failure": None, "samples": {}}
         begin = monotonic()
         try:
             row["samples"] = self._samples(self.steps.subject(point, program, artifact))
@@ -177,7 +185,7 @@ class Recording:
         read = list(lines(self.read))
         first = {row["point"]: row for row in read if not row["repeat"]}
         made = {row["build"]: row for row in lines(self.made)}
-        recipe, zero = self.job.recipe, digest.of(self.points()[0].as_dict())
+        recipe, zero = self.job.recipe, self._of(self.points()[0])
         yield {
             "study": recipe.name,
             "machine": self.job.machine.describe(),
@@ -191,7 +199,7 @@ class Recording:
             "baseline_repeats": [row["samples"] for row in read if row["repeat"] and row["point"] == zero],
         }
         for point in self.points():
-            build, reading = made.get(self.build_of(point)), first.get(digest.of(point.as_dict()))
+            build, reading = made.get(self.build_of(point)), first.get(self._of(point))
             if build is None or (build["failure"] is None and reading is None):
                 continue
             yield self._row(point, [k.name for k in varied], build, reading)

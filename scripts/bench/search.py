@@ -11,6 +11,7 @@ a search that never gets there counts as one that needs all points.
     ours             as `llmbuild build` searches: point 0, experience, then the model of the points so far
     ours-cold        the same without experience
     ours-related     the same with the fronts of the other studies in place of experience
+    ours-learned     no experience, but a cost model learned from the other studies
     tpe-multivariate Optuna's TPE, multivariate in groups      gp    Optuna's GPSampler
     default          Optuna's default for several objectives   nsga2 its NSGA-II
     random           every unknown point is as likely
@@ -21,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +30,39 @@ import numpy as np
 
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, Run, read, replay
-from llmbuild.search.samplers import Optuna, Random, Sampler
+from llmbuild.search.samplers import Model, Optuna, Random, Sampler
 from llmbuild.search.study import Opened, best, openers
+from llmbuild.search.transfer import Learned, learn
 
 STUDIES = Path(__file__).parent / "studies"
 MARKS = (0.05, 0.1, 0.15, 0.25, 0.5)
 """Shares of a study's points at which the volume is told."""
 
-SAMPLERS = ("ours", "ours-cold", "ours-related", "tpe-multivariate", "default", "nsga2", "random")
+SAMPLERS = ("ours", "ours-cold", "ours-related", "ours-learned", "tpe-multivariate", "default", "nsga2", "random")
 
 
-def make(name: str, study: RecordedStudy, others: list[RecordedStudy], seed: int) -> Sampler:
+def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], seed: int) -> Sampler:
     """Return a sampler by name; every one is given point 0 first, as a build does."""
     space, objectives = study.space, len(study.objectives)
     zero = [space.default()]
     made: dict[str, Callable[[], Sampler]] = {
         "ours": lambda: Opened(openers(space), best(space, objectives, seed)),
         "ours-cold": lambda: Opened(zero, best(space, objectives, seed)),
+        "ours-learned": lambda: Opened(zero, Model(space, objectives, seed, learned(others))),
         "ours-related": lambda: Opened(related(study, others), best(space, objectives, seed)),
         "random": lambda: Opened(zero, Random(space, seed)),
     }
     return made[name]() if name in made else Opened(zero, Optuna(space, objectives, seed, name))
 
 
-def related(study: RecordedStudy, others: list[RecordedStudy]) -> list[Any]:
+@cache
+def learned(others: tuple[RecordedStudy, ...]) -> Learned | None:
+    """Return what other studies have in common."""
+    rows = [{p: row.losses for p, row in o.rows.items()} for o in others]
+    return learn(rows, [o.space.default() for o in others])
+
+
+def related(study: RecordedStudy, others: tuple[RecordedStudy, ...]) -> list[Any]:
     """Return point 0 and the fronts of other studies, as far as this space allows them."""
     fronts = [p.as_dict() for other in others for p in other.front()]
     found = [study.space.default()]
@@ -88,7 +99,7 @@ def pad(shares: tuple[float, ...], points: int) -> list[float]:
     return [*shares, *[shares[-1]] * (points - len(shares))]
 
 
-def compare(study: RecordedStudy, others: list[RecordedStudy], asked: argparse.Namespace) -> dict[str, Any]:
+def compare(study: RecordedStudy, others: tuple[RecordedStudy, ...], asked: argparse.Namespace) -> dict[str, Any]:
     """Return what every sampler did on a study."""
     points = len(study.rows)
     rows = []
@@ -142,7 +153,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     studies = [read(path) for path in asked.studies]
-    found = [compare(study, [o for o in studies if o is not study], asked) for study in studies]
+    found = [compare(study, tuple(o for o in studies if o is not study), asked) for study in studies]
     print(json.dumps(found) if asked.json else "\n\n".join(map(text, found)))
 
 
