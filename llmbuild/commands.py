@@ -127,6 +127,7 @@ def build(job: Job, options: Options) -> Built:
     budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
     if options["dry_run"]:
         catalog = Catalog(folder) if (folder / FILE).is_file() else None
+        job = _with_winners(job, catalog, options) if catalog else job
         planned = [p.row() for p in plan(job, catalog, budget, options["seed"])]
         return Built([], True, "", planned)
     catalog = Catalog(folder)
