@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import Build, describe, known_trials, stale_reason
+from llmbuild.build import Build, describe, known_trials, stale_reason, unique
 from llmbuild.catalog.writer import Catalog
 from llmbuild.spec.recipe import Budget
 from llmbuild.steps import Job, Steps
@@ -50,7 +50,7 @@ def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[P
         Planned("import", zero, "" if program else reason or "never imported"),
         Planned("compile", zero, "" if artifact else ("its program is stale" if not program else "never compiled")),
         Planned("profile", zero, "" if any(t.is_default for t in known) else reason or "never measured"),
-        _search(len(known), budget, search),
+        _search(unique(known), budget, search),
     ]
 
 

@@ -17,7 +17,7 @@ from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates
 from llmbuild.search.hypervolume import expected_gain, nondominated
 from llmbuild.search.transfer import Learned
-from llmbuild.spec.space import Point, Space, Value
+from llmbuild.spec.space import Level, Point, Space, Value
 
 Losses = tuple[float, ...]
 
@@ -73,8 +73,17 @@ class Model:
     LEAST = 2
     """Feasible points below which one is drawn at random: a process through fewer says nothing."""
 
-    def __init__(self, space: Space, objectives: int, seed: int, learned: Learned | None = None) -> None:
+    THRIFT = 0.0
+    """Power of what a point takes by which its gain is divided: 0 counts evaluations alone, 1 counts seconds alone."""
+
+    TAKES: tuple[tuple[Level, float], ...] = (("model", 15.0), ("codegen", 5.0), ("runtime", 1.5))
+    """Seconds that a change of a level costs, roughly: an import, a compile, a measurement."""
+
+    def __init__(
+        self, space: Space, objectives: int, seed: int, learned: Learned | None = None, thrift: float | None = None
+    ) -> None:
         self.space, self.objectives, self.learned = space, objectives, learned
+        self._thrift = self.THRIFT if thrift is None else thrift
         self._random = random.Random(seed)
         self._candidates = Candidates(space, self._random)
         self._told: dict[Point, Losses | None] = {}
@@ -111,7 +120,7 @@ class Model:
         reference = front.max(0) + self.MARGIN
         reached = np.vstack([front, mean[len(unknown) :]])
         gain = expected_gain(mean[: len(unknown)], spread[: len(unknown)], reached, reference)
-        gain = gain * self._feasible(self._coded(unknown))
+        gain = gain * self._feasible(self._coded(unknown)) / self._takes(unknown) ** self._thrift
         best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
         return unknown[self._random.choice(best.tolist())]
 
@@ -127,6 +136,19 @@ class Model:
             means.append(mean + expected[len(known) :, d])
             spreads.append(spread)
         return np.stack(means, -1), np.stack(spreads, -1)
+
+    def _takes(self, points: Sequence[Point]) -> Any:
+        """Return the seconds f64[P] that points take, given which imports and compiles the known ones share."""
+        if not self._thrift:
+            return np.ones(len(points))
+        took = np.full(len(points), self.TAKES[-1][1])
+        asked, told = [p.as_dict() for p in points], [p.as_dict() for p in self._known()]
+        for depth, (_, seconds) in enumerate(self.TAKES[:-1], 1):
+            levels = [level for level, _ in self.TAKES[:depth]]
+            names = [k.name for k in self.space.knobs if k.level in levels]
+            known = {tuple(values[n] for n in names) for values in told}
+            took += [0.0 if tuple(values[n] for n in names) in known else seconds for values in asked]
+        return took
 
     def _feasible(self, asked: Any) -> Any:
         """Return the probability f64[P] that a point can be made and breaks no bound."""
