@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmbuild import digest
 from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates, draw, neighbours
 from llmbuild.search.hypervolume import expected_gain, free_cells, hypervolume, nondominated
@@ -154,8 +155,8 @@ def test_points_under_way_are_not_asked_for_again() -> None:
     assert len(set(batch)) == 4
 
 
-def write_study(path: Path) -> Path:
-    """Write a study of the small space, every point recorded."""
+def write_study(path: Path, named: str = "abcd") -> Path:
+    """Write a study of the small space, every point recorded; its artifacts differ where the knobs `named` do."""
     head = {
         "study": "small",
         "machine": "none",
@@ -188,6 +189,7 @@ def write_study(path: Path) -> Path:
                 "quality_kl": 0.9 if point["d"] == "y" and point["c"] else 0.1,
                 "samples": {"tpot_s": [tpot]} if found else {},
                 "features": {"dispatches": 3},
+                "artifact": digest.of({k: point[k] for k in named}),
                 "artifact_bytes": 10,
                 "parameter_bytes": 20,
                 "import": str(point["a"]),
@@ -210,6 +212,14 @@ def test_a_replay_of_all_points_reaches_the_whole_front_and_pays_for_each_import
     builds = len({row.build for row in study.rows.values()})
     assert run.seconds[-1] == pytest.approx(3 * 10 + builds * 5 + points)
     assert run.evaluations_to(2.0) is None
+
+
+def test_an_executable_that_was_measured_is_no_further_evaluation(tmp_path: Path) -> None:
+    study = read(write_study(tmp_path / "small.jsonl.gz", named="abd"))
+    run = replay(study, Random(study.space, 0), len(study.rows))
+    assert len(run.shares) == study.distinct == len({(p["a"], p["b"], p["d"]) for p in SMALL.points()})
+    by_run = {row.run: row.losses for row in study.rows.values()}
+    assert all(row.losses == by_run[row.run] for row in study.rows.values())
 
 
 def test_a_point_that_misses_a_bound_is_infeasible_in_a_study(tmp_path: Path) -> None:

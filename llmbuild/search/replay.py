@@ -9,9 +9,11 @@ from __future__ import annotations
 import gzip
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -25,11 +27,15 @@ REFERENCE = math.log(1.5)
 """The volume reaches to losses half as much again as those of the compiler's defaults."""
 
 
+RUN_TIME = ("driver", "workers")
+
+
 @dataclass(frozen=True)
 class Recorded:
     """One point: losses in the order of the study's objectives (absent where infeasible), and what it took.
 
-    `build` and `program` name what it shares with others: a search pays for each of them once.
+    `program`, `build` and `run` name the import, the compile and the executable with its settings: what a point
+    shares with others, a search pays for once.
     """
 
     point: Point
@@ -38,6 +44,7 @@ class Recorded:
     features: Mapping[str, float]
     program: str
     build: str
+    run: str
     import_s: float
     compile_s: float
     measure_s: float
@@ -60,6 +67,11 @@ class RecordedStudy:
         zero = self.rows[self.space.default()].losses
         assert zero is not None
         return np.array(zero) + REFERENCE
+
+    @property
+    def distinct(self) -> int:
+        """How many evaluations all points take: those with equal executables and settings are one."""
+        return len({row.run for row in self.rows.values()})
 
     @property
     def whole(self) -> float:
@@ -89,28 +101,46 @@ def read(path: Path) -> RecordedStudy:
     head, bodies = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
     space = Space(_knobs(head["knobs"]))
     objectives, bounds = tuple(head["objectives"]), [parse_bound(text) for text in head["bounds"]]
-    rows = {}
+    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for body in bodies:
-        infeasible = body["failure"] or any(not b.holds(body.get(b.metric)) for b in bounds)
-        losses = None if infeasible else tuple(_loss(name, body[name]) for name in objectives)
-        point = Point.of(body["point"])
-        rows[point] = _recorded(point, losses, body)
+        runs[_run(body)].append(body)
+    rows = {}
+    for run, equal in runs.items():
+        pooled = _pooled(equal)
+        infeasible = any(body["failure"] for body in equal) or any(not b.holds(pooled.get(b.metric)) for b in bounds)
+        losses = None if infeasible else tuple(_loss(name, pooled[name]) for name in objectives)
+        rows.update({Point.of(body["point"]): _recorded(run, losses, body) for body in equal})
     if space.default() not in rows:
         raise ValueError(f"{path}: the study misses point 0")
     repeats = tuple(_samples(r) for r in head["baseline_repeats"])
     return RecordedStudy(head["study"], head["machine"], objectives, space, rows, repeats)
 
 
-def _recorded(point: Point, losses: Losses | None, body: dict[str, Any]) -> Recorded:
-    build = json.dumps({k: v for k, v in body["point"].items() if k not in ("driver", "workers")}, sort_keys=True)
+def _run(body: dict[str, Any]) -> str:
+    """Return what is measured: an artifact under its settings; a point without one is a case of its own."""
+    made = [body["artifact"], body["import"]] if body["artifact"] else [body["point"]]
+    return json.dumps([*made, *(body["point"].get(k) for k in RUN_TIME)], sort_keys=True)
+
+
+def _pooled(equal: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the readings of points with equal executables and settings: medians over the samples of all of them."""
+    samples: dict[str, list[float]] = defaultdict(list)
+    for body in equal:
+        for name, values in body["samples"].items():
+            samples[name] += values
+    return {**equal[0], **{name: median(values) for name, values in samples.items()}}
+
+
+def _recorded(run: str, losses: Losses | None, body: dict[str, Any]) -> Recorded:
     sizes = {k: float(body[k] or 0) for k in ("artifact_bytes", "parameter_bytes")}
     return Recorded(
-        point=point,
+        point=Point.of(body["point"]),
         losses=losses,
         samples=_samples(body["samples"]),
         features={**(body["features"] or {}), **sizes},
         program=body["import"],
-        build=build,
+        build=json.dumps({k: v for k, v in body["point"].items() if k not in RUN_TIME}, sort_keys=True),
+        run=run,
         import_s=body["import_s"],
         compile_s=body["compile_s"],
         measure_s=body["measure_s"],
@@ -165,11 +195,13 @@ class Run:
 def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2.0) -> Run:
     """Let a sampler search a recorded study for at most `budget` evaluations, or until a share is reached.
 
-    What was recorded answers; each import and each compile is paid for by the first point that needs it.
+    What was recorded answers; each import and each compile is paid for by the first point that needs it. A point whose
+    executable was measured under the same settings is answered with that reading and is no evaluation, as in a build.
     """
     reference, whole = study.reference, study.whole
     front: list[Losses] = []
     paid: set[str] = set()
+    measured: dict[str, Losses | None] = {}
     shares: list[float] = []
     seconds: list[float] = []
     spent, reached = 0.0, 0.0
@@ -181,10 +213,14 @@ def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2
         if row is None:  # a point of the grid that the recording never came to
             sampler.tell(point, None)
             continue
-        spent += row.measure_s
         spent += 0.0 if row.program in paid else row.import_s
         spent += 0.0 if row.build in paid else row.compile_s
         paid |= {row.program, row.build}
+        if row.run in measured:
+            sampler.tell(point, measured[row.run])
+            continue
+        measured[row.run] = row.losses
+        spent += row.measure_s
         if row.losses is not None:
             front.append(row.losses)
             reached = volume(front, reference) / whole

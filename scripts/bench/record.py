@@ -5,9 +5,9 @@
     python scripts/bench/record.py pack    scripts/bench/studies/NAME.yaml -C CATALOG
 
 `compile` makes the artifacts, checks their numerics and scores their quality; it may share the machine. `measure` must
-have the machine to itself: it screens the points in random order, point 0 first and last in each run. Both go on where
-they stopped, and stop after `--seconds`. `pack` writes `NAME.jsonl.gz` beside the recipe, which
-`llmbuild.search.replay` reads: a header, then one line for each point.
+have the machine to itself: it screens the points in random order, point 0 first and last in each run, and points with
+equal executables and settings once. Both go on where they stopped, and stop after `--seconds`. `pack` writes
+`NAME.jsonl.gz` beside the recipe, which `llmbuild.search.replay` reads: a header, then one line for each point.
 """
 
 from __future__ import annotations
@@ -71,9 +71,6 @@ class Recording:
         default = self.job.space.default()
         return digest.of({k: v for k, v in values.items() if v != default[k]})
 
-    def _of(self, point: Point) -> str:
-        return self._name(point.as_dict())
-
     # --- compile -------------------------------------------------------------------------------------------------
 
     def compile(self, seconds: float, jobs: int) -> None:
@@ -135,23 +132,30 @@ class Recording:
         """Screen what has no reading yet, in random order."""
         end = monotonic() + seconds
         made = {row["build"]: row for row in lines(self.made)}
-        done = {row["point"] for row in lines(self.read) if not row["repeat"]}
+        done = {row["run"] for row in lines(self.read) if not row["repeat"]}
         ready = [p for p in self.points() if made.get(self.build_of(p), {}).get("failure", "unmade") is None]
-        left = [p for p in ready if self._of(p) not in done]
+        distinct = {self.run_of(p, made[self.build_of(p)]): p for p in reversed(ready)}
+        left = [name for name in distinct if name not in done]
         random.Random(len(done)).shuffle(left)
-        self._screen(ready[0], repeat=True)
+        zero = self.run_of(ready[0], made[self.build_of(ready[0])])
+        self._screen(ready[0], zero, repeat=True)
         while left and monotonic() < end:
-            self._screen(left.pop(), repeat=False)
-        self._screen(ready[0], repeat=True)
-        print(f"{len(ready)} points ready, {len(left)} to screen", file=sys.stderr)
+            name = left.pop()
+            self._screen(distinct[name], name, repeat=False)
+        self._screen(ready[0], zero, repeat=True)
+        print(f"{len(ready)} points ready, {len(distinct)} distinct, {len(left)} to screen", file=sys.stderr)
 
-    def _screen(self, point: Point, repeat: bool) -> None:
-        begin = monotonic()
+    def run_of(self, point: Point, build: dict[str, Any]) -> str:
+        """Return the name of what is measured: artifact, program and settings."""
+        settings = self.job.space.level(point, "runtime")
+        return digest.of({"artifact": build["artifact"], "program": build["program"], "settings": settings})
+
+    def _screen(self, point: Point, name: str, repeat: bool) -> None:
         program = self.steps.import_(point)
         artifact = self.steps.compile(program, point) if isinstance(program, Program) else program
         if isinstance(program, Failure) or isinstance(artifact, Failure):
             raise SystemExit("an artifact went missing: run `compile` again")
-        row: dict[str, Any] = {"point": self._of(point), "repeat": repeat, "failure": None, "samples": {}}
+        row: dict[str, Any] = {"run": name, "repeat": repeat, "failure": None, "samples": {}}
         begin = monotonic()
         try:
             row["samples"] = self._samples(self.steps.subject(point, program, artifact))
@@ -183,9 +187,9 @@ class Recording:
         """Yield the header and one row for each point that was tried whole."""
         varied = [k for k in self.job.space.knobs if len({p[k.name] for p in self.points()}) > 1]
         read = list(lines(self.read))
-        first = {row["point"]: row for row in read if not row["repeat"]}
+        first = {row["run"]: row for row in read if not row["repeat"]}
         made = {row["build"]: row for row in lines(self.made)}
-        recipe, zero = self.job.recipe, self._of(self.points()[0])
+        recipe = self.job.recipe
         yield {
             "study": recipe.name,
             "machine": self.job.machine.describe(),
@@ -196,10 +200,11 @@ class Recording:
             "bounds": [str(b) for b in (*recipe.constraints, *recipe.quality.bounds)],
             "knobs": [plain(k) for k in varied],
             "screen": {"warm_s": WARM_S, "seconds": SCREEN_S, "rounds": [LEAST, MOST]},
-            "baseline_repeats": [row["samples"] for row in read if row["repeat"] and row["point"] == zero],
+            "baseline_repeats": [row["samples"] for row in read if row["repeat"]],
         }
         for point in self.points():
-            build, reading = made.get(self.build_of(point)), first.get(self._of(point))
+            build = made.get(self.build_of(point))
+            reading = first.get(self.run_of(point, build)) if build and build["failure"] is None else None
             if build is None or (build["failure"] is None and reading is None):
                 continue
             yield self._row(point, [k.name for k in varied], build, reading)

@@ -4,9 +4,10 @@
 
 A study is what `scripts/bench/record.py` packed; all in scripts/bench/studies by default. A search is worth the volume
 between its front and losses half as much again as those of the compiler's defaults, in logarithms, as a share of the
-volume of the front of all points. Evaluations are unique: what a sampler asks twice costs it nothing. Seconds are
-those of the recording, each import and each compile paid for once. Medians over the seeds, in brackets the quartiles;
-a search that never gets there counts as one that needs all points.
+volume of the front of all points. Evaluations are unique: what a sampler asks twice, or what has the executable and
+settings of a point measured before, costs it none; `of distinct` is their share of all such points, `of points` of the
+whole grid. Seconds are those of the recording, each import and each compile paid for once. Medians over the seeds, in
+brackets the quartiles; a search that never gets there counts as one that needs all.
 
     ours             as `llmbuild build` searches: point 0, experience, then the model of the points so far
     ours-cold        the same without experience
@@ -36,7 +37,7 @@ from llmbuild.search.transfer import Learned, learn
 
 STUDIES = Path(__file__).parent / "studies"
 MARKS = (0.05, 0.1, 0.15, 0.25, 0.5)
-"""Shares of a study's points at which the volume is told."""
+"""Shares of a study's distinct points at which the volume is told."""
 
 SAMPLERS = ("ours", "ours-cold", "ours-related", "ours-learned", "tpe-multivariate", "default", "nsga2", "random")
 
@@ -73,7 +74,7 @@ def related(study: RecordedStudy, others: tuple[RecordedStudy, ...]) -> list[Any
     return list(dict.fromkeys(found))
 
 
-def summary(name: str, runs: list[Run], points: int, share: float) -> dict[str, Any]:
+def summary(name: str, runs: list[Run], points: int, grid: int, share: float) -> dict[str, Any]:
     """Return one row of the table."""
     needed = [run.evaluations_to(share) or points for run in runs]
     seconds = [run.seconds_to(share) or run.seconds[-1] for run in runs]
@@ -81,7 +82,8 @@ def summary(name: str, runs: list[Run], points: int, share: float) -> dict[str, 
     return {
         "sampler": name,
         "evaluations": quartiles(needed),
-        "of_points": float(np.median(needed)) / points,
+        "of_distinct": float(np.median(needed)) / points,
+        "of_points": float(np.median(needed)) / grid,
         "seconds": quartiles(seconds),
         "never": sum(run.evaluations_to(share) is None for run in runs),
         "share_at": at,
@@ -101,16 +103,17 @@ def pad(shares: tuple[float, ...], points: int) -> list[float]:
 
 def compare(study: RecordedStudy, others: tuple[RecordedStudy, ...], asked: argparse.Namespace) -> dict[str, Any]:
     """Return what every sampler did on a study."""
-    points = len(study.rows)
+    points = study.distinct
     rows = []
     for name in asked.samplers:
         seeds = range(asked.seeds)
         runs = [replay(study, make(name, study, others, seed), points, until=asked.until) for seed in seeds]
-        rows.append(summary(name, runs, points, asked.share))
+        rows.append(summary(name, runs, points, len(study.rows), asked.share))
     return {
         "study": study.name,
         "machine": study.machine,
-        "points": points,
+        "points": len(study.rows),
+        "distinct": points,
         "feasible": sum(row.losses is not None for row in study.rows.values()),
         "front": len(study.front()),
         "objectives": list(study.objectives),
@@ -123,7 +126,8 @@ def compare(study: RecordedStudy, others: tuple[RecordedStudy, ...], asked: argp
 def text(found: dict[str, Any]) -> str:
     """Return one study's table for people."""
     head = (
-        f"{found['study']}: {found['points']} points, {found['feasible']} feasible, {found['front']} on the front of "
+        f"{found['study']}: {found['points']} points, {found['distinct']} distinct, {found['feasible']} feasible, "
+        f"{found['front']} on the front of "
         f"{', '.join(found['objectives'])}; {found['seeds']} seeds; {found['machine']}"
     )
     random = next((r["evaluations"][0] for r in found["samplers"] if r["sampler"] == "random"), None)
@@ -131,6 +135,7 @@ def text(found: dict[str, Any]) -> str:
         [
             row["sampler"],
             "{:.0f} [{:.0f}, {:.0f}]".format(*row["evaluations"]),
+            f"{row['of_distinct']:.1%}",
             f"{row['of_points']:.1%}",
             "-" if random is None else f"{random / row['evaluations'][0]:.1f}x",
             "{:.0f} [{:.0f}, {:.0f}]".format(*row["seconds"]),
@@ -138,7 +143,7 @@ def text(found: dict[str, Any]) -> str:
         ]
         for row in found["samplers"]
     ]
-    names = [f"evaluations to {found['share']:.0%}", "of points", "fewer than random", "seconds"]
+    names = [f"evaluations to {found['share']:.0%}", "of distinct", "of points", "fewer than random", "seconds"]
     return head + "\n" + table(["sampler", *names, *(f"at {m:.0%}" for m in MARKS)], lines)
 
 
@@ -148,7 +153,7 @@ def main() -> None:
     parser.add_argument("studies", type=Path, nargs="*", default=sorted(STUDIES.glob("*.jsonl.gz")))
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--share", type=float, default=0.95)
-    parser.add_argument("--until", type=float, default=2.0, help="end a search at this share of the volume")
+    parser.add_argument("--until", type=float, default=0.999, help="end a search at this share of the volume")
     parser.add_argument("--samplers", nargs="+", default=list(SAMPLERS))
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
