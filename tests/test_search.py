@@ -124,7 +124,7 @@ def test_a_huge_space_is_never_listed() -> None:
 
 SAMPLERS = {
     "random": lambda seed: Random(SMALL, seed),
-    "model": lambda seed: Model(SMALL, 2, seed),
+    "model": lambda seed: Model(SMALL, (None, None), seed),
     "tpe": lambda seed: Optuna(SMALL, 2, seed),
 }
 
@@ -148,7 +148,7 @@ def test_a_sampler_asks_for_every_point_once(name: str) -> None:
 
 
 def test_points_under_way_are_not_asked_for_again() -> None:
-    sampler = Model(SMALL, 2, 0)
+    sampler = Model(SMALL, (None, 1.0), 0)
     for point in islice(SMALL.points(), 6):
         sampler.tell(point, losses(point))
     batch = [sampler.ask() for _ in range(4)]
@@ -236,4 +236,6 @@ def test_the_model_needs_fewer_evaluations_than_chance(tmp_path: Path) -> None:
         runs = [replay(study, make(seed), len(study.rows)) for seed in range(8)]  # type: ignore[operator]
         return float(np.median([run.evaluations_to(0.95) or len(study.rows) for run in runs]))
 
-    assert needed(lambda seed: Model(study.space, 2, seed)) < 0.7 * needed(lambda seed: Random(study.space, seed))
+    assert needed(lambda seed: Model(study.space, (0.4, 0.4), seed)) < 0.7 * needed(
+        lambda seed: Random(study.space, seed)
+    )

@@ -20,12 +20,9 @@ import numpy as np
 
 from llmbuild.search.hypervolume import hypervolume, nondominated
 from llmbuild.search.samplers import Losses, Sampler
+from llmbuild.search.study import WORSE
 from llmbuild.spec.slo import METRICS, parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
-
-REFERENCE = math.log(1.5)
-"""The volume reaches to losses half as much again as those of the compiler's defaults."""
-
 
 RUN_TIME = ("driver", "workers")
 
@@ -63,10 +60,10 @@ class RecordedStudy:
 
     @property
     def reference(self) -> Any:
-        """Where the volume ends, f64[D]."""
+        """Where the volume ends, f64[D]: at losses half as much again as those of the compiler's defaults."""
         zero = self.rows[self.space.default()].losses
         assert zero is not None
-        return np.array(zero) + REFERENCE
+        return np.array(zero) + math.log(WORSE)
 
     @property
     def distinct(self) -> int:

@@ -17,9 +17,12 @@ from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates
 from llmbuild.search.hypervolume import expected_gain, nondominated
 from llmbuild.search.transfer import Learned
-from llmbuild.spec.space import Level, Point, Space, Value
+from llmbuild.spec.space import Point, Space, Value
 
 Losses = tuple[float, ...]
+
+Interest = tuple[float | None, ...]
+"""For each loss, how far beyond that of point 0 it may be to be of interest; None: as far as the front goes."""
 
 FAILED = 20.0
 """What a sampler that knows no constraints is told of a failure: worse than any logarithm of seconds or bytes."""
@@ -73,17 +76,8 @@ class Model:
     LEAST = 2
     """Feasible points below which one is drawn at random: a process through fewer says nothing."""
 
-    THRIFT = 0.0
-    """Power of what a point takes by which its gain is divided: 0 counts evaluations alone, 1 counts seconds alone."""
-
-    TAKES: tuple[tuple[Level, float], ...] = (("model", 15.0), ("codegen", 5.0), ("runtime", 1.5))
-    """Seconds that a change of a level costs, roughly: an import, a compile, a measurement."""
-
-    def __init__(
-        self, space: Space, objectives: int, seed: int, learned: Learned | None = None, thrift: float | None = None
-    ) -> None:
-        self.space, self.objectives, self.learned = space, objectives, learned
-        self._thrift = self.THRIFT if thrift is None else thrift
+    def __init__(self, space: Space, interest: Interest, seed: int, learned: Learned | None = None) -> None:
+        self.space, self.interest, self.objectives, self.learned = space, interest, len(interest), learned
         self._random = random.Random(seed)
         self._candidates = Candidates(space, self._random)
         self._told: dict[Point, Losses | None] = {}
@@ -117,10 +111,10 @@ class Model:
             return self._candidates.any(self._known())
         waiting = list(self._under_way)
         mean, spread = self._predict(list(good), losses, [*unknown, *waiting])
-        reference = front.max(0) + self.MARGIN
+        reference = self._reference(front, good.get(self.space.default()))
         reached = np.vstack([front, mean[len(unknown) :]])
         gain = expected_gain(mean[: len(unknown)], spread[: len(unknown)], reached, reference)
-        gain = gain * self._feasible(self._coded(unknown)) / self._takes(unknown) ** self._thrift
+        gain = gain * self._feasible(self._coded(unknown))
         best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
         return unknown[self._random.choice(best.tolist())]
 
@@ -137,18 +131,12 @@ class Model:
             spreads.append(spread)
         return np.stack(means, -1), np.stack(spreads, -1)
 
-    def _takes(self, points: Sequence[Point]) -> Any:
-        """Return the seconds f64[P] that points take, given which imports and compiles the known ones share."""
-        if not self._thrift:
-            return np.ones(len(points))
-        took = np.full(len(points), self.TAKES[-1][1])
-        asked, told = [p.as_dict() for p in points], [p.as_dict() for p in self._known()]
-        for depth, (_, seconds) in enumerate(self.TAKES[:-1], 1):
-            levels = [level for level, _ in self.TAKES[:depth]]
-            names = [k.name for k in self.space.knobs if k.level in levels]
-            known = {tuple(values[n] for n in names) for values in told}
-            took += [0.0 if tuple(values[n] for n in names) in known else seconds for values in asked]
-        return took
+    def _reference(self, front: Any, zero: Losses | None) -> Any:
+        """Return where the volume ends, f64[D]: as far beyond point 0 as is of interest, or a bit beyond the front."""
+        beyond = front.max(0) + self.MARGIN
+        if zero is None:
+            return beyond
+        return np.array([b if i is None else z + i for b, z, i in zip(beyond, zero, self.interest, strict=True)])
 
     def _feasible(self, asked: Any) -> Any:
         """Return the probability f64[P] that a point can be made and breaks no bound."""

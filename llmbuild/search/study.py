@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from llmbuild.search.front import FLOORS, missed, value_of
-from llmbuild.search.samplers import Losses, Model, Sampler
+from llmbuild.search.samplers import Interest, Losses, Model, Sampler
 from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
@@ -76,7 +76,7 @@ class Study:
     ) -> None:
         self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
         first = openers(space, [p.as_dict() for p in related])
-        self._sampler = Opened(first, best(space, len(self.objectives), seed))
+        self._sampler = Opened(first, best(space, self.objectives, seed))
         for trial in known:
             self.tell(trial)
 
@@ -93,9 +93,17 @@ class Study:
         self._sampler.tell(point, None)
 
 
-def best(space: Space, objectives: int, seed: int) -> Sampler:
+def best(space: Space, objectives: Sequence[str], seed: int) -> Sampler:
     """Return the sampler that did best on recorded studies (`scripts/bench/search.py`)."""
-    return Model(space, objectives, seed)
+    return Model(space, interest(objectives), seed)
+
+
+def interest(objectives: Sequence[str]) -> Interest:
+    """Return how much worse than point 0 each objective may be: half as much again, quality as far as the gate lets it.
+
+    Point 0 has the best quality there is, so that every trade is for it.
+    """
+    return tuple(None if name.startswith("quality_") else math.log(WORSE) for name in objectives)
 
 
 def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
@@ -112,6 +120,9 @@ def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] =
         losses.append(0.0 if found is None else sign * math.log(max(found, FLOORS.get(name, 1e-9))))
     return tuple(losses)
 
+
+WORSE = 1.5
+"""How many times a metric of point 0 is still of interest; what is worse is no trade anyone asked for."""
 
 RELATED = 6
 """Points of related fronts that are asked about first, at most."""

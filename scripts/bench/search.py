@@ -32,7 +32,7 @@ import numpy as np
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, Run, read, replay
 from llmbuild.search.samplers import Model, Optuna, Random, Sampler
-from llmbuild.search.study import Opened, best, openers
+from llmbuild.search.study import Opened, best, interest, openers
 from llmbuild.search.transfer import Learned, learn
 
 STUDIES = Path(__file__).parent / "studies"
@@ -44,16 +44,16 @@ SAMPLERS = ("ours", "ours-cold", "ours-related", "ours-learned", "tpe-multivaria
 
 def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], seed: int) -> Sampler:
     """Return a sampler by name; every one is given point 0 first, as a build does."""
-    space, objectives = study.space, len(study.objectives)
+    space = study.space
     zero = [space.default()]
     made: dict[str, Callable[[], Sampler]] = {
-        "ours": lambda: Opened(openers(space), best(space, objectives, seed)),
-        "ours-cold": lambda: Opened(zero, best(space, objectives, seed)),
-        "ours-learned": lambda: Opened(zero, Model(space, objectives, seed, learned(others))),
-        "ours-related": lambda: Opened(related(study, others), best(space, objectives, seed)),
+        "ours": lambda: Opened(openers(space), best(space, study.objectives, seed)),
+        "ours-cold": lambda: Opened(zero, best(space, study.objectives, seed)),
+        "ours-learned": lambda: Opened(zero, Model(space, interest(study.objectives), seed, learned(others))),
+        "ours-related": lambda: Opened(related(study, others), best(space, study.objectives, seed)),
         "random": lambda: Opened(zero, Random(space, seed)),
     }
-    return made[name]() if name in made else Opened(zero, Optuna(space, objectives, seed, name))
+    return made[name]() if name in made else Opened(zero, Optuna(space, len(study.objectives), seed, name))
 
 
 @cache
