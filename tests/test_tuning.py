@@ -139,3 +139,15 @@ def test_the_command_line_tells_what_there_is_to_tune(built: Project) -> None:
     done = llmbuild("tune", "no-such-variant", "-C", built.catalog)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_fronts_of_other_models_are_found_and_ones_own_is_not(built: Project) -> None:
+    rows = reader.variants(built.catalog, "tiny", everything=True)
+    front = {tuple(sorted(r["point"].items())) for r in rows if r["status"] == "pareto"}
+    catalog = Catalog(built.catalog)
+    try:
+        targets = {r["target_digest"] for r in rows}
+        assert {p.values for p in catalog.fronts_elsewhere("another", "another")} == front
+        assert [catalog.fronts_elsewhere("tiny", of) for of in targets] == [[]]
+    finally:
+        catalog.close()
