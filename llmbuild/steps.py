@@ -35,7 +35,9 @@ from llmbuild.spec.variant import Artifact, Failure, Toolchain, Variant
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
 
-KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
+KERNEL_FEATURES = (
+    "avx2", "fma", "avxvnni", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm",
+)  # fmt: skip
 """CPU features that our own kernels choose by; an import without them does not depend on the target."""
 
 TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, "int8": 3e-2}

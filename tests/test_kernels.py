@@ -1,4 +1,4 @@
-"""Our AVX-512 kernels, compiled and held against NumPy over sizes at the edges and extreme values."""
+"""Our kernels for each instruction set, compiled and held against NumPy over sizes at the edges and extreme values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmbuild.kernels.choose import KNOWN, choose
 from llmbuild.kernels.head import HeadShape, head
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.transform import reference, weights
@@ -16,7 +18,23 @@ from llmbuild.transform.decoder import layer_buffer
 from tests.support.artifact import compile_file, relative_error
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-pytestmark = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
+LINUX = {"avx512vnni": "avx512_vnni", "avxvnni": "avx_vnni", "avx2": "avx2"}
+TARGETS = {
+    "avx512vnni": ("x86-64-v4", "--iree-llvmcpu-target-cpu-features=+avx512vnni"),
+    "avxvnni": ("x86-64-v3", "--iree-llvmcpu-target-cpu-features=+avxvnni"),
+    "avx2": ("x86-64-v3",),
+}
+UNITS = [
+    pytest.param(unit, id=unit.name, marks=pytest.mark.skipif(LINUX[unit.name] not in HOST, reason="not on this CPU"))
+    for unit in KNOWN
+]
+
+
+def compiled_for(unit: Instructions, source: Path) -> Path:
+    """Compile for the least CPU that has the instructions."""
+    cpu, *flags = TARGETS[unit.name]
+    return compile_file(source, source.with_suffix(".vmfb"), "--iree-opt-level=O2", *flags, cpu=cpu)
+
 
 SHAPES = {
     "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, False, 2),
@@ -47,13 +65,13 @@ def draw(shape: DecoderShape, rng: np.random.Generator) -> dict[str, Any]:
 class Layers:
     """Two compiled layers with random weights."""
 
-    def __init__(self, shape: DecoderShape, folder: Path) -> None:
+    def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
         self.shape = shape
         rng = np.random.default_rng(1)
         self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
-        text = layers("layers", shape, COUNT) + self._main()
+        text = layers("layers", shape, COUNT, unit) + self._main()
         (folder / "layers.mlir").write_text(text)
-        self.artifact = compile_file(folder / "layers.mlir", folder / "layers.vmfb", "--iree-opt-level=O2")
+        self.artifact = compiled_for(unit, folder / "layers.mlir")
 
     def _main(self) -> str:
         s = self.shape
@@ -88,9 +106,15 @@ util.return %r : {wide}
         return x, after
 
 
+@pytest.fixture(scope="module", params=UNITS)
+def unit(request: pytest.FixtureRequest) -> Instructions:
+    found: Instructions = request.param
+    return found
+
+
 @pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
-def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
-    return Layers(SHAPES[request.param], tmp_path_factory.mktemp("layers"))
+def compiled(request: pytest.FixtureRequest, unit: Instructions, tmp_path_factory: pytest.TempPathFactory) -> Layers:
+    return Layers(SHAPES[request.param], unit, tmp_path_factory.mktemp("layers"))
 
 
 @pytest.mark.parametrize(("rows", "start"), [(1, 0), (1, 15), (5, 3), (6, 0), (16, 0)])
@@ -131,7 +155,7 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [64, 100, 333])
-def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, vocabulary: int) -> None:
+def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, unit: Instructions, vocabulary: int) -> None:
     import iree.runtime as rt
 
     shape, rng = HeadShape(48, vocabulary, 1e-5, 2), np.random.default_rng(vocabulary)
@@ -145,8 +169,8 @@ util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) 
 %r:2 = util.call @head(%a0, %a1, %a2, %a3) : ({", ".join(kinds)}) -> ({kinds[3]}, tensor<1xi64>)
 util.return %r#0, %r#1 : {kinds[3]}, tensor<1xi64>
 }}"""
-    (tmp_path / "head.mlir").write_text(head("head", shape) + main)
-    artifact = compile_file(tmp_path / "head.mlir", tmp_path / "head.vmfb", "--iree-opt-level=O2")
+    (tmp_path / "head.mlir").write_text(head("head", shape, unit) + main)
+    artifact = compiled_for(unit, tmp_path / "head.mlir")
     x, norm = np.abs(rng.standard_normal((1, 48))).astype(np.float32), np.ones(48, np.float32)
     module = rt.load_vm_flatbuffer_file(str(artifact), driver="local-task")
     logits, token = (np.asarray(part) for part in module.main(x, norm, data, scales))

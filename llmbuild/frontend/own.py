@@ -12,8 +12,9 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.modules import Embedding, RowMajor
-from llmbuild.kernels.avx512 import FEATURES
+from llmbuild.kernels.choose import KNOWN, choose
 from llmbuild.kernels.head import HeadShape, head
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform import weights as layouts
@@ -95,15 +96,26 @@ class QuadEmbedding(nn.Module):
         return (unsigned - 128).float() * self.head.scale[tokens].unsqueeze(-1)
 
 
-def check(model: Any, name: str, features: tuple[str, ...]) -> None:
+def instructions(features: tuple[str, ...]) -> Instructions:
+    """Return the instruction set that our kernels use on a target.
+
+    Raises:
+        InputError: the target has none that they are written for.
+    """
+    unit = choose(features)
+    if unit is None:
+        sets = " or ".join("+".join(known.features) for known in reversed(KNOWN))
+        told = " ".join(features) or "none"
+        raise InputError(f"kernel=own needs CPU features that the target does not have: {sets}; it has {told}")
+    return unit
+
+
+def check(model: Any, name: str) -> None:
     """Refuse what our kernels do not take.
 
     Raises:
-        InputError: the target lacks a CPU feature, or the model has a part that the kernels do not know.
+        InputError: the model has a part that the kernels do not know.
     """
-    missing = [feature for feature in FEATURES if feature not in {f.lstrip("+") for f in features}]
-    if missing:
-        raise InputError(f"kernel=own needs CPU features that the target does not have: {', '.join(missing)}")
     config = model.config
     odd = [part for part in ("q_norm", "k_norm") if hasattr(model.model.layers[0].self_attn, part)]
     if config.hidden_act != "silu" or odd:
@@ -112,19 +124,21 @@ def check(model: Any, name: str, features: tuple[str, ...]) -> None:
         )
 
 
-def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int) -> dict[str, str]:
+def put_in(
+    model: Any, name: str, context: int, half_cache: bool, work_groups: int, unit: Instructions
+) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
     shape = _shape(model, context, half_cache, work_groups)
     if problem := shape.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
     head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups)
     operators.HEADS[HEAD] = head_shape
-    kernels, decoder = {HEAD: head(HEAD, head_shape)}, model.model
+    kernels, decoder = {HEAD: head(HEAD, head_shape, unit)}, model.model
     buffers = [layer_buffer(shape, _arrays(old)) for old in decoder.layers]
     groups, first = [], 0
     for part in _split(len(buffers)):
         kernel = f"{LAYERS}_{part}"
-        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part)
+        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part, unit)
         groups.append(OwnLayers(buffers[first : first + part], first, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)

@@ -14,7 +14,6 @@ from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
 from llmbuild.frontend.entry import Decode, Prefill
-from llmbuild.kernels.avx512 import FEATURES
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -91,8 +90,9 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
         return {}
     if (choices["weight_format"], choices["layout"]) != ("int8", "packed"):
         raise InputError("kernel=own reads weight_format=int8 in layout=packed; choose these with it")
-    own.check(model, job.model, job.features)
-    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]))
+    unit = own.instructions(job.features)
+    own.check(model, job.model)
+    return own.put_in(model, job.model, job.context, choices["kv_dtype"] == "f16", int(choices["work_groups"]), unit)
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
@@ -109,7 +109,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         kv=(buffer,) * (2 * config.num_hidden_layers),
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
-        required_features=FEATURES if choices["kernel"] == "own" else (),
+        required_features=own.instructions(job.features).features if choices["kernel"] == "own" else (),
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
 
 FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
@@ -127,38 +128,45 @@ Epilogue = Callable[[str, str, list[str]], None]
 """Takes a row (i64), the panel's first output (i64) and the panel's four vectors of f32."""
 
 
-def multiply_panel(w: Writer, panels: Panels, index: str, x: Quantized, rows: str, finish: Epilogue) -> None:
-    """Multiply all rows (a count, i64) by one panel: tiles of `ROW_TILE` rows, then one by one."""
+AVX512 = Instructions("avx512vnni", FEATURES, ROW_TILE, True, products)
+
+
+def multiply_panel(
+    w: Writer, unit: Instructions, panels: Panels, index: str, x: Quantized, rows: str, finish: Epilogue
+) -> None:
+    """Multiply all rows (a count, i64) by one panel: tiles of `row_tile` rows, then one by one."""
     panel = w.at(panels.data, w.mul(index, panels.columns * PANEL))
     first = w.mul(index, PANEL)
 
     def tile(start: str, size: int) -> None:
         taken = [w.add(start, r) for r in range(size)]
         parts = [x.row(w, row) for row in taken]
-        sums = products(w, panel, [part[0] for part in parts], panels.columns)
+        sums = unit.products(w, panel, [part[0] for part in parts], panels.columns)
         for row, (_, scale_at, sum_at), blocks in zip(taken, parts, sums, strict=True):
-            finish(row, first, _to_reals(w, panels, first, blocks, w.load(scale_at, F32), w.load(sum_at, I32)))
+            total = w.load(sum_at, I32) if unit.shifted else None
+            finish(row, first, _to_reals(w, panels, first, blocks, w.load(scale_at, F32), total))
 
-    tiled = w.mul(w.integers("divui", rows, ROW_TILE), ROW_TILE)
+    tiled = w.mul(w.integers("divui", rows, unit.row_tile), unit.row_tile)
 
     def full(start: str) -> list[str]:
-        tile(start, ROW_TILE)
+        tile(start, unit.row_tile)
         return []
 
     def single(start: str) -> list[str]:
         tile(start, 1)
         return []
 
-    w.loop(0, tiled, ROW_TILE, full)
+    w.loop(0, tiled, unit.row_tile, full)
     w.loop(tiled, rows, 1, single)
 
 
-def _to_reals(w: Writer, panels: Panels, first: str, blocks: list[str], scale: str, total: str) -> list[str]:
-    shift = w.splat(w.op("arith.muli", total, w.constant("128", I32), kind=I32), VI)
+def _to_reals(w: Writer, panels: Panels, first: str, blocks: list[str], scale: str, total: str | None) -> list[str]:
+    """Return the outputs; `total` is the row's sum if the products are of weights + 128."""
+    shift = None if total is None else w.splat(w.op("arith.muli", total, w.constant("128", I32), kind=I32), VI)
     reals = []
     for b, block in enumerate(blocks):
         place = w.mul(w.add(first, b * LANES), 4)
-        exact = w.cast("arith.sitofp", w.op("arith.subi", block, shift, kind=VI), VI, VF)
+        exact = w.cast("arith.sitofp", w.op("arith.subi", block, shift, kind=VI) if shift else block, VI, VF)
         both = w.op("arith.mulf", w.load(w.at(panels.scales, place), VF), w.splat(scale))
         if panels.bias is None:
             reals.append(w.op("arith.mulf", exact, both))

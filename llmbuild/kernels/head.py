@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable, worker
 from llmbuild.kernels.phases import Phases, counter_bytes
 from llmbuild.kernels.shapes import LINE, PANEL, up_to
@@ -30,7 +31,7 @@ class HeadShape:
         return up_to(self.vocabulary, PANEL)
 
 
-def _body(shape: HeadShape) -> str:
+def _body(shape: HeadShape, unit: Instructions) -> str:
     w = Writer()
     rows = w.integer(1)
     p = bind(w, ARGUMENTS, dict(_sizes(shape)))
@@ -52,7 +53,7 @@ def _body(shape: HeadShape) -> str:
 
     panels = k.Panels(p["data"], p["scale"], None, shape.hidden)
     phases.run(1, normalize)
-    phases.run(shape.padded // PANEL, lambda panel: k.multiply_panel(w, panels, panel, x, rows, store))
+    phases.run(shape.padded // PANEL, lambda panel: k.multiply_panel(w, unit, panels, panel, x, rows, store))
     phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], shape.vocabulary), p["token"], I64, 8))
     return w.text()
 
@@ -99,7 +100,7 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
     return w.cast("arith.extui", w.let(f"vector.reduction <minsi>, {left} : {VI} into {I32}"), I32, I64)
 
 
-def head(name: str, shape: HeadShape) -> str:
+def head(name: str, shape: HeadShape, unit: Instructions = k.AVX512) -> str:
     """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token
     i64[1])`.
     """
@@ -108,7 +109,7 @@ def head(name: str, shape: HeadShape) -> str:
     data, scale = f"tensor<{sizes['data']}xi8>", f"tensor<{shape.padded}xf32>"
     counters, room = f"tensor<{sizes['counters']}xi8>", f"tensor<{sizes['scratch']}xi8>"
     kinds = f"{wide}, {norm}, {data}, {scale}, {counters}, index"
-    return f"""{executable(name, ARGUMENTS, _body(shape), shape.workers)}
+    return f"""{executable(name, ARGUMENTS, _body(shape, unit), shape.workers)}
 util.func private @{name}(%x: {wide}, %norm: {norm}, %data: {data}, %scale: {scale}) -> ({scale}, tensor<1xi64>) {{
 %one = arith.constant 1 : index
 %none = arith.constant 0 : i8

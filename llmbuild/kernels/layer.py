@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.phases import Phases, counter_bytes
 from llmbuild.kernels.shapes import LINE, PANEL, DecoderShape, buffer_bytes, sections, up_to
 from llmbuild.kernels.text import I64, PTR, VF, Writer
@@ -103,8 +104,9 @@ def cache_names(layers: int) -> list[str]:
 class LayerWriter:
     """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, shape: DecoderShape, layers: int) -> None:
+    def __init__(self, shape: DecoderShape, layers: int, unit: Instructions) -> None:
         self.shape = shape
+        self.unit = unit
         self.layers = layers
         self.w = w = Writer()
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
@@ -220,7 +222,7 @@ class LayerWriter:
         x = self.quantized(columns)
         self.phases.run(
             up_to(outputs, PANEL) // PANEL,
-            lambda panel: k.multiply_panel(self.w, panels, panel, x, self.rows, finish),
+            lambda panel: k.multiply_panel(self.w, self.unit, panels, panel, x, self.rows, finish),
         )
 
     def plain(self, target: str, stride: int) -> k.Epilogue:
@@ -307,7 +309,7 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
     return counter_bytes(1 + layers * PHASES, shape.workers)
 
 
-def layers(name: str, shape: DecoderShape, count: int) -> str:
+def layers(name: str, shape: DecoderShape, count: int, unit: Instructions = k.AVX512) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
     The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
@@ -324,7 +326,7 @@ def layers(name: str, shape: DecoderShape, count: int) -> str:
         + [cache] * len(names)
         + ["index"]
     )
-    body = LayerWriter(shape, count).text()
+    body = LayerWriter(shape, count, unit).text()
     return f"""{executable(name, BEFORE + names + AFTER, body, shape.workers)}
 util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: tensor<1xi64>, %weights: {weights},
     {taken}) -> {wide} {{

@@ -20,7 +20,7 @@ KNOBS: tuple[Knob, ...] = (
         "compiler",
         "who generates the matrix products: IREE, or our MLIR kernels",
         when=(Condition("weight_format", ("int8",)), Condition("layout", ("packed",))),
-        features=(("own", ("avx512vnni",)),),
+        features=(("own", ("avx2", "fma")),),
     ),
     Knob(
         "work_groups",

@@ -1,0 +1,83 @@
+"""Products of rows with a panel in registers of 32 bytes: AVX-VNNI, and AVX2 alone.
+
+`vpmaddubsw` adds two products of an unsigned and a signed byte and saturates at sixteen bits: 255 * 127 * 2 is too
+much. So weights become signed again, their signs are turned where the activation is negative, and activations become
+their magnitude: 127 * 127 * 2 = 32258 fits, and the sum is exact. Neither side may hold -128; both are rounded to
+-127..127.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llmbuild.kernels.avx512 import BLOCKS, PANEL, QUAD
+from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.text import I32, Writer
+
+HALF, HALF_LINE, PAIRS = "vector<8xi32>", "vector<32xi8>", "vector<16xi16>"
+HALVES, HALF_BYTES = 2, 32
+"""Registers of one block, and bytes of one."""
+
+Dot = Callable[[Writer, str, str, str], str]
+"""Adds four products to each lane: takes the sums so far, weights, and one row's four activations in every lane."""
+
+
+def _dot_vnni(w: Writer, total: str, weights: str, four: str) -> str:
+    return w.let(
+        f'llvm.call_intrinsic "llvm.x86.avx512.vpdpbusd.256"({total}, {weights}, {four}) '
+        f": ({HALF}, {HALF_LINE}, {HALF_LINE}) -> {HALF}"
+    )
+
+
+def _dot_avx2(w: Writer, total: str, weights: str, four: str) -> str:
+    turned = _call(w, "psign.b", weights, four, HALF_LINE, HALF_LINE)
+    size = _call(w, "psign.b", four, four, HALF_LINE, HALF_LINE)
+    pairs = _call(w, "pmadd.ub.sw", size, turned, HALF_LINE, PAIRS)
+    return w.op("arith.addi", _call(w, "pmadd.wd", pairs, w.lanes(1, PAIRS), PAIRS, HALF), total, kind=HALF)
+
+
+def _call(w: Writer, name: str, left: str, right: str, taken: str, result: str) -> str:
+    return w.let(f'llvm.call_intrinsic "llvm.x86.avx2.{name}"({left}, {right}) : ({taken}, {taken}) -> {result}')
+
+
+def _products(dot: Dot, signed: bool) -> Callable[[Writer, str, list[str], int], list[list[str]]]:
+    """Return `Instructions.products`: one row takes the panel in one stream, several take it block by block."""
+
+    def products(w: Writer, panel: str, rows: list[str], columns: int) -> list[list[str]]:
+        if len(rows) == 1:
+            return _pass(w, dot, signed, panel, rows, columns, BLOCKS)
+        parts = [_pass(w, dot, signed, w.at(panel, b * 64), rows, columns, 1) for b in range(BLOCKS)]
+        return [[part[r][0] for part in parts] for r in range(len(rows))]
+
+    return products
+
+
+def _pass(
+    w: Writer, dot: Dot, signed: bool, panel: str, rows: list[str], columns: int, blocks: int
+) -> list[list[str]]:
+    """Return the sums i32[16] of rows with so many blocks: `rows * blocks * 2` registers hold them."""
+    count = blocks * HALVES
+
+    def body(k: str, *sums: str) -> list[str]:
+        quad = w.at(panel, w.mul(k, PANEL))
+        weights = [w.load(w.at(quad, i * HALF_BYTES), HALF_LINE, HALF_BYTES) for i in range(count)]
+        if signed:
+            weights = [w.op("arith.xori", part, w.lanes(-128, HALF_LINE), kind=HALF_LINE) for part in weights]
+        result = []
+        for r, row in enumerate(rows):
+            four = w.cast("vector.broadcast", w.load(w.at(row, k), I32, 4), I32, HALF)
+            four = w.cast("vector.bitcast", four, HALF, HALF_LINE)
+            result += [dot(w, sums[r * count + i], part, four) for i, part in enumerate(weights)]
+        return result
+
+    flat = w.loop(0, columns, QUAD, body, [(w.lanes(0, HALF), HALF)] * (len(rows) * count))
+    return [[_whole(w, *flat[i : i + HALVES]) for i in range(r * count, (r + 1) * count, HALVES)]
+            for r in range(len(rows))]  # fmt: skip
+
+
+def _whole(w: Writer, low: str, high: str) -> str:
+    return w.let(f"vector.shuffle {low}, {high} {list(range(16))} : {HALF}, {HALF}")
+
+
+AVXVNNI = Instructions("avxvnni", ("avx2", "fma", "avxvnni"), 6, True, _products(_dot_vnni, False))
+AVX2 = Instructions("avx2", ("avx2", "fma"), 4, False, _products(_dot_avx2, True))

@@ -1,0 +1,25 @@
+"""What an instruction set gives our kernels: products of signed rows with panels. All else is written in vectors of
+sixteen lanes, which the compiler splits where registers are shorter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmbuild.kernels.text import Writer
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """Products with int8 panels on one instruction set.
+
+    `products(w, panel, rows, columns)` writes the sums i32[16] of each row (a pointer to signed bytes) with each of a
+    panel's four blocks; with `shifted` they are sums over w + 128, else over w. `row_tile` rows share one pass.
+    """
+
+    name: str
+    features: tuple[str, ...]
+    row_tile: int
+    shifted: bool
+    products: Callable[[Writer, str, list[str], int], list[list[str]]]
