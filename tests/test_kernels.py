@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmbuild.kernels.choose import KNOWN, choose
+from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
@@ -155,7 +155,9 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
 
 
 @pytest.mark.parametrize("vocabulary", [64, 100, 333])
-def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, unit: Instructions, vocabulary: int) -> None:
+def test_head_agrees_with_numpy_and_takes_the_first_largest(
+    tmp_path: Path, unit: Instructions, vocabulary: int
+) -> None:
     import iree.runtime as rt
 
     shape, rng = HeadShape(48, vocabulary, 1e-5, 2), np.random.default_rng(vocabulary)

@@ -52,9 +52,7 @@ def _products(dot: Dot, signed: bool) -> Callable[[Writer, str, list[str], int],
     return products
 
 
-def _pass(
-    w: Writer, dot: Dot, signed: bool, panel: str, rows: list[str], columns: int, blocks: int
-) -> list[list[str]]:
+def _pass(w: Writer, dot: Dot, signed: bool, panel: str, rows: list[str], columns: int, blocks: int) -> list[list[str]]:
     """Return the sums i32[16] of rows with so many blocks: `rows * blocks * 2` registers hold them."""
     count = blocks * HALVES
 
@@ -79,5 +77,5 @@ def _whole(w: Writer, low: str, high: str) -> str:
     return w.let(f"vector.shuffle {low}, {high} {list(range(16))} : {HALF}, {HALF}")
 
 
-AVXVNNI = Instructions("avxvnni", ("avx2", "fma", "avxvnni"), 6, True, _products(_dot_vnni, False))
-AVX2 = Instructions("avx2", ("avx2", "fma"), 4, False, _products(_dot_avx2, True))
+AVXVNNI = Instructions("avxvnni", ("avx2", "fma", "avxvnni"), 6, True, 8, 1, _products(_dot_vnni, False))
+AVX2 = Instructions("avx2", ("avx2", "fma"), 4, False, 8, 1, _products(_dot_avx2, True))

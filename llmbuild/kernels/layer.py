@@ -299,7 +299,7 @@ class LayerWriter:
             query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
             out = w.at(self.s["attended"], w.mul(row, up_to(4 * shape.attended, LINE)), at)
             visible = w.add(self.start, row, 1)
-            k.attend(w, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
+            k.attend(w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
 
         self.phases.run(w.mul(self.rows, shape.heads), unit)
 
