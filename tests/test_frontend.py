@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +14,7 @@ import pytest
 
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.reference import reference_greedy, reference_logits
+from llmbuild.kernels.avx2 import AVX2
 from llmbuild.kernels.avx512 import FEATURES
 from llmbuild.spec.program import ImportJob
 from tests.support import tiny
@@ -177,3 +181,19 @@ def test_random_init_depends_on_the_seed_alone(model: Path) -> None:
     one, same, other = (reference_logits(str(model), True, seed, window) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+def test_own_kernels_run_without_avx512(model: Path, tmp_path: Path) -> None:
+    result = import_model(ImportJob(str(model), CONTEXT, choices=tuple(OWN.items()), features=AVX2.features), tmp_path)
+    assert result.program.abi.required_features == ("avx2", "fma")
+    flags = ["--iree-opt-level=O2", f"--iree-hal-dump-executable-binaries-to={tmp_path / 'code'}"]
+    compile_file(tmp_path / "module.mlirbc", tmp_path / "O2.vmfb", *flags, cpu="x86-64-v3")
+    with np.load(tmp_path / "check.npz") as check:
+        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
+    if objdump := shutil.which("objdump"):
+        (code,) = (tmp_path / "code").glob("*.so")
+        listed = subprocess.run([objdump, "-d", str(code)], capture_output=True, text=True, check=True).stdout
+        assert "vpmaddubsw" in listed
+        assert re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|[23]\d)|vpdpbusd", listed) is None

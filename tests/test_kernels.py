@@ -11,8 +11,9 @@ import pytest
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
-from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.layer import MAX_LAYERS, bind, executable, layers
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
+from llmbuild.kernels.text import VI, Writer
 from llmbuild.transform import reference, weights
 from llmbuild.transform.decoder import layer_buffer
 from tests.support.artifact import compile_file, relative_error
@@ -180,3 +181,36 @@ util.return %r#0, %r#1 : {kinds[3]}, tensor<1xi64>
     expected = reference.multiply(reference.normalize(x, norm, 1e-5), matrix)[0]
     assert relative_error(logits[:vocabulary], expected[:vocabulary]) < 1e-5
     assert token.tolist() == [3]
+
+
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("sign", [-1, 1, 0], ids=["all negative", "all positive", "random"])
+def test_products_are_exact_at_the_ends_of_int8(tmp_path: Path, unit: Instructions, rows: int, sign: int) -> None:
+    import iree.runtime as rt
+
+    columns, rng = 64, np.random.default_rng(rows)
+    ends = np.array([-127, 127, -126, 126, 0, 1, -1])
+    matrix = np.full((64, columns), 127) if sign else rng.choice(ends, (64, columns))
+    x = np.full((rows, columns), 127 * sign) if sign else rng.choice(ends, (rows, columns))
+    (tmp_path / "products.mlir").write_text(products_module(unit, rows, columns))
+    module = rt.load_vm_flatbuffer_file(str(compiled_for(unit, tmp_path / "products.mlir")), driver="local-sync")
+    packed = weights.pack_quads(matrix.astype(np.int8)).reshape(-1).view(np.int8)
+    sums = np.asarray(module.main(packed, x.astype(np.int8).reshape(-1))).reshape(rows, 64)
+    shift = 128 * x.sum(1, keepdims=True) if unit.shifted else 0
+    assert np.array_equal(sums - shift, x @ matrix.T)
+
+
+def products_module(unit: Instructions, rows: int, columns: int) -> str:
+    """Return MLIR of `main(panel, rows of bytes) -> i32[64 * rows]`."""
+    w, names = Writer(), ["panel", "x", "out"]
+    p = bind(w, names, {"panel": 64 * columns, "x": rows * columns, "out": 256 * rows})
+    sums = unit.products(w, p["panel"], [w.at(p["x"], r * columns) for r in range(rows)], columns)
+    for i, block in enumerate(block for row in sums for block in row):
+        w.store(block, w.at(p["out"], 64 * i), VI)
+    panel, x, out = f"tensor<{64 * columns}xi8>", f"tensor<{rows * columns}xi8>", f"tensor<{64 * rows}xi32>"
+    return f"""{executable("products", names, w.text(), 1)}
+util.func public @main(%panel: {panel}, %x: {x}) -> {out} {{
+%one = arith.constant 1 : index
+%out = flow.dispatch @products_ex::@products(%panel, %x, %one) : ({panel}, {x}, index) -> {out}
+util.return %out : {out}
+}}"""

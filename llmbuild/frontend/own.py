@@ -104,9 +104,8 @@ def instructions(features: tuple[str, ...]) -> Instructions:
     """
     unit = choose(features)
     if unit is None:
-        sets = " or ".join("+".join(known.features) for known in reversed(KNOWN))
-        told = " ".join(features) or "none"
-        raise InputError(f"kernel=own needs CPU features that the target does not have: {sets}; it has {told}")
+        least, told = " and ".join(KNOWN[-1].features), " ".join(features) or "none of those it chooses by"
+        raise InputError(f"kernel=own needs CPU features that the target does not have: at least {least}; found {told}")
     return unit
 
 

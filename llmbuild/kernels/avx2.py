@@ -58,15 +58,16 @@ def _pass(w: Writer, dot: Dot, signed: bool, panel: str, rows: list[str], column
 
     def body(k: str, *sums: str) -> list[str]:
         quad = w.at(panel, w.mul(k, PANEL))
-        weights = [w.load(w.at(quad, i * HALF_BYTES), HALF_LINE, HALF_BYTES) for i in range(count)]
-        if signed:
-            weights = [w.op("arith.xori", part, w.lanes(-128, HALF_LINE), kind=HALF_LINE) for part in weights]
-        result = []
-        for r, row in enumerate(rows):
-            four = w.cast("vector.broadcast", w.load(w.at(row, k), I32, 4), I32, HALF)
-            four = w.cast("vector.bitcast", four, HALF, HALF_LINE)
-            result += [dot(w, sums[r * count + i], part, four) for i, part in enumerate(weights)]
-        return result
+        fours = [w.cast("vector.broadcast", w.load(w.at(row, k), I32, 4), I32, HALF) for row in rows]
+        fours = [w.cast("vector.bitcast", four, HALF, HALF_LINE) for four in fours]
+        new = list(sums)
+        for i in range(count):
+            weights = w.load(w.at(quad, i * HALF_BYTES), HALF_LINE, HALF_BYTES)
+            if signed:
+                weights = w.op("arith.xori", weights, w.lanes(-128, HALF_LINE), kind=HALF_LINE)
+            for r, four in enumerate(fours):
+                new[r * count + i] = dot(w, sums[r * count + i], weights, four)
+        return new
 
     flat = w.loop(0, columns, QUAD, body, [(w.lanes(0, HALF), HALF)] * (len(rows) * count))
     return [[_whole(w, *flat[i : i + HALVES]) for i in range(r * count, (r + 1) * count, HALVES)]
