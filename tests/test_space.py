@@ -204,7 +204,8 @@ def test_related_points_come_right_after_point_zero_as_far_as_the_space_has_them
     foreign = {**near, "kernel": "own", "layout": "packed", "weight_format": "int8"}
     found = openers(space, [foreign, near])
     assert found[0] == space.default()
-    assert found[1] == Point.of(near)
+    assert Point.of(near) in found[1:3]
+    assert all(point["kernel"] == "compiler" for point in found)
 
 
 def measured(number: int, point: Point, **medians: float) -> Trial:
