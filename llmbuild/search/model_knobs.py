@@ -60,7 +60,6 @@ KNOBS: tuple[Knob, ...] = (
             Condition("kv_dtype", ("f32", "f16")),
             Condition("layout", ("packed",)),
         ),
-        features=(("own", ("avx512vnni",)),),
     ),
     Knob(
         "work_groups",
