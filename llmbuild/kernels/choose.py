@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmbuild.errors import InputError
-from llmbuild.kernels import avx2, products
+from llmbuild.kernels import avx2, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
 
@@ -21,10 +21,14 @@ KNOWN = (
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
     }),
     Instructions("avxvnni", 8, 1, _PAUSE_X86, {
-        "int8": Kernel((*_AVX2, "avxvnni"), 6, avx2.int8_sums_vnni),
+        "int8": Kernel((*_AVX2, "avxvnni"), 6, short.int8_sums(avx2.AVXVNNI)),
+        "int4": Kernel((*_AVX2, "avxvnni"), 4, short.int4_sums(avx2.AVXVNNI)),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
-        "int8": Kernel(_AVX2, 4, avx2.int8_sums),
+        "int8": Kernel(_AVX2, 4, short.int8_sums(avx2.AVX2)),
+        "int4": Kernel(_AVX2, 4, short.int4_sums(avx2.AVX2)),
+        "f16": Kernel(_AVX2, 6, short.half_sums(avx2.LANES)),
+        "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
     }),
 )  # fmt: skip
 """The fastest first. What is not in the table would abort the compiler: it is refused before."""
