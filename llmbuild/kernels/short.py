@@ -12,7 +12,8 @@ from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
 from llmbuild.kernels.text import F32, I32, Writer
 
 LANES = 16
-BLOCKS = PANEL // LANES
+CODE_REGISTERS = 8
+"""Registers of int4 that one row takes at a time: with more, taking codes apart would leave none for the sums."""
 
 SumsOf = Callable[[Writer, Layout, str, str, list[str]], Sums]
 """The type of `Kernel.sums`."""
@@ -22,8 +23,8 @@ SumsOf = Callable[[Writer, Layout, str, str, list[str]], Sums]
 class Registers:
     """Registers of so many lanes of 32 bits, and what adds products of bytes to them.
 
-    `dot(w, sums, weights, activations)` adds four products to each lane; it takes weights + 128, unsigned, if `shifted`,
-    else signed ones. `dot_codes(w, sums, codes, activations)` does for each of two: codes are 0..15.
+    `dot(w, sums, weights, activations)` adds four products to each lane; it takes weights + 128, unsigned, where
+    `shifted`, else signed ones. `dot_codes(w, sums, codes, activations)` does so for each of two: codes are 0..15.
     """
 
     lanes: int
@@ -109,11 +110,16 @@ def int4_sums(unit: Registers) -> SumsOf:
 
     def sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
         def one_pass(registers: range) -> Sums:
+            parts = [registers[i : i + CODE_REGISTERS] for i in range(0, len(registers), CODE_REGISTERS)]
+
+            def exact_sums(group: str) -> list[str]:
+                return [s for part in parts for s in _group(w, unit, layout, data, rows, part, group)]
+
             if layout.groups == 1:
-                return _by_row(_group(w, unit, layout, data, rows, registers, w.integer(0)), len(registers))
+                return _by_row(exact_sums(w.integer(0)), len(registers))
 
             def body(group: str, *totals: str) -> list[str]:
-                exact = _group(w, unit, layout, data, rows, registers, group)
+                exact = exact_sums(group)
                 at = w.at(scales, w.mul(group, 2 * PANEL))
                 factors = [_scales(w, unit.lanes, w.at(at, 2 * unit.lanes * register)) for register in registers]
                 terms = zip(exact, factors * len(rows), totals, strict=True)
