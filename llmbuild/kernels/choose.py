@@ -13,6 +13,7 @@ _PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
 _PAUSE_ARM = 'llvm.inline_asm has_side_effects "isb", "" : () -> ()'
 _AVX512 = ("avx512f", "avx512bw", "avx512vl")
 _AVX2 = ("avx2", "fma", "f16c")
+_ARM = ("dotprod",)
 
 KNOWN = (
     Instructions("avx512", 16, 2, _PAUSE_X86, {
@@ -32,13 +33,13 @@ KNOWN = (
         "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
     }),
     Instructions("i8mm", 4, 1, _PAUSE_ARM, {
-        "int8": Kernel(("neon", "i8mm"), 4, neon.int8_sums_i8mm),
+        "int8": Kernel(("i8mm",), 4, neon.int8_sums_i8mm),
     }),
     Instructions("dotprod", 4, 1, _PAUSE_ARM, {
-        "int8": Kernel(("neon", "dotprod"), 4, short.int8_sums(neon.DOTPROD)),
-        "int4": Kernel(("neon", "dotprod"), 4, short.int4_sums(neon.DOTPROD)),
-        "f16": Kernel(("neon",), 4, short.half_sums(neon.LANES)),
-        "bf16": Kernel(("neon",), 4, short.half_sums(neon.LANES)),
+        "int8": Kernel(_ARM, 4, short.int8_sums(neon.DOTPROD)),
+        "int4": Kernel(_ARM, 4, short.int4_sums(neon.DOTPROD)),
+        "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
+        "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
     }),
 )  # fmt: skip
 """The fastest first. What is not in the table would abort the compiler: it is refused before."""

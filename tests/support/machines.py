@@ -43,7 +43,7 @@ class Machine:
     def call(self, artifact: Path, inputs: Sequence[Any], outputs: int, driver: str) -> tuple[list[Any], list[Any]]:
         """Return the results of `main` and its inputs after the call; those of an emulated call are not known."""
         if self.emulated:
-            return self._emulate(artifact, inputs, outputs, driver), []
+            return emulate(artifact, inputs, outputs, f"--device={driver}", "--function=main"), []
         import iree.runtime as rt
 
         module, device = rt.load_vm_flatbuffer_file(str(artifact), driver=driver), rt.get_device(driver)
@@ -52,18 +52,20 @@ class Machine:
         made = [made] if outputs == 1 else made
         return [np.asarray(part) for part in made], [part.to_host() for part in taken]
 
-    def _emulate(self, artifact: Path, inputs: Sequence[Any], outputs: int, driver: str) -> list[Any]:
-        folder = artifact.parent
-        command = [*EMULATOR, f"--device={driver}", f"--module={artifact}", "--function=main"]
-        for i, part in enumerate(inputs):
-            np.save(folder / f"in{i}.npy", part)
-            command.append(f"--input=@{folder / f'in{i}.npy'}")
-        names = [folder / f"out{i}.npy" for i in range(outputs)]
-        done = subprocess.run(
-            [*command, *(f"--output=@{name}" for name in names)], capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return [np.load(name) for name in names]
+
+def emulate(artifact: Path, inputs: Sequence[Any], outputs: int, *flags: str) -> list[Any]:
+    """Return the results of a call under the emulator."""
+    folder = artifact.parent
+    command = [*EMULATOR, f"--module={artifact}", *flags]
+    for i, part in enumerate(inputs):
+        np.save(folder / f"in{i}.npy", part)
+        command.append(f"--input=@{folder / f'in{i}.npy'}")
+    names = [folder / f"out{i}.npy" for i in range(outputs)]
+    done = subprocess.run(
+        [*command, *(f"--output=@{name}" for name in names)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return [np.load(name) for name in names]
 
 
 def _aarch64(feature: str, features: str) -> Machine:
