@@ -53,6 +53,22 @@ class Live:
         Raises:
             ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
         """
+        opened = self.open(LOADS)
+        self.readings["load_s"] = statistics.median_of(opened)
+        self.warm(workload, warmup_s)
+        peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
+        if peak is not None:
+            self.readings["peak_memory_bytes"] = statistics.exact(peak)
+        self._check()
+        self._score(quality)
+        self._count()
+
+    def open(self, times: int) -> list[float]:
+        """Open the artifact `times` times and return the seconds of each; the last one stays open.
+
+        Raises:
+            ChildFailed: it does not open.
+        """
         s = self.subject
         opened = self.child.ask(
             "profile",
@@ -62,16 +78,9 @@ class Live:
             abi=s.abi,
             driver=s.driver,
             workers=s.workers,
-            times=LOADS,
+            times=times,
         )
-        self.readings["load_s"] = statistics.median_of(opened["load_s"])
-        self.warm(workload, warmup_s)
-        peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
-        if peak is not None:
-            self.readings["peak_memory_bytes"] = statistics.exact(peak)
-        self._check()
-        self._score(quality)
-        self._count()
+        return list(opened["load_s"])
 
     def warm(self, workload: Workload, seconds: float) -> float:
         """Run until `seconds` have passed, once at least; return the seconds of the last answer."""

@@ -45,6 +45,31 @@ def cpu_ticks(processes: Iterable[int]) -> int:
     return taken
 
 
+@dataclass(frozen=True)
+class Shares:
+    """What share of the CPU time of a span was stolen by the hypervisor, and what share other processes took."""
+
+    stolen: float
+    others: float
+
+
+class Watch:
+    """Watches the machine from its making on, on behalf of the processes that are measured (this one is theirs too)."""
+
+    def __init__(self, processes: Iterable[int]) -> None:
+        self._processes = (*processes, os.getpid())
+        self._before, self._ticks = snapshot(), cpu_ticks(self._processes)
+
+    def shares(self) -> Shares:
+        """Return what was taken from the measured processes since then; nothing where the system does not tell."""
+        after, own = snapshot(), cpu_ticks(self._processes) - self._ticks
+        spent = after.total - self._before.total
+        if spent <= 0:
+            return Shares(0.0, 0.0)
+        others = (after.busy - self._before.busy - own) / spent
+        return Shares((after.stolen - self._before.stolen) / spent, max(0.0, others))
+
+
 def verdict(before: Snapshot, after: Snapshot, own_threads: int, own_ticks: int | None = None) -> str:
     """Return what disturbed the readings taken between two snapshots; empty when nothing did.
 
