@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,7 +7,6 @@ from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
 from llmbuild.profiler import statistics
-from llmbuild.profiler.energy import rapl
 from llmbuild.profiler.heldout import read_text
 from llmbuild.profiler.noise import Snapshot, verdict
 from llmbuild.profiler.worker import log_softmax
@@ -40,37 +37,6 @@ def test_no_samples_and_unpaired_samples_are_refused() -> None:
         statistics.median_of([])
     with pytest.raises(ValueError, match="equal, positive length"):
         statistics.paired_ratio([1.0], [1.0, 2.0])
-
-
-def write_zone(root: Path, name: str, energy: int, limit: int) -> Path:
-    zone = root / name
-    zone.mkdir(parents=True)
-    (zone / "energy_uj").write_text(f"{energy}\n")
-    (zone / "max_energy_range_uj").write_text(f"{limit}\n")
-    return zone
-
-
-def test_energy_is_the_counters_difference_over_all_packages(tmp_path: Path) -> None:
-    zones = [write_zone(tmp_path, f"intel-rapl:{i}", 1_000_000, 10_000_000) for i in range(2)]
-    write_zone(tmp_path, "intel-rapl:0:0", 5, 10)  # a part of a package is not counted twice
-    meter = rapl(tmp_path)
-    before = meter.read()
-    for zone in zones:
-        (zone / "energy_uj").write_text("3000000")
-    assert meter.joules(before, meter.read()) == 4.0
-
-
-def test_a_counter_that_starts_over_is_read_on(tmp_path: Path) -> None:
-    zone = write_zone(tmp_path, "intel-rapl:0", 9_000_000, 10_000_000)
-    meter = rapl(tmp_path)
-    before = meter.read()
-    (zone / "energy_uj").write_text("500000")
-    assert meter.joules(before, meter.read()) == 1.5
-
-
-def test_without_a_counter_energy_is_absent_with_its_reason(tmp_path: Path) -> None:
-    meter = rapl(tmp_path)
-    assert (meter.joules(meter.read(), meter.read()), "no RAPL package" in meter.reason) == (None, True)
 
 
 def test_stolen_time_is_called_noise() -> None:

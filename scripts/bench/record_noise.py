@@ -24,7 +24,7 @@ from typing import Any
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.process import Limits
 from llmbuild.profiler import noise
-from llmbuild.profiler.bench import Live
+from llmbuild.profiler.live import Live
 from llmbuild.profiler.protocol import Subject
 from llmbuild.report.rows import differences
 from llmbuild.runtime import host, reader
@@ -84,10 +84,12 @@ def subject(folder: Path, row: Row) -> Subject:
     )
 
 
-def record(found: list[Entrant], workload: Workload, rounds: int, seconds: float) -> dict[str, Any]:
-    """Return one start: nanoseconds of each metric by entrant, and per round what else the machine did."""
+def record(
+    found: list[Entrant], workload: Workload, rounds: int, seconds: float, visit_s: float, reopen: bool
+) -> dict[str, Any]:
+    """Return one start: nanoseconds of every answer by entrant, metric and round, and what else the machine did."""
     lives = {e.name: Live(e.subject, Limits()) for e in found}
-    taken: dict[str, dict[str, list[int]]] = {e.name: {m: [] for m in METRICS} for e in found}
+    taken: dict[str, dict[str, list[list[int]]]] = {e.name: {m: [] for m in METRICS} for e in found}
     machine: dict[str, list[float]] = {name: [] for name in ("begin_s", "stolen", "others")}
     order, began = random.Random(monotonic()), monotonic()
     try:
@@ -98,9 +100,11 @@ def record(found: list[Entrant], workload: Workload, rounds: int, seconds: float
             watch = noise.Watch([live.child.pid for live in lives.values()])
             machine["begin_s"].append(round(monotonic() - began, 3))
             for name in order.sample(list(lives), len(lives)):
-                answer = lives[name].round(workload)
+                if reopen:
+                    lives[name].open(1)
+                answers = lives[name].answers(workload, visit_s)
                 for metric in METRICS:
-                    taken[name][metric].append(round(answer[metric] * 1e9))
+                    taken[name][metric].append([round(getattr(a, metric) * 1e9) for a in answers])
             disturbed = watch.shares()
             machine["stolen"].append(round(disturbed.stolen, 4))
             machine["others"].append(round(disturbed.others, 4))
@@ -119,6 +123,8 @@ def main() -> int:
     parser.add_argument("--twins", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=230.0, help="begin no round after this")
+    parser.add_argument("--visit", type=float, default=0.12, help="seconds of answers at a time")
+    parser.add_argument("--reopen", action="store_true", help="open the artifact anew before each visit")
     parser.add_argument("--busy", action="store_true", help="keep one core busy with another process")
     parser.add_argument("-o", "--output", type=Path, required=True)
     asked = parser.parse_args()
@@ -130,12 +136,12 @@ def main() -> int:
     known["entrants"] = {e.name: {"variant": e.row["variant"], "choices": differences(e.row)} for e in found}
     other = subprocess.Popen([sys.executable, "-c", SPIN]) if asked.busy else None
     try:
-        start = record(found, workload, asked.rounds, asked.seconds)
+        start = record(found, workload, asked.rounds, asked.seconds, asked.visit, asked.reopen)
     finally:
         if other is not None:
             other.kill()
             other.wait()
-    known["starts"].append({"busy": asked.busy, **start})
+    known["starts"].append({"busy": asked.busy, "reopen": asked.reopen, **start})
     asked.output.write_bytes(gzip.compress(json.dumps(known).encode(), 9, mtime=0))
     print(f"{len(start['rounds']['begin_s'])} rounds of {len(found)} entrants in {asked.output}", file=sys.stderr)
     return 0
