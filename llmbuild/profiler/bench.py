@@ -124,7 +124,7 @@ class Bench:
             live.decode_steps = WHOLE
         live.warm(workload, 0.0)
         entrants = list(dict.fromkeys([*([self._baseline] if self._baseline else []), live]))
-        rounds, end = Rounds(workload, self._order, protocol.visit_s), monotonic() + protocol.seconds
+        rounds, end = Rounds(workload, self._order, protocol), monotonic() + protocol.seconds
         while rounds.done < protocol.rounds or (rounds.done < protocol.most_rounds and monotonic() < end):
             rounds.run(entrants)
         energy = EnergyRounds(workload, self._order)
@@ -136,7 +136,7 @@ class Bench:
         protocol, notes = self.protocol, {"baseline": self._fit_baseline(workload)}
         for live in lives:
             live.warm(workload, 0.0)
-        rounds, end = Rounds(workload, self._order, protocol.visit_s), monotonic() + protocol.race_seconds
+        rounds, end = Rounds(workload, self._order, protocol), monotonic() + protocol.race_seconds
         entrants = list(lives)
         for look in protocol.looks():
             while rounds.done < look and (rounds.done < protocol.rounds or monotonic() < end):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from time import monotonic
@@ -89,6 +90,12 @@ class Live:
         self._check()
         self._score(quality)
         self._count()
+
+    @property
+    def load_s(self) -> float:
+        """Seconds that opening takes, known from `prepare`."""
+        found = self.readings.get("load_s")
+        return math.inf if found is None else found.median
 
     def open(self, times: int) -> list[float]:
         """Open the artifact `times` times and return the seconds of each; the last one stays open.

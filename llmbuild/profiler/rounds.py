@@ -14,6 +14,7 @@ from time import monotonic
 from llmbuild.profiler import noise, statistics
 from llmbuild.profiler.energy import RANK_STEPS
 from llmbuild.profiler.live import Live
+from llmbuild.profiler.protocol import Protocol
 from llmbuild.spec.workload import Workload
 
 Samples = dict[str, list[float]]
@@ -24,8 +25,8 @@ IDLE_STEPS = 10
 class Rounds:
     """The rounds of one workload, with what else the machine did in each."""
 
-    def __init__(self, workload: Workload, order: random.Random, visit_s: float) -> None:
-        self.workload, self.visit_s = workload, visit_s
+    def __init__(self, workload: Workload, order: random.Random, protocol: Protocol) -> None:
+        self.workload, self.protocol = workload, protocol
         self.name = secrets.token_hex(8)
         self.taken: dict[Live, Samples] = {}
         self.gaps_s: dict[Live, list[float]] = defaultdict(list)
@@ -43,7 +44,9 @@ class Rounds:
         """Run one round; entrants are those of the last one, or fewer."""
         watch = noise.Watch([live.child.pid for live in entrants])
         for live in self._order.sample(list(entrants), len(entrants)):
-            metrics, gaps = live.visit(self.workload, self.visit_s)
+            if live.load_s < self.protocol.reopen_s:
+                live.open(1)
+            metrics, gaps = live.visit(self.workload, self.protocol.visit_s)
             samples = self.taken.setdefault(live, defaultdict(list))
             for name, value in metrics.items():
                 samples[name].append(value)
@@ -53,7 +56,7 @@ class Rounds:
 
     def close(self, baseline: Live, visits: int) -> None:
         """Visit the baseline again at the end, where it had left: its samples are held against its first ones."""
-        self._last = [baseline.visit(self.workload, self.visit_s)[0]["e2e_s"] for _ in range(visits)]
+        self._last = [baseline.visit(self.workload, self.protocol.visit_s)[0]["e2e_s"] for _ in range(visits)]
 
     def samples(self, live: Live, least: int) -> Samples:
         """Return a subject's samples, disturbed rounds left out where at least `least` others of it remain."""
