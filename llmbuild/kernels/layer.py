@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
 from llmbuild.kernels import products
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
 from llmbuild.kernels.phases import Phases, counter_bytes
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
@@ -102,9 +103,10 @@ def cache_names(layers: int) -> list[str]:
 class LayerWriter:
     """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, shape: DecoderShape, layers: int) -> None:
+    def __init__(self, shape: DecoderShape, layers: int, unit: Instructions) -> None:
         self.shape = shape
         self.layers = layers
+        self.unit = unit
         self.w = w = Writer()
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
         self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
@@ -116,7 +118,7 @@ class LayerWriter:
             offset = w.add(offset, w.mul(self.rows, size))
         self.parts: dict[str, str] = {}
         self.keys = self.values = ""
-        self.phases = Phases(w, self.p["counters"], self.number, shape.workers)
+        self.phases = Phases(w, self.p["counters"], self.number, shape.workers, unit.pause)
 
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
@@ -142,7 +144,7 @@ class LayerWriter:
 
         def body(layer: str) -> list[str]:
             counters = w.at(first, w.mul(layer, counter_bytes(PHASES, self.shape.workers)))
-            self.phases = Phases(w, counters, self.number, self.shape.workers)
+            self.phases = Phases(w, counters, self.number, self.shape.workers, self.unit.pause)
             buffer = w.at(self.p["weights"], w.mul(layer, buffer_bytes(self.shape)))
             self.parts = {name: w.at(buffer, part.offset) for name, part in sections(self.shape).items()}
             self.keys, self.values = (w.load(w.at(table, w.mul(layer, 16), 8 * i), PTR, 8) for i in range(2))
@@ -218,7 +220,9 @@ class LayerWriter:
         panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
         self.phases.run(
             up_to(outputs, PANEL) // PANEL,
-            lambda panel: products.multiply_panel(self.w, panels, panel, self.s["prepared"], self.rows, finish),
+            lambda panel: products.multiply_panel(
+                self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish
+            ),
         )
 
     def plain(self, target: str, stride: int) -> products.Epilogue:
@@ -295,7 +299,7 @@ class LayerWriter:
             query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
             out = w.at(self.s["attended"], w.mul(row, up_to(4 * shape.attended, LINE)), at)
             visible = w.add(self.start, row, 1)
-            k.attend(w, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
+            k.attend(w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
 
         self.phases.run(w.mul(self.rows, shape.heads), unit)
 
@@ -305,7 +309,7 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
     return counter_bytes(1 + layers * PHASES, shape.workers)
 
 
-def layers(name: str, shape: DecoderShape, count: int) -> str:
+def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
     The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
@@ -322,7 +326,7 @@ def layers(name: str, shape: DecoderShape, count: int) -> str:
         + [cache] * len(names)
         + ["index"]
     )
-    body = LayerWriter(shape, count).text()
+    body = LayerWriter(shape, count, unit).text()
     return f"""{executable(name, BEFORE + names + AFTER, body, shape.workers)}
 util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: tensor<1xi64>, %weights: {weights},
     {taken}) -> {wide} {{

@@ -25,12 +25,15 @@ def counter_bytes(phases: int, workers: int) -> int:
 class Phases:
     """Writes phases, one after the other, into a function."""
 
-    def __init__(self, writer: Writer, counters: str, worker: str, workers: int) -> None:
-        """Take a pointer to zeroed counters, the work-group's number (i64) and how many there are."""
+    def __init__(self, writer: Writer, counters: str, worker: str, workers: int, pause: str) -> None:
+        """Take a pointer to zeroed counters, the work-group's number (i64), how many there are, and the operation that
+        waits a moment.
+        """
         self._w = writer
         self._counters = counters
         self._worker = worker
         self._workers = workers
+        self._pause = pause
         self._phase = 0
 
     def run(self, units: int | str, unit: Callable[[str], None]) -> None:
@@ -74,5 +77,5 @@ class Phases:
         seen = w.let(f'"llvm.load"({base}) <{{alignment = 4 : i64, ordering = 4 : i64}}> : ({PTR}) -> {I32}')
         w.line(f"scf.condition({w.let(f'arith.cmpi slt, {seen}, {goal} : {I32}')})")
         w.line("} do {")
-        w.line('llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()')
+        w.line(self._pause)
         w.line("scf.yield\n}")
