@@ -15,17 +15,17 @@ from llmbuild.process import Limits
 from llmbuild.profiler import estimate, statistics
 from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.energy import RANK_STEPS, SCREEN_STEPS
-from llmbuild.profiler.live import WHOLE, Live
+from llmbuild.profiler.live import WHOLE, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
 from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
 from llmbuild.spec.program import abi_from
+from llmbuild.spec.slo import ENERGY
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
-ENERGY = "energy_j_per_token"
 OPERATORS = 12
 """Kinds of dispatches that are kept with a measurement, the costliest first."""
 LAST_VISITS = 3
@@ -53,6 +53,7 @@ class Bench:
             estimate.find()
         self._order = random.Random(0)
         self._baseline: Live | None = None
+        self._prepared: dict[str, Prepared] = {}
 
     @property
     def has_baseline(self) -> bool:
@@ -64,6 +65,7 @@ class Bench:
         live = Live(subject, self.limits)
         try:
             live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            self._prepared[subject.variant] = live.prepared
             if baseline:
                 self.close()
                 self._baseline = live
@@ -84,7 +86,7 @@ class Bench:
         lives = [*([self._baseline] if self._baseline else []), *fresh]
         try:
             for live in fresh:
-                live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+                self._enter(live)
             by_workload = [self._race(lives, w, contenders) for w in self.workloads]
         except ChildFailed:
             return []  # what was measured before stands; a survivor that dies now was measured whole already
@@ -92,6 +94,13 @@ class Bench:
             for live in fresh:
                 live.child.close()
         return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
+
+    def _enter(self, live: Live) -> None:
+        known = self._prepared.get(live.subject.variant)
+        if known is not None:
+            live.resume(known, self.workloads[0], self.protocol.warmup_s)
+        else:
+            live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
 
     def _is_baseline(self, subject: Subject) -> bool:
         return self._baseline is not None and subject.variant == self._baseline.subject.variant
@@ -181,7 +190,7 @@ class Bench:
         timed = {name: statistics.median_of(values) for name, values in taken.items()}
         gaps = statistics.percentile_of(rounds.gaps_s[live], 0.99)
         tail = {} if gaps is None else {"itl_p99_s": gaps}
-        absent = {} if ENERGY in timed else {"energy": energy.lost.get(live) or live.meter().reason}
+        absent = self._without_energy(live, energy)
         if self.roofline is None:
             absent["limits"] = "absent: the machine was busy or its limits could not be measured"
         bare = self._bare(live, rounds, {**live.readings, **timed, **tail, **self._fractions(live, rounds, timed)})
@@ -194,6 +203,14 @@ class Bench:
             energy=dict(energy.facts.get(live, {})) if ENERGY in timed else None,
             operators=live.operators[:OPERATORS],
         )
+
+    @staticmethod
+    def _without_energy(live: Live, energy: EnergyRounds) -> dict[str, str]:
+        """Return the note that stands in for joules, or beside those that are only estimated."""
+        facts = energy.facts.get(live, {})
+        if "model" in facts:
+            return {"energy": str(facts["model"])}
+        return {} if energy.samples(live) else {"energy": energy.lost.get(live) or live.meter().reason}
 
     def _samples(self, live: Live, rounds: Rounds, energy: EnergyRounds) -> Samples:
         taken, joules = rounds.samples(live, self.protocol.rounds), energy.samples(live)

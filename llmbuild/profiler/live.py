@@ -62,6 +62,15 @@ def _taken(told: dict[str, Any]) -> WindowTaken:
     return WindowTaken(joules, seconds, tokens, "", told)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a subject before its first round, and holds for every process that opens it."""
+
+    readings: dict[str, Reading]
+    notes: dict[str, str]
+    operators: tuple[Operator, ...]
+
+
 class Live:
     """A subject in a running worker."""
 
@@ -90,6 +99,21 @@ class Live:
         self._check()
         self._score(quality)
         self._count()
+
+    @property
+    def prepared(self) -> Prepared:
+        """What `prepare` found."""
+        return Prepared(dict(self.readings), dict(self.notes), self.operators)
+
+    def resume(self, known: Prepared, workload: Workload, warmup_s: float) -> None:
+        """Open and warm up what was prepared in another process before: its bytes are checked and scored already.
+
+        Raises:
+            ChildFailed: the artifact does not open or run any more.
+        """
+        self.readings, self.notes, self.operators = dict(known.readings), dict(known.notes), known.operators
+        self.open(1)
+        self.warm(workload, warmup_s)
 
     @property
     def load_s(self) -> float:

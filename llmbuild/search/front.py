@@ -12,13 +12,11 @@ from typing import Literal
 from llmbuild.search import pairs
 from llmbuild.search.pairs import TIE
 from llmbuild.spec.measurement import ESTIMATES, Measurement, Reading
-from llmbuild.spec.slo import METRICS, Bound
+from llmbuild.spec.slo import ENERGY, METRICS, Bound
 from llmbuild.spec.trial import Standing, Trial
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
 """Absolute differences that held-out text of some hundred tokens cannot tell apart."""
-
-ENERGY = "energy_j_per_token"
 
 Comparison = Literal["better", "worse", "tied", "undecided"]
 
