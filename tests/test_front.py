@@ -108,13 +108,21 @@ def test_a_tie_in_time_is_decided_by_the_other_objective() -> None:
 
 
 def test_only_those_on_whom_the_front_depends_race_on() -> None:
-    noisy = [1.0 + 0.4 * ((i * 7) % 5) for i in range(24)]
+    noisy = [t * (0.7, 1.0, 1.4)[i % 3] for i, t in enumerate(drifting(3.0))]
     clear, behind = raced("clear", drifting(1.0), drifting(1.0)), raced("behind", drifting(2.0), drifting(2.0))
-    open_, rival = raced("open", drifting(0.5), drifting(3.0)), raced("rival", drifting(0.5), noisy)
-    trials = [clear, behind, open_, rival]
-    left = contenders(trials, [t.measurements[0] for t in trials], TIMES)
-    assert "behind" not in left - {"rival", "open"}
-    assert {"open", "rival"} <= left
+    one, rival = raced("one", drifting(0.5), drifting(3.0)), raced("rival", drifting(0.4), noisy)
+    trials = [clear, behind, one, rival]
+    assert contenders(trials, [t.measurements[0] for t in trials], TIMES) == {"one", "rival"}
+
+
+def test_an_undecided_pair_that_cannot_change_the_front_races_only_when_no_other_does() -> None:
+    noisy = [t * (0.7, 1.0, 1.4)[i % 3] for i, t in enumerate(drifting(1.0))]
+    memory = {"a": (drifting(1.0), drifting(1.2)), "b": (drifting(1.2), drifting(1.0))}
+    trials = [raced(name, *times) for name, times in memory.items()]
+    measured = [replace(t.measurements[0], readings={**t.measurements[0].readings}) for t in trials]
+    for found, taken in zip(measured, (noisy, drifting(1.0)), strict=True):
+        found.readings["e2e_s"] = Reading(1.0, 0.5, 2.0, tuple(taken))
+    assert contenders(trials, measured, (*TIMES, "e2e_s")) == {"a", "b"}
 
 
 def test_nobody_races_on_once_everything_is_decided() -> None:
