@@ -195,10 +195,11 @@ class Bench:
             absent["limits"] = "absent: the machine was busy or its limits could not be measured"
         bare = self._bare(live, rounds, {**live.readings, **timed, **tail, **self._fractions(live, rounds, timed)})
         source = live.meter().source
+        noisy = ", ".join(t for t in (notes["noise"], energy.noisy(live)) if t)
         return replace(
             bare,
             ratios=self._ratios(live, taken, rounds, energy),
-            notes={**live.notes, **{k: v for k, v in notes.items() if v}, **absent},
+            notes={**live.notes, **{k: v for k, v in {**notes, "noise": noisy}.items() if v}, **absent},
             energy_source=source if ENERGY in timed else None,
             energy=dict(energy.facts.get(live, {})) if ENERGY in timed else None,
             operators=live.operators[:OPERATORS],

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from time import monotonic
 
 from llmbuild.profiler import noise, statistics
-from llmbuild.profiler.energy import RANK_STEPS
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.spec.workload import Workload
@@ -20,6 +19,7 @@ from llmbuild.spec.workload import Workload
 Samples = dict[str, list[float]]
 
 IDLE_STEPS = 10
+"""Updates of the meter that the window of idle power spans: it is shown, and ranks nothing."""
 
 
 class Rounds:
@@ -98,7 +98,7 @@ class EnergyRounds:
                 self._window(live, steps)
 
     def _idle(self, live: Live) -> None:
-        found = live.idle(min(IDLE_STEPS, RANK_STEPS))
+        found = live.idle(IDLE_STEPS)
         facts = dict(live.meter().facts)
         if found.joules is not None and found.seconds:
             facts["idle_w"] = found.joules / found.seconds
@@ -115,6 +115,11 @@ class EnergyRounds:
         self.taken.setdefault(live, []).append(found.joules / found.tokens)
         facts = self.facts[live]
         facts |= {"windows": len(self.taken[live]), "window_s": found.seconds, **found.conditions}
+
+    def noisy(self, live: Live) -> str:
+        """Return what held the metered device back; empty when nothing did."""
+        held = self.facts.get(live, {}).get("throttled")
+        return f"the device was held back: {held}" if held else ""
 
     def samples(self, live: Live) -> list[float]:
         """Return joules per output token, window by window."""

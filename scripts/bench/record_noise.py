@@ -123,8 +123,8 @@ def main() -> int:
     parser.add_argument("--twins", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--seconds", type=float, default=230.0, help="begin no round after this")
-    parser.add_argument("--visit", type=float, default=0.12, help="seconds of answers at a time")
-    parser.add_argument("--reopen", action="store_true", help="open the artifact anew before each visit")
+    parser.add_argument("--visit", type=float, default=0.05, help="seconds of answers at a time")
+    parser.add_argument("--keep-open", action="store_true", help="open each artifact once, not anew for each visit")
     parser.add_argument("--busy", action="store_true", help="keep one core busy with another process")
     parser.add_argument("-o", "--output", type=Path, required=True)
     asked = parser.parse_args()
@@ -136,12 +136,12 @@ def main() -> int:
     known["entrants"] = {e.name: {"variant": e.row["variant"], "choices": differences(e.row)} for e in found}
     other = subprocess.Popen([sys.executable, "-c", SPIN]) if asked.busy else None
     try:
-        start = record(found, workload, asked.rounds, asked.seconds, asked.visit, asked.reopen)
+        start = record(found, workload, asked.rounds, asked.seconds, asked.visit, not asked.keep_open)
     finally:
         if other is not None:
             other.kill()
             other.wait()
-    known["starts"].append({"busy": asked.busy, "reopen": asked.reopen, **start})
+    known["starts"].append({"busy": asked.busy, "reopen": not asked.keep_open, **start})
     asked.output.write_bytes(gzip.compress(json.dumps(known).encode(), 9, mtime=0))
     print(f"{len(start['rounds']['begin_s'])} rounds of {len(found)} entrants in {asked.output}", file=sys.stderr)
     return 0
