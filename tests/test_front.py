@@ -76,7 +76,7 @@ def raced(name: str, tpot: list[float], ttft: list[float], memory: float = 1.0, 
     """A variant of one race, with the samples of each round."""
     middle = {"tpot_s": sorted(tpot)[len(tpot) // 2], "ttft_s": sorted(ttft)[len(ttft) // 2]}
     taken = {"tpot_s": tuple(tpot), "ttft_s": tuple(ttft)}
-    found = {n: Reading(m, 0.5 * m, 2 * m, taken[n]) for n, m in middle.items()}
+    found = {n: Reading(m, m, m, taken[n]) for n, m in middle.items()}
     measured = Measurement(name, name, "a", WORKLOAD, "m", found, {}, {}, session="one", **more)
     measured.readings["peak_memory_bytes"] = exact(memory)
     return Trial("s", 0, Point(()), name, False, "p", "a", 1000, 1000, (measured,), None, 0.0)

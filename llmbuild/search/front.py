@@ -145,12 +145,12 @@ def compare(a: Entrant, b: Entrant, metric: str) -> Comparison:
     Entrants of one session are compared round by round; others by their intervals, which must be a tie apart.
     """
     mine, theirs = a.readings[metric], b.readings[metric]
-    if noiseless(mine) and noiseless(theirs):
+    if a.session is not None and a.session == b.session and a.samples.get(metric) and b.samples.get(metric):
+        found = pairs.order(a.samples[metric], b.samples[metric])
+    elif noiseless(mine) and noiseless(theirs):
         if tied(mine, theirs, metric):
             return "tied"
-        found: pairs.Order = "less" if mine.median < theirs.median else "greater"
-    elif a.session is not None and a.session == b.session and a.samples.get(metric) and b.samples.get(metric):
-        found = pairs.order(a.samples[metric], b.samples[metric])
+        found = "less" if mine.median < theirs.median else "greater"
     elif min(mine.low, theirs.low) <= 0:
         found = "undecided"
     else:
