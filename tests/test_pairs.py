@@ -58,6 +58,10 @@ def test_fewer_rounds_than_the_least_decide_nothing() -> None:
     assert order([1.0] * (LEAST - 1), [9.0] * (LEAST - 1)) == "undecided"
 
 
+def test_what_is_nothing_in_every_round_is_tied_and_has_no_ratio_to_anything_else() -> None:
+    assert [order([0.0] * 12, [0.0] * 12), order([0.0] * 12, [1.0] * 12)] == ["tied", "undecided"]
+
+
 def test_rounds_that_only_one_of_them_ran_are_left_out() -> None:
     assert order([1.0] * 12 + [99.0] * 30, [1.0] * 12) == "tied"
 

@@ -37,10 +37,12 @@ _STUDENT = (7.841, 6.352, 5.563, 5.082, 4.759, 4.529, 4.357)
 
 def order(mine: Sequence[float], theirs: Sequence[float]) -> Order:
     """Return where `mine` stands to `theirs`, round by round; what one ran longer than the other is left out."""
-    logs = [math.log(a / b) for a, b in zip(mine, theirs, strict=False)]
-    if len(logs) < LEAST:
+    rounds = list(zip(mine, theirs, strict=False))
+    if len(rounds) < LEAST:
         return "undecided"
-    return place(*interval(logs))
+    if any(a <= 0 or b <= 0 for a, b in rounds):  # as the time per later token of a single one
+        return "tied" if all(a == b for a, b in rounds) else "undecided"
+    return place(*interval([math.log(a / b) for a, b in rounds]))
 
 
 def place(low: float, high: float) -> Order:
