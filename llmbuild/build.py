@@ -17,7 +17,7 @@ from llmbuild import digest
 from llmbuild.catalog.writer import Owner
 from llmbuild.process import stop_all
 from llmbuild.profiler.protocol import Subject
-from llmbuild.search.front import standings, value_of
+from llmbuild.search.front import contenders, standings, value_of
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
@@ -247,12 +247,15 @@ class Build:
                 return
             if not bench.has_baseline:
                 self._open_baseline(bench)
-            for measured in bench.race(subjects):
+            for measured in bench.race(subjects, self._contenders):
                 for measurement in measured:
                     self.catalog.update_measurement(self.job.scope, measurement)
         self.known = known_trials(self.steps)
         self._stand()
         self.tell(Event("front", "kept", len(self.known), self.budget.trials, monotonic() - begin))
+
+    def _contenders(self, measured: Sequence[Measurement]) -> set[str]:
+        return contenders(self.known, measured, self.job.recipe.objectives)
 
     def _stand(self) -> list[Standing]:
         found = stand(self.job, self.known)

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llmbuild.errors import CatalogError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 3
 FILE = "catalog.sqlite"
 BUSY_SECONDS = 60
 MIGRATIONS = Path(__file__).parent / "migrations"

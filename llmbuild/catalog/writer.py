@@ -30,6 +30,7 @@ from llmbuild.spec.variant import Artifact, Failure, Toolchain
 _MEDIANS = (
     "ttft_s",
     "tpot_s",
+    "itl_p99_s",
     "e2e_s",
     "output_tokens_per_s",
     "energy_j_per_token",
@@ -370,6 +371,8 @@ def _measurement_upsert(scope: str, m: Measurement) -> Any:
         "protocol": m.protocol,
         **{name: readings.get(name) for name in _MEDIANS},
         "energy_source": m.energy_source,
+        "energy": m.energy,
+        "session": m.session,
         "operators": plain(m.operators),
         "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
         "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},

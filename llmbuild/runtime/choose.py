@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild.spec.pick import Candidate, Pick
-from llmbuild.spec.slo import METRICS, Slo
+from llmbuild.spec.slo import METRICS, Slo, absence, measured
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def choose(rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo) -> Pick:
         if not why:
             usable.append(row)
             why = "; ".join(slo.misses(row))
-            if not why and row.get(slo.objective) is None:
-                why = f"{slo.objective} is absent"
+            if not why and measured(row, slo.objective) is None:
+                why = f"{slo.objective} is {absence(row, slo.objective)}"
         candidates.append(Candidate(row, not why, why))
     accepted = [c.row for c in candidates if c.accepted]
     chosen = min(accepted, key=lambda r: _rank(r, slo), default=None)

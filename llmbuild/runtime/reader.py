@@ -12,11 +12,22 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 
-SCHEMA_VERSIONS = (1,)
+SCHEMA_VERSIONS = (1, 2, 3)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
-_JSON = ("point", "target_body", "abi", "ratios", "intervals", "notes", "samples", "workload_body", "operators")
+_JSON = (
+    "point",
+    "target_body",
+    "abi",
+    "ratios",
+    "intervals",
+    "notes",
+    "samples",
+    "workload_body",
+    "operators",
+    "energy",
+)
 
 
 def default_location() -> str:
