@@ -319,11 +319,12 @@ def stale_reason(build: Build) -> str:
     state, known = build.state, build.known
     if state["ended"] == "never built":
         return "never built"
-    missing = [t for t in known if t.artifact and not build.catalog.blobs.has(t.artifact)]
+    gone = build.catalog.lost()
+    missing = [t for t in known if t.variant in gone]
     if missing:
         for trial in missing:
             build.known.remove(trial)
-        return f"{len(missing)} artifacts are missing"
+        return f"{len(missing)} artifacts are missing or damaged"
     spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
     if len(known) < build.budget.trials and not spent_up:
         return f"{build.budget.trials - len(known)} of {build.budget.trials} trials to go"

@@ -13,7 +13,7 @@ from typing import Any
 import llmbuild
 from llmbuild import digest, toolchain
 from llmbuild.build import Build, Outcome, describe
-from llmbuild.catalog.schema import FILE
+from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.errors import InputError, LlmbuildError
@@ -124,7 +124,7 @@ def build(job: Job, options: Options) -> Built:
     _runnable(job)
     budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
     if options["dry_run"]:
-        catalog = Catalog(folder) if (folder / FILE).is_file() else None
+        catalog = Catalog(folder) if exists(folder) else None
         planned = [p.row() for p in plan(job, catalog, budget, options["seed"])]
         return Built([], True, "", planned)
     catalog = Catalog(folder)
@@ -182,7 +182,7 @@ def compile_only(job: Job, options: Options) -> list[dict[str, Any]]:
     budget = budget_of(job.recipe, options)
     folder = Path(options["catalog"])
     if options["dry_run"]:
-        catalog = Catalog(folder) if (folder / FILE).is_file() else None
+        catalog = Catalog(folder) if exists(folder) else None
         return [p.row() for p in plan(job, catalog, budget, options["seed"]) if p.step in ("import", "compile")]
     catalog = Catalog(folder)
     try:
