@@ -20,6 +20,7 @@ from llmbuild.compiler.flags import compile_flags
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
+from llmbuild.kernels.choose import FEATURES
 from llmbuild.process import Limits, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
@@ -43,9 +44,6 @@ if TYPE_CHECKING:
 
 ROOFLINE_S = 3.0
 """Seconds spent on measuring a machine's limits, once."""
-
-KERNEL_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512vnni", "avx512bf16", "dotprod", "i8mm")
-"""CPU features that our own kernels choose by; an import without them does not depend on the target."""
 
 TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
 """Allowed error of logits against PyTorch on the same weights, over their root mean square."""
@@ -172,7 +170,7 @@ class Steps:
         """Return everything that goes into the import of a point, by name."""
         job = self.job
         choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
-        features = [f for f in KERNEL_FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
+        features = [f for f in FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
         return {
             "model": job.model.digest,
             "context": job.recipe.context,

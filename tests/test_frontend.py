@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +14,7 @@ import pytest
 
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.reference import reference_greedy, reference_logits
-from llmbuild.kernels.layouts import required_features
+from llmbuild.kernels.choose import KNOWN
 from llmbuild.spec.program import ImportJob
 from tests.support import tiny
 from tests.support.artifact import Loaded, compile_file, relative_error
@@ -21,6 +24,7 @@ PROMPT = [7, 300, 12, 99, 5, 41]
 OWN = {"weight_format": "int8", "layout": "packed", "kernel": "own"}
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+FEATURES = KNOWN[0].kernels["int8"].features
 needs_vnni = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
 
 
@@ -50,7 +54,7 @@ def build(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         key = tuple(sorted(choices.items()))
         if key not in done:
             folder = tmp_path_factory.mktemp("import")
-            import_model(ImportJob(str(model), CONTEXT, choices=key, features=required_features("int8")), folder)
+            import_model(ImportJob(str(model), CONTEXT, choices=key, features=FEATURES), folder)
             done[key] = Built(folder)
         return done[key]
 
@@ -173,7 +177,7 @@ def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form
     }
     folder = tiny.write(tmp_path / "model", **shape, vocab_size=333, attention_bias=True, tie_word_embeddings=False)
     choices = tuple({**OWN, "weight_format": form}.items())
-    job = ImportJob(str(folder), CONTEXT, choices=choices, features=required_features(form))
+    job = ImportJob(str(folder), CONTEXT, choices=choices, features=FEATURES)
     import_model(job, tmp_path / "a")
     with np.load(tmp_path / "a" / "check.npz") as check:
         actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
@@ -185,3 +189,20 @@ def test_random_init_depends_on_the_seed_alone(model: Path) -> None:
     one, same, other = (reference_logits(str(model), True, seed, window) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
+
+
+@pytest.mark.skipif("avx2" not in HOST, reason="this CPU has no AVX2")
+def test_own_kernels_run_without_avx512(model: Path, tmp_path: Path) -> None:
+    features = ("avx2", "fma", "f16c")
+    result = import_model(ImportJob(str(model), CONTEXT, choices=tuple(OWN.items()), features=features), tmp_path)
+    assert result.program.abi.required_features == features
+    flags = ["--iree-opt-level=O2", f"--iree-hal-dump-executable-binaries-to={tmp_path / 'code'}"]
+    compile_file(tmp_path / "module.mlirbc", tmp_path / "O2.vmfb", *flags, cpu="x86-64-v3")
+    with np.load(tmp_path / "check.npz") as check:
+        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
+    if objdump := shutil.which("objdump"):
+        (code,) = (tmp_path / "code").glob("*.so")
+        listed = subprocess.run([objdump, "-d", str(code)], capture_output=True, text=True, check=True).stdout
+        assert "vpmaddubsw" in listed
+        assert re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|[23]\d)|vpdpbusd", listed) is None

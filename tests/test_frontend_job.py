@@ -18,7 +18,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.importer import import_programs
 from llmbuild.frontend.program import describe, export, import_model, settle
-from llmbuild.kernels.layouts import required_features
+from llmbuild.kernels.choose import KNOWN
 from llmbuild.spec.program import ImportJob
 from tests.support import tiny
 
@@ -49,7 +49,7 @@ def test_same_job_gives_the_same_bytes_in_every_process(model: Path, tmp_path: P
         (tmp_path / seed).mkdir()
         code, result = run_job(
             tmp_path / seed, seed, verb="import", model=str(model), context=32, seed=3,
-            features=required_features("int8"),
+            features=KNOWN[0].kernels["int8"].features,
             choices={"weight_format": "int8", "layout": "packed", "kernel": "own"},
         )  # fmt: skip
         assert code == 0
@@ -148,11 +148,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         ),
         (
             {"choices": (("kernel", "own"), ("weight_format", "f16"), ("layout", "packed")), "features": ("avx2",)},
-            "needs CPU features that the target does not have: avx512f, avx512bw, avx512vl",
+            "needs CPU features that the target does not have, avx512f avx512bw avx512vl for f16; found avx2",
         ),
         (
-            {"choices": (("kernel", "own"), ("weight_format", "int8"), ("layout", "packed")), "features": ("avx2",)},
-            "needs CPU features that the target does not have: avx512f",
+            {"choices": (("kernel", "own"), ("weight_format", "int8"), ("layout", "packed")), "features": ("sse4.2",)},
+            "or avx2 fma f16c for int8; found none of these",
         ),
     ],
 )

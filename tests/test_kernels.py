@@ -1,4 +1,4 @@
-"""Our AVX-512 kernels, compiled and held against NumPy over sizes at the edges and extreme values."""
+"""Our kernels for each instruction set, compiled and held against NumPy over sizes at the edges and extreme values."""
 
 from __future__ import annotations
 
@@ -8,16 +8,41 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.head import HeadShape, head
-from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.layer import MAX_LAYERS, bind, executable, layers
+from llmbuild.kernels.layouts import LINE, Layout, family
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
+from llmbuild.kernels.text import VF, Writer
 from llmbuild.transform import reference
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import Matrix, encode, pack, unpack
+from llmbuild.transform.quantized import Quantized, code_range
 from tests.support.artifact import compile_file, relative_error
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-pytestmark = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
+TARGETS = {
+    "avx512": ("avx512_vnni", "x86-64-v4", "--iree-llvmcpu-target-cpu-features=+avx512vnni"),
+    "avxvnni": ("avx_vnni", "x86-64-v3", "--iree-llvmcpu-target-cpu-features=+avxvnni"),
+    "avx2": ("avx2", "x86-64-v3"),
+}
+"""For each instruction set Linux's name of what it needs, and the least CPU that has it."""
+
+
+def on_every_unit(argument: str, cases: dict[str, str], indirect: bool = False) -> pytest.MarkDecorator:
+    """Give a test (instruction set, name of the case) for each case, name and format, that there is a kernel for."""
+    pairs = [(unit, name) for unit in KNOWN for name, form in cases.items() if family(form) in unit.kernels]
+    marks = {u.name: pytest.mark.skipif(TARGETS[u.name][0] not in HOST, reason=f"no {u.name} here") for u in KNOWN}
+    params = [pytest.param(p, id=f"{p[0].name}-{p[1].replace(' ', '-')}", marks=marks[p[0].name]) for p in pairs]
+    return pytest.mark.parametrize(argument, params, indirect=indirect)
+
+
+def compiled_for(unit: Instructions, source: Path) -> Path:
+    """Compile for the least CPU that has the instructions."""
+    _, cpu, *flags = TARGETS[unit.name]
+    return compile_file(source, source.with_suffix(".vmfb"), "--iree-opt-level=O2", *flags, cpu=cpu)
+
 
 SHAPES = {
     "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, False, 2),
@@ -54,13 +79,13 @@ def draw(shape: DecoderShape, rng: np.random.Generator) -> dict[str, Any]:
 class Layers:
     """Two compiled layers with random weights."""
 
-    def __init__(self, shape: DecoderShape, folder: Path) -> None:
+    def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
         self.shape = shape
         rng = np.random.default_rng(1)
         self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
-        text = layers("layers", shape, COUNT) + self._main()
+        text = layers("layers", shape, COUNT, unit) + self._main()
         (folder / "layers.mlir").write_text(text)
-        self.artifact = compile_file(folder / "layers.mlir", folder / "layers.vmfb", "--iree-opt-level=O2")
+        self.artifact = compiled_for(unit, folder / "layers.mlir")
 
     def _main(self) -> str:
         s = self.shape
@@ -95,11 +120,16 @@ util.return %r : {wide}
         return x, after
 
 
-@pytest.fixture(scope="module", params=SHAPES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
-    return Layers(SHAPES[request.param], tmp_path_factory.mktemp("layers"))
+    unit, name = request.param
+    return Layers(SHAPES[name], unit, tmp_path_factory.mktemp("layers"))
 
 
+on_every_shape = on_every_unit("compiled", {name: shape.weights for name, shape in SHAPES.items()}, indirect=True)
+
+
+@on_every_shape
 @pytest.mark.parametrize(("rows", "start"), [(1, 0), (1, 15), (5, 3), (6, 0), (16, 0)])
 @pytest.mark.parametrize("driver", ["local-sync", "local-task"])
 def test_layers_agree_with_numpy(compiled: Layers, rows: int, start: int, driver: str) -> None:
@@ -119,6 +149,7 @@ def test_layers_agree_with_numpy(compiled: Layers, rows: int, start: int, driver
         assert relative_error(ours, theirs) < tolerance
 
 
+@on_every_shape
 @pytest.mark.parametrize("size", [0.0, 1e-12, 1e12])
 def test_layers_take_extreme_values(compiled: Layers, size: float) -> None:
     shape = compiled.shape
@@ -134,16 +165,25 @@ def test_layers_take_extreme_values(compiled: Layers, size: float) -> None:
 
 
 def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
-    assert layers("many", SHAPES["smallest"], MAX_LAYERS).count("stream.binding.subspan") <= 32
+    assert layers("many", SHAPES["smallest"], MAX_LAYERS, KNOWN[0]).count("stream.binding.subspan") <= 32
 
 
-@pytest.mark.parametrize(
-    ("vocabulary", "form"),
-    [(64, "int8"), (100, "int8"), (333, "int8"), (100, "int4_g32"), (333, "int4_g128"), (100, "f16"), (333, "bf16")],
-)
-def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, vocabulary: int, form: str) -> None:
+HEADS = {
+    "whole panel": (64, "int8"),
+    "part of a panel": (100, "int8"),
+    "panels and a part": (333, "int8"),
+    "int4 in one group": (100, "int4_g64"),
+    "int4 in groups": (333, "int4_g32"),
+    "f16": (100, "f16"),
+    "bf16": (333, "bf16"),
+}
+
+
+@on_every_unit("case", {name: form for name, (_, form) in HEADS.items()})
+def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, case: tuple[Instructions, str]) -> None:
     import iree.runtime as rt
 
+    unit, (vocabulary, form) = case[0], HEADS[case[1]]
     shape, rng = HeadShape(48, vocabulary, 1e-5, 2, form), np.random.default_rng(vocabulary)
     dense = -np.abs(rng.standard_normal((vocabulary, 48))).astype(np.float32)
     dense[vocabulary // 2] = dense[vocabulary - 1] = dense[3] = -1e-3
@@ -161,8 +201,8 @@ util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) 
     : ({", ".join(kinds[:2] + cast)}) -> ({logits_kind}, tensor<1xi64>)
 util.return %r#0, %r#1 : {logits_kind}, tensor<1xi64>
 }}"""
-    (tmp_path / "head.mlir").write_text(head("head", shape) + main)
-    artifact = compile_file(tmp_path / "head.mlir", tmp_path / "head.vmfb", "--iree-opt-level=O2")
+    (tmp_path / "head.mlir").write_text(head("head", shape, unit) + main)
+    artifact = compiled_for(unit, tmp_path / "head.mlir")
     x, norm = np.abs(rng.standard_normal((1, 48))).astype(np.float32), np.ones(48, np.float32)
     module = rt.load_vm_flatbuffer_file(str(artifact), driver="local-task")
     logits, token = (np.asarray(part) for part in module.main(x, norm, data.view(np.int8), scales.view(np.int8)))
@@ -179,3 +219,53 @@ def _as(held: str, name: str, wanted: str) -> str:
         if held != wanted
         else f"util.optimization_barrier {name} : {held}"
     )
+
+
+@on_every_unit("case", {form: form for form in ("int8", "int4_g64")})
+@pytest.mark.parametrize("rows", [1, 7])
+@pytest.mark.parametrize("sign", [-1, 1, 0], ids=["all negative", "all positive", "random"])
+def test_products_are_exact_at_the_ends_of_integers(
+    tmp_path: Path, case: tuple[Instructions, str], rows: int, sign: int
+) -> None:
+    import iree.runtime as rt
+
+    (unit, form), columns, rng = case, 64, np.random.default_rng(rows)
+    layout, bits = Layout(form, columns), 4 if form.startswith("int4") else 8
+    low, high = code_range(bits)
+    codes = np.full((64, columns), low) if sign else rng.choice([low, high, low + 1, 0, 1, -1], (64, columns))
+    x = np.full((rows, columns), 127 * sign) if sign else rng.choice([-127, 127, -126, 0, 1, -1], (rows, columns))
+    weights = Quantized(codes.astype(np.int8), np.ones((64, 1), np.float32), None, bits, columns)
+    (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows))
+    module = rt.load_vm_flatbuffer_file(str(compiled_for(unit, tmp_path / "products.mlir")), driver="local-sync")
+    sums = np.asarray(module.main(pack(layout, weights)[0], prepared(layout, x)))
+    assert np.array_equal(sums.reshape(rows, 64), x @ codes.T)
+
+
+def prepared(layout: Layout, x: Any) -> Any:
+    """Return rows of bytes as the layout wants them, with scales of one."""
+    rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
+    rows[:, :4] = np.ones((len(x), 1), np.float32).view(np.uint8)
+    total, first = x.sum(1, keepdims=True).astype(np.int32), LINE + layout.sums_bytes
+    if layout.is_nibble:
+        rows[:, LINE : LINE + 4] = (-8 * total).view(np.uint8)
+    else:
+        rows[:, 4:8] = total.view(np.uint8)
+    rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)
+    return rows.reshape(-1).view(np.int8)
+
+
+def products_module(unit: Instructions, layout: Layout, rows: int) -> str:
+    """Return MLIR of `main(panel, prepared rows) -> f32[64 * rows]`."""
+    w, names, row = Writer(), ["panel", "x", "out"], layout.prepared_bytes
+    p = bind(w, names, {"panel": layout.panel_bytes, "x": rows * row, "out": 4 * 64 * rows})
+    kernel = unit.kernels[family(layout.form)]
+    sums = kernel.sums(w, layout, p["panel"], p["panel"], [w.at(p["x"], r * row) for r in range(rows)])
+    for i, block in enumerate(block for blocks in sums for block in blocks):
+        w.store(block, w.at(p["out"], 64 * i), VF)
+    panel, x, out = f"tensor<{layout.panel_bytes}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
+    return f"""{executable("products", names, w.text(), 1)}
+util.func public @main(%panel: {panel}, %x: {x}) -> {out} {{
+%one = arith.constant 1 : index
+%out = flow.dispatch @products_ex::@products(%panel, %x, %one) : ({panel}, {x}, index) -> {out}
+util.return %out : {out}
+}}"""

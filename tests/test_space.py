@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
-from llmbuild.search.knobs import KNOBS, OWN_FORMATS, space_for
+from llmbuild.kernels.choose import readable
+from llmbuild.search.knobs import KNOBS, space_for
 from llmbuild.search.study import Study, openers
 from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe
 from llmbuild.spec.slo import METRICS
@@ -16,7 +17,8 @@ from llmbuild.spec.target import Target
 from llmbuild.spec.trial import Trial
 from llmbuild.spec.workload import Workload
 
-VNNI = Target("t", "llvm-cpu", "x86_64", "znver4", (), ("avx512vnni",))
+AVX2 = Target("t", "llvm-cpu", "x86_64", "x86-64-v3", (), ("avx2", "f16c", "fma"))
+AVX512 = ("avx512f", "avx512bw", "avx512vl")
 PLAIN = Target("t", "llvm-cpu", "x86_64", "x86-64-v2")
 
 
@@ -47,12 +49,12 @@ def test_completing_twice_changes_nothing_and_stays_inside(values: dict) -> None
 def test_contains_agrees_with_listing() -> None:
     space = space_for(PLAIN, recipe(opt_level=("O2",), distribution_size=(64,), workers=(0,)), {})
     listed = set(space.points())
-    everything = set(space_for(VNNI, recipe(), {}).points())
+    everything = set(space_for(AVX2, recipe(), {}).points())
     assert {p for p in everything if space.contains(p)} == listed
 
 
 def test_point_zero_is_the_compilers_defaults_whatever_a_recipe_pins() -> None:
-    space = space_for(VNNI, recipe(opt_level=("O3",), weight_format=("int8",)), {})
+    space = space_for(AVX2, recipe(opt_level=("O3",), weight_format=("int8",)), {})
     assert openers(space)[0] == Point.of({k.name: k.default for k in KNOBS})
 
 
@@ -65,7 +67,7 @@ def test_a_condition_names_an_earlier_knob() -> None:
 def test_a_kernel_that_a_target_cannot_run_is_not_in_its_space() -> None:
     kernels = {k.name: k.domain for k in space_for(PLAIN, recipe(), {}).knobs}["kernel"]
     assert kernels == ("compiler",)
-    with pytest.raises(InputError, match="lacks avx512vnni"):
+    with pytest.raises(InputError, match=r"lacks avx512f .* or avx2 fma f16c for int8"):
         space_for(PLAIN, recipe(), {"kernel": "own"})
 
 
@@ -75,11 +77,11 @@ def test_a_kernel_that_a_target_cannot_run_is_not_in_its_space() -> None:
 )
 def test_a_bad_pin_is_told(pins: dict, told: str) -> None:
     with pytest.raises(InputError, match=told):
-        space_for(VNNI, recipe(), pins)
+        space_for(AVX2, recipe(), pins)
 
 
 def test_command_line_values_take_the_type_of_the_domain() -> None:
-    space = space_for(VNNI, recipe(), {"split_reduction": "true", "workers": "1", "distribution_size": "32"})
+    space = space_for(AVX2, recipe(), {"split_reduction": "true", "workers": "1", "distribution_size": "32"})
     domains = {k.name: k.domain for k in space.knobs}
     assert (domains["split_reduction"], domains["workers"], domains["distribution_size"]) == ((True,), (1,), (32,))
 
@@ -103,7 +105,7 @@ def test_a_study_asks_for_every_point_once_and_then_ends() -> None:
 
 
 def test_a_study_rebuilt_from_its_trials_repeats_none() -> None:
-    space = space_for(VNNI, recipe(), {})
+    space = space_for(AVX2, recipe(), {})
     first = Study(space, ("tpot_s",), 0, [])
     known = [failed(n, point) for n in range(12) if (point := first.ask())]
     second = Study(space, ("tpot_s",), 0, known)
@@ -118,29 +120,39 @@ def test_every_metric_names_its_unit_and_direction() -> None:
 
 def test_what_needs_calibration_text_is_not_searched_without_any() -> None:
     pinned = recipe(weight_format=("int4_g128",))
-    domains = {k.name: k.domain for k in space_for(VNNI, pinned, {}).knobs}
+    domains = {k.name: k.domain for k in space_for(AVX2, pinned, {}).knobs}
     assert (domains["quantization"], domains["mixed"]) == (("rtn",), ("none",))
     with pytest.raises(InputError, match="quantization=gptq needs calibration text, and the recipe names none"):
-        space_for(VNNI, pinned, {"quantization": "gptq"})
+        space_for(AVX2, pinned, {"quantization": "gptq"})
     with_text = replace(pinned, calibration=Calibration(("ast",)))
-    assert {k.name: k.domain for k in space_for(VNNI, with_text, {}).knobs}["quantization"] == ("rtn", "gptq")
+    assert {k.name: k.domain for k in space_for(AVX2, with_text, {}).knobs}["quantization"] == ("rtn", "gptq")
     random = replace(with_text, model=ModelSource("huggingface", "/m", random_init=True))
     with pytest.raises(InputError, match="random weights have no text"):
-        space_for(VNNI, random, {"mixed": "sensitive"})
+        space_for(AVX2, random, {"mixed": "sensitive"})
 
 
 def test_formats_that_are_not_searched_can_be_pinned() -> None:
-    searched = {k.name: k.domain for k in space_for(VNNI, recipe(), {}).knobs}["weight_format"]
+    searched = {k.name: k.domain for k in space_for(AVX2, recipe(), {}).knobs}["weight_format"]
     assert "int8_g64" not in searched
-    pinned = {k.name: k.domain for k in space_for(VNNI, recipe(), {"weight_format": "int8_g64"}).knobs}
+    pinned = {k.name: k.domain for k in space_for(AVX2, recipe(), {"weight_format": "int8_g64"}).knobs}
     assert pinned["weight_format"] == ("int8_g64",)
 
 
-def test_our_kernels_are_asked_about_only_where_they_can_read_weights_and_cache() -> None:
-    points = list(space_for(VNNI, recipe(opt_level=("O2",)), {}).points())
+@pytest.mark.parametrize("requires", [AVX2.requires, AVX512, (*AVX512, "avx512vnni"), ("sse4.2",)])
+def test_our_kernels_are_asked_about_only_where_they_can_read_weights_and_cache(requires: tuple[str, ...]) -> None:
+    formats = set(readable(requires))
+    points = list(space_for(replace(AVX2, requires=requires), recipe(opt_level=("O2",)), {}).points())
     own = [p for p in points if p["kernel"] == "own"]
-    assert own
-    assert {p["layout"] for p in own} == {"packed"}
-    assert {p["weight_format"] for p in own} <= set(OWN_FORMATS)
-    assert {p["kv_dtype"] for p in own} == {"f32", "f16"}
+    assert bool(own) == bool(formats)
+    assert {p["layout"] for p in own} <= {"packed"}
+    assert {p["weight_format"] for p in own} <= formats
+    assert {p["head_format"] for p in own} <= {"same", *formats}
+    assert {p["kv_dtype"] for p in own} <= {"f32", "f16"}
     assert len(points) == len(set(points))
+
+
+def test_our_kernels_alone_for_a_format_that_the_target_cannot_take_are_refused() -> None:
+    target = replace(AVX2, requires=AVX512)
+    with pytest.raises(InputError, match=r"target t lacks .*avx512vnni or .* for int8"):
+        space_for(target, recipe(), {"kernel": "own", "weight_format": "int8"})
+    assert next(space_for(target, recipe(), {"kernel": "own", "weight_format": "f16"}).points())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import Embedding, RowMajor, Weights
+from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import FORMATS, PANEL, QUAD, required_features
+from llmbuild.kernels.layouts import PANEL, QUAD
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
@@ -122,39 +125,45 @@ class PanelEmbedding(nn.Module):
         return self.head.scale[(row // PANEL * groups + group) * PANEL + row % PANEL].float()
 
 
-def check(model: Any, name: str, features: tuple[str, ...], formats: tuple[str, ...]) -> None:
-    """Refuse what our kernels do not take.
+@dataclass(frozen=True)
+class Units:
+    """The instruction sets of the layers and of the head."""
+
+    layers: Instructions
+    head: Instructions
+
+
+def check(model: Any, name: str, features: tuple[str, ...], formats: tuple[str, str]) -> Units:
+    """Refuse what our kernels do not take; return what they are written in for formats of layers and head.
 
     Raises:
-        InputError: the target lacks a CPU feature, or the kernels do not know a format or a part of the
-            model.
+        InputError: the kernels do not know a format on this target, or a part of the model.
     """
-    if not set(formats) <= set(FORMATS):
-        raise InputError(f"kernel=own reads {', '.join(FORMATS)}; found {', '.join(formats)}")
-    missing = [feature for feature in required_features(*formats) if feature not in {f.lstrip("+") for f in features}]
-    if missing:
-        raise InputError(f"kernel=own needs CPU features that the target does not have: {', '.join(missing)}")
+    units = Units(*(instructions(features, form) for form in formats))
     config = model.config
     odd = [part for part in ("q_norm", "k_norm") if hasattr(model.model.layers[0].self_attn, part)]
     if config.hidden_act != "silu" or odd:
         raise InputError(
             f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}"
         )
+    return units
 
 
-def put_in(model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats) -> dict[str, str]:
+def put_in(
+    model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
+) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
     shape = _shape(model, context, half_cache, work_groups, formats.layers)
     if problem := shape.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
     head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups, formats.head)
     operators.HEADS[HEAD] = head_shape
-    kernels, decoder = {HEAD: head(HEAD, head_shape)}, model.model
+    kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
     groups, first = [], 0
     for part in _split(len(buffers)):
         kernel = f"{LAYERS}_{part}"
-        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part)
+        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part, units.layers)
         groups.append(OwnLayers(buffers[first : first + part], first, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)

@@ -18,7 +18,7 @@ from llmbuild.frontend.cache import layer_buffers
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
-from llmbuild.kernels.layouts import required_features
+from llmbuild.kernels.choose import required_features
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -101,10 +101,10 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
         raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     if choices["mixed"] != "none":
         raise InputError("kernel=own reads one format in all layers; choose mixed=none")
-    own.check(model, job.model, job.features, stored_formats(choices))
+    units = own.check(model, job.model, job.features, stored_formats(choices))
     formats = formats_of(model, job, choices)
     half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-    return own.put_in(model, job.model, job.context, half_cache, work_groups, formats)
+    return own.put_in(model, job.model, job.context, half_cache, work_groups, formats, units)
 
 
 def stored_formats(choices: dict[str, str]) -> tuple[str, str]:
@@ -149,7 +149,9 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
-        required_features=required_features(*stored_formats(choices)) if choices["kernel"] == "own" else (),
+        required_features=required_features(job.features, *stored_formats(choices))
+        if choices["kernel"] == "own"
+        else (),
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
 from llmbuild.kernels import products
+from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable, worker
 from llmbuild.kernels.layouts import PANEL, Layout, up_to
 from llmbuild.kernels.phases import Phases, counter_bytes
@@ -37,11 +38,11 @@ class HeadShape:
         return up_to(self.vocabulary, PANEL)
 
 
-def _body(shape: HeadShape) -> str:
+def _body(shape: HeadShape, unit: Instructions) -> str:
     w = Writer()
     rows = w.integer(1)
     p = bind(w, ARGUMENTS, dict(_sizes(shape)))
-    phases = Phases(w, p["counters"], worker(w), shape.workers)
+    phases = Phases(w, p["counters"], worker(w), shape.workers, unit.pause)
 
     def normalize(row: str) -> None:
         source, weight = k.vectors(w, p["x"]), k.vectors(w, p["norm"])
@@ -60,7 +61,7 @@ def _body(shape: HeadShape) -> str:
     phases.run(1, normalize)
     phases.run(
         shape.padded // PANEL,
-        lambda panel: products.multiply_panel(w, panels, panel, p["scratch"], rows, store),
+        lambda panel: products.multiply_panel(w, unit, panels, panel, p["scratch"], rows, store),
     )
     phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], shape.vocabulary), p["token"], I64, 8))
     return w.text()
@@ -104,7 +105,7 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
     return w.cast("arith.extui", w.let(f"vector.reduction <minsi>, {left} : {VI} into {I32}"), I32, I64)
 
 
-def head(name: str, shape: HeadShape) -> str:
+def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token
     i64[1])`.
     """
@@ -115,7 +116,7 @@ def head(name: str, shape: HeadShape) -> str:
     logits = f"tensor<{shape.padded}xf32>"
     counters, room = f"tensor<{sizes['counters']}xi8>", f"tensor<{sizes['scratch']}xi8>"
     kinds = f"{wide}, {norm}, {data}, {scale}, {counters}, index"
-    return f"""{executable(name, ARGUMENTS, _body(shape), shape.workers)}
+    return f"""{executable(name, ARGUMENTS, _body(shape, unit), shape.workers)}
 util.func private @{name}(%x: {wide}, %norm: {norm}, %data: {data}, %scale: {scale}) -> ({logits}, tensor<1xi64>) {{
 %one = arith.constant 1 : index
 %none = arith.constant 0 : i8

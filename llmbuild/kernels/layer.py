@@ -7,13 +7,15 @@ works alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
 from llmbuild.kernels import products
-from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
-from llmbuild.kernels.phases import Phases, counter_bytes
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
+from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.layouts import LINE, Layout, up_to
+from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
+from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, panels_of, sections
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
@@ -102,9 +104,10 @@ def cache_names(layers: int) -> list[str]:
 class LayerWriter:
     """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, shape: DecoderShape, layers: int) -> None:
+    def __init__(self, shape: DecoderShape, layers: int, unit: Instructions) -> None:
         self.shape = shape
         self.layers = layers
+        self.unit = unit
         self.w = w = Writer()
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
         self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
@@ -116,7 +119,8 @@ class LayerWriter:
             offset = w.add(offset, w.mul(self.rows, size))
         self.parts: dict[str, str] = {}
         self.keys = self.values = ""
-        self.phases = Phases(w, self.p["counters"], self.number, shape.workers)
+        self.phases = Phases(w, self.p["counters"], self.number, shape.workers, unit.pause)
+        self.ahead: Ahead | None = None
 
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
@@ -142,7 +146,7 @@ class LayerWriter:
 
         def body(layer: str) -> list[str]:
             counters = w.at(first, w.mul(layer, counter_bytes(PHASES, self.shape.workers)))
-            self.phases = Phases(w, counters, self.number, self.shape.workers)
+            self.phases = Phases(w, counters, self.number, self.shape.workers, self.unit.pause)
             buffer = w.at(self.p["weights"], w.mul(layer, buffer_bytes(self.shape)))
             self.parts = {name: w.at(buffer, part.offset) for name, part in sections(self.shape).items()}
             self.keys, self.values = (w.load(w.at(table, w.mul(layer, 16), 8 * i), PTR, 8) for i in range(2))
@@ -166,17 +170,30 @@ class LayerWriter:
         """Write one layer, from `out` through `middle` back to `out`."""
         shape, s, out = self.shape, self.s, self.p["out"]
         hidden = 4 * shape.hidden
+        self.ahead = self._first_of("qkv")
         self.normalize("norm1", out, hidden, "qkv")
-        self.multiply("qkv", shape.projected, self.plain(s["qkv"], 4 * shape.projected))
+        self.ahead = self._first_of("out")
+        self.multiply("qkv", self.plain(s["qkv"], 4 * shape.projected))
         self.rotate()
         self.attend()
         self.prepare(s["attended"], up_to(4 * shape.attended, LINE), "out")
-        self.multiply("out", shape.hidden, self.residual(out, hidden, s["middle"], self._middle))
+        self.ahead = self._first_of("gate_up")
+        self.multiply("out", self.residual(out, hidden, s["middle"], self._middle))
         self.normalize("norm2", s["middle"], self._middle, "gate_up")
-        self.multiply("gate_up", 2 * shape.inner_padded, self.gated)
+        self.ahead = self._first_of("down")
+        self.multiply("gate_up", self.gated)
         self.prepare(s["inner"], 4 * shape.inner_padded, "down")
+        self.ahead = self._first_of("qkv", buffer_bytes(shape))
         last = self.residual(s["middle"], self._middle, out, hidden)
-        self.multiply("down", shape.hidden, last)
+        self.multiply("down", last)
+
+    def _first_of(self, name: str, further: int = 0) -> Ahead:
+        """Return the data of a matrix of this layer, or of the layer that lies `further` bytes on."""
+        pointer = self.w.at(self.parts[f"{name}.data"], further)
+        return Ahead(pointer, panels_of(self.shape, name), self.shape.layouts()[name].panel_bytes)
+
+    def _run(self, units: int | str, unit: Callable[[str], None]) -> None:
+        self.phases.run(units, unit, self.ahead)
 
     @property
     def _middle(self) -> int:
@@ -200,7 +217,7 @@ class LayerWriter:
 
             products.prepare(w, layout, normal, self.prepared(layout, row))
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
     def prepare(self, source: str, stride: int, name: str) -> None:
         """Prepare rows for a matrix."""
@@ -210,15 +227,17 @@ class LayerWriter:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
             products.prepare(w, layout, x, self.prepared(layout, row))
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
-    def multiply(self, name: str, outputs: int, finish: products.Epilogue) -> None:
+    def multiply(self, name: str, finish: products.Epilogue) -> None:
         """Multiply the prepared rows by a matrix, panel by panel."""
         parts, layout = self.parts, self.shape.layouts()[name]
         panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
-        self.phases.run(
-            up_to(outputs, PANEL) // PANEL,
-            lambda panel: products.multiply_panel(self.w, panels, panel, self.s["prepared"], self.rows, finish),
+        self._run(
+            panels_of(self.shape, name),
+            lambda panel: products.multiply_panel(
+                self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish
+            ),
         )
 
     def plain(self, target: str, stride: int) -> products.Epilogue:
@@ -276,7 +295,7 @@ class LayerWriter:
                 vector = w.load(w.at(values, e * 4), VF)
                 k.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
     def attend(self) -> None:
         """Attend, one row and one head at a time, to the positions that the row may see."""
@@ -295,9 +314,9 @@ class LayerWriter:
             query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
             out = w.at(self.s["attended"], w.mul(row, up_to(4 * shape.attended, LINE)), at)
             visible = w.add(self.start, row, 1)
-            k.attend(w, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
+            k.attend(w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
 
-        self.phases.run(w.mul(self.rows, shape.heads), unit)
+        self._run(w.mul(self.rows, shape.heads), unit)
 
 
 def counters_bytes(shape: DecoderShape, layers: int) -> int:
@@ -305,7 +324,7 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
     return counter_bytes(1 + layers * PHASES, shape.workers)
 
 
-def layers(name: str, shape: DecoderShape, count: int) -> str:
+def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
     The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
@@ -322,7 +341,7 @@ def layers(name: str, shape: DecoderShape, count: int) -> str:
         + [cache] * len(names)
         + ["index"]
     )
-    body = LayerWriter(shape, count).text()
+    body = LayerWriter(shape, count, unit).text()
     return f"""{executable(name, BEFORE + names + AFTER, body, shape.workers)}
 util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: tensor<1xi64>, %weights: {weights},
     {taken}) -> {wide} {{

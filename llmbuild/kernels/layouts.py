@@ -18,10 +18,9 @@ def up_to(size: int, multiple: int) -> int:
     return -(-size // multiple) * multiple
 
 
-def required_features(*formats: str) -> tuple[str, ...]:
-    """Return the CPU features that kernels for these formats need, by LLVM's names."""
-    plain = ("avx512f", "avx512bw", "avx512vl")
-    return plain if set(formats) <= set(HALVES) else (*plain, "avx512vnni")
+def family(form: str) -> str:
+    """Return what kernels tell formats apart by: `int4` whatever its groups."""
+    return "int4" if form in INTEGERS and INTEGERS[form].bits == 4 else form
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class Layout:
     @property
     def is_nibble(self) -> bool:
         """Whether two codes share a byte."""
-        return self.form in INTEGERS and INTEGERS[self.form].bits == 4
+        return family(self.form) == "int4"
 
     @property
     def element(self) -> str:

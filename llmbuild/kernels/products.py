@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmbuild.kernels.avx512 import HALVES, LANES, Reader
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.instructions import Instructions, Sums
+from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout, family
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
@@ -83,27 +84,27 @@ def _copy(w: Writer, source: Reader, row: str, index: str) -> list[str]:
 Epilogue = Callable[[str, str, list[str]], None]
 """Takes a row (i64), the panel's first output (i64) and the panel's four vectors of f32."""
 
-Sums = list[list[str]]
-"""For each row, four vectors."""
 
-
-def multiply_panel(w: Writer, panels: Panels, index: str, x: str, rows: str, finish: Epilogue) -> None:
-    """Multiply all prepared rows (a count, i64) by one panel: tiles of `ROW_TILE` rows, then one by one."""
+def multiply_panel(
+    w: Writer, unit: Instructions, panels: Panels, index: str, x: str, rows: str, finish: Epilogue
+) -> None:
+    """Multiply all prepared rows (a count, i64) by one panel: tiles of `row_tile` rows, then one by one."""
     layout, first = panels.layout, w.mul(index, PANEL)
     data = w.at(panels.data, w.mul(index, layout.panel_bytes))
     scales = w.at(panels.scales, w.mul(index, layout.scale_bytes))
-    kernel = _halves if layout.is_half else _nibbles if layout.is_nibble else _bytes
+    kernel = unit.kernels[family(layout.form)]
 
     def tile(start: str, size: int) -> list[str]:
         taken = [w.add(start, r) for r in range(size)]
         pointers = [w.at(x, w.mul(row, layout.prepared_bytes)) for row in taken]
-        sums = kernel(w, layout, data, scales, pointers)
+        sums = kernel.sums(w, layout, data, scales, pointers)
         for row, pointer, blocks in zip(taken, pointers, sums, strict=True):
             finish(row, first, _scaled(w, panels, scales, first, pointer, blocks))
         return []
 
-    tiled = w.mul(w.integers("divui", rows, ROW_TILE), ROW_TILE)
-    w.loop(0, tiled, ROW_TILE, lambda start: tile(start, ROW_TILE))
+    size = kernel.row_tile
+    tiled = w.mul(w.integers("divui", rows, size), size)
+    w.loop(0, tiled, size, lambda start: tile(start, size))
     w.loop(tiled, rows, 1, lambda start: tile(start, 1))
 
 
@@ -141,7 +142,9 @@ def _quad(w: Writer, pointer: str) -> str:
     return w.cast("vector.bitcast", w.splat(w.load(pointer, I32, 4), VI), VI, BYTES)
 
 
-def _bytes(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+def int8_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+    """Write `Kernel.sums` for int8."""
+
     def body(k: str, *sums: str) -> list[str]:
         quad = w.at(data, w.mul(k, PANEL))
         blocks = [w.load(w.at(quad, b * LINE), BYTES, LINE) for b in range(BLOCKS)]
@@ -157,7 +160,8 @@ def _bytes(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sum
     return reals
 
 
-def _nibbles(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+def int4_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+    """Write `Kernel.sums` for int4."""
     low, four = w.constant("dense<15>", BYTES), w.constant("dense<4>", VI)
 
     def products(group: str) -> list[str]:
@@ -199,7 +203,7 @@ def _widened(w: Writer, shorts: str) -> str:
     return w.cast("arith.bitcast", bits, VI, VF)
 
 
-def _halves(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
     """Multiply by two columns at a time; a single row has sums of its own for each, so that none waits for another."""
     chains = 2 if len(rows) == 1 else 1
     size = len(rows) * BLOCKS

@@ -59,7 +59,7 @@ class Writer:
 
     def lanes(self, value: float | int, kind: str = VF) -> str:
         """Return a vector constant with the value in every lane."""
-        return self.constant(f"dense<{value:.9e}>" if kind == VF else f"dense<{value}>", kind)
+        return self.constant(f"dense<{value:.9e}>" if "f32" in kind else f"dense<{value}>", kind)
 
     def add(self, *terms: int | str) -> str:
         """Return the sum of i64 terms."""
@@ -94,28 +94,25 @@ class Writer:
 
     def splat(self, scalar: str, kind: str = VF) -> str:
         """Return a vector with the scalar in every lane."""
-        return self.cast("vector.broadcast", scalar, F32 if kind == VF else I32, kind)
+        return self.cast("vector.broadcast", scalar, F32 if "f32" in kind else I32, kind)
 
     def total(self, vector: str, kind: str = VF) -> str:
         """Return the sum of the lanes, in any order."""
-        order = " fastmath<reassoc>" if kind == VF else ""
-        return self.let(f"vector.reduction <add>, {vector}{order} : {kind} into {F32 if kind == VF else I32}")
+        real = "f32" in kind
+        order = " fastmath<reassoc>" if real else ""
+        return self.let(f"vector.reduction <add>, {vector}{order} : {kind} into {F32 if real else I32}")
 
-    def top(self, vector: str) -> str:
+    def top(self, vector: str, kind: str = VF) -> str:
         """Return the largest lane of f32; none may be NaN."""
-        return self.let(f"vector.reduction <maxnumf>, {vector} fastmath<nnan,nsz> : {VF} into {F32}")
+        return self.let(f"vector.reduction <maxnumf>, {vector} fastmath<nnan,nsz> : {kind} into {F32}")
 
     def larger(self, left: str, right: str, kind: str = VF) -> str:
         """Return the larger of both, lane by lane; the right one where the left is NaN. One instruction, unlike
         maximumf.
         """
-        flags = "vector<16xi1>" if kind == VF else "i1"
         greater = self.let(f"arith.cmpf ogt, {left}, {right} : {kind}")
-        return self.let(
-            f"arith.select {greater}, {left}, {right} : {flags}, {kind}"
-            if kind == VF
-            else f"arith.select {greater}, {left}, {right} : {kind}"
-        )
+        flags = "" if kind == F32 else kind.replace(F32, "i1") + ", "
+        return self.let(f"arith.select {greater}, {left}, {right} : {flags}{kind}")
 
     def at(self, pointer: str, *offset: int | str) -> str:
         """Return the pointer moved by the sum of offsets in bytes."""
@@ -130,6 +127,12 @@ class Writer:
     def store(self, value: str, pointer: str, kind: str, align: int = 4) -> None:
         """Write a value to memory."""
         self.line(f'"llvm.store"({value}, {pointer}) <{{alignment = {align} : i64}}> : ({kind}, {PTR}) -> ()')
+
+    def prefetch(self, pointer: str) -> None:
+        """Ask for the cache line there, into the second level; any address will do."""
+        self.line(
+            f'"llvm.intr.prefetch"({pointer}) <{{cache = 1 : i32, hint = 2 : i32, rw = 0 : i32}}> : ({PTR}) -> ()'
+        )
 
     def loop(
         self,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
+from llmbuild.kernels.choose import needs, readable
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.recipe import Recipe
@@ -66,7 +67,6 @@ KNOBS: tuple[Knob, ...] = (
             Condition("kv_dtype", ("f32", "f16")),
             Condition("layout", ("packed",)),
         ),
-        features=(("own", ("avx512vnni",)),),
     ),
     Knob(
         "work_groups",
@@ -120,7 +120,7 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
         if name not in known:
             raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
     knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in KNOBS]
-    return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in knobs))
+    return Space(tuple(_narrow(_own(knob, target, asked), target, asked.get(knob.name)) for knob in knobs))
 
 
 def work_groups(cores: int) -> int:
@@ -142,6 +142,23 @@ def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Kn
         why = "random weights have no text to be calibrated on" if recipe.model.random_init else "the recipe names none"
         raise InputError(f"knob {knob.name}={needing} needs calibration text, and {why}")
     return replace(knob, domain=tuple(v for v in knob.domain if v != needing))
+
+
+def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Knob:
+    """Return the knob of our kernels for the formats that they read on a target; other knobs as they are.
+
+    Raises:
+        InputError: our kernels are all that was asked for, and they read none of the formats asked for there.
+    """
+    if knob.name != "kernel":
+        return knob
+    formats = readable(target.requires)
+    wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
+    if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):
+        raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
+    allowed = {"weight_format": formats, "head_format": (SAME, *formats)}
+    when = tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when)
+    return replace(knob, when=when, domain=knob.domain if formats else ("compiler",))
 
 
 def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:

@@ -12,18 +12,13 @@ from typing import Any
 import numpy as np
 
 COMPILER = Path(sys.executable).parent / "iree-compile"
-FLAGS = [
-    "--iree-hal-target-device=local",
-    "--iree-hal-local-target-device-backends=llvm-cpu",
-    "--iree-llvmcpu-target-cpu=host",
-]
+FLAGS = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
 
 
-def compile_file(source: Path, output: Path, *flags: str) -> Path:
+def compile_file(source: Path, output: Path, *flags: str, cpu: str = "host") -> Path:
     """Compile MLIR text or bytecode; the compiler's own message is the failure."""
-    done = subprocess.run(
-        [str(COMPILER), str(source), *FLAGS, *flags, "-o", str(output)], capture_output=True, text=True, check=False
-    )
+    command = [str(COMPILER), str(source), *FLAGS, f"--iree-llvmcpu-target-cpu={cpu}", *flags, "-o", str(output)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return output
 

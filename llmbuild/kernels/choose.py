@@ -1,0 +1,76 @@
+"""The table of our kernels: for each instruction set and format the CPU features that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from llmbuild.errors import InputError
+from llmbuild.kernels import avx2, products
+from llmbuild.kernels.instructions import Instructions, Kernel
+from llmbuild.kernels.layouts import FORMATS, family
+
+_PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
+_AVX512 = ("avx512f", "avx512bw", "avx512vl")
+_AVX2 = ("avx2", "fma", "f16c")
+
+KNOWN = (
+    Instructions("avx512", 16, 2, _PAUSE_X86, {
+        "int8": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int8_sums),
+        "int4": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int4_sums),
+        "f16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
+        "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
+    }),
+    Instructions("avxvnni", 8, 1, _PAUSE_X86, {
+        "int8": Kernel((*_AVX2, "avxvnni"), 6, avx2.int8_sums_vnni),
+    }),
+    Instructions("avx2", 8, 1, _PAUSE_X86, {
+        "int8": Kernel(_AVX2, 4, avx2.int8_sums),
+    }),
+)  # fmt: skip
+"""The fastest first. What is not in the table would abort the compiler: it is refused before."""
+
+FEATURES = tuple(dict.fromkeys(f for unit in KNOWN for kernel in unit.kernels.values() for f in kernel.features))
+"""CPU features that the choice depends on; a program without our kernels depends on none."""
+
+
+def choose(features: Iterable[str], form: str) -> Instructions | None:
+    """Return the fastest instruction set with a kernel for the format on a CPU with these features, or nothing."""
+    has = {feature.lstrip("+") for feature in features if not feature.startswith("-")}
+    known = (unit for unit in KNOWN if family(form) in unit.kernels)
+    return next((unit for unit in known if has.issuperset(unit.kernels[family(form)].features)), None)
+
+
+def instructions(features: Iterable[str], form: str) -> Instructions:
+    """Return what `choose` does.
+
+    Raises:
+        InputError: the target has no instruction set that there is a kernel for the format in.
+    """
+    given = tuple(features)
+    if unit := choose(given, form):
+        return unit
+    if form not in FORMATS:
+        raise InputError(f"kernel=own reads {', '.join(FORMATS)}; found {form}")
+    told = " ".join(f for f in given if f.lstrip("+") in FEATURES) or "none of these"
+    raise InputError(
+        f"kernel=own needs CPU features that the target does not have, {needs(form)} for {form}; found {told}"
+    )
+
+
+def needs(form: str) -> str:
+    """Return what CPU features are enough for a format, in words."""
+    kernels = (unit.kernels[family(form)] for unit in KNOWN if family(form) in unit.kernels)
+    return " or ".join(" ".join(kernel.features) for kernel in kernels)
+
+
+def required_features(features: Iterable[str], *formats: str) -> tuple[str, ...]:
+    """Return the CPU features that the kernels chosen for these formats need; none for one that there is none for."""
+    given = tuple(features)
+    units = ((choose(given, form), family(form)) for form in formats)
+    return tuple(dict.fromkeys(feature for unit, name in units if unit for feature in unit.kernels[name].features))
+
+
+def readable(features: Iterable[str]) -> tuple[str, ...]:
+    """Return the formats that there is a kernel for on a CPU with these features."""
+    given = tuple(features)
+    return tuple(form for form in FORMATS if choose(given, form))
