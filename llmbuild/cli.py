@@ -12,7 +12,7 @@ import click
 
 import llmbuild
 from llmbuild import cli_catalog
-from llmbuild.errors import LlmbuildError, NoVariant
+from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
 from llmbuild.options import (
     build_options,
     catalog_option,
@@ -78,13 +78,16 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @build_options
+@click.option(
+    "--until", type=click.Choice(["import", "compile", "profile"]), help="Stop every variant after this step."
+)
 @catalog_option
 @format_options
 def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
     """Build each RECIPE for each target: search, measure, and keep the front."""
     from llmbuild import commands
 
-    return over(commands.each(recipes, options), options, lambda job: print_built(commands.build(job, options), form))
+    return over(commands.each(recipes, options), options, lambda job: commands.build(job, options), form)
 
 
 @main.command("compile")
@@ -96,9 +99,7 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
     """Compile each RECIPE for each target; nothing is run, so the target need not be this host."""
     from llmbuild import commands
 
-    return over(
-        commands.each(recipes, options), options, lambda job: print_rows(commands.compile_only(job, options), form)
-    )
+    return over(commands.each(recipes, options), options, lambda job: commands.compile_only(job, options), form)
 
 
 @main.command()
@@ -111,7 +112,11 @@ def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
     """Measure what is compiled, on this machine: a RECIPE, or VARIANTs by digest."""
     from llmbuild import commands
 
-    return print_built(commands.profile(what, options), form)
+    built = commands.profile(what, options)
+    print_built(built, form)
+    if not built.usable:
+        raise NothingUsable(built.advice)
+    return 0
 
 
 @main.command()

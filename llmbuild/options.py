@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -83,6 +82,7 @@ def build_options(command: F) -> F:
             "-j", "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Compiles side by side."
         ),
         click.option("-n", "--dry-run", is_flag=True, help="Print each step and why it would run; do nothing."),
+        click.option("--explain", is_flag=True, help="Give each step's key, and each field of it that changed."),
         click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out."),
     ):
         command = option(command)
@@ -92,34 +92,53 @@ def build_options(command: F) -> F:
 # --- printing ----------------------------------------------------------------------------------------------------
 
 
-def over(jobs: Sequence[Any], options: dict[str, Any], act: Callable[[Any], int]) -> int:
-    """Do every job; with `-k` go on past an error and end with the first one's code."""
-    codes = []
+def over(
+    jobs: Sequence[Callable[[], Any]], options: dict[str, Any], act: Callable[[Any], Any], form: str | None
+) -> int:
+    """Do every job and print what came of all of them; with `-k` go on past an error and end with the first one's code.
+
+    Tables are printed as each job ends; JSON and CSV hold the rows of all jobs, and so does a plan.
+    """
+    codes, done = [], []
     for job in jobs:
         try:
-            codes.append(act(job()))
+            built = act(job())
+            done.append(built)
+            if built.plan is None and form is None:
+                print_built(built, form)
+            if not built.usable:
+                raise NothingUsable(built.advice)
         except LlmbuildError as error:
             if not options["keep_going"]:
+                _print_all(done, form)
                 raise
             click.echo(f"error: {error}", err=True)
             codes.append(error.exit_code)
+    _print_all(done, form)
     return next((code for code in codes if code), 0)
 
 
-def print_built(built: Any, form: str | None) -> int:
-    """Print the rows of a build, or its plan."""
+def _print_all(done: Sequence[Any], form: str | None) -> None:
+    planned = [row for built in done for row in built.plan or ()]
+    if planned:
+        print_rows(planned, form)
+    elif form and done:
+        from llmbuild.report.rows import public
+
+        print_rows([row if built.plain else public(row) for built in done for row in built.rows], form)
+
+
+def print_built(built: Any, form: str | None) -> None:
+    """Print the rows of a build."""
     from llmbuild.report.rows import footnotes, front_table
 
-    if built.plan is not None:
-        return print_rows(built.plan, form)
-    if form:
+    if built.plain:
+        print_rows(built.rows, form)
+    elif form:
         print_public(built.rows, form)
     elif built.rows:
         click.echo(front_table(built.rows))
         click.echo("\n".join(footnotes(built.rows)), err=True)
-    if not built.usable:
-        raise NothingUsable(built.advice)
-    return 0
 
 
 def print_public(rows: Sequence[dict[str, Any]], form: str | None) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sqlalchemy import delete
@@ -72,7 +73,7 @@ def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
     return sorted(free, key=lambda r: (ORDER.index(r.kind), _age(named, r.digest), r.digest)), sum(sizes.values())
 
 
-def _age(named: dict[str, object], digest: str) -> str:
+def _age(named: Mapping[str, object], digest: str) -> str:
     return str(getattr(named.get(digest), "created_at", ""))
 
 

@@ -1,10 +1,11 @@
-"""What is published: a database with the rows of the fronts, the blobs they need, and a manifest that names them all."""
+"""What is published: a database of the fronts' rows, the blobs they need, and a manifest that names them all."""
 
 from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,14 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
         if table.name in rows or table.name in _LEFT_BEHIND:
             continue
         found = [r for r in _all(session, table) if _belongs(table, r, wanted)]
-        rows[table.name] = sorted(
-            found, key=lambda r, names=table.primary_key.columns.keys(): [str(r[n]) for n in names]
-        )
+        names = table.primary_key.columns.keys()
+        rows[table.name] = sorted(found, key=partial(_order, names))
         _want(wanted, table, rows[table.name])
     return rows
+
+
+def _order(names: Sequence[str], row: Row) -> list[str]:
+    return [str(row[n]) for n in names]
 
 
 _PLACE = ("model", "target", "machine", "workload", "variant")

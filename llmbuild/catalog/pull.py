@@ -1,4 +1,4 @@
-"""Bring a publication here: the manifest is checked first, then only what is asked for is fetched, each byte verified."""
+"""Bring a publication here: its manifest is checked first, then what is asked for is fetched and verified."""
 
 from __future__ import annotations
 
@@ -132,8 +132,8 @@ def _database(source: _Source, folder: Path) -> Path:
 def _take(source: _Source, store: BlobStore, name: str, kind: str) -> None:
     if not store.take(name, lambda path: source.place.fetch(name, path)):
         raise LoadRefused(
-            f"{source.place.location}: {kind} {name[:12]} has other bytes than the manifest says: it was changed or cut "
-            "short after it was published; have it published again"
+            f"{source.place.location}: {kind} {name[:12]} has other bytes than the manifest says: it was changed or "
+            "cut short after it was published; have it published again"
         )
 
 

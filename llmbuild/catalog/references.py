@@ -97,7 +97,7 @@ def lost(session: Session, blobs: BlobStore) -> dict[str, set[str]]:
     known: dict[str, bool] = {}
     found: dict[str, set[str]] = {}
     for variant, *names in rows:
-        for name in names:
+        for name in map(str, names):
             if (variant in alive or name not in gone) and not known.setdefault(name, blobs.intact(name)):
                 found.setdefault(variant, set()).add(name)
     return found

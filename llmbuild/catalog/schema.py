@@ -53,7 +53,7 @@ def folder_of(location: str) -> Path:
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / URL_FILE
-        if known.is_file() and known.read_text().strip() != location or (folder / FILE).is_file():
+        if (known.is_file() and known.read_text().strip() != location) or (folder / FILE).is_file():
             raise CatalogError(f"{folder}: holds another catalog: name a folder for the blobs with $LLMBUILD_BLOBS")
         if not known.is_file():
             known.touch(mode=0o600)  # a URL may hold a password

@@ -15,7 +15,7 @@ from llmbuild.errors import CatalogError
 _CHUNK = 1 << 20
 
 SEALED_NS = 10**18
-"""Modification time of every blob: whoever writes to one later moves it, which makes a changed blob cheap to suspect."""
+"""Modification time of every blob: whoever writes to one moves it, so that a changed blob is cheap to suspect."""
 
 
 class BlobStore:

@@ -40,7 +40,8 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
         missed = {name for names in lost(session, catalog.blobs).values() for name in names}
     kept = published_blobs(catalog.folder)
     sizes = dict(catalog.blobs.digests())
-    return rows + [
+    return [
+        *rows,
         *_bytes(catalog, named, sizes, progress),
         *(
             Finding("missing", f"{r.kind} {name[:12]}", f"named by {r.owner}", REBUILD, True)

@@ -49,7 +49,7 @@ class Registry(BaseHTTPRequestHandler):
             data, media = found
             self._answer(200, data, Content_Type=media)
 
-    do_HEAD = do_GET
+    do_HEAD = do_GET  # noqa: N815
 
     def do_POST(self) -> None:
         self._body()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
-from synthetic import TARGET, WORKLOAD, Made, fill, multiply, slower, toolchain  # noqa: E402
+from synthetic import TARGET, WORKLOAD, Made, fill, multiply, slower, toolchain
 
 __all__ = ["TARGET", "THREE", "WORKLOAD", "Made", "fill", "multiply", "slower", "toolchain"]
 
