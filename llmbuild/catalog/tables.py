@@ -129,7 +129,8 @@ class FrontHalfRow(Base):
 class TuningRow(Base):
     """The configuration that was fastest for a kind of dispatch, by shape, types, target and compiler.
 
-    `gain` is the seconds with the compiler's own configuration over those with this one; 1 where its own was best.
+    `gain` is the seconds with the compiler's own configuration over those with this one; 1 where its own was best. A
+    row whose inputs are `winners` names a set of such configurations by its digest.
     """
 
     __tablename__ = "dispatch_tuning"
@@ -188,6 +189,9 @@ class MeasurementRow(Base):
     output_tokens_per_s: Mapped[float | None] = mapped_column(Float)
     energy_j_per_token: Mapped[float | None] = mapped_column(Float)
     energy_source: Mapped[str | None]
+    energy: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    itl_p99_s: Mapped[float | None] = mapped_column(Float)
+    session: Mapped[str | None]
     peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     load_s: Mapped[float | None] = mapped_column(Float)
     quality_kl: Mapped[float | None] = mapped_column(Float)
@@ -251,4 +255,13 @@ class BuildRow(Base):
     seconds: Mapped[float]
     raced: Mapped[bool] = mapped_column(Boolean)
     ended: Mapped[str]
+    created_at: Mapped[str]
+
+
+class CollectedRow(Base):
+    """A blob that `gc` removed on purpose: what it was made of is still known, and nothing is stale without it."""
+
+    __tablename__ = "collected"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[str]

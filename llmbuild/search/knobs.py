@@ -35,7 +35,7 @@ def _without_absent(knob: Knob, found: set[str]) -> Knob:
 KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")
 """Those of this host's backend."""
 
-CALIBRATED = {"quantization": "gptq", "mixed": "sensitive"}
+CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive"}
 """Values that need calibration text."""
 
 

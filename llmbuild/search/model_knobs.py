@@ -32,6 +32,14 @@ KNOBS: tuple[Knob, ...] = (
         when=(Condition("weight_format", tuple(INTEGERS)),),
     ),
     Knob(
+        "scaling",
+        "model",
+        ("none", "activation"),
+        "none",
+        "scale channels between layers so that rounding them costs less on the calibration text",
+        when=(Condition("weight_format", tuple(INTEGERS)),),
+    ),
+    Knob(
         "mixed",
         "model",
         ("none", "sensitive"),

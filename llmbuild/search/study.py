@@ -11,7 +11,13 @@ from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
 
-_OWN: dict[str, Value] = {"weight_format": "int8", "layout": "packed", "kernel": "own", "opt_level": "O2"}
+_OWN: dict[str, Value] = {
+    "weight_format": "int8",
+    "scaling": "activation",
+    "layout": "packed",
+    "kernel": "own",
+    "opt_level": "O2",
+}
 
 _OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g128", "head_format": "int8", "quantization": "gptq"}
 _SYNC: dict[str, Value] = {"driver": "local-sync"}
@@ -30,6 +36,9 @@ EXPERIENCE: tuple[dict[str, Value], ...] = (
 
 Neighbours that share an import follow each other, for an import costs the most.
 """
+
+DISPENSABLE = ("scaling",)
+"""Knobs whose value a point of experience goes without where the space lacks it."""
 
 
 class Opened:
@@ -148,7 +157,8 @@ def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Poin
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
     for values in (*related[:RELATED], {}, *EXPERIENCE):
-        point = space.complete({**settled, **{k: v for k, v in values.items() if k in domains}})
+        wanted = {k: v for k, v in values.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
+        point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)
     return list(dict.fromkeys(points))
