@@ -7,14 +7,15 @@ works alone.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from llmbuild.kernels import avx512 as k
 from llmbuild.kernels import products
 from llmbuild.kernels.instructions import Instructions
-from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
-from llmbuild.kernels.phases import Phases, counter_bytes
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
+from llmbuild.kernels.layouts import LINE, Layout, up_to
+from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
+from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, panels_of, sections
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
@@ -119,6 +120,7 @@ class LayerWriter:
         self.parts: dict[str, str] = {}
         self.keys = self.values = ""
         self.phases = Phases(w, self.p["counters"], self.number, shape.workers, unit.pause)
+        self.ahead: Ahead | None = None
 
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
@@ -168,17 +170,30 @@ class LayerWriter:
         """Write one layer, from `out` through `middle` back to `out`."""
         shape, s, out = self.shape, self.s, self.p["out"]
         hidden = 4 * shape.hidden
+        self.ahead = self._first_of("qkv")
         self.normalize("norm1", out, hidden, "qkv")
-        self.multiply("qkv", shape.projected, self.plain(s["qkv"], 4 * shape.projected))
+        self.ahead = self._first_of("out")
+        self.multiply("qkv", self.plain(s["qkv"], 4 * shape.projected))
         self.rotate()
         self.attend()
         self.prepare(s["attended"], up_to(4 * shape.attended, LINE), "out")
-        self.multiply("out", shape.hidden, self.residual(out, hidden, s["middle"], self._middle))
+        self.ahead = self._first_of("gate_up")
+        self.multiply("out", self.residual(out, hidden, s["middle"], self._middle))
         self.normalize("norm2", s["middle"], self._middle, "gate_up")
-        self.multiply("gate_up", 2 * shape.inner_padded, self.gated)
+        self.ahead = self._first_of("down")
+        self.multiply("gate_up", self.gated)
         self.prepare(s["inner"], 4 * shape.inner_padded, "down")
+        self.ahead = self._first_of("qkv", buffer_bytes(shape))
         last = self.residual(s["middle"], self._middle, out, hidden)
-        self.multiply("down", shape.hidden, last)
+        self.multiply("down", last)
+
+    def _first_of(self, name: str, further: int = 0) -> Ahead:
+        """Return the data of a matrix of this layer, or of the layer that lies `further` bytes on."""
+        pointer = self.w.at(self.parts[f"{name}.data"], further)
+        return Ahead(pointer, panels_of(self.shape, name), self.shape.layouts()[name].panel_bytes)
+
+    def _run(self, units: int | str, unit: Callable[[str], None]) -> None:
+        self.phases.run(units, unit, self.ahead)
 
     @property
     def _middle(self) -> int:
@@ -202,7 +217,7 @@ class LayerWriter:
 
             products.prepare(w, layout, normal, self.prepared(layout, row))
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
     def prepare(self, source: str, stride: int, name: str) -> None:
         """Prepare rows for a matrix."""
@@ -212,14 +227,14 @@ class LayerWriter:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
             products.prepare(w, layout, x, self.prepared(layout, row))
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
-    def multiply(self, name: str, outputs: int, finish: products.Epilogue) -> None:
+    def multiply(self, name: str, finish: products.Epilogue) -> None:
         """Multiply the prepared rows by a matrix, panel by panel."""
         parts, layout = self.parts, self.shape.layouts()[name]
         panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
-        self.phases.run(
-            up_to(outputs, PANEL) // PANEL,
+        self._run(
+            panels_of(self.shape, name),
             lambda panel: products.multiply_panel(
                 self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish
             ),
@@ -280,7 +295,7 @@ class LayerWriter:
                 vector = w.load(w.at(values, e * 4), VF)
                 k.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
 
-        self.phases.run(self.rows, unit)
+        self._run(self.rows, unit)
 
     def attend(self) -> None:
         """Attend, one row and one head at a time, to the positions that the row may see."""
@@ -301,7 +316,7 @@ class LayerWriter:
             visible = w.add(self.start, row, 1)
             k.attend(w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
 
-        self.phases.run(w.mul(self.rows, shape.heads), unit)
+        self._run(w.mul(self.rows, shape.heads), unit)
 
 
 def counters_bytes(shape: DecoderShape, layers: int) -> int:

@@ -12,7 +12,9 @@ from llmbuild.kernels.layouts import LINE
 from llmbuild.kernels.text import BYTES, VF, VI, Writer
 
 READ, F32, INT8 = "read", "multiply_f32", "multiply_int8"
-"""Functions `NAME_N(data i8[read_bytes]) -> i8[64 * N]` in N pieces; READ reads all of `data`, the others two lines."""
+"""Functions `NAME_N(data i8[read_bytes], wait fence, signal fence) -> i8[64 * N]` in N pieces; READ reads all of
+`data`, the others two lines.
+"""
 
 LANES = 16
 STEPS = 1 << 20
@@ -64,7 +66,7 @@ def _function(limit: str, body: Callable[[Writer, dict[str, str], str, int], str
     w.store(body(w, p, me, workers), w.at(p["out"], w.mul(me, LINE)), VI)
     data, out = f"tensor<{size}xi8>", f"tensor<{LINE * workers}xi8>"
     return f"""{executable(name, ["data", "out"], w.text(), workers)}
-util.func public @{name}(%data: {data}) -> {out} {{
+util.func public @{name}(%data: {data}) -> {out} attributes {{iree.abi.model = "coarse-fences"}} {{
 %one = arith.constant 1 : index
 %out = flow.dispatch @{name}_ex::@{name}(%data, %one) : ({data}, index) -> {out}
 util.return %out : {out}

@@ -4,17 +4,32 @@ time.
 Each phase is a number of units. Every work-group has a segment of them, one contiguous stream of memory; units are
 claimed one by one with an atomic counter, from the own segment first, then from the others'. Who finds nothing left
 to claim waits until all units of the phase are done: only for units that a running work-group holds. So one work-
-group alone finishes all.
+group alone finishes all. Who waits asks the memory for the head of what it reads next: the bus is idle otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from llmbuild.kernels.text import I32, I64, PTR, Writer
 
 LINE = 64
 """Bytes from one counter to the next: two on one cache line would be one lock."""
+
+AHEAD_BYTES = 128 * 1024
+"""How much is asked for ahead at most; it must stay in a core's own cache until it is used."""
+AHEAD_STEP = 4
+"""Cache lines asked for between two looks at the counter."""
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """What a coming phase reads: `units` of `unit_bytes` each, one after the other from `pointer` on."""
+
+    pointer: str
+    units: int
+    unit_bytes: int
 
 
 def counter_bytes(phases: int, workers: int) -> int:
@@ -36,9 +51,9 @@ class Phases:
         self._pause = pause
         self._phase = 0
 
-    def run(self, units: int | str, unit: Callable[[str], None]) -> None:
+    def run(self, units: int | str, unit: Callable[[str], None], ahead: Ahead | None = None) -> None:
         """Write one phase: `unit(i)` writes the work of unit i (i64). Nothing after it starts before all units are
-        done.
+        done; who waits for that reads `ahead`.
         """
         w = self._w
         base = w.at(self._counters, self._phase * (self._workers + 1) * LINE)
@@ -54,7 +69,7 @@ class Phases:
         zero = w.constant("0", I32)
         (mine,) = w.loop(0, self._workers, 1, segment, [(zero, I32)])
         w.let(f"llvm.atomicrmw add {base}, {mine} acq_rel : {PTR}, {I32}")
-        self._wait(base, units)
+        self._wait(base, units, ahead)
 
     def _drain(self, counter: str, first: str, stop: str, done: str, unit: Callable[[str], None]) -> str:
         w = self._w
@@ -70,12 +85,28 @@ class Phases:
         w.line("}")
         return f"{result}#0"
 
-    def _wait(self, base: str, units: int | str) -> None:
+    def _wait(self, base: str, units: int | str, ahead: Ahead | None) -> None:
         w = self._w
         goal = w.cast("arith.trunci", w.integer(units), I64, I32)
-        w.line("scf.while : () -> () {")
+        source, stop = self._segment(ahead) if ahead else (base, w.integer(0))
+        before, offset = w.name(), w.name()
+        w.line(f"{w.name()} = scf.while ({before} = {w.integer(0)}) : ({I64}) -> {I64} {{")
         seen = w.let(f'"llvm.load"({base}) <{{alignment = 4 : i64, ordering = 4 : i64}}> : ({PTR}) -> {I32}')
-        w.line(f"scf.condition({w.let(f'arith.cmpi slt, {seen}, {goal} : {I32}')})")
-        w.line("} do {")
+        w.line(f"scf.condition({w.let(f'arith.cmpi slt, {seen}, {goal} : {I32}')}) {before} : {I64}")
+        w.line(f"}} do {{\n^bb0({offset}: {I64}):")
+        if ahead:
+            with w.when(w.below(offset, stop)):
+                for line in range(AHEAD_STEP):
+                    w.prefetch(w.at(source, offset, line * LINE))
         w.line(self._pause)
-        w.line("scf.yield\n}")
+        w.line(f"scf.yield {w.add(offset, AHEAD_STEP * LINE)} : {I64}\n}}")
+
+    def _segment(self, ahead: Ahead) -> tuple[str, str]:
+        """Return where this work-group's part of what comes begins, and how many bytes of it to ask for."""
+        w = self._w
+        first, last = (
+            w.integers("divui", w.mul(ahead.units, number), self._workers)
+            for number in (self._worker, w.add(self._worker, 1))
+        )
+        size = w.mul(w.integers("subi", last, first), ahead.unit_bytes)
+        return w.at(ahead.pointer, w.mul(first, ahead.unit_bytes)), w.integers("minsi", size, AHEAD_BYTES)

@@ -71,17 +71,22 @@ class Section:
     size: int
 
 
+def panels_of(shape: DecoderShape, name: str) -> int:
+    """Return how many panels a matrix of a layer has."""
+    rows = {"qkv": shape.projected, "out": shape.hidden, "gate_up": 2 * shape.inner_padded, "down": shape.hidden}
+    return up_to(rows[name], PANEL) // PANEL
+
+
 def sections(shape: DecoderShape) -> dict[str, Section]:
     """Return the parts of a layer's buffer in the order of their use, each on a cache line of its own.
 
     `norm*` are f32[hidden]; a matrix `m` has `m.bias` f32[rows], and `m.scale` and `m.data` in panels.
     """
-    rows = {"qkv": shape.projected, "out": shape.hidden, "gate_up": 2 * shape.inner_padded, "down": shape.hidden}
     sizes = {}
     for name, layout in shape.layouts().items():
         if name in NORMS:
             sizes[NORMS[name]] = 4 * shape.hidden
-        panels = up_to(rows[name], PANEL) // PANEL
+        panels = panels_of(shape, name)
         sizes |= {f"{name}.scale": panels * layout.scale_bytes, f"{name}.bias": 4 * PANEL * panels}
         sizes[f"{name}.data"] = panels * layout.panel_bytes
     found, offset = {}, 0

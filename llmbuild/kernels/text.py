@@ -128,6 +128,12 @@ class Writer:
         """Write a value to memory."""
         self.line(f'"llvm.store"({value}, {pointer}) <{{alignment = {align} : i64}}> : ({kind}, {PTR}) -> ()')
 
+    def prefetch(self, pointer: str) -> None:
+        """Ask for the cache line there, into the second level; any address will do."""
+        self.line(
+            f'"llvm.intr.prefetch"({pointer}) <{{cache = 1 : i32, hint = 2 : i32, rw = 0 : i32}}> : ({PTR}) -> ()'
+        )
+
     def loop(
         self,
         start: int | str,

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import iree.runtime as rt
@@ -14,6 +13,7 @@ from iree.runtime.flags import parse_flags
 from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LoadRefused
+from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
 
 _ELEMENT = {
@@ -23,9 +23,6 @@ _ELEMENT = {
     "int64": rt.HalElementType.SINT_64,
 }
 
-
-POLL_S = 2e-5
-"""Pause between looks at whether the workers are done; the system may make it some tens of microseconds longer."""
 
 _MOST_WORKERS = 64
 """IREE's own bound where nobody names a number of workers."""
@@ -38,6 +35,7 @@ _RELEASED_IN_ORDER = (
     "_position_view",
     "_kv",
     "_call",
+    "_entries",
     "_context",
     "_keep",
     "_device",
@@ -96,7 +94,9 @@ class Session:
             rt.VmModule.mmap(instance, str(artifact)),
         ]
         self._context = rt.VmContext(instance, modules)
-        self._call = (_PolledCaller if self._threaded else _PlainCaller)(self._device, self._context, modules[-1])
+        self._call = (PolledCaller if self._threaded else PlainCaller)(self._device, self._context, 2)
+        suffix = "$async" if self._threaded else ""
+        self._entries = {name: modules[-1].lookup_function(name + suffix) for name in (PREFILL, DECODE)}
         self._keep = (instance, index, provider, modules)
 
     def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0) -> int:
@@ -134,7 +134,7 @@ class Session:
         return found
 
     def _run(self, entry: str, tokens: Any) -> int:
-        results = self._call(entry, (tokens, self._position_view, *self._kv))
+        results = self._call(self._entries[entry], (tokens, self._position_view, *self._kv), steady=entry == DECODE)
         token = results.get_as_object(0, rt.HalBufferView)
         self._logits = results.get_as_object(1, rt.HalBufferView)
         return int(token.map().asarray((1,), np.dtype(np.int64))[0])
@@ -155,47 +155,6 @@ class Session:
         """Return an i64[1] that the host writes and the device reads, without a copy for each call."""
         view = self._buffer(np.zeros(1, np.int64))
         return view.map().asarray((1,), np.dtype(np.int64)), view
-
-
-class _PlainCaller:
-    """Calls the synchronous entry points: right where the caller's own thread does the work."""
-
-    def __init__(self, device: Any, context: Any, module: Any) -> None:
-        self._context = context
-        self._functions = {name: module.lookup_function(name) for name in (PREFILL, DECODE)}
-
-    def __call__(self, entry: str, views: Sequence[Any]) -> Any:
-        arguments, results = rt.VmVariantList(len(views)), rt.VmVariantList(2)
-        for view in views:
-            arguments.push_ref(view)
-        self._context.invoke(self._functions[entry], arguments, results)
-        return results
-
-
-class _PolledCaller:
-    """Calls the asynchronous entry points and sleeps until the workers are done.
-
-    The synchronous ones spin while they wait, on a core that a worker needs: on a host with as many cores as workers
-    the kernel may take a whole time slice from the very worker that is waited for.
-    """
-
-    def __init__(self, device: Any, context: Any, module: Any) -> None:
-        self._context = context
-        self._functions = {name: module.lookup_function(f"{name}$async") for name in (PREFILL, DECODE)}
-        self._done = device.create_semaphore(0)
-        self._calls = 0
-
-    def __call__(self, entry: str, views: Sequence[Any]) -> Any:
-        arguments, results = rt.VmVariantList(len(views) + 2), rt.VmVariantList(2)
-        for view in views:
-            arguments.push_ref(view)
-        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
-        self._calls += 1
-        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
-        self._context.invoke(self._functions[entry], arguments, results)
-        while self._done.query() < self._calls:
-            sleep(POLL_S)
-        return results
 
 
 def _create_device(settings: Settings) -> Any:

@@ -1,0 +1,72 @@
+"""Call compiled functions on a device, and wait for its workers without taking a core from them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from time import perf_counter, sleep
+from typing import Any
+
+import iree.runtime as rt
+
+POLL_S = 2e-5
+"""Pause between looks at whether the workers are done; the system may make it some tens of microseconds longer."""
+SLEPT = 0.85
+"""Part of the expected time that is slept through before the first look: each look takes a core from a worker."""
+LATE_S = 1e-4
+"""How late the system may wake a sleeper; without it, short calls would never be found to be shorter than a sleep."""
+
+
+class PlainCaller:
+    """Calls synchronous functions: right where the caller's own thread does the work."""
+
+    def __init__(self, device: Any, context: Any, results: int) -> None:
+        """Take how many results each function has."""
+        self._context = context
+        self._results = results
+
+    def __call__(self, function: Any, views: Sequence[Any], steady: bool = False) -> Any:
+        """Return the list of results."""
+        arguments, results = rt.VmVariantList(len(views)), rt.VmVariantList(self._results)
+        for view in views:
+            arguments.push_ref(view)
+        self._context.invoke(function, arguments, results)
+        return results
+
+
+class PolledCaller:
+    """Calls functions that take a fence to wait for and one to signal, and sleeps until the workers are done.
+
+    Synchronous ones spin while they wait, on a core that a worker needs: on a host with as many cores as workers the
+    kernel may take a whole time slice from the very worker that is waited for.
+    """
+
+    def __init__(self, device: Any, context: Any, results: int) -> None:
+        """Take how many results each function has."""
+        self._context = context
+        self._results = results
+        self._done = device.create_semaphore(0)
+        self._calls = 0
+        self._expected_s = 0.0
+
+    def __call__(self, function: Any, views: Sequence[Any], steady: bool = False) -> Any:
+        """Return the list of results. `steady` calls take about as long as one another, so most of it is slept."""
+        arguments, results = rt.VmVariantList(len(views) + 2), rt.VmVariantList(self._results)
+        for view in views:
+            arguments.push_ref(view)
+        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
+        self._calls += 1
+        arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
+        begin = perf_counter()
+        self._context.invoke(function, arguments, results)
+        if steady and self._expected_s > LATE_S:
+            sleep(SLEPT * (self._expected_s - LATE_S))
+        while self._done.query() < self._calls:
+            sleep(POLL_S)
+        if steady:
+            self._expect(perf_counter() - begin)
+        return results
+
+    def _expect(self, seconds: float) -> None:
+        """Expect the shortest of late: at once when a call was shorter, slowly when it was longer."""
+        shorter = seconds < self._expected_s
+        self._expected_s = seconds if shorter else self._expected_s + (seconds - self._expected_s) / 8
