@@ -50,7 +50,7 @@ def remeasure(folder: Path, prefixes: Sequence[str], tell: Callable[[Event], Non
         LoadRefused: this host must not open it.
         NothingUsable: it does not run here.
     """
-    known = [_known(folder, row) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
+    known = [known_of(folder, row) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
     catalog = Catalog(folder)
     try:
         for number, one in enumerate(known, 1):
@@ -64,7 +64,12 @@ def remeasure(folder: Path, prefixes: Sequence[str], tell: Callable[[Event], Non
     return [row for row in rows if row["machine_digest"] == here]
 
 
-def _known(folder: Path, row: Row) -> Known:
+def known_of(folder: Path, row: Row) -> Known:
+    """Return what a row stands for, checked as the loader would.
+
+    Raises:
+        LoadRefused: this host must not open it, or it was never measured.
+    """
     why = refusal(row, host_facts())
     if why:
         raise LoadRefused(f"variant {digest.short(row['variant'])} {why}")
@@ -102,10 +107,10 @@ def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
         known_limits = from_body(limits) if limits else None
         bench = Bench([known.workload], quality, names.machine_digest, Limits(), Protocol(), known_limits)
         try:
-            default = _default(folder, known)
+            default = find_default(folder, known)
             if default:
-                bench.measure(_subject(folder, default), baseline=True)
-            measured = bench.measure(_subject(folder, known), baseline=default is None)
+                bench.measure(subject_of(folder, default), baseline=True)
+            measured = bench.measure(subject_of(folder, known), baseline=default is None)
         finally:
             bench.close()
     if isinstance(measured, Failure):
@@ -122,15 +127,16 @@ def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
         )
 
 
-def _default(folder: Path, known: Known) -> Known | None:
+def find_default(folder: Path, known: Known) -> Known | None:
     """Return the compiler's default of the same model, target and workload; None when this is it, or there is none."""
     row = known.row
     rows = reader.variants(folder, row["model"], row["target"], row["workload"], everything=True)
     found = next((r for r in rows if r["default"] and r["artifact"]), None)
-    return None if found is None or found["variant"] == row["variant"] else _known(folder, found)
+    return None if found is None or found["variant"] == row["variant"] else known_of(folder, found)
 
 
-def _subject(folder: Path, known: Known) -> Subject:
+def subject_of(folder: Path, known: Known) -> Subject:
+    """Return what the profiler opens of a variant."""
     row, point = known.row, known.row["point"]
     return Subject(
         variant=row["variant"],

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmbuild.search.front import Entrant, dominates, standings
+from llmbuild.search.front import Entrant, contenders, dominates, standings
 from llmbuild.spec.measurement import Measurement, Reading
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Point
@@ -70,6 +72,81 @@ def test_a_failure_stands_with_its_reason() -> None:
     assert (found[0].status, found[0].reason) == ("failed", "compile: crashed")
 
 
+def raced(name: str, tpot: list[float], ttft: list[float], memory: float = 1.0, **more: object) -> Trial:
+    """A variant of one race, with the samples of each round."""
+    middle = {"tpot_s": sorted(tpot)[len(tpot) // 2], "ttft_s": sorted(ttft)[len(ttft) // 2]}
+    taken = {"tpot_s": tuple(tpot), "ttft_s": tuple(ttft)}
+    found = {n: Reading(m, m, m, taken[n]) for n, m in middle.items()}
+    measured = Measurement(name, name, "a", WORKLOAD, "m", found, {}, {}, session="one", **more)
+    measured.readings["peak_memory_bytes"] = exact(memory)
+    return Trial("s", 0, Point(()), name, False, "p", "a", 1000, 1000, (measured,), None, 0.0)
+
+
+def drifting(factor: float, rounds: int = 24) -> list[float]:
+    return [factor * (1 + 0.9 * (i % 7)) * (1 + 0.002 * ((i * 5) % 3)) for i in range(rounds)]
+
+
+TIMES = ("tpot_s", "ttft_s")
+
+
+def test_variants_of_one_race_are_compared_round_by_round_whatever_the_drift() -> None:
+    fast, slow = raced("fast", drifting(1.0), drifting(1.0)), raced("slow", drifting(1.05), drifting(1.05))
+    found = {s.variant: s.status for s in standings([fast, slow], "w", TIMES, ())}
+    assert found == {"fast": "pareto", "slow": "dominated"}
+
+
+def test_equals_of_one_race_stay_and_the_larger_one_is_called_equal() -> None:
+    small, large = raced("b", drifting(1.0), drifting(1.0), 1.0), raced("a", drifting(1.0), drifting(1.0), 2.0)
+    found = {s.variant: (s.status, s.reason) for s in standings([small, large], "w", TIMES, ())}
+    assert found == {"b": ("pareto", ""), "a": ("undecided", "equals b within 1% in every objective")}
+
+
+def test_a_tie_in_time_is_decided_by_the_other_objective() -> None:
+    one, two = raced("one", drifting(1.0), drifting(1.0)), raced("two", drifting(1.0), drifting(1.2))
+    found = {s.variant: s.status for s in standings([one, two], "w", TIMES, ())}
+    assert found == {"one": "pareto", "two": "dominated"}
+
+
+def test_only_those_on_whom_the_front_depends_race_on() -> None:
+    noisy = [t * (0.7, 1.0, 1.4)[i % 3] for i, t in enumerate(drifting(3.0))]
+    clear, behind = raced("clear", drifting(1.0), drifting(1.0)), raced("behind", drifting(2.0), drifting(2.0))
+    one, rival = raced("one", drifting(0.5), drifting(3.0)), raced("rival", drifting(0.4), noisy)
+    trials = [clear, behind, one, rival]
+    assert contenders(trials, [t.measurements[0] for t in trials], TIMES) == {"one", "rival"}
+
+
+def test_an_undecided_pair_that_cannot_change_the_front_races_only_when_no_other_does() -> None:
+    noisy = [t * (0.7, 1.0, 1.4)[i % 3] for i, t in enumerate(drifting(1.0))]
+    memory = {"a": (drifting(1.0), drifting(1.2)), "b": (drifting(1.2), drifting(1.0))}
+    trials = [raced(name, *times) for name, times in memory.items()]
+    measured = [replace(t.measurements[0], readings={**t.measurements[0].readings}) for t in trials]
+    for found, taken in zip(measured, (noisy, drifting(1.0)), strict=True):
+        found.readings["e2e_s"] = Reading(1.0, 0.5, 2.0, tuple(taken))
+    assert contenders(trials, measured, (*TIMES, "e2e_s")) == {"a", "b"}
+
+
+def test_nobody_races_on_once_everything_is_decided() -> None:
+    trials = [raced(str(f), drifting(f), drifting(1 / f)) for f in (1.0, 1.2, 1.5)]
+    assert contenders(trials, [t.measurements[0] for t in trials], TIMES) == set()
+
+
+def test_estimated_energy_ranks_nothing() -> None:
+    joules = {"energy_j_per_token": Reading(1.0, 1.0, 1.0, ())}
+    trials = [trial("a", tpot_s=exact(1.0), **joules), trial("b", tpot_s=exact(2.0), energy_j_per_token=exact(0.1))]
+    modelled = [replace(t, measurements=(replace(t.measurements[0], energy_source="model"),)) for t in trials]
+    metered = [replace(t, measurements=(replace(t.measurements[0], energy_source="rapl"),)) for t in trials]
+    mixed = [modelled[0], metered[1]]
+
+    def stand(found: list[Trial]) -> list[str]:
+        return [s.status for s in standings(found, "w", ("tpot_s", "energy_j_per_token"), ())]
+
+    assert (stand(metered), stand(modelled), stand(mixed)) == (
+        ["pareto", "pareto"],
+        ["pareto", "dominated"],
+        ["pareto", "dominated"],
+    )
+
+
 readings = st.tuples(st.floats(0.1, 10), st.floats(0, 0.2)).map(lambda t: Reading(t[0], t[0] - t[1], t[0] + t[1], ()))
 entrants = st.lists(st.tuples(readings, readings), min_size=1, max_size=12)
 
@@ -90,3 +167,16 @@ def test_everyone_off_the_front_is_dominated_by_someone(rows: list) -> None:
     by_name = {t.variant: Entrant(t.variant, t.measurements[0].readings) for t in trials}
     off = [name for name, s in status(trials).items() if s == "dominated"]
     assert all(any(dominates(by_name[o], by_name[name]) for o in by_name if o != name) for name in off)
+
+
+positive = st.floats(0.1, 10)
+races = st.lists(
+    st.tuples(*(st.lists(positive, min_size=6, max_size=6) for _ in range(3)), positive), min_size=2, max_size=6
+)
+
+
+@given(races)
+def test_the_front_of_a_race_is_never_empty(rows: list) -> None:
+    trials = [raced(str(i), a, b, c[0]) for i, (a, b, c, _) in enumerate(rows)]
+    found = standings(trials, "w", (*TIMES, "peak_memory_bytes"), ())
+    assert any(s.status in ("pareto", "undecided") for s in found)

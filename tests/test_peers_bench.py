@@ -200,5 +200,5 @@ def test_a_comparison_without_peers_is_one_json_document(built: Any) -> None:
     done = subprocess.run([*command, *more], capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)
-    assert {row["runtime"] for row in made["rows"]} == {"llmbuild"} and made["machine"]
+    assert {row["runtime"] for row in made["rows"]} == {"llmbuild", "streaming"} and made["machine"]
     assert all(row["decode_s"] > 0 and row["load_s"] > 0 for row in made["rows"])

@@ -1,6 +1,12 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from random import Random
+from time import sleep
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,11 +15,15 @@ from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
 from llmbuild.profiler import statistics
-from llmbuild.profiler.energy import rapl
 from llmbuild.profiler.heldout import read_text
-from llmbuild.profiler.noise import Snapshot, verdict
+from llmbuild.profiler.live import Live
+from llmbuild.profiler.noise import Shares, Snapshot, Watch, clock_khz, throttles, told, verdict
+from llmbuild.profiler.protocol import Protocol
+from llmbuild.profiler.rounds import Rounds
 from llmbuild.profiler.worker import log_softmax
+from llmbuild.search.pairs import LOOKS
 from llmbuild.spec.recipe import Quality
+from llmbuild.spec.workload import Workload
 
 positive = st.floats(1e-6, 1e3)
 
@@ -42,35 +52,84 @@ def test_no_samples_and_unpaired_samples_are_refused() -> None:
         statistics.paired_ratio([1.0], [1.0, 2.0])
 
 
-def write_zone(root: Path, name: str, energy: int, limit: int) -> Path:
-    zone = root / name
-    zone.mkdir(parents=True)
-    (zone / "energy_uj").write_text(f"{energy}\n")
-    (zone / "max_energy_range_uj").write_text(f"{limit}\n")
-    return zone
+@given(st.lists(positive, min_size=1, max_size=600), st.floats(0.5, 0.999))
+def test_a_percentile_is_absent_unless_its_samples_can_support_it(samples: list[float], share: float) -> None:
+    found = statistics.percentile_of(samples, share)
+    assert (found is None) == (len(samples) < statistics.least_samples(share))
+    if found is not None:
+        assert min(samples) <= found.low <= found.median <= found.high <= max(samples)
 
 
-def test_energy_is_the_counters_difference_over_all_packages(tmp_path: Path) -> None:
-    zones = [write_zone(tmp_path, f"intel-rapl:{i}", 1_000_000, 10_000_000) for i in range(2)]
-    write_zone(tmp_path, "intel-rapl:0:0", 5, 10)  # a part of a package is not counted twice
-    meter = rapl(tmp_path)
-    before = meter.read()
-    for zone in zones:
-        (zone / "energy_uj").write_text("3000000")
-    assert meter.joules(before, meter.read()) == 4.0
+def test_the_99th_percentile_needs_as_many_samples_as_the_binomial_test_without_a_miss() -> None:
+    assert [statistics.least_samples(p) for p in (0.9, 0.95, 0.99)] == [44, 90, 459]
 
 
-def test_a_counter_that_starts_over_is_read_on(tmp_path: Path) -> None:
-    zone = write_zone(tmp_path, "intel-rapl:0", 9_000_000, 10_000_000)
-    meter = rapl(tmp_path)
-    before = meter.read()
-    (zone / "energy_uj").write_text("500000")
-    assert meter.joules(before, meter.read()) == 1.5
+def test_the_99th_percentile_of_a_thousand() -> None:
+    found = statistics.percentile_of([float(i) for i in range(1, 1001)], 0.99)
+    assert found is not None
+    assert (found.median, found.low, found.high) == (990.0, 984.0, 997.0)
 
 
-def test_without_a_counter_energy_is_absent_with_its_reason(tmp_path: Path) -> None:
-    meter = rapl(tmp_path)
-    assert (meter.joules(meter.read(), meter.read()), "no RAPL package" in meter.reason) == (None, True)
+def test_a_baseline_that_moves_is_called_drift_and_one_that_does_not_is_not() -> None:
+    assert statistics.drift([1.0, 1.01, 0.99, 1.0, 1.02, 1.2, 1.21, 1.19, 1.2, 1.22]) == pytest.approx(1.2)
+    assert statistics.drift([1.0, 1.2, 0.9, 1.1, 1.0, 1.0, 1.1, 1.0, 0.9, 1.2]) is None
+    assert statistics.drift([1.0, 1.0, 2.0, 2.0]) is None  # too few to say
+
+
+@given(st.lists(positive, min_size=10, max_size=40))
+def test_drift_backwards_is_the_inverse(samples: list[float]) -> None:
+    forth, back = statistics.drift(samples), statistics.drift(samples[::-1])
+    assert (forth is None) == (back is None)
+    if forth is not None and back is not None:
+        assert forth * back == pytest.approx(1.0)
+
+
+def test_what_disturbed_the_rounds_is_told() -> None:
+    assert told([Shares(0.0, 0.01), Shares(0.01, 0.02)]) == ""
+    assert (
+        told([Shares(0.1, 0.0), Shares(0.0, 0.5)]) == "5% of CPU time was stolen, other processes took 25% of the CPUs"
+    )
+    hot = [Shares(0.0, 0.0, throttled=True), Shares(0.0, 0.0)]
+    assert told(hot) == "the CPU was slowed down for its heat in 1 of 2 rounds"
+    assert told([Shares(0.0, 0.0)], [3_000_000, 2_000_000]) == "the CPU clock moved between 2.00 and 3.00 GHz"
+    assert told([Shares(0.0, 0.0)], [3_000_000, 2_900_000, 0]) == ""
+
+
+def test_a_watch_counts_the_time_of_others_and_not_that_of_the_measured() -> None:
+    spin = [sys.executable, "-c", "import time; t = time.time() + 1.0\nwhile time.time() < t: pass"]
+    with subprocess.Popen(spin) as other:
+        blind, knowing = Watch([]), Watch([other.pid])
+        sleep(0.7)
+        apart = blind.shares().others - knowing.shares().others
+    assert apart * (os.cpu_count() or 1) > 0.3  # most of one core, where nobody else wants it
+
+
+def test_heat_and_clocks_are_read_where_the_system_tells_them(tmp_path: Path) -> None:
+    for number, clock in enumerate((2_000_000, 3_000_000)):
+        cpu = tmp_path / f"cpu{number}"
+        (cpu / "thermal_throttle").mkdir(parents=True)
+        (cpu / "cpufreq").mkdir()
+        (cpu / "thermal_throttle" / "core_throttle_count").write_text("2\n")
+        (cpu / "cpufreq" / "scaling_cur_freq").write_text(f"{clock}\n")
+    assert (throttles(tmp_path), clock_khz(tmp_path)) == (4, 2_500_000)
+    watch = Watch([], tmp_path)
+    (tmp_path / "cpu1" / "thermal_throttle" / "core_throttle_count").write_text("3\n")
+    assert watch.shares().throttled
+    assert (throttles(tmp_path / "none"), clock_khz(tmp_path / "none")) == (0, 0)
+
+
+def test_disturbed_rounds_are_left_out_only_where_enough_calm_ones_remain() -> None:
+    rounds = Rounds(Workload("w", 1, 1, 2), Random(0), Protocol())
+    live = cast(Live, object())
+    rounds.taken[live] = {"tpot_s": [1.0, 9.0, 2.0, 3.0]}
+    rounds.shares = [Shares(0.0, 0.0), Shares(0.5, 0.0), Shares(0.0, 0.0), Shares(0.0, 0.0), Shares(0.9, 0.0)]
+    assert rounds.samples(live, 3) == {"tpot_s": [1.0, 2.0, 3.0]}
+    assert rounds.samples(live, 4) == {"tpot_s": [1.0, 9.0, 2.0, 3.0]}
+
+
+def test_a_race_asks_seven_times_at_most_and_each_time_after_twice_as_many_rounds() -> None:
+    looks = Protocol().looks()
+    assert (looks, len(looks)) == ([12, 24, 48, 96, 192, 384, 768], LOOKS)
 
 
 def test_stolen_time_is_called_noise() -> None:

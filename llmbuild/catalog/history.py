@@ -75,5 +75,7 @@ def _measurement(row: t.MeasurementRow) -> Measurement:
         notes=dict(row.notes),
         operators=tuple(Operator(**body) for body in row.operators),
         energy_source=row.energy_source,
+        energy=row.energy,
+        session=row.session,
         protocol=row.protocol,
     )

@@ -114,6 +114,33 @@ class CompileRow(Base):
     created_at: Mapped[str]
 
 
+class FrontHalfRow(Base):
+    """The front half of a compile, a blob of packed text, by what went into it; `features` is what it schedules."""
+
+    __tablename__ = "front_half"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    inputs: Mapped[dict[str, Any]]
+    blob: Mapped[str] = mapped_column(Digest)
+    features: Mapped[dict[str, Any]]
+    seconds: Mapped[float]
+    created_at: Mapped[str]
+
+
+class TuningRow(Base):
+    """The configuration that was fastest for a kind of dispatch, by shape, types, target and compiler.
+
+    `gain` is the seconds with the compiler's own configuration over those with this one; 1 where its own was best.
+    """
+
+    __tablename__ = "dispatch_tuning"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    inputs: Mapped[dict[str, Any]]
+    configuration: Mapped[str] = mapped_column(Text)
+    gain: Mapped[float] = mapped_column(Float)
+    tried: Mapped[list[Any]]
+    created_at: Mapped[str]
+
+
 class VariantRow(Base):
     """Program × target × point × toolchain. `program` and `artifact` are absent where making them failed."""
 
@@ -161,6 +188,9 @@ class MeasurementRow(Base):
     output_tokens_per_s: Mapped[float | None] = mapped_column(Float)
     energy_j_per_token: Mapped[float | None] = mapped_column(Float)
     energy_source: Mapped[str | None]
+    energy: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    itl_p99_s: Mapped[float | None] = mapped_column(Float)
+    session: Mapped[str | None]
     peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     load_s: Mapped[float | None] = mapped_column(Float)
     quality_kl: Mapped[float | None] = mapped_column(Float)
@@ -224,4 +254,13 @@ class BuildRow(Base):
     seconds: Mapped[float]
     raced: Mapped[bool] = mapped_column(Boolean)
     ended: Mapped[str]
+    created_at: Mapped[str]
+
+
+class CollectedRow(Base):
+    """A blob that `gc` removed on purpose: what it was made of is still known, and nothing is stale without it."""
+
+    __tablename__ = "collected"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
     created_at: Mapped[str]

@@ -6,117 +6,33 @@ A number alone drifts with the machine; the paired ratio to a baseline that ran 
 from __future__ import annotations
 
 import random
-from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.process import Limits
-from llmbuild.profiler import noise, statistics
-from llmbuild.profiler.child import Child, ChildFailed
-from llmbuild.profiler.energy import RaplMeter, rapl
-from llmbuild.profiler.operators import decode_operators, dispatches
+from llmbuild.profiler import estimate, statistics
+from llmbuild.profiler.child import ChildFailed
+from llmbuild.profiler.energy import RANK_STEPS, SCREEN_STEPS
+from llmbuild.profiler.live import WHOLE, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
-from llmbuild.spec.measurement import PROTOCOL, Measurement, Operator, Reading
+from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
+from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
 from llmbuild.spec.program import abi_from
+from llmbuild.spec.slo import ENERGY
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
-TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s", "energy_j_per_token")
-LOADS = 3
+TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
 OPERATORS = 12
 """Kinds of dispatches that are kept with a measurement, the costliest first."""
-NOISE = 3.0
-"""Allowed error in units of how far the logits move when token vectors move by a millionth: rounding flips steps of
-quantized activations, and random weights amplify that."""
-Samples = dict[str, list[float]]
+LAST_VISITS = 3
+"""Visits of the baseline at the end of a race, against which its first ones are held."""
 
-
-class Live:
-    """A subject in a running worker."""
-
-    def __init__(self, subject: Subject, limits: Limits) -> None:
-        self.subject = subject
-        self.child = Child(limits)
-        self.readings: dict[str, Reading] = {}
-        self.notes: dict[str, str] = {}
-        self.operators: tuple[Operator, ...] = ()
-        self.decode_steps = 1 << 30
-        """Output tokens of one round; shortened for a baseline that is much slower than what it is compared with."""
-
-    def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
-        """Open, warm up, then check numerics and quality; memory is read before the checks add their own.
-
-        Raises:
-            ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
-        """
-        s = self.subject
-        opened = self.child.ask(
-            "profile",
-            "open",
-            artifact=str(s.artifact_path),
-            parameters=str(s.parameters_path),
-            abi=s.abi,
-            driver=s.driver,
-            workers=s.workers,
-            times=LOADS,
-        )
-        self.readings["load_s"] = statistics.median_of(opened["load_s"])
-        self.warm(workload, warmup_s)
-        peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
-        if peak is not None:
-            self.readings["peak_memory_bytes"] = statistics.exact(peak)
-        self._check()
-        self._score(quality)
-        self._count()
-
-    def warm(self, workload: Workload, seconds: float) -> float:
-        """Run until `seconds` have passed, once at least; return the seconds of the last answer."""
-        end = monotonic() + seconds
-        while True:
-            took = self.round(workload)["e2e_s"]
-            if monotonic() >= end:
-                return took
-
-    def round(self, workload: Workload) -> dict[str, float]:
-        """Answer once and return the seconds, and the joules per output token where they are counted."""
-        output = min(workload.output, self.decode_steps)
-        answer = self.child.ask("profile", "round", prompt=prompt_of(workload, self.subject.abi), output=output)
-        joules = answer.pop("energy_j")
-        full = answer["ttft_s"] + answer["tpot_s"] * (workload.output - 1)
-        energy = {} if joules is None else {"energy_j_per_token": joules / output}
-        return {**answer, **energy, "e2e_s": full, "output_tokens_per_s": workload.output / full}
-
-    def _check(self) -> None:
-        found = self.child.ask("check", "check", data=str(self.subject.check_path))
-        allowed = max(self.subject.tolerance, NOISE * found["noise"])
-        if not found["finite"] or found["error"] > allowed:
-            reason = (
-                f"logits differ from PyTorch's on the same weights by {found['error']:.3g} of their size "
-                f"(allowed {allowed:.3g}), top-1 agreement {found['top1']:.2f}"
-            )
-            raise ChildFailed(Failure("check", reason, self.child.pasteable(), "", lasting=True))
-        self.notes["check"] = f"logits within {found['error']:.2g} of PyTorch's on the same weights"
-
-    def _score(self, quality: Quality) -> None:
-        if quality.data is None:
-            self.notes["quality"] = quality.reason
-            return
-        for name, value in self.child.ask("quality", "quality", data=str(quality.data)).items():
-            self.readings[name] = statistics.exact(value)
-
-    def _count(self) -> None:
-        """Count and time the dispatches of a decode step; a tool that fails leaves a note, not a failed variant."""
-        s = self.subject
-        found = decode_operators(s.artifact_path, s.parameters_path, abi_from(s.abi), self.child.limits)
-        if isinstance(found, Failure):
-            self.notes["operators"] = f"absent: {found.reason}"
-            return
-        self.operators = found
-        self.readings["dispatches_per_token"] = statistics.exact(dispatches(found))
+Contenders = Callable[[Sequence[Measurement]], set[str]]
+"""Says which variants of a race are still undecided against another one."""
 
 
 class Bench:
@@ -133,9 +49,11 @@ class Bench:
     ) -> None:
         self.workloads, self.quality, self.machine = tuple(workloads), quality, machine
         self.limits, self.protocol, self.roofline = limits, protocol, roofline
-        self.meter: RaplMeter = rapl()
+        if estimate.asked():
+            estimate.find()
         self._order = random.Random(0)
         self._baseline: Live | None = None
+        self._prepared: dict[str, Prepared] = {}
 
     @property
     def has_baseline(self) -> bool:
@@ -147,10 +65,11 @@ class Bench:
         live = Live(subject, self.limits)
         try:
             live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            self._prepared[subject.variant] = live.prepared
             if baseline:
                 self.close()
                 self._baseline = live
-            measured = tuple(self._rounds([live], w, self.protocol.seconds)[0] for w in self.workloads)
+            measured = tuple(self._screen(live, w) for w in self.workloads)
         except ChildFailed as error:
             return error.failure
         finally:
@@ -158,22 +77,30 @@ class Bench:
                 live.child.close()
         return measured
 
-    def race(self, subjects: Sequence[Subject]) -> list[tuple[Measurement, ...]]:
-        """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too."""
+    def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
+        """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too.
+
+        Time that is left after the common rounds goes to the variants that `contenders` returns, until it returns none.
+        """
         fresh = [Live(s, self.limits) for s in subjects if not self._is_baseline(s)]
         lives = [*([self._baseline] if self._baseline else []), *fresh]
         try:
             for live in fresh:
-                live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
-            by_workload = [
-                self._rounds(lives, w, self.protocol.race_seconds, self.protocol.race_rounds) for w in self.workloads
-            ]
+                self._enter(live)
+            by_workload = [self._race(lives, w, contenders) for w in self.workloads]
         except ChildFailed:
             return []  # what was measured before stands; a survivor that dies now was measured whole already
         finally:
             for live in fresh:
                 live.child.close()
         return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
+
+    def _enter(self, live: Live) -> None:
+        known = self._prepared.get(live.subject.variant)
+        if known is not None:
+            live.resume(known, self.workloads[0], self.protocol.warmup_s)
+        else:
+            live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
 
     def _is_baseline(self, subject: Subject) -> bool:
         return self._baseline is not None and subject.variant == self._baseline.subject.variant
@@ -188,7 +115,7 @@ class Bench:
         """Shorten the baseline's rounds where a whole answer takes too long; return a note when that was done."""
         if self._baseline is None:
             return ""
-        self._baseline.decode_steps = 1 << 30
+        self._baseline.decode_steps = WHOLE
         took = self._baseline.warm(workload, 0.0)
         if took <= self.protocol.baseline_round_s:
             return ""
@@ -196,65 +123,121 @@ class Bench:
         self._baseline.decode_steps = steps
         return f"baseline rounds shortened to {min(steps, workload.output)} of {workload.output} output tokens"
 
-    def _rounds(
-        self, lives: Sequence[Live], workload: Workload, seconds: float, rounds: int | None = None
-    ) -> list[Measurement]:
-        baseline = self._baseline
-        alone = baseline is not None and list(lives) == [baseline]
-        shortened = "" if alone else self._fit_baseline(workload)
-        if alone and baseline is not None:
-            baseline.decode_steps = 1 << 30
+    # --- rounds --------------------------------------------------------------------------------------------------
+
+    def _screen(self, live: Live, workload: Workload) -> Measurement:
+        """Measure one variant beside the baseline, or the baseline alone, which then answers whole."""
+        alone, protocol = live is self._baseline, self.protocol
+        notes = {"baseline": "" if alone else self._fit_baseline(workload)}
+        if alone:
+            live.decode_steps = WHOLE
+        live.warm(workload, 0.0)
+        entrants = list(dict.fromkeys([*([self._baseline] if self._baseline else []), live]))
+        rounds, end = Rounds(workload, self._order, protocol), monotonic() + protocol.seconds
+        while rounds.done < protocol.rounds or (rounds.done < protocol.most_rounds and monotonic() < end):
+            rounds.run(entrants)
+        energy = EnergyRounds(workload, self._order)
+        energy.run(entrants, protocol.energy_windows, SCREEN_STEPS, protocol.energy_seconds)
+        notes["noise"] = rounds.noisy(self._baseline)
+        return self._measurement(live, rounds, energy, notes)
+
+    def _race(self, lives: Sequence[Live], workload: Workload, contenders: Contenders | None) -> list[Measurement]:
+        protocol, notes = self.protocol, {"baseline": self._fit_baseline(workload)}
         for live in lives:
             live.warm(workload, 0.0)
-        entrants = list(dict.fromkeys([*([baseline] if baseline else []), *lives]))
-        samples: dict[Live, Samples] = {live: defaultdict(list) for live in entrants}
-        before, end, done = noise.snapshot(), monotonic() + seconds, 0
-        least = rounds or self.protocol.rounds
-        while done < least or (rounds is None and done < self.protocol.most_rounds and monotonic() < end):
-            if done >= self.protocol.rounds and monotonic() >= end:
+        rounds, end = Rounds(workload, self._order, protocol), monotonic() + protocol.race_seconds
+        entrants = list(lives)
+        for look in protocol.looks():
+            while rounds.done < look and (rounds.done < protocol.rounds or monotonic() < end):
+                rounds.run(entrants)
+            if rounds.done < look or contenders is None:
                 break
-            self._order.shuffle(entrants)
-            for live in entrants:
-                self._sample(live, workload, samples[live])
-            done += 1
-        noisy = noise.verdict(before, noise.snapshot(), max(1, max(live.subject.workers for live in lives)))
-        notes = {k: v for k, v in (("baseline", shortened), ("noise", noisy)) if v}
-        return [
-            self._measurement(live, workload, samples[live], samples[baseline] if baseline else {}, notes)
-            for live in lives
-        ]
+            left = contenders([self._sampled(live, rounds) for live in lives])
+            entrants = [live for live in entrants if live.subject.variant in left]
+            if len(entrants) < 2:
+                break
+        if self._baseline is not None and self._baseline not in entrants:
+            rounds.close(self._baseline, LAST_VISITS)
+        energy = EnergyRounds(workload, self._order)
+        energy.run(lives, protocol.race_energy_windows, RANK_STEPS, protocol.race_energy_seconds)
+        notes["noise"] = rounds.noisy(self._baseline)
+        return [self._measurement(live, rounds, energy, notes) for live in lives]
 
-    @staticmethod
-    def _sample(live: Live, workload: Workload, into: Samples) -> None:
-        for name, value in live.round(workload).items():
-            into[name].append(value)
+    # --- measurements --------------------------------------------------------------------------------------------
 
-    def _measurement(
-        self, live: Live, workload: Workload, mine: Samples, theirs: Samples, notes: dict[str, str]
-    ) -> Measurement:
-        timed = {name: statistics.median_of(mine[name]) for name in TIMED if mine.get(name)}
-        ratios = {name: statistics.paired_ratio(mine[name], theirs[name]) for name in timed if theirs.get(name)}
-        absent = {} if "energy_j_per_token" in timed else {"energy": self.meter.reason}
-        if self.roofline is None:
-            absent["limits"] = "absent: the machine was busy or its limits could not be measured"
+    def _sampled(self, live: Live, rounds: Rounds) -> Measurement:
+        """Return what is known in the middle of a race: medians and samples, without intervals."""
+        taken = rounds.samples(live, self.protocol.rounds)
+        middle = {name: statistics.middle(taken[name]) for name in TIMED}
+        timed = {name: Reading(m, m, m, tuple(taken[name])) for name, m in middle.items()}
+        return self._bare(live, rounds, {**live.readings, **timed})
+
+    def _bare(self, live: Live, rounds: Rounds, readings: dict[str, Reading]) -> Measurement:
         return Measurement(
-            key=measurement_key(live.subject, workload, self.machine),
+            key=measurement_key(live.subject, rounds.workload, self.machine),
             variant=live.subject.variant,
             artifact=live.subject.artifact,
-            workload=workload,
+            workload=rounds.workload,
             machine=self.machine,
-            readings={**live.readings, **timed, **self._fractions(live.subject, workload, timed)},
-            ratios=ratios,
-            notes={**live.notes, **notes, **absent},
-            energy_source=self.meter.source if "energy_j_per_token" in timed else None,
+            readings=readings,
+            ratios={},
+            notes={},
+            session=rounds.name,
+        )
+
+    def _measurement(self, live: Live, rounds: Rounds, energy: EnergyRounds, notes: dict[str, str]) -> Measurement:
+        taken = self._samples(live, rounds, energy)
+        timed = {name: statistics.median_of(values) for name, values in taken.items()}
+        gaps = statistics.percentile_of(rounds.gaps_s[live], 0.99)
+        tail = {} if gaps is None else {"itl_p99_s": gaps}
+        absent = self._without_energy(live, energy)
+        if self.roofline is None:
+            absent["limits"] = "absent: the machine was busy or its limits could not be measured"
+        bare = self._bare(live, rounds, {**live.readings, **timed, **tail, **self._fractions(live, rounds, timed)})
+        source = live.meter().source
+        noisy = ", ".join(t for t in (notes["noise"], energy.noisy(live)) if t)
+        return replace(
+            bare,
+            ratios=self._ratios(live, taken, rounds, energy),
+            notes={**live.notes, **{k: v for k, v in {**notes, "noise": noisy}.items() if v}, **absent},
+            energy_source=source if ENERGY in timed else None,
+            energy=dict(energy.facts.get(live, {})) if ENERGY in timed else None,
             operators=live.operators[:OPERATORS],
         )
 
-    def _fractions(self, subject: Subject, workload: Workload, timed: dict[str, Reading]) -> dict[str, Reading]:
+    @staticmethod
+    def _without_energy(live: Live, energy: EnergyRounds) -> dict[str, str]:
+        """Return the note that stands in for joules, or beside those that are only estimated."""
+        facts = energy.facts.get(live, {})
+        if "model" in facts:
+            return {"energy": str(facts["model"])}
+        return {} if energy.samples(live) else {"energy": energy.lost.get(live) or live.meter().reason}
+
+    def _samples(self, live: Live, rounds: Rounds, energy: EnergyRounds) -> Samples:
+        taken, joules = rounds.samples(live, self.protocol.rounds), energy.samples(live)
+        return {**{name: taken[name] for name in TIMED}, **({ENERGY: joules} if joules else {})}
+
+    def _ratios(self, live: Live, mine: Samples, rounds: Rounds, energy: EnergyRounds) -> dict[str, Reading]:
+        """Return the ratios to the baseline over the rounds that both ran; energy only where one meter did both."""
+        baseline = self._baseline
+        if baseline is None:
+            return {}
+        theirs = self._samples(baseline, rounds, energy)
+        if live.meter().source != baseline.meter().source:
+            theirs.pop(ENERGY, None)
+        both = {name: list(zip(mine[name], theirs[name], strict=False)) for name in mine if name in theirs}
+        return {
+            name: statistics.paired_ratio([a for a, _ in pairs], [b for _, b in pairs])
+            for name, pairs in both.items()
+            if pairs
+        }
+
+    def _fractions(self, live: Live, rounds: Rounds, timed: dict[str, Reading]) -> dict[str, Reading]:
         """Return how near a variant comes to the machine's limits; nothing where those are not known."""
         if self.roofline is None:
             return {}
-        done = work(abi_from(subject.abi), subject.parameter_bytes, workload)
+        subject = live.subject
+        done = work(abi_from(subject.abi), subject.parameter_bytes, rounds.workload)
         found = fractions(self.roofline.of(subject.driver, subject.workers), done, timed["tpot_s"], timed["ttft_s"])
         integer = found.prefill_of_int8 if subject.integer else None
         return {"bandwidth_fraction": found.decode_of_bandwidth, "peak_fraction": integer or found.prefill_of_f32}
@@ -281,9 +264,3 @@ def adopt(known: Measurement, subject: Subject) -> Measurement:
         variant=subject.variant,
         notes={**known.notes, "reused": f"same executable and settings as {digest.short(known.variant)}"},
     )
-
-
-def prompt_of(workload: Workload, abi: dict[str, Any]) -> list[int]:
-    """Return the workload's prompt: random tokens of the model's vocabulary by the workload's seed."""
-    chosen = random.Random(workload.seed)
-    return [chosen.randrange(abi["vocabulary"]) for _ in range(workload.prompt)]

@@ -38,6 +38,11 @@ class Child:
             preexec_fn=confine(limits),
         )
 
+    @property
+    def pid(self) -> int:
+        """The worker's process."""
+        return self._process.pid
+
     def ask(self, stage: Stage, verb: str, **request: Any) -> dict[str, Any]:
         """Return the worker's answer.
 

@@ -1,52 +1,227 @@
-"""Energy counters. Absent is absent: a reading is None with a reason, never 0, and nothing is modelled here."""
+"""Energy meters behind one interface: open a window, do the work, close it, get joules or why there are none.
+
+Absent is absent: a reading is never 0 for want of a counter. A meter belongs to what runs the code: the CPU's packages
+for IREE's CPU drivers, the board for a GPU's, so that an idle GPU is never held to account for a CPU's work.
+"""
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass
-from pathlib import Path
+import math
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import monotonic, sleep
+from typing import Literal, Protocol
 
-POWERCAP = Path("/sys/class/powercap")
+Source = Literal["nvml_counter", "nvml_polled", "rapl", "rapl_vm", "model"]
+Boundary = Literal["gpu", "package"]
+
+CPU_DRIVERS = ("local-task", "local-sync")
+
+KEEP_S = 30.0
+"""A counter is read at least this often within a window, so that it cannot start over twice unseen."""
+
+SCREEN_STEPS, RANK_STEPS = 30, 100
+"""Updates of a counter that a window spans at least: one of them is the error, so about 3 % and 1 %."""
+
+LEAST_WINDOW_S, MOST_WINDOW_S = 0.3, 60.0
+
+Clock = Callable[[], float]
 
 
 @dataclass(frozen=True)
-class Zone:
-    """One RAPL package: its counter in microjoules, which starts over after `range_uj`."""
+class Energy:
+    """What a window took."""
 
-    counter: Path
-    range_uj: int
+    joules: float
+    seconds: float
+
+    @property
+    def watts(self) -> float:
+        """Mean power of the window."""
+        return self.joules / self.seconds
 
 
 @dataclass(frozen=True)
-class RaplMeter:
-    """Package energy by RAPL. Where it cannot be read, `zones` is empty and `reason` says why."""
+class Absent:
+    """Why a source gives nothing."""
 
-    zones: tuple[Zone, ...]
+    source: Source
     reason: str
-    source: str = "rapl"
-    boundary: str = "package"
-
-    def read(self) -> tuple[int, ...]:
-        """Return every zone's counter in microjoules."""
-        return tuple(int(zone.counter.read_text()) for zone in self.zones)
-
-    def joules(self, before: tuple[int, ...], after: tuple[int, ...]) -> float | None:
-        """Return the energy between two reads, at most one wrap-around apart; None where there is no counter."""
-        if not self.zones:
-            return None
-        total = 0
-        for zone, begin, end in zip(self.zones, before, after, strict=True):
-            total += end - begin if end >= begin else end - begin + zone.range_uj
-        return total / 1e6
 
 
-def rapl(root: Path = POWERCAP) -> RaplMeter:
-    """Return the meter of this host's packages, empty with its reason where there is none to read."""
-    found = sorted(p for p in root.glob("*-rapl:*") if p.name.count(":") == 1) if root.is_dir() else []
-    packages = [p for p in found if (p / "energy_uj").exists()]
-    if not packages:
-        return RaplMeter((), f"no energy counter: {root} has no RAPL package (usual in a virtual machine)")
-    locked = [p for p in packages if not os.access(p / "energy_uj", os.R_OK)]
-    if locked:
-        return RaplMeter((), f"no permission to read {locked[0] / 'energy_uj'}: run as root or change its mode")
-    return RaplMeter(tuple(Zone(p / "energy_uj", int((p / "max_energy_range_uj").read_text())) for p in packages), "")
+class Window(Protocol):
+    """A span under measurement."""
+
+    def keep(self) -> None:
+        """Say that the window goes on; called between pieces of work, as often as is convenient."""
+
+    def close(self) -> Energy | Absent:
+        """End the window."""
+
+
+class Meter(Protocol):
+    """One source of energy readings. `step_s` is the time between two of its updates."""
+
+    @property
+    def source(self) -> Source:
+        """Where the joules come from; never mixed with another's in one comparison."""
+
+    @property
+    def boundary(self) -> Boundary:
+        """What the joules are of."""
+
+    @property
+    def step_s(self) -> float:
+        """Seconds between two updates."""
+
+    def window(self) -> Window:
+        """Begin a window."""
+
+    def conditions(self) -> dict[str, float | str]:
+        """Return clocks, temperature and limits now, as far as the source tells; `throttled` when it is held back."""
+
+
+def window_s(meter: Meter, steps: int) -> float:
+    """Return how long a window must be for its error to be one in `steps`."""
+    return min(max(LEAST_WINDOW_S, steps * meter.step_s), MOST_WINDOW_S)
+
+
+@dataclass(frozen=True)
+class Counter:
+    """Counters that only grow: `read` returns them in units of `unit_j`, each starts over after its `range`.
+
+    A range of 0 never starts over: one that falls nevertheless was reset, and the window is lost.
+    """
+
+    source: Source
+    boundary: Boundary
+    step_s: float
+    unit_j: float
+    ranges: tuple[int, ...]
+    read: Callable[[], tuple[int, ...] | Absent]
+    clock: Clock = monotonic
+    tell: Callable[[], dict[str, float | str]] = dict
+
+    def window(self) -> Window:
+        """Begin at the counters' present state."""
+        return _CounterWindow(self)
+
+    def conditions(self) -> dict[str, float | str]:
+        """Return what the source tells of its state."""
+        return self.tell()
+
+
+class _CounterWindow:
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._units = 0
+        self._last = counter.read()
+        self._begin = self._kept = counter.clock()
+
+    def keep(self) -> None:
+        if self._counter.clock() - self._kept >= KEEP_S:
+            self._add()
+
+    def close(self) -> Energy | Absent:
+        self._add()
+        seconds = self._kept - self._begin
+        return self._last if isinstance(self._last, Absent) else Energy(self._units * self._counter.unit_j, seconds)
+
+    def _add(self) -> None:
+        before, counter = self._last, self._counter
+        if isinstance(before, Absent):
+            return
+        self._last, self._kept = counter.read(), counter.clock()
+        if isinstance(self._last, Absent):
+            return
+        for begin, end, span in zip(before, self._last, counter.ranges, strict=True):
+            if end < begin and not span:
+                self._last = Absent(counter.source, "the counter was reset within the window")
+                return
+            self._units += end - begin if end >= begin else end - begin + span
+
+
+def with_measured_step(counter: Counter, wait: Callable[[float], None] = sleep, seconds: float = 1.0) -> Counter:
+    """Return the counter with the time between its updates as they are seen; unchanged where too few are.
+
+    Looks a thousand times a second for `seconds` at most.
+    """
+    seen: list[float] = []
+    begin, last = counter.clock(), counter.read()
+    while counter.clock() - begin < seconds and len(seen) < 12:
+        wait(0.001)
+        now = counter.read()
+        if isinstance(now, Absent):
+            return counter
+        if now != last:
+            seen.append(counter.clock())
+            last = now
+    gaps = [b - a for a, b in pairwise(seen)]
+    return replace(counter, step_s=statistics.median(gaps)) if len(gaps) >= 3 else counter
+
+
+@dataclass(frozen=True)
+class Found:
+    """The meter of a driver, None where there is none, and why every better one is not it."""
+
+    meter: Meter | None
+    absent: tuple[Absent, ...]
+
+    @property
+    def reason(self) -> str:
+        """Why there is no better meter, for people."""
+        return "; ".join(a.reason for a in self.absent)
+
+
+def find(driver: str, measure_step: bool = False) -> Found:
+    """Return the meter of what `driver` runs on, the best first; an estimate only where the user asked for one.
+
+    Raises:
+        InputError: the user's power model cannot be read.
+    """
+    from llmbuild.profiler import estimate, nvml, rapl
+
+    kinds: list[Callable[[], Meter | Absent]] = (
+        [rapl.find] if driver in CPU_DRIVERS else [nvml.find_counter, nvml.find_polled]
+    )
+    if driver in CPU_DRIVERS and estimate.asked():
+        kinds.append(estimate.find)
+    absent: list[Absent] = []
+    for kind in kinds:
+        found = kind()
+        if isinstance(found, Absent):
+            absent.append(found)
+            continue
+        timed = with_measured_step(found) if measure_step and isinstance(found, Counter) else found
+        return Found(timed, tuple(absent))
+    return Found(None, tuple(absent))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """Two meters over one window."""
+
+    first: Energy
+    second: Energy
+
+    @property
+    def ratio(self) -> float:
+        """The second's joules over the first's."""
+        return self.second.joules / self.first.joules if self.first.joules else math.inf
+
+
+def compare(first: Meter, second: Meter, work: Callable[[Callable[[], None]], None]) -> Agreement | Absent:
+    """Run `work` once under both meters; it calls what it is given as it goes on."""
+    one, other = first.window(), second.window()
+
+    def keep() -> None:
+        one.keep()
+        other.keep()
+
+    work(keep)
+    ended, also = other.close(), one.close()
+    if isinstance(also, Absent):
+        return also
+    return ended if isinstance(ended, Absent) else Agreement(also, ended)

@@ -1,9 +1,9 @@
-"""What else the machine was doing: time stolen by the hypervisor, CPU time that others took, and the load."""
+"""What else the machine was doing: time stolen by the hypervisor, CPU time that others took, heat, clocks and load."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,11 @@ STEAL_LIMIT = 0.02
 
 OTHERS_LIMIT = 0.05
 """Share of CPU time taken by other processes above which readings are called noisy."""
+
+CLOCK_LIMIT = 0.1
+"""Share by which the CPU clock may move before readings are called noisy."""
+
+CPUS = Path("/sys/devices/system/cpu")
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,80 @@ def cpu_ticks(processes: Iterable[int]) -> int:
         except (OSError, ValueError, IndexError):
             continue
     return taken
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What was taken from the measured processes in a span: shares of CPU time, and whether the CPU was held back."""
+
+    stolen: float
+    others: float
+    throttled: bool = False
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether readings of this span are better left out."""
+        return self.stolen > STEAL_LIMIT or self.others > OTHERS_LIMIT or self.throttled
+
+
+class Watch:
+    """Watches the machine from its making on, on behalf of the processes that are measured (this one is theirs too)."""
+
+    def __init__(self, processes: Iterable[int], root: Path = CPUS) -> None:
+        self._processes, self._root = (*processes, os.getpid()), root
+        self._throttles = throttles(root)
+        self._before, self._ticks = snapshot(), cpu_ticks(self._processes)
+
+    def shares(self) -> Shares:
+        """Return what was taken from the measured processes since then; nothing where the system does not tell."""
+        after, own = snapshot(), cpu_ticks(self._processes) - self._ticks
+        spent = after.total - self._before.total
+        throttled = throttles(self._root) > self._throttles
+        if spent <= 0:
+            return Shares(0.0, 0.0, throttled)
+        others = (after.busy - self._before.busy - own) / spent
+        return Shares((after.stolen - self._before.stolen) / spent, max(0.0, others), throttled)
+
+
+def throttles(root: Path = CPUS) -> int:
+    """Return how often the CPUs were slowed down for their heat since boot; 0 where the system does not tell."""
+    return sum(_number(p) for p in root.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
+
+
+def clock_khz(root: Path = CPUS) -> int:
+    """Return the mean clock of the CPUs now; 0 where the system does not tell, as in most virtual machines."""
+    found = [_number(p) for p in root.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
+    return round(sum(found) / len(found)) if found else 0
+
+
+def _number(path: Path) -> int:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return 0
+
+
+def told(spans: Sequence[Shares], clocks_khz: Sequence[int] = ()) -> str:
+    """Return what disturbed a measurement of several spans; empty when nothing did.
+
+    The shares are means over the spans; `clocks_khz` are readings of the clock between them.
+    """
+    if not spans:
+        return ""
+    found = []
+    stolen, others = (sum(getattr(s, name) for s in spans) / len(spans) for name in ("stolen", "others"))
+    if stolen > STEAL_LIMIT:
+        found.append(f"{stolen:.0%} of CPU time was stolen")
+    if others > OTHERS_LIMIT:
+        found.append(f"other processes took {others:.0%} of the CPUs")
+    if any(s.throttled for s in spans):
+        found.append(
+            f"the CPU was slowed down for its heat in {sum(s.throttled for s in spans)} of {len(spans)} rounds"
+        )
+    known = [c for c in clocks_khz if c]
+    if known and min(known) < (1 - CLOCK_LIMIT) * max(known):
+        found.append(f"the CPU clock moved between {min(known) / 1e6:.2f} and {max(known) / 1e6:.2f} GHz")
+    return ", ".join(found)
 
 
 def verdict(before: Snapshot, after: Snapshot, own_threads: int, own_ticks: int | None = None) -> str:

@@ -9,15 +9,35 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun."""
+    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun.
+
+    A round visits everyone once, for `visit_s` of answers, and opens the artifact anew where that takes less than
+    `reopen_s`: the same artifact opened twice may differ by a tenth, all the time that it stays open. The race has
+    `race_rounds` with everyone, and as many more for those who are undecided as fit into `race_seconds`, up to
+    `race_most_rounds`. Energy is measured in windows of its own, where there is a meter.
+    """
 
     warmup_s: float = 0.3
     rounds: int = 5
     most_rounds: int = 15
     seconds: float = 2.0
+    visit_s: float = 0.05
+    reopen_s: float = 0.2
     baseline_round_s: float = 1.0
-    race_rounds: int = 10
+    race_rounds: int = 12
+    race_most_rounds: int = 768
     race_seconds: float = 20.0
+    energy_windows: int = 3
+    energy_seconds: float = 20.0
+    race_energy_windows: int = 5
+    race_energy_seconds: float = 120.0
+
+    def looks(self) -> list[int]:
+        """Return after how many rounds of a race it is asked who is undecided: each time after twice as many."""
+        found = [self.race_rounds]
+        while found[-1] < self.race_most_rounds:
+            found.append(min(self.race_most_rounds, found[-1] * 2))
+        return found
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,10 @@
 open     {artifact, parameters, abi, driver, workers, times}   -> load_s samples
 check    {data}                                                -> errors against PyTorch on the same weights
 quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
-round    {prompt, output}                                      -> ttft_s, tpot_s, e2e_s, energy_j of one answer
+round    {prompt, output, seconds}                             -> ttft_s, tpot_s, gap_s of each answer in that time
+meter    {}                                                    -> the energy meter's source, boundary, step_s, reason
+energy   {prompt, output, steps}                               -> joules, seconds, tokens of answers in one window
+idle     {steps}                                               -> joules, seconds of waiting in one window
 memory   {}                                                    -> peak resident bytes so far
 limits   {artifact, read_bytes, functions, seconds}            -> seconds of the machine's limit kernels
 """
@@ -14,8 +17,9 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
-from time import perf_counter
+from time import monotonic, perf_counter, sleep
 from typing import Any
 
 import numpy as np
@@ -23,7 +27,7 @@ from numpy.typing import NDArray
 
 from llmbuild.errors import LlmbuildError
 from llmbuild.profiler import limits
-from llmbuild.profiler.energy import rapl
+from llmbuild.profiler.energy import Absent, Found, Meter, Window, find, window_s
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import abi_from
 
@@ -39,7 +43,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._session: Session | None = None
-        self._meter = rapl()
+        self._driver = ""
+        self._found: Found | None = None
 
     @property
     def session(self) -> Session:
@@ -51,6 +56,7 @@ class Worker:
     def open(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open the artifact `times` times; the last one stays."""
         seconds = []
+        self._driver = request["driver"]
         for _ in range(request["times"]):
             self._session = None
             begin = perf_counter()
@@ -96,22 +102,72 @@ class Worker:
         }
 
     def round(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Answer once: prefill, then decode its own greedy tokens; seconds on a monotonic clock, joules if counted."""
-        session, prompt, output = self.session, request["prompt"], request["output"]
+        """Answer for `seconds`, once at least: prefill, then decode its own greedy tokens; every answer's times."""
+        prompt, output = request["prompt"], request["output"]
         self._come_back(prompt, output)
-        counted = self._meter.read()
+        end = perf_counter() + request["seconds"]
+        answers = [self._answer(prompt, output)]
+        while perf_counter() < end:
+            answers.append(self._answer(prompt, output))
+        return {"answers": answers}
+
+    def _answer(self, prompt: list[int], output: int) -> dict[str, Any]:
+        """Answer once; seconds on a monotonic clock."""
+        session, ticks = self.session, [0.0] * output
         begin = perf_counter()
         token = session.prefill(prompt)
-        first = perf_counter()
+        ticks[0] = perf_counter()
         for step in range(output - 1):
             token = session.decode(token, len(prompt) + step)
-        end = perf_counter()
+            ticks[step + 1] = perf_counter()
         return {
-            "ttft_s": first - begin,
-            "tpot_s": (end - first) / (output - 1) if output > 1 else 0.0,
-            "e2e_s": end - begin,
-            "energy_j": self._meter.joules(counted, self._meter.read()),
+            "ttft_s": ticks[0] - begin,
+            "tpot_s": (ticks[-1] - ticks[0]) / (output - 1) if output > 1 else 0.0,
+            "gap_s": [b - a for a, b in pairwise(ticks)],
         }
+
+    def meter(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Find the meter of what the artifact runs on, and say why a better one is not there."""
+        self._found = self._found or find(self._driver, measure_step=True)
+        meter = self._found.meter
+        if meter is None:
+            return {"source": None, "reason": self._found.reason}
+        return {
+            "source": meter.source,
+            "boundary": meter.boundary,
+            "step_s": meter.step_s,
+            "reason": self._found.reason,
+            **meter.conditions(),
+        }
+
+    def energy(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer again and again in one window of at least `steps` updates of the meter."""
+        session, prompt, output = self.session, request["prompt"], request["output"]
+        self._come_back(prompt, output)
+        tokens = 0
+
+        def answer() -> None:
+            nonlocal tokens
+            token = session.prefill(prompt)
+            for step in range(output - 1):
+                token = session.decode(token, len(prompt) + step)
+            tokens += output
+
+        return {**self._metered(request["steps"], answer), "tokens": tokens}
+
+    def idle(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Wait in one window: what is drawn while nothing runs."""
+        return self._metered(request["steps"], lambda: sleep(0.02))
+
+    def _metered(self, steps: int, work: Callable[[], None]) -> dict[str, Any]:
+        meter = self._found.meter if self._found else None
+        if meter is None:
+            raise LlmbuildError("no energy meter was found")
+        window, end = meter.window(), monotonic() + window_s(meter, steps)
+        while monotonic() < end:
+            work()
+            window.keep()
+        return _told(meter, window)
 
     def _come_back(self, prompt: list[int], output: int) -> None:
         """Work untimed for a moment: others have had the caches since this process last ran.
@@ -141,6 +197,13 @@ class Worker:
         return np.stack(rows)
 
 
+def _told(meter: Meter, window: Window) -> dict[str, Any]:
+    found = window.close()
+    if isinstance(found, Absent):
+        return {"absent": found.reason}
+    return {"joules": found.joules, "seconds": found.seconds, **meter.conditions()}
+
+
 def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     """Return the log-probabilities over the last axis, in f64."""
     x = logits.astype(np.float64)
@@ -152,7 +215,8 @@ def main() -> None:
     """Answer requests until stdin ends, which it also does when the parent dies."""
     worker = Worker()
     verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-        name: getattr(worker, name) for name in ("open", "check", "quality", "round", "memory")
+        name: getattr(worker, name)
+        for name in ("open", "check", "quality", "round", "meter", "energy", "idle", "memory")
     }
     verbs["limits"] = limits.run
     for line in sys.stdin:

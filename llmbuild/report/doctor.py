@@ -5,13 +5,15 @@ from __future__ import annotations
 import shutil
 import sqlite3
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmbuild.catalog.schema import FILE
 from llmbuild.compiler.iree import compiler_version
-from llmbuild.errors import LlmbuildError
-from llmbuild.profiler.energy import rapl
+from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.profiler import estimate, nvml, rapl
+from llmbuild.profiler.energy import Absent, Meter
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import same_minor
 from llmbuild.toolchain import package_version
@@ -31,7 +33,7 @@ def checks(catalog: Path) -> list[dict[str, Any]]:
     rows = [_row("python", "ok", sys.version.split()[0])]
     for extra, names in NEEDED.items():
         rows += [_package(name, extra) for name in names]
-    rows += [_versions(), _features(), _energy(), _disk(catalog)]
+    rows += [_versions(), _features(), *_energy(), _disk(catalog)]
     return [*rows, *_catalog(catalog)]
 
 
@@ -68,13 +70,27 @@ def _features() -> dict[str, Any]:
     return _row("CPU features", "ok", f"{host.machine().chip}: {' '.join(named) or 'baseline'}")
 
 
-def _energy() -> dict[str, Any]:
-    meter = rapl()
-    return (
-        _row("energy counter", "ok", f"rapl, {len(meter.zones)} packages")
-        if meter.zones
-        else _row("energy counter", "note", meter.reason)
-    )
+def _energy() -> list[dict[str, Any]]:
+    """Return a row for the CPU's meter, one for the GPU's, and one for the estimate where it was asked for."""
+    counter = nvml.find_counter()
+    board = [counter] if not isinstance(counter, Absent) else [counter, nvml.find_polled()]
+    rows = [_meters("energy of the CPU", [rapl.find()]), _meters("energy of the GPU", board)]
+    if not estimate.asked():
+        return rows
+    try:
+        return [*rows, _row("energy estimate", "note", estimate.find().describe(), "it ranks nothing")]
+    except InputError as error:
+        return [*rows, _row("energy estimate", "wrong", str(error), f"unset {estimate.VARIABLE}, or correct it")]
+
+
+def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
+    """Return the meter that is found, and why the better ones are not it."""
+    why = [f"{one.source}: {one.reason}" for one in tried if isinstance(one, Absent)]
+    found = next((one for one in tried if not isinstance(one, Absent)), None)
+    if found is None:
+        return _row(check, "note", "no meter, energy stays absent", "; ".join(why))
+    told = f"{found.source} of the {found.boundary}, updated every {found.step_s:g} s"
+    return _row(check, "ok", told, "; ".join(why))
 
 
 def _disk(catalog: Path) -> dict[str, Any]:

@@ -21,6 +21,8 @@ COLUMNS = tuple(
 MORE = (
     "parameter_bytes",
     "e2e_s",
+    "itl_p99_s",
+    "energy",
     "load_s",
     "quality_perplexity",
     "dispatches_per_token",

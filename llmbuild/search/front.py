@@ -3,26 +3,37 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Literal
 
-from llmbuild.spec.measurement import Measurement, Reading
-from llmbuild.spec.slo import METRICS, Bound
+from llmbuild.search import pairs
+from llmbuild.search.pairs import TIE
+from llmbuild.spec.measurement import ESTIMATES, Measurement, Reading
+from llmbuild.spec.slo import ENERGY, METRICS, Bound
 from llmbuild.spec.trial import Standing, Trial
-
-TIE = 0.01
-"""Relative difference below which two readings without an interval are equal; for quality the floors below apply."""
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
 """Absolute differences that held-out text of some hundred tokens cannot tell apart."""
 
+Comparison = Literal["better", "worse", "tied", "undecided"]
+
 
 @dataclass(frozen=True)
 class Entrant:
-    """One variant's readings of the objectives, as factors of the baseline where they are noisy."""
+    """One variant's readings of the objectives, as factors of the baseline where they are noisy.
+
+    `samples` of entrants of one `session` are paired by index. `size` decides between equals: less memory, then the
+    smaller artifact.
+    """
 
     variant: str
     readings: dict[str, Reading]
+    session: str | None = None
+    samples: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    size: tuple[float, float] = (0.0, 0.0)
 
 
 def standings(
@@ -30,8 +41,9 @@ def standings(
 ) -> list[Standing]:
     """Return where every trial stands on one workload.
 
-    `dominated` is only who another beats in every objective beyond the interval; who is merely worse at the median is
-    `undecided`. Confidence is the share of objectives in which no other variant beats it at the median: 1 on the front.
+    `dominated` is only who another beats in every objective beyond the interval, or beats in one and equals in the
+    rest; who is merely worse at the median is `undecided`, and so is who equals another one in everything and is the
+    larger of the two. Confidence is 0.95 where the intervals decide, 0.5 where they do not.
     """
     out: list[Standing] = []
     feasible: list[tuple[Trial, Measurement]] = []
@@ -46,19 +58,53 @@ def standings(
             out.append(Standing(trial.variant, workload, "infeasible", None, "; ".join(broken), found.key))
         else:
             feasible.append((trial, found))
-    used = usable_objectives([m for _, m in feasible], objectives)
-    paired = {name for name in used if all(name in m.ratios for _, m in feasible)}
-    entrants = [Entrant(t.variant, {name: reading(t, m, name, name in paired) for name in used}) for t, m in feasible]
+    entrants = _entrants(feasible, objectives)
     for (_, measurement), entrant in zip(feasible, entrants, strict=True):
         status, confidence, reason = _status(entrant, entrants)
         out.append(Standing(entrant.variant, workload, status, confidence, reason, measurement.key))
     return out
 
 
+def contenders(trials: Sequence[Trial], measured: Sequence[Measurement], objectives: Sequence[str]) -> set[str]:
+    """Return the variants of a race that further rounds should run: first those on whose pairs the front depends.
+
+    A pair matters while some objective is undecided and one of the two may still turn out to dominate the other. Where
+    none does, the pairs count that are undecided in any objective.
+    """
+    by_variant = {m.variant: m for m in measured}
+    racing = [(t, by_variant[t.variant]) for t in trials if t.variant in by_variant]
+    pairs = list(combinations(_entrants(racing, objectives), 2))
+    orders = [[compare(a, b, name) for name in a.readings] for a, b in pairs]
+    loose = [(pair, found) for pair, found in zip(pairs, orders, strict=True) if "undecided" in found]
+    matter = [pair for pair, found in loose if not {"better", "worse"} <= set(found)]
+    return {entrant.variant for pair in matter or [pair for pair, _ in loose] for entrant in pair}
+
+
+def _entrants(found: Sequence[tuple[Trial, Measurement]], objectives: Sequence[str]) -> list[Entrant]:
+    used = usable_objectives([m for _, m in found], objectives)
+    paired = {name for name in used if all(name in m.ratios for _, m in found)}
+    return [
+        Entrant(
+            t.variant,
+            {name: reading(t, m, name, name in paired) for name in used},
+            m.session,
+            {name: m.readings[name].samples for name in used if name in m.readings},
+            (value_of(t, m, "peak_memory_bytes") or math.inf, float(t.artifact_bytes or math.inf)),
+        )
+        for t, m in found
+    ]
+
+
 def usable_objectives(measured: Sequence[Measurement], objectives: Sequence[str]) -> list[str]:
-    """Return the objectives that every measurement has; one that is absent somewhere cannot rank anything."""
+    """Return the objectives that every measurement has; one that is absent somewhere cannot rank anything.
+
+    Energy ranks only where one source measured it all: an estimate never does, and two sources are not compared.
+    """
     static = ("artifact_bytes", "parameter_bytes")
-    return [name for name in objectives if all(name in m.readings or name in static for m in measured)]
+    sources = {m.energy_source for m in measured}
+    mixed = len(sources) > 1 or bool(sources & set(ESTIMATES))
+    wanted = [name for name in objectives if not (name == ENERGY and mixed)]
+    return [name for name in wanted if all(name in m.readings or name in static for m in measured)]
 
 
 def missed(trial: Trial, measurement: Measurement, bounds: Sequence[Bound]) -> list[str]:
@@ -93,12 +139,25 @@ def reading(trial: Trial, measurement: Measurement, metric: str, paired: bool) -
     return Reading(float(value or 0.0), float(value or 0.0), float(value or 0.0), ())
 
 
-def beats(a: Reading, b: Reading, metric: str) -> bool:
-    """Say whether `a` is better than `b` beyond both intervals and beyond a tie."""
-    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
-    a_worst = max(sign * a.low, sign * a.high)
-    b_best = min(sign * b.low, sign * b.high)
-    return a_worst < b_best and not tied(a, b, metric)
+def compare(a: Entrant, b: Entrant, metric: str) -> Comparison:
+    """Return whether `a` is better than `b`, worse, practically equal, or none of these for sure.
+
+    Entrants of one session are compared round by round; others by their intervals, which must be a tie apart.
+    """
+    mine, theirs = a.readings[metric], b.readings[metric]
+    if a.session is not None and a.session == b.session and a.samples.get(metric) and b.samples.get(metric):
+        found = pairs.order(a.samples[metric], b.samples[metric])
+    elif noiseless(mine) and noiseless(theirs):
+        if tied(mine, theirs, metric):
+            return "tied"
+        found = "less" if mine.median < theirs.median else "greater"
+    elif min(mine.low, theirs.low) <= 0:
+        found = "undecided"
+    else:
+        found = pairs.place(math.log(mine.low / theirs.high), math.log(mine.high / theirs.low))
+    if found == "tied" or found == "undecided":
+        return found
+    return "better" if (found == "less") == (METRICS[metric].direction == "min") else "worse"
 
 
 def tied(a: Reading, b: Reading, metric: str) -> bool:
@@ -113,18 +172,32 @@ def noiseless(r: Reading) -> bool:
 
 
 def dominates(a: Entrant, b: Entrant) -> bool:
-    """Say whether `a` beats `b` in every objective beyond the interval.
+    """Say whether `a` beats `b` in every objective, or beats it in one and is practically equal in the rest.
 
-    Two noiseless readings that are tied count as beaten, provided `a` truly beats `b` in some other objective.
+    It must be ahead in sum too: else three that each beat the next in one objective and tie in the others would leave
+    nobody.
     """
-    won = False
-    for name, mine in a.readings.items():
-        theirs = b.readings[name]
-        if beats(mine, theirs, name):
-            won = True
-        elif not (tied(mine, theirs, name) and noiseless(mine) and noiseless(theirs)):
-            return False
-    return won
+    found = {compare(a, b, name) for name in a.readings}
+    return found <= {"better", "tied"} and "better" in found and _sum(a) < _sum(b)
+
+
+def equal(a: Entrant, b: Entrant) -> bool:
+    """Say whether two are practically equal in every objective."""
+    return all(compare(a, b, name) == "tied" for name in a.readings)
+
+
+def _sum(entrant: Entrant) -> float:
+    """Return a number that is lower for the better entrant: a tie in any objective weighs the same in it."""
+    return sum(_weight(r.median, name) for name, r in entrant.readings.items())
+
+
+def _weight(value: float, metric: str) -> float:
+    """Return the logarithm of a value, for one with a floor continued in steps of that floor below `floor / TIE`."""
+    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
+    knee = FLOORS.get(metric, 0.0) / TIE
+    if knee and value <= knee:
+        return sign * value / knee
+    return sign * (math.log(max(value, sys.float_info.min) / (knee or 1.0)) + (1.0 if knee else 0.0))
 
 
 def better_at_median(a: Entrant, b: Entrant) -> bool:
@@ -145,7 +218,14 @@ def _status(entrant: Entrant, everyone: Sequence[Entrant]) -> tuple[str, float, 
     others = [e for e in everyone if e is not entrant]
     by = next((o for o in others if dominates(o, entrant)), None)
     if by is not None:
-        return "dominated", 0.95, f"{by.variant[:12]} beats it in every objective"
+        even = any(compare(by, entrant, name) == "tied" for name in entrant.readings)
+        beaten = "beats it or equals it" if even else "beats it"
+        return "dominated", 0.95, f"{by.variant[:12]} {beaten} in every objective"
+    twin = next(
+        (o for o in others if (o.size, o.variant) < (entrant.size, entrant.variant) and equal(o, entrant)), None
+    )
+    if twin is not None:
+        return "undecided", 0.5, f"equals {twin.variant[:12]} within {TIE:.0%} in every objective"
     ahead = next((o for o in others if better_at_median(o, entrant)), None)
     if ahead is not None:
         return "undecided", 0.5, f"{ahead.variant[:12]} is ahead at the median, within the intervals"

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 from llmbuild.spec.workload import Workload
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of how things are measured; readings of different versions are never compared."""
+
+ESTIMATES = ("model",)
+"""Energy sources that measure nothing: their figures are shown as estimates, and decide nothing."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,9 @@ class Measurement:
     """Readings of an artifact under a workload on a machine.
 
     `ratios` holds, per metric, this variant over the baseline measured in the same rounds (paired), with its interval.
-    `notes` say what a number alone cannot: why energy is absent, why quality is absent, what was noisy.
+    `notes` say what a number alone cannot: why energy is absent, why quality is absent, what was noisy. Measurements
+    of one `session` were taken in the same rounds: their samples of equal index are paired. `energy` says of what the
+    joules are, over which windows, and what the machine draws idle.
     """
 
     key: str
@@ -47,4 +52,6 @@ class Measurement:
     notes: dict[str, str]
     energy_source: str | None = None
     operators: tuple[Operator, ...] = ()
+    session: str | None = None
+    energy: dict[str, float | str] | None = None
     protocol: int = PROTOCOL

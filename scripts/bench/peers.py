@@ -5,8 +5,9 @@
 The peers live in an environment of their own, `.peers/`, made on first use (llama.cpp is built from source: minutes).
 Every participant is a live process; each round runs all of them in random order: the same prompt, then the same tokens
 one by one behind `--context` of them, on the same number of threads. A ratio is ours over the peer's, paired by round,
-with its 95 % bootstrap interval: below 1 ours is faster. Speed does not depend on the values of the weights, so random
-ones do; quality is not compared here.
+with its 95 % bootstrap interval: below 1 ours is faster. `of streaming` is the part that decoding reaches of the rate
+at which the same bytes are read by a loop that does nothing else, in the same rounds. Speed does not depend on the
+values of the weights, so random ones do; quality is not compared here.
 """
 
 from __future__ import annotations
@@ -117,6 +118,7 @@ def participants(asked: argparse.Namespace, recipe: Recipe, rows: list[dict[str,
     if not taking:
         raise InputError(f"{asked.catalog} has no variant of {recipe.name} in {' '.join(asked.formats)} that runs here")
     ours = setup.own_participants(asked.catalog, taking, asked.threads)
+    ours += setup.streaming_participants(ROOT / ".peers" / "streaming", ours, asked.threads)
     if place is None:
         return ours
     shared = {"threads": asked.threads, "positions": positions(asked)}

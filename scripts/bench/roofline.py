@@ -16,29 +16,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmbuild.commands import find_target
-from llmbuild.compiler import iree
+from comparison.here import compile_here
+
 from llmbuild.digest import short
 from llmbuild.errors import InputError, LlmbuildError
-from llmbuild.process import Limits
 from llmbuild.profiler import roofline
 from llmbuild.report.rows import differences, quantity, table
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import KNOBS
 from llmbuild.spec.measurement import Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.reader import read_recipe
-from llmbuild.spec.target import HOST
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
 ROOT = Path(__file__).parent.parent.parent
-POINT = {knob.name: knob.default for knob in KNOBS} | {"opt_level": "O2"}
-
-
-def compile_here(source: Path, output: Path) -> Failure | None:
-    """Compile MLIR for this host."""
-    return iree.compile_module(source, output, find_target(HOST), POINT, Limits(seconds=120))
 
 
 def plain(reading: Reading | None) -> dict[str, float] | None:

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from comparison.here import compile_here
 from comparison.rounds import Participant, Worker, WorkerFailed
-from comparison.table import OURS
+from comparison.table import OURS, STREAMING
 from llmbuild import digest
 from llmbuild.errors import InputError
+from llmbuild.kernels import limits
+from llmbuild.kernels.layouts import up_to
 from llmbuild.process import Limits
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import refusal
@@ -23,7 +26,7 @@ from llmbuild.spec.recipe import Recipe
 
 HERE = Path(__file__).parent.parent
 REQUIREMENTS = HERE / "peers-requirements.txt"
-PEER_WORKER, OWN_WORKER = HERE / "peer_worker.py", HERE / "own_worker.py"
+PEER_WORKER, OWN_WORKER, STREAMING_WORKER = (HERE / f"{n}_worker.py" for n in ("peer", "own", "streaming"))
 
 WRITERS = ("torch", "transformers", "gguf")
 """What writes the model for every peer."""
@@ -230,3 +233,25 @@ def own_participants(catalog: Path, rows: Sequence[dict[str, Any]], threads: int
         kind = str(point["weight_format"])
         found.append(Participant(name, OURS, kind, command, opening, row["variant"], differences(row)))
     return found
+
+
+def streaming_participants(folder: Path, ours: Sequence[Participant], threads: int) -> list[Participant]:
+    """Return, for each weight format of ours, who reads as many bytes as its parameters have.
+
+    Raises:
+        InputError: the kernel that reads does not compile.
+    """
+    sizes = {p.format: Path(p.opening["parameters"]).stat().st_size for p in ours}
+    return [_streaming(folder, kind, up_to(size, 512 * threads), threads) for kind, size in sizes.items()]
+
+
+def _streaming(folder: Path, kind: str, size: int, threads: int) -> Participant:
+    folder.mkdir(parents=True, exist_ok=True)
+    source, artifact = (folder / f"read-{size}-{threads}.{ending}" for ending in ("mlir", "vmfb"))
+    source.write_text(limits.module(host.features(), [threads], size))
+    failure = compile_here(source, artifact)
+    if failure is not None:
+        raise InputError(f"the kernel that reads {size} bytes does not compile: {failure.reason}")
+    opening = {"artifact": str(artifact), "read_bytes": size, "threads": threads}
+    command = (sys.executable, str(STREAMING_WORKER))
+    return Participant(f"{STREAMING} {kind}", STREAMING, kind, command, opening)

@@ -13,6 +13,8 @@ from llmbuild.report.rows import quantity, table
 from llmbuild.spec.measurement import Reading
 
 OURS = "llmbuild"
+STREAMING = "streaming"
+"""Who only reads the bytes of our parameters: the fraction of its rate is what a decode step makes of the memory."""
 SECONDS = ("load_s", "first_token_s", "prefill_s", "decode_s")
 DECODE_PEER = {
     "int8": ("llama.cpp", "q8_0"),
@@ -69,6 +71,16 @@ def ratios(mine: Entrant, everyone: Sequence[Entrant]) -> dict[str, dict[str, An
     return found
 
 
+def streamed(mine: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any] | None:
+    """Return the part of the rate at which the same bytes can be read that decoding reaches, with its interval."""
+    if mine.participant.runtime != OURS:
+        return None
+    wanted = (STREAMING, mine.participant.format)
+    reader = next((e for e in everyone if (e.participant.runtime, e.participant.format) == wanted), None)
+    read = ratio(reader, mine, "decode_s") if reader is not None else None
+    return {"median": read.median, "low": read.low, "high": read.high} if read else None
+
+
 def rows(everyone: Sequence[Entrant]) -> list[dict[str, Any]]:
     """Return one row for each participant, the failed ones too: metrics in seconds and bytes, absent ones None."""
     return [_row(entrant, everyone) for entrant in everyone]
@@ -91,6 +103,7 @@ def _row(entrant: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any]:
         "peak_memory_bytes": entrant.peak_memory_bytes,
         "intervals": {name: [r.low, r.high] for name, r in read.items()},
         "ratios": ratios(entrant, everyone),
+        "of_streaming": streamed(entrant, everyone),
         "samples": {**taken, "decode_steps_s": entrant.decode_steps_s},
     }
 
@@ -105,12 +118,13 @@ def text(found: Sequence[dict[str, Any]], prompt: int) -> str:
         "decode/token",
         "memory",
     ]
-    header += ["decode vs peer", "first vs peer", "prefill vs peer"]
+    header += ["of streaming", "decode vs peer", "first vs peer", "prefill vs peer"]
     lines = [
         [
             row["participant"],
             *(quantity(row[name], "s") for name in SECONDS),
             quantity(row["peak_memory_bytes"], "B"),
+            _ratio(row["of_streaming"]),
             *(_ratio(row["ratios"].get(name)) for name in RATIOS),
         ]
         for row in found

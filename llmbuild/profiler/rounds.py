@@ -1,0 +1,126 @@
+"""Interleaved rounds: everyone who takes part answers once in every round, in random order.
+
+Who has left does not come back, so samples of equal index are of the same round: they are paired by it.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+from collections import defaultdict
+from collections.abc import Sequence
+from time import monotonic
+
+from llmbuild.profiler import noise, statistics
+from llmbuild.profiler.live import Live
+from llmbuild.profiler.protocol import Protocol
+from llmbuild.spec.workload import Workload
+
+Samples = dict[str, list[float]]
+
+IDLE_STEPS = 10
+"""Updates of the meter that the window of idle power spans: it is shown, and ranks nothing."""
+
+
+class Rounds:
+    """The rounds of one workload, with what else the machine did in each."""
+
+    def __init__(self, workload: Workload, order: random.Random, protocol: Protocol) -> None:
+        self.workload, self.protocol = workload, protocol
+        self.name = secrets.token_hex(8)
+        self.taken: dict[Live, Samples] = {}
+        self.gaps_s: dict[Live, list[float]] = defaultdict(list)
+        self.shares: list[noise.Shares] = []
+        self.clocks_khz: list[int] = []
+        self._last: list[float] = []
+        self._order = order
+
+    @property
+    def done(self) -> int:
+        """Rounds so far."""
+        return len(self.shares)
+
+    def run(self, entrants: Sequence[Live]) -> None:
+        """Run one round; entrants are those of the last one, or fewer."""
+        watch = noise.Watch([live.child.pid for live in entrants])
+        for live in self._order.sample(list(entrants), len(entrants)):
+            if live.load_s < self.protocol.reopen_s:
+                live.open(1)
+            metrics, gaps = live.visit(self.workload, self.protocol.visit_s)
+            samples = self.taken.setdefault(live, defaultdict(list))
+            for name, value in metrics.items():
+                samples[name].append(value)
+            self.gaps_s[live] += gaps
+        self.shares.append(watch.shares())
+        self.clocks_khz.append(noise.clock_khz())
+
+    def close(self, baseline: Live, visits: int) -> None:
+        """Visit the baseline again at the end, where it had left: its samples are held against its first ones."""
+        self._last = [baseline.visit(self.workload, self.protocol.visit_s)[0]["e2e_s"] for _ in range(visits)]
+
+    def samples(self, live: Live, least: int) -> Samples:
+        """Return a subject's samples, disturbed rounds left out where at least `least` others of it remain."""
+        taken = self.taken.get(live, {})
+        count = len(next(iter(taken.values()), []))
+        calm = [i for i in range(count) if not self.shares[i].disturbed]
+        kept = calm if len(calm) >= least else range(count)
+        return {name: [values[i] for i in kept] for name, values in taken.items()}
+
+    def noisy(self, baseline: Live | None) -> str:
+        """Return what disturbed the rounds or made the baseline drift; empty when nothing did."""
+        told = [noise.told(self.shares, self.clocks_khz)]
+        if baseline is not None and baseline in self.taken:
+            moved = statistics.drift([*self.taken[baseline]["e2e_s"], *self._last])
+            if moved is not None:
+                told.append(f"the baseline drifted by {moved - 1:+.0%} between the first and the last half")
+        return ", ".join(t for t in told if t)
+
+
+class EnergyRounds:
+    """Windows of equal length for everyone in turn: joules per output token, and why some have none."""
+
+    def __init__(self, workload: Workload, order: random.Random) -> None:
+        self.workload, self._order = workload, order
+        self.taken: dict[Live, list[float]] = {}
+        self.lost: dict[Live, str] = {}
+        self.facts: dict[Live, dict[str, float | str]] = {}
+
+    def run(self, entrants: Sequence[Live], rounds: int, steps: int, seconds: float) -> None:
+        """Run up to `rounds`; none is begun after `seconds`. Who has no meter takes no part."""
+        metered = [live for live in entrants if live.meter().source]
+        end = monotonic() + seconds
+        for live in metered:
+            self._idle(live)
+        for done in range(rounds):
+            if done and monotonic() >= end:
+                return
+            for live in self._order.sample(metered, len(metered)):
+                self._window(live, steps)
+
+    def _idle(self, live: Live) -> None:
+        found = live.idle(IDLE_STEPS)
+        facts = dict(live.meter().facts)
+        if found.joules is not None and found.seconds:
+            facts["idle_w"] = found.joules / found.seconds
+        self.facts[live] = facts
+
+    def _window(self, live: Live, steps: int) -> None:
+        if live in self.lost:
+            return
+        found = live.energy(self.workload, steps)
+        if found.joules is None:
+            self.lost[live] = found.reason
+            self.taken.pop(live, None)
+            return
+        self.taken.setdefault(live, []).append(found.joules / found.tokens)
+        facts = self.facts[live]
+        facts |= {"windows": len(self.taken[live]), "window_s": found.seconds, **found.conditions}
+
+    def noisy(self, live: Live) -> str:
+        """Return what held the metered device back; empty when nothing did."""
+        held = self.facts.get(live, {}).get("throttled")
+        return f"the device was held back: {held}" if held else ""
+
+    def samples(self, live: Live) -> list[float]:
+        """Return joules per output token, window by window."""
+        return self.taken.get(live, [])

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.errors import InputError
+from llmbuild.profiler import energy, estimate, nvml, rapl
+from llmbuild.profiler.energy import Absent, Counter, Energy, Meter
+from tests.support.meters import FakeNvml, NVMLError_LibraryNotFound, NVMLError_NoPermission, World, Zones
+
+KINDS = ("nvml_counter", "nvml_polled", "nvml_polled (mean)", "rapl", "rapl that starts over", "model")
+STEP_OF_POLLS_S = 0.005
+
+
+def make(kind: str, world: World, root: Path) -> Meter:
+    if kind == "nvml_counter":
+        found = nvml.find_counter(FakeNvml(world), world.clock)
+    elif kind.startswith("nvml_polled"):
+        found = nvml.find_polled(FakeNvml(world, instant=kind == "nvml_polled"), world.clock, threaded=False)
+    elif kind.startswith("rapl"):
+        over = {"range_uj": 1_200_000_000, "start_uj": 1_199_000_000} if "starts over" in kind else {}
+        Zones(world, root, packages=2, **over)
+        found = rapl.find(root, world.clock, in_vm=False)
+    else:
+        found = estimate.LinearModel(50.0, 150.0, 2, lambda: world.joules / 100, world.clock)
+    assert not isinstance(found, Absent), found
+    return found
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def metered(meter: Meter, world: World, seconds: float) -> Energy:
+    window = meter.window()
+    world.run(seconds, window.keep)
+    found = window.close()
+    assert isinstance(found, Energy), found
+    return found
+
+
+# --- the contract of every meter ---------------------------------------------------------------------------------
+
+
+def test_a_constant_load_is_metered_within_two_updates(kind: str, tmp_path: Path) -> None:
+    world = World()
+    found = metered(make(kind, world, tmp_path), world, 6.0)
+    assert found.joules == pytest.approx(600.0, abs=100 * 2 * 0.1)
+    assert found.seconds == pytest.approx(6.0, abs=0.01)
+
+
+def test_twice_the_load_is_twice_the_joules_above_idle(kind: str, tmp_path: Path) -> None:
+    world = World(lambda now: 100.0 if now < 10 else 200.0)
+    meter = make(kind, world, tmp_path)
+    low, high = metered(meter, world, 10.0), metered(meter, world, 10.0)
+    idle = 50.0 if kind == "model" else 0.0  # a model has its own idle power
+    assert (high.watts - idle) / (low.watts - idle) == pytest.approx(2.0, rel=0.03)
+
+
+def test_two_windows_in_a_row_add_up_to_one_over_both(kind: str, tmp_path: Path) -> None:
+    world = World(lambda now: 100.0 + 50.0 * math.sin(now))
+    meter = make(kind, world, tmp_path)
+    whole = meter.window()
+    parts = []
+    for _ in range(2):
+        part = meter.window()
+
+        def keep(part: energy.Window = part) -> None:
+            part.keep()
+            whole.keep()
+
+        world.run(4.0, keep)
+        parts.append(part.close())
+    both = whole.close()
+    assert isinstance(both, Energy)
+    assert sum(p.joules for p in parts if isinstance(p, Energy)) == pytest.approx(both.joules, rel=0.01)
+
+
+def test_a_meter_says_of_what_it_is(kind: str, tmp_path: Path) -> None:
+    meter = make(kind, World(), tmp_path)
+    assert meter.source == {"rapl that starts over": "rapl", "nvml_polled (mean)": "nvml_polled"}.get(kind, kind)
+    assert meter.boundary == ("gpu" if kind.startswith("nvml") else "package")
+    assert 0 < meter.step_s <= 1
+    assert energy.window_s(meter, energy.SCREEN_STEPS) <= energy.window_s(meter, energy.RANK_STEPS)
+
+
+def test_a_window_that_meters_nothing_is_no_window_of_zero_joules_but_its_own_seconds(
+    kind: str, tmp_path: Path
+) -> None:
+    found = make(kind, World(), tmp_path).window().close()
+    if isinstance(found, Energy):
+        assert (found.joules, found.seconds) == (0.0, 0.0)
+    else:
+        assert "only 2 power readings" in found.reason
+
+
+# --- NVML --------------------------------------------------------------------------------------------------------
+
+
+def test_the_counters_step_is_found_by_looking() -> None:
+    world = World()
+    counter = nvml.find_counter(FakeNvml(world, step_s=0.05), world.clock)
+    assert isinstance(counter, Counter)
+    assert energy.with_measured_step(counter, lambda s: world.run(s, step=0.001)).step_s == pytest.approx(
+        0.05, abs=0.002
+    )
+
+
+def test_a_window_shorter_than_a_step_is_off_by_one_step_at_most() -> None:
+    world = World()
+    counter = nvml.find_counter(FakeNvml(world), world.clock)
+    assert isinstance(counter, Counter)
+    for _ in range(20):
+        assert abs(metered(counter, world, 0.035).joules - 3.5) <= 100 * 0.1
+
+
+def test_a_lost_device_is_told_and_is_not_zero_joules() -> None:
+    world = World()
+    fake = FakeNvml(world, lost_at_s=2.0)
+    meters = (nvml.find_counter(fake, world.clock), nvml.find_polled(fake, world.clock, threaded=False))
+    windows = [meter.window() for meter in meters if not isinstance(meter, Absent)]
+    world.run(3.0, windows[1].keep)
+    lost = [window.close() for window in windows]
+    assert [isinstance(x, Absent) and x.reason.endswith("GPU is lost") for x in lost] == [True, True]
+
+
+def test_a_counter_that_was_reset_within_a_window_is_lost() -> None:
+    world = World()
+    meter = nvml.find_counter(FakeNvml(world, reset_at_s=1.0), world.clock)
+    assert isinstance(meter, Counter)
+    window = meter.window()
+    world.run(2.0)
+    assert window.close() == Absent("nvml_counter", "the counter was reset within the window")
+
+
+@pytest.mark.parametrize(
+    ("fake", "told"),
+    [
+        ({"raises": {"nvmlInit": NVMLError_LibraryNotFound()}}, "NVML Shared Library Not Found"),
+        ({"gpus": 0}, "NVML sees no GPU"),
+        ({"mig": 1}, "MIG is on"),
+        ({"raises": {"nvmlDeviceGetTotalEnergyConsumption": NVMLError_NoPermission()}}, "Insufficient Permissions"),
+    ],
+)
+def test_a_board_that_cannot_be_metered_says_why(fake: dict, told: str) -> None:
+    found = nvml.find_counter(FakeNvml(World(), **fake), World().clock)
+    assert isinstance(found, Absent) and told in found.reason
+
+
+def test_a_board_with_mig_off_is_metered() -> None:
+    assert isinstance(nvml.find_counter(FakeNvml(World(), mig=0)), Counter)
+
+
+def test_a_process_on_a_mig_instance_has_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-41b3")
+    found = nvml.find_counter(FakeNvml(World()))
+    assert isinstance(found, Absent) and "MIG instance" in found.reason
+
+
+def test_power_without_permission_says_so() -> None:
+    denied = {"nvmlDeviceGetPowerUsage": NVMLError_NoPermission(), "nvmlDeviceGetFieldValues": NVMLError_NoPermission()}
+    found = nvml.find_polled(FakeNvml(World(), raises=denied))
+    assert isinstance(found, Absent) and "Insufficient Permissions" in found.reason
+
+
+def test_power_that_is_a_mean_of_a_second_needs_ten_times_the_window() -> None:
+    instant, mean = (nvml.find_polled(FakeNvml(World(), instant=told)) for told in (True, False))
+    assert not isinstance(instant, Absent) and not isinstance(mean, Absent)
+    assert (instant.step_s, mean.step_s) == (0.1, 1.0)
+
+
+def test_polling_in_a_thread_reads_real_time() -> None:
+    meter = nvml.find_polled(FakeNvml(World()))
+    assert not isinstance(meter, Absent)
+    window = meter.window()
+    end = meter.clock() + 0.4
+    while meter.clock() < end:
+        window.keep()
+    found = window.close()
+    assert isinstance(found, Energy)
+    assert found.watts == pytest.approx(100.0)
+
+
+def test_a_throttled_board_is_told_with_its_clocks() -> None:
+    counter = nvml.find_counter(FakeNvml(World(), reasons=4 | 64))
+    assert isinstance(counter, Counter)
+    assert counter.conditions() == {
+        "sm_clock_mhz": 1980.0,
+        "temperature_c": 41.0,
+        "power_limit_w": 700.0,
+        "throttled": "software power cap, hardware thermal slowdown",
+    }
+
+
+def test_counter_and_polled_power_agree_on_a_load_that_both_see() -> None:
+    world = World(lambda now: 300.0 if now % 0.5 < 0.25 else 100.0)
+    fake = FakeNvml(world)
+    counter, polled = nvml.find_counter(fake, world.clock), nvml.find_polled(fake, world.clock, threaded=False)
+    assert not isinstance(counter, Absent) and not isinstance(polled, Absent)
+    found = energy.compare(counter, polled, lambda keep: world.run(10.0, keep))
+    assert not isinstance(found, Absent)
+    assert found.ratio == pytest.approx(1.0, abs=0.02)
+
+
+def test_polled_power_that_misses_the_bursts_is_found_out_by_the_counter() -> None:
+    world = World(lambda now: 400.0 if now % 0.1 < 0.05 else 100.0)
+    fake = FakeNvml(world)
+    counter, polled = nvml.find_counter(fake, world.clock), nvml.find_polled(fake, world.clock, threaded=False)
+    assert not isinstance(counter, Absent) and not isinstance(polled, Absent)
+
+    def sampled_in_step_with_the_load(keep: Callable[[], None]) -> None:
+        for _ in range(100):
+            world.run(0.1)
+            keep()
+
+    found = energy.compare(counter, polled, sampled_in_step_with_the_load)
+    assert not isinstance(found, Absent)
+    assert abs(found.ratio - 1) > 0.3
+
+
+# --- RAPL --------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1_000, 10_000), st.lists(st.integers(0, 999), min_size=1, max_size=30), st.integers(0, 9_999))
+def test_a_counter_that_starts_over_adds_up_whatever_its_range(span: int, steps: list[int], start: int) -> None:
+    world, units = World(), [start % span]
+
+    def read() -> tuple[int, ...]:
+        return (units[0] % span,)
+
+    window = Counter("rapl", "package", 0.001, 1.0, (span,), read, world.clock).window()
+    for step in steps:  # less than one range between two reads, as KEEP_S sees to
+        units[0] += step
+        world.now += energy.KEEP_S
+        window.keep()
+    found = window.close()
+    assert isinstance(found, Energy)
+    assert found.joules == sum(steps)
+
+
+def test_parts_of_a_package_are_not_counted_twice(tmp_path: Path) -> None:
+    world = World()
+    Zones(world, tmp_path, packages=2)
+    part = tmp_path / "intel-rapl:0:0"
+    part.mkdir()
+    (part / "energy_uj").write_text("5")
+    meter = rapl.find(tmp_path, world.clock, in_vm=False)
+    assert isinstance(meter, Counter)
+    assert metered(meter, world, 1.0).joules == pytest.approx(100.0)
+
+
+def test_without_a_counter_energy_is_absent_with_its_reason(tmp_path: Path) -> None:
+    found = rapl.find(tmp_path)
+    assert isinstance(found, Absent) and "no RAPL package" in found.reason
+
+
+def test_a_counter_that_must_not_be_read_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Zones(World(), tmp_path)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may read everything
+    found = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(found, Absent) and "run as root or change its mode" in found.reason
+
+
+def test_a_counter_that_vanishes_is_lost(tmp_path: Path) -> None:
+    zones = Zones(World(), tmp_path)
+    meter = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(meter, Counter)
+    window = meter.window()
+    zones.counters[0].unlink()
+    lost = window.close()
+    assert isinstance(lost, Absent) and "cannot be read any more" in lost.reason
+
+
+def test_a_counter_in_a_virtual_machine_is_called_attributed(tmp_path: Path) -> None:
+    Zones(World(), tmp_path)
+    meter = rapl.find(tmp_path, in_vm=True)
+    assert isinstance(meter, Counter) and meter.source == "rapl_vm"
+
+
+# --- the estimate, and who gets which meter ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["20", "65:20", "20:20", "a:b", "-1:5"])
+def test_a_power_model_that_cannot_be_read_is_told(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(estimate.VARIABLE, text)
+    with pytest.raises(InputError, match="IDLE_WATTS:FULL_LOAD_WATTS"):
+        estimate.find()
+
+
+def test_an_estimate_is_made_only_when_asked_for_and_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rapl, "find", lambda: Absent("rapl", "no energy counter"))
+    monkeypatch.delenv(estimate.VARIABLE, raising=False)
+    assert energy.find("local-task") == energy.Found(None, (Absent("rapl", "no energy counter"),))
+    monkeypatch.setenv(estimate.VARIABLE, "20:65")
+    found = energy.find("local-task")
+    assert found.meter is not None and found.meter.source == "model"
+    assert "not measured" in str(found.meter.conditions()["model"])
+    assert found.reason == "no energy counter"
+
+
+def test_a_gpu_is_metered_by_its_board_and_never_by_the_cpus_counter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "find_counter", lambda: Absent("nvml_counter", "too old"))
+    monkeypatch.setattr(nvml, "find_polled", lambda: nvml.Polled(0.1, lambda: 1.0, World().clock, False, dict))
+    monkeypatch.setenv(estimate.VARIABLE, "20:65")
+    found = energy.find("cuda")
+    assert found.meter is not None and (found.meter.source, found.reason) == ("nvml_polled", "too old")
