@@ -70,31 +70,57 @@ class Build:
         if self.job.force:
             self.catalog.forget(self.job.scope)
             self.catalog.reset_build(self.key)
-        self.state = self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": "never built"}
+        self.state = self._state()
         self.known = known_trials(steps)
         self._begin = monotonic()
 
-    def run(self) -> Outcome:
-        """Search until the budget is spent, race the survivors, and keep the front."""
-        before = len(self.known)
-        stale = stale_reason(self)
-        if not stale:
+    def run(self, race: bool = True) -> Outcome:
+        """Search until the budget is spent, race the survivors, and keep the front.
+
+        Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
+        """
+        if not stale_reason(self):
             return self._outcome(0, "up to date")
+        with self.catalog.making(f"build-{self.job.scope}", self._waiting):
+            self.state, self.known = self._state(), known_trials(self.steps)
+            return self._run(race) if stale_reason(self) else self._outcome(0, "up to date")
+
+    def _waiting(self) -> None:
+        self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
+
+    def _state(self) -> dict[str, Any]:
+        return self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": "never built"}
+
+    def _run(self, race: bool) -> Outcome:
+        before = len(self.known)
         self.catalog.register(self.steps.registered)
         try:
             ended = self._search()
-            self._race()
-            self._save(raced=True, ended=ended)
+            if race:
+                self._race()
+            self._save(raced=race, ended=ended)
         finally:
             stop_all()
             self.steps.close()
         return self._outcome(len(self.known) - before, ended)
 
-    def compile(self) -> list[tuple[Point, Artifact | Failure]]:
-        """Make artifacts and measure nothing, up to the budget: for a target that is not this host."""
+    def import_(self) -> list[tuple[Point, Program | Failure]]:
+        """Import the points that are tried first, and make nothing of them."""
+        points = self._openers()
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(zip(points, pool.map(self.steps.import_, points), strict=True))
+            finally:
+                stop_all()
+
+    def _openers(self) -> list[Point]:
         from llmbuild.search.study import openers
 
-        points = openers(self.job.space)[: self.budget.trials]
+        return openers(self.job.space)[: self.budget.trials]
+
+    def compile(self) -> list[tuple[Point, Artifact | Failure]]:
+        """Make artifacts and measure nothing, up to the budget: for a target that is not this host."""
+        points = self._openers()
         self.catalog.register(self.steps.registered)
         done: list[tuple[Point, Artifact | Failure]] = []
         try:
@@ -321,12 +347,13 @@ def stale_reason(build: Build) -> str:
     """Return why a build has something to do; empty when it is up to date."""
     state, known = build.state, build.known
     if state["ended"] == "never built":
-        return "never built"
-    missing = [t for t in known if t.artifact and not build.catalog.blobs.has(t.artifact)]
+        return "changed: knobs, objectives, bounds or seed" if known else "never built"
+    gone = build.catalog.lost()
+    missing = [t for t in known if t.variant in gone]
     if missing:
         for trial in missing:
             build.known.remove(trial)
-        return f"{len(missing)} artifacts are missing"
+        return f"{len(missing)} artifacts are missing or damaged"
     spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
     if len(known) < build.budget.trials and not spent_up:
         return f"{build.budget.trials - len(known)} of {build.budget.trials} trials to go"

@@ -5,17 +5,29 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import click
 
 import llmbuild
+from llmbuild import cli_catalog
 from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
+from llmbuild.options import (
+    build_options,
+    catalog_option,
+    format_options,
+    over,
+    print_built,
+    print_public,
+    print_rows,
+    slo_options,
+    trust_options,
+)
 
-F = TypeVar("F", bound=Callable[..., Any])
 INTERRUPTED = 130
+TOLD = 20
+"""Verdicts that `pick` prints without `--why`."""
 
 
 class Group(click.Group):
@@ -56,60 +68,6 @@ def _debug() -> bool:
     return "--debug" in sys.argv
 
 
-def catalog_option(command: F) -> F:
-    """Add `-C`."""
-    return click.option(
-        "-C",
-        "--catalog",
-        envvar="LLMBUILD_CATALOG",
-        default="catalog",
-        show_default=True,
-        help="Folder of the catalog.",
-    )(command)
-
-
-def format_options(command: F) -> F:
-    """Add `--json` and `--csv`."""
-    command = click.option("--csv", "form", flag_value="csv", help="CSV on stdout.")(command)
-    return click.option("--json", "form", flag_value="json", help="JSON on stdout.")(command)
-
-
-def slo_options(command: F) -> F:
-    """Add what picks a row."""
-    for option in (
-        click.option("--objective", metavar="METRIC", help="What to improve; the first SLO's metric if left out."),
-        click.option("--slo", multiple=True, metavar="BOUND", help="What must hold, such as 'tpot_s<=0.02'."),
-        click.option("--workload", help="Only rows of this workload."),
-        click.option("-t", "--target", help="Only rows of this target."),
-    ):
-        command = option(command)
-    return command
-
-
-def build_options(command: F) -> F:
-    """Add what steers a build."""
-    for option in (
-        click.option(
-            "--random-init", is_flag=True, help="Take the model's shape only; weights are random, quality is absent."
-        ),
-        click.option("--set", "pinned", multiple=True, metavar="KNOB=VALUE", help="Pin a knob; may be given again."),
-        click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the search."),
-        click.option("--budget", metavar="TIME", help="Stop the search after this long, such as 20m."),
-        click.option("--trials", type=click.IntRange(min=1), help="Unique evaluations, known ones included."),
-        click.option("-B", "--always-make", "force", is_flag=True, help="Make everything again."),
-        click.option(
-            "-k", "--keep-going", is_flag=True, help="Go on with the other recipes and targets when one fails."
-        ),
-        click.option(
-            "-j", "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Compiles side by side."
-        ),
-        click.option("-n", "--dry-run", is_flag=True, help="Print each step and why it would run; do nothing."),
-        click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out."),
-    ):
-        command = option(command)
-    return command
-
-
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(llmbuild.__version__, prog_name="llmbuild")
 @click.option("--debug", is_flag=True, help="Show tracebacks.")
@@ -120,13 +78,16 @@ def main(debug: bool) -> None:
 @main.command()
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @build_options
+@click.option(
+    "--until", type=click.Choice(["import", "compile", "profile"]), help="Stop every variant after this step."
+)
 @catalog_option
 @format_options
 def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
     """Build each RECIPE for each target: search, measure, and keep the front."""
     from llmbuild import commands
 
-    return _over(commands.each(recipes, options), options, lambda job: _print_built(commands.build(job, options), form))
+    return over(commands.each(recipes, options), options, lambda job: commands.build(job, options), form)
 
 
 @main.command("compile")
@@ -138,9 +99,7 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
     """Compile each RECIPE for each target; nothing is run, so the target need not be this host."""
     from llmbuild import commands
 
-    return _over(
-        commands.each(recipes, options), options, lambda job: _print_rows(commands.compile_only(job, options), form)
-    )
+    return over(commands.each(recipes, options), options, lambda job: commands.compile_only(job, options), form)
 
 
 @main.command()
@@ -153,7 +112,11 @@ def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
     """Measure what is compiled, on this machine: a RECIPE, or VARIANTs by digest."""
     from llmbuild import commands
 
-    return _print_built(commands.profile(what, options), form)
+    built = commands.profile(what, options)
+    print_built(built, form)
+    if not built.usable:
+        raise NothingUsable(built.advice)
+    return 0
 
 
 @main.command()
@@ -169,7 +132,7 @@ def query(form: str | None, **options: Any) -> int:
 
     rows = commands.query(options)
     if form or not rows:
-        return _print_public(rows, form)
+        return print_public(rows, form)
     click.echo(front_table(rows))
     return 0
 
@@ -177,14 +140,20 @@ def query(form: str | None, **options: Any) -> int:
 @main.command()
 @click.option("-m", "--model", help="The model; not needed where the catalog has only one.")
 @slo_options
+@click.option("--lock", type=click.Path(path_type=Path), help="Pin the pick in this file, for `run --lock`.")
+@click.option("--why", is_flag=True, help="Give the verdict on every variant, however many there are.")
 @catalog_option
 @format_options
-def pick(form: str | None, **options: Any) -> int:
+@trust_options
+def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     """Print the one variant a loader would open on this host, and say why on stderr."""
     from llmbuild.report.rows import front_table, public
+    from llmbuild.runtime import trust
+    from llmbuild.runtime.lock import write
     from llmbuild.runtime.model import pick as choose
 
     try:
+        trust.require(Path(options["catalog"]), trust.policy(options["trust"], options["allow_unsigned"]))
         made = choose(
             options["catalog"],
             options["model"],
@@ -202,11 +171,13 @@ def pick(form: str | None, **options: Any) -> int:
             )
         raise
     assert made.chosen is not None
-    click.echo(made.explain(), err=True)
+    if lock is not None:
+        write(made, lock)
+    click.echo(made.explain() if why else made.explain(TOLD), err=True)
     if form == "json":
         click.echo(json.dumps(public(made.chosen)))
     elif form == "csv":
-        _print_public([made.chosen], form)
+        print_public([made.chosen], form)
     else:
         click.echo(front_table([made.chosen]))
     return 0
@@ -221,8 +192,11 @@ def pick(form: str | None, **options: Any) -> int:
 @click.option("--top-p", type=float, default=1.0, help="Draw from the most likely tokens that reach this share.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--variant", help="Open this variant instead of picking one.")
+@click.option("--lock", type=click.Path(path_type=Path), help="Open what this lock file pins.")
+@click.option("--fallback", is_flag=True, help="Where a variant's files are refused, open the next that meets the SLO.")
 @slo_options
 @catalog_option
+@trust_options
 def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
     """Pick a variant of MODEL and let it continue a text, token by token."""
     from llmbuild.runtime.model import load
@@ -235,6 +209,10 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
         options["target"],
         options["workload"],
         options["variant"],
+        locked=options["lock"],
+        trust_keys=options["trust"],
+        allow_unsigned=options["allow_unsigned"],
+        fallback=options["fallback"],
     )
     click.echo(f"variant {opened.row['variant'][:12]}, tpot {opened.row['tpot_s'] or 0:.3g} s", err=True)
     click.echo(prompt, nl=False)
@@ -265,7 +243,7 @@ def recipes(folder: Path, form: str | None) -> int:
     """List the recipes of FOLDER and what each asks for."""
     from llmbuild import commands
 
-    return _print_rows(commands.recipes(folder), form)
+    return print_rows(commands.recipes(folder), form)
 
 
 @main.command()
@@ -275,7 +253,7 @@ def targets(form: str | None, knobs: bool) -> int:
     """List the targets, and whether this host can compile and run each."""
     from llmbuild import commands
 
-    return _print_rows(commands.knobs() if knobs else commands.targets(), form)
+    return print_rows(commands.knobs() if knobs else commands.targets(), form)
 
 
 @main.command()
@@ -286,58 +264,9 @@ def doctor(catalog: str, form: str | None) -> int:
     from llmbuild import commands
 
     rows = commands.doctor(Path(catalog))
-    _print_rows(rows, form)
+    print_rows(rows, form)
     return 1 if any(row["state"] == "wrong" for row in rows) else 0
 
 
-# --- printing ----------------------------------------------------------------------------------------------------
-
-
-def _over(jobs: Sequence[Any], options: dict[str, Any], act: Callable[[Any], int]) -> int:
-    """Do every job; with `-k` go on past an error and end with the first one's code."""
-    codes = []
-    for job in jobs:
-        try:
-            codes.append(act(job()))
-        except LlmbuildError as error:
-            if not options["keep_going"]:
-                raise
-            click.echo(f"error: {error}", err=True)
-            codes.append(error.exit_code)
-    return next((code for code in codes if code), 0)
-
-
-def _print_built(built: Any, form: str | None) -> int:
-    from llmbuild.report.rows import footnotes, front_table
-
-    if built.plan is not None:
-        return _print_rows(built.plan, form)
-    if form:
-        _print_public(built.rows, form)
-    elif built.rows:
-        click.echo(front_table(built.rows))
-        click.echo("\n".join(footnotes(built.rows)), err=True)
-    if not built.usable:
-        raise NothingUsable(built.advice)
-    return 0
-
-
-def _print_public(rows: Sequence[dict[str, Any]], form: str | None) -> int:
-    from llmbuild.report.rows import public
-
-    return _print_rows([public(row) for row in rows], form)
-
-
-def _print_rows(rows: Sequence[dict[str, Any]], form: str | None) -> int:
-    from llmbuild.report.rows import as_csv, as_json, table
-
-    if form == "json":
-        click.echo(as_json(rows))
-    elif form == "csv":
-        click.echo(as_csv(rows))
-    elif rows:
-        names = list(rows[0])
-        click.echo(table(names, [[str(row[n]) for n in names] for row in rows], left=range(len(names))))
-    else:
-        click.echo("nothing to list", err=True)
-    return 0
+for _command in cli_catalog.COMMANDS:
+    main.add_command(_command)

@@ -13,11 +13,11 @@ from typing import Any
 import llmbuild
 from llmbuild import digest, toolchain
 from llmbuild.build import Build, Outcome, describe
-from llmbuild.catalog.schema import FILE
+from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.errors import InputError, LlmbuildError
-from llmbuild.plan import changes, plan
+from llmbuild.plan import changes, explained, plan, until
 from llmbuild.remeasure import remeasure
 from llmbuild.report.doctor import checks
 from llmbuild.report.explain import explain as explain_text
@@ -44,6 +44,8 @@ class Built:
     usable: bool
     advice: str
     plan: list[dict[str, Any]] | None = None
+    plain: bool = False
+    """Rows are not those of the contract: print them as they are."""
 
 
 # --- recipes and targets -----------------------------------------------------------------------------------------
@@ -120,27 +122,68 @@ def budget_of(recipe: Recipe, options: Options) -> Budget:
 
 
 def build(job: Job, options: Options) -> Built:
-    """Build one job, or print what would be done."""
-    _runnable(job)
+    """Build one job up to a step, or say what would be done and why."""
+    if options.get("until") in (None, "profile"):
+        _runnable(job)
     budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
     if options["dry_run"]:
-        catalog = Catalog(folder) if (folder / FILE).is_file() else None
-        planned = [p.row() for p in plan(job, catalog, budget, options["seed"])]
-        return Built([], True, "", planned)
+        return Built([], True, "", _planned(job, budget, options))
     catalog = Catalog(folder)
     try:
+        if options.get("explain"):
+            _explain_to(Progress().say, job, catalog, budget, options)
         return _build(job, catalog, budget, options)
     finally:
         catalog.close()
 
 
+def _planned(job: Job, budget: Budget, options: Options) -> list[dict[str, Any]]:
+    folder = Path(options["catalog"])
+    catalog = Catalog(folder) if exists(folder) else None
+    try:
+        steps = until(plan(job, catalog, budget, options["seed"]), options.get("until"))
+        fields = explained(job, catalog) if options.get("explain") else {}
+    finally:
+        if catalog is not None:
+            catalog.close()
+    more = [{"key": p.key, "changed": fields if p.reason else {}} if options.get("explain") else {} for p in steps]
+    names = {"recipe": job.recipe.name, "target": job.target.name}
+    return [{**names, **p.row(), **extra} for p, extra in zip(steps, more, strict=True)]
+
+
+def _explain_to(say: Callable[[str], None], job: Job, catalog: Catalog, budget: Budget, options: Options) -> None:
+    for step in until(plan(job, catalog, budget, options["seed"]), options.get("until")):
+        say(f"{step.step:<8} {step.reason or 'fresh':<40} {digest.short(step.key)}")
+    for name, (was, now) in explained(job, catalog).items():
+        say(f"  {name}: {json.dumps(was)} -> {json.dumps(now)}")
+
+
 def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Built:
     talk = Progress()
     reason = changes(job, catalog)
+    doing = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], talk)
+    if options.get("until") == "import":
+        return _imported(job, doing.import_())
+    if options.get("until") == "compile":
+        return _compiled(job, doing.compile())
     talk.say(f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials")
-    done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], talk).run()
+    done = doing.run(race=options.get("until") is None)
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)
+
+
+def _imported(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+    rows = [_made_row(job, point, made, "program") for point, made in done]
+    return Built(rows, any(r["program"] for r in rows), f"nothing imported: {_first_failure(rows)}", plain=True)
+
+
+def _compiled(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+    rows = [_made_row(job, point, made, "artifact") for point, made in done]
+    return Built(rows, any(r["artifact"] for r in rows), f"nothing compiled: {_first_failure(rows)}", plain=True)
+
+
+def _first_failure(rows: Sequence[dict[str, Any]]) -> str:
+    return next((str(r["failure"]) for r in rows if r["failure"]), "no point to try")
 
 
 def _closing(done: Outcome, reason: str) -> str:
@@ -177,34 +220,18 @@ def _runnable(job: Job) -> None:
         )
 
 
-def compile_only(job: Job, options: Options) -> list[dict[str, Any]]:
+def compile_only(job: Job, options: Options) -> Built:
     """Compile the points that are tried first, for any target."""
-    budget = budget_of(job.recipe, options)
-    folder = Path(options["catalog"])
-    if options["dry_run"]:
-        catalog = Catalog(folder) if (folder / FILE).is_file() else None
-        return [p.row() for p in plan(job, catalog, budget, options["seed"]) if p.step in ("import", "compile")]
-    catalog = Catalog(folder)
-    try:
-        done = Build(Steps(job, catalog), budget, options["seed"], options["jobs"], Progress()).compile()
-    finally:
-        catalog.close()
-    rows = [_compiled_row(job, point, made) for point, made in done]
-    if not any(row["artifact"] for row in rows):
-        raise InputError(f"nothing compiled for {job.target.name}: {rows[0]['failure'] if rows else 'no point to try'}")
-    return rows
+    return build(job, {**options, "until": "compile"})
 
 
-def _compiled_row(job: Job, point: Point, made: Any) -> dict[str, Any]:
+def _made_row(job: Job, point: Point, made: Any, kind: str) -> dict[str, Any]:
     failed = isinstance(made, Failure)
-    return {
-        "model": job.recipe.name,
-        "target": job.target.name,
-        "choices": describe(job, point),
-        "artifact": "" if failed else made.digest,
-        "artifact_bytes": None if failed else made.size_bytes,
-        "failure": f"{made.stage}: {made.reason}" if failed else "",
-    }
+    row: dict[str, Any] = {"model": job.recipe.name, "target": job.target.name, "choices": describe(job, point)}
+    row[kind] = "" if failed else digest.of(made) if kind == "program" else made.digest
+    if kind == "artifact":
+        row["artifact_bytes"] = None if failed else made.size_bytes
+    return {**row, "failure": f"{made.stage}: {made.reason}" if failed else ""}
 
 
 def profile(what: Sequence[str], options: Options) -> Built:

@@ -8,7 +8,9 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.build import Build, describe, known_trials, stale_reason
 from llmbuild.catalog.writer import Catalog
+from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
+from llmbuild.spec.variant import Artifact
 from llmbuild.steps import Job, Steps
 
 
@@ -19,6 +21,7 @@ class Planned:
     step: str
     what: str
     reason: str
+    key: str = ""
 
     def row(self) -> dict[str, Any]:
         """Return what `-n` prints."""
@@ -30,28 +33,66 @@ class Planned:
         }
 
 
+STEPS = ("import", "compile", "profile", "search")
+
+
+def until(planned: list[Planned], step: str | None) -> list[Planned]:
+    """Return a plan up to and with a step; the profiling of point 0 stands for that of all."""
+    last = {"profile": "search"}.get(step or "", step or "search")
+    return planned[: STEPS.index(last) + 1]
+
+
 def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[Planned]:
     """Return the steps of a build in order; without a catalog yet, all of them are to be done."""
     zero = describe(job, job.space.default())
     if catalog is None:
         reason = "no catalog yet"
         return [Planned(s, zero, reason) for s in ("import", "compile", "profile")] + [_search(0, budget, reason)]
-    steps = Steps(job, catalog)
+    steps, default = Steps(job, catalog), job.space.default()
     changed = changes(job, catalog)
-    program = None if job.force else catalog.find_import(digest.of(steps.import_inputs(job.space.default())))
-    artifact = catalog.find_compile(digest.of(steps.compile_inputs(program, job.space.default()))) if program else None
-    known = [] if job.force else known_trials(steps)
-    reason = "-B asks for it" if job.force else changed
-    done = Build(steps, budget, seed, 1, lambda _: None) if not job.force else None
-    search = stale_reason(done) if done else "-B asks for it"
+    import_key, compile_key = digest.of(steps.import_inputs(default)), ""
+    program = catalog.find_import(import_key)
+    if program:
+        compile_key = digest.of(steps.compile_inputs(program, default))
+    artifact = catalog.find_compile(compile_key) if program else None
+    if job.force:
+        return [Planned(s, zero, FORCED) for s in STEPS[:3]] + [_search(0, budget, FORCED)]
+    known = known_trials(steps)
+    search = stale_reason(Build(steps, budget, seed, 1, lambda _: None))
     if changed and not known:
         search = changed
     return [
-        Planned("import", zero, "" if program else reason or "never imported"),
-        Planned("compile", zero, "" if artifact else ("its program is stale" if not program else "never compiled")),
-        Planned("profile", zero, "" if any(t.is_default for t in known) else reason or "never measured"),
+        Planned("import", zero, "" if program else changed or "never imported", import_key),
+        Planned("compile", zero, _compile_reason(program, artifact), compile_key),
+        Planned("profile", zero, "" if any(t.is_default for t in known) else changed or "never measured", job.scope),
         _search(len(known), budget, search),
     ]
+
+
+FORCED = "-B asks for it"
+
+
+def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:
+    if program is None:
+        return "its program is stale"
+    return "" if artifact else "never compiled with these flags and this compiler"
+
+
+def explained(job: Job, catalog: Catalog | None) -> dict[str, list[Any]]:
+    """Return each field of the key that differs from the latest build of this recipe: what it was and what it is."""
+    earlier = catalog.last_inputs(job.recipe.name) if catalog else []
+    if not earlier or job.scope_inputs in earlier:
+        return {}
+    mine = job.scope_inputs
+    return {name: [_field(earlier[0], name), _field(mine, name)] for name in sorted(_differing(mine, earlier[0]))}
+
+
+def _field(inputs: dict[str, Any], name: str) -> Any:
+    """Return a field by its dotted name; field names themselves hold no dots."""
+    found: Any = inputs
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
 
 
 def changes(job: Job, catalog: Catalog) -> str:

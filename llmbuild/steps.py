@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Registered
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
     from llmbuild.profiler.bench import Bench
     from llmbuild.profiler.roofline import Roofline
+
+T = TypeVar("T")
 
 ROOFLINE_S = 3.0
 """Seconds spent on measuring a machine's limits, once."""
@@ -188,9 +190,9 @@ class Steps:
         """
         inputs = self.import_inputs(point)
         key = digest.of(inputs)
-        found = self.catalog.find_import(key)
-        if found and not self._forced("import " + key):
-            return found
+        return self._once("import", key, self.catalog.find_import, lambda: self._import(key, inputs))
+
+    def _import(self, key: str, inputs: dict[str, Any]) -> Program | Failure:
         source = self.job.recipe.model
         request = {
             "verb": "import",
@@ -237,6 +239,17 @@ class Steps:
         pasteable = f"echo {shlex.quote(shown)} > job.json && {sys.executable} -m llmbuild.frontend job.json"
         return replace(failure, command=pasteable)
 
+    def _once(
+        self, step: str, key: str, find: Callable[[str], T | None], make: Callable[[], T | Failure]
+    ) -> T | Failure:
+        """Return what was made before, or make it; of two who need the same thing, one makes it and the other waits."""
+        found = find(key)
+        if found and not self._forced(f"{step} {key}"):
+            return found
+        with self.catalog.making(key):
+            other = None if found else find(key)
+            return other or make()
+
     def _forced(self, name: str) -> bool:
         """Under `-B`, say yes once for each thing, so that a rebuild makes it again but only once."""
         if not self.job.force or name in self._fresh:
@@ -248,8 +261,6 @@ class Steps:
 
     def reference(self) -> Quality | Failure:
         """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
-        import numpy as np
-
         job = self.job
         absent = job.scored()
         if absent or job.model.tokenizer is None:
@@ -262,20 +273,23 @@ class Steps:
             "importer": job.toolchain.importer,
         }
         key = digest.of(inputs)
-        blob = self.catalog.find_reference(key)
-        if blob and not self._forced("reference " + key):
-            return Quality(self.catalog.blobs.path(blob), "")
+        made = self._once("reference", key, self.catalog.find_reference, lambda: self._reference(key, inputs, windows))
+        return made if isinstance(made, Failure) else Quality(self.catalog.blobs.path(made), "")
+
+    def _reference(self, key: str, inputs: dict[str, Any], windows: NDArray[np.int64]) -> str | Failure:
+        import numpy as np
+
         with TemporaryDirectory(prefix="llmbuild-") as name:
             folder = Path(name)
             np.save(folder / "windows.npy", windows)
-            request = {"verb": "reference", "model": str(job.model.folder), "windows": str(folder / "windows.npy")}
+            request = {"verb": "reference", "model": str(self.job.model.folder), "windows": str(folder / "windows.npy")}
             result = self._frontend(request, folder)
             if isinstance(result, Failure):
                 return result
             np.savez(folder / "reference.npz", tokens=windows, logits=np.load(folder / result["logits"]))
             blob = self.catalog.blobs.put_file(folder / "reference.npz")
         self.catalog.record_reference(key, inputs, blob)
-        return Quality(self.catalog.blobs.path(blob), "")
+        return blob
 
     # --- compile -------------------------------------------------------------------------------------------------
 
@@ -288,9 +302,9 @@ class Steps:
         """Return the artifact of a point, from the catalog or the compiler."""
         inputs = self.compile_inputs(program, point)
         key = digest.of(inputs)
-        found = self.catalog.find_compile(key)
-        if found and not self._forced("compile " + key):
-            return found
+        return self._once("compile", key, self.catalog.find_compile, lambda: self._compile(key, inputs, program, point))
+
+    def _compile(self, key: str, inputs: dict[str, Any], program: Program, point: Point) -> Artifact | Failure:
         module = self.catalog.blobs.path(program.module)
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as folder:

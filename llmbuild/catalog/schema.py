@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llmbuild.errors import CatalogError
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 FILE = "catalog.sqlite"
+URL_FILE = "catalog.url"
+"""In a catalog whose rows are in a server: one line, the server's URL. Blobs and locks stay in the folder."""
+PUBLISHED_FILE = "latest.json"
+"""In a published folder; such a catalog is only read."""
 BUSY_SECONDS = 60
+WRITER = 0x6C6C6D62
+"""Number of the advisory lock that makes a Postgres catalog's writers take turns."""
+HEAD = "head"
 MIGRATIONS = Path(__file__).parent / "migrations"
 
 
@@ -30,16 +38,47 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def folder_of(location: str) -> Path:
+    """Return the folder of a catalog; a database URL gets one here, which holds its blobs and remembers the URL.
+
+    Raises:
+        CatalogError: not a URL of Postgres, or the folder belongs to another catalog.
+    """
+    if not is_url(location):
+        return Path(location)
+    if not location.startswith("postgresql"):
+        raise CatalogError(f"-C {location.split('://')[0]}://...: a catalog is a folder or postgresql://...")
+    name = location.rsplit("/", 1)[-1].split("?")[0] or "postgres"
+    folder = Path(os.environ.get("LLMBUILD_BLOBS") or f"catalog-{name}")
+    with told(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        known = folder / URL_FILE
+        if (known.is_file() and known.read_text().strip() != location) or (folder / FILE).is_file():
+            raise CatalogError(f"{folder}: holds another catalog: name a folder for the blobs with $LLMBUILD_BLOBS")
+        if not known.is_file():
+            known.touch(mode=0o600)  # a URL may hold a password
+            known.write_text(location + "\n")
+    return folder
+
+
+def exists(folder: Path) -> bool:
+    """Say whether there is a catalog in `folder`; nothing is made."""
+    return any((folder / name).is_file() for name in (FILE, URL_FILE))
+
+
 def open_engine(folder: Path) -> Engine:
     """Return an engine on the catalog in `folder`, made or migrated if need be.
 
     Raises:
-        CatalogError: not writable, not a catalog, corrupt, or of a newer schema.
+        CatalogError: not writable, not a catalog, corrupt, published, or of a newer schema.
     """
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        engine = create_engine(f"sqlite:///{folder / FILE}", connect_args={"timeout": BUSY_SECONDS})
-        event.listen(engine, "connect", _configure)
+        if (folder / PUBLISHED_FILE).is_file():
+            raise CatalogError(
+                f"{folder}: a published catalog is only read: `llmbuild merge {folder} -C FOLDER` makes one to build in"
+            )
+        engine = _engine(folder)
         found = schema_version(engine)
         if found is not None and found > SCHEMA_VERSION:
             raise CatalogError(
@@ -49,6 +88,23 @@ def open_engine(folder: Path) -> Engine:
         if found != SCHEMA_VERSION:
             _migrate(engine)
     return engine
+
+
+def _engine(folder: Path) -> Engine:
+    server = folder / URL_FILE
+    if server.is_file():
+        return create_engine(server.read_text().strip().replace("postgresql://", "postgresql+psycopg://", 1))
+    engine = create_engine(f"sqlite:///{folder / FILE}", connect_args={"timeout": BUSY_SECONDS})
+    event.listen(engine, "connect", _configure)
+    return engine
+
+
+def begin_writing(connection: Connection) -> None:
+    """Become the one writer: wait for the one before, so that no transaction ever has to be done again."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+    else:
+        connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({WRITER})")
 
 
 def schema_version(engine: Engine) -> int | None:
@@ -68,6 +124,13 @@ def _configure(connection: sqlite3.Connection, _: Any) -> None:
     connection.execute(f"PRAGMA busy_timeout={BUSY_SECONDS * 1000}")
 
 
+def _commit(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql("COMMIT")
+    else:
+        connection.commit()
+
+
 def _migrate(engine: Engine) -> None:
     """Bring the database to the newest revision in one transaction; a killed migration leaves the old schema."""
     from alembic.config import Config
@@ -80,9 +143,9 @@ def _migrate(engine: Engine) -> None:
     config.set_main_option("path_separator", "os")
     script = ScriptDirectory.from_config(config)
     with engine.connect() as connection:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        begin_writing(connection)
         if schema_version(engine) != SCHEMA_VERSION:  # another process may have been first
-            with EnvironmentContext(config, script, fn=lambda rev, _: script._upgrade_revs("head", rev)) as context:
+            with EnvironmentContext(config, script, fn=lambda rev, _: script._upgrade_revs(HEAD, rev)) as context:
                 context.configure(connection=connection, transactional_ddl=False)
                 context.run_migrations()
             connection.execute(text("DELETE FROM info"))
@@ -90,7 +153,7 @@ def _migrate(engine: Engine) -> None:
                 text("INSERT INTO info (id, schema_version, created_at) VALUES (1, :v, :t)"),
                 {"v": SCHEMA_VERSION, "t": now()},
             )
-        connection.exec_driver_sql("COMMIT")
+        _commit(connection)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,15 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from llmbuild.errors import CatalogError
 
 _CHUNK = 1 << 20
+
+SEALED_NS = 10**18
+"""Modification time of every blob: whoever writes to one moves it, so that a changed blob is cheap to suspect."""
 
 
 class BlobStore:
@@ -51,11 +54,36 @@ class BlobStore:
                     out.flush()
                     os.fsync(out.fileno())
                 temporary.chmod(0o444)
+                _seal(temporary)
                 temporary.replace(final)
                 _sync_folder(final.parent)
             finally:
                 temporary.unlink(missing_ok=True)
         return digest
+
+    def take(self, digest: str, write: Callable[[Path], None]) -> bool:
+        """Let `write` bring a blob from elsewhere and keep it only if its bytes are those of its name; say whether."""
+        if self.intact(digest):
+            return True
+        final = self.path(digest)
+        with _told(self.root):
+            final.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
+            os.close(handle)
+            temporary = Path(name)
+            try:
+                write(temporary)
+                if _digest_of(temporary) != digest:
+                    return False
+                with open(temporary, "rb") as data:
+                    os.fsync(data.fileno())
+                temporary.chmod(0o444)
+                _seal(temporary)
+                temporary.replace(final)
+                _sync_folder(final.parent)
+            finally:
+                temporary.unlink(missing_ok=True)
+        return True
 
     def put_bytes(self, data: bytes) -> str:
         """Store bytes and return their digest."""
@@ -68,6 +96,45 @@ class BlobStore:
         """Say whether a blob is there and its bytes are those it is named by."""
         path = self.path(digest)
         return path.is_file() and _digest_of(path) == digest
+
+    def intact(self, digest: str) -> bool:
+        """Say the same as `verify`, reading only a blob that was written to, or copied, after it was stored."""
+        path = self.path(digest)
+        try:
+            if path.stat().st_mtime_ns == SEALED_NS:
+                return True
+        except OSError:
+            return False
+        whole = self.verify(digest)
+        if whole:
+            with contextlib.suppress(OSError):
+                _seal(path)
+        return whole
+
+    def digests(self) -> Iterator[tuple[str, int]]:
+        """Yield the name and the size in bytes of every blob."""
+        for path in sorted(self.root.glob("??/*")):
+            if not path.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    yield path.name, path.stat().st_size
+
+    def leftovers(self) -> Iterator[Path]:
+        """Yield the temporary files that a killed process left behind."""
+        yield from sorted(self.root.glob("??/.put-*"))
+
+    def remove(self, digest: str) -> int:
+        """Remove a blob and return how many bytes that freed; who has it open or mapped keeps it."""
+        path = self.path(digest)
+        try:
+            size = path.stat().st_size
+            path.unlink()
+        except FileNotFoundError:
+            return 0
+        return size
+
+
+def _seal(path: Path) -> None:
+    os.utime(path, ns=(SEALED_NS, SEALED_NS))
 
 
 def _digest_of(path: Path) -> str:

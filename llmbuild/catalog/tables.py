@@ -255,3 +255,12 @@ class BuildRow(Base):
     raced: Mapped[bool] = mapped_column(Boolean)
     ended: Mapped[str]
     created_at: Mapped[str]
+
+
+class CollectedRow(Base):
+    """A blob that `gc` removed on purpose: what it was made of is still known, and nothing is stale without it."""
+
+    __tablename__ = "collected"
+    digest: Mapped[str] = mapped_column(Digest, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[str]

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-from collections.abc import Iterator
+import os
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sqlalchemy import delete, select
-from sqlalchemy.dialects.sqlite import insert as upsert
+from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
 from llmbuild import digest
-from llmbuild.catalog import history
+from llmbuild.catalog import history, locks
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.schema import now, open_engine, told
+from llmbuild.catalog.references import lost
+from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
 from llmbuild.spec.machine import Machine
@@ -84,38 +86,49 @@ class Registered:
 
 
 class Catalog:
-    """A catalog open for writing. Blobs go in first, then the row that names them."""
+    """A catalog open for writing. Blobs go in first, then the row that names them.
 
-    def __init__(self, folder: Path) -> None:
+    All who have it open share a lock, so that `gc`, which opens it `alone`, never takes a blob from under a build.
+    """
+
+    def __init__(self, folder: Path, alone: bool = False) -> None:
         self.folder = folder
         self.engine = open_engine(folder)
         self.blobs = BlobStore(folder)
+        with told(folder):
+            using = locks.take(folder / ".using", alone, BUSY_SECONDS)
+        self._release = weakref.finalize(self, os.close, using)
 
     @contextlib.contextmanager
-    def _session(self, write: bool = False) -> Iterator[Session]:
+    def session(self, write: bool = False) -> Iterator[Session]:
+        """Open a transaction; one that writes is the only one that does, and is kept whole or not at all."""
         with told(self.folder), Session(self.engine) as session:
             if write:
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+                begin_writing(session.connection())
             yield session
             if write:
                 session.commit()
 
     def close(self) -> None:
-        """Release the database."""
+        """Release the database and the locks."""
         self.engine.dispose()
+        self._release()
+
+    def making(self, key: str, waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock of one thing to be made: who comes second waits, and then finds it made."""
+        return locks.held(self.folder / locks.FOLDER / key, waiting)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
         """Hold the measuring lock: builds of one catalog compile side by side but measure in turn."""
-        with open(self.folder / ".measuring", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locks.held(self.folder / ".measuring"):
             yield
 
     # --- programs ------------------------------------------------------------------------------------------------
 
     def find_import(self, key: str) -> Program | None:
         """Return the program an import made before, if all its blobs are still there."""
-        with self._session() as session:
+        with self.session() as session:
             row = session.execute(
                 select(t.ProgramRow)
                 .join(t.ImportRow, t.ImportRow.program == t.ProgramRow.digest)
@@ -124,7 +137,9 @@ class Catalog:
             if row is None:
                 return None
             program = Program(row.module, row.parameters, row.checks, abi_from(row.abi))
-        return program if all(self.blobs.has(d) for d in (program.module, program.parameters, program.check)) else None
+        return (
+            program if all(self.blobs.intact(d) for d in (program.module, program.parameters, program.check)) else None
+        )
 
     def record_import(self, key: str, inputs: dict[str, Any], program: Program, seconds: float) -> None:
         """Keep what an import made."""
@@ -137,8 +152,9 @@ class Catalog:
             "parameter_bytes": self.blobs.path(program.parameters).stat().st_size,
             "abi": plain(program.abi),
         }
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
+            _made(session, program.module, program.parameters, program.check)
             values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
             session.execute(
                 upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
@@ -146,19 +162,19 @@ class Catalog:
 
     def parameters_of(self, program: str) -> str | None:
         """Return the digest of a program's parameter archive."""
-        with self._session() as session:
+        with self.session() as session:
             return session.execute(select(t.ProgramRow.parameters).where(t.ProgramRow.digest == program)).scalar()
 
     def find_reference(self, key: str) -> str | None:
         """Return the blob of a reference made before."""
-        with self._session() as session:
+        with self.session() as session:
             blob = session.execute(select(t.ReferenceRow.blob).where(t.ReferenceRow.key == key)).scalar()
-        return blob if blob and self.blobs.has(blob) else None
+        return blob if blob and self.blobs.intact(blob) else None
 
     def record_reference(self, key: str, inputs: dict[str, Any], blob: str) -> None:
         """Keep what the library's own model says."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(
                 upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
             )
@@ -167,7 +183,7 @@ class Catalog:
 
     def find_compile(self, key: str) -> Artifact | None:
         """Return the artifact a compile made before, if its blob is still there and whole."""
-        with self._session() as session:
+        with self.session() as session:
             row = session.execute(
                 select(t.ArtifactRow)
                 .join(t.CompileRow, t.CompileRow.artifact == t.ArtifactRow.digest)
@@ -176,11 +192,11 @@ class Catalog:
             if row is None:
                 return None
             artifact = Artifact(row.digest, row.size_bytes, row.runtime)
-        return artifact if self.blobs.verify(artifact.digest) else None
+        return artifact if self.blobs.intact(artifact.digest) else None
 
     def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
         """Keep what a compile made."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             row = {
                 "digest": artifact.digest,
                 "size_bytes": artifact.size_bytes,
@@ -188,6 +204,7 @@ class Catalog:
                 "created_at": now(),
             }
             session.execute(upsert(t.ArtifactRow).values(row).on_conflict_do_nothing())
+            _made(session, artifact.digest)
             values = {
                 "key": key,
                 "inputs": plain(inputs),
@@ -210,15 +227,15 @@ class Catalog:
         self._keep(t.ToolchainRow, {"digest": job.toolchain_digest, "body": plain(job.toolchain)})
 
     def _keep(self, table: type[t.Base], row: dict[str, Any]) -> None:
-        with self._session() as session:
+        with self.session() as session:
             known = session.get(table, row["digest"]) is not None
         if not known:
-            with self._session(write=True) as session:
+            with self.session(write=True) as session:
                 session.execute(upsert(table).values(row).on_conflict_do_nothing())
 
     def record_trial(self, trial: Trial, owner: Owner) -> None:
         """Keep one finished trial whole: the variant, its measurements or its failure, in one transaction."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
             failure = self._add_failure(session, trial, owner.model) if trial.failure else None
             for measurement in trial.measurements:
@@ -238,7 +255,7 @@ class Catalog:
 
     def record_failure(self, model: str, variant: str | None, failure: Failure) -> None:
         """Keep a failure that belongs to no trial, such as that of a plain compile."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.add(_failure_row(model, variant, failure))
 
     def _add_failure(self, session: Session, trial: Trial, model: str) -> int:
@@ -250,12 +267,12 @@ class Catalog:
 
     def record_compiled(self, trial: Trial, owner: Owner) -> None:
         """Keep a variant that was compiled and not measured."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
 
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
-        with self._session() as session:
+        with self.session() as session:
             rows = session.scalars(
                 select(t.VariantRow.point)
                 .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
@@ -265,28 +282,33 @@ class Catalog:
 
     def update_measurement(self, scope: str, measurement: Measurement) -> None:
         """Replace a measurement by a longer one of the same key."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(_measurement_upsert(scope, measurement))
 
     def forget(self, scope: str) -> None:
         """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def lost(self) -> set[str]:
+        """Return the variants whose artifact or parameters should be there and are not, or not whole."""
+        with self.session() as session:
+            return set(lost(session, self.blobs))
 
     def trials(self, scope: str) -> list[Trial]:
         """Return the finished trials of a scope, in the order in which they were made."""
-        with self._session() as session:
+        with self.session() as session:
             return history.trials(session, scope)
 
     def find_limits(self, machine: str) -> dict[str, Any] | None:
         """Return what was measured of a machine's limits."""
-        with self._session() as session:
+        with self.session() as session:
             return session.execute(select(t.LimitRow.body).where(t.LimitRow.machine == machine)).scalar()
 
     def record_limits(self, machine: str, body: Any) -> None:
         """Keep a machine's limits."""
         values = {"machine": machine, "body": plain(body), "created_at": now()}
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(
                 upsert(t.LimitRow).values(values).on_conflict_do_update(index_elements=["machine"], set_=values)
             )
@@ -295,13 +317,13 @@ class Catalog:
 
     def build_state(self, key: str) -> dict[str, Any] | None:
         """Return how far a build has come: `seconds`, `raced`, `ended`."""
-        with self._session() as session:
+        with self.session() as session:
             row = session.get(t.BuildRow, key)
             return None if row is None else {"seconds": row.seconds, "raced": row.raced, "ended": row.ended}
 
     def last_inputs(self, model: str) -> list[dict[str, Any]]:
         """Return what the builds of a recipe were keyed by, the latest first."""
-        with self._session() as session:
+        with self.session() as session:
             rows = session.scalars(
                 select(t.BuildRow).where(t.BuildRow.model == model).order_by(t.BuildRow.created_at.desc())
             )
@@ -310,31 +332,36 @@ class Catalog:
     def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(
                 upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
             )
 
     def reset_build(self, key: str) -> None:
         """Forget how far a build has come."""
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
 
     def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
         """Add or replace one standing, beside those of other machines."""
         row = {"model": model, "target": names.target_digest, "machine": names.machine_digest, **plain(standing)}
         keys = ["model", "target", "machine", "workload", "variant"]
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(upsert(t.StandingRow).values(row).on_conflict_do_update(index_elements=keys, set_=row))
 
     def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
         """Replace the standings of a recipe on a target and machine, all at once."""
         rows = [{"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings]
         where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == machine)
-        with self._session(write=True) as session:
+        with self.session(write=True) as session:
             session.execute(delete(t.StandingRow).where(*where))
             for row in rows:
                 session.add(t.StandingRow(**row))
+
+
+def _made(session: Session, *blobs: str) -> None:
+    """Note that blobs which may have been collected are there again."""
+    session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(blobs)))
 
 
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:

@@ -29,7 +29,7 @@ func.func @probe(%a: tensor<4xf32>) -> tensor<4xf32> {
 SYSTEM_FEATURES = frozenset(
     "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "
     "xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit x87 mmx "
-    "cx8 crc32 cmov enqcmd hreset kl widekl invlpgb".split()
+    "cx8 crc32 cmov enqcmd hreset kl widekl invlpgb reserve-x18".split()
 )
 """Features that generated code for tensors never uses, or that every x86-64 host has; a loader need not check them."""
 

@@ -6,7 +6,7 @@ make of the text once they are quantized, and can make good some of their error.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,8 +20,9 @@ from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import FUSED_GROUPS
+from llmbuild.frontend.scaling import Site, fitting_scale, fold, sites, spread
 from llmbuild.spec.formats import INTEGERS
-from llmbuild.transform.gptq import DAMPING, gptq
+from llmbuild.transform.gptq import DAMPING, gptq, nearest
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
 
 SHARES_INPUT = {name: group[0] for group in FUSED_GROUPS for name in group}
@@ -41,7 +42,9 @@ def read_tokens(path: str) -> np.ndarray:
         InputError: there is no such file, or it holds something else.
     """
     if not path:
-        raise InputError("quantization=gptq and mixed=sensitive need calibration text: name some in the recipe")
+        raise InputError(
+            "quantization=gptq, scaling=activation and mixed=sensitive need calibration text: name some in the recipe"
+        )
     try:
         tokens = np.load(path)
     except (OSError, ValueError, EOFError) as error:
@@ -103,6 +106,51 @@ class Calibration:
         taken.pop("hidden_states", None)
         return [self.model.model.embed_tokens(w[None]) for w in self.tokens], taken
 
+    @property
+    def tied(self) -> bool:
+        """Whether the head and the embedding are one table."""
+        model = self.model
+        return bool(model.model.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr())
+
+    # --- scaling -------------------------------------------------------------------------------------------------
+
+    def scaled(self, formats: Formats, rounded: bool, clipped: bool = True) -> Formats:
+        """Scale the channels that matrices of integers read so that rounding costs less; return the formats.
+
+        The model's weights change, in place, what it computes does not. `rounded` says that the inputs are rounded too.
+        If `clipped`, matrices of 4 bits are rounded to the nearest, in ranges that clip what the text hardly needs.
+        """
+        ready: dict[str, Quantized] = {}
+        states, extra = self._embedded()
+        for index, layer in enumerate(self.model.model.layers):
+            found = sites(layer, f"model.layers.{index}", self.model.config)
+            with _keeping(found) as inputs:
+                states = [_tensor(layer(state, **extra)) for state in states]
+            for site, scale in [(site, self._fold(site, inputs[site.first], formats, rounded)) for site in found]:
+                if scale is not None and clipped:
+                    ready |= _clipped(site, inputs[site.first] / scale, formats)
+        return replace(formats, ready=ready, looked_up=self._scale_head(formats, states, rounded))
+
+    def _scale_head(self, formats: Formats, states: list[torch.Tensor], rounded: bool) -> torch.Tensor | None:
+        """Scale what the head reads; return the factor f32[K] that undoes it in rows of a tied table."""
+        norm, head = self.model.model.norm, self.model.lm_head
+        inputs, tied = torch.cat([norm(state)[0] for state in states]), self.tied
+        scale = self._fold(Site(norm, {TABLES[1]: head}), inputs, formats, rounded)
+        if scale is None or not tied:
+            return None
+        factor = 1 / scale
+        self.model.model.embed_tokens.register_forward_hook(lambda _, __, rows: rows * factor)
+        return factor
+
+    @staticmethod
+    def _fold(site: Site, inputs: torch.Tensor, formats: Formats, rounded: bool) -> torch.Tensor | None:
+        """Return the scale f32[K] that was folded in; None where the readers are not stored as integers."""
+        if formats.of(site.first) not in INTEGERS:
+            return None
+        scale = fitting_scale(site, inputs, INTEGERS[formats.of(site.first)], rounded)
+        fold(site, scale)
+        return spread(site, scale)
+
     # --- gptq ----------------------------------------------------------------------------------------------------
 
     def fitted(self, formats: Formats) -> Formats:
@@ -136,8 +184,7 @@ class Calibration:
         form = INTEGERS[formats.head]
         tables = (self.model.model.embed_tokens, self.model.lm_head)
         table, head = (part.weight.numpy() for part in tables)
-        tied = tables[0].weight.data_ptr() == tables[1].weight.data_ptr()
-        inputs = torch.cat([x[0] for x in self.hidden()])
+        tied, inputs = self.tied, torch.cat([x[0] for x in self.hidden()])
         fitted = gptq(head, (inputs.T @ inputs).numpy(), form, TIED_DAMPING if tied else DAMPING)
         ready = dict(zip(TABLES, (fitted if tied else quantize(table, form), fitted), strict=True))
         for part, name in zip(tables, TABLES, strict=True):
@@ -191,6 +238,33 @@ def _input_of(name: str) -> str:
 def _tensor(out: Any) -> torch.Tensor:
     found: torch.Tensor = out[0] if isinstance(out, tuple) else out
     return found
+
+
+def _clipped(site: Site, inputs: torch.Tensor, formats: Formats) -> dict[str, Quantized]:
+    """Return the readers of 4 bits, each weight rounded to the nearest in the range that serves the inputs f32[T,K]."""
+    form = INTEGERS[formats.of(site.first)]
+    if form.bits != 4:
+        return {}
+    power = inputs.square().mean(0).numpy()
+    return {name: nearest(part.weight.numpy(), power, form) for name, part in site.readers.items()}
+
+
+@contextmanager
+def _keeping(found: Sequence[Site]) -> Iterator[dict[str, torch.Tensor]]:
+    """Keep what flows into each site f32[T,K], by the name of its first reader."""
+    rows: dict[str, list[torch.Tensor]] = {site.first: [] for site in found}
+    inputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda _, args: rows[name].append(args[0].flatten(0, -2))
+
+    handles = [site.readers[site.first].register_forward_pre_hook(hook(site.first)) for site in found]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+    inputs |= {name: torch.cat(kept) for name, kept in rows.items()}
 
 
 @contextmanager

@@ -22,13 +22,15 @@ class Formats:
     """The stored weights of a model by the name of their layer: call it with a name and the weights f32[N,K].
 
     `head` is the format of the token tables, `layers` that of all else, `kept` those of layers that differ from it.
-    What `ready` has was quantized before; everything else is rounded to the nearest.
+    What `ready` has was quantized before; everything else is rounded to the nearest. Rows of the token table are
+    multiplied by `looked_up` f32[K] when they are looked up, if there is one: a head that was scaled lends its table.
     """
 
     layers: str
     head: str
     kept: Mapping[str, str] = field(default_factory=dict)
     ready: Mapping[str, Quantized] = field(default_factory=dict)
+    looked_up: torch.Tensor | None = None
 
     def of(self, name: str) -> str:
         """Return the format of a layer."""

@@ -190,6 +190,20 @@ class Embedding(nn.Module):
         return self.matrix.look_up(tokens)
 
 
+class ScaledColumns(nn.Module):
+    """A table of token vectors and a factor f32[K] for their columns."""
+
+    def __init__(self, table: nn.Module, factor: torch.Tensor) -> None:
+        super().__init__()
+        self.table = table
+        self.factor: torch.Tensor
+        self.register_buffer("factor", factor)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        rows: torch.Tensor = self.table(tokens)
+        return rows * self.factor
+
+
 class Fused(nn.Module):
     """Several linear layers of one input as one; `Part`s hand out its columns."""
 

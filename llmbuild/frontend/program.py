@@ -37,6 +37,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "weight_format": WEIGHT_FORMATS,
     "head_format": (SAME, *WEIGHT_FORMATS),
     "quantization": ("rtn", "gptq"),
+    "scaling": ("none", "activation"),
     "mixed": ("none", "sensitive"),
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
@@ -92,19 +93,27 @@ def settle(job: ImportJob) -> dict[str, str]:
 
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
-    if choices["kernel"] == "compiler":
-        modules.swap(model, formats_of(model, job, choices), choices["layout"])
-        return {}
+    units = None if choices["kernel"] == "compiler" else _check_own(model, job, choices)
+    formats, kernels = formats_of(model, job, choices), {}
+    if units is None:
+        modules.swap(model, formats, choices["layout"])
+    else:
+        half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
+        kernels = own.put_in(model, job.model, job.context, half_cache, work_groups, formats, units)
+    if formats.looked_up is not None:
+        model.model.embed_tokens = modules.ScaledColumns(model.model.embed_tokens, formats.looked_up)
+    return kernels
+
+
+def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:
+    """Refuse choices that our kernels do not go with; return what they are written in."""
     if choices["layout"] != "packed":
         raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
         raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     if choices["mixed"] != "none":
         raise InputError("kernel=own reads one format in all layers; choose mixed=none")
-    units = own.check(model, job.model, job.features, stored_formats(choices))
-    formats = formats_of(model, job, choices)
-    half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-    return own.put_in(model, job.model, job.context, half_cache, work_groups, formats, units)
+    return own.check(model, job.model, job.features, stored_formats(choices))
 
 
 def stored_formats(choices: dict[str, str]) -> tuple[str, str]:
@@ -122,16 +131,21 @@ def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
     layers, head = stored_formats(choices)
     formats = Formats(layers, head)
     fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
+    scaled = choices["scaling"] == "activation"
     if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
         raise InputError(f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}")
     if fitted and not {layers, formats.head} & set(INTEGERS):
         raise InputError(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
-    if not (fitted or mixed):
+    if scaled and not {layers, formats.head} & set(INTEGERS):
+        raise InputError(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
+    if not (fitted or mixed or scaled):
         return formats
-    with torch.inference_mode():
+    with torch.no_grad():
         calibration = Calibration(model, read_tokens(job.calibration))
         if mixed:
             formats = replace(formats, kept=calibration.sensitive(formats))
+        if scaled:
+            formats = calibration.scaled(formats, rounded=choices["kernel"] == "own", clipped=not fitted)
         return calibration.fitted(formats) if fitted else formats
 
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmbuild.errors import InputError
-from llmbuild.kernels import avx2, products
+from llmbuild.kernels import avx2, neon, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
 
 _PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
+_PAUSE_ARM = 'llvm.inline_asm has_side_effects "isb", "" : () -> ()'
 _AVX512 = ("avx512f", "avx512bw", "avx512vl")
 _AVX2 = ("avx2", "fma", "f16c")
+_ARM = ("dotprod",)
 
 KNOWN = (
     Instructions("avx512", 16, 2, _PAUSE_X86, {
@@ -21,10 +23,23 @@ KNOWN = (
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
     }),
     Instructions("avxvnni", 8, 1, _PAUSE_X86, {
-        "int8": Kernel((*_AVX2, "avxvnni"), 6, avx2.int8_sums_vnni),
+        "int8": Kernel((*_AVX2, "avxvnni"), 4, short.int8_sums(avx2.AVXVNNI)),
+        "int4": Kernel((*_AVX2, "avxvnni"), 4, short.int4_sums(avx2.AVXVNNI)),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
-        "int8": Kernel(_AVX2, 4, avx2.int8_sums),
+        "int8": Kernel(_AVX2, 4, short.int8_sums(avx2.AVX2)),
+        "int4": Kernel(_AVX2, 4, short.int4_sums(avx2.AVX2)),
+        "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
+        "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
+    }),
+    Instructions("i8mm", 4, 1, _PAUSE_ARM, {
+        "int8": Kernel(("i8mm",), 4, neon.int8_sums_i8mm),
+    }),
+    Instructions("dotprod", 4, 1, _PAUSE_ARM, {
+        "int8": Kernel(_ARM, 4, short.int8_sums(neon.DOTPROD)),
+        "int4": Kernel(_ARM, 4, short.int4_sums(neon.DOTPROD)),
+        "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
+        "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
     }),
 )  # fmt: skip
 """The fastest first. What is not in the table would abort the compiler: it is refused before."""

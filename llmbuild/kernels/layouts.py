@@ -51,6 +51,11 @@ class Layout:
         return self.columns // self.group
 
     @property
+    def family(self) -> str:
+        """What kernels tell formats apart by."""
+        return family(self.form)
+
+    @property
     def is_half(self) -> bool:
         """Whether weights are floating-point."""
         return self.form in HALVES
@@ -58,7 +63,7 @@ class Layout:
     @property
     def is_nibble(self) -> bool:
         """Whether two codes share a byte."""
-        return family(self.form) == "int4"
+        return self.family == "int4"
 
     @property
     def element(self) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from llmbuild.kernels.avx512 import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout, family
+from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
@@ -92,7 +92,7 @@ def multiply_panel(
     layout, first = panels.layout, w.mul(index, PANEL)
     data = w.at(panels.data, w.mul(index, layout.panel_bytes))
     scales = w.at(panels.scales, w.mul(index, layout.scale_bytes))
-    kernel = unit.kernels[family(layout.form)]
+    kernel = unit.kernels[layout.family]
 
     def tile(start: str, size: int) -> list[str]:
         taken = [w.add(start, r) for r in range(size)]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmbuild import digest
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.slo import METRICS, Slo, absence, measured
 
@@ -23,6 +24,9 @@ class HostFacts:
     """Fingerprint: rows measured on this very machine are preferred to all others."""
 
 
+_MEND = "`llmbuild build RECIPE` here makes one that fits"
+
+
 def refusal(row: dict[str, Any], host: HostFacts) -> str:
     """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty when it may."""
     if not row.get("artifact"):
@@ -32,23 +36,25 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
         return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
     target = row["target_body"]
     if target["arch"] != host.arch:
-        return f"is for {target['arch']}, this host is {host.arch}"
+        return f"is for {target['arch']}, this host is {host.arch}: {_MEND}"
     missing = sorted(set(target["requires"]) - host.features)
     if missing:
-        return f"needs CPU features this host lacks: {' '.join(missing)}"
+        return f"needs CPU features this host lacks: {' '.join(missing)}: {_MEND}"
     peak = row.get("peak_memory_bytes")
     if peak and host.memory_bytes is not None and peak > host.memory_bytes:
         return f"needs {peak / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
     return ""
 
 
-def choose(rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo) -> Pick:
+def choose(
+    rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo, absent: Callable[[dict[str, Any]], str] | None = None
+) -> Pick:
     """Return the pick: what runs here, meets every bound and is best in the objective.
 
     Where rows measured on this very machine can be opened, rows of other machines are passed over: another
-    machine's seconds say nothing of this one's.
+    machine's seconds say nothing of this one's. `absent` says why a row's files are not here; empty where they are.
     """
-    runnable = [(row, refusal(row, host)) for row in rows]
+    runnable = [(row, refusal(row, host) or (absent(row) if absent else "")) for row in rows]
     here = any(not why and row["machine_digest"] == host.machine for row, why in runnable)
     candidates: list[Candidate] = []
     usable: list[dict[str, Any]] = []
@@ -63,11 +69,25 @@ def choose(rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo) -> Pick:
             if not why and measured(row, slo.objective) is None:
                 why = f"{slo.objective} is {absence(row, slo.objective)}"
         candidates.append(Candidate(row, not why, why))
-    accepted = [c.row for c in candidates if c.accepted]
-    chosen = min(accepted, key=lambda r: _rank(r, slo), default=None)
+    accepted = sorted((c.row for c in candidates if c.accepted), key=lambda r: _rank(r, slo))
+    chosen = accepted[0] if accepted else None
     nearest = None if chosen else min(usable, key=slo.distance, default=None)
     done = tuple(_beaten(c, chosen, slo) for c in candidates)
-    return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf)
+    return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf, tuple(accepted[1:]))
+
+
+def told_nothing(made: Pick, slo: Slo, model: str) -> str:
+    """Return why nothing was chosen: the nearest row and what it misses, or why none can be used here."""
+    bounds = ", ".join(str(b) for b in slo.bounds)
+    if made.nearest is None:
+        reasons = sorted({c.reason for c in made.candidates})
+        return f"no variant of {model} can be used on this host: {'; '.join(reasons[:3])}"
+    near = made.nearest
+    missed = "; ".join(slo.misses(near)) or f"{slo.objective} is absent"
+    return (
+        f"no variant of {model} meets {bounds or slo.objective}; the nearest is {digest.short(near['variant'])}: "
+        f"{missed} (distance {made.distance:.3g})"
+    )
 
 
 def _rank(row: dict[str, Any], slo: Slo) -> tuple[float, float, float, str]:

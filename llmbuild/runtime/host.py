@@ -34,6 +34,13 @@ _LLVM_NAMES = {
     "atomics": "lse",
     "asimdrdm": "rdm",
     "crc32": "crc",
+    "fp": "fp-armv8",
+    "jscvt": "jsconv",
+    "fcma": "complxnum",
+    "lrcpc": "rcpc",
+    "asimdfhm": "fp16fml",
+    "uscat": "lse2",
+    "dcpop": "ccpp",
     "sve2": "sve2",
 }
 """Linux names of CPU features to LLVM's; the rest differ by underscores at most."""

@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused, NoVariant
-from llmbuild.runtime import host, reader
-from llmbuild.runtime.choose import HostFacts, choose, refusal
-from llmbuild.spec.pick import Pick
+from llmbuild.runtime import host, lock, reader, trust
+from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
+from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
     from llmbuild.runtime.sampling import Sampling
     from llmbuild.runtime.session import Session
+
+
+LOADED = ("artifact", "parameters", "tokenizer")
+"""The files of a variant that opening it reads."""
+
+LEADERS = 8
+"""How many of the best rows are tried before every row is looked at."""
 
 
 def host_facts() -> HostFacts:
@@ -41,6 +49,9 @@ def pick(
 ) -> Pick:
     """Return the pick for this host; nothing is opened.
 
+    The database finds the best rows, and the first that may be opened here is chosen; why every other one was not is
+    read when it is asked for.
+
     Raises:
         InputError: the SLO cannot be read, or the catalog has no such model.
         NoVariant: nothing meets the SLO here; the error carries the pick with the nearest row and its distance.
@@ -48,13 +59,85 @@ def pick(
     asked = parse_slo(list(slo), objective)
     folder = Path(catalog)
     name = model or _only_model(folder)
-    rows = reader.variants(folder, name, target, workload, everything=True)
+    facts, absent = host_facts(), _absent(folder)
+    found = reader.leaders(folder, name, target, workload, asked, facts.machine, LEADERS) or []
+    best = next((row for row in found if not refusal(row, facts) and not absent(row)), None)
+    if best is not None:
+        chosen = best
+
+        def judged() -> Pick:
+            rows = reader.candidates(folder, name, target, workload)
+            return choose([chosen if same_place(r, chosen) else r for r in rows], facts, asked, absent)
+
+        whole = Later(judged)
+        return Pick(asked, best, Judged(whole, "candidates"), fallbacks=Judged(whole, "fallbacks"))
+    rows = reader.candidates(folder, name, target, workload)
     if not rows:
         raise InputError(_no_rows(folder, name, target, workload))
-    made = choose(rows, host_facts(), asked)
+    made = choose(rows, facts, asked, absent)
+    made = replace(made, chosen=_whole(folder, made.chosen), nearest=_whole(folder, made.nearest))
     if made.chosen is None:
-        raise NoVariant(_nothing(made, asked, name), made)
-    return made
+        raise NoVariant(told_nothing(made, asked, name), made)
+    return replace(made, candidates=tuple(_with(c, made.chosen) for c in made.candidates))
+
+
+def _with(candidate: Candidate, chosen: dict[str, Any]) -> Candidate:
+    return replace(candidate, row=chosen) if same_place(candidate.row, chosen) else candidate
+
+
+def same_place(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Say whether two rows are the same standing."""
+    return all(a[name] == b[name] for name in lock.PLACE)
+
+
+def _whole(folder: Path, row: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return all columns of a row that was read narrowly."""
+    if row is None:
+        return None
+    return next(r for r in reader.find_variant(folder, row["variant"]) if same_place(r, row))
+
+
+def _absent(folder: Path) -> Callable[[dict[str, Any]], str]:
+    """Return what says why a row's files are not here: only a folder that was pulled in part may lack some."""
+    source = trust.partial(folder)
+    if source is None:
+        return lambda row: ""
+
+    def absent(row: dict[str, Any]) -> str:
+        names = [row[kind] for kind in LOADED if row.get(kind)]
+        if all(reader.blob_path(folder, name).is_file() for name in names):
+            return ""
+        return f"was not pulled: `llmbuild pull {source} -C {folder} --all` fetches it, or `--slo` what you need"
+
+    return absent
+
+
+class Later:
+    """A pick that is worked out when it is first looked at."""
+
+    def __init__(self, judged: Callable[[], Pick]) -> None:
+        self._judged = judged
+
+    @cached_property
+    def pick(self) -> Pick:
+        """All rows of the catalog, each with its verdict."""
+        return self._judged()
+
+
+class Judged(Sequence[Any]):
+    """A tuple of a pick that is worked out later."""
+
+    def __init__(self, later: Later, name: str) -> None:
+        self._later, self._name = later, name
+
+    def _tuple(self) -> tuple[Any, ...]:
+        return tuple(getattr(self._later.pick, self._name))
+
+    def __len__(self) -> int:
+        return len(self._tuple())
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._tuple()[index]
 
 
 def load(
@@ -65,20 +148,56 @@ def load(
     target: str | None = None,
     workload: str | None = None,
     variant: str | None = None,
+    *,
+    locked: str | Path | None = None,
+    trust_keys: str | Path | Sequence[str | Path] | None = None,
+    allow_unsigned: bool = False,
+    fallback: bool = False,
 ) -> Model:
     """Open the variant of `model` that meets `slo` on this host and is best in `objective`.
 
-    The order of checks: schema, runtime version, CPU features, memory, SLO, digests. `variant` names one by (a part
-    of) its digest instead of an SLO; it is still refused where it would not run.
+    The order of checks: signature if required, schema, runtime version, CPU features, memory, SLO, digests. `variant`
+    names one by (a part of) its digest instead of an SLO, `locked` by a lock file; it is still refused where it would
+    not run. `trust_keys` are files or folders of public keys (else `$LLMBUILD_TRUST`): with any, an unsigned catalog
+    is refused unless `allow_unsigned`. With `fallback`, a variant whose files are refused gives way to the next that
+    meets the SLO; `model.pick` says so.
 
     Raises:
         CatalogError, InputError, NoVariant, LoadRefused: what is wrong, where, and what to do.
     """
     folder = Path(catalog)
-    made = _named(folder, variant) if variant else pick(folder, model, slo, objective, target, workload)
+    trust.require(folder, trust.policy(trust_keys, allow_unsigned))
+    if locked is not None:
+        made = _locked(folder, Path(locked))
+    else:
+        made = _named(folder, variant) if variant else pick(folder, model, slo, objective, target, workload)
+    return Model(folder, _verified(folder, made, fallback))
+
+
+def _verified(folder: Path, made: Pick, fallback: bool) -> Pick:
+    """Return the pick with the first row whose files are sound; without `fallback` there is only one."""
     assert made.chosen is not None
-    verify(folder, made.chosen)
-    return Model(folder, made)
+    try:
+        verify(folder, made.chosen)
+        return made
+    except LoadRefused as error:
+        if not fallback:
+            raise
+        refused = [(made.chosen, str(error))]
+        first = error
+    for narrow in made.fallbacks:
+        row = _whole(folder, narrow)
+        assert row is not None
+        try:
+            verify(folder, row)
+        except LoadRefused as error:
+            refused.append((row, str(error)))
+            continue
+        told = [Candidate(r, False, why) for r, why in refused]
+        gone = {r["variant"] for r, _ in refused}
+        rest = [_with(c, row) for c in made.candidates if c.row["variant"] not in gone]
+        return replace(made, chosen=row, candidates=(*told, *rest))
+    raise first
 
 
 def verify(catalog: Path, row: dict[str, Any]) -> None:
@@ -87,7 +206,7 @@ def verify(catalog: Path, row: dict[str, Any]) -> None:
     Raises:
         LoadRefused: a file is missing or its bytes were changed.
     """
-    for kind in ("artifact", "parameters", "tokenizer"):
+    for kind in LOADED:
         name = row.get(kind)
         if not name:
             continue
@@ -189,6 +308,16 @@ def _named(catalog: Path, prefix: str) -> Pick:
     return Pick(Slo((), "tpot_s"), rows[0], ())
 
 
+def _locked(catalog: Path, path: Path) -> Pick:
+    pin = lock.read(path)
+    row = _whole(catalog, lock.row_of(pin, reader.candidates(catalog, pin["model"]), path))
+    assert row is not None
+    why = refusal(row, host_facts())
+    if why:
+        raise LoadRefused(f"{path}: variant {row['variant'][:12]} {why}")
+    return Pick(parse_slo(list(pin.get("slo") or ()), pin["objective"]), row, (Candidate(row, True, ""),))
+
+
 def _only_model(catalog: Path) -> str:
     names = reader.models(catalog)
     if len(names) != 1:
@@ -199,16 +328,3 @@ def _only_model(catalog: Path) -> str:
 def _no_rows(catalog: Path, model: str, target: str | None, workload: str | None) -> str:
     asked = "".join(f", {k} {v}" for k, v in (("target", target), ("workload", workload)) if v)
     return f"no variant of {model}{asked} in {catalog}: it has models {', '.join(reader.models(catalog)) or 'none'}"
-
-
-def _nothing(made: Pick, slo: Slo, model: str) -> str:
-    bounds = ", ".join(str(b) for b in slo.bounds)
-    if made.nearest is None:
-        reasons = sorted({c.reason for c in made.candidates})
-        return f"no variant of {model} can be used on this host: {'; '.join(reasons[:3])}"
-    near = made.nearest
-    missed = "; ".join(slo.misses(near)) or f"{slo.objective} is absent"
-    return (
-        f"no variant of {model} meets {bounds or slo.objective}; the nearest is {digest.short(near['variant'])}: "
-        f"{missed} (distance {made.distance:.3g})"
-    )

@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
+from llmbuild.runtime import trust
+from llmbuild.spec.slo import METRICS, Slo
 
-SCHEMA_VERSIONS = (1, 2, 3)
+SCHEMA_VERSIONS = (1, 2, 3, 4)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
+URL_FILE = "catalog.url"
+FRONT = "status IN ('pareto', 'undecided')"
+NARROW = (
+    "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
+    "tokenizer runtime energy_source"
+).split()
+"""What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
 _JSON = (
     "point",
     "target_body",
@@ -41,13 +50,17 @@ def blob_path(catalog: Path, digest: str) -> Path:
 
 
 @contextlib.contextmanager
-def opened(catalog: Path) -> Iterator[sqlite3.Connection]:
+def opened(catalog: Path) -> Iterator[Any]:
     """Open a catalog for reading, after its schema version was found to be one we know.
 
     Raises:
         CatalogError: missing, not a catalog, damaged, or of another schema.
     """
-    file = catalog / FILE
+    file = database(catalog)
+    if (catalog / URL_FILE).is_file():
+        with _served(catalog / URL_FILE) as server:
+            yield server
+        return
     if not file.is_file():
         raise CatalogError(f"no catalog at {file}: build one with `llmbuild build`, or name one with -C")
     connection = _connect(file)
@@ -61,17 +74,62 @@ def opened(catalog: Path) -> Iterator[sqlite3.Connection]:
         connection.close()
 
 
+def database(catalog: Path) -> Path:
+    """Return the file that holds a catalog's rows: in a published folder, the one that is current."""
+    return trust.database(catalog) if (catalog / trust.POINTER).is_file() else catalog / FILE
+
+
 def _connect(file: Path) -> sqlite3.Connection:
     """A WAL database in a folder that cannot be written needs `immutable`; elsewhere that would miss a writer."""
     writable = os.access(file.parent, os.W_OK) or Path(f"{file}-shm").exists()
     mode = "mode=ro" if writable else "mode=ro&immutable=1"
     try:
-        return sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
+        connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
+        connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
+        return connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be opened: {error}") from None
 
 
-def _check_schema(connection: sqlite3.Connection, file: Path) -> None:
+@contextlib.contextmanager
+def _served(file: Path) -> Iterator[Any]:
+    """Open a catalog whose rows are in Postgres."""
+    try:
+        import psycopg
+    except ImportError:
+        raise CatalogError(f"{file}: rows are in Postgres: pip install 'llmbuild[postgres]'") from None
+    try:
+        with psycopg.connect(file.read_text().strip(), row_factory=_row_of, connect_timeout=60) as connection:
+            server = _Server(connection)
+            _check_schema(server, file)
+            yield server
+    except psycopg.Error as error:
+        raise CatalogError(f"{file}: the server cannot be read: {str(error).strip()}") from None
+
+
+class _Row(dict[str, Any]):
+    """A row by name, and by number as sqlite3's."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
+
+
+def _row_of(cursor: Any) -> Any:
+    names = [column.name for column in cursor.description or ()]
+    return lambda values: _Row(zip(names, values, strict=True))
+
+
+class _Server:
+    """A Postgres connection that takes what sqlite3's takes."""
+
+    def __init__(self, connection: Any) -> None:
+        self.connection = connection
+
+    def execute(self, query: str, values: Any = ()) -> Any:
+        return self.connection.execute(query.replace("?", "%s"), values)
+
+
+def _check_schema(connection: Any, file: Path) -> None:
     try:
         row = connection.execute("SELECT schema_version FROM info").fetchone()
     except sqlite3.OperationalError as error:
@@ -91,18 +149,80 @@ def variants(
     target: str | None = None,
     workload: str | None = None,
     everything: bool = False,
+    slo: Slo | None = None,
 ) -> list[dict[str, Any]]:
-    """Return rows of the view `variants`; only the front and the default unless `everything` is asked for."""
+    """Return rows of the view `variants`; only the front unless `everything` is asked for, only those inside `slo`."""
+    where, values = _where(model, target, workload)
+    if not everything:
+        where.append(FRONT)
+    if slo is not None:
+        _bounded(slo, where, values)
+    with opened(catalog) as connection:
+        found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
+    return [decode(row) for row in found]
+
+
+def candidates(
+    catalog: Path, model: str, target: str | None = None, workload: str | None = None
+) -> list[dict[str, Any]]:
+    """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
+    where, values = _where(model, target, workload)
+    columns = ", ".join((*NARROW, *METRICS))
+    with opened(catalog) as connection:
+        found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
+    bodies: dict[str, Any] = {}
+    rows = []
+    for row in map(dict, found):
+        body = row["target_body"]
+        if isinstance(body, str):
+            row["target_body"] = bodies[body] if body in bodies else bodies.setdefault(body, json.loads(body))
+        rows.append(row)
+    return rows
+
+
+def leaders(
+    catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
+) -> list[dict[str, Any]] | None:
+    """Return the first rows of a front that are inside `slo`, the best first, of this machine if it has any row.
+
+    None where rows of this machine are there, and none of them is inside.
+    """
+    where, values = _where(model, target, workload)
+    with opened(catalog) as connection:
+        here = connection.execute(
+            "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
+        ).fetchone()
+        if here:
+            where.append("machine_digest = ?")
+            values.append(machine)
+        where += [FRONT, f"{slo.objective} IS NOT NULL"]
+        _bounded(slo, where, values)
+        sign = "" if METRICS[slo.objective].direction == "min" else "-"
+        found = connection.execute(
+            f"SELECT variant, machine_digest, target_digest, workload FROM variants WHERE {' AND '.join(where)} "
+            f"ORDER BY {sign}{slo.objective}, COALESCE(NULLIF(peak_memory_bytes, 0), 9e18), "
+            f"COALESCE(NULLIF(artifact_bytes, 0), 9e18), variant LIMIT {count}",
+            values,
+        ).fetchall()
+        place = ("variant", "machine_digest", "target_digest", "workload")
+        one = f"SELECT * FROM variants WHERE model = ? AND {' AND '.join(f'{name} = ?' for name in place)}"
+        rows = [connection.execute(one, (model, *(row[name] for name in place))).fetchone() for row in found]
+    return None if here and not rows else [decode(row) for row in rows]
+
+
+def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
     where, values = ["1=1"], []
     for column, value in (("model", model), ("target", target), ("workload", workload)):
         if value is not None:
             where.append(f"{column} = ?")
             values.append(value)
-    if not everything:
-        where.append("status IN ('pareto', 'undecided')")
-    with opened(catalog) as connection:
-        found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
-    return [decode(row) for row in found]
+    return where, values
+
+
+def _bounded(slo: Slo, where: list[str], values: list[Any]) -> None:
+    for bound in slo.bounds:
+        where.append(f"{bound.metric} {bound.operator} ?")
+        values.append(bound.limit)
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:

@@ -39,6 +39,14 @@ KNOBS: tuple[Knob, ...] = (
         when=(Condition("weight_format", tuple(INTEGERS)),),
     ),
     Knob(
+        "scaling",
+        "model",
+        ("none", "activation"),
+        "none",
+        "scale channels between layers so that rounding them costs less on the calibration text",
+        when=(Condition("weight_format", tuple(INTEGERS)),),
+    ),
+    Knob(
         "mixed",
         "model",
         ("none", "sensitive"),
@@ -101,7 +109,7 @@ KNOBS: tuple[Knob, ...] = (
 )
 """In the order in which they are asked about; a condition names an earlier knob."""
 
-CALIBRATED = {"quantization": "gptq", "mixed": "sensitive"}
+CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive"}
 """Values that need calibration text."""
 
 

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 REPEATS = 25
 """Asks in a row that name a known point, after which an unknown one is drawn at random instead."""
 
-_OWN: dict[str, Value] = {"weight_format": "int8", "layout": "packed", "kernel": "own", "opt_level": "O2"}
+_OWN: dict[str, Value] = {
+    "weight_format": "int8",
+    "scaling": "activation",
+    "layout": "packed",
+    "kernel": "own",
+    "opt_level": "O2",
+}
 
 _OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g128", "head_format": "int8", "quantization": "gptq"}
 _SYNC: dict[str, Value] = {"driver": "local-sync"}
@@ -39,6 +45,9 @@ EXPERIENCE: tuple[dict[str, Value], ...] = (
 
 Neighbours that share an import follow each other, for an import costs the most.
 """
+
+DISPENSABLE = ("scaling",)
+"""Knobs whose value a point of experience goes without where the space lacks it."""
 
 
 class Study:
@@ -152,7 +161,8 @@ def openers(space: Space) -> list[Point]:
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
     for values in ({}, *EXPERIENCE):
-        point = space.complete({**settled, **values})
+        wanted = {k: v for k, v in values.items() if k not in DISPENSABLE or v in domains[k]}
+        point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)
     return list(dict.fromkeys(points))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,22 +20,31 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pick:
-    """The chosen row, if any; all candidates with their reasons; and the SLO that was asked."""
+    """The chosen row, if any; all candidates with their reasons; and the SLO that was asked.
+
+    `fallbacks` are the other rows that meet the SLO here, the best first. `candidates` may be read from the catalog
+    when they are first looked at.
+    """
 
     slo: Slo
     chosen: dict[str, Any] | None
-    candidates: tuple[Candidate, ...]
+    candidates: Sequence[Candidate]
     nearest: dict[str, Any] | None = None
     distance: float = 0.0
+    fallbacks: Sequence[dict[str, Any]] = ()
 
-    def explain(self) -> str:
-        """Return the choice and the reasons, one line for each variant."""
+    def explain(self, limit: int | None = None) -> str:
+        """Return the choice and the reasons, one line for each variant, or for the first `limit` of them."""
         bounds = ", ".join(str(b) for b in self.slo.bounds) or "no bounds"
         lines = [f"asked: {bounds}; best {self.slo.objective}"]
-        for c in sorted(self.candidates, key=lambda c: c.row is not self.chosen):
+        told = sorted(self.candidates, key=lambda c: (not self._is_chosen(c), not c.accepted))
+        for c in told[:limit]:
             value = c.row.get(self.slo.objective)
             shown = "absent" if value is None else f"{value:.4g}"
-            verdict = "chosen" if c.row is self.chosen else ("accepted" if c.accepted else "rejected")
+            verdict = "chosen" if self._is_chosen(c) else ("accepted" if c.accepted else "rejected")
             why = f": {c.reason}" if c.reason else ""
             lines.append(f"{verdict:<8} {str(c.row['variant'])[:12]} {self.slo.objective}={shown}{why}")
         return "\n".join(lines)
+
+    def _is_chosen(self, candidate: Candidate) -> bool:
+        return candidate.row is self.chosen

@@ -67,8 +67,9 @@ class ImportJob:
 
     `choices` are model-level knobs and their values; a knob left out has its default:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
-    `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own, `kv_dtype` f32 | f16 | int8,
-    `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own` kernels.
+    `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
+    `kv_dtype` f32 | f16 | int8, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
+    kernels.
     """
 
     model: str
@@ -82,7 +83,8 @@ class ImportJob:
     features: tuple[str, ...] = ()
     """CPU features of the target by LLVM's names: a choice that needs one that is missing is refused."""
     calibration: str = ""
-    """An `.npy` of tokens i64[W,L], for `gptq` and `sensitive`; it is read, never named, in what is written."""
+    """An `.npy` of tokens i64[W,L], for `gptq`, `activation` and `sensitive`; it is read, never named, in what is
+    written."""
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,14 @@ def gptq(dense: Array, hessian: Array, form: Format, damping: float = DAMPING) -
     return Quantized(np.ascontiguousarray(placed.T), scale, zero, form.bits, group)
 
 
+def nearest(dense: Array, weight: Array, form: Format) -> Quantized:
+    """Return the matrix f32[N,K], each weight rounded to the nearest code of the range that `fitting_range` finds."""
+    scale, zero = fitting_range(dense, weight, form)
+    group = dense.shape[1] // scale.shape[1]
+    codes = encode(by_group(dense, group), scale[..., None], None if zero is None else zero[..., None], form.bits)
+    return Quantized(codes.reshape(dense.shape), scale, zero, form.bits, group)
+
+
 def fitting_range(dense: Array, weight: Array, form: Format) -> tuple[Array, Array | None]:
     """Return scale and zero f32[N,K/group] of the least squared error, where column k counts `weight` f32[K] times."""
     scale, zero = full_range(dense, form)

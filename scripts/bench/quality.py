@@ -1,9 +1,10 @@
 """What each weight format costs in quality, and what calibration wins back, on a recipe's held-out text.
 
-    python scripts/bench/quality.py [RECIPE] [--tokens N] [--json]
+    python scripts/bench/quality.py [RECIPE] [--tokens N] [--formats NAME...] [--json]
 
-PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled. KL
-divergence and top-1 agreement are against the f32 model, per token; bits per weight are those of all matrices, scales
+PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled; for our
+own kernels it rounds what the matrices read as they do. KL divergence and top-1 agreement are against the f32 model,
+per token, each with the standard error of its mean over the windows; bits per weight are those of all matrices, scales
 included, tied ones counted once.
 """
 
@@ -11,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,29 +25,61 @@ from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.calibration import Calibration
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.source import find_model
+from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
 from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
 from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
+from llmbuild.transform.reference import quantized_rows
 
 LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in ("f32", "int8_g64", "int8_g128"))
 HEAD = "int8"
 """Format of the token table where the layers have one of integers, so that rows tell layers apart."""
 
 
-def cases() -> Iterator[tuple[str, str, str, str]]:
-    """Yield layers, head, method and mixed."""
-    for layers in LAYERS:
-        head = HEAD if layers in INTEGERS else layers
-        yield layers, head, "rtn", "none"
-        if layers in INTEGERS:
-            yield layers, head, "gptq", "none"
-    for layers in ("int4_g32", "int4_g128"):
-        yield layers, HEAD, "rtn", "sensitive"
-        yield layers, HEAD, "gptq", "sensitive"
-        yield layers, layers, "rtn", "none"
-        yield layers, layers, "gptq", "none"
+@dataclass(frozen=True)
+class Case:
+    """A way to store a model and, where `kernel` is `own`, to round what its matrices read."""
+
+    layers: str
+    head: str
+    quantization: str = "rtn"
+    scaling: str = "none"
+    mixed: str = "none"
+    kernel: str = "compiler"
+
+
+METHODS = tuple((quantization, scaling) for scaling in ("none", "activation") for quantization in ("rtn", "gptq"))
+
+
+def cases(formats: Sequence[str]) -> Iterator[Case]:
+    """Yield what is scored of these formats of the layers."""
+    for layers in formats:
+        if layers not in INTEGERS:
+            yield Case(layers, layers)
+            continue
+        for method in METHODS:
+            yield Case(layers, HEAD, *method)
+        if layers in OWN_FORMATS:
+            for method in METHODS:
+                yield Case(layers, HEAD, *method, kernel="own")
+        if layers in ("int4_g32", "int4_g128"):
+            for quantization in ("rtn", "gptq"):
+                yield Case(layers, HEAD, quantization, mixed="sensitive")
+                yield Case(layers, layers, quantization)
+
+
+def round_inputs(model: nn.Module) -> None:
+    """Let every linear layer read rows that are rounded to bytes as our kernels do."""
+
+    def rounded(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+        codes, scale = quantized_rows(args[0].flatten(0, -2).numpy())
+        return torch.from_numpy((codes * scale).astype(np.float32)).view(args[0].shape)
+
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(rounded)
 
 
 def store(model: Any, formats: Formats) -> float:
@@ -66,19 +99,21 @@ def store(model: Any, formats: Formats) -> float:
 
 def score(log_probabilities: torch.Tensor, exact: torch.Tensor, windows: np.ndarray) -> dict[str, float]:
     """Return KL, top-1 agreement and perplexity of log-probabilities f32[W*L,V]."""
-    kl = (exact.exp() * (exact - log_probabilities)).sum(-1)
-    agree = log_probabilities.argmax(-1) == exact.argmax(-1)
+    kl = (exact.exp() * (exact - log_probabilities)).sum(-1).double().view(windows.shape).mean(1)
+    agree = (log_probabilities.argmax(-1) == exact.argmax(-1)).double().view(windows.shape).mean(1)
     told = log_probabilities.view(*windows.shape, -1)[:, :-1]
     loss = -told.gather(-1, torch.from_numpy(windows[:, 1:, None])).mean()
     return {
-        "quality_kl": float(kl.double().mean()),
-        "quality_top1": float(agree.double().mean()),
+        "quality_kl": float(kl.mean()),
+        "kl_error": float(kl.std() / len(kl) ** 0.5),
+        "quality_top1": float(agree.mean()),
+        "top1_error": float(agree.std() / len(agree) ** 0.5),
         "quality_perplexity": float(loss.exp()),
     }
 
 
-def measured(recipe_path: Path, tokens: int) -> list[dict[str, Any]]:
-    """Return one row for each case."""
+def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield one row for each case."""
     recipe = read_recipe(recipe_path)
     found = find_model(recipe.model)
     if recipe.calibration is None or found.tokenizer is None:
@@ -92,20 +127,24 @@ def measured(recipe_path: Path, tokens: int) -> list[dict[str, Any]]:
         return huggingface.load(str(found.folder), False, 0, attention.NAME)
 
     exact = Calibration(fresh(), windows).logits(len(windows))
-    rows = [{"layers": "f32", "head": "f32", "method": "", "mixed": "", "bits": 32.0, **score(exact, exact, windows)}]
-    for layers, head, method, mixed in cases():
-        model, formats = fresh(), Formats(layers, head)
-        on_text = Calibration(model, calibration)
-        if mixed == "sensitive":
-            formats = replace(formats, kept=on_text.sensitive(formats))
-        if method == "gptq":
-            formats = on_text.fitted(formats)
-        bits = store(model, formats)
-        found_now = score(Calibration(model, windows).logits(len(windows)), exact, windows)
-        rows.append(
-            {"layers": layers, "head": head, "method": method, "mixed": mixed, "bits": round(bits, 3), **found_now}
-        )
-    return rows
+    yield {**asdict(Case("f32", "f32")), "bits": 32.0, **score(exact, exact, windows)}
+    for case in cases(formats):
+        model = fresh()
+        bits = store(model, stored(model, case, calibration))
+        if case.kernel == "own":
+            round_inputs(model)
+        told = score(Calibration(model, windows).logits(len(windows)), exact, windows)
+        yield {**asdict(case), "bits": round(bits, 3), **told}
+
+
+def stored(model: Any, case: Case, calibration: np.ndarray) -> Formats:
+    """Return the formats of a case; calibration changes the model in place."""
+    formats, on_text = Formats(case.layers, case.head), Calibration(model, calibration)
+    if case.mixed == "sensitive":
+        formats = replace(formats, kept=on_text.sensitive(formats))
+    if case.scaling == "activation":
+        formats = on_text.scaled(formats, rounded=case.kernel == "own")
+    return on_text.fitted(formats) if case.quantization == "gptq" else formats
 
 
 def main() -> None:
@@ -113,10 +152,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", type=Path, nargs="?", default=Path("recipes/pystdlib.yaml"))
     parser.add_argument("--tokens", type=int, default=4096, help="how many tokens of the held-out text are scored")
+    parser.add_argument("--formats", nargs="+", default=LAYERS, choices=LAYERS, help="of the layers; all by default")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with torch.inference_mode():
-        rows = measured(arguments.recipe, arguments.tokens)
+        rows = list(measured(arguments.recipe, arguments.tokens, arguments.formats))
     if arguments.json:
         print(json.dumps({"recipe": arguments.recipe.stem, "tokens": arguments.tokens, "rows": rows}))
         return

@@ -1,0 +1,97 @@
+"""Free the room of what no front, no publication and no pairing needs; rows and measurements are kept for ever."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import delete
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from llmbuild.catalog import locks
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.references import blobs_of, front_variants, published_blobs, references
+from llmbuild.catalog.schema import now
+from llmbuild.catalog.writer import Catalog
+
+ORDER = ("orphan", "artifact", "checks", "module", "parameters", "tokenizer", "reference")
+"""What goes first under a size budget; a reference, which takes the longest to make again, goes last."""
+
+
+@dataclass(frozen=True)
+class Removal:
+    """One blob that is, or would be, removed."""
+
+    digest: str
+    kind: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Swept:
+    """What a collection came to, in bytes; `over` is how much more than the budget must be kept."""
+
+    removed: tuple[Removal, ...]
+    freed_bytes: int
+    kept_bytes: int
+    over: int
+
+
+def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) -> Swept:
+    """Remove blobs that nothing needs, or, with a `budget` in bytes, only as many as it takes to get below it.
+
+    `catalog` must be open alone. Blobs are marked as collected before they are removed, so that a killed collection
+    leaves nothing that looks lost.
+    """
+    plan, total = _plan(catalog)
+    chosen, left = [], total
+    for removal in plan:
+        if budget is not None and left <= budget and removal.kind != "orphan":
+            break
+        chosen.append(removal)
+        left -= removal.size_bytes
+    if not dry_run:
+        _mark(catalog, chosen)
+        for removal in chosen:
+            catalog.blobs.remove(removal.digest)
+        _tidy(catalog)
+    over = max(0, left - budget) if budget is not None else 0
+    return Swept(tuple(chosen), total - left, left, over)
+
+
+def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
+    with catalog.session() as session:
+        named = {r.digest: r for r in references(session)}
+        keep = blobs_of(session, front_variants(session)) | published_blobs(catalog.folder)
+        keep |= {r.digest for r in named.values() if r.kind == "reference"}
+    sizes = dict(catalog.blobs.digests())
+    free = [
+        Removal(name, named[name].kind if name in named else "orphan", size)
+        for name, size in sizes.items()
+        if name not in keep
+    ]
+    return sorted(free, key=lambda r: (ORDER.index(r.kind), _age(named, r.digest), r.digest)), sum(sizes.values())
+
+
+def _age(named: Mapping[str, object], digest: str) -> str:
+    return str(getattr(named.get(digest), "created_at", ""))
+
+
+def _mark(catalog: Catalog, removals: list[Removal]) -> None:
+    rows = [
+        {"digest": r.digest, "size_bytes": r.size_bytes, "created_at": now()} for r in removals if r.kind != "orphan"
+    ]
+    if rows:
+        with catalog.session(write=True) as session:
+            session.execute(upsert(t.CollectedRow).values(rows).on_conflict_do_nothing())
+
+
+def _tidy(catalog: Catalog) -> None:
+    """Remove what killed processes left: temporary files, and locks that nobody can hold while we are alone."""
+    for path in catalog.blobs.leftovers():
+        path.unlink(missing_ok=True)
+    for path in (catalog.folder / locks.FOLDER).glob("*"):
+        path.unlink(missing_ok=True)
+    there = {name for name, _ in catalog.blobs.digests()}
+    with catalog.session(write=True) as session:
+        session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(there)))

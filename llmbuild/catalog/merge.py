@@ -1,0 +1,168 @@
+"""Bring the rows and blobs of one catalog into another.
+
+Rows are named by content, so most are the same or new. Where both know a measurement, the later one stays; where one
+compile key made different bytes, ours stays and it is told; where both ranked the same fronts, no rank is trusted
+until the next build ranks them all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sqlalchemy import Table, func, select, update
+from sqlalchemy.dialects.postgresql import insert as upsert
+from sqlalchemy.orm import Session
+
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.references import FRONT, collected, references
+from llmbuild.catalog.writer import Catalog
+from llmbuild.digest import short
+
+Row = dict[str, Any]
+APART = ("info", "failure", "standing", "collected", "measurement")
+"""Tables with a rule of their own; of all others, rows that are not known yet are added."""
+
+UNRANKED = "from another catalog: the next build ranks it with the others"
+
+
+@dataclass
+class Merged:
+    """How many rows and bytes were added, and what the two catalogs do not agree on."""
+
+    rows: dict[str, int] = field(default_factory=dict)
+    blobs: int = 0
+    blob_bytes: int = 0
+    conflicts: list[str] = field(default_factory=list)
+
+
+def merge(source: Catalog, into: Catalog) -> Merged:
+    """Add what `source` has to `into`: blobs first, then every row in one transaction.
+
+    A blob whose bytes are not those of its name is left behind and told.
+    """
+    done = Merged()
+    with source.session() as session:
+        named = {r.digest for r in references(session)}
+        tables = {table.name: list(_rows(session, table)) for table in t.Base.metadata.sorted_tables}
+    _blobs(source, into, named, done)
+    with into.session(write=True) as session:
+        done.conflicts += _irreproducible(session, tables["compile"])
+        failures: dict[int, int] = {}
+        for table in t.Base.metadata.sorted_tables:
+            rows = tables[table.name]
+            if table.name == "failure":
+                failures = _failures(session, rows, done)
+            elif table.name == "measurement":
+                _measurements(session, rows, done)
+            elif table.name not in APART:
+                _add(session, table, [_renumbered(r, failures) for r in rows], done)
+        _standings(session, tables["standing"], done)
+        _collected(session, into, tables["collected"])
+    return done
+
+
+def _rows(session: Session, table: Table) -> Iterator[Row]:
+    for row in session.execute(select(table)):
+        yield dict(row._mapping)
+
+
+def _blobs(source: Catalog, into: Catalog, named: set[str], done: Merged) -> None:
+    for name in sorted(named):
+        if into.blobs.intact(name) or not source.blobs.has(name):
+            continue
+        if not source.blobs.verify(name):
+            done.conflicts.append(f"blob {short(name)}: its bytes are not those of its name: left behind")
+            continue
+        path = source.blobs.path(name)
+        into.blobs.put_file(path)
+        done.blobs += 1
+        done.blob_bytes += path.stat().st_size
+
+
+def _add(session: Session, table: Table, rows: list[Row], done: Merged) -> None:
+    if rows:
+        before = session.scalar(select(func.count()).select_from(table)) or 0
+        session.execute(upsert(table).on_conflict_do_nothing(), rows)
+        _count(done, table.name, (session.scalar(select(func.count()).select_from(table)) or 0) - before)
+
+
+def _count(done: Merged, name: str, rows: int) -> None:
+    if rows:
+        done.rows[name] = done.rows.get(name, 0) + rows
+
+
+def _renumbered(row: Row, failures: dict[int, int]) -> Row:
+    return {**row, "failure": failures.get(row["failure"])} if "failure" in row else row
+
+
+def _failures(session: Session, rows: list[Row], done: Merged) -> dict[int, int]:
+    """Add failures that are not known yet, and return the number that each has here."""
+    numbers = {}
+    for row in rows:
+        same = ("model", "variant", "stage", "command", "created_at")
+        where = [getattr(t.FailureRow, name).is_not_distinct_from(row[name]) for name in same]
+        known = session.scalar(select(t.FailureRow.id).where(*where))
+        if known is None:
+            added = t.FailureRow(**{k: v for k, v in row.items() if k != "id"})
+            session.add(added)
+            session.flush()
+            known = added.id
+            _count(done, "failure", 1)
+        numbers[row["id"]] = known
+    return numbers
+
+
+def _measurements(session: Session, rows: list[Row], done: Merged) -> None:
+    table = t.MeasurementRow.__table__
+    known = dict(session.execute(select(t.MeasurementRow.key, t.MeasurementRow.created_at)).tuples().all())
+    fresh = [row for row in rows if row["key"] not in known or known[row["key"]] < row["created_at"]]
+    for row in fresh:
+        session.execute(upsert(table).values(row).on_conflict_do_update(index_elements=["key"], set_=row))  # type: ignore[arg-type]
+    _count(done, "measurement", len(fresh))
+
+
+def _standings(session: Session, rows: list[Row], done: Merged) -> None:
+    """Add standings; what both sides ranked apart is undecided and marked to be ranked again."""
+    table = t.StandingRow.__table__
+    names = ("model", "target", "machine", "workload")
+    ours = {tuple(row) for row in session.execute(select(*(table.c[n] for n in names)).distinct())}
+    known = {tuple(row) for row in session.execute(select(*(table.c[n] for n in (*names, "variant"))))}
+    mixed = set()
+    for row in rows:
+        group = tuple(row[n] for n in names)
+        if (*group, row["variant"]) in known:
+            continue
+        values = {k: v for k, v in row.items() if k not in ("id", "failure")}
+        if group in ours:
+            mixed.add(row["model"])
+            if row["status"] in FRONT:
+                values |= {"status": "undecided", "confidence": None, "reason": UNRANKED}
+        session.execute(upsert(t.StandingRow).values(values))
+        _count(done, "standing", 1)
+    if mixed:
+        session.execute(update(t.BuildRow).where(t.BuildRow.model.in_(mixed)).values(raced=False))
+        done.conflicts.append(f"{', '.join(sorted(mixed))}: ranked apart: `llmbuild build` ranks them together")
+
+
+def _collected(session: Session, into: Catalog, rows: list[Row]) -> None:
+    known = collected(session)
+    gone = [r for r in rows if r["digest"] not in known and not into.blobs.has(r["digest"])]
+    if gone:
+        session.execute(upsert(t.CollectedRow), gone)
+
+
+def _irreproducible(session: Session, rows: list[Row]) -> list[str]:
+    known = compiles(session)
+    return [
+        f"compile {short(row['key'])}: made {short(row['artifact'])} there and {short(known[row['key']])} here: "
+        "the same inputs should make the same bytes; ours is kept"
+        for row in rows
+        if row["key"] in known and known[row["key"]] != row["artifact"]
+    ]
+
+
+def compiles(session: Session) -> dict[str, str]:
+    """Return the artifact of every compile by its key."""
+    return dict(session.execute(select(t.CompileRow.key, t.CompileRow.artifact)).tuples().all())

@@ -1,0 +1,234 @@
+"""What is published: a database of the fronts' rows, the blobs they need, and a manifest that names them all."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Table, insert, select
+from sqlalchemy.orm import Session
+
+import llmbuild
+from llmbuild import digest
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.references import front_variants, references
+from llmbuild.catalog.schema import FILE, SCHEMA_VERSION
+from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import InputError
+from llmbuild.spec.slo import METRICS
+
+Row = dict[str, Any]
+EXPORT = ".export"
+STATUSES = ("pareto", "undecided")
+
+
+@dataclass(frozen=True)
+class Publication:
+    """A manifest's bytes, and where every blob that it names lies; `annotations` describe a blob to a registry."""
+
+    manifest: bytes
+    blobs: dict[str, Path]
+    annotations: dict[str, dict[str, str]]
+    summary: dict[str, str]
+
+    @property
+    def digest(self) -> str:
+        """Name of the manifest."""
+        return digest.of_bytes(self.manifest)
+
+
+def prepare(catalog: Catalog, models: Sequence[str], folder: Path) -> Publication:
+    """Write the rows of the fronts into a database in `folder`, and name all that belongs to them.
+
+    The same catalog gives the same bytes.
+
+    Raises:
+        InputError: nothing of these models is on a front.
+    """
+    with catalog.session() as session:
+        rows = _rows(session, models)
+        kinds = {r.digest: r.kind for r in references(session)}
+    if not rows["standing"]:
+        raise InputError(
+            f"{catalog.folder}: no front of {', '.join(models) or 'any model'} to publish: build one first"
+        )
+    database = _export(rows, folder)
+    named = sorted(_named(rows))
+    absent = [name for name in named if not catalog.blobs.verify(name)]
+    if absent:
+        raise InputError(
+            f"{catalog.folder}: {kinds.get(absent[0], 'blob')} {absent[0][:12]} is missing or damaged: run "
+            "`llmbuild verify`, then `llmbuild build`"
+        )
+    paths = {name: catalog.blobs.path(name) for name in named}
+    body = _manifest(rows, database, paths, kinds)
+    manifest = (digest.canonical(body) + "\n").encode()
+    return Publication(manifest, {**paths, body["catalog"]["digest"]: database}, _annotations(body), _summary(body))
+
+
+def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
+    """Return the rows of each table that a front needs, in an order of their own."""
+    front = front_variants(session)
+    rows: dict[str, list[Row]] = {}
+    standings = [
+        r
+        for r in _all(session, t.StandingRow.__table__)
+        if r["variant"] in front
+        and (not models or r["model"] in models)
+        and (r["status"] in STATUSES or _zero(session, r))
+    ]
+    rows["standing"] = sorted(standings, key=lambda r: tuple(str(r[n]) for n in _PLACE))
+    for number, row in enumerate(rows["standing"], 1):
+        row.update(id=number, failure=None)
+    wanted: dict[str, set[Any]] = {}
+    _want(wanted, t.StandingRow.__table__, rows["standing"])
+    for table in reversed(t.Base.metadata.sorted_tables):
+        if table.name in rows or table.name in _LEFT_BEHIND:
+            continue
+        found = [r for r in _all(session, table) if _belongs(table, r, wanted)]
+        names = table.primary_key.columns.keys()
+        rows[table.name] = sorted(found, key=partial(_order, names))
+        _want(wanted, table, rows[table.name])
+    return rows
+
+
+def _order(names: Sequence[str], row: Row) -> list[str]:
+    return [str(row[n]) for n in names]
+
+
+_PLACE = ("model", "target", "machine", "workload", "variant")
+_LEFT_BEHIND = ("info", "trial", "build", "failure", "collected", "reference")
+"""Tables of a build's own memory, which nobody needs who only opens what it made."""
+
+
+def _all(session: Session, table: Any) -> Iterable[Row]:
+    for row in session.execute(select(table)):
+        yield dict(row._mapping)
+
+
+def _zero(session: Session, row: Row) -> bool:
+    variant = session.get(t.VariantRow, row["variant"])
+    return variant is not None and variant.is_default
+
+
+def _want(wanted: dict[str, set[Any]], table: Any, rows: Iterable[Row]) -> None:
+    for row in rows:
+        for key in table.foreign_keys:
+            if row[key.parent.name] is not None:
+                wanted.setdefault(key.column.table.name, set()).add(row[key.parent.name])
+
+
+def _belongs(table: Table, row: Row, wanted: dict[str, set[Any]]) -> bool:
+    """Say whether a row is named by one that is published, or is about one: all it names are published."""
+    (key,) = table.primary_key.columns.keys()[:1]
+    if row[key] in wanted.get(table.name, set()):
+        return True
+    if table.name in ("measurement", "variant"):
+        return False
+    named = [(k.column.table.name, row[k.parent.name]) for k in table.foreign_keys]
+    return bool(named) and all(value in wanted.get(name, set()) for name, value in named)
+
+
+def _export(rows: dict[str, list[Row]], folder: Path) -> Path:
+    scratch = Catalog(folder / EXPORT)
+    try:
+        with scratch.session(write=True) as session:
+            for table in t.Base.metadata.sorted_tables:
+                if rows.get(table.name):
+                    session.execute(insert(table), rows[table.name])
+            session.execute(t.Info.__table__.update().values(created_at=_latest(rows)))  # type: ignore[attr-defined]
+    finally:
+        scratch.close()
+    database = folder / FILE
+    with sqlite3.connect(folder / EXPORT / FILE) as connection:
+        connection.execute("VACUUM INTO ?", (str(database),))
+    connection.close()
+    with sqlite3.connect(database) as connection:  # a reader of a write-ahead log would write beside it
+        connection.execute("PRAGMA journal_mode=DELETE")
+    connection.close()
+    return database
+
+
+def _latest(rows: dict[str, list[Row]]) -> str:
+    return max((str(r["created_at"]) for found in rows.values() for r in found if "created_at" in r), default="")
+
+
+def _named(rows: dict[str, list[Row]]) -> set[str]:
+    found = {row["digest"] for row in rows["artifact"]}
+    found |= {row[name] for row in rows["program"] for name in ("module", "parameters", "checks")}
+    return found | {row["tokenizer"] for row in rows["variant"] if row["tokenizer"]}
+
+
+def _manifest(rows: dict[str, list[Row]], database: Path, paths: dict[str, Path], kinds: dict[str, str]) -> Row:
+    return {
+        "kind": "llmbuild.publication",
+        "version": 1,
+        "schema": SCHEMA_VERSION,
+        "created_at": _latest(rows),
+        "catalog": {"digest": digest.of_file(database), "bytes": database.stat().st_size},
+        "blobs": {name: {"kind": kinds[name], "bytes": path.stat().st_size} for name, path in sorted(paths.items())},
+        "variants": [_variant(row, rows) for row in rows["standing"]],
+        "provenance": {
+            "llmbuild": llmbuild.__version__,
+            "toolchains": {r["digest"]: r["body"] for r in rows["toolchain"]},
+            "targets": {r["digest"]: r["body"] for r in rows["target"]},
+            "machines": {r["digest"]: r["body"] for r in rows["machine"]},
+            "recipes": {r["program"]: r["inputs"] for r in rows["import"]},
+            "protocols": sorted({r["protocol"] for r in rows["measurement"]}),
+        },
+    }
+
+
+def _variant(row: Row, rows: dict[str, list[Row]]) -> Row:
+    found = {name: {r["digest"]: r for r in rows[name]} for name in ("variant", "program", "artifact", "target")}
+    measured = next((r for r in rows["measurement"] if r["key"] == row["measurement"]), {})
+    variant = found["variant"][row["variant"]]
+    return {
+        **{name: row[name] for name in _PLACE},
+        "target_name": found["target"][row["target"]]["name"],
+        "status": row["status"],
+        "artifact": variant["artifact"],
+        "parameters": found["program"][variant["program"]]["parameters"],
+        "tokenizer": variant["tokenizer"],
+        "runtime": found["artifact"][variant["artifact"]]["runtime"],
+        "point": variant["point"],
+        "protocol": measured.get("protocol"),
+        "metrics": {name: measured[name] for name in METRICS if measured.get(name) is not None},
+    }
+
+
+def _annotations(body: Row) -> dict[str, dict[str, str]]:
+    """Return what a registry shows of a blob: for an artifact its targets, metrics and the versions it needs."""
+    told: dict[str, dict[str, str]] = {
+        name: {"dev.llmbuild.kind": entry["kind"], "org.opencontainers.image.title": f"{entry['kind']}-{name[:12]}"}
+        for name, entry in body["blobs"].items()
+    }
+    for row in body["variants"]:
+        mine = told[row["artifact"]]
+        mine |= {
+            "dev.llmbuild.model": row["model"],
+            "dev.llmbuild.target": row["target_name"],
+            "dev.llmbuild.runtime": row["runtime"],
+        }
+        mine |= {
+            f"dev.llmbuild.{row['workload']}.{name}": format(value, ".6g") for name, value in row["metrics"].items()
+        }
+    return told
+
+
+def _summary(body: Row) -> dict[str, str]:
+    variants, made_by = body["variants"], body["provenance"]
+    return {
+        "org.opencontainers.image.title": "llmbuild catalog",
+        "org.opencontainers.image.created": body["created_at"],
+        "dev.llmbuild.version": made_by["llmbuild"],
+        "dev.llmbuild.schema": str(body["schema"]),
+        "dev.llmbuild.models": " ".join(sorted({v["model"] for v in variants})),
+        "dev.llmbuild.targets": " ".join(sorted({v["target_name"] for v in variants})),
+        "dev.llmbuild.runtimes": " ".join(sorted({v["runtime"] for v in variants})),
+        "dev.llmbuild.compilers": " ".join(sorted({str(b["compiler"]) for b in made_by["toolchains"].values()})),
+    }

@@ -1,0 +1,108 @@
+"""Which rows name which blobs, and which of them must stay: one answer for `verify`, `gc`, `publish` and `pull`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.schema import PUBLISHED_FILE
+from llmbuild.catalog.store import BlobStore
+
+FRONT = ("pareto", "undecided")
+RECORDS = "published"
+"""Folder of a catalog that holds a copy of every manifest it published."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """One row's claim on a blob: what the blob is, whose it is, and when the row was written."""
+
+    digest: str
+    kind: str
+    owner: str
+    created_at: str
+
+
+def references(session: Session) -> list[Reference]:
+    """Return every claim of a row on a blob."""
+    found: list[Reference] = []
+    for program in session.scalars(select(t.ProgramRow)):
+        for kind, name in (
+            ("module", program.module),
+            ("parameters", program.parameters),
+            ("checks", program.checks),
+        ):
+            found.append(Reference(name, kind, f"program {program.digest[:12]}", ""))
+    for artifact in session.scalars(select(t.ArtifactRow)):
+        found.append(Reference(artifact.digest, "artifact", f"artifact {artifact.digest[:12]}", artifact.created_at))
+    tokenizers = select(t.VariantRow.tokenizer).where(t.VariantRow.tokenizer.is_not(None)).distinct()
+    found += [Reference(str(name), "tokenizer", "variants", "") for name in session.scalars(tokenizers)]
+    for reference in session.scalars(select(t.ReferenceRow)):
+        found.append(Reference(reference.blob, "reference", f"reference {reference.key[:12]}", reference.created_at))
+    return found
+
+
+def front_variants(session: Session) -> set[str]:
+    """Return the variants on a front, and the compiler's defaults, which all others are paired with."""
+    alive = select(t.StandingRow.variant).where(t.StandingRow.status.in_(FRONT))
+    default = select(t.VariantRow.digest).where(t.VariantRow.is_default, t.VariantRow.artifact.is_not(None))
+    return {*session.scalars(alive), *session.scalars(default)}
+
+
+def blobs_of(session: Session, variants: set[str]) -> set[str]:
+    """Return every blob that opening or measuring these variants needs."""
+    rows = session.execute(
+        select(
+            t.VariantRow.digest,
+            t.VariantRow.artifact,
+            t.VariantRow.tokenizer,
+            t.ProgramRow.module,
+            t.ProgramRow.parameters,
+            t.ProgramRow.checks,
+        ).join(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
+    )
+    return {name for row in rows if row[0] in variants for name in row[1:] if name}
+
+
+def published_blobs(folder: Path) -> set[str]:
+    """Return the blobs that a publication made from this catalog names."""
+    found: set[str] = set()
+    for path in sorted((folder / RECORDS).glob("*.json")):
+        manifest = json.loads(path.read_text())
+        found |= {path.stem, manifest["catalog"]["digest"], *manifest["blobs"]}
+    return found
+
+
+def collected(session: Session) -> set[str]:
+    """Return the blobs that `gc` removed on purpose."""
+    return set(session.scalars(select(t.CollectedRow.digest)))
+
+
+def lost(session: Session, blobs: BlobStore) -> dict[str, set[str]]:
+    """Return, by variant, the artifact and parameters that should be there and are not, or not whole.
+
+    What `gc` removed is missed only while the variant stands on a front.
+    """
+    alive, gone = front_variants(session), collected(session)
+    rows = session.execute(
+        select(t.VariantRow.digest, t.VariantRow.artifact, t.ProgramRow.parameters)
+        .join(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
+        .where(t.VariantRow.artifact.is_not(None))
+    )
+    known: dict[str, bool] = {}
+    found: dict[str, set[str]] = {}
+    for variant, *names in rows:
+        for name in map(str, names):
+            if (variant in alive or name not in gone) and not known.setdefault(name, blobs.intact(name)):
+                found.setdefault(variant, set()).add(name)
+    return found
+
+
+def is_published(folder: Path) -> bool:
+    """Say whether a folder holds a publication, which is only read."""
+    return (folder / PUBLISHED_FILE).is_file()

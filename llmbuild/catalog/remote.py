@@ -1,0 +1,202 @@
+"""Where a catalog is published: a folder, or anything fsspec reaches. Blobs first, then one small pointer.
+
+The pointer is the only file that ever changes, and it changes at once: a reader sees a whole publication or the one
+before it. Blobs are named by their bytes, so what an interrupted upload has sent is not sent again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+from llmbuild.catalog.publication import Publication
+from llmbuild.catalog.schema import FILE, PUBLISHED_FILE
+from llmbuild.catalog.store import BlobStore
+from llmbuild.errors import CatalogError, InputError
+
+Pointer = dict[str, Any]
+
+
+class Remote(Protocol):
+    """What publishing and pulling need of a place; every error is a `CatalogError`."""
+
+    location: str
+
+    def pointer(self) -> bytes | None:
+        """Return the pointer as it stands; None where nothing is published yet."""
+
+    def has(self, digest: str, size: int) -> bool:
+        """Say whether a blob was sent whole."""
+
+    def put(self, digest: str, path: Path) -> None:
+        """Send a blob."""
+
+    def fetch(self, digest: str, path: Path) -> None:
+        """Write a blob to a file; its bytes are checked by the caller."""
+
+    def finish(self, pointer: Pointer, publication: Publication) -> None:
+        """Make what was sent current, all at once."""
+
+
+def remote(location: str) -> Remote:
+    """Return the place that a folder or URL names.
+
+    Raises:
+        InputError: a URL whose library is not installed, or of an unknown kind.
+    """
+    if location.startswith("oci://"):
+        from llmbuild.catalog.oci import Registry
+
+        return Registry(location)
+    if "://" in location and not location.startswith("file://"):
+        return Filesystem(location)
+    return Folder(location.removeprefix("file://"))
+
+
+class Folder:
+    """A folder on this machine; `catalog.sqlite` in it is a copy for any SQLite client."""
+
+    def __init__(self, location: str) -> None:
+        self.location = location
+        self.folder = Path(location)
+        self.blobs = BlobStore(self.folder)
+
+    def pointer(self) -> bytes | None:
+        """Return the pointer as it stands."""
+        with told(self.location):
+            path = self.folder / PUBLISHED_FILE
+            return path.read_bytes() if path.is_file() else None
+
+    def has(self, digest: str, size: int) -> bool:
+        """Say whether a blob is there; it was renamed into place whole."""
+        path = self.blobs.path(digest)
+        return path.is_file() and path.stat().st_size == size
+
+    def put(self, digest: str, path: Path) -> None:
+        """Copy a blob in."""
+        self.blobs.put_file(path)
+
+    def fetch(self, digest: str, path: Path) -> None:
+        """Copy a blob out."""
+        with told(self.location):
+            shutil.copyfile(self.blobs.path(digest), path)
+
+    def finish(self, pointer: Pointer, publication: Publication) -> None:
+        """Rename the pointer into place."""
+        body = json.loads(publication.manifest)
+        with told(self.location):
+            if (self.folder / FILE).is_file() and not (self.folder / PUBLISHED_FILE).is_file():
+                raise CatalogError(f"{self.location}: holds a catalog that is built in: publish to another folder")
+            _renamed(self.folder / PUBLISHED_FILE, (json.dumps(pointer, indent=1) + "\n").encode())
+            _renamed(self.folder / FILE, self.blobs.path(body["catalog"]["digest"]).read_bytes())
+
+
+def _renamed(path: Path, data: bytes) -> None:
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.write_bytes(data)
+        temporary.chmod(0o444)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Filesystem:
+    """Any fsspec URL: s3, gs, az, sftp, memory, ..."""
+
+    OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "memory")
+    """File systems where a file appears whole or not at all; on others it is renamed into place."""
+
+    def __init__(self, location: str) -> None:
+        try:
+            import fsspec
+        except ImportError:
+            raise InputError(f"{location}: needs fsspec: pip install 'llmbuild[publish]'") from None
+        self.location = location.rstrip("/")
+        try:
+            self.system, self.root = fsspec.core.url_to_fs(self.location)
+        except (ImportError, ValueError) as error:
+            raise InputError(f"{location}: {error}") from None
+        protocol = self.system.protocol
+        self.whole = bool(set([protocol] if isinstance(protocol, str) else protocol) & set(self.OBJECTS))
+
+    def _path(self, digest: str) -> str:
+        return f"{self.root}/blobs/sha256/{digest[:2]}/{digest}"
+
+    def pointer(self) -> bytes | None:
+        """Return the pointer as it stands."""
+        with told(self.location):
+            self.system.invalidate_cache()
+            try:
+                return bytes(self.system.cat_file(f"{self.root}/{PUBLISHED_FILE}"))
+            except FileNotFoundError:
+                return None
+
+    def has(self, digest: str, size: int) -> bool:
+        """Say whether a blob was sent whole."""
+        with told(self.location):
+            try:
+                return int(self.system.info(self._path(digest))["size"]) == size
+            except FileNotFoundError:
+                return False
+
+    def put(self, digest: str, path: Path) -> None:
+        """Send a blob."""
+        with told(self.location):
+            self._write(self._path(digest), path)
+
+    def _write(self, name: str, path: Path) -> None:
+        if self.whole:
+            self.system.put_file(str(path), name)
+            return
+        temporary = f"{name}.{uuid.uuid4().hex}.part"
+        self.system.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
+        self.system.put_file(str(path), temporary)
+        self.system.mv(temporary, name)
+
+    def fetch(self, digest: str, path: Path) -> None:
+        """Write a blob to a file."""
+        with told(self.location):
+            self.system.get_file(self._path(digest), str(path))
+
+    def finish(self, pointer: Pointer, publication: Publication) -> None:
+        """Replace the pointer."""
+        data = (json.dumps(pointer, indent=1) + "\n").encode()
+        with told(self.location):
+            if self.whole:
+                self.system.pipe_file(f"{self.root}/{PUBLISHED_FILE}", data)
+                return
+            temporary = f"{self.root}/.{uuid.uuid4().hex}.part"
+            self.system.pipe_file(temporary, data)
+            self.system.mv(temporary, f"{self.root}/{PUBLISHED_FILE}")
+
+
+@contextlib.contextmanager
+def told(location: str) -> Iterator[None]:
+    """Turn what a file system or a network says into one message."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CatalogError(f"{location}: not there: {error}") from None
+    except OSError as error:
+        raise CatalogError(
+            f"{location}: cannot be used: {error.strerror or error}; run the same command again"
+        ) from None
+    except CatalogError:
+        raise
+    except Exception as error:
+        if type(error).__module__.split(".")[0] not in (
+            "botocore",
+            "aiobotocore",
+            "google",
+            "gcsfs",
+            "aiohttp",
+            "requests",
+        ):
+            raise
+        raise CatalogError(f"{location}: cannot be used: {type(error).__name__}: {error}") from None

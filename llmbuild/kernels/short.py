@@ -1,0 +1,219 @@
+"""Products with panels in registers shorter than a block: one row takes a panel in one stream, several take it block
+by block, so that their sums stay in registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmbuild.kernels.instructions import Sums
+from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.text import F32, I32, Writer
+
+LANES = 16
+CODE_REGISTERS = 8
+"""Registers of int4 that one row takes at a time: with more, taking codes apart would leave none for the sums."""
+
+SumsOf = Callable[[Writer, Layout, str, str, list[str]], Sums]
+"""The type of `Kernel.sums`."""
+
+
+@dataclass(frozen=True)
+class Registers:
+    """Registers of so many lanes of 32 bits, and what adds products of bytes to them.
+
+    `dot(w, sums, weights, activations)` adds four products to each lane; it takes weights + 128, unsigned, where
+    `shifted`, else signed ones. `dot_codes(w, sums, codes, activations)` does so for each of two: codes are 0..15.
+    """
+
+    lanes: int
+    shifted: bool
+    dot: Callable[[Writer, str, str, str], str]
+    dot_codes: Callable[[Writer, str, list[str], list[str]], str]
+
+    @property
+    def integers(self) -> str:
+        """Type of a register of i32."""
+        return f"vector<{self.lanes}xi32>"
+
+    @property
+    def reals(self) -> str:
+        """Type of a register of f32."""
+        return f"vector<{self.lanes}xf32>"
+
+    @property
+    def bytes_(self) -> str:
+        """Type of a register of bytes."""
+        return f"vector<{4 * self.lanes}xi8>"
+
+
+Pass = Callable[[range], Sums]
+"""Takes registers of a panel by number; returns theirs of f32 for each row."""
+
+
+def by_blocks(w: Writer, lanes: int, rows: list[str], one_pass: Pass) -> Sums:
+    """Return the sums f32[16] of all blocks from passes over some of a panel's registers."""
+    each, count = LANES // lanes, PANEL // lanes
+    if len(rows) == 1:
+        found = one_pass(range(count))
+    else:
+        parts = [one_pass(range(first, first + each)) for first in range(0, count, each)]
+        found = [[register for part in parts for register in part[r]] for r in range(len(rows))]
+    return [[joined(w, lanes, row[i : i + each]) for i in range(0, count, each)] for row in found]
+
+
+def joined(w: Writer, lanes: int, registers: list[str]) -> str:
+    """Return one vector of registers of f32."""
+    while len(registers) > 1:
+        pairs = zip(registers[::2], registers[1::2], strict=True)
+        kind, order = f"vector<{lanes}xf32>", list(range(2 * lanes))
+        registers = [w.let(f"vector.shuffle {one}, {other} {order} : {kind}, {kind}") for one, other in pairs]
+        lanes *= 2
+    return registers[0]
+
+
+def int8_sums(unit: Registers) -> SumsOf:
+    """Return `Kernel.sums` for int8."""
+
+    def sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+        def one_pass(registers: range) -> Sums:
+            def body(k: str, *old: str) -> list[str]:
+                step, new = w.at(data, w.mul(k, PANEL)), list(old)
+                fours = [quad(w, unit, w.at(row, w.add(k, LINE))) for row in rows]
+                for i, register in enumerate(registers):
+                    weights = w.load(w.at(step, register * 4 * unit.lanes), unit.bytes_, 4 * unit.lanes)
+                    if not unit.shifted:
+                        weights = w.op("arith.xori", weights, w.lanes(-128, unit.bytes_), kind=unit.bytes_)
+                    for r, four in enumerate(fours):
+                        place = r * len(registers) + i
+                        new[place] = unit.dot(w, old[place], weights, four)
+                return new
+
+            carried = [(_start(w, unit, row), unit.integers) for row in rows for _ in registers]
+            return _by_row(_reals(w, unit, w.loop(0, layout.columns, QUAD, body, carried)), len(registers))
+
+        return by_blocks(w, unit.lanes, rows, one_pass)
+
+    return sums
+
+
+def _start(w: Writer, unit: Registers, row: str) -> str:
+    """Return what takes the 128 off again that were added to the weights."""
+    if not unit.shifted:
+        return w.lanes(0, unit.integers)
+    return w.splat(w.op("arith.muli", w.load(w.at(row, 4), I32), w.constant("-128", I32), kind=I32), unit.integers)
+
+
+def int4_sums(unit: Registers) -> SumsOf:
+    """Return `Kernel.sums` for int4."""
+
+    def sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+        def one_pass(registers: range) -> Sums:
+            parts = [registers[i : i + CODE_REGISTERS] for i in range(0, len(registers), CODE_REGISTERS)]
+
+            def exact_sums(group: str) -> list[str]:
+                return [s for part in parts for s in _group(w, unit, layout, data, rows, part, group)]
+
+            if layout.groups == 1:
+                return _by_row(exact_sums(w.integer(0)), len(registers))
+
+            def body(group: str, *totals: str) -> list[str]:
+                exact = exact_sums(group)
+                at = w.at(scales, w.mul(group, 2 * PANEL))
+                factors = [_scales(w, unit.lanes, w.at(at, 2 * unit.lanes * register)) for register in registers]
+                terms = zip(exact, factors * len(rows), totals, strict=True)
+                return [w.op("math.fma", *term, kind=unit.reals) for term in terms]
+
+            carried = [(w.lanes(0.0, unit.reals), unit.reals)] * (len(rows) * len(registers))
+            return _by_row(w.loop(0, layout.groups, 1, body, carried), len(registers))
+
+        return by_blocks(w, unit.lanes, rows, one_pass)
+
+    return sums
+
+
+def _group(
+    w: Writer, unit: Registers, layout: Layout, data: str, rows: list[str], registers: range, group: str
+) -> list[str]:
+    """Return a group's exact sums, as f32: they start from what the codes' offset of 8 adds too much."""
+    starts = [w.splat(w.load(w.at(row, LINE, w.mul(group, 4)), I32), unit.integers) for row in rows]
+    low, four = w.lanes(15, unit.bytes_), w.lanes(4, unit.integers)
+
+    def body(k: str, *old: str) -> list[str]:
+        step, new = w.at(data, w.mul(k, PANEL // 2)), list(old)
+        places = [w.at(row, w.add(k, LINE + layout.sums_bytes)) for row in rows]
+        quads = [[quad(w, unit, w.at(place, half * QUAD)) for half in range(2)] for place in places]
+        for i, register in enumerate(registers):
+            pair = w.load(w.at(step, register * 4 * unit.lanes), unit.integers, 4 * unit.lanes)
+            both = [pair, w.op("arith.shrui", pair, four, kind=unit.integers)]
+            codes = [
+                w.op("arith.andi", w.cast("vector.bitcast", half, unit.integers, unit.bytes_), low, kind=unit.bytes_)
+                for half in both
+            ]
+            for r, x in enumerate(quads):
+                place = r * len(registers) + i
+                new[place] = unit.dot_codes(w, old[place], codes, x)
+        return new
+
+    first = w.mul(group, layout.group)
+    carried = [(start, unit.integers) for start in starts for _ in registers]
+    return _reals(w, unit, w.loop(first, w.add(first, layout.group), 2 * QUAD, body, carried))
+
+
+def half_sums(lanes: int) -> SumsOf:
+    """Return `Kernel.sums` for f16 and bf16: two columns at a time."""
+    reals = f"vector<{lanes}xf32>"
+
+    def sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+        def one_pass(registers: range) -> Sums:
+            def body(k: str, *old: str) -> list[str]:
+                step, new = w.at(data, w.mul(k, 2 * PANEL)), list(old)
+                values = [[w.load(w.at(row, w.mul(w.add(k, side), 4)), F32) for row in rows] for side in range(2)]
+                splats = [[w.splat(value, reals) for value in side] for side in values]
+                for i, register in enumerate(registers):
+                    for side, weights in enumerate(_two_columns(w, layout.form, step, lanes, register)):
+                        for r, x in enumerate(splats[side]):
+                            place = r * len(registers) + i
+                            new[place] = w.op("math.fma", weights, x, new[place], kind=reals)
+                return new
+
+            carried = [(w.lanes(0.0, reals), reals)] * (len(rows) * len(registers))
+            return _by_row(w.loop(0, layout.columns, 2, body, carried), len(registers))
+
+        return by_blocks(w, lanes, rows, one_pass)
+
+    return sums
+
+
+def _two_columns(w: Writer, form: str, step: str, lanes: int, register: int) -> list[str]:
+    """Return a register's f32 weights of two columns."""
+    reals, integers, halves = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>", f"vector<{lanes}xf16>"
+    if form == "f16":
+        places = [w.at(step, 2 * (side * PANEL + register * lanes)) for side in range(2)]
+        return [w.cast("arith.extf", w.load(place, halves, 2 * lanes), halves, reals) for place in places]
+    pair = w.load(w.at(step, 4 * register * lanes), integers, 4 * lanes)
+    low = w.op("arith.shli", pair, w.lanes(16, integers), kind=integers)
+    high = w.op("arith.andi", pair, w.lanes(-65536, integers), kind=integers)
+    return [w.cast("arith.bitcast", bits, integers, reals) for bits in (low, high)]
+
+
+def quad(w: Writer, unit: Registers, pointer: str) -> str:
+    """Return four signed bytes, in every lane."""
+    return w.cast("vector.bitcast", w.splat(w.load(pointer, I32, 4), unit.integers), unit.integers, unit.bytes_)
+
+
+def _scales(w: Writer, lanes: int, pointer: str) -> str:
+    """Return scales, stored as bf16, as f32."""
+    shorts, integers = f"vector<{lanes}xi16>", f"vector<{lanes}xi32>"
+    wide = w.cast("arith.extui", w.load(pointer, shorts, 2 * lanes), shorts, integers)
+    bits = w.op("arith.shli", wide, w.lanes(16, integers), kind=integers)
+    return w.cast("arith.bitcast", bits, integers, f"vector<{lanes}xf32>")
+
+
+def _reals(w: Writer, unit: Registers, registers: list[str]) -> list[str]:
+    return [w.cast("arith.sitofp", register, unit.integers, unit.reals) for register in registers]
+
+
+def _by_row(flat: list[str], each: int) -> Sums:
+    return [flat[i : i + each] for i in range(0, len(flat), each)]

@@ -1,0 +1,79 @@
+"""`llmbuild.lock`: one pick, pinned by digests, so that each deployment opens the same bytes until picked anew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from llmbuild.errors import InputError, LoadRefused
+from llmbuild.spec.pick import Pick
+from llmbuild.spec.slo import METRICS
+
+Row = dict[str, Any]
+VERSION = 1
+PINNED = ("artifact", "parameters", "tokenizer", "runtime")
+PLACE = ("model", "variant", "target_digest", "machine_digest", "workload")
+
+
+def pinned(made: Pick) -> Row:
+    """Return what a lock file says of a pick: the variant, its files, what was asked, and what was read of it."""
+    row = made.chosen
+    assert row is not None
+    return {
+        "version": VERSION,
+        **{name: row[name] for name in (*PLACE, "target", "machine", *PINNED)},
+        "requires": row["target_body"]["requires"],
+        "slo": [str(bound) for bound in made.slo.bounds],
+        "objective": made.slo.objective,
+        "metrics": {name: row[name] for name in METRICS if row.get(name) is not None},
+    }
+
+
+def write(made: Pick, path: Path) -> None:
+    """Write a lock file; it replaces an earlier one at once.
+
+    Raises:
+        InputError: it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(json.dumps(pinned(made), indent=1) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: the lock cannot be written: {error.strerror or error}") from None
+
+
+def read(path: Path) -> Row:
+    """Return what a lock file pins.
+
+    Raises:
+        InputError: not there, or not a lock file of ours.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}: `llmbuild pick --lock {path}` writes one") from None
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or any(not isinstance(found.get(name), str) for name in (*PLACE, "objective")):
+        raise InputError(f"{path}: not a lock file: `llmbuild pick --lock {path}` writes one")
+    if found.get("version") != VERSION:
+        raise InputError(f"{path}: a lock file of version {found.get('version')}, this llmbuild reads {VERSION}")
+    return found
+
+
+def row_of(lock: Row, rows: list[Row], path: Path) -> Row:
+    """Return the row of a catalog that a lock pins.
+
+    Raises:
+        LoadRefused: the catalog does not have it, or has it with other files.
+    """
+    again = f"`llmbuild pick --lock {path}` pins what there is now"
+    row = next((r for r in rows if all(r[name] == lock[name] for name in PLACE)), None)
+    if row is None:
+        raise LoadRefused(f"{path}: variant {lock['variant'][:12]} is not in this catalog: pull it, or {again}")
+    for name in PINNED:
+        if row[name] != lock.get(name):
+            raise LoadRefused(f"{path}: pins {name} {lock.get(name)}, this catalog has {row[name]}: {again}")
+    return row

@@ -1,0 +1,203 @@
+"""Who vouches for a publication: digests always, an Ed25519 signature where keys are asked for.
+
+A published folder holds `latest.json`, the one file that says what is current: the digest of a manifest, and the
+signature over it. The manifest names every other byte. All of it is checked before a database or an artifact is opened.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.errors import InputError, LoadRefused
+
+POINTER = "latest.json"
+SIGNED = b"llmbuild publication\n"
+"""What precedes a manifest's bytes under a signature, so that it is good for nothing else."""
+ENVIRONMENT = "LLMBUILD_TRUST"
+
+_MANIFEST_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Which keys are trusted, as PEM bytes by file name, and whether an unsigned catalog may be opened."""
+
+    keys: tuple[tuple[str, bytes], ...] = ()
+    unsigned: bool = True
+
+
+def policy(trust: str | Path | Sequence[str | Path] | None = None, allow_unsigned: bool = False) -> Policy:
+    """Return the policy of these files and folders of public keys, or of `$LLMBUILD_TRUST` where none are given.
+
+    With keys, an unsigned catalog is refused unless `allow_unsigned`; without any, all that is checked is digests.
+
+    Raises:
+        InputError: a file or folder that is not there, or holds no key.
+    """
+    asked = [trust] if isinstance(trust, (str, Path)) else list(trust or ())
+    if not asked and os.environ.get(ENVIRONMENT):
+        asked = list(os.environ[ENVIRONMENT].split(os.pathsep))
+    keys = tuple(key for name in asked for key in _keys(Path(name)))
+    return Policy(keys, unsigned=allow_unsigned or not keys)
+
+
+def _keys(path: Path) -> list[tuple[str, bytes]]:
+    files = sorted(path.glob("*.pub")) if path.is_dir() else [path]
+    try:
+        found = [(file.name, file.read_bytes()) for file in files]
+    except OSError as error:
+        raise InputError(f"trusted key {path}: {error.strerror or error}") from None
+    if not found:
+        raise InputError(f"{path}: no trusted key there: public keys are files that end in .pub")
+    return found
+
+
+def pointer_of(text: str | bytes, where: str) -> dict[str, Any]:
+    """Return what a `latest.json` says.
+
+    Raises:
+        LoadRefused: not a pointer of ours.
+    """
+    try:
+        found = json.loads(text)
+        if len(bytes.fromhex(found["manifest"])) != 32:
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise LoadRefused(f"{where}: {POINTER} is damaged or not llmbuild's: publish again") from None
+    return dict(found)
+
+
+def checked(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) -> dict[str, Any]:
+    """Return a manifest after its digest, and its signature where one is asked for, were found good.
+
+    Raises:
+        LoadRefused: other bytes than the pointer names, unsigned, signed by nobody trusted, or not a manifest.
+    """
+    if digest.of_bytes(manifest) != pointer["manifest"]:
+        raise LoadRefused(f"{where}: the manifest was changed after it was published: pull or publish it again")
+    signer(pointer, manifest, rule, where)
+    try:
+        body: dict[str, Any] = json.loads(manifest)
+        names = [*body["blobs"], body["catalog"]["digest"]]
+        sound = all(isinstance(e["bytes"], int) and isinstance(e["kind"], str) for e in body["blobs"].values())
+        if body["kind"] != "llmbuild.publication" or not sound or any(len(bytes.fromhex(n)) != 32 for n in names):
+            raise ValueError
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise LoadRefused(f"{where}: the manifest is not one of llmbuild's: publish again") from None
+    return body
+
+
+def signer(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) -> str:
+    """Return the file name of the trusted key that signed a manifest; empty where no signature is asked for.
+
+    Raises:
+        LoadRefused: unsigned, or by nobody who is trusted.
+    """
+    signature = pointer.get("signature")
+    if not rule.keys:
+        return ""
+    if not signature:
+        if rule.unsigned:
+            return ""
+        raise LoadRefused(
+            f"{where}: is not signed, and a signature is asked for: `llmbuild publish --sign KEY` signs it; "
+            "--allow-unsigned takes it as it is"
+        )
+    for name, pem in rule.keys:
+        if _verifies(pem, name, signature, manifest):
+            return name
+    trusted = ", ".join(name for name, _ in rule.keys)
+    raise LoadRefused(
+        f"{where}: the signature is by none of the trusted keys ({trusted}), or was made for other bytes: "
+        "get the publisher's public key, or pull it again from the publisher"
+    )
+
+
+def _verifies(pem: bytes, name: str, signature: Any, manifest: bytes) -> bool:
+    from cryptography.exceptions import InvalidSignature
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+    from cryptography.hazmat.primitives.serialization import load_pem_public_key
+
+    try:
+        key = load_pem_public_key(pem)
+    except ValueError:
+        raise InputError(f"trusted key {name}: not a public key in PEM") from None
+    if not isinstance(key, Ed25519PublicKey):
+        raise InputError(f"trusted key {name}: not an Ed25519 key: `llmbuild keys NAME` makes a pair")
+    try:
+        key.verify(base64.b64decode(str(signature), validate=True), SIGNED + manifest)
+    except (InvalidSignature, ValueError):
+        return False
+    return True
+
+
+def require(folder: Path, rule: Policy) -> None:
+    """Check what a local catalog's rows are vouched by, before its database is opened.
+
+    Raises:
+        LoadRefused: nothing is published there although a signature is asked for, or what is there is not sound.
+    """
+    published = (folder / POINTER).is_file()
+    if not published and not rule.unsigned:
+        raise LoadRefused(
+            f"{folder}: is not a published catalog, so nobody signed it: `llmbuild publish {folder} DEST --sign KEY`"
+        )
+    if published:
+        current(folder, rule)
+
+
+def current(folder: Path, rule: Policy) -> Path:
+    """Return the database of a published folder, its manifest, signature and digest checked.
+
+    Raises:
+        LoadRefused: something is missing, was changed, or is not signed as asked.
+    """
+    pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
+    path = _blob(folder, pointer["manifest"])
+    body = checked(pointer, _read(path, folder), rule, str(folder))
+    database = _blob(folder, body["catalog"]["digest"])
+    _read_digest(database, body["catalog"]["digest"], folder)
+    return database
+
+
+def partial(folder: Path) -> str | None:
+    """Return where a folder was pulled from in part; None for a whole publication or a catalog that is built in."""
+    path = folder / POINTER
+    if not path.is_file():
+        return None
+    pointer = pointer_of(path.read_bytes(), str(folder))
+    return str(pointer.get("source", "SOURCE")) if pointer.get("partial") else None
+
+
+def database(folder: Path) -> Path:
+    """Return the database that is current in a published folder; nothing is checked but that the pointer is one."""
+    pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
+    try:
+        body = json.loads(_read(_blob(folder, pointer["manifest"]), folder))
+        return _blob(folder, body["catalog"]["digest"])
+    except (ValueError, TypeError, KeyError):
+        raise LoadRefused(f"{folder}: the manifest is not one of llmbuild's: publish again") from None
+
+
+def _blob(folder: Path, name: str) -> Path:
+    return folder / "blobs" / "sha256" / name[:2] / name
+
+
+def _read(path: Path, folder: Path) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            return file.read(_MANIFEST_BYTES)
+    except OSError:
+        raise LoadRefused(f"{folder}: {path} is missing: pull or publish it again") from None
+
+
+def _read_digest(path: Path, name: str, folder: Path) -> None:
+    if not path.is_file() or digest.of_file(path) != name:
+        raise LoadRefused(f"{folder}: the database was changed or is missing: pull or publish it again")

@@ -1,0 +1,192 @@
+"""What the commands that keep a catalog in order do: check, free, compare, merge; options in, plain rows out."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmbuild.catalog import diff as differences
+from llmbuild.catalog import garbage, merge, publish, pull, signing, verify
+from llmbuild.catalog.references import is_published
+from llmbuild.catalog.schema import exists
+from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import InputError
+from llmbuild.runtime import reader, trust
+from llmbuild.runtime.trust import Policy
+from llmbuild.search.front import FLOORS
+from llmbuild.spec.slo import parse_slo
+
+Row = dict[str, Any]
+Say = Callable[[str], None]
+UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
+
+
+@dataclass(frozen=True)
+class Report:
+    """Rows for stdout, one closing line of talk, and whether all is well."""
+
+    rows: list[Row]
+    closing: str
+    well: bool
+
+
+@contextlib.contextmanager
+def opened(folder: Path, alone: bool = False) -> Iterator[Catalog]:
+    """Open a catalog that must be there already.
+
+    Raises:
+        InputError: there is none.
+    """
+    if is_published(folder) and not alone:
+        with pull.opened(folder) as published:
+            yield published
+        return
+    if not exists(folder):
+        raise InputError(f"no catalog in {folder}: build one with `llmbuild build`, or name one with -C")
+    catalog = Catalog(folder, alone)
+    try:
+        yield catalog
+    finally:
+        catalog.close()
+
+
+def check(folder: Path, rule: Policy, progress: Callable[[int, int], None]) -> Report:
+    """Verify everything in a catalog: of a published one the signature too."""
+    trust.require(folder, rule)
+    with opened(folder) as catalog:
+        found = verify.verify(catalog, progress)
+        if is_published(folder):
+            some = trust.partial(folder) is not None
+            found = [f for f in found if not (some and f.problem == "missing") and f.problem != "orphan"]
+        count, size = _amount(catalog)
+    wrong = sum(f.wrong for f in found)
+    told = f"{wrong} wrong, {len(found) - wrong} to clean up" if found else "all is as it should be"
+    return Report([f.row() for f in found], f"{count} blobs, {size / 1e6:.1f} MB: {told}", wrong == 0)
+
+
+def _amount(catalog: Catalog) -> tuple[int, int]:
+    sizes = [size for _, size in catalog.blobs.digests()]
+    return len(sizes), sum(sizes)
+
+
+def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
+    """Free what no front and no publication needs."""
+    with opened(folder, alone=True) as catalog:
+        swept = garbage.collect(catalog, None if budget is None else size_of(budget), dry_run)
+    rows: list[Row] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
+    done = "would be freed" if dry_run else "freed"
+    told = f"{swept.freed_bytes / 1e6:.1f} MB {done}, {swept.kept_bytes / 1e6:.1f} MB kept"
+    if swept.over:
+        told += f"; the fronts and what was published need {swept.over / 1e6:.1f} MB more than the budget"
+    return Report(rows, told, swept.over == 0)
+
+
+def size_of(text: str) -> int:
+    """Return the bytes that `500M` or `2GB` says.
+
+    Raises:
+        InputError: not a size.
+    """
+    number = text.rstrip("BKMGTbkmgt")
+    unit = text[len(number) :].upper()
+    try:
+        value = float(number)
+        if not 0 <= value < 1e15:
+            raise ValueError
+        return int(value * UNITS[unit])
+    except (ValueError, KeyError):
+        raise InputError(f"--size {text!r}: not a size: write 500M or 2GB") from None
+
+
+def diff(before: str, after: str, noise: float, rule: Policy) -> Report:
+    """Compare two catalogs: folders, or publications anywhere."""
+    with looked_into(before, rule) as a, looked_into(after, rule) as b:
+        ruler = differences.Ruler(noise, FLOORS)
+        found = [
+            *differences.bytes_changed(_compiles(a), _compiles(b)),
+            *differences.compare(reader.variants(a, everything=True), reader.variants(b, everything=True), ruler),
+        ]
+    counts = {kind: sum(c.kind == kind for c in found) for kind in dict.fromkeys(c.kind for c in found)}
+    told = ", ".join(f"{count} {kind}" for kind, count in counts.items()) or "no difference"
+    return Report([c.row() for c in found], told, not any(c.kind in differences.FAILING for c in found))
+
+
+@contextlib.contextmanager
+def looked_into(location: str, rule: Policy) -> Iterator[Path]:
+    """Yield a folder whose rows are those of a catalog or publication; blobs are not fetched."""
+    folder = Path(location)
+    if "://" not in location and (exists(folder) or is_published(folder) or not folder.exists()):
+        trust.require(folder, rule) if is_published(folder) else None
+        yield folder
+        return
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        pull.rows_only(location, Path(name), rule)
+        yield Path(name)
+
+
+def _compiles(folder: Path) -> dict[str, str]:
+    with reader.opened(folder) as connection:
+        return {row[0]: row[1] for row in connection.execute("SELECT key, artifact FROM compile")}
+
+
+def join(sources: Sequence[str], into: Path) -> Report:
+    """Merge catalogs into one."""
+    catalog = Catalog(into)
+    rows: list[Row] = []
+    conflicts: list[str] = []
+    try:
+        for name in sources:
+            with opened(Path(name)) as source:
+                done = merge.merge(source, catalog)
+            rows.append({"source": name, **{k: done.rows.get(k, 0) for k in ("variant", "measurement", "standing")}})
+            rows[-1] |= {"blobs": done.blobs, "bytes": done.blob_bytes}
+            conflicts += done.conflicts
+    finally:
+        catalog.close()
+    return Report(rows, "\n".join(conflicts) or "no conflicts", True)
+
+
+def send(folder: Path, models: Sequence[str], location: str, key: Path | None, tell: publish.Tell) -> Report:
+    """Publish the fronts of a catalog."""
+    with opened(folder) as catalog:
+        sent = publish.publish(catalog, models, location, key, tell)
+    row: Row = {
+        "publication": sent.digest,
+        "destination": location,
+        "blobs": sent.blobs,
+        "bytes": sent.bytes,
+        "sent_blobs": sent.sent_blobs,
+        "sent_bytes": sent.sent_bytes,
+        "signed": sent.signed,
+    }
+    told = "published" if sent.changed else "nothing to do: this very publication is there already"
+    return Report([row], f"{told}; {sent.sent_bytes / 1e6:.1f} of {sent.bytes / 1e6:.1f} MB sent", True)
+
+
+def fetch(location: str, into: Path, options: dict[str, Any], rule: Policy, tell: pull.Tell) -> Report:
+    """Pull what an SLO needs on this host, or everything."""
+    wanted = pull.Wanted(
+        parse_slo(options["slo"], options["objective"]),
+        options["models"],
+        options["target"],
+        options["workload"],
+        options["everything"],
+    )
+    done = pull.pull(location, into, wanted, rule, tell)
+    rows: list[Row] = [
+        {name: row[name] for name in ("model", "variant", "target", "workload", wanted.slo.objective, "artifact")}
+        for row in done.rows
+    ]
+    signed = f"signed by {done.signed_by}" if done.signed_by else "no signature was asked for"
+    told = f"{done.fetched_bytes / 1e6:.1f} MB fetched, {done.left_bytes / 1e6:.1f} MB not needed here; {signed}"
+    return Report(rows, told, True)
+
+
+def keys(name: Path) -> Report:
+    """Make a pair of keys."""
+    secret, public = signing.make_keys(name)
+    return Report([{"secret": str(secret), "public": str(public)}], "keep the secret one to yourself", True)

@@ -1,0 +1,42 @@
+"""A module of nothing but products, to see what they are and what they become."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.layer import bind, executable
+from llmbuild.kernels.layouts import LINE, Layout
+from llmbuild.kernels.text import VF, Writer
+
+
+def prepared(layout: Layout, x: Any) -> Any:
+    """Return rows of bytes as the layout wants them, with scales of one."""
+    rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
+    rows[:, :4] = np.ones((len(x), 1), np.float32).view(np.uint8)
+    total, first = x.sum(1, keepdims=True).astype(np.int32), LINE + layout.sums_bytes
+    if layout.is_nibble:
+        rows[:, LINE : LINE + 4] = (-8 * total).view(np.uint8)
+    else:
+        rows[:, 4:8] = total.view(np.uint8)
+    rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)
+    return rows.reshape(-1).view(np.int8)
+
+
+def products_module(unit: Instructions, layout: Layout, rows: int) -> str:
+    """Return MLIR of `main(panel, prepared rows) -> f32[64 * rows]`."""
+    w, names, row = Writer(), ["panel", "x", "out"], layout.prepared_bytes
+    p = bind(w, names, {"panel": layout.panel_bytes, "x": rows * row, "out": 4 * 64 * rows})
+    kernel = unit.kernels[layout.family]
+    sums = kernel.sums(w, layout, p["panel"], p["panel"], [w.at(p["x"], r * row) for r in range(rows)])
+    for i, block in enumerate(block for blocks in sums for block in blocks):
+        w.store(block, w.at(p["out"], 64 * i), VF)
+    panel, x, out = f"tensor<{layout.panel_bytes}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
+    return f"""{executable("products", names, w.text(), 1)}
+util.func public @main(%panel: {panel}, %x: {x}) -> {out} {{
+%one = arith.constant 1 : index
+%out = flow.dispatch @products_ex::@products(%panel, %x, %one) : ({panel}, {x}, index) -> {out}
+util.return %out : {out}
+}}"""

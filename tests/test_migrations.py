@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from llmbuild.catalog import schema
+from llmbuild.catalog.schema import FILE, MIGRATIONS, SCHEMA_VERSION, open_engine
+from llmbuild.catalog.writer import Catalog
+from llmbuild.runtime import reader
+
+KEPT = Path(__file__).parent / "databases"
+VERSIONS = sorted(int(p.name[:4]) for p in MIGRATIONS.glob("[0-9]*.py"))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_a_kept_database_of_every_schema_opens_and_keeps_its_rows(version: int, tmp_path: Path) -> None:
+    kept = KEPT / f"schema-{version}.sql"
+    assert kept.is_file(), f"keep one: python scripts/keep_database.py {version}"
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript(kept.read_text())
+    found = connection.execute("SELECT schema_version FROM info").fetchone()
+    before = connection.execute("SELECT variant, status, tpot_s FROM variants ORDER BY variant").fetchall()
+    connection.close()
+    catalog = Catalog(tmp_path)
+    scopes = sorted({t.scope for t in catalog.trials(before_scope(tmp_path))})
+    catalog.close()
+    after = [(r["variant"], r["status"], r["tpot_s"]) for r in reader.variants(tmp_path, everything=True)]
+    checked = sqlite3.connect(tmp_path / FILE)
+    assert (found, sorted(after), len(scopes)) == ((version,), before, 1)
+    assert len(before) == 3
+    assert checked.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert checked.execute("PRAGMA foreign_key_check").fetchall() == []
+    assert checked.execute("SELECT schema_version FROM info").fetchone() == (SCHEMA_VERSION,)
+    checked.close()
+
+
+def before_scope(folder: Path) -> str:
+    connection = sqlite3.connect(folder / FILE)
+    scope = connection.execute("SELECT scope FROM trial LIMIT 1").fetchone()[0]
+    connection.close()
+    return str(scope)
+
+
+def test_the_schema_version_is_that_of_the_newest_migration_and_the_loader_reads_it() -> None:
+    assert max(VERSIONS) == SCHEMA_VERSION
+    assert SCHEMA_VERSION in reader.SCHEMA_VERSIONS
+
+
+def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript((KEPT / "schema-1.sql").read_text())
+    connection.close()
+    broken = tmp_path / "migrations"
+    shutil.copytree(MIGRATIONS, broken)
+    newest = sorted(broken.glob("[0-9]*.py"))[-1]
+    newest.write_text(
+        newest.read_text().replace("def upgrade() -> None:", "def upgrade() -> None:\n    raise OSError(5, 'killed')")
+    )
+    monkeypatch.setattr(schema, "MIGRATIONS", broken)
+    with pytest.raises(Exception, match="killed"):
+        open_engine(tmp_path)
+    connection = sqlite3.connect(tmp_path / FILE)
+    assert connection.execute("SELECT schema_version FROM info").fetchone() == (1,)
+    assert connection.execute("SELECT count(*) FROM variants").fetchone() == (3,)
+    connection.close()
+    monkeypatch.undo()
+    open_engine(tmp_path).dispose()
