@@ -227,7 +227,7 @@ def of_live(folder: Path, model: str, seconds: float, repeats: int) -> list[dict
     return found
 
 
-def _contenders(measured: Sequence[Measurement]) -> set[str]:
+def _contenders(measured: Sequence[Measurement], _: float) -> set[str]:
     return front.contenders(_trials(measured[1:]), measured[1:], METRICS)
 
 
