@@ -300,8 +300,8 @@ class Build:
         self._stand()
         self.tell(Event("front", "kept", unique(self.known), self.budget.trials, monotonic() - begin))
 
-    def _contenders(self, measured: Sequence[Measurement]) -> set[str]:
-        return contenders(self.known, measured, self.job.recipe.objectives)
+    def _contenders(self, measured: Sequence[Measurement], reach: float) -> set[str]:
+        return contenders(self.known, measured, self.job.recipe.objectives, reach)
 
     def _stand(self) -> list[Standing]:
         found = stand(self.job, self.known)
