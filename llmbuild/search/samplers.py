@@ -167,7 +167,7 @@ class Model:
         return np.array(rows, dtype=np.int64).reshape(len(points), len(self._codes))
 
 
-CELLS = 20000
+CELLS = 6000
 """Boxes that the room beside a front is cut into, at most."""
 
 
