@@ -192,7 +192,7 @@ def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2
     not so where equal executables are not `known` as such.
     """
     reference, whole = study.reference, study.whole
-    front: list[Losses] = []
+    front = np.empty((0, len(reference)))
     paid: set[str] = set()
     measured: dict[str, Losses | None] = {}
     shares: list[float] = []
@@ -214,9 +214,9 @@ def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2
             continue
         measured[row.run] = row.losses
         spent += row.measure_s
-        if row.losses is not None:
-            front.append(row.losses)
-            reached = volume(front, reference) / whole
+        if row.losses is not None and not (front <= np.array(row.losses)).all(-1).any():
+            front = nondominated(np.vstack([front, row.losses]))
+            reached = hypervolume(front, reference) / whole
         sampler.tell(point, row.losses)
         shares.append(reached)
         seconds.append(spent)
