@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import Build, describe, known_trials, stale_reason
+from llmbuild.build import Build, describe, known_trials, stale_reason, unique
 from llmbuild.catalog.writer import Catalog
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
@@ -65,7 +65,7 @@ def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[P
         Planned("import", zero, "" if program else changed or "never imported", import_key),
         Planned("compile", zero, _compile_reason(program, artifact), compile_key),
         Planned("profile", zero, "" if any(t.is_default for t in known) else changed or "never measured", job.scope),
-        _search(len(known), budget, search),
+        _search(unique(known), budget, search),
     ]
 
 
