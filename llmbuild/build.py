@@ -80,10 +80,10 @@ class Build:
         Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
         """
         if not stale_reason(self):
-            return self._outcome(0, "up to date")
+            return self._up_to_date()
         with self.catalog.making(f"build-{self.job.scope}", self._waiting):
             self.state, self.known = self._state(), known_trials(self.steps)
-            return self._run(race) if stale_reason(self) else self._outcome(0, "up to date")
+            return self._run(race) if stale_reason(self) else self._up_to_date()
 
     def _waiting(self) -> None:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
@@ -305,6 +305,11 @@ class Build:
             raced=raced,
             ended=ended,
         )
+
+    def _up_to_date(self) -> Outcome:
+        names = self.steps.registered
+        usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
+        return Outcome(0, len(self.known), usable, "up to date", monotonic() - self._begin)
 
     def _outcome(self, made: int, ended: str) -> Outcome:
         usable = sum(1 for s in stand(self.job, self.known) if s.status in ("pareto", "undecided", "dominated"))

@@ -17,6 +17,7 @@ from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Registered
 from llmbuild.compiler import iree
 from llmbuild.compiler.flags import compile_flags
+from llmbuild.compiler.resolved import resolve
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
@@ -147,7 +148,7 @@ def make_job(
     """
     if recipe.calibration:
         heldout.check_apart(recipe.calibration, recipe.quality)
-    resolved = iree.resolve(target)
+    resolved = resolve(target)
     space = space_for(resolved, recipe, pinned, machine.cores)
     return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
 

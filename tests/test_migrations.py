@@ -9,7 +9,10 @@ import pytest
 from llmbuild.catalog import schema
 from llmbuild.catalog.schema import FILE, MIGRATIONS, SCHEMA_VERSION, open_engine
 from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import NoVariant
 from llmbuild.runtime import reader
+from llmbuild.runtime.host import runtime_version
+from llmbuild.runtime.model import pick
 
 KEPT = Path(__file__).parent / "databases"
 VERSIONS = sorted(int(p.name[:4]) for p in MIGRATIONS.glob("[0-9]*.py"))
@@ -68,3 +71,17 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path: Path, mo
     connection.close()
     monkeypatch.undo()
     open_engine(tmp_path).dispose()
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: int, tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript((KEPT / f"schema-{version}.sql").read_text())
+    connection.execute("UPDATE artifact SET runtime = ?", (runtime_version(),))
+    connection.commit()
+    connection.close()
+    made = pick(tmp_path, "m", ["tpot_s<=1"], "tpot_s")
+    assert made.chosen is not None
+    assert (made.chosen["point"]["name"], len(made.candidates)) == ("fast", 3)
+    with pytest.raises(NoVariant):
+        pick(tmp_path, "m", ["itl_p99_s<=1e-9"])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
@@ -289,6 +289,13 @@ class Catalog:
         """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
         with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def usable(self, model: str, target: str, machine: str) -> int:
+        """Return how many variants of a recipe on a target and machine can be used."""
+        row, good = t.StandingRow, ("pareto", "undecided", "dominated")
+        where = (row.model == model, row.target == target, row.machine == machine, row.status.in_(good))
+        with self.session() as session:
+            return session.scalar(select(func.count(row.variant.distinct())).where(*where)) or 0
 
     def lost(self) -> set[str]:
         """Return the variants whose artifact or parameters should be there and are not, or not whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -14,7 +15,7 @@ from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import trust
 from llmbuild.spec.slo import METRICS, Slo
 
-SCHEMA_VERSIONS = (1, 2, 3, 4)
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
@@ -25,6 +26,8 @@ NARROW = (
     "tokenizer runtime energy_source"
 ).split()
 """What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
+_ALIKE = ("target_body", "abi")
+"""Columns that are the same in many rows, and are parsed once; nobody changes what they hold."""
 _JSON = (
     "point",
     "target_body",
@@ -86,6 +89,7 @@ def _connect(file: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
+        connection.execute(f"PRAGMA mmap_size={1 << 30}")
         return connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be opened: {error}") from None
@@ -167,8 +171,8 @@ def candidates(
 ) -> list[dict[str, Any]]:
     """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
     where, values = _where(model, target, workload)
-    columns = ", ".join((*NARROW, *METRICS))
     with opened(catalog) as connection:
+        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in _columns(connection))
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     bodies: dict[str, Any] = {}
     rows = []
@@ -182,13 +186,12 @@ def candidates(
 
 def leaders(
     catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
-) -> list[dict[str, Any]] | None:
-    """Return the first rows of a front that are inside `slo`, the best first, of this machine if it has any row.
-
-    None where rows of this machine are there, and none of them is inside.
-    """
+) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
+        if not {slo.objective, *(bound.metric for bound in slo.bounds)} <= _columns(connection):
+            return  # a catalog of an earlier schema, which has no such metric
         here = connection.execute(
             "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
         ).fetchone()
@@ -206,8 +209,13 @@ def leaders(
         ).fetchall()
         place = ("variant", "machine_digest", "target_digest", "workload")
         one = f"SELECT * FROM variants WHERE model = ? AND {' AND '.join(f'{name} = ?' for name in place)}"
-        rows = [connection.execute(one, (model, *(row[name] for name in place))).fetchone() for row in found]
-    return None if here and not rows else [decode(row) for row in rows]
+        for row in found:
+            yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
+
+
+def _columns(connection: Any) -> set[str]:
+    """Return the columns of the view `variants`: an earlier schema has fewer metrics."""
+    return {column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description}
 
 
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
@@ -230,10 +238,21 @@ def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
     out = dict(row)
     for name in _JSON:
         if isinstance(out.get(name), str):
-            out[name] = json.loads(out[name])
+            out[name] = _shared(out[name]) if name in _ALIKE else json.loads(out[name])
     if "default" in out:
         out["default"] = bool(out["default"])
     return out
+
+
+@functools.lru_cache(64)
+def _shared(text: str) -> Any:
+    return json.loads(text)
+
+
+def count(catalog: Path, model: str) -> int:
+    """Return how many rows a model has."""
+    with opened(catalog) as connection:
+        return int(connection.execute("SELECT count(*) FROM standing WHERE model = ?", (model,)).fetchone()[0])
 
 
 def models(catalog: Path) -> list[str]:

@@ -44,6 +44,15 @@ CREATE TABLE compile (
 INSERT INTO "compile" VALUES('e1ef0f3fee0ee392fd2eda1f624bbee2191641b070e09a6bde208076d65c4e53','{"name": "default"}','13b33d08726b2e90e46c5f83555c13167cfa94fcf3b549eb17d2f2094f0d660f',0.1,'2026-11-21T16:42:08.330+00:00');
 INSERT INTO "compile" VALUES('c1b1a72f4f5e5c733c2261207f849c9f604f8d22d0f68fbb1f6de10ab5160c63','{"name": "fast"}','926f4b36e0793e2b4a74a9c9514491aa975cda42068bd51b7ca5a80746df4293',0.1,'2026-11-21T16:42:08.365+00:00');
 INSERT INTO "compile" VALUES('b68d421d18949da04faa452de86d1ec17a18d55dcea29daf7c8e190e4ebd2ca3','{"name": "small"}','41b72e78d363b09d8089106a46e753ee7e93f7d2af014378e3fea46277b611c6',0.1,'2026-11-21T16:42:08.377+00:00');
+CREATE TABLE dispatch_tuning (
+	"key" VARCHAR(64) NOT NULL, 
+	inputs JSON NOT NULL, 
+	configuration TEXT NOT NULL, 
+	gain FLOAT NOT NULL, 
+	tried JSON NOT NULL, 
+	created_at VARCHAR NOT NULL, 
+	PRIMARY KEY ("key")
+);
 CREATE TABLE failure (
 	id INTEGER NOT NULL, 
 	model VARCHAR NOT NULL, 
@@ -55,6 +64,15 @@ CREATE TABLE failure (
 	lasting BOOLEAN NOT NULL, 
 	created_at VARCHAR NOT NULL, 
 	PRIMARY KEY (id)
+);
+CREATE TABLE front_half (
+	"key" VARCHAR(64) NOT NULL, 
+	inputs JSON NOT NULL, 
+	blob VARCHAR(64) NOT NULL, 
+	features JSON NOT NULL, 
+	seconds DOUBLE NOT NULL, 
+	created_at VARCHAR NOT NULL, 
+	PRIMARY KEY ("key")
 );
 CREATE TABLE import (
 	"key" VARCHAR(64) NOT NULL, 
@@ -73,7 +91,7 @@ CREATE TABLE info (
 	created_at VARCHAR NOT NULL, 
 	PRIMARY KEY (id)
 );
-INSERT INTO "info" VALUES(1,4,'2026-11-21T16:42:09.527+00:00');
+INSERT INTO "info" VALUES(1,4,'2026-11-21T17:11:34.361+00:00');
 CREATE TABLE machine (
 	digest VARCHAR(64) NOT NULL, 
 	name VARCHAR NOT NULL, 
@@ -116,15 +134,15 @@ CREATE TABLE measurement (
 	ratios JSON NOT NULL, 
 	samples JSON NOT NULL, 
 	notes JSON NOT NULL, 
-	created_at VARCHAR NOT NULL, 
+	created_at VARCHAR NOT NULL, session VARCHAR, energy JSON, itl_p99_s FLOAT, 
 	PRIMARY KEY ("key"), 
 	FOREIGN KEY(artifact) REFERENCES artifact (digest), 
 	FOREIGN KEY(machine) REFERENCES machine (digest), 
 	FOREIGN KEY(variant) REFERENCES variant (digest)
 );
-INSERT INTO "measurement" VALUES('f8d9310a625ae4d91be1ef8ee4dd40de2d35e0f8443985881a00bfde447a2bda','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','4780acad8be3bd480b8aeda2752f1bb0746a2156a7a157cf299ba9080923df18','13b33d08726b2e90e46c5f83555c13167cfa94fcf3b549eb17d2f2094f0d660f','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.2,0.02,0.34,50.0,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.0198, 0.0202], "ttft_s": [0.198, 0.202], "e2e_s": [0.3366, 0.34340000000000004], "output_tokens_per_s": [49.5, 50.5], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02], "ttft_s": [0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], "e2e_s": [0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34], "output_tokens_per_s": [50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.340+00:00');
-INSERT INTO "measurement" VALUES('46f478aa81f02f948525072b663aac24227a9e08cc3ff58d05a3c7a31cfd87be','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','cb348ecaa12e0fb9d3a24f740e9ab11b8f6876014741ef9a6ed36691ea7652c6','926f4b36e0793e2b4a74a9c9514491aa975cda42068bd51b7ca5a80746df4293','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.3,0.01,0.37,100.0,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.0099, 0.0101], "ttft_s": [0.297, 0.303], "e2e_s": [0.3663, 0.3737], "output_tokens_per_s": [99.0, 101.0], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01], "ttft_s": [0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3], "e2e_s": [0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37], "output_tokens_per_s": [100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.367+00:00');
-INSERT INTO "measurement" VALUES('133bcdd17dabb503077c51227ddbda1e8c34f87f497c88e0823a4b650338d062','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','dfecfc69d04e3cb7c16b1edb30db29ef7b7aa595ee91ccd37440b4fd5d1d095f','41b72e78d363b09d8089106a46e753ee7e93f7d2af014378e3fea46277b611c6','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.1,0.015,2.05000000000000015543e-01,6.66666666666666714053e+01,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.014849999999999999, 0.01515], "ttft_s": [0.099, 0.101], "e2e_s": [0.20295000000000002, 0.20705], "output_tokens_per_s": [66.0, 67.33333333333334], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015], "ttft_s": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "e2e_s": [0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002], "output_tokens_per_s": [66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.379+00:00');
+INSERT INTO "measurement" VALUES('f8d9310a625ae4d91be1ef8ee4dd40de2d35e0f8443985881a00bfde447a2bda','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','4780acad8be3bd480b8aeda2752f1bb0746a2156a7a157cf299ba9080923df18','13b33d08726b2e90e46c5f83555c13167cfa94fcf3b549eb17d2f2094f0d660f','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.2,0.02,0.34,50.0,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.0198, 0.0202], "ttft_s": [0.198, 0.202], "e2e_s": [0.3366, 0.34340000000000004], "output_tokens_per_s": [49.5, 50.5], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02], "ttft_s": [0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2, 0.2], "e2e_s": [0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34, 0.34], "output_tokens_per_s": [50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0, 50.0], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.340+00:00',NULL,NULL,NULL);
+INSERT INTO "measurement" VALUES('46f478aa81f02f948525072b663aac24227a9e08cc3ff58d05a3c7a31cfd87be','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','cb348ecaa12e0fb9d3a24f740e9ab11b8f6876014741ef9a6ed36691ea7652c6','926f4b36e0793e2b4a74a9c9514491aa975cda42068bd51b7ca5a80746df4293','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.3,0.01,0.37,100.0,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.0099, 0.0101], "ttft_s": [0.297, 0.303], "e2e_s": [0.3663, 0.3737], "output_tokens_per_s": [99.0, 101.0], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01, 0.01], "ttft_s": [0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3, 0.3], "e2e_s": [0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37, 0.37], "output_tokens_per_s": [100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0, 100.0], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.367+00:00',NULL,NULL,NULL);
+INSERT INTO "measurement" VALUES('133bcdd17dabb503077c51227ddbda1e8c34f87f497c88e0823a4b650338d062','d4fd10f8cd48989afe21371f7d16813c5449b825bf4c7ef26c4ea75f44aed07f','dfecfc69d04e3cb7c16b1edb30db29ef7b7aa595ee91ccd37440b4fd5d1d095f','41b72e78d363b09d8089106a46e753ee7e93f7d2af014378e3fea46277b611c6','0f47ebeb15323b34bec8a129a798515e4f80cf28223d7e45462e619d6817fedb','short','{"name": "short", "prompt": 8, "output": 8, "context": 32, "batch": 1, "seed": 0}',1,0.1,0.015,2.05000000000000015543e-01,6.66666666666666714053e+01,NULL,NULL,1000000,0.001,0.0,1.0,NULL,NULL,NULL,NULL,'[]','{"tpot_s": [0.014849999999999999, 0.01515], "ttft_s": [0.099, 0.101], "e2e_s": [0.20295000000000002, 0.20705], "output_tokens_per_s": [66.0, 67.33333333333334], "peak_memory_bytes": [1000000.0, 1000000.0], "load_s": [0.00099, 0.00101], "quality_kl": [0.0, 0.0], "quality_top1": [1.0, 1.0]}','{"tpot_s": [1.0, 1.0, 1.0]}','{"tpot_s": [0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015, 0.015], "ttft_s": [0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1, 0.1], "e2e_s": [0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002, 0.20500000000000002], "output_tokens_per_s": [66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667, 66.66666666666667], "peak_memory_bytes": [1000000.0], "load_s": [0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001, 0.001], "quality_kl": [0.0], "quality_top1": [1.0]}','{"energy": "no energy counter"}','2026-11-21T16:42:08.379+00:00',NULL,NULL,NULL);
 CREATE TABLE program (
 	digest VARCHAR(64) NOT NULL, 
 	module VARCHAR(64) NOT NULL, 
@@ -223,10 +241,15 @@ CREATE INDEX ix_measurement_variant ON measurement (variant);
 CREATE INDEX ix_trial_variant ON trial (variant);
 CREATE INDEX ix_standing_variant ON standing (variant);
 CREATE INDEX standing_by_model ON standing (model, status);
+CREATE VIEW failures AS
+SELECT f.id AS failure, f.model AS model, f.variant AS variant, f.stage AS stage, f.reason AS reason,
+       f.command AS command, f.log AS log, f.lasting AS lasting, f.created_at AS created_at, v.point AS point
+FROM failure f LEFT JOIN variant v ON v.digest = f.variant;
 CREATE VIEW variants AS
 SELECT s.variant AS variant, s.model AS model, t.name AS target, m.name AS machine, s.workload AS workload,
        s.status AS status, v.is_default AS "default",
-       r.ttft_s, r.tpot_s, r.e2e_s, r.output_tokens_per_s, r.energy_j_per_token, r.energy_source,
+       r.ttft_s, r.tpot_s, r.itl_p99_s, r.e2e_s, r.output_tokens_per_s,
+       r.energy_j_per_token, r.energy_source, r.energy AS energy,
        r.peak_memory_bytes, a.size_bytes AS artifact_bytes, p.parameter_bytes AS parameter_bytes, r.load_s,
        r.quality_kl, r.quality_top1, r.quality_perplexity,
        r.dispatches_per_token, r.bandwidth_fraction, r.peak_fraction, r.operators AS operators,
@@ -246,14 +269,11 @@ CREATE VIEW front AS SELECT * FROM variants WHERE status IN ('pareto', 'undecide
 CREATE VIEW measurements AS
 SELECT r.key AS measurement, r.variant AS variant, r.artifact AS artifact, m.name AS machine,
        r.machine AS machine_digest, r.workload AS workload, r.workload_body AS workload_body, r.protocol AS protocol,
-       r.ttft_s, r.tpot_s, r.e2e_s, r.output_tokens_per_s, r.energy_j_per_token, r.energy_source,
+       r.session AS session, r.ttft_s, r.tpot_s, r.itl_p99_s, r.e2e_s, r.output_tokens_per_s,
+       r.energy_j_per_token, r.energy_source, r.energy AS energy,
        r.peak_memory_bytes, r.load_s, r.quality_kl, r.quality_top1, r.quality_perplexity,
        r.dispatches_per_token, r.bandwidth_fraction, r.peak_fraction, r.operators AS operators,
        r.intervals AS intervals, r.ratios AS ratios, r.samples AS samples, r.notes AS notes,
        r.created_at AS created_at
 FROM measurement r JOIN machine m ON m.digest = r.machine;
-CREATE VIEW failures AS
-SELECT f.id AS failure, f.model AS model, f.variant AS variant, f.stage AS stage, f.reason AS reason,
-       f.command AS command, f.log AS log, f.lasting AS lasting, f.created_at AS created_at, v.point AS point
-FROM failure f LEFT JOIN variant v ON v.digest = f.variant;
 COMMIT;
