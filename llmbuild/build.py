@@ -71,8 +71,25 @@ class Build:
             self.catalog.forget(self.job.scope)
             self.catalog.reset_build(self.key)
         self.state = self._state()
-        self.known = known_trials(steps)
+        self._known: list[Trial] | None = None
         self._begin = monotonic()
+
+    @property
+    def known(self) -> list[Trial]:
+        """The finished trials, read when they are first asked for: a build with nothing to do never does."""
+        if self._known is None:
+            self._known = known_trials(self.steps)
+        return self._known
+
+    @known.setter
+    def known(self, trials: list[Trial]) -> None:
+        self._known = trials
+
+    def finished(self) -> list[str]:
+        """Return the variants of the finished trials, without reading the trials."""
+        space = self.job.space
+        done = self.catalog.finished(self.job.scope)
+        return [variant for point, variant, is_default in done if is_default or space.contains(point)]
 
     def run(self, race: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
@@ -309,7 +326,7 @@ class Build:
     def _up_to_date(self) -> Outcome:
         names = self.steps.registered
         usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
-        return Outcome(0, len(self.known), usable, "up to date", monotonic() - self._begin)
+        return Outcome(0, len(self.finished()), usable, "up to date", monotonic() - self._begin)
 
     def _outcome(self, made: int, ended: str) -> Outcome:
         usable = sum(1 for s in stand(self.job, self.known) if s.status in ("pareto", "undecided", "dominated"))
@@ -350,18 +367,16 @@ def known_trials(steps: Steps) -> list[Trial]:
 
 def stale_reason(build: Build) -> str:
     """Return why a build has something to do; empty when it is up to date."""
-    state, known = build.state, build.known
+    state, finished = build.state, build.finished()
     if state["ended"] == "never built":
-        return "changed: knobs, objectives, bounds or seed" if known else "never built"
-    gone = build.catalog.lost()
-    missing = [t for t in known if t.variant in gone]
+        return "changed: knobs, objectives, bounds or seed" if finished else "never built"
+    missing = build.catalog.lost() & set(finished)
     if missing:
-        for trial in missing:
-            build.known.remove(trial)
+        build.known = [t for t in build.known if t.variant not in missing]
         return f"{len(missing)} artifacts are missing or damaged"
     spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
-    if len(known) < build.budget.trials and not spent_up:
-        return f"{build.budget.trials - len(known)} of {build.budget.trials} trials to go"
+    if len(finished) < build.budget.trials and not spent_up:
+        return f"{build.budget.trials - len(finished)} of {build.budget.trials} trials to go"
     return "" if state["raced"] else "survivors have not been raced"
 
 

@@ -195,7 +195,7 @@ def _closing(done: Outcome, reason: str) -> str:
 
 def _built(job: Job, folder: Path, done: Outcome) -> Built:
     machine = digest.of(job.machine)
-    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=True)
+    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=not done.usable, default=True)
     mine = [
         r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in ("pareto", "undecided"))
     ]
@@ -274,10 +274,9 @@ def _order(metric: str) -> Callable[[dict[str, Any]], tuple[bool, float]]:
 def query(options: Options) -> list[dict[str, Any]]:
     """Return the rows that meet an SLO, the best first."""
     slo = parse_slo(options["slo"], options["objective"])
-    rows = reader.variants(
-        Path(options["catalog"]), options["model"], options["target"], options["workload"], options["everything"]
-    )
-    return sorted((r for r in rows if not slo.misses(r)), key=_order(slo.objective))
+    folder, everything = Path(options["catalog"]), options["everything"]
+    rows = reader.variants(folder, options["model"], options["target"], options["workload"], everything, slo)
+    return sorted(rows, key=_order(slo.objective))
 
 
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import delete, func, or_, select
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
@@ -289,6 +289,17 @@ class Catalog:
         """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
         with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def finished(self, scope: str) -> list[tuple[Point, str, bool]]:
+        """Return point, variant and whether it is point 0 of each trial of a scope that need not be tried again."""
+        query = (
+            select(t.VariantRow.point, t.VariantRow.digest, t.VariantRow.is_default)
+            .join(t.TrialRow, t.TrialRow.variant == t.VariantRow.digest)
+            .outerjoin(t.FailureRow, t.FailureRow.id == t.TrialRow.failure)
+            .where(t.TrialRow.scope == scope, or_(t.TrialRow.failure.is_(None), t.FailureRow.lasting))
+        )
+        with self.session() as session:
+            return [(Point.of(row[0]), row[1], row[2]) for row in session.execute(query)]
 
     def usable(self, model: str, target: str, machine: str) -> int:
         """Return how many variants of a recipe on a target and machine can be used."""

@@ -1,4 +1,4 @@
-"""Remember what the compiler took a target for: asking it takes a quarter of a second, and the answer rarely changes."""
+"""Remember what the compiler took a target for: asking takes a quarter of a second, and the answer rarely changes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,8 @@ def resolve(target: Target) -> Target:
     path = folder() / f"target-{_key(target)}.json"
     try:
         known = json.loads(path.read_text())
-        return replace(target, cpu=str(known["cpu"]), **{n: tuple(map(str, known[n])) for n in FIELDS[1:]})
+        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:])
+        return replace(target, cpu=str(known["cpu"]), features=features, requires=requires)
     except (OSError, ValueError, KeyError, TypeError):
         found = iree.resolve(target)
     with contextlib.suppress(OSError):  # a home that cannot be written costs a quarter of a second, no more

@@ -154,14 +154,17 @@ def variants(
     workload: str | None = None,
     everything: bool = False,
     slo: Slo | None = None,
+    default: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return rows of the view `variants`; only the front unless `everything` is asked for, only those inside `slo`."""
+    """Return rows of the view `variants`: the front, or `everything`; only those inside `slo`; `default` rows too."""
     where, values = _where(model, target, workload)
     if not everything:
-        where.append(FRONT)
+        where.append(f'({FRONT} OR "default")' if default else FRONT)
     if slo is not None:
         _bounded(slo, where, values)
     with opened(catalog) as connection:
+        if slo is not None and not {bound.metric for bound in slo.bounds} <= _columns(connection):
+            return []
         found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
@@ -174,14 +177,7 @@ def candidates(
     with opened(catalog) as connection:
         columns = ", ".join(name for name in (*NARROW, *METRICS) if name in _columns(connection))
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
-    bodies: dict[str, Any] = {}
-    rows = []
-    for row in map(dict, found):
-        body = row["target_body"]
-        if isinstance(body, str):
-            row["target_body"] = bodies[body] if body in bodies else bodies.setdefault(body, json.loads(body))
-        rows.append(row)
-    return rows
+    return [decode(row) for row in found]
 
 
 def leaders(
@@ -234,14 +230,51 @@ def _bounded(slo: Slo, where: list[str], values: list[Any]) -> None:
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
-    """Return a row as a dict, its JSON columns parsed."""
+    """Return a row as a dict, its JSON columns parsed.
+
+    Raises:
+        CatalogError: a cell is not what its column holds: the catalog is damaged.
+    """
     out = dict(row)
-    for name in _JSON:
-        if isinstance(out.get(name), str):
-            out[name] = _shared(out[name]) if name in _ALIKE else json.loads(out[name])
+    try:
+        for name in _JSON:
+            if isinstance(out.get(name), str):
+                out[name] = _shared(out[name]) if name in _ALIKE else json.loads(out[name])
+    except ValueError:
+        raise _damaged(out, name) from None
     if "default" in out:
         out["default"] = bool(out["default"])
-    return out
+    return _sound(out)
+
+
+def _sound(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose cells are of the types that their columns hold; SQLite itself holds anything anywhere."""
+    for names, kinds in _KINDS:
+        for name in names:
+            if name in row and not isinstance(row[name], kinds):
+                raise _damaged(row, name)
+    target = row.get("target_body")
+    if target is not None and not (isinstance(target.get("arch"), str) and _texts(target.get("requires"))):
+        raise _damaged(row, "target_body")
+    return row
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _damaged(row: dict[str, Any], name: str) -> CatalogError:
+    whose = str(row.get("variant"))[:12]
+    return CatalogError(f"variant {whose}: its {name} is damaged in the catalog: restore catalog.sqlite from a copy")
+
+
+_KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
+    (tuple(METRICS), (int, float, type(None))),
+    (("variant", "model", "target", "machine", "workload", "status", "machine_digest", "target_digest"), str),
+    (("artifact", "parameters", "tokenizer", "runtime", "reason", "program"), (str, type(None))),
+    (("point", "target_body"), dict),
+    (("ratios", "intervals", "notes", "abi"), (dict, type(None))),
+)
 
 
 @functools.lru_cache(64)
