@@ -34,6 +34,11 @@ SHAPES = {
     "f16": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f16"),
     "bf16": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 3, "bf16"),
 }
+IN_PARTS = {
+    "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, False, 2, part=16),
+    "parts, f16 cache": DecoderShape(64, 4, 2, 64, 75, 1e-5, 0.125, 700, True, 3, "f16", part=32),
+}
+"""Shapes whose cache a single row attends to in parts; `test_layers_agree_with_numpy` never has more than one."""
 SHORT = ("partial panels", "f16 cache, many work-groups", "int4 in partial panels", "int4 many groups", "f16", "bf16")
 """Shapes that kernels for short registers are tried with; those for long ones with all."""
 COUNT = 2
@@ -116,7 +121,7 @@ util.return %r : {wide}
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
     unit, name = request.param
-    return Layers(SHAPES[name], unit, tmp_path_factory.mktemp("layers"))
+    return Layers((SHAPES | IN_PARTS)[name], unit, tmp_path_factory.mktemp("layers"))
 
 
 on_every_shape = on_every_unit("compiled", {name: shape.weights for name, shape in SHAPES.items()}, indirect=True)
@@ -126,6 +131,16 @@ on_every_shape = on_every_unit("compiled", {name: shape.weights for name, shape 
 @pytest.mark.parametrize(("rows", "start"), [(1, 0), (1, 15), (5, 3), (6, 0), (16, 0)])
 @pytest.mark.parametrize("driver", ["local-sync", "local-task"])
 def test_layers_agree_with_numpy(compiled: Layers, rows: int, start: int, driver: str) -> None:
+    assert_agree(compiled, rows, start, driver)
+
+
+@on_every_unit("compiled", {name: shape.weights for name, shape in IN_PARTS.items()}, indirect=True)
+@pytest.mark.parametrize(("rows", "start"), [(1, 15), (1, 16), (1, 47), (1, 299), (1, 699), (3, 299)])
+def test_a_single_row_attends_to_long_caches_in_parts(compiled: Layers, rows: int, start: int) -> None:
+    assert_agree(compiled, rows, start, "local-task")
+
+
+def assert_agree(compiled: Layers, rows: int, start: int, driver: str) -> None:
     shape, rng = compiled.shape, np.random.default_rng(rows)
     x = rng.standard_normal((rows, shape.hidden)).astype(np.float32)
     angles = [rng.standard_normal((rows, shape.head_dim)).astype(np.float32) for _ in range(2)]

@@ -118,7 +118,7 @@ class Calibration:
         """Scale the channels that matrices of integers read so that rounding costs less; return the formats.
 
         The model's weights change, in place, what it computes does not. `rounded` says that the inputs are rounded too.
-        If `clipped`, matrices of 4 bits are rounded to the nearest, in ranges that clip what the text hardly needs.
+        If `clipped`, layers of 4 bits are rounded to the nearest, in ranges that clip what the text hardly needs.
         """
         ready: dict[str, Quantized] = {}
         states, extra = self._embedded()

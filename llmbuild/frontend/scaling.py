@@ -110,7 +110,7 @@ class Noise:
         self.columns = matrix.shape[1]
         self.group = fit_group(self.columns, form.group or self.columns)
         self.inputs, self.rows = (2 * x.abs().clamp(min=1e-12).log() for x in (inputs, rows))
-        self.input_power = inputs.square().mean(0)
+        self.input_power = inputs.square().mean(0).clamp(min=1e-12)
         self.row_power = rows.square().sum(0)
         self.input_share = 1 / ACTIVATION_CODES**2 if rounded else 0.0
         self.row_share = 1 / (0.5 * (1 << form.bits) - 0.5) ** 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.kernels import avx512 as k
+from llmbuild.kernels import elementwise as k
 from llmbuild.kernels import products
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable, worker

@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmbuild.kernels import avx512 as k
-from llmbuild.kernels import products
+from llmbuild.kernels import attention, products
+from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, Layout, up_to
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
@@ -19,6 +19,8 @@ from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, panels_of, secti
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
+MAX_PARTS = 16
+"""Parts that the positions a single row sees are cut into at most."""
 MAX_BINDINGS = 32
 """What IREE's HAL module takes for one dispatch (3.13): `OUT_OF_RANGE; binding count 36 > 32`."""
 BINDING = "memref<?xi8, strided<[1], offset: ?>>"
@@ -63,16 +65,17 @@ def worker(w: Writer) -> str:
 
 @dataclass(frozen=True)
 class Scratch:
-    """Offsets of the regions of a layer's scratch: `per_row` are bytes per row of T, after a part for each
-    work-group.
+    """Offsets of the regions of a layer's scratch: scores of each work-group, from `parts` on what parts of the
+    positions came to, and from `fixed` on `per_row` bytes per row of T.
     """
 
-    scores: int
+    parts: int
+    fixed: int
     per_row: dict[str, int]
 
     def total(self, rows: int) -> int:
         """Return the size for T rows, in bytes."""
-        return self.scores + rows * sum(self.per_row.values())
+        return self.fixed + rows * sum(self.per_row.values())
 
 
 def scratch(shape: DecoderShape) -> Scratch:
@@ -84,7 +87,9 @@ def scratch(shape: DecoderShape) -> Scratch:
         "inner": 4 * shape.inner_padded,
         "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
     }
-    return Scratch(_score_bytes(shape) * shape.workers, per_row)
+    parts = _score_bytes(shape) * shape.workers
+    fixed = parts + shape.heads * MAX_PARTS * attention.Parts.stride(shape.head_dim)
+    return Scratch(parts, fixed, per_row)
 
 
 def _score_bytes(shape: DecoderShape) -> int:
@@ -113,12 +118,13 @@ class LayerWriter:
         self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
         self.number = worker(w)
         self.start = w.load(self.p["start"], I64, 8)
-        self.s, offset = {}, w.integer(scratch(shape).scores)
+        self.s, offset = {}, w.integer(scratch(shape).fixed)
         for region, size in scratch(shape).per_row.items():
             self.s[region] = w.at(self.p["scratch"], offset)
             offset = w.add(offset, w.mul(self.rows, size))
         self.parts: dict[str, str] = {}
         self.keys = self.values = ""
+        self._count_parts()
         self.phases = Phases(w, self.p["counters"], self.number, shape.workers, unit.pause)
         self.ahead: Ahead | None = None
 
@@ -131,7 +137,7 @@ class LayerWriter:
         sizes: dict[str, int | str] = {
             "x": row, "out": row, "cosine": angle, "sine": angle, "start": 8,
             "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
-            "scratch": w.add(size.scores, w.mul(rows, size.total(1) - size.scores)),
+            "scratch": w.add(size.fixed, w.mul(rows, size.total(1) - size.fixed)),
         }  # fmt: skip
         return sizes | dict.fromkeys(cache_names(self.layers), cache)
 
@@ -176,7 +182,7 @@ class LayerWriter:
         self.multiply("qkv", self.plain(s["qkv"], 4 * shape.projected))
         self.rotate()
         self.attend()
-        self.prepare(s["attended"], up_to(4 * shape.attended, LINE), "out")
+        self.prepare(s["attended"], self._attended, "out", self._join_parts)
         self.ahead = self._first_of("gate_up")
         self.multiply("out", self.residual(out, hidden, s["middle"], self._middle))
         self.normalize("norm2", s["middle"], self._middle, "gate_up")
@@ -219,11 +225,12 @@ class LayerWriter:
 
         self._run(self.rows, unit)
 
-    def prepare(self, source: str, stride: int, name: str) -> None:
-        """Prepare rows for a matrix."""
+    def prepare(self, source: str, stride: int, name: str, before: Callable[[], None] = lambda: None) -> None:
+        """Prepare rows for a matrix, after what `before` writes for each row."""
         w, layout = self.w, self.shape.layouts()[name]
 
         def unit(row: str) -> None:
+            before()
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
             products.prepare(w, layout, x, self.prepared(layout, row))
 
@@ -289,34 +296,75 @@ class LayerWriter:
                     if head < shape.heads:
                         w.store(vector, w.at(at, e * 4), VF)
                     else:
-                        k.store_cached(w, vector, w.at(key, e * width), shape.half_cache)
+                        attention.store_cached(w, vector, w.at(key, e * width), shape.half_cache)
             values = w.at(source, (shape.attended + shape.cached) * 4)
             for e in range(0, shape.cached, k.LANES):
                 vector = w.load(w.at(values, e * 4), VF)
-                k.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
+                attention.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
 
         self._run(self.rows, unit)
 
     def attend(self) -> None:
-        """Attend, one row and one head at a time, to the positions that the row may see."""
+        """Attend, a row, a head and a part of the positions at a time, to those that the row may see."""
         w, shape = self.w, self.shape
         width = 2 if shape.half_cache else 4
+        per_group = shape.heads // shape.kv_heads
         scores = w.at(self.p["scratch"], w.mul(self.number, _score_bytes(shape)))
 
         def unit(index: str) -> None:
-            row, head = w.integers("remui", index, self.rows), w.integers("divui", index, self.rows)
-            group = w.integers("divui", head, shape.heads // shape.kv_heads)
-            offset = w.mul(group, shape.head_dim * width)
+            row, of_row = w.integers("remui", index, self.rows), w.integers("divui", index, self.rows)
+            member, of_group = w.integers("remui", of_row, per_group), w.integers("divui", of_row, per_group)
+            part, group = (
+                w.integers("remui", of_group, self.parts_count),
+                w.integers("divui", of_group, self.parts_count),
+            )
+            head, first = w.add(w.mul(group, per_group), member), w.mul(part, self.part_length)
+            offset = w.add(w.mul(group, shape.head_dim * width), w.mul(first, shape.cached * width))
             keys, values = (
-                k.Cache(w.at(base, offset), shape.cached * width, shape.half_cache) for base in (self.keys, self.values)
+                attention.Cache(w.at(base, offset), shape.cached * width, shape.half_cache)
+                for base in (self.keys, self.values)
             )
             at = w.mul(head, shape.head_dim * 4)
             query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
-            out = w.at(self.s["attended"], w.mul(row, up_to(4 * shape.attended, LINE)), at)
-            visible = w.add(self.start, row, 1)
-            k.attend(w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out)
+            seen = w.integers("subi", w.add(self.start, row, 1), first)
+            visible = w.integers("minsi", seen, self.part_length)
+            slot, whole = self._part(head, part), w.at(self.s["attended"], w.mul(row, self._attended), at)
+            out = w.either(self.split, slot, whole)
+            outcome = w.either(self.split, w.at(slot, up_to(4 * shape.head_dim, LINE)), scores)
+            attention.attend(
+                w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out, outcome
+            )
 
-        self._run(w.mul(self.rows, shape.heads), unit)
+        self._run(w.mul(self.rows, shape.heads, self.parts_count), unit)
+
+    def _count_parts(self) -> None:
+        """Cut the positions that a single row sees into parts; several rows are work enough as they are."""
+        w, size = self.w, self.shape.part
+        seen = w.add(self.start, self.rows)
+        wanted = w.integers("minsi", w.rounded_up(seen, size), MAX_PARTS)
+        alone = w.let(f"arith.cmpi eq, {self.rows}, {w.integer(1)} : {I64}")
+        cut = w.let(f"arith.select {alone}, {wanted}, {w.integer(1)} : {I64}")
+        self.part_length = w.mul(w.rounded_up(w.rounded_up(seen, cut), k.LANES), k.LANES)
+        self.parts_count = w.rounded_up(seen, self.part_length)
+        self.split = w.below(1, self.parts_count)
+
+    def _part(self, head: int | str, part: int | str) -> str:
+        """Return where a head's result for a part of the positions goes."""
+        w, stride = self.w, attention.Parts.stride(self.shape.head_dim)
+        number = w.add(w.mul(head, MAX_PARTS), part)
+        return w.at(self.p["scratch"], scratch(self.shape).parts, w.mul(number, stride))
+
+    def _join_parts(self) -> None:
+        """Make one result of each head's parts, for the only row."""
+        w, shape = self.w, self.shape
+        with w.when(self.split):
+            for head in range(shape.heads):
+                found = attention.Parts(self._part(head, 0), self.parts_count, shape.head_dim)
+                found.join(w, self.unit.lanes, w.at(self.s["attended"], head * shape.head_dim * 4))
+
+    @property
+    def _attended(self) -> int:
+        return up_to(4 * self.shape.attended, LINE)
 
 
 def counters_bytes(shape: DecoderShape, layers: int) -> int:
@@ -347,8 +395,8 @@ util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: 
     {taken}) -> {wide} {{
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
-%each = arith.constant {row.total(1) - row.scores} : index
-%fixed = arith.constant {row.scores} : index
+%each = arith.constant {row.total(1) - row.fixed} : index
+%fixed = arith.constant {row.fixed} : index
 %grown = arith.muli %rows, %each : index
 %room = arith.addi %grown, %fixed : index
 %none = arith.constant 0 : i8

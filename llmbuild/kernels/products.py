@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from llmbuild.kernels.avx512 import HALVES, LANES, Reader
+from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
 from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer

@@ -28,6 +28,8 @@ class DecoderShape:
     half_cache: bool
     workers: int
     weights: str = "int8"
+    part: int = 256
+    """Positions that a unit of attention takes, where a single row has several such parts to see."""
 
     @property
     def attended(self) -> int:

@@ -80,9 +80,17 @@ class Writer:
         """Return `left operation right` of i64 by the operation's name in `arith`."""
         return self.let(f"arith.{operation} {self.integer(left)}, {self.integer(right)} : {I64}")
 
+    def rounded_up(self, left: int | str, right: int | str) -> str:
+        """Return `left / right` of i64, none negative, rounded up."""
+        return self.integers("divui", self.add(left, self.add(right, -1)), right)
+
     def below(self, left: int | str, right: int | str) -> str:
         """Return `left < right` as i1."""
         return self.let(f"arith.cmpi slt, {self.integer(left)}, {self.integer(right)} : {I64}")
+
+    def either(self, condition: str, left: str, right: str) -> str:
+        """Return the left pointer if the condition (i1) holds, else the right one."""
+        return self.let(f"llvm.select {condition}, {left}, {right} : i1, {PTR}")
 
     def op(self, operation: str, *operands: str, kind: str = VF) -> str:
         """Return an operation whose operands and result are of one type."""

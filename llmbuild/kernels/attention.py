@@ -1,61 +1,20 @@
-"""Pieces of a decoder but its matrix products: normalize, rotate heads, attend.
+"""Attention of one head to its cache, and how results of parts of the positions become one.
 
-Only attention is written for the length of registers: it holds many sums at a time. All else is in vectors of sixteen
-lanes, which the compiler splits where registers are shorter.
+Written for the length of registers: it holds many sums at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmbuild.kernels.elementwise import HALVES
 from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.layouts import LINE, up_to
 from llmbuild.kernels.text import F32, I32, I64, VF, Writer
 
-LANES = 16
-HALVES = "vector<16xf16>"
 MASKED = -1e30
 MIX_STEP = 4
 """Positions per turn of the weighted sum of values."""
-
-
-Reader = Callable[[str], str]
-"""Gives the sixteen f32 values at an element offset (i64)."""
-
-
-def vectors(w: Writer, pointer: str) -> Reader:
-    """Return a reader of f32 values in memory."""
-    return lambda i: w.load(w.at(pointer, w.mul(i, 4)), VF)
-
-
-def inverse_norm(w: Writer, source: Reader, size: int, epsilon: float) -> str:
-    """Return 1 / sqrt(mean of squares + epsilon) as f32."""
-
-    def body(i: str, total: str) -> list[str]:
-        x = source(i)
-        return [w.op("math.fma", x, x, total)]
-
-    (total,) = w.loop(0, size, LANES, body, [(w.lanes(0.0), VF)])
-    mean = w.op("arith.divf", w.total(total), w.real(float(size)), kind=F32)
-    root = w.op("math.sqrt", w.op("arith.addf", mean, w.real(epsilon), kind=F32), kind=F32)
-    return w.op("arith.divf", w.real(1.0), root, kind=F32)
-
-
-def sigmoid_gate(w: Writer, gate: str, up: str) -> str:
-    """Return `gate / (1 + exp(-gate)) * up`."""
-    grown = w.op("math.exp", w.op("arith.subf", w.lanes(0.0), gate))
-    return w.op("arith.mulf", w.op("arith.divf", gate, w.op("arith.addf", grown, w.lanes(1.0))), up)
-
-
-def rotated(w: Writer, source: str, cosine: str, sine: str, size: int) -> list[tuple[int, str]]:
-    """Return one head f32[size] rotated, `x * cos + turned(x) * sin`: sixteen values for each place in it."""
-    half, done = size // 2, []
-    for i in range(0, half, LANES):
-        low, high = w.load(w.at(source, i * 4), VF), w.load(w.at(source, (half + i) * 4), VF)
-        for place, x, turned in ((i, low, w.op("arith.negf", high)), (half + i, high, low)):
-            c, s = w.load(w.at(cosine, place * 4), VF), w.load(w.at(sine, place * 4), VF)
-            done.append((place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c))))
-    return done
 
 
 @dataclass(frozen=True)
@@ -96,9 +55,10 @@ def attend(
     scale: float,
     scores: str,
     out: str,
+    outcome: str,
 ) -> None:
-    """Attend with one head's query f32[size] to `visible` positions (i64); `scores` is room for them, rounded up
-    to 16.
+    """Attend with one head's query f32[size] to `visible` positions (i64, more than none); `scores` is room for them,
+    rounded up to 16. At `outcome` the largest score and the sum of exponentials below it are left, f32 each.
     """
     lanes, chains, vf, vi = unit.lanes, unit.mix_chains, f"vector<{unit.lanes}xf32>", f"vector<{unit.lanes}xi32>"
     parts = range(0, size, lanes)
@@ -122,7 +82,7 @@ def attend(
         return []
 
     w.loop(0, visible, lanes, score)
-    total = _softmax(w, scores, visible, lanes)
+    top, total = _softmax(w, scores, visible, lanes)
 
     def mix(first: str, *sums: str) -> list[str]:
         new = list(sums)
@@ -142,6 +102,58 @@ def attend(
         for chain in range(1, chains):
             whole = w.op("arith.addf", whole, mixed[chain * len(parts) + i], kind=vf)
         w.store(w.op("arith.mulf", whole, inverse, kind=vf), w.at(out, e * 4), vf)
+    w.store(top, outcome, F32)
+    w.store(total, w.at(outcome, 4), F32)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What attention to parts of the positions came to, for one head: `count` (i64) times a result f32[size] and a
+    line with its largest score and its sum.
+    """
+
+    base: str
+    count: str
+    size: int
+
+    @staticmethod
+    def stride(size: int) -> int:
+        """Return the bytes from one part to the next."""
+        return up_to(4 * size, LINE) + LINE
+
+    def outcome(self, w: Writer, part: str) -> str:
+        """Return the pointer to a part's largest score."""
+        return w.at(self.base, w.mul(part, self.stride(self.size)), up_to(4 * self.size, LINE))
+
+    def join(self, w: Writer, lanes: int, out: str) -> None:
+        """Write the f32[size] that attention to all positions at once would have come to."""
+        vf, places = f"vector<{lanes}xf32>", range(0, self.size, lanes)
+
+        def larger(part: str, most: str) -> list[str]:
+            return [w.larger(w.load(self.outcome(w, part), F32), most, F32)]
+
+        (most,) = w.loop(0, self.count, 1, larger, [(w.real(MASKED), F32)])
+
+        def body(part: str, total: str, *sums: str) -> list[str]:
+            at = self.outcome(w, part)
+            lower = w.op("arith.subf", w.load(at, F32), most, kind=F32)
+            weight = w.op(
+                "arith.mulf",
+                w.op("math.exp", w.splat(lower, vf), kind=vf),
+                w.splat(w.load(w.at(at, 4), F32), vf),
+                kind=vf,
+            )
+            of = w.at(self.base, w.mul(part, self.stride(self.size)))
+            grown = [
+                w.op("math.fma", weight, w.load(w.at(of, e * 4), vf), s, kind=vf)
+                for e, s in zip(places, sums, strict=True)
+            ]
+            return [w.op("arith.addf", total, weight, kind=vf), *grown]
+
+        zero = (w.lanes(0.0, vf), vf)
+        total, *sums = w.loop(0, self.count, 1, body, [zero] * (1 + len(places)))
+        for e, whole in zip(places, sums, strict=True):
+            w.store(w.op("arith.divf", whole, total, kind=vf), w.at(out, e * 4), vf)
 
 
 def _lane_sums(w: Writer, vectors_: list[str]) -> str:
@@ -166,15 +178,18 @@ def _lane_sums(w: Writer, vectors_: list[str]) -> str:
     return left[0]
 
 
-def _softmax(w: Writer, scores: str, visible: str, lanes: int) -> str:
-    """Replace scores by exp(score - largest) and return their sum f32; lanes past the end hold `MASKED`."""
+def _softmax(w: Writer, scores: str, visible: str, lanes: int) -> tuple[str, str]:
+    """Replace scores by exp(score - largest) and return the largest and their sum, f32; lanes past the end hold
+    `MASKED`.
+    """
     vf = f"vector<{lanes}xf32>"
 
     def at(i: str) -> str:
         return w.load(w.at(scores, w.mul(i, 4)), vf)
 
     (most,) = w.loop(0, visible, lanes, lambda i, m: [w.larger(at(i), m, vf)], [(w.lanes(MASKED, vf), vf)])
-    top = w.splat(w.top(most, vf), vf)
+    highest = w.top(most, vf)
+    top = w.splat(highest, vf)
 
     def body(i: str, total: str) -> list[str]:
         grown = w.op("math.exp", w.op("arith.subf", at(i), top, kind=vf), kind=vf)
@@ -182,4 +197,4 @@ def _softmax(w: Writer, scores: str, visible: str, lanes: int) -> str:
         return [w.op("arith.addf", grown, total, kind=vf)]
 
     (total,) = w.loop(0, visible, lanes, body, [(w.lanes(0.0, vf), vf)])
-    return w.total(total, vf)
+    return highest, w.total(total, vf)
