@@ -42,8 +42,10 @@ def references(session: Session) -> list[Reference]:
         found.append(Reference(artifact.digest, "artifact", f"artifact {artifact.digest[:12]}", artifact.created_at))
     tokenizers = select(t.VariantRow.tokenizer).where(t.VariantRow.tokenizer.is_not(None)).distinct()
     found += [Reference(str(name), "tokenizer", "variants", "") for name in session.scalars(tokenizers)]
-    for reference in session.scalars(select(t.ReferenceRow)):
-        found.append(Reference(reference.blob, "reference", f"reference {reference.key[:12]}", reference.created_at))
+    for table in t.Base.metadata.sorted_tables:
+        if "blob" in table.c:  # every cache of something that takes long: references, front halves of compiles
+            for row in session.execute(select(table)).mappings():
+                found.append(Reference(row["blob"], table.name, f"{table.name} {row['key'][:12]}", row["created_at"]))
     return found
 
 
