@@ -23,7 +23,7 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps
 
@@ -85,11 +85,10 @@ class Build:
     def known(self, trials: list[Trial]) -> None:
         self._known = trials
 
-    def finished(self) -> list[str]:
-        """Return the variants of the finished trials, without reading the trials."""
+    def finished(self) -> list[Finished]:
+        """Return the finished trials of the job's space, without what was measured."""
         space = self.job.space
-        done = self.catalog.finished(self.job.scope)
-        return [variant for point, variant, is_default in done if is_default or space.contains(point)]
+        return [f for f in self.catalog.finished(self.job.scope) if f.is_default or space.contains(f.point)]
 
     def run(self, race: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
@@ -178,29 +177,42 @@ class Build:
     def _search(self) -> str:
         from llmbuild.search.study import Study
 
-        study = Study(self.job.space, self.job.recipe.objectives, self.seed, self.known)
+        recipe = self.job.recipe
+        bounds = (*recipe.constraints, *recipe.quality.bounds)
+        related = self.catalog.fronts_elsewhere(recipe.name, self.steps.registered.target_digest)
+        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related)
         while True:
-            if len(self.known) >= self.budget.trials:
+            if unique(self.known) >= self.budget.trials:
                 return f"{self.budget.trials} trials done"
             if self.known and self.spent() >= self.budget.seconds:
                 return f"{self.budget.seconds:.0f} s spent"
             batch = self._ask(study)
             if not batch:
                 return "every point of the space is known"
-            for trial in self._evaluate(batch):
+            done = self._evaluate(batch)
+            for trial in done:
                 study.tell(trial)
+            for point in {*batch} - {t.point for t in done}:
+                study.refuse(point)
 
     def _ask(self, study: Any) -> list[Point]:
         """Ask for as many points as compile side by side; point 0 goes alone, since all others are paired with it."""
-        wanted = min(self.jobs, self.budget.trials - len(self.known)) if self.known else 1
+        wanted = min(self.jobs, self.budget.trials - unique(self.known)) if self.known else 1
         asked = (study.ask() for _ in range(wanted))
         return [point for point in asked if point is not None]
 
     def _evaluate(self, points: Sequence[Point]) -> list[Trial]:
-        """Make the artifacts of a batch side by side, then measure them one at a time; record each as it ends."""
+        """Make the artifacts of a batch side by side, then measure them one at a time; record each as it ends.
+
+        What is too large for the recipe's bounds is left out of the result.
+        """
         done = []
         begin = monotonic()
         for point, made in zip(points, self._make(points), strict=True):
+            broken = [] if isinstance(made, Failure) or point == self.job.space.default() else self._too_large(*made)
+            if broken:
+                self.tell(Event("skip", f"{describe(self.job, point)}: {'; '.join(broken)}", len(self.known)))
+                continue
             trial = self._trial(point, made, begin)
             self.catalog.record_trial(trial, owner(self.steps))
             self.known.append(trial)
@@ -210,6 +222,13 @@ class Build:
             done.append(trial)
             begin = monotonic()
         return done
+
+    def _too_large(self, program: Program, artifact: Artifact) -> list[str]:
+        """Return the bounds that sizes alone break: nothing is measured then, and nothing recorded."""
+        parameters = self.catalog.blobs.path(program.parameters).stat().st_size
+        sizes = {"artifact_bytes": float(artifact.size_bytes), "parameter_bytes": float(parameters)}
+        static = [b for b in self.job.recipe.constraints if b.metric in sizes]
+        return [f"{b.metric} is {sizes[b.metric]:.4g}, {b} asked" for b in static if not b.holds(sizes[b.metric])]
 
     def _make(self, points: Sequence[Point]) -> list[tuple[Program, Artifact] | Failure]:
         if len(points) == 1:
@@ -223,12 +242,12 @@ class Build:
 
     def _artifact(self, point: Point, quietly: bool = False) -> tuple[Program, Artifact] | Failure:
         if not quietly:
-            self.tell(Event("import", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+            self.tell(Event("import", describe(self.job, point), unique(self.known) + 1, self.budget.trials))
         program = self.steps.import_(point)
         if isinstance(program, Failure):
             return program
         if not quietly:
-            self.tell(Event("compile", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+            self.tell(Event("compile", describe(self.job, point), unique(self.known) + 1, self.budget.trials))
         artifact = self.steps.compile(program, point)
         return artifact if isinstance(artifact, Failure) else (program, artifact)
 
@@ -236,7 +255,7 @@ class Build:
         if isinstance(made, Failure):
             return trial_of(self.steps, point, None, None, (), made, len(self.known), monotonic() - begin)
         program, artifact = made
-        self.tell(Event("profile", describe(self.job, point), len(self.known) + 1, self.budget.trials))
+        self.tell(Event("profile", describe(self.job, point), unique(self.known) + 1, self.budget.trials))
         measured = self._measure(self.steps.subject(point, program, artifact), point)
         failure = measured if isinstance(measured, Failure) else None
         readings = () if isinstance(measured, Failure) else measured
@@ -281,7 +300,7 @@ class Build:
         if len(subjects) < 2:
             return
         self.tell(
-            Event("race", f"{len(subjects)} survivors in interleaved rounds", len(self.known), self.budget.trials)
+            Event("race", f"{len(subjects)} survivors in interleaved rounds", unique(self.known), self.budget.trials)
         )
         begin = monotonic()
         with self.catalog.measuring():
@@ -295,10 +314,10 @@ class Build:
                     self.catalog.update_measurement(self.job.scope, measurement)
         self.known = known_trials(self.steps)
         self._stand()
-        self.tell(Event("front", "kept", len(self.known), self.budget.trials, monotonic() - begin))
+        self.tell(Event("front", "kept", unique(self.known), self.budget.trials, monotonic() - begin))
 
-    def _contenders(self, measured: Sequence[Measurement]) -> set[str]:
-        return contenders(self.known, measured, self.job.recipe.objectives)
+    def _contenders(self, measured: Sequence[Measurement], reach: float) -> set[str]:
+        return contenders(self.known, measured, self.job.recipe.objectives, reach)
 
     def _stand(self) -> list[Standing]:
         found = stand(self.job, self.known)
@@ -337,7 +356,7 @@ class Build:
         if trial.failure:
             text = f"{text}: {trial.failure.stage} failed: {trial.failure.reason}"
         best = best_of(self.known, self.job.recipe.objectives[0])
-        self.tell(Event("done", text, len(self.known), self.budget.trials, trial.seconds, best))
+        self.tell(Event("done", text, unique(self.known), self.budget.trials, trial.seconds, best))
 
 
 # --- plain functions over a job ----------------------------------------------------------------------------------
@@ -365,18 +384,24 @@ def known_trials(steps: Steps) -> list[Trial]:
     return [t for t in finished if t.is_default or space.contains(t.point)]
 
 
+def unique(trials: Sequence[Trial]) -> int:
+    """Return how many evaluations trials came to: an executable that was measured before costs none."""
+    return sum(1 for t in trials if not any("reused" in m.notes for m in t.measurements))
+
+
 def stale_reason(build: Build) -> str:
     """Return why a build has something to do; empty when it is up to date."""
     state, finished = build.state, build.finished()
     if state["ended"] == "never built":
         return "changed: knobs, objectives, bounds or seed" if finished else "never built"
-    missing = build.catalog.lost() & set(finished)
+    missing = build.catalog.lost() & {f.variant for f in finished}
     if missing:
         build.known = [t for t in build.known if t.variant not in missing]
         return f"{len(missing)} artifacts are missing or damaged"
     spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
-    if len(finished) < build.budget.trials and not spent_up:
-        return f"{build.budget.trials - len(finished)} of {build.budget.trials} trials to go"
+    done = sum(not f.reused for f in finished)
+    if done < build.budget.trials and not spent_up:
+        return f"{build.budget.trials - done} of {build.budget.trials} trials to go"
     return "" if state["raced"] else "survivors have not been raced"
 
 

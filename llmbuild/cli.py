@@ -120,6 +120,17 @@ def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
 
 
 @main.command()
+@click.argument("variant")
+@catalog_option
+@format_options
+def tune(variant: str, form: str | None, **options: Any) -> int:
+    """Tune the costliest dispatches of a VARIANT on this machine; later builds for its target try what won."""
+    from llmbuild import commands
+
+    return print_rows(commands.tune(variant, options), form)
+
+
+@main.command()
 @click.option("-m", "--model", help="Only rows of this model.")
 @slo_options
 @click.option("--all", "everything", is_flag=True, help="Dominated, infeasible and failed variants too.")
@@ -254,7 +265,7 @@ def recipes(folder: Path, form: str | None) -> int:
 
 @main.command()
 @format_options
-@click.option("--knobs", is_flag=True, help="List the knobs of the search space instead.")
+@click.option("--knobs", is_flag=True, help="List the knobs of the search space instead, and what is left out of it.")
 def targets(form: str | None, knobs: bool) -> int:
     """List the targets, and whether this host can compile and run each."""
     from llmbuild import commands

@@ -16,6 +16,7 @@ from llmbuild.build import Build, Outcome, describe
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
+from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, explained, plan, until
 from llmbuild.remeasure import remeasure
@@ -24,11 +25,12 @@ from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import KNOBS
+from llmbuild.search.knobs import ALL, with_tuning
+from llmbuild.search.traps import TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
-from llmbuild.spec.space import Point
+from llmbuild.spec.space import Knob, Point
 from llmbuild.spec.target import HOST, Target
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
@@ -130,6 +132,7 @@ def build(job: Job, options: Options) -> Built:
         return Built([], True, "", _planned(job, budget, options))
     catalog = Catalog(folder)
     try:
+        job = _with_winners(job, catalog, options)
         if options.get("explain"):
             _explain_to(Progress().say, job, catalog, budget, options)
         return _build(job, catalog, budget, options)
@@ -141,6 +144,7 @@ def _planned(job: Job, budget: Budget, options: Options) -> list[dict[str, Any]]
     folder = Path(options["catalog"])
     catalog = Catalog(folder) if exists(folder) else None
     try:
+        job = _with_winners(job, catalog, options) if catalog else job
         steps = until(plan(job, catalog, budget, options["seed"]), options.get("until"))
         fields = explained(job, catalog) if options.get("explain") else {}
     finally:
@@ -184,6 +188,31 @@ def _compiled(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
 
 def _first_failure(rows: Sequence[dict[str, Any]]) -> str:
     return next((str(r["failure"]) for r in rows if r["failure"]), "no point to try")
+
+
+def _with_winners(job: Job, catalog: Catalog, options: Options) -> Job:
+    """Return the job with the configurations of dispatches that won before on its target, in any build."""
+    asked = {*dict(job.recipe.knobs), *_pins(options["pinned"])}
+    name = catalog.winners_of(digest.of(job.target.identity()), job.toolchain.compiler)
+    return replace(job, space=with_tuning(job.space, name, asked))
+
+
+def tune(variant: str, options: Options) -> list[dict[str, Any]]:
+    """Tune the dispatches of a variant and return one row for each kind that matters."""
+    from llmbuild.tuning import Tuner
+
+    talk = Progress()
+    tuner = Tuner(Path(options["catalog"]), variant, talk)
+    try:
+        done = tuner.run()
+    finally:
+        tuner.catalog.close()
+    if done.ratio is None:
+        talk.say("nothing new won: the catalog's configurations stay as they are")
+    else:
+        told = f"time per token {done.ratio.median:.3f} [{done.ratio.low:.3f}, {done.ratio.high:.3f}] of that without"
+        talk.say(f"whole model: {told}; " + (f"builds try tuning={done.name}" if done.name else "nothing is kept"))
+    return [plain(kind) for kind in done.kinds]
 
 
 def _closing(done: Outcome, reason: str) -> str:
@@ -344,18 +373,33 @@ def _target_row(target: Target) -> dict[str, Any]:
 
 
 def knobs() -> list[dict[str, Any]]:
-    """Return the knobs of the search space."""
-    return [
-        {
-            "knob": k.name,
-            "level": k.level,
-            "default": k.default,
-            "domain": " ".join(str(v) for v in k.domain),
-            "when": "; ".join(f"{c.knob} in {' '.join(map(str, c.values))}" for c in k.when),
-            "meaning": k.meaning,
-        }
-        for k in KNOBS
-    ]
+    """Return the knobs of the search space, then what is left out of it on purpose."""
+    return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
+
+
+_LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}
+
+
+def _knob_row(k: Knob) -> dict[str, Any]:
+    searched = f" (searched: {_words(k.searched)})" if k.searched and k.searched != k.domain else ""
+    return {
+        "knob": k.name,
+        "level": _LEVELS[k.level],
+        "backends": " ".join(k.backends) or "all",
+        "default": k.default,
+        "domain": _words(k.domain) + searched,
+        "when": "; ".join(f"{c.knob} in {_words(c.values)}" for c in k.when),
+        "meaning": k.meaning,
+    }
+
+
+def _trap_row(trap: Trap) -> dict[str, Any]:
+    excluded = {"knob": trap.choice, "level": "excluded", "backends": " ".join(trap.backends) or "all"}
+    return {**excluded, "default": "", "domain": "", "when": "", "meaning": trap.reason}
+
+
+def _words(values: Sequence[Any]) -> str:
+    return " ".join(str(v) for v in values)
 
 
 def doctor(catalog: Path) -> list[dict[str, Any]]:

@@ -64,13 +64,9 @@ def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[P
     return [
         Planned("import", zero, "" if program else changed or "never imported", import_key),
         Planned("compile", zero, _compile_reason(program, artifact), compile_key),
-        Planned("profile", zero, "" if _measured(steps) else changed or "never measured", job.scope),
-        _search(len(known), budget, search),
+        Planned("profile", zero, "" if any(f.is_default for f in known) else changed or "never measured", job.scope),
+        _search(sum(not f.reused for f in known), budget, search),
     ]
-
-
-def _measured(steps: Steps) -> bool:
-    return any(is_default for _, _, is_default in steps.catalog.finished(steps.job.scope))
 
 
 FORCED = "-B asks for it"

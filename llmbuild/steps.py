@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Registered
 from llmbuild.compiler import iree
-from llmbuild.compiler.flags import compile_flags
 from llmbuild.compiler.resolved import resolve
+from llmbuild.compiling import Compiling, once
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
@@ -166,6 +166,7 @@ class Steps:
         self.registered = Registered(job.target, job.machine, job.toolchain)
         self._fresh: set[str] = set()
         self._bench: Bench | None = None
+        self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
 
     # --- import --------------------------------------------------------------------------------------------------
 
@@ -244,12 +245,7 @@ class Steps:
         self, step: str, key: str, find: Callable[[str], T | None], make: Callable[[], T | Failure]
     ) -> T | Failure:
         """Return what was made before, or make it; of two who need the same thing, one makes it and the other waits."""
-        found = find(key)
-        if found and not self._forced(f"{step} {key}"):
-            return found
-        with self.catalog.making(key):
-            other = None if found else find(key)
-            return other or make()
+        return once(self.catalog, self._forced, step, key, find, make)
 
     def _forced(self, name: str) -> bool:
         """Under `-B`, say yes once for each thing, so that a rebuild makes it again but only once."""
@@ -296,27 +292,11 @@ class Steps:
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
         """Return everything that goes into a compile, by name."""
-        flags = compile_flags(self.job.target, self.job.space.level(point, "codegen"))
-        return {"module": program.module, "flags": flags, "compiler": self.job.toolchain.compiler}
+        return self.compiling.inputs(program.module, self.job.space.level(point, "codegen"))
 
     def compile(self, program: Program, point: Point) -> Artifact | Failure:
         """Return the artifact of a point, from the catalog or the compiler."""
-        inputs = self.compile_inputs(program, point)
-        key = digest.of(inputs)
-        return self._once("compile", key, self.catalog.find_compile, lambda: self._compile(key, inputs, program, point))
-
-    def _compile(self, key: str, inputs: dict[str, Any], program: Program, point: Point) -> Artifact | Failure:
-        module = self.catalog.blobs.path(program.module)
-        begin = monotonic()
-        with TemporaryDirectory(prefix="llmbuild-") as folder:
-            output = Path(folder) / "module.vmfb"
-            settings = self.job.space.level(point, "codegen")
-            failure = iree.compile_module(module, output, self.job.target, settings, self.job.limits)
-            if failure:
-                return failure
-            artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.job.toolchain.compiler)
-        self.catalog.record_compile(key, inputs, artifact, monotonic() - begin)
-        return artifact
+        return self.compiling.compile(program.module, self.job.space.level(point, "codegen"))
 
     # --- profile -------------------------------------------------------------------------------------------------
 

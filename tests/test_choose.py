@@ -67,6 +67,15 @@ def test_an_absent_metric_meets_no_bound() -> None:
     assert pick.candidates[0].reason == "energy_j_per_token is absent, energy_j_per_token<=1 asked"
 
 
+def test_estimated_energy_meets_no_bound_and_leads_no_choice() -> None:
+    estimated = row(energy_j_per_token=0.5, energy_source="model")
+    bound = choose([estimated], HOST, parse_slo(["energy_j_per_token<=1"], None))
+    led = choose([estimated], HOST, parse_slo([], "energy_j_per_token"))
+    assert (bound.chosen, led.chosen) == (None, None)
+    assert bound.candidates[0].reason == "energy_j_per_token is only estimated, energy_j_per_token<=1 asked"
+    assert led.candidates[0].reason == "energy_j_per_token is only estimated"
+
+
 def test_nothing_that_meets_gives_the_nearest_and_its_distance() -> None:
     rows = [row("a", tpot_s=0.02), row("b", tpot_s=0.04)]
     pick = choose(rows, HOST, parse_slo(["tpot_s<=0.01"], None))

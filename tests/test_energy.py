@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 from llmbuild.errors import InputError
 from llmbuild.profiler import energy, estimate, nvml, rapl
 from llmbuild.profiler.energy import Absent, Counter, Energy, Meter
+from tests.conftest import Project, llmbuild
 from tests.support.meters import FakeNvml, NVMLError_LibraryNotFound, NVMLError_NoPermission, World, Zones
 
 KINDS = ("nvml_counter", "nvml_polled", "nvml_polled (mean)", "rapl", "rapl that starts over", "model")
@@ -310,3 +313,38 @@ def test_a_gpu_is_metered_by_its_board_and_never_by_the_cpus_counter(monkeypatch
     monkeypatch.setenv(estimate.VARIABLE, "20:65")
     found = energy.find("cuda")
     assert found.meter is not None and (found.meter.source, found.reason) == ("nvml_polled", "too old")
+
+
+# --- on the command line -----------------------------------------------------------------------------------------
+
+
+def test_an_estimate_is_shown_as_one_and_meets_no_bound(built: Project, tmp_path: Path) -> None:
+    if energy.find("local-task").meter is not None:
+        pytest.skip("this machine has a meter, so nothing is estimated")
+    catalog = tmp_path / "catalog"
+    shutil.copytree(built.catalog, catalog)
+    rows = json.loads(llmbuild("query", "-C", catalog, "--json").stdout)
+    chosen = next(row["variant"] for row in rows if not row["default"])
+    done = llmbuild("profile", chosen[:12], "-C", catalog, "--json", **{estimate.VARIABLE: "20:65"})
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["energy_source"], row["energy"]["boundary"]) == ("model", "package")
+    assert row["notes"]["energy"] == "estimate (linear model, idle 20 W, full load 65 W, ±50 %), not measured"
+    assert 0 < row["energy_j_per_token"] <= 65 * row["e2e_s"]
+    refused = llmbuild("pick", "-C", catalog, "--slo", "energy_j_per_token<=1e6")
+    assert refused.returncode == 3
+    assert "only estimated" in refused.stderr + refused.stdout
+
+
+def test_a_power_model_that_cannot_be_read_ends_a_profile_with_bad_input(built: Project) -> None:
+    rows = json.loads(llmbuild("query", "-C", built.catalog, "--json").stdout)
+    done = llmbuild("profile", rows[0]["variant"][:12], "-C", built.catalog, **{estimate.VARIABLE: "much"})
+    assert (done.returncode, "IDLE_WATTS:FULL_LOAD_WATTS" in done.stderr) == (2, True)
+
+
+def test_doctor_tells_the_meters_and_why_others_are_not_there(tmp_path: Path) -> None:
+    done = llmbuild("doctor", "-C", tmp_path / "none", "--json")
+    found = {row["check"]: row for row in json.loads(done.stdout)}
+    for check, source in (("energy of the CPU", "rapl"), ("energy of the GPU", "nvml_counter")):
+        row = found[check]
+        assert row["found"].startswith(source) or f"{source}: " in row["todo"]

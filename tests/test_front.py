@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from hypothesis import given
@@ -113,6 +114,13 @@ def test_only_those_on_whom_the_front_depends_race_on() -> None:
     one, rival = raced("one", drifting(0.5), drifting(3.0)), raced("rival", drifting(0.4), noisy)
     trials = [clear, behind, one, rival]
     assert contenders(trials, [t.measurements[0] for t in trials], TIMES) == {"one", "rival"}
+
+
+def test_what_no_round_within_reach_can_decide_is_given_up() -> None:
+    noisy = [t * (0.7, 1.0, 1.4)[i % 3] for i, t in enumerate(drifting(1.0))]
+    trials = [raced("one", drifting(1.0), drifting(1.0)), raced("two", noisy, drifting(1.0))]
+    measured = [t.measurements[0] for t in trials]
+    assert [contenders(trials, measured, TIMES, reach) for reach in (30, math.inf)] == [set(), {"one", "two"}]
 
 
 def test_an_undecided_pair_that_cannot_change_the_front_races_only_when_no_other_does() -> None:

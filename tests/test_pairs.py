@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmbuild.search.pairs import LEAST, LOOKS, RANKED, RISK, TIE, interval, order, place
+from llmbuild.search.pairs import LEAST, LOOKS, RANKED, RISK, TIE, interval, needed, order, place
 
 logs = st.lists(st.floats(-0.5, 0.5), min_size=LEAST, max_size=60)
 seconds = st.lists(st.tuples(st.floats(1e-4, 1.0), st.floats(1e-4, 1.0)), min_size=LEAST, max_size=40)
@@ -60,6 +60,13 @@ def test_fewer_rounds_than_the_least_decide_nothing() -> None:
 
 def test_what_is_nothing_in_every_round_is_tied_and_has_no_ratio_to_anything_else() -> None:
     assert [order([0.0] * 12, [0.0] * 12), order([0.0] * 12, [1.0] * 12)] == ["tied", "undecided"]
+
+
+@given(seconds)
+def test_as_many_rounds_are_needed_whichever_is_first_and_no_fewer_than_there_are(taken: list) -> None:
+    mine, theirs = zip(*taken, strict=True)
+    assert needed(mine, theirs) == pytest.approx(needed(theirs, mine))
+    assert needed(mine, theirs) >= len(taken)
 
 
 def test_rounds_that_only_one_of_them_ran_are_left_out() -> None:

@@ -8,10 +8,12 @@ from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
 from llmbuild.kernels.choose import readable
-from llmbuild.search.knobs import KNOBS, space_for
-from llmbuild.search.study import Study, openers
+from llmbuild.search.knobs import ALL, KNOBS, knobs_of, space_for
+from llmbuild.search.study import Study, losses_of, openers
+from llmbuild.search.traps import TRAPS
+from llmbuild.spec.measurement import Measurement, Reading
 from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe
-from llmbuild.spec.slo import METRICS
+from llmbuild.spec.slo import METRICS, parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
 from llmbuild.spec.target import Target
 from llmbuild.spec.trial import Trial
@@ -158,3 +160,63 @@ def test_our_kernels_alone_for_a_format_that_the_target_cannot_take_are_refused(
     with pytest.raises(InputError, match=r"target t lacks .*avx512vnni or .* for int8"):
         space_for(target, recipe(), {"kernel": "own", "weight_format": "int8"})
     assert next(space_for(target, recipe(), {"kernel": "own", "weight_format": "f16"}).points())
+
+
+# --- the space as data -------------------------------------------------------------------------------------------
+
+
+def test_a_recipe_may_ask_for_a_whole_domain() -> None:
+    default = {k.name: k.domain for k in space_for(AVX2, recipe(), {}).knobs}["vector_width"]
+    everything = {k.name: k.domain for k in space_for(AVX2, recipe(vector_width=("all",)), {}).knobs}["vector_width"]
+    assert (default, everything) == ((0,), (0, 16, 32, 64))
+    assert {k.name: k.domain for k in space_for(AVX2, recipe(), {"ukernels": "all"}).knobs}["ukernels"] == ("all",)
+
+
+@pytest.mark.parametrize("backend", ["cuda", "rocm", "vulkan-spirv"])
+def test_a_backend_has_its_own_knobs_and_no_other_backends(backend: str) -> None:
+    names = {k.name for k in knobs_of(backend)}
+    assert {"weight_format", "opt_level", "driver", "workers"} <= names
+    assert not names & {"vector_width", "distribution_size", "scalable"}
+    assert any(k.backends and backend in k.backends and k.level == "codegen" for k in knobs_of(backend))
+    Space(knobs_of(backend))
+
+
+def test_a_knob_of_another_backend_is_told_as_such() -> None:
+    with pytest.raises(InputError, match="knob ptx is for cuda; target t is llvm-cpu"):
+        space_for(AVX2, recipe(), {"ptx": "+ptx80"})
+
+
+def test_names_are_unique_within_a_backend_and_searched_values_are_in_the_domain() -> None:
+    for backend in ("llvm-cpu", "cuda", "rocm", "vulkan-spirv"):
+        names = [k.name for k in knobs_of(backend)]
+        assert len(names) == len(set(names))
+    assert all(set(k.searched) <= set(k.domain) and k.default in k.domain for k in ALL)
+
+
+def test_a_trap_is_no_knob_where_it_is_one_and_says_why() -> None:
+    for trap in TRAPS:
+        assert trap.reason
+        for backend in trap.backends:
+            assert trap.choice not in {k.name for k in knobs_of(backend)}
+
+
+def test_a_broken_bound_is_as_infeasible_as_a_failure() -> None:
+    slow = measured(0, Point.of({"a": 1}), tpot_s=0.2)
+    assert losses_of(slow, ("tpot_s",)) is not None
+    assert losses_of(slow, ("tpot_s",), [parse_bound("tpot_s<=0.1")]) is None
+    assert losses_of(failed(0, slow.point), ("tpot_s",)) is None
+
+
+def test_related_points_come_right_after_point_zero_as_far_as_the_space_has_them() -> None:
+    space = space_for(PLAIN, recipe(), {})
+    near = {**space.default().as_dict(), "opt_level": "O1", "data_tiling": "global"}
+    foreign = {**near, "kernel": "own", "layout": "packed", "weight_format": "int8"}
+    found = openers(space, [foreign, near])
+    assert found[0] == space.default()
+    assert found[1] == Point.of(near)
+
+
+def measured(number: int, point: Point, **medians: float) -> Trial:
+    readings = {name: Reading(v, v, v, ()) for name, v in medians.items()}
+    body = Measurement(f"m{number}", f"v{number}", "a", Workload("w", 4, 4, 8), "host", readings, {}, {})
+    return Trial("s", number, point, f"v{number}", number == 0, "p", "a", 10, 20, (body,), None, 0.0)

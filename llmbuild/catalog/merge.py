@@ -44,7 +44,7 @@ def merge(source: Catalog, into: Catalog) -> Merged:
     """
     done = Merged()
     with source.session() as session:
-        named = {r.digest for r in references(session)}
+        named = {r.digest for r in references(session, source.blobs)}
         tables = {table.name: list(_rows(session, table)) for table in t.Base.metadata.sorted_tables}
     _blobs(source, into, named, done)
     with into.session(write=True) as session:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, func, or_, select
+from sqlalchemy import delete, select
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
@@ -21,12 +23,13 @@ from llmbuild.catalog.references import lost
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
+from llmbuild.errors import CatalogError
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import Target
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
 
 _MEDIANS = (
@@ -83,6 +86,24 @@ class Registered:
     def toolchain_digest(self) -> str:
         """Name of the toolchain."""
         return digest.of(self.toolchain)
+
+
+@dataclass(frozen=True)
+class Front:
+    """The front half of a compile: a blob of gzipped text, what it schedules, and the seconds it took."""
+
+    blob: str
+    features: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What won for a kind of dispatch: its configuration (empty: the compiler's own), the gain, and what was tried."""
+
+    configuration: str
+    gain: float
+    tried: tuple[dict[str, Any], ...]
 
 
 class Catalog:
@@ -156,9 +177,7 @@ class Catalog:
             session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
             _made(session, program.module, program.parameters, program.check)
             values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
-            session.execute(
-                upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.ImportRow, values)
 
     def parameters_of(self, program: str) -> str | None:
         """Return the digest of a program's parameter archive."""
@@ -175,9 +194,7 @@ class Catalog:
         """Keep what the library's own model says."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
         with self.session(write=True) as session:
-            session.execute(
-                upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.ReferenceRow, values)
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
@@ -212,9 +229,57 @@ class Catalog:
                 "seconds": seconds,
                 "created_at": now(),
             }
-            session.execute(
-                upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
+            _replace(session, t.CompileRow, values)
+
+    def find_front(self, key: str) -> Front | None:
+        """Return the front half a compile made before, if its blob is still there and whole."""
+        with self.session() as session:
+            row = session.get(t.FrontHalfRow, key)
+            found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
+        return found if found and self.blobs.intact(found.blob) else None
+
+    def record_front(self, key: str, inputs: dict[str, Any], front: Front) -> None:
+        """Keep a front half."""
+        values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)}
+        with self.session(write=True) as session:
+            _replace(session, t.FrontHalfRow, values)
+            _made(session, front.blob)
+
+    def find_tuning(self, key: str) -> Tuned | None:
+        """Return what won for a kind of dispatch."""
+        with self.session() as session:
+            row = session.get(t.TuningRow, key)
+            return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
+
+    def record_tuning(self, key: str, inputs: dict[str, Any], tuned: Tuned) -> None:
+        """Keep what won for a kind of dispatch."""
+        values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)}
+        with self.session(write=True) as session:
+            _replace(session, t.TuningRow, values)
+
+    def winners_of(self, target: str, compiler: str) -> str:
+        """Return the name of all configurations that won on a target (its digest); empty when there are none.
+
+        They become a blob, so that the name says what they are whatever is found later.
+        """
+        with self.session() as session:
+            rows = [r for r in session.scalars(select(t.TuningRow)) if r.configuration]
+            found = {r.inputs["signature"]: r.configuration for r in rows if _of(r.inputs, target, compiler)}
+        return digest.short(self.blobs.put_bytes(digest.canonical(found).encode())) if found else ""
+
+    def winners(self, name: str) -> dict[str, str]:
+        """Return configurations by signature.
+
+        Raises:
+            CatalogError: the blob is gone.
+        """
+        blob = self.blobs.find(name)
+        if blob is None:
+            raise CatalogError(
+                f"{self.folder}: the tuning {name} is not in this catalog: tune again, or pin tuning=none"
             )
+        found: dict[str, str] = json.loads(self.blobs.path(blob).read_text())
+        return found
 
     # --- trials --------------------------------------------------------------------------------------------------
 
@@ -290,23 +355,15 @@ class Catalog:
         with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
 
-    def finished(self, scope: str) -> list[tuple[Point, str, bool]]:
-        """Return point, variant and whether it is point 0 of each trial of a scope that need not be tried again."""
-        query = (
-            select(t.VariantRow.point, t.VariantRow.digest, t.VariantRow.is_default)
-            .join(t.TrialRow, t.TrialRow.variant == t.VariantRow.digest)
-            .outerjoin(t.FailureRow, t.FailureRow.id == t.TrialRow.failure)
-            .where(t.TrialRow.scope == scope, or_(t.TrialRow.failure.is_(None), t.FailureRow.lasting))
-        )
+    def finished(self, scope: str) -> list[Finished]:
+        """Return the trials of a scope that need not be tried again, without reading what was measured."""
         with self.session() as session:
-            return [(Point.of(row[0]), row[1], row[2]) for row in session.execute(query)]
+            return history.finished(session, scope)
 
     def usable(self, model: str, target: str, machine: str) -> int:
         """Return how many variants of a recipe on a target and machine can be used."""
-        row, good = t.StandingRow, ("pareto", "undecided", "dominated")
-        where = (row.model == model, row.target == target, row.machine == machine, row.status.in_(good))
         with self.session() as session:
-            return session.scalar(select(func.count(row.variant.distinct())).where(*where)) or 0
+            return history.usable(session, model, target, machine)
 
     def lost(self) -> set[str]:
         """Return the variants whose artifact or parameters should be there and are not, or not whole."""
@@ -351,14 +408,26 @@ class Catalog:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
         with self.session(write=True) as session:
-            session.execute(
-                upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.BuildRow, values)
 
     def reset_build(self, key: str) -> None:
         """Forget how far a build has come."""
         with self.session(write=True) as session:
             session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
+
+    def fronts_elsewhere(self, model: str, target: str) -> list[Point]:
+        """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
+        with self.session() as session:
+            rows = session.execute(
+                select(t.VariantRow.point, t.StandingRow.target)
+                .join(t.StandingRow, t.StandingRow.variant == t.VariantRow.digest)
+                .where(t.StandingRow.status == "pareto")
+                .where((t.StandingRow.model != model) | (t.StandingRow.target != target))
+                .order_by(t.VariantRow.created_at)
+            ).all()
+        count = Counter(Point.of(body) for body, _ in rows)
+        near = {Point.of(body) for body, of in rows if of == target}
+        return sorted(count, key=lambda point: (point not in near, -count[point]))
 
     def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
         """Add or replace one standing, beside those of other machines."""
@@ -380,6 +449,14 @@ class Catalog:
 def _made(session: Session, *blobs: str) -> None:
     """Note that blobs which may have been collected are there again."""
     session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(blobs)))
+
+
+def _replace(session: Session, table: type[t.Base], values: dict[str, Any]) -> None:
+    session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
+
+
+def _of(inputs: dict[str, Any], target: str, compiler: str) -> bool:
+    return bool(inputs["target"] == target and inputs["compiler"] == compiler)
 
 
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:

@@ -1,11 +1,21 @@
-"""From a target and a point to the flags of iree-compile; the only place that knows a flag's name."""
+"""From a target and a point to the flags of iree-compile; the only place that knows a flag's name.
+
+A flag is data: which knob it serves, how a value is said, and in which phase the compiler reads it. The phase decides
+what a change costs: one that is read in the front half makes the whole compile anew, the others share it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import HOST, Target
+
+Phase = Literal["front", "target", "configure", "translate"]
+"""When a flag is read: in the front half (and perhaps later too); when the executable target is written down, which is
+an attribute of the front half's result that can be edited; when dispatches are configured; when they are translated."""
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
@@ -17,11 +27,111 @@ HYGIENE = (
 )
 """Flags that keep file names and debug data out of the artifact, so that equal code has equal bytes."""
 
-_DATA_TILING = {
-    "off": (),
-    "dispatch": ("--iree-opt-data-tiling=true",),
-    "global": ("--iree-global-opt-data-tiling=true",),
-}
+
+@dataclass(frozen=True)
+class Flag:
+    """How the compiler is told the value of a knob.
+
+    `text` holds `{}` for the value; `said` gives other words for some values, an empty text for none at all. `default`
+    is the value at which the flag is left out. `key` is the attribute of the executable target a flag of the phase
+    `target` ends up as.
+    """
+
+    knob: str
+    text: str
+    default: Value
+    phase: Phase
+    key: str = ""
+    said: tuple[tuple[Value, str], ...] = ()
+
+    def of(self, value: Value) -> str:
+        """Return the flag for a value, empty at the default."""
+        told = dict(self.said)
+        if value == self.default and isinstance(value, bool) == isinstance(self.default, bool):
+            return ""
+        if value in told:
+            return told[value]
+        return self.text.format(str(value).lower() if isinstance(value, bool) else value)
+
+
+_PIPELINES: tuple[tuple[Value, str], ...] = tuple(
+    (name, f"--iree-preprocessing-pass-pipeline=builtin.module(util.func({passes}))")
+    for name, passes in (
+        ("transpose", "iree-preprocessing-transpose-matmul-pass{input=lhs}"),
+        ("generalize", "iree-preprocessing-generalize-linalg-matmul-experimental"),
+        ("pad", "iree-preprocessing-pad-linalg-ops{pad-size=16}"),
+        ("intrinsics", "iree-preprocessing-pad-to-intrinsics"),
+    )
+)
+
+FLAGS: tuple[Flag, ...] = (
+    # the whole program
+    Flag("opt_level", "--iree-opt-level={}", "O0", "front"),
+    Flag("fusion_level", "--iree-dispatch-creation-opt-level={}", "same", "front"),
+    Flag("global_level", "--iree-global-optimization-opt-level={}", "same", "front"),
+    Flag(
+        "data_tiling",
+        "",
+        "off",
+        "front",
+        said=(("dispatch", "--iree-opt-data-tiling=true"), ("global", "--iree-global-opt-data-tiling=true")),
+    ),
+    Flag("split_reduction", "--iree-dispatch-creation-enable-split-reduction={}", False, "front"),
+    Flag("split_matmul", "--iree-dispatch-creation-split-matmul-reduction={}", 1, "front"),
+    Flag("horizontal", "--iree-dispatch-creation-enable-fuse-horizontal-contractions={}", False, "front"),
+    Flag("multi_use", "--iree-dispatch-creation-fuse-multi-use={}", True, "front"),
+    Flag("early_trunc", "--iree-dispatch-creation-enable-early-trunc-fusion={}", False, "front"),
+    Flag("reshapes", "--iree-dispatch-creation-enable-aggressive-reshape-movement={}", False, "front"),
+    Flag("collapse", "--iree-dispatch-creation-propagate-collapse-across-expands={}", False, "front"),
+    Flag("v_transpose", "--iree-global-opt-enable-attention-v-transpose={}", True, "front"),
+    Flag("demote", "--iree-global-opt-demote-contraction-inputs-type={}", "none", "front"),
+    Flag("reassociate_quantized", "--iree-global-opt-enable-quantized-matmul-reassociation={}", False, "front"),
+    Flag("index_bits", "--iree-stream-resource-index-bits={}", 64, "front"),
+    Flag("partitioning", "--iree-stream-partitioning-favor={}", "min-peak-memory", "front"),
+    Flag("memory_model", "--iree-stream-resource-memory-model={}", "unified", "front"),
+    Flag("memoization", "--iree-hal-memoization={}", True, "front"),
+    Flag("initialization", "--iree-scheduling-initialization-mode={}", "sync", "front"),
+    Flag("preprocessing", "", "none", "front", said=_PIPELINES),
+    # llvm-cpu
+    Flag("ukernels", "--iree-llvmcpu-enable-ukernels={}", "default", "target", "ukernels"),
+    Flag("vector_width", "--iree-llvmcpu-target-vector-width-in-bytes={}", 0, "target", "native_vector_size"),
+    Flag("slp_vectorize", "--iree-llvmcpu-slp-vectorization={}", False, "target", "slp_vectorization"),
+    Flag("loop_vectorize", "--iree-llvmcpu-loop-vectorization={}", False, "target", "loop_vectorization"),
+    Flag("loop_unroll", "--iree-llvmcpu-loop-unrolling={}", False, "target", "loop_unrolling"),
+    Flag("loop_interleave", "--iree-llvmcpu-loop-interleaving={}", False, "target", "loop_interleaving"),
+    Flag("stack_limit", "--iree-llvmcpu-stack-allocation-limit={}", 32768, "target", "max_stack_allocation_size"),
+    Flag("distribution_size", "--iree-llvmcpu-distribution-size={}", 64, "configure"),
+    Flag("codegen_threads", "--iree-llvmcpu-number-of-threads={}", 8, "configure"),
+    Flag("matmul_tile_bytes", "--iree-llvmcpu-matmul-tile-bytes={}", 262144, "configure"),
+    Flag("native_vectors", "--iree-llvmcpu-max-allowed-number-of-native-vectors={}", 512, "translate"),
+    Flag("tails", "--iree-llvmcpu-vector-pproc-strategy={}", "auto", "translate"),
+    Flag("reassociate", "--iree-llvmcpu-reassociate-fp-reductions={}", "level", "translate"),
+    Flag("codegen_level", "--iree-llvmcpu-mlir-opt-level={}", "same", "translate"),
+    Flag("fast_min_max", "--iree-llvmcpu-use-fast-min-max-ops={}", False, "translate"),
+    Flag("softmax_fuse", "--iree-llvmcpu-use-decompose-softmax-fuse={}", True, "translate"),
+    Flag("skip_roundings", "--iree-llvmcpu-skip-intermediate-roundings={}", True, "translate"),
+    Flag("block_dynamic", "--iree-codegen-block-dynamic-dimensions-of-contractions={}", True, "translate"),
+    Flag("scalable", "--iree-llvmcpu-enable-scalable-vectorization={}", False, "translate"),
+    # GPUs
+    Flag("default_specs", "--iree-codegen-enable-default-tuning-specs={}", False, "translate"),
+    Flag("tile_and_fuse", "--iree-codegen-llvmgpu-use-tile-and-fuse-matmul={}", True, "translate"),
+    Flag("vector_distribution", "--iree-codegen-llvmgpu-use-vector-distribution={}", True, "translate"),
+    Flag("reduction_distribution", "--iree-codegen-llvmgpu-use-reduction-vector-distribution={}", True, "translate"),
+    Flag("prefetch_stages", "--iree-llvmgpu-prefetch-num-stages={}", "auto", "translate"),
+    Flag("shared_memory_reuse", "--iree-llvmgpu-enable-shared-memory-reuse={}", False, "translate"),
+    Flag("direct_load", "--iree-llvmgpu-use-direct-load={}", "auto", "translate"),
+    Flag("workgroup_order", "--iree-codegen-reorder-workgroups-strategy={}", "auto", "translate"),
+    Flag("ptx", "--iree-cuda-target-features={}", "+ptx76", "front"),
+    Flag("encoding_layout", "--iree-rocm-encoding-layout-resolver={}", "data-tiling", "front"),
+    Flag("tensor_ukernels", "--iree-rocm-enable-tensor-ukernels={}", False, "front"),
+    Flag("specialize", "--iree-rocm-specialize-dispatches={}", False, "front"),
+    Flag("waves_per_eu", "--iree-rocm-waves-per-eu={}", 0, "front"),
+    Flag("rocm_slp", "--iree-rocm-llvm-slp-vec={}", True, "front"),
+    Flag("dispatch_abi", "--iree-vulkan-dispatch-abi={}", "descriptors", "front"),
+    Flag("spirv_index_bits", "--iree-spirv-index-bits={}", 32, "translate"),
+    Flag("promote_bf16", "--iree-input-promote-bf16-to-f32={}", False, "front"),
+)
+"""In the order in which they are said; a knob of the code generation level has exactly one."""
 
 
 def target_flags(target: Target) -> list[str]:
@@ -38,20 +148,26 @@ def target_flags(target: Target) -> list[str]:
     return flags
 
 
-def point_flags(point: Mapping[str, Value]) -> list[str]:
-    """Return the flags of the codegen level of a point; a knob at the compiler's default adds none.
+def point_flags(point: Mapping[str, Value], *phases: Phase) -> list[str]:
+    """Return the flags of the code generation level of a point, of these phases; of all where none is named.
 
-    Only what differs from the compiler's own default is said, so that point 0 is what a plain call would do.
+    Only what differs from the compiler's own default is said, so that point 0 is what a plain call would do. A knob
+    that the point does not have is left at the default.
     """
-    flags: list[str] = []
-    if point["opt_level"] != "O0":
-        flags.append(f"--iree-opt-level={point['opt_level']}")
-    flags += _DATA_TILING[str(point["data_tiling"])]
-    if point["split_reduction"]:
-        flags.append("--iree-dispatch-creation-enable-split-reduction=true")
-    if point["distribution_size"] != 64:
-        flags.append(f"--iree-llvmcpu-distribution-size={point['distribution_size']}")
-    return flags
+    return [
+        text
+        for flag in FLAGS
+        if flag.knob in point and (not phases or flag.phase in phases) and (text := flag.of(point[flag.knob]))
+    ]
+
+
+def attributes(point: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what the flags of the phase `target` change in the executable target: attribute and value."""
+    return {
+        flag.key: point[flag.knob]
+        for flag in FLAGS
+        if flag.phase == "target" and flag.knob in point and flag.of(point[flag.knob])
+    }
 
 
 def compile_flags(target: Target, point: Mapping[str, Value]) -> list[str]:

@@ -31,8 +31,8 @@ OPERATORS = 12
 LAST_VISITS = 3
 """Visits of the baseline at the end of a race, against which its first ones are held."""
 
-Contenders = Callable[[Sequence[Measurement]], set[str]]
-"""Says which variants of a race are still undecided against another one."""
+Contenders = Callable[[Sequence[Measurement], float], set[str]]
+"""Says which variants of a race are undecided against another one, and can be decided within so many rounds in all."""
 
 
 class Bench:
@@ -145,14 +145,16 @@ class Bench:
         protocol, notes = self.protocol, {"baseline": self._fit_baseline(workload)}
         for live in lives:
             live.warm(workload, 0.0)
-        rounds, end = Rounds(workload, self._order, protocol), monotonic() + protocol.race_seconds
-        entrants = list(lives)
+        begin, rounds = monotonic(), Rounds(workload, self._order, protocol)
+        end, entrants = begin + protocol.race_seconds, list(lives)
         for look in protocol.looks():
             while rounds.done < look and (rounds.done < protocol.rounds or monotonic() < end):
                 rounds.run(entrants)
             if rounds.done < look or contenders is None:
                 break
-            left = contenders([self._sampled(live, rounds) for live in lives])
+            visit = (monotonic() - begin) / sum(len(rounds.taken[live]["tpot_s"]) for live in lives)
+            reach = rounds.done + (end - monotonic()) / (2 * visit)
+            left = contenders([self._sampled(live, rounds) for live in lives], reach)
             entrants = [live for live in entrants if live.subject.variant in left]
             if len(entrants) < 2:
                 break

@@ -34,6 +34,9 @@ from llmbuild.spec.program import abi_from
 QUALITY_PROMPT = 8
 """Tokens of each quality window that go through prefill; the rest go through decode one by one."""
 
+LEARN_STEPS, LEARN_S = 16, 0.2
+"""Untimed decode steps before each timed answer, and the seconds after which fewer are enough."""
+
 COME_BACK_S = 0.05
 """Untimed work before each timed answer, in seconds, one answer at most."""
 
@@ -172,12 +175,14 @@ class Worker:
     def _come_back(self, prompt: list[int], output: int) -> None:
         """Work untimed for a moment: others have had the caches since this process last ran.
 
-        Without it a model that fits the last-level cache looks up to twice as slow in turns as it is alone.
+        Without it a model that fits the last-level cache looks up to twice as slow in turns as it is alone; and the
+        session itself has to learn how long a step takes, each time that it is opened.
         """
-        end = perf_counter() + COME_BACK_S
+        begin = perf_counter()
         token = self.session.prefill(prompt)
         for step in range(output - 1):
-            if perf_counter() >= end:
+            passed = perf_counter() - begin
+            if passed >= COME_BACK_S and (step >= LEARN_STEPS or passed >= LEARN_S):
                 return
             token = self.session.decode(token, len(prompt) + step)
 

@@ -63,7 +63,9 @@ def _features() -> dict[str, Any]:
             "CPU features", "wrong", "this system does not tell them", "artifacts cannot be checked before opening"
         )
     named = [
-        f for f in ("avx2", "avx512f", "avx512vnni", "avx512bf16", "amx-int8", "dotprod", "i8mm", "sve") if f in found
+        f
+        for f in ("avx2", "avxvnni", "avx512f", "avx512vnni", "avx512bf16", "amx-int8", "dotprod", "i8mm", "sve")
+        if f in found
     ]
     return _row("CPU features", "ok", f"{host.machine().chip}: {' '.join(named) or 'baseline'}")
 

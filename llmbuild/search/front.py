@@ -65,19 +65,30 @@ def standings(
     return out
 
 
-def contenders(trials: Sequence[Trial], measured: Sequence[Measurement], objectives: Sequence[str]) -> set[str]:
+def contenders(
+    trials: Sequence[Trial], measured: Sequence[Measurement], objectives: Sequence[str], reach: float = math.inf
+) -> set[str]:
     """Return the variants of a race that further rounds should run: first those on whose pairs the front depends.
 
     A pair matters while some objective is undecided and one of the two may still turn out to dominate the other. Where
-    none does, the pairs count that are undecided in any objective.
+    none does, the pairs count that are undecided in any objective. What would take more than `reach` rounds to decide
+    is given up: it stays undecided.
     """
     by_variant = {m.variant: m for m in measured}
     racing = [(t, by_variant[t.variant]) for t in trials if t.variant in by_variant]
-    pairs = list(combinations(_entrants(racing, objectives), 2))
-    orders = [[compare(a, b, name) for name in a.readings] for a, b in pairs]
-    loose = [(pair, found) for pair, found in zip(pairs, orders, strict=True) if "undecided" in found]
+    couples = list(combinations(_entrants(racing, objectives), 2))
+    orders = [[compare(a, b, name) for name in a.readings] for a, b in couples]
+    loose = [
+        (pair, found)
+        for pair, found in zip(couples, orders, strict=True)
+        if any(o == "undecided" and _needed(*pair, n) <= reach for o, n in zip(found, pair[0].readings, strict=True))
+    ]
     matter = [pair for pair, found in loose if not {"better", "worse"} <= set(found)]
     return {entrant.variant for pair in matter or [pair for pair, _ in loose] for entrant in pair}
+
+
+def _needed(a: Entrant, b: Entrant, metric: str) -> float:
+    return pairs.needed(a.samples.get(metric, ()), b.samples.get(metric, ()))
 
 
 def _entrants(found: Sequence[tuple[Trial, Measurement]], objectives: Sequence[str]) -> list[Entrant]:

@@ -2,112 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
 from llmbuild.kernels.choose import needs, readable
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
-from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
+from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
+from llmbuild.spec.formats import SAME
 from llmbuild.spec.recipe import Recipe
-from llmbuild.spec.space import Condition, Knob, Space, Value
+from llmbuild.spec.space import TUNING, Condition, Knob, Space, Value
 from llmbuild.spec.target import Target
 
-KNOBS: tuple[Knob, ...] = (
-    Knob(
-        "weight_format",
-        "model",
-        WEIGHT_FORMATS,
-        "f32",
-        "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros",
-        searched=("f32", "f16", "int8", "int4_g128", "int4a_g64"),
-    ),
-    Knob(
-        "head_format",
-        "model",
-        (SAME, *WEIGHT_FORMATS),
-        SAME,
-        "type of the output matrix and the token table",
-        searched=(SAME, "int8"),
-    ),
-    Knob(
-        "quantization",
-        "model",
-        ("rtn", "gptq"),
-        "rtn",
-        "how weights become integers: each to the nearest, or for the calibration text",
-        when=(Condition("weight_format", tuple(INTEGERS)),),
-    ),
-    Knob(
-        "scaling",
-        "model",
-        ("none", "activation"),
-        "none",
-        "scale channels between layers so that rounding them costs less on the calibration text",
-        when=(Condition("weight_format", tuple(INTEGERS)),),
-    ),
-    Knob(
-        "mixed",
-        "model",
-        ("none", "sensitive"),
-        "none",
-        "keep the quarter of the weights in int8 whose rounding the calibration text shows most",
-        when=(Condition("weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4)),),
-    ),
-    Knob(
-        "kv_dtype",
-        "model",
-        ("f32", "f16", "int8"),
-        "f32",
-        "element type of the KV cache; int8 has a scale for each position and head",
-    ),
-    Knob("layout", "model", ("row_major", "packed"), "row_major", "order of the weights in the parameter archive"),
-    Knob(
-        "kernel",
-        "model",
-        ("compiler", "own"),
-        "compiler",
-        "who generates the matrix products: IREE, or our MLIR kernels",
-        when=(
-            Condition("weight_format", OWN_FORMATS),
-            Condition("head_format", (SAME, *OWN_FORMATS)),
-            Condition("mixed", ("none",)),
-            Condition("kv_dtype", ("f32", "f16")),
-            Condition("layout", ("packed",)),
-        ),
-    ),
-    Knob(
-        "work_groups",
-        "model",
-        (1, 2, 4, 8, 16, 32, 64),
-        1,
-        "pieces our kernels cut a layer into; one for each worker is enough",
-        when=(Condition("kernel", ("own",)),),
-    ),
-    Knob("opt_level", "codegen", ("O0", "O1", "O2", "O3"), "O0", "--iree-opt-level"),
-    Knob(
-        "data_tiling",
-        "codegen",
-        ("off", "dispatch", "global"),
-        "off",
-        "let the compiler pack the weights when the module is loaded",
-        when=(Condition("kernel", ("compiler",)), Condition("layout", ("row_major",))),
-    ),
-    Knob("split_reduction", "codegen", (False, True), False, "split long reductions into two dispatches"),
-    Knob("distribution_size", "codegen", (64, 16, 32, 128), 64, "rows a work-group takes"),
-    Knob(
-        "driver", "runtime", ("local-task", "local-sync"), "local-task", "IREE's CPU driver: threads, or the caller's"
-    ),
-    Knob(
-        "workers",
-        "runtime",
-        (0, 1),
-        0,
-        "worker threads; 0 is one for each physical core",
-        when=(Condition("driver", ("local-task",)),),
-    ),
-)
+ALL: tuple[Knob, ...] = (*model_knobs.KNOBS, *program_knobs.KNOBS, *cpu_knobs.KNOBS, *gpu_knobs.KNOBS)
 """In the order in which they are asked about; a condition names an earlier knob."""
+
+EVERYTHING = "all"
+"""Said of a knob in a recipe or `--set`: search its whole domain."""
+
+
+def knobs_of(backend: str) -> tuple[Knob, ...]:
+    """Return the knobs that apply to a backend."""
+    found = {k.name for k in ALL if not k.backends or backend in k.backends}
+    return tuple(_without_absent(k, found) for k in ALL if not k.backends or backend in k.backends)
+
+
+def _without_absent(knob: Knob, found: set[str]) -> Knob:
+    """Return the knob without the conditions on knobs that the backend does not have."""
+    return replace(knob, when=tuple(c for c in knob.when if c.knob in found))
+
+
+KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")
+"""Those of this host's backend."""
 
 CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive"}
 """Values that need calibration text."""
@@ -123,12 +49,26 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
     """
     asked: dict[str, tuple[Value, ...]] = {"work_groups": (work_groups(cores),), **dict(recipe.knobs)}
     asked.update({name: (text,) for name, text in pinned.items()})
-    known = {knob.name for knob in KNOBS}
+    there = knobs_of(target.backend)
     for name in asked:
-        if name not in known:
-            raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
-    knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in KNOBS]
+        _check_known(name, target, {knob.name for knob in there})
+    knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in there]
     return Space(tuple(_narrow(_own(knob, target, asked), target, asked.get(knob.name)) for knob in knobs))
+
+
+def _check_known(name: str, target: Target, known: set[str]) -> None:
+    elsewhere = sorted({b for k in ALL if k.name == name for b in k.backends})
+    if elsewhere and name not in known:
+        raise InputError(f"knob {name} is for {', '.join(elsewhere)}; target {target.name} is {target.backend}")
+    if name not in known:
+        raise InputError(f"unknown knob {name!r}; there are {', '.join(sorted(known))}")
+
+
+def with_tuning(space: Space, name: str, pinned: Collection[str]) -> Space:
+    """Return the space with configurations that a catalog holds, by name, beside the compiler's own."""
+    if not name or TUNING in pinned:
+        return space
+    return Space(tuple(replace(k, domain=(*k.domain, name)) if k.name == TUNING else k for k in space.knobs))
 
 
 def work_groups(cores: int) -> int:
@@ -164,9 +104,10 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Kn
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
     if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):
         raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
+    if not formats:
+        return replace(knob, domain=("compiler",))
     allowed = {"weight_format": formats, "head_format": (SAME, *formats)}
-    when = tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when)
-    return replace(knob, when=when, domain=knob.domain if formats else ("compiler",))
+    return replace(knob, when=tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when))
 
 
 def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
@@ -174,7 +115,7 @@ def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
     able = tuple(v for v in knob.domain if set(needs.get(v, ())) <= set(target.requires))
     if asked is None:
         return replace(knob, domain=tuple(v for v in able if v in knob.searched) if knob.searched else able)
-    chosen = tuple(_value(knob, v) for v in asked)
+    chosen = able if tuple(asked) == (EVERYTHING,) and EVERYTHING not in able else tuple(_value(knob, v) for v in asked)
     for value in chosen:
         if value not in able:
             raise InputError(

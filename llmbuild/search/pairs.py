@@ -45,6 +45,21 @@ def order(mine: Sequence[float], theirs: Sequence[float]) -> Order:
     return place(*interval([math.log(a / b) for a, b in rounds]))
 
 
+def needed(mine: Sequence[float], theirs: Sequence[float]) -> float:
+    """Return about how many rounds it takes to decide what is undecided now; infinite where that cannot be said.
+
+    Intervals shrink with the root of the rounds. The centre is taken to be a third of the interval's reach further out
+    than it looks, which is one standard error: rather a round too many than a difference given up too early.
+    """
+    rounds = list(zip(mine, theirs, strict=False))
+    if len(rounds) < LEAST or any(a <= 0 or b <= 0 for a, b in rounds):
+        return math.inf
+    low, high = interval([math.log(a / b) for a, b in rounds])
+    centre, reach, tie = abs(low + high) / 2, (high - low) / 2, math.log1p(TIE)
+    margin = max(centre + reach / 3 - tie, tie - centre)
+    return len(rounds) * max(1.0, reach / margin) ** 2 if margin > 0 else math.inf
+
+
 def place(low: float, high: float) -> Order:
     """Return what an interval of a log-ratio says: beyond a tie, within one, or neither."""
     tie = math.log1p(TIE)

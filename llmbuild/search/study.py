@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
-import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Iterable, Sequence
 
-from llmbuild.search.front import value_of
-from llmbuild.spec.slo import METRICS
+from llmbuild.search.front import FLOORS, missed, value_of
+from llmbuild.search.samplers import Interest, Losses, Model, Sampler
+from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
-
-if TYPE_CHECKING:
-    import optuna
-
-REPEATS = 25
-"""Asks in a row that name a known point, after which an unknown one is drawn at random instead."""
 
 _OWN: dict[str, Value] = {
     "weight_format": "int8",
@@ -50,118 +42,112 @@ DISPENSABLE = ("scaling",)
 """Knobs whose value a point of experience goes without where the space lacks it."""
 
 
-class Study:
-    """Ask for points that are not known yet; tell what came of them."""
+class Opened:
+    """A sampler behind points that are asked about first."""
 
-    def __init__(self, space: Space, objectives: Sequence[str], seed: int, known: Sequence[Trial]) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self.space, self.objectives = space, tuple(objectives)
-        self._optuna = optuna
-        self._random = random.Random(seed)
-        with warnings.catch_warnings():  # `group` is marked experimental; it is what makes conditional knobs joint
-            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            sampler = optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=8)
-        self._study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=sampler)
+    def __init__(self, openers: Iterable[Point], sampler: Sampler) -> None:
+        self._first, self._sampler = iter(openers), sampler
         self._known: set[Point] = set()
-        self._results: dict[Point, tuple[list[float], float]] = {}
-        for trial in known:
-            self.tell(trial)
-        self._first = iter(openers(space))
 
     def ask(self) -> Point | None:
-        """Return a point never tried: point 0 first, then experience, then the sampler's; None when all are known."""
+        """Return the next opener that is not known, then what the sampler asks about."""
         for point in self._first:
             if point not in self._known:
                 self._known.add(point)
                 return point
-        for _ in range(REPEATS):
-            trial = self._study.ask()
-            point = self._suggest(trial)
-            if point not in self._known:
-                self._known.add(point)
-                self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)  # told anew, canonical, by `tell`
-                return point
-            self._answer(trial, point)
-        return self._anything_left()
+        while (asked := self._sampler.ask()) is not None:
+            if asked not in self._known:
+                self._known.add(asked)
+                return asked
+        return None
+
+    def tell(self, point: Point, losses: Losses | None) -> None:
+        """Take in what came of a point."""
+        self._known.add(point)
+        self._sampler.tell(point, losses)
+
+
+class Study:
+    """Ask for points that are not known yet; tell what came of them.
+
+    `bounds` are what a variant must meet: one that breaks a bound is as infeasible as one that failed. `related` are
+    points of the fronts of other models and targets, asked about right after point 0.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        objectives: Sequence[str],
+        seed: int,
+        known: Sequence[Trial],
+        bounds: Sequence[Bound] = (),
+        related: Sequence[Point] = (),
+    ) -> None:
+        self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
+        first = openers(space, [p.as_dict() for p in related])
+        self._sampler = Opened(first, best(space, self.objectives, seed))
+        for trial in known:
+            self.tell(trial)
+
+    def ask(self) -> Point | None:
+        """Return a point never tried: point 0, what did well elsewhere, then the sampler's; None when all are known."""
+        return self._sampler.ask()
 
     def tell(self, trial: Trial) -> None:
-        """Take in what came of a point; a failure is a broken constraint, never a bad number."""
-        self._known.add(trial.point)
-        values, violation = self._outcome(trial)
-        self._results[trial.point] = (values, violation)
-        distributions: dict[str, Any] = {
-            k.name: self._optuna.distributions.CategoricalDistribution(k.domain)
-            for k in self._asked(trial.point)
-            if trial.point[k.name] in k.domain
-        }
-        frozen = self._optuna.trial.create_trial(
-            params={name: trial.point[name] for name in distributions},
-            distributions=distributions,
-            values=values,
-        )
-        self._constrain(frozen, violation)
-        self._study.add_trial(frozen)
+        """Take in what came of a point; a failure or a broken bound is a constraint, never a bad number."""
+        self._sampler.tell(trial.point, losses_of(trial, self.objectives, self.bounds))
 
-    def _asked(self, point: Point) -> list[Any]:
-        values = point.as_dict()
-        return [k for k in self.space.knobs if self.space.active(k, values)]
-
-    def _suggest(self, trial: optuna.Trial) -> Point:
-        chosen: dict[str, Value] = {}
-        for knob in self.space.knobs:
-            if self.space.active(knob, chosen):
-                chosen[knob.name] = cast(Value, trial.suggest_categorical(knob.name, knob.domain))
-            else:
-                chosen[knob.name] = knob.default
-        return self.space.complete(chosen)
-
-    def _answer(self, trial: optuna.Trial, point: Point) -> None:
-        """Answer a repeated ask from what is known; a point still under way counts as failed for the sampler."""
-        if point not in self._results:
-            self._study.tell(trial, state=self._optuna.trial.TrialState.FAIL)
-            return
-        values, violation = self._results[point]
-        self._constrain(trial, violation)
-        self._study.tell(trial, values)
-
-    @staticmethod
-    def _constrain(trial: Any, violation: float) -> None:
-        trial.set_constraint("feasible", violation)
-
-    def _outcome(self, trial: Trial) -> tuple[list[float], float]:
-        """Return the objectives, minimized and on a log scale where positive, and the violation (<= 0: none)."""
-        worst = [20.0] * len(self.objectives)
-        if trial.failure is not None or not trial.measurements:
-            return worst, 1.0
-        values = []
-        for name in self.objectives:
-            found = value_of(trial, trial.measurements[0], name)
-            if found is None:
-                values.append(0.0)
-                continue
-            sign = 1.0 if METRICS[name].direction == "min" else -1.0
-            values.append(sign * math.log(max(found, 1e-9)))
-        return values, -1.0
-
-    def _anything_left(self) -> Point | None:
-        left = [p for p in self.space.points() if p not in self._known]
-        if not left:
-            return None
-        point = self._random.choice(left)
-        self._known.add(point)
-        return point
+    def refuse(self, point: Point) -> None:
+        """Take in that a point cannot meet the bounds, which its sizes alone told."""
+        self._sampler.tell(point, None)
 
 
-def openers(space: Space) -> list[Point]:
-    """Return what is tried before a sampler knows anything: point 0, then experience as far as the space allows it."""
+def best(space: Space, objectives: Sequence[str], seed: int) -> Sampler:
+    """Return the sampler that did best on recorded studies (`scripts/bench/search.py`)."""
+    return Model(space, interest(objectives), seed)
+
+
+def interest(objectives: Sequence[str]) -> Interest:
+    """Return how much worse than point 0 each objective may be: half as much again, quality as far as the gate lets it.
+
+    Point 0 has the best quality there is, so that every trade is for it.
+    """
+    return tuple(None if name.startswith("quality_") else math.log(WORSE) for name in objectives)
+
+
+def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
+    """Return the objectives, minimized and on a log scale where positive; None for what failed or breaks a bound.
+
+    A metric that is absent counts the same everywhere, so that it decides nothing.
+    """
+    if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
+        return None
+    losses = []
+    for name in objectives:
+        found = value_of(trial, trial.measurements[0], name)
+        sign = 1.0 if METRICS[name].direction == "min" else -1.0
+        losses.append(0.0 if found is None else sign * math.log(max(found, FLOORS.get(name, 1e-9))))
+    return tuple(losses)
+
+
+WORSE = 1.5
+"""How many times a metric of point 0 is still of interest; what is worse is no trade anyone asked for."""
+
+RELATED = 6
+"""Points of related fronts that are asked about first, at most."""
+
+
+def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
+    """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
+    then experience, as far as the space allows each.
+    """
     default = space.default()
     domains = {k.name: k.domain for k in space.knobs}
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
-    for values in ({}, *EXPERIENCE):
-        wanted = {k: v for k, v in values.items() if k not in DISPENSABLE or v in domains[k]}
+    for values in (*related[:RELATED], {}, *EXPERIENCE):
+        there = {k: v for k, v in values.items() if k in domains}
+        wanted = {k: v for k, v in there.items() if k not in DISPENSABLE or v in domains[k]}
         point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)

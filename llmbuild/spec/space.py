@@ -9,6 +9,9 @@ from typing import Literal
 Value = str | int | bool
 Level = Literal["model", "codegen", "runtime"]
 
+TUNING, UNTUNED = "tuning", "none"
+"""The knob whose other values name configurations that a catalog holds, and its default."""
+
 
 @dataclass(frozen=True)
 class Condition:

@@ -227,7 +227,7 @@ def of_live(folder: Path, model: str, seconds: float, repeats: int) -> list[dict
     return found
 
 
-def _contenders(measured: Sequence[Measurement]) -> set[str]:
+def _contenders(measured: Sequence[Measurement], _: float) -> set[str]:
     return front.contenders(_trials(measured[1:]), measured[1:], METRICS)
 
 
@@ -297,9 +297,9 @@ def main() -> int:
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     body, starts = load(asked.noise)
-    calm = [s for s in starts if not s.busy]
+    calm = [s for s in starts if not s.busy and s.rounds >= Protocol().race_rounds]
     if not calm:
-        raise InputError(f"{asked.noise} has no calm start")
+        raise InputError(f"{asked.noise} has no start with {Protocol().race_rounds} calm rounds")
     live: Callable[[], list[dict[str, Any]]] = lambda: of_live(asked.catalog, asked.model, asked.seconds, asked.live)  # noqa: E731
     document = {
         "machine": body["machine"],

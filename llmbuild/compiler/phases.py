@@ -1,0 +1,110 @@
+"""The compile in three steps, so that points which differ late share what comes early.
+
+front       whole-program passes, to `executable-sources`: the long part that all points of one model share
+configure   each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts
+finish      code is generated and linked
+
+The result is byte for byte that of one call with the same flags. The front half is kept as text with its locations
+(without them names change), because what the compiler wrote into the executable target is edited there: it ignores the
+flags that set it when it goes on from a front half.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmbuild.compiler.flags import HYGIENE, attributes, compile_flags, point_flags, target_flags
+from llmbuild.compiler.iree import binary
+from llmbuild.process import Limits, run
+from llmbuild.spec.space import Value
+from llmbuild.spec.target import Target
+from llmbuild.spec.variant import Failure
+
+SOURCES = "executable-sources"
+CONFIGURATIONS = "executable-configurations"
+_DATA_TILING = "data_tiling"
+
+
+def front_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
+    """Return the flags the front half depends on: points that agree in them share it.
+
+    With data tiling the shapes of packed tiles come from the executable target, so its flags belong to the front half.
+    """
+    phases = ("front", "target") if point.get(_DATA_TILING, "off") != "off" else ("front",)
+    return [*target_flags(target), *point_flags(point, *phases), *HYGIENE]
+
+
+def late_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
+    """Return the flags that still act on configured dispatches: with those, they decide the artifact."""
+    return [*target_flags(target), *point_flags(point, "front", "translate"), *HYGIENE]
+
+
+def front(
+    module: Path, output: Path, statistics: Path, target: Target, point: Mapping[str, Value], limits: Limits
+) -> Failure | None:
+    """Run the front half: text with locations at `output`, and what it schedules as JSON at `statistics`."""
+    told = ["--iree-scheduling-dump-statistics-format=json", f"--iree-scheduling-dump-statistics-file={statistics}"]
+    stop = [f"--compile-to={SOURCES}", "--mlir-print-debuginfo", "-o", str(output)]
+    command = [str(binary()), str(module), *front_flags(target, point), *told, *stop]
+    return run(command, "compile", limits, output)
+
+
+def configure(
+    source: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits, text: bool = False
+) -> Failure | None:
+    """Give each dispatch of a retargeted front half its configuration; bytecode, or `text` with locations."""
+    form = "--mlir-print-debuginfo" if text else "--emit-mlir-bytecode"
+    steps = [f"--compile-from={SOURCES}", f"--compile-to={CONFIGURATIONS}", form]
+    return run(
+        [str(binary()), str(source), *compile_flags(target, point), *steps, "-o", str(output)],
+        "compile",
+        limits,
+        output,
+    )
+
+
+def finish(
+    configured: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits
+) -> Failure | None:
+    """Generate code for configured dispatches: the `.vmfb` at `output`."""
+    command = [str(binary()), str(configured), *compile_flags(target, point), f"--compile-from={CONFIGURATIONS}"]
+    return run([*command, "-o", str(output)], "compile", limits, output)
+
+
+def retarget(text: str, point: Mapping[str, Value]) -> str:
+    """Return a front half with the point's attributes in every executable target.
+
+    Raises:
+        ValueError: no executable target of the CPU is in the text.
+    """
+    for key, value in attributes(point).items():
+        said = _attribute(value)
+        text, count = re.subn(rf'\b{key} = (?:true|false|\d+ : i64|"[^"]*")', f"{key} = {said}", text)
+        if not count:
+            text, count = re.subn(r'("llvm-cpu", "[a-z0-9_-]+", \{)', rf"\g<1>{key} = {said}, ", text)
+        if not count:
+            raise ValueError(f"no executable target to write {key} into")
+    return text
+
+
+def _attribute(value: Value) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value} : i64" if isinstance(value, int) else f'"{value}"'
+
+
+def features(statistics: Path) -> dict[str, Any]:
+    """Return what the front half schedules: dispatches, executables, transient and constant bytes; empty if unknown."""
+    try:
+        told = json.loads(statistics.read_text())["stream-aggregate"]
+        return {
+            "dispatches": int(told["execution"]["dispatch-count"]),
+            "executables": int(told["executable"]["executable-count"]),
+            "transient_bytes": int(told["execution"]["transient-memory-size"]),
+        }
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}

@@ -1,0 +1,34 @@
+"""Knobs of cuda, rocm and vulkan: what compiles for them; which values are fast is for a device to say."""
+
+from __future__ import annotations
+
+from llmbuild.search.program_knobs import knob
+from llmbuild.spec.space import Condition, Knob
+
+CUDA, ROCM, VULKAN = ("cuda",), ("rocm",), ("vulkan-spirv",)
+LLVMGPU = (*CUDA, *ROCM)
+TILED = Condition("data_tiling", ("dispatch",))
+
+KNOBS: tuple[Knob, ...] = (
+    knob("tile_and_fuse", (True, False), "matrix products through the TileAndFuse pipeline", LLVMGPU),
+    knob("vector_distribution", (True, False), "matrix products and attention through VectorDistribute", LLVMGPU),
+    knob("reduction_distribution", (True, False), "reductions and matrix-vector products through it too", LLVMGPU),
+    knob("prefetch_stages", ("auto", 0, 2, 3), "stages of loading into shared memory ahead of use", LLVMGPU),
+    knob("shared_memory_reuse", (False, True), "buffers of shared memory take turns in one place", LLVMGPU),
+    knob("direct_load", ("auto", "true", "false"), "load into shared memory past the registers", ROCM),
+    knob("workgroup_order", ("auto", "none", "transpose"), "order of work-groups, for the caches", LLVMGPU),
+    knob("default_specs", (False, True), "tuning specs that ship with the compiler; there are some for gfx942", ROCM),
+    knob("ptx", ("+ptx76", "+ptx78", "+ptx80"), "PTX version; the driver translates it when loading", CUDA),
+    knob("encoding_layout", ("data-tiling", "pad", "none"), "what data tiling packs for", ROCM, when=(TILED,)),
+    knob("tensor_ukernels", (False, True), "microkernels written in MLIR; part of AMD's serving recipe", ROCM),
+    knob("specialize", (False, True), "variants of a dispatch for ranges of its shapes", ROCM),
+    knob("waves_per_eu", (0, 1, 2, 4), "waves an execution unit should hold at least; 0 leaves it open", ROCM),
+    knob("rocm_slp", (True, False), "LLVM joins scalar operations into vectors", ROCM),
+    knob("dispatch_abi", ("descriptors", "bda", "all"), "how shaders find their buffers", VULKAN),
+    knob("spirv_index_bits", (32, 64), "width of indices in shaders", VULKAN),
+    knob("promote_bf16", (False, True), "f32 in place of bf16, which several drivers fail on", VULKAN),
+    Knob("driver", "runtime", ("cuda",), "cuda", "IREE's driver", backends=CUDA),
+    Knob("driver", "runtime", ("hip",), "hip", "IREE's driver", backends=ROCM),
+    Knob("driver", "runtime", ("vulkan",), "vulkan", "IREE's driver", backends=VULKAN),
+    Knob("workers", "runtime", (0,), 0, "a GPU has none", backends=(*LLVMGPU, *VULKAN)),
+)

@@ -1,0 +1,80 @@
+"""Knobs of the model level: a change costs an import."""
+
+from __future__ import annotations
+
+from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
+from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
+from llmbuild.spec.space import Condition, Knob
+
+KNOBS: tuple[Knob, ...] = (
+    Knob(
+        "weight_format",
+        "model",
+        WEIGHT_FORMATS,
+        "f32",
+        "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros",
+        searched=("f32", "f16", "int8", "int4_g128", "int4a_g64"),
+    ),
+    Knob(
+        "head_format",
+        "model",
+        (SAME, *WEIGHT_FORMATS),
+        SAME,
+        "type of the output matrix and the token table",
+        searched=(SAME, "int8"),
+    ),
+    Knob(
+        "quantization",
+        "model",
+        ("rtn", "gptq"),
+        "rtn",
+        "how weights become integers: each to the nearest, or for the calibration text",
+        when=(Condition("weight_format", tuple(INTEGERS)),),
+    ),
+    Knob(
+        "scaling",
+        "model",
+        ("none", "activation"),
+        "none",
+        "scale channels between layers so that rounding them costs less on the calibration text",
+        when=(Condition("weight_format", tuple(INTEGERS)),),
+    ),
+    Knob(
+        "mixed",
+        "model",
+        ("none", "sensitive"),
+        "none",
+        "keep the quarter of the weights in int8 whose rounding the calibration text shows most",
+        when=(Condition("weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4)),),
+    ),
+    Knob(
+        "kv_dtype",
+        "model",
+        ("f32", "f16", "int8"),
+        "f32",
+        "element type of the KV cache; int8 has a scale for each position and head",
+    ),
+    Knob("layout", "model", ("row_major", "packed"), "row_major", "order of the weights in the parameter archive"),
+    Knob(
+        "kernel",
+        "model",
+        ("compiler", "own"),
+        "compiler",
+        "who generates the matrix products: IREE, or our MLIR kernels",
+        when=(
+            Condition("weight_format", OWN_FORMATS),
+            Condition("head_format", (SAME, *OWN_FORMATS)),
+            Condition("mixed", ("none",)),
+            Condition("kv_dtype", ("f32", "f16")),
+            Condition("layout", ("packed",)),
+        ),
+    ),
+    Knob(
+        "work_groups",
+        "model",
+        (1, 2, 4, 8, 16, 32, 64),
+        1,
+        "pieces our kernels cut a layer into; one for each worker is enough",
+        when=(Condition("kernel", ("own",)),),
+    ),
+)

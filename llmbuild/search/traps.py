@@ -1,0 +1,60 @@
+"""What is left out of the space on purpose, and why: choices that look like knobs and cost trials or crash."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Trap:
+    """A choice that is never searched and cannot be pinned."""
+
+    choice: str
+    backends: tuple[str, ...]
+    reason: str
+
+
+TRAPS: tuple[Trap, ...] = (
+    Trap(
+        "--iree-llvmcpu-enable-inner-tiled",
+        ("llvm-cpu",),
+        "the compiler crashes with data_tiling=dispatch and fails with global on bf16 vectors",
+    ),
+    Trap(
+        "data_tiling dispatch and global together",
+        ("llvm-cpu", "rocm"),
+        "two paths to the same packing; the second would pack what the first has packed",
+    ),
+    Trap("data_tiling", ("cuda", "vulkan-spirv"), "no backend code packs there: a knob without effect"),
+    Trap("two rows per tile in a matrix-vector product", ("llvm-cpu",), "a cliff: 2.5 GB/s where 1 row reads 21 GB/s"),
+    Trap("int4 dequantized in f16", ("llvm-cpu",), "f16 arithmetic is emulated: four times slower than in f32"),
+    Trap(
+        "--iree-torch-emit-async-entry-points=false",
+        (),
+        "entry points without fences cannot take the mutable KV cache",
+    ),
+    Trap("masks of minus infinity", (), "rows that are masked whole become NaN; ours are finite"),
+    Trap(
+        "--iree-cuda-target=sm_90",
+        ("cuda",),
+        "the compiler knows no sm_90: name sm_80 or sm_89, or a target of one's own",
+    ),
+    Trap("--iree-rocm-llvm-global-isel", ("rocm",), "LLVM aborts in its register banks on a plain matrix product"),
+    Trap("scaled_dot_product_attention", ("vulkan-spirv",), "does not compile: attention is written out there"),
+    Trap("bf16 prompts", ("vulkan-spirv",), "cooperative matrices of bf16 do not compile: promote_bf16 is the way out"),
+    Trap(
+        "slice assignment into the KV cache",
+        (),
+        "becomes a slow copy and a read-back in every step; ours is index_put_",
+    ),
+    Trap(
+        "--iree-opt-const-eval=false, assertions, debug symbols, source maps",
+        (),
+        "hygiene, not choices: fixed, so that equal code has equal bytes",
+    ),
+    Trap(
+        "--iree-execution-model other than async-external",
+        (),
+        "inline models cannot take functions with mutable arguments",
+    ),
+)
