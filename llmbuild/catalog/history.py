@@ -99,3 +99,13 @@ def usable(session: Session, model: str, target: str, machine: str) -> int:
     row, good = t.StandingRow, ("pareto", "undecided", "dominated")
     where = (row.model == model, row.target == target, row.machine == machine, row.status.in_(good))
     return session.scalar(select(func.count(row.variant.distinct())).where(*where)) or 0
+
+
+def compiled(session: Session, lineage: str) -> list[Point]:
+    """Return the points of a lineage that have an artifact, oldest first."""
+    rows = session.scalars(
+        select(t.VariantRow.point)
+        .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
+        .order_by(t.VariantRow.created_at)
+    )
+    return [Point.of(body) for body in rows]

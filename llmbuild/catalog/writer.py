@@ -338,12 +338,7 @@ class Catalog:
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
         with self.session() as session:
-            rows = session.scalars(
-                select(t.VariantRow.point)
-                .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
-                .order_by(t.VariantRow.created_at)
-            )
-            return [Point.of(body) for body in rows]
+            return history.compiled(session, lineage)
 
     def update_measurement(self, scope: str, measurement: Measurement) -> None:
         """Replace a measurement by a longer one of the same key."""
