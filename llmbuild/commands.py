@@ -16,6 +16,7 @@ from llmbuild.build import Build, Outcome, describe
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
+from llmbuild.compiler.resolved import Answers
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, explained, plan, until
@@ -65,7 +66,9 @@ def _job(path: Path, target: str, options: Options) -> Job:
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
-    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"])
+    folder = Path(options["catalog"]) if options.get("catalog") else None
+    answers = Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
+    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], answers)
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:

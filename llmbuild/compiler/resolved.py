@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from llmbuild import digest
 from llmbuild.compiler import iree
@@ -17,30 +17,40 @@ from llmbuild.spec.target import Target
 FIELDS = ("cpu", "features", "requires")
 
 
-def folder() -> Path:
-    """Return where answers are kept: `$XDG_CACHE_HOME/llmbuild`, else `~/.cache/llmbuild`; it may go at any time."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmbuild"
+@dataclass(frozen=True)
+class Answers:
+    """Where answers are kept: a folder of a catalog. They may go at any time; without `keep` they are only read."""
+
+    folder: Path
+    keep: bool = True
 
 
-def resolve(target: Target) -> Target:
+def resolve(target: Target, answers: Answers | None = None) -> Target:
     """Return what `iree.resolve` does; known targets of this very compiler on this very CPU are not asked for again.
 
     Raises:
         InputError: the compiler does not know this CPU or these features.
     """
-    path = folder() / f"target-{_key(target)}.json"
+    if answers is None:
+        return iree.resolve(target)
+    path = answers.folder / f"{_key(target)}.json"
     try:
         known = json.loads(path.read_text())
         features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:])
         return replace(target, cpu=str(known["cpu"]), features=features, requires=requires)
     except (OSError, ValueError, KeyError, TypeError):
         found = iree.resolve(target)
-    with contextlib.suppress(OSError):  # a home that cannot be written costs a quarter of a second, no more
+    if answers.keep:
+        _write(path, {name: getattr(found, name) for name in FIELDS})
+    return found
+
+
+def _write(path: Path, answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs a quarter of a second, no more
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({name: getattr(found, name) for name in FIELDS}, file)
+            json.dump(answer, file)
         Path(file.name).replace(path)
-    return found
 
 
 def _key(target: Target) -> str:
