@@ -17,6 +17,7 @@ from llmbuild.catalog.phases import winners_of
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
+from llmbuild.compiler.resolved import Answers
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, explained, plan, until
@@ -66,7 +67,9 @@ def _job(path: Path, target: str, options: Options) -> Job:
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
-    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"])
+    folder = Path(options["catalog"]) if options.get("catalog") else None
+    answers = Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
+    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], answers)
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:
@@ -225,7 +228,7 @@ def _closing(done: Outcome, reason: str) -> str:
 
 def _built(job: Job, folder: Path, done: Outcome) -> Built:
     machine = digest.of(job.machine)
-    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=True)
+    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=not done.usable, default=True)
     mine = [
         r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in ("pareto", "undecided"))
     ]
@@ -304,10 +307,9 @@ def _order(metric: str) -> Callable[[dict[str, Any]], tuple[bool, float]]:
 def query(options: Options) -> list[dict[str, Any]]:
     """Return the rows that meet an SLO, the best first."""
     slo = parse_slo(options["slo"], options["objective"])
-    rows = reader.variants(
-        Path(options["catalog"]), options["model"], options["target"], options["workload"], options["everything"]
-    )
-    return sorted((r for r in rows if not slo.misses(r)), key=_order(slo.objective))
+    folder, everything = Path(options["catalog"]), options["everything"]
+    rows = reader.variants(folder, options["model"], options["target"], options["workload"], everything, slo)
+    return sorted(rows, key=_order(slo.objective))
 
 
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:

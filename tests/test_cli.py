@@ -13,6 +13,7 @@ import pytest
 from tests.conftest import Project, llmbuild, make_project
 
 COMMANDS = ("build", "compile", "profile", "query", "pick", "run", "explain", "recipes", "targets", "doctor")
+COMMANDS += ("verify", "gc", "diff", "merge", "publish", "pull", "keys")
 README = Path(__file__).parent.parent / "README.md"
 
 

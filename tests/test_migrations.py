@@ -9,7 +9,10 @@ import pytest
 from llmbuild.catalog import schema
 from llmbuild.catalog.schema import FILE, MIGRATIONS, SCHEMA_VERSION, open_engine
 from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import NoVariant
 from llmbuild.runtime import reader
+from llmbuild.runtime.host import runtime_version
+from llmbuild.runtime.model import pick
 from llmbuild.spec.slo import parse_slo
 
 KEPT = Path(__file__).parent / "databases"
@@ -80,8 +83,8 @@ def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(versio
     assert len(every) == 3
     assert [row.get("itl_p99_s") for row in every] == [None] * 3
     late, quick = parse_slo(["itl_p99_s<=1"], None), parse_slo(["tpot_s<=1e9"], None)
-    assert reader.leaders(tmp_path, model, None, None, late, machine, 9) is None
-    assert reader.leaders(tmp_path, model, None, None, quick, machine, 9)
+    assert list(reader.leaders(tmp_path, model, None, None, late, machine, 9)) == []
+    assert list(reader.leaders(tmp_path, model, None, None, quick, machine, 9))
     assert reader.variants(tmp_path, slo=late) == []
 
 
@@ -96,4 +99,18 @@ def test_an_estimate_of_energy_is_inside_no_bound_and_leads_nothing(tmp_path: Pa
         bounded, led = parse_slo(["energy_j_per_token<=1"], "tpot_s"), parse_slo([], "energy_j_per_token")
         assert bool(reader.variants(folder, slo=bounded)) is inside
         for slo in (bounded, led):
-            assert bool(reader.leaders(folder, model, None, None, slo, machine, 9)) is inside
+            assert bool(list(reader.leaders(folder, model, None, None, slo, machine, 9))) is inside
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: int, tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript((KEPT / f"schema-{version}.sql").read_text())
+    connection.execute("UPDATE artifact SET runtime = ?", (runtime_version(),))
+    connection.commit()
+    connection.close()
+    made = pick(tmp_path, "m", ["tpot_s<=1"], "tpot_s")
+    assert made.chosen is not None
+    assert (made.chosen["point"]["name"], len(made.candidates)) == ("fast", 3)
+    with pytest.raises(NoVariant):
+        pick(tmp_path, "m", ["itl_p99_s<=1e-9"])

@@ -14,7 +14,7 @@ from llmbuild.catalog.references import blobs_of, front_variants, published_blob
 from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 
-ORDER = ("orphan", "front half", "artifact", "checks", "module", "parameters", "tokenizer", "reference")
+ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
 """What goes first under a size budget; a reference, which takes the longest to make again, goes last."""
 
 
@@ -70,7 +70,9 @@ def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
         for name, size in sizes.items()
         if name not in keep
     ]
-    return sorted(free, key=lambda r: (ORDER.index(r.kind), _age(named, r.digest), r.digest)), sum(sizes.values())
+    return sorted(
+        free, key=lambda r: (ORDER.index(r.kind) if r.kind in ORDER else len(ORDER), _age(named, r.digest), r.digest)
+    ), sum(sizes.values())
 
 
 def _age(named: Mapping[str, object], digest: str) -> str:

@@ -26,7 +26,7 @@ from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import Target
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
 
 _MEDIANS = (
@@ -267,12 +267,7 @@ class Catalog:
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
         with self.session() as session:
-            rows = session.scalars(
-                select(t.VariantRow.point)
-                .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
-                .order_by(t.VariantRow.created_at)
-            )
-            return [Point.of(body) for body in rows]
+            return history.compiled(session, lineage)
 
     def update_measurement(self, scope: str, measurement: Measurement) -> None:
         """Replace a measurement by a longer one of the same key."""
@@ -283,6 +278,16 @@ class Catalog:
         """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
         with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def finished(self, scope: str) -> list[Finished]:
+        """Return the trials of a scope that need not be tried again, without reading what was measured."""
+        with self.session() as session:
+            return history.finished(session, scope)
+
+    def usable(self, model: str, target: str, machine: str) -> int:
+        """Return how many variants of a recipe on a target and machine can be used."""
+        with self.session() as session:
+            return history.usable(session, model, target, machine)
 
     def lost(self) -> set[str]:
         """Return the variants whose artifact or parameters should be there and are not, or not whole."""
