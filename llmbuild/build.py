@@ -23,7 +23,7 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps
 
@@ -71,8 +71,24 @@ class Build:
             self.catalog.forget(self.job.scope)
             self.catalog.reset_build(self.key)
         self.state = self._state()
-        self.known = known_trials(steps)
+        self._known: list[Trial] | None = None
         self._begin = monotonic()
+
+    @property
+    def known(self) -> list[Trial]:
+        """The finished trials, read when they are first asked for: a build with nothing to do never does."""
+        if self._known is None:
+            self._known = known_trials(self.steps)
+        return self._known
+
+    @known.setter
+    def known(self, trials: list[Trial]) -> None:
+        self._known = trials
+
+    def finished(self) -> list[Finished]:
+        """Return the finished trials of the job's space, without what was measured."""
+        space = self.job.space
+        return [f for f in self.catalog.finished(self.job.scope) if f.is_default or space.contains(f.point)]
 
     def run(self, race: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
@@ -80,10 +96,10 @@ class Build:
         Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
         """
         if not stale_reason(self):
-            return self._outcome(0, "up to date")
+            return self._up_to_date()
         with self.catalog.making(f"build-{self.job.scope}", self._waiting):
             self.state, self.known = self._state(), known_trials(self.steps)
-            return self._run(race) if stale_reason(self) else self._outcome(0, "up to date")
+            return self._run(race) if stale_reason(self) else self._up_to_date()
 
     def _waiting(self) -> None:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
@@ -326,6 +342,11 @@ class Build:
             ended=ended,
         )
 
+    def _up_to_date(self) -> Outcome:
+        names = self.steps.registered
+        usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
+        return Outcome(0, len(self.finished()), usable, "up to date", monotonic() - self._begin)
+
     def _outcome(self, made: int, ended: str) -> Outcome:
         usable = sum(1 for s in stand(self.job, self.known) if s.status in ("pareto", "undecided", "dominated"))
         return Outcome(made, len(self.known), usable, ended, monotonic() - self._begin)
@@ -370,18 +391,17 @@ def unique(trials: Sequence[Trial]) -> int:
 
 def stale_reason(build: Build) -> str:
     """Return why a build has something to do; empty when it is up to date."""
-    state, known = build.state, build.known
+    state, finished = build.state, build.finished()
     if state["ended"] == "never built":
-        return "changed: knobs, objectives, bounds or seed" if known else "never built"
-    gone = build.catalog.lost()
-    missing = [t for t in known if t.variant in gone]
+        return "changed: knobs, objectives, bounds or seed" if finished else "never built"
+    missing = build.catalog.lost() & {f.variant for f in finished}
     if missing:
-        for trial in missing:
-            build.known.remove(trial)
+        build.known = [t for t in build.known if t.variant not in missing]
         return f"{len(missing)} artifacts are missing or damaged"
     spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
-    if unique(known) < build.budget.trials and not spent_up:
-        return f"{build.budget.trials - unique(known)} of {build.budget.trials} trials to go"
+    done = sum(not f.reused for f in finished)
+    if done < build.budget.trials and not spent_up:
+        return f"{build.budget.trials - done} of {build.budget.trials} trials to go"
     return "" if state["raced"] else "survivors have not been raced"
 
 

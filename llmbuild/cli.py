@@ -26,8 +26,8 @@ from llmbuild.options import (
 )
 
 INTERRUPTED = 130
-TOLD = 20
-"""Verdicts that `pick` prints without `--why`."""
+TOLD = 200
+"""Variants above which `pick` gives their verdicts only when asked."""
 
 
 class Group(click.Group):
@@ -162,6 +162,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     from llmbuild.runtime import trust
     from llmbuild.runtime.lock import write
     from llmbuild.runtime.model import pick as choose
+    from llmbuild.runtime.reader import count
 
     try:
         trust.require(Path(options["catalog"]), trust.policy(options["trust"], options["allow_unsigned"]))
@@ -184,7 +185,12 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     assert made.chosen is not None
     if lock is not None:
         write(made, lock)
-    click.echo(made.explain() if why else made.explain(TOLD), err=True)
+    assert made.chosen is not None
+    others = count(Path(options["catalog"]), made.chosen["model"]) - 1
+    if why or others < TOLD:
+        click.echo(made.explain(), err=True)
+    else:
+        click.echo(f"chosen of {others + 1} variants: --why gives the verdict on each", err=True)
     if form == "json":
         click.echo(json.dumps(public(made.chosen)))
     elif form == "csv":

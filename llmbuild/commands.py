@@ -17,6 +17,7 @@ from llmbuild.catalog.phases import winners_of
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
+from llmbuild.compiler.resolved import Answers
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.plan import changes, explained, plan, until
@@ -66,7 +67,9 @@ def _job(path: Path, target: str, options: Options) -> Job:
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
-    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"])
+    folder = Path(options["catalog"]) if options.get("catalog") else None
+    answers = Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
+    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], answers)
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:
@@ -132,8 +135,8 @@ def build(job: Job, options: Options) -> Built:
     if options["dry_run"]:
         return Built([], True, "", _planned(job, budget, options))
     catalog = Catalog(folder)
-    job = _with_winners(job, catalog, options)
     try:
+        job = _with_winners(job, catalog, options)
         if options.get("explain"):
             _explain_to(Progress().say, job, catalog, budget, options)
         return _build(job, catalog, budget, options)
@@ -144,8 +147,8 @@ def build(job: Job, options: Options) -> Built:
 def _planned(job: Job, budget: Budget, options: Options) -> list[dict[str, Any]]:
     folder = Path(options["catalog"])
     catalog = Catalog(folder) if exists(folder) else None
-    job = _with_winners(job, catalog, options) if catalog else job
     try:
+        job = _with_winners(job, catalog, options) if catalog else job
         steps = until(plan(job, catalog, budget, options["seed"]), options.get("until"))
         fields = explained(job, catalog) if options.get("explain") else {}
     finally:
@@ -189,7 +192,11 @@ def tune(variant: str, options: Options) -> list[dict[str, Any]]:
     from llmbuild.tuning import Tuner
 
     talk = Progress()
-    done = Tuner(Path(options["catalog"]), variant, talk).run()
+    tuner = Tuner(Path(options["catalog"]), variant, talk)
+    try:
+        done = tuner.run()
+    finally:
+        tuner.catalog.close()
     if done.ratio is None:
         talk.say("nothing new won: the catalog's configurations stay as they are")
     else:
@@ -221,7 +228,7 @@ def _closing(done: Outcome, reason: str) -> str:
 
 def _built(job: Job, folder: Path, done: Outcome) -> Built:
     machine = digest.of(job.machine)
-    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=True)
+    rows = reader.variants(folder, job.recipe.name, job.target.name, everything=not done.usable, default=True)
     mine = [
         r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in ("pareto", "undecided"))
     ]
@@ -300,10 +307,9 @@ def _order(metric: str) -> Callable[[dict[str, Any]], tuple[bool, float]]:
 def query(options: Options) -> list[dict[str, Any]]:
     """Return the rows that meet an SLO, the best first."""
     slo = parse_slo(options["slo"], options["objective"])
-    rows = reader.variants(
-        Path(options["catalog"]), options["model"], options["target"], options["workload"], options["everything"]
-    )
-    return sorted((r for r in rows if not slo.misses(r)), key=_order(slo.objective))
+    folder, everything = Path(options["catalog"]), options["everything"]
+    rows = reader.variants(folder, options["model"], options["target"], options["workload"], everything, slo)
+    return sorted(rows, key=_order(slo.objective))
 
 
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:

@@ -153,6 +153,6 @@ def once(
     found = find(key)
     if found and not forced(f"{step} {key}"):
         return found
-    with catalog.making(key):
+    with catalog.making(f"{step}-{key}"):  # a compile and its front half may have the same key
         other = None if found else find(key)
         return other or make()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import Build, describe, known_trials, stale_reason, unique
+from llmbuild.build import Build, describe, stale_reason
 from llmbuild.catalog.writer import Catalog
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
@@ -57,15 +57,15 @@ def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[P
     artifact = catalog.find_compile(compile_key) if program else None
     if job.force:
         return [Planned(s, zero, FORCED) for s in STEPS[:3]] + [_search(0, budget, FORCED)]
-    known = known_trials(steps)
-    search = stale_reason(Build(steps, budget, seed, 1, lambda _: None))
+    build = Build(steps, budget, seed, 1, lambda _: None)
+    search, known = stale_reason(build), build.finished()
     if changed and not known:
         search = changed
     return [
         Planned("import", zero, "" if program else changed or "never imported", import_key),
         Planned("compile", zero, _compile_reason(program, artifact), compile_key),
-        Planned("profile", zero, "" if any(t.is_default for t in known) else changed or "never measured", job.scope),
-        _search(unique(known), budget, search),
+        Planned("profile", zero, "" if any(f.is_default for f in known) else changed or "never measured", job.scope),
+        _search(sum(not f.reused for f in known), budget, search),
     ]
 
 

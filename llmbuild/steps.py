@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from llmbuild import digest
 from llmbuild.catalog.writer import Catalog, Registered
 from llmbuild.compiler import iree
+from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.compiling import Compiling, once
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
@@ -138,7 +139,13 @@ class Job:
 
 
 def make_job(
-    recipe: Recipe, target: Target, pinned: dict[str, str], machine: Machine, toolchain: Toolchain, force: bool
+    recipe: Recipe,
+    target: Target,
+    pinned: dict[str, str],
+    machine: Machine,
+    toolchain: Toolchain,
+    force: bool,
+    answers: Answers | None = None,
 ) -> Job:
     """Return the job of a recipe on a target that may still be called `host`.
 
@@ -147,7 +154,7 @@ def make_job(
     """
     if recipe.calibration:
         heldout.check_apart(recipe.calibration, recipe.quality)
-    resolved = iree.resolve(target)
+    resolved = resolve(target, answers)
     space = space_for(resolved, recipe, pinned, machine.cores)
     return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
 

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import JSON, String
 
 from llmbuild.catalog import garbage, merge, verify
 from llmbuild.catalog.diff import Ruler, bytes_changed, compare
+from llmbuild.catalog.references import references
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.store import SEALED_NS
+from llmbuild.catalog.tables import Base
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import reader
@@ -177,6 +180,25 @@ def test_a_size_that_is_none_is_told(size: str) -> None:
 
 def test_sizes_are_read() -> None:
     assert [size_of(s) for s in ("500M", "2GB", "1.5k", "7")] == [500_000_000, 2_000_000_000, 1500, 7]
+
+
+def test_every_table_that_names_a_blob_is_known_to_gc(shelf: Path) -> None:
+    catalog = Catalog(shelf)
+    names = {}
+    with catalog.session(write=True) as session:
+        for table in (t for t in Base.metadata.sorted_tables if "blob" in t.c):
+            names[table.name] = catalog.blobs.put_bytes(table.name.encode())
+            filled = {
+                c.name: "k" * 64 if isinstance(c.type, String) else 1.0 for c in table.c if not isinstance(c.type, JSON)
+            }
+            more = {c.name: {} for c in table.c if isinstance(c.type, JSON)}
+            session.execute(table.insert().values({**filled, **more, "blob": names[table.name]}))
+    with catalog.session() as session:
+        found = {r.kind: r.digest for r in references(session)}
+    catalog.close()
+    assert names
+    assert {kind: found[kind] for kind in names} == names
+    assert problems(shelf) == []
 
 
 # --- diff --------------------------------------------------------------------------------------------------------

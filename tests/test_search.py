@@ -66,7 +66,8 @@ def test_expected_gain_is_the_mean_gain_of_draws(rows: list[list[int]], seed: in
     drawn = mean + spread * source.standard_normal((2000, d))
     gains = [hypervolume(np.vstack([losses, row]), reference) - base for row in drawn]
     expected = expected_gain(mean, spread, losses, reference)[0]
-    assert abs(expected - np.mean(gains)) <= 5 * np.std(gains) / np.sqrt(len(gains)) + 1e-6
+    unseen = 2e-3  # gains so rare that 2,000 draws may show none of them
+    assert abs(expected - np.mean(gains)) <= 5 * np.std(gains) / np.sqrt(len(gains)) + unseen
 
 
 def test_the_front_keeps_one_of_equal_rows() -> None:

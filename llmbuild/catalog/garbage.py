@@ -14,7 +14,7 @@ from llmbuild.catalog.references import blobs_of, front_variants, published_blob
 from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 
-ORDER = ("orphan", "front half", "artifact", "checks", "module", "parameters", "tokenizer", "reference")
+ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
 """What goes first under a size budget; a reference, which takes the longest to make again, goes last."""
 
 
@@ -61,16 +61,18 @@ def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) 
 
 def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
     with catalog.session() as session:
-        named = {r.digest: r for r in references(session)}
+        named = {r.digest: r for r in references(session, catalog.blobs)}
         keep = blobs_of(session, front_variants(session)) | published_blobs(catalog.folder)
-        keep |= {r.digest for r in named.values() if r.kind == "reference"}
+        keep |= {r.digest for r in named.values() if r.kind in ("reference", "tuning")}
     sizes = dict(catalog.blobs.digests())
     free = [
         Removal(name, named[name].kind if name in named else "orphan", size)
         for name, size in sizes.items()
         if name not in keep
     ]
-    return sorted(free, key=lambda r: (ORDER.index(r.kind), _age(named, r.digest), r.digest)), sum(sizes.values())
+    return sorted(
+        free, key=lambda r: (ORDER.index(r.kind) if r.kind in ORDER else len(ORDER), _age(named, r.digest), r.digest)
+    ), sum(sizes.values())
 
 
 def _age(named: Mapping[str, object], digest: str) -> str:

@@ -44,7 +44,7 @@ def merge(source: Catalog, into: Catalog) -> Merged:
     """
     done = Merged()
     with source.session() as session:
-        named = {r.digest for r in references(session)}
+        named = {r.digest for r in references(session, source.blobs)}
         tables = {table.name: list(_rows(session, table)) for table in t.Base.metadata.sorted_tables}
     _blobs(source, into, named, done)
     with into.session(write=True) as session:
@@ -116,7 +116,7 @@ def _failures(session: Session, rows: list[Row], done: Merged) -> dict[int, int]
 
 def _measurements(session: Session, rows: list[Row], done: Merged) -> None:
     table = t.MeasurementRow.__table__
-    known = dict(session.execute(select(t.MeasurementRow.key, t.MeasurementRow.created_at)).tuples().all())
+    known = {row[0]: row[1] for row in session.execute(select(t.MeasurementRow.key, t.MeasurementRow.created_at))}
     fresh = [row for row in rows if row["key"] not in known or known[row["key"]] < row["created_at"]]
     for row in fresh:
         session.execute(upsert(table).values(row).on_conflict_do_update(index_elements=["key"], set_=row))  # type: ignore[arg-type]
@@ -165,4 +165,4 @@ def _irreproducible(session: Session, rows: list[Row]) -> list[str]:
 
 def compiles(session: Session) -> dict[str, str]:
     """Return the artifact of every compile by its key."""
-    return dict(session.execute(select(t.CompileRow.key, t.CompileRow.artifact)).tuples().all())
+    return {row[0]: row[1] for row in session.execute(select(t.CompileRow.key, t.CompileRow.artifact))}

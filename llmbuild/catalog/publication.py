@@ -51,7 +51,7 @@ def prepare(catalog: Catalog, models: Sequence[str], folder: Path) -> Publicatio
     """
     with catalog.session() as session:
         rows = _rows(session, models)
-        kinds = {r.digest: r.kind for r in references(session)}
+        kinds = {r.digest: r.kind for r in references(session, catalog.blobs)}
     if not rows["standing"]:
         raise InputError(
             f"{catalog.folder}: no front of {', '.join(models) or 'any model'} to publish: build one first"

@@ -12,6 +12,7 @@ from sqlalchemy.orm import Session
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.schema import PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
+from llmbuild.spec.space import TUNING, UNTUNED
 
 FRONT = ("pareto", "undecided")
 RECORDS = "published"
@@ -28,8 +29,8 @@ class Reference:
     created_at: str
 
 
-def references(session: Session) -> list[Reference]:
-    """Return every claim of a row on a blob."""
+def references(session: Session, blobs: BlobStore) -> list[Reference]:
+    """Return every claim of a row on a blob; `blobs` completes the names that points have of tunings."""
     found: list[Reference] = []
     for program in session.scalars(select(t.ProgramRow)):
         for kind, name in (
@@ -42,11 +43,12 @@ def references(session: Session) -> list[Reference]:
         found.append(Reference(artifact.digest, "artifact", f"artifact {artifact.digest[:12]}", artifact.created_at))
     tokenizers = select(t.VariantRow.tokenizer).where(t.VariantRow.tokenizer.is_not(None)).distinct()
     found += [Reference(str(name), "tokenizer", "variants", "") for name in session.scalars(tokenizers)]
-    for reference in session.scalars(select(t.ReferenceRow)):
-        found.append(Reference(reference.blob, "reference", f"reference {reference.key[:12]}", reference.created_at))
-    for front in session.scalars(select(t.FrontHalfRow)):
-        found.append(Reference(front.blob, "front half", f"front half {front.key[:12]}", front.created_at))
-    return found
+    for table in t.Base.metadata.sorted_tables:
+        if "blob" in table.c:  # every cache of something that takes long: references, front halves of compiles
+            for row in session.execute(select(table)).mappings():
+                found.append(Reference(row["blob"], table.name, f"{table.name} {row['key'][:12]}", row["created_at"]))
+    tunings = {str(point.get(TUNING, UNTUNED)) for point in session.scalars(select(t.VariantRow.point))} - {UNTUNED}
+    return found + [Reference(name, "tuning", "variants", "") for name in map(blobs.find, sorted(tunings)) if name]
 
 
 def front_variants(session: Session) -> set[str]:

@@ -15,7 +15,7 @@ from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llmbuild.errors import CatalogError
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
 """In a catalog whose rows are in a server: one line, the server's URL. Blobs and locks stay in the folder."""

@@ -32,6 +32,10 @@ class BlobStore:
         """Say whether a blob is there; its bytes are not read."""
         return self.path(digest).is_file()
 
+    def find(self, prefix: str) -> str | None:
+        """Return the name of a blob by its beginning."""
+        return next((path.name for path in sorted(self.path(prefix).parent.glob(f"{prefix}*"))), None)
+
     def put_file(self, source: Path) -> str:
         """Copy a file in and return its digest; what is there already stays as it is.
 

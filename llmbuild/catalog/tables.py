@@ -206,6 +206,22 @@ class MeasurementRow(Base):
     samples: Mapped[dict[str, Any]]
     notes: Mapped[dict[str, Any]]
     created_at: Mapped[str]
+    __table_args__ = (
+        Index(
+            "measurement_by_key",  # narrow, so that the readings a pick looks at lie side by side
+            "key",
+            "tpot_s",
+            "ttft_s",
+            "itl_p99_s",
+            "e2e_s",
+            "output_tokens_per_s",
+            "energy_j_per_token",
+            "peak_memory_bytes",
+            "load_s",
+            "quality_kl",
+            "quality_top1",
+        ),
+    )
 
 
 class FailureRow(Base):

@@ -35,7 +35,7 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
     """Return all that is wrong with a catalog; empty when every row and byte is as it should be."""
     with catalog.session() as session:
         rows = [*_database(session), *_dangling(session)]
-        named = {r.digest: r for r in references(session)}
+        named = {r.digest: r for r in references(session, catalog.blobs)}
         gone = collected(session)
         missed = {name for names in lost(session, catalog.blobs).values() for name in names}
     kept = published_blobs(catalog.folder)

@@ -26,7 +26,7 @@ from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import Target
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
 
 _MEDIANS = (
@@ -156,9 +156,7 @@ class Catalog:
             session.execute(upsert(t.ProgramRow).values(row).on_conflict_do_nothing())
             _made(session, program.module, program.parameters, program.check)
             values = {"key": key, "inputs": plain(inputs), "program": name, "seconds": seconds, "created_at": now()}
-            session.execute(
-                upsert(t.ImportRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.ImportRow, values)
 
     def parameters_of(self, program: str) -> str | None:
         """Return the digest of a program's parameter archive."""
@@ -175,9 +173,7 @@ class Catalog:
         """Keep what the library's own model says."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
         with self.session(write=True) as session:
-            session.execute(
-                upsert(t.ReferenceRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.ReferenceRow, values)
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
@@ -212,9 +208,7 @@ class Catalog:
                 "seconds": seconds,
                 "created_at": now(),
             }
-            session.execute(
-                upsert(t.CompileRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.CompileRow, values)
 
     # --- trials --------------------------------------------------------------------------------------------------
 
@@ -273,12 +267,7 @@ class Catalog:
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
         with self.session() as session:
-            rows = session.scalars(
-                select(t.VariantRow.point)
-                .where(t.VariantRow.lineage == lineage, t.VariantRow.artifact.is_not(None))
-                .order_by(t.VariantRow.created_at)
-            )
-            return [Point.of(body) for body in rows]
+            return history.compiled(session, lineage)
 
     def update_measurement(self, scope: str, measurement: Measurement) -> None:
         """Replace a measurement by a longer one of the same key."""
@@ -289,6 +278,16 @@ class Catalog:
         """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
         with self.session(write=True) as session:
             session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
+
+    def finished(self, scope: str) -> list[Finished]:
+        """Return the trials of a scope that need not be tried again, without reading what was measured."""
+        with self.session() as session:
+            return history.finished(session, scope)
+
+    def usable(self, model: str, target: str, machine: str) -> int:
+        """Return how many variants of a recipe on a target and machine can be used."""
+        with self.session() as session:
+            return history.usable(session, model, target, machine)
 
     def lost(self) -> set[str]:
         """Return the variants whose artifact or parameters should be there and are not, or not whole."""
@@ -333,9 +332,7 @@ class Catalog:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
         with self.session(write=True) as session:
-            session.execute(
-                upsert(t.BuildRow).values(values).on_conflict_do_update(index_elements=["key"], set_=values)
-            )
+            _replace(session, t.BuildRow, values)
 
     def reset_build(self, key: str) -> None:
         """Forget how far a build has come."""
@@ -367,6 +364,10 @@ class Catalog:
 def _made(session: Session, *blobs: str) -> None:
     """Note that blobs which may have been collected are there again."""
     session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(blobs)))
+
+
+def _replace(session: Session, table: type[t.Base], values: dict[str, Any]) -> None:
+    session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
 
 
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:

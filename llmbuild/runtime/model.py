@@ -60,7 +60,7 @@ def pick(
     folder = Path(catalog)
     name = model or _only_model(folder)
     facts, absent = host_facts(), _absent(folder)
-    found = reader.leaders(folder, name, target, workload, asked, facts.machine, LEADERS) or []
+    found = reader.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
     best = next((row for row in found if not refusal(row, facts) and not absent(row)), None)
     if best is not None:
         chosen = best

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sqlite3
@@ -12,19 +13,23 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import trust
-from llmbuild.spec.slo import METRICS, Slo
+from llmbuild.spec.measurement import ESTIMATES
+from llmbuild.spec.slo import ENERGY, METRICS, Slo
 
-SCHEMA_VERSIONS = (1, 2, 3, 4)
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
+NEVER = "1=0"
 FRONT = "status IN ('pareto', 'undecided')"
 NARROW = (
     "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
     "tokenizer runtime energy_source"
 ).split()
 """What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
+_ALIKE = ("target_body", "abi")
+"""Columns that are the same in many rows, and are parsed once; nobody changes what they hold."""
 _JSON = (
     "point",
     "target_body",
@@ -86,6 +91,7 @@ def _connect(file: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
+        connection.execute(f"PRAGMA mmap_size={1 << 30}")
         return connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be opened: {error}") from None
@@ -150,14 +156,15 @@ def variants(
     workload: str | None = None,
     everything: bool = False,
     slo: Slo | None = None,
+    default: bool = False,
 ) -> list[dict[str, Any]]:
-    """Return rows of the view `variants`; only the front unless `everything` is asked for, only those inside `slo`."""
+    """Return rows of the view `variants`: the front, or `everything`; only those inside `slo`; `default` rows too."""
     where, values = _where(model, target, workload)
     if not everything:
-        where.append(FRONT)
-    if slo is not None:
-        _bounded(slo, where, values)
+        where.append(f'({FRONT} OR "default")' if default else FRONT)
     with opened(catalog) as connection:
+        if slo is not None:
+            _bounded(connection, slo, where, values)
         found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
@@ -167,36 +174,29 @@ def candidates(
 ) -> list[dict[str, Any]]:
     """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
     where, values = _where(model, target, workload)
-    columns = ", ".join((*NARROW, *METRICS))
     with opened(catalog) as connection:
+        there = _columns(connection)
+        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in there)
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
-    bodies: dict[str, Any] = {}
-    rows = []
-    for row in map(dict, found):
-        body = row["target_body"]
-        if isinstance(body, str):
-            row["target_body"] = bodies[body] if body in bodies else bodies.setdefault(body, json.loads(body))
-        rows.append(row)
-    return rows
+    return [decode(row) for row in found]
 
 
 def leaders(
     catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
-) -> list[dict[str, Any]] | None:
-    """Return the first rows of a front that are inside `slo`, the best first, of this machine if it has any row.
-
-    None where rows of this machine are there, and none of them is inside.
-    """
+) -> Iterator[dict[str, Any]]:
+    """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
+        if not {slo.objective, *(bound.metric for bound in slo.bounds)} <= _columns(connection):
+            return  # a catalog of an earlier schema, which has no such metric
         here = connection.execute(
             "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
         ).fetchone()
         if here:
             where.append("machine_digest = ?")
             values.append(machine)
-        where += [FRONT, f"{slo.objective} IS NOT NULL"]
-        _bounded(slo, where, values)
+        where += [FRONT, _known(connection, slo.objective)]
+        _bounded(connection, slo, where, values)
         sign = "" if METRICS[slo.objective].direction == "min" else "-"
         found = connection.execute(
             f"SELECT variant, machine_digest, target_digest, workload FROM variants WHERE {' AND '.join(where)} "
@@ -206,8 +206,8 @@ def leaders(
         ).fetchall()
         place = ("variant", "machine_digest", "target_digest", "workload")
         one = f"SELECT * FROM variants WHERE model = ? AND {' AND '.join(f'{name} = ?' for name in place)}"
-        rows = [connection.execute(one, (model, *(row[name] for name in place))).fetchone() for row in found]
-    return None if here and not rows else [decode(row) for row in rows]
+        for row in found:
+            yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
 
 
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
@@ -219,21 +219,86 @@ def _where(model: str | None, target: str | None, workload: str | None) -> tuple
     return where, values
 
 
-def _bounded(slo: Slo, where: list[str], values: list[Any]) -> None:
+def _bounded(connection: Any, slo: Slo, where: list[str], values: list[Any]) -> None:
     for bound in slo.bounds:
-        where.append(f"{bound.metric} {bound.operator} ?")
-        values.append(bound.limit)
+        known = _known(connection, bound.metric)
+        where.append(known)
+        if known != NEVER:
+            where.append(f"{bound.metric} {bound.operator} ?")
+            values.append(bound.limit)
+
+
+def _known(connection: Any, metric: str) -> str:
+    """Return the condition that a metric is there: never in a catalog from before it, nor where it is an estimate."""
+    if metric not in _columns(connection):
+        return NEVER
+    estimates = ", ".join(f"'{source}'" for source in ESTIMATES)
+    measured = f" AND energy_source NOT IN ({estimates})" if metric == ENERGY else ""
+    return f"{metric} IS NOT NULL{measured}"
+
+
+def _columns(connection: Any) -> frozenset[str]:
+    """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
+    return frozenset(column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description)
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
-    """Return a row as a dict, its JSON columns parsed."""
+    """Return a row as a dict, its JSON columns parsed.
+
+    Raises:
+        CatalogError: a cell is not what its column holds: the catalog is damaged.
+    """
     out = dict(row)
-    for name in _JSON:
-        if isinstance(out.get(name), str):
-            out[name] = json.loads(out[name])
+    try:
+        for name in _JSON:
+            if isinstance(out.get(name), str):
+                out[name] = _shared(out[name]) if name in _ALIKE else json.loads(out[name])
+    except ValueError:
+        raise _damaged(out, name) from None
     if "default" in out:
         out["default"] = bool(out["default"])
-    return out
+    return _sound(out)
+
+
+def _sound(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row whose cells are of the types that their columns hold; SQLite itself holds anything anywhere."""
+    for names, kinds in _KINDS:
+        for name in names:
+            if name in row and not isinstance(row[name], kinds):
+                raise _damaged(row, name)
+    target = row.get("target_body")
+    if target is not None and not (isinstance(target.get("arch"), str) and _texts(target.get("requires"))):
+        raise _damaged(row, "target_body")
+    return row
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
+
+
+def _damaged(row: dict[str, Any], name: str) -> CatalogError:
+    whose = str(row.get("variant"))[:12]
+    return CatalogError(f"variant {whose}: its {name} is damaged in the catalog: restore catalog.sqlite from a copy")
+
+
+_KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
+    (tuple(METRICS), (int, float, type(None))),
+    (("variant", "model", "target", "machine", "workload", "status", "machine_digest", "target_digest"), str),
+    (("artifact", "parameters", "tokenizer", "runtime", "reason", "program"), (str, type(None))),
+    (("point", "target_body"), dict),
+    (("ratios", "intervals", "notes", "abi"), (dict, type(None))),
+)
+
+
+@functools.lru_cache(64)
+def _shared(text: str) -> Any:
+    return json.loads(text)
+
+
+def count(catalog: Path, model: str) -> int:
+    """Return how many rows a model has."""
+    with opened(catalog) as connection:
+        return int(connection.execute("SELECT count(*) FROM standing WHERE model = ?", (model,)).fetchone()[0])
 
 
 def models(catalog: Path) -> list[str]:

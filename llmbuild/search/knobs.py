@@ -104,9 +104,10 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Kn
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
     if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):
         raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
+    if not formats:
+        return replace(knob, domain=("compiler",))
     allowed = {"weight_format": formats, "head_format": (SAME, *formats)}
-    when = tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when)
-    return replace(knob, when=when, domain=knob.domain if formats else ("compiler",))
+    return replace(knob, when=tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when))
 
 
 def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:

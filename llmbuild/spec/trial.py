@@ -32,6 +32,16 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Finished:
+    """What a build must know of a trial to see whether it has anything to do; `reused` ones cost no evaluation."""
+
+    point: Point
+    variant: str
+    is_default: bool
+    reused: bool
+
+
+@dataclass(frozen=True)
 class Standing:
     """Where a variant stands on one workload: `pareto`, `undecided`, `dominated`, `infeasible` or `failed`."""
 

@@ -1,0 +1,62 @@
+"""Remember what the compiler took a target for: asking takes a quarter of a second, and the answer rarely changes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.compiler import iree
+from llmbuild.runtime import host
+from llmbuild.spec.target import Target
+
+FIELDS = ("cpu", "features", "requires")
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Where answers are kept: a folder of a catalog. They may go at any time; without `keep` they are only read."""
+
+    folder: Path
+    keep: bool = True
+
+
+def resolve(target: Target, answers: Answers | None = None) -> Target:
+    """Return what `iree.resolve` does; known targets of this very compiler on this very CPU are not asked for again.
+
+    Raises:
+        InputError: the compiler does not know this CPU or these features.
+    """
+    if answers is None:
+        return iree.resolve(target)
+    path = answers.folder / f"{_key(target)}.json"
+    try:
+        known = json.loads(path.read_text())
+        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:])
+        return replace(target, cpu=str(known["cpu"]), features=features, requires=requires)
+    except (OSError, ValueError, KeyError, TypeError):
+        found = iree.resolve(target)
+    if answers.keep:
+        _write(path, {name: getattr(found, name) for name in FIELDS})
+    return found
+
+
+def _write(path: Path, answer: dict[str, Any]) -> None:
+    with contextlib.suppress(OSError):  # a folder that cannot be written costs a quarter of a second, no more
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(answer, file)
+        Path(file.name).replace(path)
+
+
+def _key(target: Target) -> str:
+    """Return the digest of all that the answer depends on: the compiler by version and file, the CPU, the target."""
+    binary = iree.binary()
+    stat = binary.stat()
+    machine = host.machine()
+    compiler = [iree.compiler_version(), str(binary), stat.st_size, stat.st_mtime_ns]
+    return digest.of([compiler, machine.chip, machine.arch, machine.features, target.identity()])
