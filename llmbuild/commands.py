@@ -13,6 +13,7 @@ from typing import Any
 import llmbuild
 from llmbuild import digest, toolchain
 from llmbuild.build import Build, Outcome, describe
+from llmbuild.catalog.phases import winners_of
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
@@ -179,24 +180,10 @@ def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Buil
     return _built(job, catalog.folder, done)
 
 
-def _imported(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
-    rows = [_made_row(job, point, made, "program") for point, made in done]
-    return Built(rows, any(r["program"] for r in rows), f"nothing imported: {_first_failure(rows)}", plain=True)
-
-
-def _compiled(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
-    rows = [_made_row(job, point, made, "artifact") for point, made in done]
-    return Built(rows, any(r["artifact"] for r in rows), f"nothing compiled: {_first_failure(rows)}", plain=True)
-
-
-def _first_failure(rows: Sequence[dict[str, Any]]) -> str:
-    return next((str(r["failure"]) for r in rows if r["failure"]), "no point to try")
-
-
 def _with_winners(job: Job, catalog: Catalog, options: Options) -> Job:
     """Return the job with the configurations of dispatches that won before on its target, in any build."""
     asked = {*dict(job.recipe.knobs), *_pins(options["pinned"])}
-    name = catalog.winners_of(digest.of(job.target.identity()), job.toolchain.compiler)
+    name = winners_of(catalog, digest.of(job.target.identity()), job.toolchain.compiler)
     return replace(job, space=with_tuning(job.space, name, asked))
 
 
@@ -216,6 +203,20 @@ def tune(variant: str, options: Options) -> list[dict[str, Any]]:
         told = f"time per token {done.ratio.median:.3f} [{done.ratio.low:.3f}, {done.ratio.high:.3f}] of that without"
         talk.say(f"whole model: {told}; " + (f"builds try tuning={done.name}" if done.name else "nothing is kept"))
     return [plain(kind) for kind in done.kinds]
+
+
+def _imported(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+    rows = [_made_row(job, point, made, "program") for point, made in done]
+    return Built(rows, any(r["program"] for r in rows), f"nothing imported: {_first_failure(rows)}", plain=True)
+
+
+def _compiled(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+    rows = [_made_row(job, point, made, "artifact") for point, made in done]
+    return Built(rows, any(r["artifact"] for r in rows), f"nothing compiled: {_first_failure(rows)}", plain=True)
+
+
+def _first_failure(rows: Sequence[dict[str, Any]]) -> str:
+    return next((str(r["failure"]) for r in rows if r["failure"]), "no point to try")
 
 
 def _closing(done: Outcome, reason: str) -> str:

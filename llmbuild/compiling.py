@@ -6,14 +6,14 @@ import gzip
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.catalog.writer import Catalog, Front
+from llmbuild.catalog.phases import Front, find_front, record_front, winners
+from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import dispatches, iree, phases
 from llmbuild.compiler.flags import compile_flags
 from llmbuild.process import Limits
@@ -21,28 +21,8 @@ from llmbuild.spec.space import TUNING, UNTUNED, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
 
-T = TypeVar("T")
-
 Settings = Mapping[str, Value]
-Inputs = dict[str, Any]
-Forced = Callable[[str], bool]
-
-
-def once(
-    catalog: Catalog,
-    forced: Forced,
-    step: str,
-    key: str,
-    find: Callable[[str], T | None],
-    make: Callable[[], T | Failure],
-) -> T | Failure:
-    """Return what was made before, or make it; of two who need the same thing, one makes it and the other waits."""
-    found = find(key)
-    if found and not forced(f"{step} {key}"):
-        return found
-    with catalog.making(f"{step}-{key}"):  # a compile and its front half may have the same key
-        other = None if found else find(key)
-        return other or make()
+T = TypeVar("T")
 
 
 def untuned(settings: Settings) -> bool:
@@ -56,7 +36,9 @@ class Compiling:
     `forced` says once for each thing whether it is to be made again though it is known.
     """
 
-    def __init__(self, catalog: Catalog, target: Target, compiler: str, limits: Limits, forced: Forced) -> None:
+    def __init__(
+        self, catalog: Catalog, target: Target, compiler: str, limits: Limits, forced: Callable[[str], bool]
+    ) -> None:
         self.catalog, self.target, self.compiler, self.limits, self.forced = catalog, target, compiler, limits, forced
 
     def inputs(self, module: str, settings: Settings) -> dict[str, Any]:
@@ -68,19 +50,25 @@ class Compiling:
         """Return the artifact of a module, from the catalog or the compiler."""
         inputs = self.inputs(module, settings)
         key = digest.of(inputs)
-        make = partial(self._compile, key, inputs, module, settings)
-        return once(self.catalog, self.forced, "compile", key, self.catalog.find_compile, make)
+        return self._once(
+            "compile", key, self.catalog.find_compile, lambda: self._recorded(key, inputs, module, settings)
+        )
 
-    def _compile(self, key: str, inputs: Inputs, module: str, settings: Settings) -> Artifact | Failure:
+    def _recorded(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Artifact | Failure:
         begin = monotonic()
-        made = self._in_phases(module, settings)
+        made = self._compile(module, settings)
         if isinstance(made, Failure):
             command = iree.compile_command(self.catalog.blobs.path(module), Path("out.vmfb"), self.target, settings)
             return replace(made, command=shlex.join(command))
         self.catalog.record_compile(key, inputs, made, monotonic() - begin)
         return made
 
-    def _in_phases(self, module: str, settings: Settings) -> Artifact | Failure:
+    def _once(
+        self, step: str, key: str, find: Callable[[str], T | None], make: Callable[[], T | Failure]
+    ) -> T | Failure:
+        return once(self.catalog, self.forced, step, key, find, make)
+
+    def _compile(self, module: str, settings: Settings) -> Artifact | Failure:
         front = self.front(module, settings)
         if isinstance(front, Failure):
             return front
@@ -90,13 +78,16 @@ class Compiling:
             return configured if isinstance(configured, Failure) else self.finish(configured, settings, folder)
 
     def front(self, module: str, settings: Settings) -> Front | Failure:
-        """Return the front half of a module; two that want the same one, in whatever build, make it once."""
+        """Return the front half of a module; two that want the same one make it once."""
         inputs = {"module": module, "flags": phases.front_flags(self.target, settings), "compiler": self.compiler}
         key = digest.of(inputs)
-        make = partial(self._front, key, inputs, module, settings)
-        return once(self.catalog, self.forced, "front", key, self.catalog.find_front, make)
 
-    def _front(self, key: str, inputs: Inputs, module: str, settings: Settings) -> Front | Failure:
+        def find(key: str) -> Front | None:
+            return find_front(self.catalog, key)
+
+        return self._once("front", key, find, lambda: self._front(key, inputs, module, settings))
+
+    def _front(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Front | Failure:
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as name:
             source, told = Path(name) / "sources.mlir", Path(name) / "statistics.json"
@@ -106,13 +97,13 @@ class Compiling:
                 return failure
             blob = self.catalog.blobs.put_bytes(gzip.compress(source.read_bytes(), 6, mtime=0))
             front = Front(blob, phases.features(told), monotonic() - begin)
-        self.catalog.record_front(key, inputs, front)
+        record_front(self.catalog, key, inputs, front)
         return front
 
     def text(self, front: Front, settings: Settings) -> str:
         """Return a front half as text, with what the settings change in its executable target and its products."""
         text = phases.retarget(self.plain_text(front), settings)
-        return text if untuned(settings) else dispatches.configure(text, self.catalog.winners(str(settings[TUNING])))
+        return text if untuned(settings) else dispatches.configure(text, winners(self.catalog, str(settings[TUNING])))
 
     def plain_text(self, front: Front) -> str:
         """Return a front half as text."""
@@ -134,11 +125,12 @@ class Compiling:
         plain = configured.read_bytes().replace(str(folder).encode(), b"")  # bytecode names the file it came from
         inputs = {"configured": digest.of_bytes(plain), "flags": flags, "compiler": self.compiler}
         key = digest.of(inputs)
-        make = partial(self._finish, key, inputs, configured, settings, folder)
-        return once(self.catalog, self.forced, "finish", key, self.catalog.find_compile, make)
+        return self._once(
+            "finish", key, self.catalog.find_compile, lambda: self._finish(key, inputs, configured, settings, folder)
+        )
 
     def _finish(
-        self, key: str, inputs: Inputs, configured: Path, settings: Settings, folder: Path
+        self, key: str, inputs: dict[str, Any], configured: Path, settings: Settings, folder: Path
     ) -> Artifact | Failure:
         begin, output = monotonic(), folder / "module.vmfb"
         failure = phases.finish(configured, output, self.target, settings, self.limits)
@@ -147,3 +139,20 @@ class Compiling:
         artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.compiler)
         self.catalog.record_compile(key, inputs, artifact, monotonic() - begin)
         return artifact
+
+
+def once(
+    catalog: Catalog,
+    forced: Callable[[str], bool],
+    step: str,
+    key: str,
+    find: Callable[[str], T | None],
+    make: Callable[[], T | Failure],
+) -> T | Failure:
+    """Return what was made before, or make it; of two who need the same thing, one makes it and the other waits."""
+    found = find(key)
+    if found and not forced(f"{step} {key}"):
+        return found
+    with catalog.making(f"{step}-{key}"):  # a compile and its front half may have the same key
+        other = None if found else find(key)
+        return other or make()

@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from llmbuild import digest
 from llmbuild.build import Event
-from llmbuild.catalog.writer import Catalog, Tuned
+from llmbuild.catalog.phases import Tuned, find_tuning, record_tuning, winners_of
+from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import dispatches
 from llmbuild.compiler.dispatches import Product
 from llmbuild.compiling import Compiling
@@ -105,7 +106,7 @@ class Tuner:
         plain = _made(self.compiling.compile(self.module, self.settings))
         before = self._times(plain)
         ranked = self._ranked(dispatches.products(text), before)
-        known = {p.signature: found for p, _, _ in ranked if (found := self.catalog.find_tuning(self._key(p)))}
+        known = {p.signature: found for p, _, _ in ranked if (found := find_tuning(self.catalog, self._key(p)))}
         tried = self._try(text, [p for p, _, _ in ranked if p.signature not in known], before)
         chosen = {s: found.configuration for s, found in known.items() if found.configuration}
         chosen |= {s: best for s, rows in tried.items() if (best := self._best(rows))}
@@ -115,7 +116,7 @@ class Tuner:
             if product.signature in tried:
                 self._keep(product, tried[product.signature], confirmed)
         kinds = tuple(self._told(p, o, share, known, tried, confirmed) for p, o, share in ranked)
-        return Tunings(kinds, ratio, self.catalog.winners_of(self._target(), self.compiler))
+        return Tunings(kinds, ratio, winners_of(self.catalog, self._target(), self.compiler))
 
     # --- ranking and trying --------------------------------------------------------------------------------------
 
@@ -223,7 +224,7 @@ class Tuner:
         gain = rows[0][1] / dict(rows)[best]
         tried = tuple({"configuration": c, "seconds": s} for c, s in rows)
         inputs = {**self._inputs(product), "operations": list(product.operations), "bounds": list(product.bounds)}
-        self.catalog.record_tuning(self._key(product), inputs, Tuned(best, gain, tried))
+        record_tuning(self.catalog, self._key(product), inputs, Tuned(best, gain, tried))
 
     def _told(
         self,

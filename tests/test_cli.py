@@ -93,7 +93,8 @@ def test_a_target_this_host_cannot_run(project: Project, tmp_path: Path) -> None
 
 
 def test_an_unknown_target_lists_those_there_are(project: Project, tmp_path: Path) -> None:
-    assert "there are host, x86-64-v3" in refused("build", project.recipe, "-t", "z80", "-C", tmp_path / "c")
+    told = refused("build", project.recipe, "-t", "z80", "-C", tmp_path / "c")
+    assert "there are host, " in told and "x86-64-v3" in told
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from llmbuild.errors import NoVariant
 from llmbuild.runtime import reader
 from llmbuild.runtime.host import runtime_version
 from llmbuild.runtime.model import pick
+from llmbuild.spec.slo import parse_slo
 
 KEPT = Path(__file__).parent / "databases"
 VERSIONS = sorted(int(p.name[:4]) for p in MIGRATIONS.glob("[0-9]*.py"))
@@ -85,3 +86,31 @@ def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: 
     assert (made.chosen["point"]["name"], len(made.candidates)) == ("fast", 3)
     with pytest.raises(NoVariant):
         pick(tmp_path, "m", ["itl_p99_s<=1e-9"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(version: int, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.executescript((KEPT / f"schema-{version}.sql").read_text())
+        model, machine = connection.execute("SELECT model, machine FROM standing LIMIT 1").fetchone()
+    every = reader.candidates(tmp_path, model)
+    assert len(every) == 3
+    assert [row.get("itl_p99_s") for row in every] == [None] * 3
+    late, quick = parse_slo(["itl_p99_s<=1"], None), parse_slo(["tpot_s<=1e9"], None)
+    assert list(reader.leaders(tmp_path, model, None, None, late, machine, 9)) == []
+    assert list(reader.leaders(tmp_path, model, None, None, quick, machine, 9))
+    assert reader.variants(tmp_path, slo=late) == []
+
+
+def test_an_estimate_of_energy_is_inside_no_bound_and_leads_nothing(tmp_path: Path) -> None:
+    for source, inside in (("rapl", True), ("model", False)):
+        folder = tmp_path / source
+        folder.mkdir()
+        with sqlite3.connect(folder / FILE) as connection:
+            connection.executescript((KEPT / "schema-1.sql").read_text())
+            model, machine = connection.execute("SELECT model, machine FROM standing LIMIT 1").fetchone()
+            connection.execute("UPDATE measurement SET energy_j_per_token = 0.5, energy_source = ?", (source,))
+        bounded, led = parse_slo(["energy_j_per_token<=1"], "tpot_s"), parse_slo([], "energy_j_per_token")
+        assert bool(reader.variants(folder, slo=bounded)) is inside
+        for slo in (bounded, led):
+            assert bool(list(reader.leaders(folder, model, None, None, slo, machine, 9))) is inside

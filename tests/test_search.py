@@ -17,7 +17,7 @@ from llmbuild.search.candidates import Candidates, draw, neighbours
 from llmbuild.search.hypervolume import expected_gain, free_cells, hypervolume, nondominated
 from llmbuild.search.knobs import KNOBS
 from llmbuild.search.replay import read, replay
-from llmbuild.search.samplers import Losses, Model, Optuna, Random, Sampler
+from llmbuild.search.samplers import Losses, Model, Optuna, Random, Reach, Sampler
 from llmbuild.spec.space import Condition, Knob, Point, Space
 
 SMALL = Space(
@@ -66,7 +66,8 @@ def test_expected_gain_is_the_mean_gain_of_draws(rows: list[list[int]], seed: in
     drawn = mean + spread * source.standard_normal((2000, d))
     gains = [hypervolume(np.vstack([losses, row]), reference) - base for row in drawn]
     expected = expected_gain(mean, spread, losses, reference)[0]
-    assert abs(expected - np.mean(gains)) <= 5 * np.std(gains) / np.sqrt(len(gains)) + 1e-6
+    unseen = 2e-3  # gains so rare that 2,000 draws may show none of them
+    assert abs(expected - np.mean(gains)) <= 5 * np.std(gains) / np.sqrt(len(gains)) + unseen
 
 
 def test_the_front_keeps_one_of_equal_rows() -> None:
@@ -124,7 +125,7 @@ def test_a_huge_space_is_never_listed() -> None:
 
 SAMPLERS = {
     "random": lambda seed: Random(SMALL, seed),
-    "model": lambda seed: Model(SMALL, (None, None), seed),
+    "model": lambda seed: Model(SMALL, (Reach(1.0), Reach(1.0)), seed),
     "tpe": lambda seed: Optuna(SMALL, 2, seed),
 }
 
@@ -148,7 +149,7 @@ def test_a_sampler_asks_for_every_point_once(name: str) -> None:
 
 
 def test_points_under_way_are_not_asked_for_again() -> None:
-    sampler = Model(SMALL, (None, 1.0), 0)
+    sampler = Model(SMALL, (Reach(1.0), Reach(value=3.0)), 0)
     for point in islice(SMALL.points(), 6):
         sampler.tell(point, losses(point))
     batch = [sampler.ask() for _ in range(4)]
@@ -236,6 +237,6 @@ def test_the_model_needs_fewer_evaluations_than_chance(tmp_path: Path) -> None:
         runs = [replay(study, make(seed), len(study.rows)) for seed in range(8)]  # type: ignore[operator]
         return float(np.median([run.evaluations_to(0.95) or len(study.rows) for run in runs]))
 
-    assert needed(lambda seed: Model(study.space, (0.4, 0.4), seed)) < 0.7 * needed(
+    assert needed(lambda seed: Model(study.space, study.interest, seed)) < 0.7 * needed(
         lambda seed: Random(study.space, seed)
     )

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llmbuild.catalog.writer import Catalog, Tuned
+from llmbuild.catalog.phases import Tuned, record_tuning, winners, winners_of
+from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
 from llmbuild.compiler import dispatches, iree
 from llmbuild.compiler.dispatches import configurations, configure, products
@@ -90,18 +91,18 @@ def test_nothing_chosen_leaves_the_text_as_it_is(compiling: Compiling, tmp_path:
 def test_what_won_is_named_by_content_and_used_by_a_compile(compiling: Compiling, tmp_path: Path) -> None:
     catalog = compiling.catalog
     kind = products(front_text(compiling, TWO_LAYERS, tmp_path))[0]
-    assert catalog.winners_of("t", "c") == ""
+    assert winners_of(catalog, "t", "c") == ""
     inputs = {"signature": kind.signature, "target": "t", "compiler": "c"}
-    catalog.record_tuning("k", inputs, Tuned(configurations(kind)[0], 1.5, ()))
-    name = catalog.winners_of("t", "c")
-    assert catalog.winners_of("other", "c") == ""
-    assert catalog.winners(name) == {kind.signature: configurations(kind)[0]}
+    record_tuning(catalog, "k", inputs, Tuned(configurations(kind)[0], 1.5, ()))
+    name = winners_of(catalog, "t", "c")
+    assert winners_of(catalog, "other", "c") == ""
+    assert winners(catalog, name) == {kind.signature: configurations(kind)[0]}
     module = catalog.blobs.put_file(tmp_path / "module.mlir")
     plain, tuned = (compiling.compile(module, {**SETTINGS, TUNING: t}) for t in ("none", name))
     assert isinstance(plain, Artifact) and isinstance(tuned, Artifact)
     assert plain.digest != tuned.digest
-    with pytest.raises(CatalogError, match="not in this catalog"):
-        catalog.winners("0" * 12)
+    with pytest.raises(CatalogError, match="no tuning"):
+        winners(catalog, "0" * 12)
 
 
 def test_a_space_takes_up_what_a_catalog_holds_unless_it_is_pinned() -> None:
@@ -139,3 +140,15 @@ def test_the_command_line_tells_what_there_is_to_tune(built: Project) -> None:
     done = llmbuild("tune", "no-such-variant", "-C", built.catalog)
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
+
+
+def test_fronts_of_other_models_are_found_and_ones_own_is_not(built: Project) -> None:
+    rows = reader.variants(built.catalog, "tiny", everything=True)
+    front = {tuple(sorted(r["point"].items())) for r in rows if r["status"] == "pareto"}
+    catalog = Catalog(built.catalog)
+    try:
+        targets = {r["target_digest"] for r in rows}
+        assert {p.values for p in catalog.fronts_elsewhere("another", "another")} == front
+        assert [catalog.fronts_elsewhere("tiny", of) for of in targets] == [[]]
+    finally:
+        catalog.close()

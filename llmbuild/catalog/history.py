@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 from sqlalchemy import String, cast, func, or_, select
 from sqlalchemy.orm import Session
@@ -30,6 +30,20 @@ def trials(session: Session, scope: str) -> list[Trial]:
         .order_by(t.TrialRow.number)
     )
     return [_trial(*row, measured=measured) for row in found]
+
+
+def fronts_elsewhere(session: Session, model: str, target: str) -> list[Point]:
+    """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
+    rows = session.execute(
+        select(t.VariantRow.point, t.StandingRow.target)
+        .join(t.StandingRow, t.StandingRow.variant == t.VariantRow.digest)
+        .where(t.StandingRow.status == "pareto")
+        .where((t.StandingRow.model != model) | (t.StandingRow.target != target))
+        .order_by(t.VariantRow.created_at)
+    ).all()
+    count = Counter(Point.of(body) for body, _ in rows)
+    near = {Point.of(body) for body, of in rows if of == target}
+    return sorted(count, key=lambda point: (point not in near, -count[point]))
 
 
 def _trial(

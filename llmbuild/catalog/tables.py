@@ -129,7 +129,8 @@ class FrontHalfRow(Base):
 class TuningRow(Base):
     """The configuration that was fastest for a kind of dispatch, by shape, types, target and compiler.
 
-    `gain` is the seconds with the compiler's own configuration over those with this one; 1 where its own was best.
+    `gain` is the seconds with the compiler's own configuration over those with this one; 1 where its own was best. A
+    row whose inputs are `winners` names a set of such configurations by its digest.
     """
 
     __tablename__ = "dispatch_tuning"

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,6 @@ from llmbuild.catalog.references import lost
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
-from llmbuild.errors import CatalogError
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.program import Program, abi_from
@@ -86,24 +83,6 @@ class Registered:
     def toolchain_digest(self) -> str:
         """Name of the toolchain."""
         return digest.of(self.toolchain)
-
-
-@dataclass(frozen=True)
-class Front:
-    """The front half of a compile: a blob of gzipped text, what it schedules, and the seconds it took."""
-
-    blob: str
-    features: dict[str, Any]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """What won for a kind of dispatch: its configuration (empty: the compiler's own), the gain, and what was tried."""
-
-    configuration: str
-    gain: float
-    tried: tuple[dict[str, Any], ...]
 
 
 class Catalog:
@@ -230,56 +209,6 @@ class Catalog:
                 "created_at": now(),
             }
             _replace(session, t.CompileRow, values)
-
-    def find_front(self, key: str) -> Front | None:
-        """Return the front half a compile made before, if its blob is still there and whole."""
-        with self.session() as session:
-            row = session.get(t.FrontHalfRow, key)
-            found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
-        return found if found and self.blobs.intact(found.blob) else None
-
-    def record_front(self, key: str, inputs: dict[str, Any], front: Front) -> None:
-        """Keep a front half."""
-        values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)}
-        with self.session(write=True) as session:
-            _replace(session, t.FrontHalfRow, values)
-            _made(session, front.blob)
-
-    def find_tuning(self, key: str) -> Tuned | None:
-        """Return what won for a kind of dispatch."""
-        with self.session() as session:
-            row = session.get(t.TuningRow, key)
-            return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
-
-    def record_tuning(self, key: str, inputs: dict[str, Any], tuned: Tuned) -> None:
-        """Keep what won for a kind of dispatch."""
-        values = {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)}
-        with self.session(write=True) as session:
-            _replace(session, t.TuningRow, values)
-
-    def winners_of(self, target: str, compiler: str) -> str:
-        """Return the name of all configurations that won on a target (its digest); empty when there are none.
-
-        They become a blob, so that the name says what they are whatever is found later.
-        """
-        with self.session() as session:
-            rows = [r for r in session.scalars(select(t.TuningRow)) if r.configuration]
-            found = {r.inputs["signature"]: r.configuration for r in rows if _of(r.inputs, target, compiler)}
-        return digest.short(self.blobs.put_bytes(digest.canonical(found).encode())) if found else ""
-
-    def winners(self, name: str) -> dict[str, str]:
-        """Return configurations by signature.
-
-        Raises:
-            CatalogError: the blob is gone.
-        """
-        blob = self.blobs.find(name)
-        if blob is None:
-            raise CatalogError(
-                f"{self.folder}: the tuning {name} is not in this catalog: tune again, or pin tuning=none"
-            )
-        found: dict[str, str] = json.loads(self.blobs.path(blob).read_text())
-        return found
 
     # --- trials --------------------------------------------------------------------------------------------------
 
@@ -413,16 +342,7 @@ class Catalog:
     def fronts_elsewhere(self, model: str, target: str) -> list[Point]:
         """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
         with self.session() as session:
-            rows = session.execute(
-                select(t.VariantRow.point, t.StandingRow.target)
-                .join(t.StandingRow, t.StandingRow.variant == t.VariantRow.digest)
-                .where(t.StandingRow.status == "pareto")
-                .where((t.StandingRow.model != model) | (t.StandingRow.target != target))
-                .order_by(t.VariantRow.created_at)
-            ).all()
-        count = Counter(Point.of(body) for body, _ in rows)
-        near = {Point.of(body) for body, of in rows if of == target}
-        return sorted(count, key=lambda point: (point not in near, -count[point]))
+            return history.fronts_elsewhere(session, model, target)
 
     def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
         """Add or replace one standing, beside those of other machines."""
@@ -448,10 +368,6 @@ def _made(session: Session, *blobs: str) -> None:
 
 def _replace(session: Session, table: type[t.Base], values: dict[str, Any]) -> None:
     session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
-
-
-def _of(inputs: dict[str, Any], target: str, compiler: str) -> bool:
-    return bool(inputs["target"] == target and inputs["compiler"] == compiler)
 
 
 def _failure_row(model: str, variant: str | None, failure: Failure) -> t.FailureRow:

@@ -17,7 +17,7 @@ _EXPORT = re.compile(r"hal\.executable\.export public @([\w$.]+) ")
 _OPERATION = re.compile(r"= linalg\.\w+ ")
 _PRODUCT = re.compile(
     r"= linalg\.generic \{indexing_maps = \[(?P<maps>.*?)\], iterator_types = \[(?P<loops>[^\]]*)\]\} "
-    r"ins\((?P<ins>[^)]*)\) outs\((?P<outs>[^)]*)\) \{"
+    r"ins\((?P<ins>[^)]*)\) outs\((?P<outs>[^)]*)\)(?P<attributes> attrs =\s*\{.*?\})? \{"
 )
 _MAP = re.compile(r"affine_map<\(([^)]*)\) -> \(([^)]*)\)>")
 _TENSOR = re.compile(r"tensor<([0-9x?]*?)x?([a-z]+\d+)>")
@@ -87,7 +87,8 @@ def _is_product(match: re.Match[str]) -> bool:
 
 def _nameless(line: str) -> str:
     """Return an operation without names of values and places."""
-    return re.sub(r"\s*loc\(.*$", "", re.sub(r"%[\w#:]+", "%", line)).strip()
+    kept = re.sub(r" attrs =\s*\{linalg\.memoized_indexing_maps = \[.*?\]\}", "", line)
+    return re.sub(r"\s*loc\(.*$", "", re.sub(r"%[\w#:]+", "%", kept)).strip()
 
 
 def _bounds(match: re.Match[str]) -> tuple[int, ...]:
@@ -133,7 +134,15 @@ def configure(text: str, chosen: Mapping[str, str]) -> str:
             told = f"lowering_config = {chosen[product.signature]}, translation_info = {_PIPELINE}"
             match = _PRODUCT.search(lines[product.line])
             assert match is not None
-            end = match.end() - 1
-            attribute = f"attrs = {{compilation_info = #iree_codegen.compilation_info<{told}>}} "
-            lines[product.line] = lines[product.line][:end] + attribute + lines[product.line][end:]
+            attribute = f"compilation_info = #iree_codegen.compilation_info<{told}>"
+            lines[product.line] = _with_attribute(lines[product.line], match, attribute)
     return "".join(lines)
+
+
+def _with_attribute(line: str, match: re.Match[str], attribute: str) -> str:
+    """Return an operation with one more attribute, before those it has."""
+    if match["attributes"]:
+        at = line.index("{", match.start("attributes")) + 1
+        return f"{line[:at]}{attribute}, {line[at:]}"
+    at = match.end() - 1
+    return f"{line[:at]}attrs = {{{attribute}}} {line[at:]}"

@@ -13,13 +13,15 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import trust
-from llmbuild.spec.slo import METRICS, Slo
+from llmbuild.spec.measurement import ESTIMATES
+from llmbuild.spec.slo import ENERGY, METRICS, Slo
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """Schemas this loader can read."""
 
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
+NEVER = "1=0"
 FRONT = "status IN ('pareto', 'undecided')"
 NARROW = (
     "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
@@ -160,11 +162,9 @@ def variants(
     where, values = _where(model, target, workload)
     if not everything:
         where.append(f'({FRONT} OR "default")' if default else FRONT)
-    if slo is not None:
-        _bounded(slo, where, values)
     with opened(catalog) as connection:
-        if slo is not None and not {bound.metric for bound in slo.bounds} <= _columns(connection):
-            return []
+        if slo is not None:
+            _bounded(connection, slo, where, values)
         found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
@@ -175,7 +175,8 @@ def candidates(
     """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
-        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in _columns(connection))
+        there = _columns(connection)
+        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in there)
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
@@ -186,16 +187,16 @@ def leaders(
     """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
-        if not {slo.objective, *(bound.metric for bound in slo.bounds)} <= _columns(connection):
-            return  # a catalog of an earlier schema, which has no such metric
         here = connection.execute(
             "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
         ).fetchone()
         if here:
             where.append("machine_digest = ?")
             values.append(machine)
-        where += [FRONT, f"{slo.objective} IS NOT NULL"]
-        _bounded(slo, where, values)
+        where += [FRONT, _known(connection, slo.objective)]
+        _bounded(connection, slo, where, values)
+        if NEVER in where:
+            return  # a catalog of an earlier schema, which has no such metric
         sign = "" if METRICS[slo.objective].direction == "min" else "-"
         found = connection.execute(
             f"SELECT variant, machine_digest, target_digest, workload FROM variants WHERE {' AND '.join(where)} "
@@ -209,11 +210,6 @@ def leaders(
             yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
 
 
-def _columns(connection: Any) -> set[str]:
-    """Return the columns of the view `variants`: an earlier schema has fewer metrics."""
-    return {column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description}
-
-
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
     where, values = ["1=1"], []
     for column, value in (("model", model), ("target", target), ("workload", workload)):
@@ -223,10 +219,27 @@ def _where(model: str | None, target: str | None, workload: str | None) -> tuple
     return where, values
 
 
-def _bounded(slo: Slo, where: list[str], values: list[Any]) -> None:
+def _bounded(connection: Any, slo: Slo, where: list[str], values: list[Any]) -> None:
     for bound in slo.bounds:
-        where.append(f"{bound.metric} {bound.operator} ?")
-        values.append(bound.limit)
+        known = _known(connection, bound.metric)
+        where.append(known)
+        if known != NEVER:
+            where.append(f"{bound.metric} {bound.operator} ?")
+            values.append(bound.limit)
+
+
+def _known(connection: Any, metric: str) -> str:
+    """Return the condition that a metric is there: never in a catalog from before it, nor where it is an estimate."""
+    if metric not in _columns(connection):
+        return NEVER
+    estimates = ", ".join(f"'{source}'" for source in ESTIMATES)
+    measured = f" AND energy_source NOT IN ({estimates})" if metric == ENERGY else ""
+    return f"{metric} IS NOT NULL{measured}"
+
+
+def _columns(connection: Any) -> frozenset[str]:
+    """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
+    return frozenset(column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description)
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:

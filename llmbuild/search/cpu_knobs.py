@@ -64,10 +64,11 @@ KNOBS: tuple[Knob, ...] = (
     Knob(
         "workers",
         "runtime",
-        (0, 1),
+        (0, 1, 2, 4, 8, 16),
         0,
         "worker threads; 0 is one for each physical core",
         when=(Condition("driver", ("local-task",)),),
         backends=CPU,
+        searched=(0, 1),
     ),
 )

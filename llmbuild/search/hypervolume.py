@@ -75,8 +75,18 @@ def expected_gain(mean: Losses, spread: Losses, front: Losses, reference: Losses
     Exact: within a box the gain is a product over the losses, and so is its expectation.
     """
     low, high = free_cells(front, reference)
+    size = max(1, AT_ONCE // len(low))
+    starts = range(0, len(mean), size)
+    return np.concatenate([_gains(mean[i : i + size], spread[i : i + size], low, high) for i in starts])
+
+
+AT_ONCE = 4_000_000
+"""Products of points and boxes that are held in memory together."""
+
+
+def _gains(mean: Losses, spread: Losses, low: Losses, high: Losses) -> Losses:
     gain = np.ones((len(mean), len(low)))
-    for d in range(len(reference)):
+    for d in range(low.shape[1]):
         edges, where = np.unique(np.concatenate([low[:, d], high[:, d]]), return_inverse=True)
         below = _shortfall(edges, mean[:, d : d + 1], spread[:, d : d + 1])
         gain *= below[:, where[len(low) :]] - below[:, where[: len(low)]]

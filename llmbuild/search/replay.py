@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from llmbuild.search.hypervolume import hypervolume, nondominated
-from llmbuild.search.samplers import Losses, Sampler
-from llmbuild.search.study import WORSE
-from llmbuild.spec.slo import METRICS, parse_bound
+from llmbuild.search.samplers import Interest, Losses, Sampler
+from llmbuild.search.study import interest, loss
+from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
 
 RUN_TIME = ("driver", "workers")
@@ -54,16 +53,17 @@ class RecordedStudy:
     name: str
     machine: str
     objectives: tuple[str, ...]
+    interest: Interest
     space: Space
     rows: Mapping[Point, Recorded]
     repeats: tuple[Mapping[str, tuple[float, ...]], ...]
 
     @property
     def reference(self) -> Any:
-        """Where the volume ends, f64[D]: at losses half as much again as those of the compiler's defaults."""
+        """Where the volume ends, f64[D]: at losses half as much again as those of point 0, for quality at its bound."""
         zero = self.rows[self.space.default()].losses
         assert zero is not None
-        return np.array(zero) + math.log(WORSE)
+        return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
 
     @property
     def distinct(self) -> int:
@@ -105,12 +105,12 @@ def read(path: Path) -> RecordedStudy:
     for run, equal in runs.items():
         pooled = _pooled(equal)
         infeasible = any(body["failure"] for body in equal) or any(not b.holds(pooled.get(b.metric)) for b in bounds)
-        losses = None if infeasible else tuple(_loss(name, pooled[name]) for name in objectives)
+        losses = None if infeasible else tuple(loss(name, pooled[name]) for name in objectives)
         rows.update({Point.of(body["point"]): _recorded(run, losses, body) for body in equal})
     if space.default() not in rows:
         raise ValueError(f"{path}: the study misses point 0")
     repeats = tuple(_samples(r) for r in head["baseline_repeats"])
-    return RecordedStudy(head["study"], head["machine"], objectives, space, rows, repeats)
+    return RecordedStudy(head["study"], head["machine"], objectives, interest(objectives, bounds), space, rows, repeats)
 
 
 def _run(body: dict[str, Any]) -> str:
@@ -146,11 +146,6 @@ def _recorded(run: str, losses: Losses | None, body: dict[str, Any]) -> Recorded
 
 def _samples(body: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]]:
     return {name: tuple(values) for name, values in body.items()}
-
-
-def _loss(metric: str, value: float) -> float:
-    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
-    return sign * math.log(max(value, 1e-9))
 
 
 def _knobs(bodies: Sequence[dict[str, Any]]) -> tuple[Knob, ...]:
@@ -189,11 +184,12 @@ class Run:
         return None if reached is None else self.seconds[reached - 1]
 
 
-def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2.0) -> Run:
+def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2.0, known: bool = True) -> Run:
     """Let a sampler search a recorded study for at most `budget` evaluations, or until a share is reached.
 
     What was recorded answers; each import and each compile is paid for by the first point that needs it. A point whose
-    executable was measured under the same settings is answered with that reading and is no evaluation, as in a build.
+    executable was measured under the same settings is answered with that reading and is no evaluation, as in a build;
+    not so where equal executables are not `known` as such.
     """
     reference, whole = study.reference, study.whole
     front: list[Losses] = []
@@ -213,7 +209,7 @@ def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2
         spent += 0.0 if row.program in paid else row.import_s
         spent += 0.0 if row.build in paid else row.compile_s
         paid |= {row.program, row.build}
-        if row.run in measured:
+        if known and row.run in measured:
             sampler.tell(point, measured[row.run])
             continue
         measured[row.run] = row.losses

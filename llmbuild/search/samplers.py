@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -21,8 +22,20 @@ from llmbuild.spec.space import Point, Space, Value
 
 Losses = tuple[float, ...]
 
-Interest = tuple[float | None, ...]
-"""For each loss, how far beyond that of point 0 it may be to be of interest; None: as far as the front goes."""
+
+@dataclass(frozen=True)
+class Reach:
+    """How large a loss may be to be of interest: so far beyond that of point 0, or a value of its own."""
+
+    beyond: float = 0.0
+    value: float | None = None
+
+    def of(self, zero: float) -> float:
+        """Return the largest loss of interest, given that of point 0."""
+        return zero + self.beyond if self.value is None else self.value
+
+
+Interest = tuple[Reach, ...]
 
 FAILED = 20.0
 """What a sampler that knows no constraints is told of a failure: worse than any logarithm of seconds or bytes."""
@@ -112,7 +125,7 @@ class Model:
         waiting = list(self._under_way)
         mean, spread = self._predict(list(good), losses, [*unknown, *waiting])
         reference = self._reference(front, good.get(self.space.default()))
-        reached = np.vstack([front, mean[len(unknown) :]])
+        reached = thinned(np.vstack([front, mean[len(unknown) :]]))
         gain = expected_gain(mean[: len(unknown)], spread[: len(unknown)], reached, reference)
         gain = gain * self._feasible(self._coded(unknown))
         best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
@@ -132,11 +145,10 @@ class Model:
         return np.stack(means, -1), np.stack(spreads, -1)
 
     def _reference(self, front: Any, zero: Losses | None) -> Any:
-        """Return where the volume ends, f64[D]: as far beyond point 0 as is of interest, or a bit beyond the front."""
-        beyond = front.max(0) + self.MARGIN
+        """Return where the volume ends, f64[D]: at what is of interest; without a point 0, a bit beyond the front."""
         if zero is None:
-            return beyond
-        return np.array([b if i is None else z + i for b, z, i in zip(beyond, zero, self.interest, strict=True)])
+            return front.max(0) + self.MARGIN
+        return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
 
     def _feasible(self, asked: Any) -> Any:
         """Return the probability f64[P] that a point can be made and breaks no bound."""
@@ -153,6 +165,19 @@ class Model:
             values = point.as_dict()
             rows.append([code.setdefault(values[name], len(code)) for name, code in self._codes.items()])
         return np.array(rows, dtype=np.int64).reshape(len(points), len(self._codes))
+
+
+CELLS = 6000
+"""Boxes that the room beside a front is cut into, at most."""
+
+
+def thinned(front: Any) -> Any:
+    """Return a front f64[N,D] with so few rows that the room beside it can be cut up: its ends, and evenly between."""
+    most = max(2, int(CELLS ** (1 / max(1, front.shape[1] - 1))))
+    if len(front) <= most:
+        return front
+    ordered = front[np.argsort(front[:, 0])]
+    return ordered[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))]
 
 
 class Optuna:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 
 from llmbuild.search.front import FLOORS, missed, value_of
-from llmbuild.search.samplers import Interest, Losses, Model, Sampler
+from llmbuild.search.samplers import Interest, Losses, Model, Reach, Sampler
 from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
@@ -23,15 +23,14 @@ _OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g128", "head_forma
 _SYNC: dict[str, Value] = {"driver": "local-sync"}
 
 EXPERIENCE: tuple[dict[str, Value], ...] = (
-    {"opt_level": "O3"},
     _OWN,
     {**_OWN, **_SYNC},
-    {**_OWN, "weight_format": "f16"},
     {**_OWN, "weight_format": "f16", **_SYNC},
-    {"opt_level": "O2", "data_tiling": "dispatch"},
-    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
+    {**_OWN, "weight_format": "f16"},
     _OWN_INT4,
     {**_OWN_INT4, **_SYNC},
+    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
+    {"opt_level": "O2", "data_tiling": "dispatch"},
 )
 """Points that did well on other models and hosts, asked about right after point 0.
 
@@ -85,7 +84,7 @@ class Study:
     ) -> None:
         self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
         first = openers(space, [p.as_dict() for p in related])
-        self._sampler = Opened(first, best(space, self.objectives, seed))
+        self._sampler = Opened(first, best(space, interest(self.objectives, self.bounds), seed))
         for trial in known:
             self.tell(trial)
 
@@ -102,17 +101,27 @@ class Study:
         self._sampler.tell(point, None)
 
 
-def best(space: Space, objectives: Sequence[str], seed: int) -> Sampler:
+def best(space: Space, reach: Interest, seed: int) -> Sampler:
     """Return the sampler that did best on recorded studies (`scripts/bench/search.py`)."""
-    return Model(space, interest(objectives), seed)
+    return Model(space, reach, seed)
 
 
-def interest(objectives: Sequence[str]) -> Interest:
-    """Return how much worse than point 0 each objective may be: half as much again, quality as far as the gate lets it.
+def interest(objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Interest:
+    """Return how bad each objective may be to be of interest: up to its bound, else half as bad again as point 0.
 
-    Point 0 has the best quality there is, so that every trade is for it.
+    Quality without a bound may go as far as `POOR`, for point 0 has the best there is.
     """
-    return tuple(None if name.startswith("quality_") else math.log(WORSE) for name in objectives)
+    limits = {**POOR, **{bound.metric: bound.limit for bound in bounds}}
+    return tuple(
+        Reach(value=loss(name, limits[name])) if name in limits and name in POOR else Reach(beyond=math.log(WORSE))
+        for name in objectives
+    )
+
+
+def loss(metric: str, value: float) -> float:
+    """Return a metric as something to minimize, on a log scale; below its floor nothing can be told apart."""
+    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
+    return sign * math.log(max(value, FLOORS.get(metric, 1e-9)))
 
 
 def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
@@ -125,13 +134,15 @@ def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] =
     losses = []
     for name in objectives:
         found = value_of(trial, trial.measurements[0], name)
-        sign = 1.0 if METRICS[name].direction == "min" else -1.0
-        losses.append(0.0 if found is None else sign * math.log(max(found, FLOORS.get(name, 1e-9))))
+        losses.append(0.0 if found is None else loss(name, found))
     return tuple(losses)
 
 
 WORSE = 1.5
 """How many times a metric of point 0 is still of interest; what is worse is no trade anyone asked for."""
+
+POOR = {"quality_kl": 0.5, "quality_top1": 0.5}
+"""Where quality ends to be of interest when no bound says so."""
 
 RELATED = 6
 """Points of related fronts that are asked about first, at most."""
@@ -146,8 +157,7 @@ def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Poin
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
     for values in (*related[:RELATED], {}, *EXPERIENCE):
-        there = {k: v for k, v in values.items() if k in domains}
-        wanted = {k: v for k, v in there.items() if k not in DISPENSABLE or v in domains[k]}
+        wanted = {k: v for k, v in values.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
         point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)

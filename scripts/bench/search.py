@@ -3,11 +3,11 @@
     python scripts/bench/search.py [STUDY.jsonl.gz...] [--seeds N] [--share 0.95] [--samplers NAME...] [--json]
 
 A study is what `scripts/bench/record.py` packed; all in scripts/bench/studies by default. A search is worth the volume
-between its front and losses half as much again as those of the compiler's defaults, in logarithms, as a share of the
-volume of the front of all points. Evaluations are unique: what a sampler asks twice, or what has the executable and
-settings of a point measured before, costs it none; `of distinct` is their share of all such points, `of points` of the
-whole grid. Seconds are those of the recording, each import and each compile paid for once. Medians over the seeds, in
-brackets the quartiles; a search that never gets there counts as one that needs all.
+between its front and losses half as much again as those of the compiler's defaults (for quality: its bound), in
+logarithms, as a share of the volume of the front of all points. Evaluations are unique: what a sampler asks twice, or
+what has the executable and settings of a point measured before, costs it none; `of distinct` is their share of all
+such points, `of points` of the whole grid. Seconds are those of the recording, each import and each compile paid for
+once. Medians over the seeds, in brackets the quartiles; a search that never gets there counts as one that needs all.
 
     ours             as `llmbuild build` searches: point 0, experience, then the model of the points so far
     ours-cold        the same without experience
@@ -15,7 +15,7 @@ brackets the quartiles; a search that never gets there counts as one that needs 
     ours-learned     no experience, but a cost model learned from the other studies
     tpe-multivariate Optuna's TPE, multivariate in groups      gp    Optuna's GPSampler
     default          Optuna's default for several objectives   nsga2 its NSGA-II
-    random           every unknown point is as likely
+    random           every unknown point is as likely     random-plain  and equal executables are measured again
 """
 
 from __future__ import annotations
@@ -32,14 +32,25 @@ import numpy as np
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, Run, read, replay
 from llmbuild.search.samplers import Model, Optuna, Random, Sampler
-from llmbuild.search.study import Opened, best, interest, openers
+from llmbuild.search.study import Opened, best, openers
 from llmbuild.search.transfer import Learned, learn
 
 STUDIES = Path(__file__).parent / "studies"
 MARKS = (0.05, 0.1, 0.15, 0.25, 0.5)
 """Shares of a study's distinct points at which the volume is told."""
 
-SAMPLERS = ("ours", "ours-cold", "ours-related", "ours-learned", "tpe-multivariate", "default", "nsga2", "random")
+PLAIN = "random-plain"
+SAMPLERS = (
+    "ours",
+    "ours-cold",
+    "ours-related",
+    "ours-learned",
+    "tpe-multivariate",
+    "default",
+    "nsga2",
+    "random",
+    PLAIN,
+)
 
 
 def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], seed: int) -> Sampler:
@@ -47,11 +58,12 @@ def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], see
     space = study.space
     zero = [space.default()]
     made: dict[str, Callable[[], Sampler]] = {
-        "ours": lambda: Opened(openers(space), best(space, study.objectives, seed)),
-        "ours-cold": lambda: Opened(zero, best(space, study.objectives, seed)),
-        "ours-learned": lambda: Opened(zero, Model(space, interest(study.objectives), seed, learned(others))),
-        "ours-related": lambda: Opened(related(study, others), best(space, study.objectives, seed)),
+        "ours": lambda: Opened(openers(space), best(space, study.interest, seed)),
+        "ours-cold": lambda: Opened(zero, best(space, study.interest, seed)),
+        "ours-learned": lambda: Opened(zero, Model(space, study.interest, seed, learned(others))),
+        "ours-related": lambda: Opened(related(study, others), best(space, study.interest, seed)),
         "random": lambda: Opened(zero, Random(space, seed)),
+        PLAIN: lambda: Opened(zero, Random(space, seed)),
     }
     return made[name]() if name in made else Opened(zero, Optuna(space, len(study.objectives), seed, name))
 
@@ -76,9 +88,9 @@ def related(study: RecordedStudy, others: tuple[RecordedStudy, ...]) -> list[Any
 
 def summary(name: str, runs: list[Run], points: int, grid: int, share: float) -> dict[str, Any]:
     """Return one row of the table."""
-    needed = [run.evaluations_to(share) or points for run in runs]
+    needed = [run.evaluations_to(share) or len(run.shares) for run in runs]
     seconds = [run.seconds_to(share) or run.seconds[-1] for run in runs]
-    at = {f"{mark:.0%}": float(np.median([run.shares[int(mark * points) - 1] for run in runs])) for mark in MARKS}
+    curve = np.median(np.array([pad(run.shares, points) for run in runs]), axis=0)
     return {
         "sampler": name,
         "evaluations": quartiles(needed),
@@ -86,8 +98,8 @@ def summary(name: str, runs: list[Run], points: int, grid: int, share: float) ->
         "of_points": float(np.median(needed)) / grid,
         "seconds": quartiles(seconds),
         "never": sum(run.evaluations_to(share) is None for run in runs),
-        "share_at": at,
-        "curve": [float(v) for v in np.median(np.array([pad(run.shares, points) for run in runs]), axis=0)],
+        "share_at": {f"{mark:.0%}": float(curve[int(mark * points) - 1]) for mark in MARKS},
+        "curve": [float(v) for v in curve],
     }
 
 
@@ -98,7 +110,7 @@ def quartiles(values: list[Any]) -> list[float]:
 
 def pad(shares: tuple[float, ...], points: int) -> list[float]:
     """Return the shares over all evaluations; the last one stays."""
-    return [*shares, *[shares[-1]] * (points - len(shares))]
+    return [*shares, *[shares[-1]] * (points - len(shares))][:points]
 
 
 def compare(study: RecordedStudy, others: tuple[RecordedStudy, ...], asked: argparse.Namespace) -> dict[str, Any]:
@@ -107,7 +119,9 @@ def compare(study: RecordedStudy, others: tuple[RecordedStudy, ...], asked: argp
     rows = []
     for name in asked.samplers:
         seeds = range(asked.seeds)
-        runs = [replay(study, make(name, study, others, seed), points, until=asked.until) for seed in seeds]
+        known = name != PLAIN
+        most = points if known else len(study.rows)
+        runs = [replay(study, make(name, study, others, seed), most, asked.until, known) for seed in seeds]
         rows.append(summary(name, runs, points, len(study.rows), asked.share))
     return {
         "study": study.name,

@@ -1,0 +1,94 @@
+"""What a catalog keeps of compiles beside their artifacts: front halves, and configurations of dispatches that won."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.dialects.postgresql import insert as upsert
+
+from llmbuild import digest
+from llmbuild.catalog import tables as t
+from llmbuild.catalog.schema import now
+from llmbuild.catalog.writer import Catalog
+from llmbuild.digest import plain
+from llmbuild.errors import CatalogError
+
+
+@dataclass(frozen=True)
+class Front:
+    """The front half of a compile: a blob of gzipped text, what it schedules, and the seconds it took."""
+
+    blob: str
+    features: dict[str, Any]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What won for a kind of dispatch: its configuration (empty: the compiler's own), the gain, and what was tried."""
+
+    configuration: str
+    gain: float
+    tried: tuple[dict[str, Any], ...]
+
+
+def find_front(catalog: Catalog, key: str) -> Front | None:
+    """Return the front half a compile made before, if its blob is still there and whole."""
+    with catalog.session() as session:
+        row = session.get(t.FrontHalfRow, key)
+        found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
+    return found if found and catalog.blobs.intact(found.blob) else None
+
+
+def record_front(catalog: Catalog, key: str, inputs: dict[str, Any], front: Front) -> None:
+    """Keep a front half."""
+    _replace(catalog, t.FrontHalfRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)})
+
+
+def find_tuning(catalog: Catalog, key: str) -> Tuned | None:
+    """Return what won for a kind of dispatch."""
+    with catalog.session() as session:
+        row = session.get(t.TuningRow, key)
+        return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
+
+
+def record_tuning(catalog: Catalog, key: str, inputs: dict[str, Any], tuned: Tuned) -> None:
+    """Keep what won for a kind of dispatch."""
+    _replace(catalog, t.TuningRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)})
+
+
+def winners_of(catalog: Catalog, target: str, compiler: str) -> str:
+    """Return the name of all configurations that won on a target (its digest); empty when there are none.
+
+    They become a row of their own, so that the name says what they are whatever is found later.
+    """
+    with catalog.session() as session:
+        rows = [r for r in session.scalars(select(t.TuningRow)) if r.configuration]
+    of = [r for r in rows if (r.inputs["target"], r.inputs["compiler"]) == (target, compiler)]
+    found = {r.inputs["signature"]: r.configuration for r in of}
+    if not found:
+        return ""
+    name = digest.of(found)
+    if find_tuning(catalog, name) is None:
+        record_tuning(catalog, name, {"winners": found}, Tuned("", 1.0, ()))
+    return digest.short(name)
+
+
+def winners(catalog: Catalog, name: str) -> dict[str, str]:
+    """Return configurations by signature.
+
+    Raises:
+        CatalogError: this catalog has no such configurations.
+    """
+    with catalog.session() as session:
+        row = session.scalar(select(t.TuningRow).where(t.TuningRow.key.startswith(name)))
+        if row is None or "winners" not in row.inputs:
+            raise CatalogError(f"{catalog.folder}: no tuning {name} in this catalog: tune again, or pin tuning=none")
+        return dict(row.inputs["winners"])
+
+
+def _replace(catalog: Catalog, table: type[t.Base], values: dict[str, Any]) -> None:
+    with catalog.session(write=True) as session:
+        session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
