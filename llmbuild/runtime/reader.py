@@ -91,7 +91,6 @@ def _connect(file: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
-        connection.execute(f"PRAGMA mmap_size={1 << 30}")
         return connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be opened: {error}") from None
@@ -239,7 +238,15 @@ def _known(connection: Any, metric: str) -> str:
 
 def _columns(connection: Any) -> frozenset[str]:
     """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
-    return frozenset(column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description)
+    version = connection.execute("SELECT schema_version FROM info").fetchone()[0]
+    if version not in _COLUMNS:
+        told = connection.execute("SELECT * FROM variants LIMIT 0").description
+        _COLUMNS[version] = frozenset(column[0] for column in told)
+    return _COLUMNS[version]
+
+
+_COLUMNS: dict[int, frozenset[str]] = {}
+"""Columns of the view `variants` by schema version, once asked for."""
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
