@@ -75,6 +75,20 @@ def test_a_migration_that_fails_leaves_the_database_as_it_was(tmp_path: Path, mo
 
 
 @pytest.mark.parametrize("version", VERSIONS)
+def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: int, tmp_path: Path) -> None:
+    connection = sqlite3.connect(tmp_path / FILE)
+    connection.executescript((KEPT / f"schema-{version}.sql").read_text())
+    connection.execute("UPDATE artifact SET runtime = ?", (runtime_version(),))
+    connection.commit()
+    connection.close()
+    made = pick(tmp_path, "m", ["tpot_s<=1"], "tpot_s")
+    assert made.chosen is not None
+    assert (made.chosen["point"]["name"], len(made.candidates)) == ("fast", 3)
+    with pytest.raises(NoVariant):
+        pick(tmp_path, "m", ["itl_p99_s<=1e-9"])
+
+
+@pytest.mark.parametrize("version", VERSIONS)
 def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(version: int, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE) as connection:
         connection.executescript((KEPT / f"schema-{version}.sql").read_text())
@@ -100,17 +114,3 @@ def test_an_estimate_of_energy_is_inside_no_bound_and_leads_nothing(tmp_path: Pa
         assert bool(reader.variants(folder, slo=bounded)) is inside
         for slo in (bounded, led):
             assert bool(list(reader.leaders(folder, model, None, None, slo, machine, 9))) is inside
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: int, tmp_path: Path) -> None:
-    connection = sqlite3.connect(tmp_path / FILE)
-    connection.executescript((KEPT / f"schema-{version}.sql").read_text())
-    connection.execute("UPDATE artifact SET runtime = ?", (runtime_version(),))
-    connection.commit()
-    connection.close()
-    made = pick(tmp_path, "m", ["tpot_s<=1"], "tpot_s")
-    assert made.chosen is not None
-    assert (made.chosen["point"]["name"], len(made.candidates)) == ("fast", 3)
-    with pytest.raises(NoVariant):
-        pick(tmp_path, "m", ["itl_p99_s<=1e-9"])

@@ -91,7 +91,6 @@ def _connect(file: Path) -> sqlite3.Connection:
     try:
         connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
-        connection.execute(f"PRAGMA mmap_size={1 << 30}")
         return connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be opened: {error}") from None
@@ -187,8 +186,6 @@ def leaders(
     """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
-        if not {slo.objective, *(bound.metric for bound in slo.bounds)} <= _columns(connection):
-            return  # a catalog of an earlier schema, which has no such metric
         here = connection.execute(
             "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
         ).fetchone()
@@ -197,6 +194,8 @@ def leaders(
             values.append(machine)
         where += [FRONT, _known(connection, slo.objective)]
         _bounded(connection, slo, where, values)
+        if NEVER in where:
+            return  # a catalog of an earlier schema, which has no such metric
         sign = "" if METRICS[slo.objective].direction == "min" else "-"
         found = connection.execute(
             f"SELECT variant, machine_digest, target_digest, workload FROM variants WHERE {' AND '.join(where)} "
@@ -239,7 +238,15 @@ def _known(connection: Any, metric: str) -> str:
 
 def _columns(connection: Any) -> frozenset[str]:
     """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
-    return frozenset(column[0] for column in connection.execute("SELECT * FROM variants LIMIT 0").description)
+    version = connection.execute("SELECT schema_version FROM info").fetchone()[0]
+    if version not in _COLUMNS:
+        told = connection.execute("SELECT * FROM variants LIMIT 0").description
+        _COLUMNS[version] = frozenset(column[0] for column in told)
+    return _COLUMNS[version]
+
+
+_COLUMNS: dict[int, frozenset[str]] = {}
+"""Columns of the view `variants` by schema version, once asked for."""
 
 
 def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:

@@ -42,12 +42,9 @@ def write(folder: Path, name: str, seconds: float, front: bool = True) -> int:
     count, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         status = "pareto" if front else "dominated"
-        data = f"{name} {count}".encode()
-        fill(
-            folder,
-            [Made("default", default=True, artifact=data), Made("more", status, parameters=data)],
-            f"{name}-{count}",
-        )
+        one = f"{name}-{count}"  # named apart, so that no compile has the key of another
+        made = [Made(f"default {one}", default=True), Made(f"more {one}", status, parameters=one.encode())]
+        fill(folder, made, one)
         count += 1
     return count
 
