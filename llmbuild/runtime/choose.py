@@ -31,6 +31,8 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
     """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty when it may."""
     if not row.get("artifact"):
         return row.get("reason") or "has no artifact"
+    if not row.get("runtime"):
+        return "names an artifact that the catalog does not describe: `llmbuild verify` says what is damaged"
     if not same_minor(row["runtime"], host.runtime):
         need = minor(row["runtime"])
         return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
