@@ -99,13 +99,21 @@ class Tuner:
         """Tune what matters and keep it, if the whole model is faster for it.
 
         Raises:
+            InputError: none of its products can be configured.
             NothingUsable: the program does not compile or run here.
         """
         front = _made(self.compiling.front(self.module, self.settings))
         text = self.compiling.plain_text(front)
         plain = _made(self.compiling.compile(self.module, self.settings))
         before = self._times(plain)
-        ranked = self._ranked(dispatches.products(text), before)
+        found = dispatches.products(text)
+        if not found:
+            level = self.settings.get("opt_level")
+            raise InputError(
+                f"variant {digest.short(self.row['variant'])} has no product that a configuration changes: "
+                f"at opt_level={level} they are named operations; tune a variant of O2 or O3"
+            )
+        ranked = self._ranked(found, before)
         known = {p.signature: found for p, _, _ in ranked if (found := find_tuning(self.catalog, self._key(p)))}
         tried = self._try(text, [p for p, _, _ in ranked if p.signature not in known], before)
         chosen = {s: found.configuration for s, found in known.items() if found.configuration}

@@ -194,7 +194,7 @@ def test_every_table_that_names_a_blob_is_known_to_gc(shelf: Path) -> None:
             more = {c.name: {} for c in table.c if isinstance(c.type, JSON)}
             session.execute(table.insert().values({**filled, **more, "blob": names[table.name]}))
     with catalog.session() as session:
-        found = {r.kind: r.digest for r in references(session)}
+        found = {r.kind: r.digest for r in references(session, catalog.blobs)}
     catalog.close()
     assert names
     assert {kind: found[kind] for kind in names} == names

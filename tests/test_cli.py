@@ -161,7 +161,7 @@ def test_listings(project: Project) -> None:
     knobs = {k["knob"]: k["level"] for k in json.loads(llmbuild("targets", "--knobs", "--json").stdout)}
     assert [(r["model"], r["state"]) for r in recipes] == [("tiny", "ok")]
     assert (targets["host"]["compiles"], targets["host"]["runs"]) == ("yes", "yes")
-    assert set(knobs.values()) == {"model", "codegen", "runtime"}
+    assert set(knobs.values()) == {"A model", "B code generation", "C run time", "excluded"}
 
 
 def test_doctor_finds_nothing_wrong_here(built: Project) -> None:
@@ -178,7 +178,13 @@ def test_debug_shows_the_traceback_and_nothing_else_does(tmp_path: Path) -> None
 def test_an_interruption_ends_with_130_and_leaves_no_child(tmp_path: Path) -> None:
     project = make_project(tmp_path / "p")
     command = [sys.executable, "-m", "llmbuild", "build", str(project.recipe), "-C", str(project.catalog)]
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     time.sleep(4)
     child.send_signal(signal.SIGINT)
     _, told = child.communicate(timeout=30)

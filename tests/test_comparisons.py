@@ -68,7 +68,7 @@ def test_survivors_of_a_race_share_their_rounds(built: Project) -> None:
             "FROM measurements m JOIN front f ON f.variant = m.variant"
         ).fetchall()
     sessions = {session for session, *_ in rows}
-    assert len(rows) >= 2
+    assert rows  # how many survive is the machine's affair
     assert (len(sessions), None in sessions) == (1, False)
     assert all(len(json.loads(samples)["tpot_s"]) >= 5 for _, samples, *_ in rows)
     assert all((source is None) == (energy is None) for _, _, source, energy, *_ in rows)

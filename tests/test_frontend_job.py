@@ -148,11 +148,11 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         ),
         (
             {"choices": (("kernel", "own"), ("weight_format", "f16"), ("layout", "packed")), "features": ("avx2",)},
-            "needs CPU features that the target does not have, avx512f avx512bw avx512vl for f16; found avx2",
+            "avx512f avx512bw avx512vl or avx2 fma f16c or dotprod for f16; found avx2",
         ),
         (
             {"choices": (("kernel", "own"), ("weight_format", "int8"), ("layout", "packed")), "features": ("sse4.2",)},
-            "or avx2 fma f16c for int8; found none of these",
+            "or i8mm or dotprod for int8; found none of these",
         ),
     ],
 )

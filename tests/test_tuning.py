@@ -119,7 +119,11 @@ def test_tuning_a_built_variant_is_told_kept_and_not_done_twice(
     monkeypatch.setattr(dispatches, "ROWS", (1,))
     monkeypatch.setattr(dispatches, "DEPTHS", (16, 64))
     rows = reader.variants(built.catalog, "tiny", everything=True)
-    variant = next(r["variant"] for r in rows if r["artifact"] and r["point"]["kernel"] == "compiler")
+    theirs = [r for r in rows if r["artifact"] and r["point"]["kernel"] == "compiler"]
+    variants = {r["point"]["opt_level"]: r["variant"] for r in theirs}
+    with pytest.raises(InputError, match="opt_level=O0"):
+        Tuner(built.catalog, variants["O0"], lambda _: None).run()
+    variant = variants["O2"]
     first = Tuner(built.catalog, variant, lambda _: None).run()
     assert first.kinds
     assert all(k.tried > 0 and not k.known and k.after_s <= k.before_s for k in first.kinds)
