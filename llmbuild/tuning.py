@@ -106,14 +106,14 @@ class Tuner:
         text = self.compiling.plain_text(front)
         plain = _made(self.compiling.compile(self.module, self.settings))
         before = self._times(plain)
-        found = dispatches.products(text)
-        if not found:
+        products = dispatches.products(text)
+        if not products:
             level = self.settings.get("opt_level")
             raise InputError(
                 f"variant {digest.short(self.row['variant'])} has no product that a configuration changes: "
                 f"at opt_level={level} they are named operations; tune a variant of O2 or O3"
             )
-        ranked = self._ranked(found, before)
+        ranked = self._ranked(products, before)
         known = {p.signature: found for p, _, _ in ranked if (found := find_tuning(self.catalog, self._key(p)))}
         tried = self._try(text, [p for p, _, _ in ranked if p.signature not in known], before)
         chosen = {s: found.configuration for s, found in known.items() if found.configuration}
