@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -114,21 +115,23 @@ def test_a_space_takes_up_what_a_catalog_holds_unless_it_is_pinned() -> None:
 
 
 def test_tuning_a_built_variant_is_told_kept_and_not_done_twice(
-    built: Project, monkeypatch: pytest.MonkeyPatch
+    built: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    catalog = tmp_path / "catalog"  # what is kept makes builds stale: other tests' catalog stays as it is
+    shutil.copytree(built.catalog, catalog)
     monkeypatch.setattr(dispatches, "ROWS", (1,))
     monkeypatch.setattr(dispatches, "DEPTHS", (16, 64))
-    rows = reader.variants(built.catalog, "tiny", everything=True)
+    rows = reader.variants(catalog, "tiny", everything=True)
     theirs = [r for r in rows if r["artifact"] and r["point"]["kernel"] == "compiler"]
     variants = {r["point"]["opt_level"]: r["variant"] for r in theirs}
     with pytest.raises(InputError, match="opt_level=O0"):
-        Tuner(built.catalog, variants["O0"], lambda _: None).run()
+        Tuner(catalog, variants["O0"], lambda _: None).run()
     variant = variants["O2"]
-    first = Tuner(built.catalog, variant, lambda _: None).run()
+    first = Tuner(catalog, variant, lambda _: None).run()
     assert first.kinds
     assert all(k.tried > 0 and not k.known and k.after_s <= k.before_s for k in first.kinds)
     assert [k.before_s for k in first.kinds] == sorted((k.before_s for k in first.kinds), reverse=True)
-    second = Tuner(built.catalog, variant, lambda _: None).run()
+    second = Tuner(catalog, variant, lambda _: None).run()
     known = {k.dispatch for k in second.kinds if k.known}
     assert known >= {k.dispatch for k in first.kinds} & {k.dispatch for k in second.kinds}
 
