@@ -23,7 +23,7 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import Finished, Standing, Trial
+from llmbuild.spec.trial import FRONT, USABLE, Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps
 
@@ -293,7 +293,7 @@ class Build:
 
     def _race(self) -> None:
         """Measure the survivors once more, all of them and the baseline in every round."""
-        alive = {s.variant for s in self._stand() if s.status in ("pareto", "undecided")}
+        alive = {s.variant for s in self._stand() if s.status in FRONT}
         ranked = sorted(self.known, key=lambda t: rank(t, self.job.recipe.objectives[0]))
         racers = [t for t in ranked if t.variant in alive][:RACERS]
         subjects = [s for s in (self._subject(t) for t in racers) if s]
@@ -348,7 +348,7 @@ class Build:
         return Outcome(0, len(self.finished()), usable, "up to date", monotonic() - self._begin)
 
     def _outcome(self, made: int, ended: str) -> Outcome:
-        usable = sum(1 for s in stand(self.job, self.known) if s.status in ("pareto", "undecided", "dominated"))
+        usable = sum(1 for s in stand(self.job, self.known) if s.status in USABLE)
         return Outcome(made, len(self.known), usable, ended, monotonic() - self._begin)
 
     def _told(self, trial: Trial) -> None:

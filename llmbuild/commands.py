@@ -34,6 +34,7 @@ from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
 from llmbuild.spec.space import Knob, Point
 from llmbuild.spec.target import HOST, Target
+from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
 
@@ -229,9 +230,7 @@ def _closing(done: Outcome, reason: str) -> str:
 def _built(job: Job, folder: Path, done: Outcome) -> Built:
     machine = digest.of(job.machine)
     rows = reader.variants(folder, job.recipe.name, job.target.name, everything=not done.usable, default=True)
-    mine = [
-        r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in ("pareto", "undecided"))
-    ]
+    mine = [r for r in rows if r["machine_digest"] == machine and (r["default"] or r["status"] in FRONT)]
     failed = [r for r in rows if r["status"] in ("failed", "infeasible")]
     why = "; ".join(sorted({str(r["reason"])[:160] for r in failed})[:3])
     return Built(

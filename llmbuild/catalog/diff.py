@@ -8,10 +8,10 @@ from typing import Any
 
 from llmbuild.digest import canonical, short
 from llmbuild.spec.slo import METRICS
+from llmbuild.spec.trial import FRONT
 
 Row = Mapping[str, Any]
 Group = tuple[str, str, str, str]
-FRONT = ("pareto", "undecided")
 FAILING = ("regression", "gone", "bytes")
 """Kinds of change that `--fail-on-regression` fails on."""
 

@@ -10,7 +10,7 @@ from sqlalchemy.orm import Session
 from llmbuild.catalog import tables as t
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import Finished, Trial
+from llmbuild.spec.trial import USABLE, Finished, Trial
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
@@ -110,7 +110,7 @@ def finished(session: Session, scope: str) -> list[Finished]:
 
 def usable(session: Session, model: str, target: str, machine: str) -> int:
     """Return how many variants of a recipe on a target and machine can be used."""
-    row, good = t.StandingRow, ("pareto", "undecided", "dominated")
+    row, good = t.StandingRow, USABLE
     where = (row.model == model, row.target == target, row.machine == machine, row.status.in_(good))
     return session.scalar(select(func.count(row.variant.distinct())).where(*where)) or 0
 

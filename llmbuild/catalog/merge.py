@@ -16,9 +16,10 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import FRONT, collected, references
+from llmbuild.catalog.references import collected, references
 from llmbuild.catalog.writer import Catalog
 from llmbuild.digest import short
+from llmbuild.spec.trial import FRONT
 
 Row = dict[str, Any]
 APART = ("info", "failure", "standing", "collected", "measurement")

@@ -20,10 +20,10 @@ from llmbuild.catalog.schema import FILE, SCHEMA_VERSION
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.spec.slo import METRICS
+from llmbuild.spec.trial import FRONT
 
 Row = dict[str, Any]
 EXPORT = ".export"
-STATUSES = ("pareto", "undecided")
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
         for r in _all(session, t.StandingRow.__table__)
         if r["variant"] in front
         and (not models or r["model"] in models)
-        and (r["status"] in STATUSES or _zero(session, r))
+        and (r["status"] in FRONT or _zero(session, r))
     ]
     rows["standing"] = sorted(standings, key=lambda r: tuple(str(r[n]) for n in _PLACE))
     for number, row in enumerate(rows["standing"], 1):

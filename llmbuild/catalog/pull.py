@@ -19,13 +19,12 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant
 from llmbuild.runtime import reader
 from llmbuild.runtime.choose import choose, told_nothing
-from llmbuild.runtime.model import host_facts
+from llmbuild.runtime.model import LOADED, host_facts
 from llmbuild.runtime.trust import Policy, checked, pointer_of, signer
 from llmbuild.spec.slo import Slo
 
 Row = dict[str, Any]
 Tell = Callable[[str, int, int], None]
-LOADED = ("artifact", "parameters", "tokenizer")
 
 
 @dataclass(frozen=True)

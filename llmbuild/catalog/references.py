@@ -13,8 +13,8 @@ from llmbuild.catalog import tables as t
 from llmbuild.catalog.schema import PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
 from llmbuild.spec.space import TUNING, UNTUNED
+from llmbuild.spec.trial import FRONT
 
-FRONT = ("pareto", "undecided")
 RECORDS = "published"
 """Folder of a catalog that holds a copy of every manifest it published."""
 

@@ -176,6 +176,10 @@ class Filesystem:
             self.system.mv(temporary, f"{self.root}/{PUBLISHED_FILE}")
 
 
+CLIENTS = ("botocore", "aiobotocore", "google", "gcsfs", "aiohttp", "requests")
+"""Libraries whose errors are about the place, not faults of ours."""
+
+
 @contextlib.contextmanager
 def told(location: str) -> Iterator[None]:
     """Turn what a file system or a network says into one message."""
@@ -187,16 +191,7 @@ def told(location: str) -> Iterator[None]:
         raise CatalogError(
             f"{location}: cannot be used: {error.strerror or error}; run the same command again"
         ) from None
-    except CatalogError:
-        raise
-    except Exception as error:
-        if type(error).__module__.split(".")[0] not in (
-            "botocore",
-            "aiobotocore",
-            "google",
-            "gcsfs",
-            "aiohttp",
-            "requests",
-        ):
+    except Exception as error:  # each kind of place brings its own library, which is not imported to name its errors
+        if type(error).__module__.split(".")[0] not in CLIENTS:
             raise
         raise CatalogError(f"{location}: cannot be used: {type(error).__name__}: {error}") from None

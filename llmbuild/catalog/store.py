@@ -18,6 +18,10 @@ SEALED_NS = 10**18
 """Modification time of every blob: whoever writes to one moves it, so that a changed blob is cheap to suspect."""
 
 
+class _OtherBytes(Exception):
+    """What was brought is not the blob that was asked for."""
+
+
 class BlobStore:
     """`blobs/sha256/ab/<digest>` under a catalog's folder."""
 
@@ -48,37 +52,33 @@ class BlobStore:
         final = self.path(digest)
         if final.is_file() and final.stat().st_size == source.stat().st_size and _digest_of(final) == digest:
             return digest
-        with _told(self.root):
-            final.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
-            temporary = Path(name)
-            try:
-                with os.fdopen(handle, "wb") as out, open(source, "rb") as data:
-                    shutil.copyfileobj(data, out, _CHUNK)
-                    out.flush()
-                    os.fsync(out.fileno())
-                temporary.chmod(0o444)
-                _seal(temporary)
-                temporary.replace(final)
-                _sync_folder(final.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+        with self._arriving(final) as temporary, open(temporary, "wb") as out, open(source, "rb") as data:
+            shutil.copyfileobj(data, out, _CHUNK)
         return digest
 
     def take(self, digest: str, write: Callable[[Path], None]) -> bool:
         """Let `write` bring a blob from elsewhere and keep it only if its bytes are those of its name; say whether."""
         if self.intact(digest):
             return True
-        final = self.path(digest)
+        try:
+            with self._arriving(self.path(digest)) as temporary:
+                write(temporary)
+                if _digest_of(temporary) != digest:
+                    raise _OtherBytes
+        except _OtherBytes:
+            return False
+        return True
+
+    @contextlib.contextmanager
+    def _arriving(self, final: Path) -> Iterator[Path]:
+        """Give an empty temporary file to fill; it is synced, sealed and renamed, or removed where that fails."""
         with _told(self.root):
             final.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
             os.close(handle)
             temporary = Path(name)
             try:
-                write(temporary)
-                if _digest_of(temporary) != digest:
-                    return False
+                yield temporary
                 with open(temporary, "rb") as data:
                     os.fsync(data.fileno())
                 temporary.chmod(0o444)
@@ -87,7 +87,6 @@ class BlobStore:
                 _sync_folder(final.parent)
             finally:
                 temporary.unlink(missing_ok=True)
-        return True
 
     def put_bytes(self, data: bytes) -> str:
         """Store bytes and return their digest."""

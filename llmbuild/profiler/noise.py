@@ -74,13 +74,16 @@ class Watch:
 
     def shares(self) -> Shares:
         """Return what was taken from the measured processes since then; nothing where the system does not tell."""
-        after, own = snapshot(), cpu_ticks(self._processes) - self._ticks
-        spent = after.total - self._before.total
-        throttled = throttles(self._root) > self._throttles
-        if spent <= 0:
-            return Shares(0.0, 0.0, throttled)
-        others = (after.busy - self._before.busy - own) / spent
-        return Shares((after.stolen - self._before.stolen) / spent, max(0.0, others), throttled)
+        own = cpu_ticks(self._processes) - self._ticks
+        return _shares(self._before, snapshot(), own, throttles(self._root) > self._throttles)
+
+
+def _shares(before: Snapshot, after: Snapshot, own_ticks: int, throttled: bool = False) -> Shares:
+    spent = after.total - before.total
+    if spent <= 0:
+        return Shares(0.0, 0.0, throttled)
+    others = (after.busy - before.busy - own_ticks) / spent
+    return Shares((after.stolen - before.stolen) / spent, max(0.0, others), throttled)
 
 
 def throttles(root: Path = CPUS) -> int:
@@ -129,14 +132,9 @@ def verdict(before: Snapshot, after: Snapshot, own_threads: int, own_ticks: int 
 
     `own_ticks` is the CPU time that the measured processes took between them: what is busy beyond it was others.
     """
-    told = []
-    spent = after.total - before.total
-    if spent > 0 and (after.stolen - before.stolen) / spent > STEAL_LIMIT:
-        told.append(f"{(after.stolen - before.stolen) / spent:.0%} of CPU time was stolen")
-    others = (after.busy - before.busy - own_ticks) / spent if own_ticks is not None and spent > 0 else 0.0
-    if others > OTHERS_LIMIT:
-        told.append(f"other processes took {others:.0%} of the CPUs")
+    own = after.busy - before.busy if own_ticks is None else own_ticks
+    found = [told([_shares(before, after, own)])]
     load = os.getloadavg()[0]
     if load > own_threads + 1.5:
-        told.append(f"load average {load:.1f}")
-    return ", ".join(told)
+        found.append(f"load average {load:.1f}")
+    return ", ".join(text for text in found if text)

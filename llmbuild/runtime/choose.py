@@ -10,6 +10,7 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.slo import METRICS, Slo, absence, measured
+from llmbuild.spec.trial import FRONT
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def choose(
     for row, why in runnable:
         if not why and here and row["machine_digest"] != host.machine:
             why = f"was measured on another machine ({row['machine']})"
-        if not why and row["status"] not in ("pareto", "undecided"):
+        if not why and row["status"] not in FRONT:
             why = f"is {row['status']}" + (f": {row['reason']}" if row.get("reason") else "")
         if not why:
             usable.append(row)

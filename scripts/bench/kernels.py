@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 from comparison.rounds import Entrant, Participant, Plan, compare
+from comparison.script import end
 from comparison.setup import OWN_WORKER
 from comparison.table import SECONDS, ratio
 
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import each
 from llmbuild.digest import plain
-from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.errors import InputError
 from llmbuild.kernels.choose import instructions
 from llmbuild.process import Limits
 from llmbuild.profiler import statistics
@@ -203,8 +204,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

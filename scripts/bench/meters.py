@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from time import monotonic, sleep
 from typing import Any
 
-from llmbuild.errors import LlmbuildError
+from comparison.script import end
+
 from llmbuild.profiler import energy, estimate, nvml, rapl
 from llmbuild.profiler.energy import Absent, Counter, Energy, Meter
 from llmbuild.report.rows import table
@@ -121,8 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

@@ -22,8 +22,9 @@ from typing import Any
 
 from comparison import setup, table
 from comparison.rounds import Participant, Plan, compare
+from comparison.script import end
 
-from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.errors import InputError
 from llmbuild.process import Limits
 from llmbuild.runtime import host, reader
 from llmbuild.spec.reader import read_recipe
@@ -165,8 +166,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

@@ -13,12 +13,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import sys
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
+
+from comparison.script import end
 
 from llmbuild import toolchain
 from llmbuild.catalog.writer import Catalog
@@ -26,7 +27,6 @@ from llmbuild.commands import find_target
 from llmbuild.compiler import iree
 from llmbuild.compiler.flags import FLAGS
 from llmbuild.digest import of_file
-from llmbuild.errors import LlmbuildError
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
 from llmbuild.search.knobs import KNOBS
@@ -160,7 +160,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmbuildError as error:
-        sys.exit(f"error: {error}")
+    end(main)

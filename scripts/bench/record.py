@@ -24,13 +24,14 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
+from comparison.script import end
+
 from llmbuild import digest, toolchain
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
 from llmbuild.digest import plain
-from llmbuild.errors import LlmbuildError
-from llmbuild.profiler.bench import prompt_of
-from llmbuild.profiler.child import Child, ChildFailed
+from llmbuild.profiler.child import ChildFailed
+from llmbuild.profiler.live import Live
 from llmbuild.profiler.protocol import Quality, Subject
 from llmbuild.runtime import host
 from llmbuild.spec.program import Program
@@ -118,7 +119,7 @@ class Recording:
         """Return numerics and quality: they do not depend on the clock, so others may share the machine."""
         begin = monotonic()
         subject = self.steps.subject(point, program, artifact)
-        child = opened(subject, self.job)
+        child = opened(subject, self.job).child
         try:
             told = child.ask("check", "check", data=str(subject.check_path))
             scored = child.ask("quality", "quality", data=str(quality.data)) if quality.data else {}
@@ -165,20 +166,17 @@ class Recording:
 
     def _samples(self, subject: Subject) -> dict[str, list[float]]:
         workload = self.job.recipe.workloads[0]
-        prompt, child = prompt_of(workload, subject.abi), opened(subject, self.job)
+        live = opened(subject, self.job)
         samples: dict[str, list[float]] = {"tpot_s": [], "ttft_s": []}
         try:
-            end = monotonic() + WARM_S
-            child.ask("profile", "round", prompt=prompt, output=workload.output)
-            while monotonic() < end:
-                child.ask("profile", "round", prompt=prompt, output=workload.output)
+            live.warm(workload, WARM_S)
             end = monotonic() + SCREEN_S
             while len(samples["tpot_s"]) < LEAST or (len(samples["tpot_s"]) < MOST and monotonic() < end):
-                answer = child.ask("profile", "round", prompt=prompt, output=workload.output)
+                answer = live.answers(workload, 0.0)[0]
                 for name, into in samples.items():
-                    into.append(answer[name])
+                    into.append(getattr(answer, name))
         finally:
-            child.close()
+            live.child.close()
         return samples
 
     # --- pack ----------------------------------------------------------------------------------------------------
@@ -234,28 +232,19 @@ class Recording:
         return path
 
 
-def opened(subject: Subject, job: Job) -> Child:
-    """Return a worker with the subject open; whoever asked closes it.
+def opened(subject: Subject, job: Job) -> Live:
+    """Return a subject opened in a worker; whoever asked closes it.
 
     Raises:
         ChildFailed: it does not open.
     """
-    child = Child(job.limits)
+    live = Live(subject, job.limits)
     try:
-        child.ask(
-            "profile",
-            "open",
-            artifact=str(subject.artifact_path),
-            parameters=str(subject.parameters_path),
-            abi=subject.abi,
-            driver=subject.driver,
-            workers=subject.workers,
-            times=1,
-        )
+        live.open(1)
     except ChildFailed:
-        child.close()
+        live.child.close()
         raise
-    return child
+    return live
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -290,7 +279,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except LlmbuildError as error:
-        sys.exit(f"error: {error}")
+    end(main)

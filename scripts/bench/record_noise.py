@@ -21,7 +21,9 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from llmbuild.errors import InputError, LlmbuildError
+from comparison.script import end
+
+from llmbuild.errors import InputError
 from llmbuild.process import Limits
 from llmbuild.profiler import noise
 from llmbuild.profiler.live import Live
@@ -148,8 +150,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from comparison.here import compile_here
+from comparison.script import end
 
 from llmbuild.digest import short
-from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.errors import InputError
 from llmbuild.profiler import roofline
 from llmbuild.report.rows import differences, quantity, table
 from llmbuild.runtime import host, reader
@@ -179,8 +180,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

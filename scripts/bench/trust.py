@@ -15,7 +15,6 @@ import gzip
 import json
 import math
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -23,7 +22,10 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from llmbuild.errors import InputError, LlmbuildError
+import numpy as np
+from comparison.script import end
+
+from llmbuild.errors import InputError
 from llmbuild.process import Limits
 from llmbuild.profiler import noise
 from llmbuild.profiler.bench import Bench
@@ -31,7 +33,7 @@ from llmbuild.profiler.protocol import Protocol, Quality
 from llmbuild.remeasure import find_default, known_of, subject_of
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, reader
-from llmbuild.search import front, pairs
+from llmbuild.search import front, pairs, transfer
 from llmbuild.search.pairs import order
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.space import Point
@@ -178,9 +180,8 @@ def ranking(start: Start, names: Sequence[str], chance: random.Random) -> list[s
 
 def kendall(one: Sequence[str], other: Sequence[str]) -> float:
     """Return Kendall's tau of two rankings of the same things."""
-    places = {name: i for i, name in enumerate(other)}
-    signs = [1 if places[a] < places[b] else -1 for a, b in combinations(one, 2)]
-    return fmean(signs)
+    places = np.array([other.index(name) for name in one], dtype=float)
+    return transfer.kendall(np.arange(len(one), dtype=float), places)
 
 
 def of_rankings(starts: Sequence[Start], chance: random.Random) -> list[dict[str, Any]]:
@@ -315,8 +316,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except LlmbuildError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    end(main)

@@ -1,0 +1,18 @@
+"""How a benchmark ends: with its exit code, or with one message and the error's."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from llmbuild.errors import LlmbuildError
+
+
+def end(main: Callable[[], int | None]) -> NoReturn:
+    """Run `main` and leave."""
+    try:
+        sys.exit(main())
+    except LlmbuildError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
