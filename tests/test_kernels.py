@@ -33,6 +33,7 @@ SHAPES = {
     "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
     "f16": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f16"),
     "bf16": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 3, "bf16"),
+    "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
 }
 IN_PARTS = {
     "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, False, 2, part=16),
@@ -185,6 +186,7 @@ HEADS = {
     "int4 in groups": (333, "int4_g32"),
     "f16": (100, "f16"),
     "bf16": (333, "bf16"),
+    "f12_e4m7": (333, "f12_e4m7"),
 }
 
 
@@ -213,7 +215,7 @@ util.return %r#0, %r#1 : {logits_kind}, tensor<1xi64>
     x, norm = np.abs(rng.standard_normal((1, 48))).astype(np.float32), np.ones(48, np.float32)
     inputs = [x, norm, data.view(np.int8), scales.view(np.int8)]
     (logits, token), _ = MACHINES[unit.name].call(artifact, inputs, 2, "local-task")
-    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), not shape.layout.is_half)
+    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), not shape.layout.is_real)
     expected = reference.multiply(reference.normalize(x, norm, 1e-5), matrix)[0]
     assert relative_error(logits[:vocabulary], expected[:vocabulary]) < 1e-5
     assert token.tolist() == [3]

@@ -100,12 +100,16 @@ class PanelEmbedding(nn.Module):
     def __init__(self, head: OwnHead) -> None:
         super().__init__()
         self.head = head
+        self.powers: torch.Tensor
+        self.register_buffer("powers", torch.tensor([0.0, *(2.0 ** (e - 22) for e in range(1, 16))]))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,hidden] of tokens i64[1,T]."""
         layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
         column = torch.arange(layout.columns)
         shared = 2 if layout.is_nibble else 1
+        if layout.is_shared:
+            return self._shared(row, column) * self.head.scale[row]
         together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
         step = column // (together * shared)
         place = row // PANEL * layout.panel_elements + step * PANEL * together
@@ -117,6 +121,15 @@ class PanelEmbedding(nn.Module):
         if layout.is_nibble:
             code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
         return (code - (8 if layout.is_nibble else 128)).float() * scale
+
+    def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return numbers of 12 bits without the power of two of their row."""
+        half, side, pair = column % 8 // 4, column % 2, column % 4 // 2
+        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // 8 * 12 * PANEL
+        upper = self.head.data[first + half * QUAD * PANEL + side * 2 + pair].to(torch.int32)
+        lower = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32) >> pair * 4 & 15
+        size = (128 + ((upper & 7) << 4 | lower)).float() * self.powers[upper >> 3 & 15]
+        return torch.where(upper < 0, -size, size)
 
     def _scale(self, row: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         groups = self.head.shape.layout.groups

@@ -6,9 +6,10 @@ saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x). Floating-point weights are w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
 from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
@@ -39,6 +40,9 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
 
     Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`.
     """
+    if layout.is_shared:
+        shared.prepare(w, layout, source, row)
+        return
     if layout.is_half:
         w.loop(0, layout.columns, LANES, lambda i: _copy(w, source, row, i))
         return
@@ -204,24 +208,34 @@ def _widened(w: Writer, shorts: str) -> str:
 
 
 def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
-    """Multiply by two columns at a time; a single row has sums of its own for each, so that none waits for another."""
+    """Write `Kernel.sums` for floating-point weights, some columns at a time.
+
+    A single row has sums of its own for every other column, so that none waits for another.
+    """
     chains = 2 if len(rows) == 1 else 1
     size = len(rows) * BLOCKS
+    columns, step = (_eight_columns, shared.STEP) if layout.is_shared else (_two_columns, 2)
 
     def body(k: str, *sums: str) -> list[str]:
-        new, pair = list(sums), w.at(data, w.mul(k, 2 * PANEL))
-        for side, blocks in enumerate(_two_columns(w, layout.form, pair)):
+        new, stored = list(sums), w.at(data, w.mul(k, layout.panel_bytes // layout.columns))
+        for side, blocks in enumerate(columns(w, layout.form, stored)):
             for r, row in enumerate(rows):
-                x = w.splat(w.load(w.at(row, w.mul(w.add(k, side), 4)), F32))
+                x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, side), 4)), F32))
                 for b, block in enumerate(blocks):
                     place = side % chains * size + r * BLOCKS + b
                     new[place] = w.op("math.fma", block, x, new[place])
         return new
 
-    flat = w.loop(0, layout.columns, 2, body, [(w.lanes(0.0), VF)] * (chains * size))
+    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
     if chains == 2:
         flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
     return _rows(flat)
+
+
+def _eight_columns(w: Writer, _: str, data: str) -> Iterator[list[str]]:
+    """Yield the f32 weights of eight columns, four vectors each."""
+    for blocks in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True):
+        yield from (list(side) for side in zip(*[shared.split(w, LANES, pair) for pair in blocks], strict=True))
 
 
 def _two_columns(w: Writer, form: str, data: str) -> Sums:
@@ -230,7 +244,4 @@ def _two_columns(w: Writer, form: str, data: str) -> Sums:
         places = [[w.at(data, 2 * (side * PANEL + b * LANES)) for b in range(BLOCKS)] for side in range(2)]
         return [[w.cast("arith.extf", w.load(p, HALVES, 2 * LANES), HALVES, VF) for p in side] for side in places]
     pairs = [w.load(w.at(data, b * LINE), VI, LINE) for b in range(BLOCKS)]
-    upper = w.lanes(-65536, VI)
-    low = [w.op("arith.shli", pair, w.lanes(16, VI), kind=VI) for pair in pairs]
-    high = [w.op("arith.andi", pair, upper, kind=VI) for pair in pairs]
-    return [[w.cast("arith.bitcast", bits, VI, VF) for bits in side] for side in (low, high)]
+    return [list(side) for side in zip(*[shared.split(w, LANES, pair) for pair in pairs], strict=True)]

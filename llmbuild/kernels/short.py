@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.instructions import Sums
 from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
 from llmbuild.kernels.text import F32, I32, Writer
@@ -162,40 +163,41 @@ def _group(
 
 
 def half_sums(lanes: int) -> SumsOf:
-    """Return `Kernel.sums` for f16 and bf16: two columns at a time."""
+    """Return `Kernel.sums` for floating-point weights: two columns at a time, or the eight that lie together."""
     reals = f"vector<{lanes}xf32>"
 
     def sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+        count = shared.STEP if layout.is_shared else 2
+
         def one_pass(registers: range) -> Sums:
             def body(k: str, *old: str) -> list[str]:
-                step, new = w.at(data, w.mul(k, 2 * PANEL)), list(old)
-                values = [[w.load(w.at(row, w.mul(w.add(k, side), 4)), F32) for row in rows] for side in range(2)]
-                splats = [[w.splat(value, reals) for value in side] for side in values]
+                step, new = w.at(data, w.mul(k, layout.panel_bytes // layout.columns)), list(old)
+                places = [[w.at(row, layout.header_bytes, w.mul(w.add(k, c), 4)) for row in rows] for c in range(count)]
+                splats = [[w.splat(w.load(place, F32), reals) for place in side] for side in places]
                 for i, register in enumerate(registers):
-                    for side, weights in enumerate(_two_columns(w, layout.form, step, lanes, register)):
+                    for side, weights in enumerate(_columns(w, layout, step, lanes, register)):
                         for r, x in enumerate(splats[side]):
                             place = r * len(registers) + i
                             new[place] = w.op("math.fma", weights, x, new[place], kind=reals)
                 return new
 
             carried = [(w.lanes(0.0, reals), reals)] * (len(rows) * len(registers))
-            return _by_row(w.loop(0, layout.columns, 2, body, carried), len(registers))
+            return _by_row(w.loop(0, layout.columns, count, body, carried), len(registers))
 
         return by_blocks(w, lanes, rows, one_pass)
 
     return sums
 
 
-def _two_columns(w: Writer, form: str, step: str, lanes: int, register: int) -> list[str]:
-    """Return a register's f32 weights of two columns."""
+def _columns(w: Writer, layout: Layout, step: str, lanes: int, register: int) -> list[str]:
+    """Return a register's f32 weights of the columns that are taken at a time."""
     reals, integers, halves = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>", f"vector<{lanes}xf16>"
-    if form == "f16":
+    if layout.is_shared:
+        return [side for pair in shared.pairs(w, lanes, step, register) for side in shared.split(w, lanes, pair)]
+    if layout.form == "f16":
         places = [w.at(step, 2 * (side * PANEL + register * lanes)) for side in range(2)]
         return [w.cast("arith.extf", w.load(place, halves, 2 * lanes), halves, reals) for place in places]
-    pair = w.load(w.at(step, 4 * register * lanes), integers, 4 * lanes)
-    low = w.op("arith.shli", pair, w.lanes(16, integers), kind=integers)
-    high = w.op("arith.andi", pair, w.lanes(-65536, integers), kind=integers)
-    return [w.cast("arith.bitcast", bits, integers, reals) for bits in (low, high)]
+    return shared.split(w, lanes, w.load(w.at(step, 4 * register * lanes), integers, 4 * lanes))
 
 
 def quad(w: Writer, unit: Registers, pointer: str) -> str:

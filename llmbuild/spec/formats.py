@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOATS = ("f32", "f16", "bf16")
+SHARED = "f12_e4m7"
+"""Weights of 12 bits: sign, 4 bits of exponent, 7 stored bits of significand (those of bf16), and one exponent that a
+row shares, that of its largest weight. What is below the 15 binades that 4 bits reach is 0 or the smallest number,
+whichever is nearer: no weight is off by more than 2^-8 of itself or 2^-15 of the row's largest.
+"""
+
+FLOATS = ("f32", "f16", "bf16", SHARED)
 GROUPS = (32, 64, 128)
 LEAST_GROUP = 8
 """A group shorter than this spends as many bits on scales as on codes."""

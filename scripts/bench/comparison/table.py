@@ -21,6 +21,7 @@ DECODE_PEER = {
     "int4": ("llama.cpp", "q4_0"),
     "f16": ("llama.cpp", "f16"),
     "bf16": ("llama.cpp", "f16"),
+    "f12": ("llama.cpp", "f16"),
     "f32": ("torch", "float32"),
 }
 """Whom a family of our weight formats meets at decoding and starting: the peer with weights of that size."""
