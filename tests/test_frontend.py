@@ -89,6 +89,8 @@ def test_logits_equal_the_library(build: Callable[..., Built], model: Path) -> N
         pytest.param({**OWN, "weight_format": "int4_g64", "head_format": "int8"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "int4_g128"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "f16"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "int7_g64", "head_format": "f12_e4m7"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "f12_e4m7", "head_format": "int7_g32"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "bf16", "head_format": "f16"}, marks=needs_vnni),
     ],
     ids=lambda choices: "-".join(choices.values()) or "default",
@@ -166,7 +168,7 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
 
 
 @needs_vnni
-@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16"])
+@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16", "f12_e4m7"])
 def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form: str) -> None:
     shape = {
         "hidden_size": 112,

@@ -18,7 +18,7 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import PANEL, QUAD
+from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
@@ -110,6 +110,8 @@ class PanelEmbedding(nn.Module):
         shared = 2 if layout.is_nibble else 1
         if layout.is_shared:
             return self._shared(row, column) * self.head.scale[row]
+        if layout.in_groups:
+            return (self._sevens(row, column) - layout.offset).float() * self._scale(row, column // layout.group)
         together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
         step = column // (together * shared)
         place = row // PANEL * layout.panel_elements + step * PANEL * together
@@ -120,7 +122,7 @@ class PanelEmbedding(nn.Module):
         code = stored.to(torch.int32) & 255
         if layout.is_nibble:
             code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
-        return (code - (8 if layout.is_nibble else 128)).float() * scale
+        return (code - layout.offset).float() * scale
 
     def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return numbers of 12 bits without the power of two of their row."""
@@ -130,6 +132,15 @@ class PanelEmbedding(nn.Module):
         lower = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32) >> pair * 4 & 15
         size = (128 + ((upper & 7) << 4 | lower)).float() * self.powers[upper >> 3 & 15]
         return torch.where(upper < 0, -size, size)
+
+    def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return codes of 7 bits, i32."""
+        quad, line = column % PERIOD // QUAD, QUAD * PANEL
+        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column % QUAD
+        first = first + column // PERIOD * 7 * line
+        own = self.head.data[first + quad.clamp(max=6) * line].to(torch.int32) & 127
+        bits = [self.head.data[first + i * line].to(torch.int32) >> 7 & 1 for i in range(7)]
+        return torch.where(quad < 7, own, sum((bit << i for i, bit in enumerate(bits)), torch.zeros_like(own)))
 
     def _scale(self, row: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         groups = self.head.shape.layout.groups

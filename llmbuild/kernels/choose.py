@@ -19,6 +19,7 @@ _ARM = ("dotprod",)
 KNOWN = (
     Instructions("avx512", 16, 2, _PAUSE_X86, {
         "int8": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int8_sums),
+        "int7": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int7_sums),
         "int4": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int4_sums),
         "f16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
@@ -26,10 +27,12 @@ KNOWN = (
     }),
     Instructions("avxvnni", 8, 1, _PAUSE_X86, {
         "int8": Kernel((*_AVX2, "avxvnni"), 4, short.int8_sums(avx2.AVXVNNI)),
+        "int7": Kernel((*_AVX2, "avxvnni"), 4, short.int7_sums(avx2.AVXVNNI)),
         "int4": Kernel((*_AVX2, "avxvnni"), 4, short.int4_sums(avx2.AVXVNNI)),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
         "int8": Kernel(_AVX2, 4, short.int8_sums(avx2.AVX2)),
+        "int7": Kernel(_AVX2, 4, short.int7_sums(avx2.AVX2)),
         "int4": Kernel(_AVX2, 4, short.int4_sums(avx2.AVX2)),
         "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
@@ -40,6 +43,7 @@ KNOWN = (
     }),
     Instructions("dotprod", 4, 1, _PAUSE_ARM, {
         "int8": Kernel(_ARM, 4, short.int8_sums(neon.DOTPROD)),
+        "int7": Kernel(_ARM, 4, short.int7_sums(neon.DOTPROD)),
         "int4": Kernel(_ARM, 4, short.int4_sums(neon.DOTPROD)),
         "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),

@@ -1,9 +1,9 @@
 """Weights of 12 bits that share the exponent of their row, rebuilt in registers of any length.
 
-Eight columns of a row are two times four upper bytes (sign, four bits of exponent, three of significand) and eight lower
-halves of a byte. Lanes of 16 bits hold two upper bytes: one shift brings a column's to its place in a bf16 and spreads
-the sign over the exponent's upper bits, one mask clears those, and one `or` adds the lower half. Four of these steps
-give four registers of pairs of bf16, whose exponents are 112 too small.
+Eight columns of a row are two times four upper bytes (sign, four bits of exponent, three of significand) and eight
+lower halves of a byte. Lanes of 16 bits hold two upper bytes: one shift brings a column's to its place in a bf16 and
+spreads the sign over the exponent's upper bits, one mask clears those, and one `or` adds the lower half. Four of these
+steps give four registers of pairs of bf16, whose exponents are 112 too small.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ class Format:
     """How integers stand for weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
 
     bits: int
-    """8 or 4: codes are -128..127 or -8..7."""
+    """8, 7 or 4: codes are -128..127, -64..63 or -8..7."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
@@ -31,6 +31,7 @@ class Format:
 INTEGERS: dict[str, Format] = {
     "int8": Format(8),
     **{f"int8_g{group}": Format(8, group) for group in GROUPS},
+    **{f"int7_g{group}": Format(7, group) for group in GROUPS},
     **{f"int4_g{group}": Format(4, group) for group in GROUPS},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
 }

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmbuild.kernels.layouts import Layout
+from llmbuild.kernels.layouts import PERIOD, Layout
 from llmbuild.spec.formats import INTEGERS, SHARED
 from llmbuild.transform import shared_exponent as shared
 from llmbuild.transform.quantized import Quantized, quantize
@@ -17,13 +17,14 @@ from llmbuild.transform.weights import PANEL, Array, from_bf16, pack_quads, pad_
 class Matrix:
     """What a packed matrix says: `values * scale`, f32[N,K] and f32[N], plus a bias f32[N].
 
-    Where `rounded`, a kernel multiplies it by activations that it rounds to bytes first.
+    A kernel multiplies it by activations that it rounds to bytes first, `rounded` columns with one scale; 0: by all of
+    them as they are.
     """
 
     values: Array
     scale: Array
     bias: Array
-    rounded: bool
+    rounded: int
 
 
 def encode(form: str, dense: Array) -> Quantized | Array:
@@ -46,9 +47,10 @@ def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
         each = 1 if layout.form == "f16" else 2
         data = rows.reshape(-1, PANEL, layout.columns // each, each).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(data).reshape(-1), np.ones(len(rows), np.float32)
-    if weights.group != layout.group or weights.bits != (4 if layout.is_nibble else 8):
+    if weights.group != layout.group or 2 ** (weights.bits - 1) != layout.offset:
         raise ValueError(f"{layout.form}: weights in groups of {weights.group} where the layout has {layout.group}")
-    data = _pack_nibbles(weights.codes) if layout.is_nibble else pack_quads(weights.codes)
+    packers = {"int4": _pack_nibbles, "int7": _pack_sevens, "int8": pack_quads}
+    data = packers[layout.family](weights.codes)
     scale = pad_rows(weights.scale.astype(np.float32))
     if layout.groups == 1:
         return data.reshape(-1).view(np.int8), np.ascontiguousarray(scale[:, 0])
@@ -69,6 +71,8 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
         values = shared.values(shared.unpack_codes(bytes_)).reshape(panels * PANEL, layout.columns)
     elif layout.is_nibble:
         values = _unpack_nibbles(data.view(np.uint8), panels, layout.columns).astype(np.float32)
+    elif layout.family == "int7":
+        values = _unpack_sevens(data.view(np.uint8), panels, layout.columns).astype(np.float32)
     else:
         quads = data.view(np.uint8).reshape(panels, layout.columns // 4, 4, 16, 4)
         values = unpack_quads(quads, panels * PANEL).astype(np.float32)
@@ -78,6 +82,20 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
     grouped = from_bf16(np.ascontiguousarray(short)).reshape(panels * PANEL, layout.groups)
     values *= np.repeat(grouped, layout.group, axis=1)
     return values, np.ones(panels * PANEL, np.float32)
+
+
+def _pack_sevens(codes: Array) -> Array:
+    """Return bytes u8[N/64, K/32, 7, 64, 4] of codes in -64..63: seven quads, and the bits of the eighth above them."""
+    quads = (pad_rows(codes) + 64).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // PERIOD, 8, 4)
+    bits = quads[:, :, :, 7:] >> np.arange(7, dtype=np.uint8)[:, None] & 1
+    return np.ascontiguousarray((quads[:, :, :, :7] | bits << 7).transpose(0, 2, 3, 1, 4))
+
+
+def _unpack_sevens(data: Array, panels: int, columns: int) -> Array:
+    stored = data.reshape(panels, columns // PERIOD, 7, PANEL, 4).transpose(0, 3, 1, 2, 4)
+    last = (stored >> 7 << np.arange(7, dtype=np.uint8)[:, None]).sum(axis=3, keepdims=True, dtype=np.uint8)
+    both = np.concatenate([stored & 127, last], axis=3)
+    return both.reshape(panels * PANEL, columns).astype(np.int8) - 64
 
 
 def _pack_nibbles(codes: Array) -> Array:

@@ -19,10 +19,15 @@ def quantized_rows(x: Array) -> tuple[Array, Array]:
 
 def multiply(x: Array, matrix: Matrix) -> Array:
     """Return f32[T,N] of rows [T,K] times a matrix, rounded first if it wants them so."""
-    rows, row_scale = quantized_rows(x) if matrix.rounded else (x.astype(np.float64), np.ones((len(x), 1)))
-    exact = rows @ matrix.values.astype(np.float64).T
-    out: Array = (exact * (row_scale.astype(np.float64) * matrix.scale) + matrix.bias).astype(np.float32)
+    rows = rounded_rows(x, matrix.rounded) if matrix.rounded else x.astype(np.float64)
+    out: Array = (rows @ matrix.values.astype(np.float64).T * matrix.scale + matrix.bias).astype(np.float32)
     return out
+
+
+def rounded_rows(x: Array, group: int) -> Array:
+    """Return rows f64[T,K] as bytes make them whose scale so many columns share."""
+    codes, scale = quantized_rows(x.reshape(-1, group))
+    return (codes * scale).reshape(x.shape)
 
 
 def normalize(x: Array, weight: Array, epsilon: float) -> Array:
