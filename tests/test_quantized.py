@@ -89,7 +89,8 @@ def test_a_group_is_halved_until_it_divides_the_row(columns: int, asked: int, fi
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("int8_g32", 8.5), ("int7_g64", 7.25), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)]
+    ("name", "bits"),
+    [("int8_g32", 8.5), ("int7_g64", 7.25), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)],
 )
 def test_bits_per_weight_count_scales_and_zeros(name: str, bits: float) -> None:
     assert quantize(np.ones((64, 256), np.float32), INTEGERS[name]).bits_per_weight == bits

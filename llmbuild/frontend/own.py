@@ -129,8 +129,9 @@ class PanelEmbedding(nn.Module):
         half, side, pair = column % 8 // 4, column % 2, column % 4 // 2
         first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // 8 * 12 * PANEL
         upper = self.head.data[first + half * QUAD * PANEL + side * 2 + pair].to(torch.int32)
-        lower = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32) >> pair * 4 & 15
-        size = (128 + ((upper & 7) << 4 | lower)).float() * self.powers[upper >> 3 & 15]
+        both = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32)
+        lower = torch.where(pair == 0, both, both >> 4) & 15
+        size = (128 + (upper & 7) * 16 + lower).float() * self.powers[upper >> 3 & 15]
         return torch.where(upper < 0, -size, size)
 
     def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
