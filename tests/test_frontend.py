@@ -24,7 +24,7 @@ PROMPT = [7, 300, 12, 99, 5, 41]
 OWN = {"weight_format": "int8", "layout": "packed", "kernel": "own"}
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-FEATURES = KNOWN[0].kernels["int8"].features
+FEATURES = next(unit for unit in KNOWN if unit.name == "avx512").kernels["int8"].features
 needs_vnni = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
 
 
@@ -103,6 +103,20 @@ def test_artifact_agrees_with_its_check_data(build: Callable[..., Built], choice
     actual = built.at("O2").forced(prompt, forced)
     half = choices.get("kv_dtype") == "f16"
     assert relative_error(actual, expected) < max(1e-5, 10 * float(noise), 1e-3 if half else 0.0)
+
+
+@pytest.mark.skipif("avx512_bf16" not in HOST, reason="this CPU has no AVX-512 BF16")
+@pytest.mark.parametrize("form", ["bf16", "f12_e4m7"])
+def test_activations_are_rounded_to_bf16_where_the_cpu_multiplies_pairs_of_them(
+    model: Path, tmp_path: Path, form: str
+) -> None:
+    choices = tuple({**OWN, "weight_format": form}.items())
+    features = (*FEATURES, "avx512bf16")
+    result = import_model(ImportJob(str(model), CONTEXT, choices=choices, features=features), tmp_path)
+    assert "avx512bf16" in result.program.abi.required_features
+    with np.load(tmp_path / "check.npz") as check:
+        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
 
 
 @needs_vnni

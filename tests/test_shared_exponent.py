@@ -82,16 +82,18 @@ UNITS = [
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_agree_with_float64_over_the_whole_range(tmp_path: Path, unit: Instructions, together: bool) -> None:
-    layout, drawn = Layout(SHARED, 48), np.random.default_rng(0)
-    rows = unit.kernels[SHARED].row_tile if together else 1
+    kernel, drawn = unit.kernels[SHARED], np.random.default_rng(0)
+    layout, rows = Layout(SHARED, 48, kernel.narrow), kernel.row_tile if together else 1
     (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows))
     artifact = MACHINES[unit.name].compile(tmp_path / "products.mlir")
     for spread, magnitude in ((0, 1.0), (8, 1e-20), (8, 1e20), (0, 0.0)):
         dense = drawn.standard_normal((64, 48)) * np.exp(spread * drawn.standard_normal((64, 48))) * magnitude
         data, power = pack(layout, encode(SHARED, dense.astype(np.float32)))
         x = (drawn.standard_normal((rows, 48)) * np.exp(drawn.standard_normal((rows, 48)))).astype(np.float32)
+        x = from_bf16(to_bf16(x)) if kernel.narrow else x
+        lifted = to_bf16(x * np.float32(LIFT)) if kernel.narrow else x * np.float32(LIFT)
         prepared = np.zeros((rows, layout.prepared_bytes), np.uint8)
-        prepared[:, LINE : LINE + 4 * 48] = (x * np.float32(LIFT)).view(np.uint8)
+        prepared[:, LINE : LINE + lifted[0].nbytes] = lifted.view(np.uint8)
         inputs = [data, prepared.reshape(-1).view(np.int8)]
         (sums,), _ = MACHINES[unit.name].call(artifact, inputs, 1, "local-task")
         weights = unpack(layout, data.view(np.uint8), power.view(np.uint8))[0].astype(np.float64)

@@ -18,7 +18,7 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD
+from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, family
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
@@ -131,8 +131,8 @@ class PanelEmbedding(nn.Module):
         upper = self.head.data[first + half * QUAD * PANEL + side * 2 + pair].to(torch.int32)
         both = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32)
         lower = torch.where(pair == 0, both, both >> 4) & 15
-        size = (128 + (upper & 7) * 16 + lower).float() * self.powers[upper >> 3 & 15]
-        return torch.where(upper < 0, -size, size)
+        size = (128 + (upper & 7) * 16 + lower).float() * self.powers[(upper >> 3 & 15).long()]
+        return size * ((upper >> 7 & 1).float() * -2 + 1)
 
     def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return codes of 7 bits, i32."""
@@ -178,10 +178,17 @@ def put_in(
     model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups, formats.layers)
+    shape = _shape(model, context, half_cache, work_groups, formats.layers, units.layers)
     if problem := shape.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
-    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups, formats.head)
+    head_shape = HeadShape(
+        shape.hidden,
+        model.config.vocab_size,
+        shape.epsilon,
+        work_groups,
+        formats.head,
+        _narrow(units.head, formats.head),
+    )
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
@@ -214,7 +221,7 @@ def _split(count: int) -> list[int]:
     return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
-def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str) -> DecoderShape:
+def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str, unit: Instructions) -> DecoderShape:
     config, attention = model.config, model.model.layers[0].self_attn
     return DecoderShape(
         hidden=config.hidden_size,
@@ -228,7 +235,12 @@ def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: st
         half_cache=half_cache,
         workers=workers,
         weights=weights,
+        narrow=_narrow(unit, weights),
     )
+
+
+def _narrow(unit: Instructions, form: str) -> bool:
+    return unit.kernels[family(form)].narrow
 
 
 def _arrays(old: nn.Module) -> dict[str, np.ndarray]:

@@ -17,6 +17,10 @@ _AVX2 = ("avx2", "fma", "f16c")
 _ARM = ("dotprod",)
 
 KNOWN = (
+    Instructions("avx512bf16", 16, 2, _PAUSE_X86, {
+        "bf16": Kernel((*_AVX512, "avx512bf16"), products.ROW_TILE, products.pair_sums, True),
+        SHARED: Kernel((*_AVX512, "avx512bf16"), products.ROW_TILE, products.pair_sums, True),
+    }),
     Instructions("avx512", 16, 2, _PAUSE_X86, {
         "int8": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int8_sums),
         "int7": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int7_sums),

@@ -48,8 +48,9 @@ class Layout:
 
     A row of activations is prepared for it
 
-    - as f32`[K]` for f16 and bf16;
-    - for `f12_e4m7` as a line with a power of two, f32, and then f32`[K]` divided by it and multiplied by `LIFT`;
+    - as f32`[K]` for f16 and bf16, or bf16`[K]` where it is `narrow`;
+    - for `f12_e4m7` as a line with a power of two, f32, and then f32`[K]` divided by it and multiplied by `LIFT`, or
+      bf16`[K]` where it is `narrow`;
     - for `int8` as a line with a scale, f32, and the sum of the bytes, i32, and then signed bytes `[K]`;
     - for `int4` as a line with a scale, lines with the sum of each group's bytes times -8, i32, and then bytes;
     - for `int7` as lines with a scale for each group, lines with their sums times -64, and then bytes.
@@ -57,6 +58,8 @@ class Layout:
 
     form: str
     columns: int
+    narrow: bool = False
+    """Whether activations of floating-point weights are rounded to bf16."""
 
     @property
     def group(self) -> int:
@@ -149,7 +152,8 @@ class Layout:
     @property
     def prepared_bytes(self) -> int:
         """Bytes of one row of activations, prepared."""
-        return self.header_bytes + up_to(4 * self.columns if self.is_real else self.columns, LINE)
+        each = 1 if not self.is_real else 2 if self.narrow else 4
+        return self.header_bytes + up_to(each * self.columns, LINE)
 
     @property
     def header_bytes(self) -> int:

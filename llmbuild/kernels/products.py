@@ -23,6 +23,8 @@ ROW_TILE = 6
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
 SHORTS = "vector<16xi16>"
+BRAINS = "vector<32xbf16>"
+"""Pairs of bf16."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
         shared.prepare(w, layout, source, row)
         return
     if layout.is_half:
-        w.loop(0, layout.columns, LANES, lambda i: _copy(w, source, row, i))
+        w.loop(0, layout.columns, LANES, lambda i: _copy(w, layout, source, row, i))
         return
 
     if layout.in_groups:
@@ -108,8 +110,8 @@ def _store_start(w: Writer, layout: Layout, total: str, row: str, group: str) ->
     w.store(start, w.at(row, layout.factors_bytes, w.mul(group, 4)), I32)
 
 
-def _copy(w: Writer, source: Reader, row: str, index: str) -> list[str]:
-    w.store(source(index), w.at(row, w.mul(index, 4)), VF)
+def _copy(w: Writer, layout: Layout, source: Reader, row: str, index: str) -> list[str]:
+    shared.store(w, layout, source(index), row, index)
     return []
 
 
@@ -296,6 +298,45 @@ def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
     if chains == 2:
         flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
     return _rows(flat)
+
+
+def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+    """Write `Kernel.sums` for pairs of bf16, which `vdpbf16ps` multiplies by pairs of activations and adds in f32."""
+    chains = 2 if len(rows) == 1 else 1
+    size = len(rows) * BLOCKS
+    step = shared.STEP if layout.is_shared else 4
+
+    def body(k: str, *sums: str) -> list[str]:
+        new, stored = list(sums), w.at(data, w.mul(k, layout.panel_bytes // layout.columns))
+        for place, blocks in enumerate(_pairs(w, layout, stored)):
+            for r, row in enumerate(rows):
+                x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, 2 * place), 2)), I32), VI)
+                for b, block in enumerate(blocks):
+                    at = place % chains * size + r * BLOCKS + b
+                    new[at] = _dot_pairs(w, new[at], block, x)
+        return new
+
+    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
+    if chains == 2:
+        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
+    return _rows(flat)
+
+
+def _pairs(w: Writer, layout: Layout, data: str) -> Iterator[list[str]]:
+    """Yield pairs of bf16 of columns that lie together, four vectors each."""
+    if layout.is_shared:
+        yield from (list(b) for b in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True))
+    else:
+        for pair in range(2):
+            yield [w.load(w.at(data, pair * QUAD * PANEL + b * LINE), VI, LINE) for b in range(BLOCKS)]
+
+
+def _dot_pairs(w: Writer, total: str, weights: str, activations: str) -> str:
+    left, right = (w.cast("vector.bitcast", pairs, VI, BRAINS) for pairs in (weights, activations))
+    return w.let(
+        f'llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"({total}, {left}, {right}) '
+        f": ({VF}, {BRAINS}, {BRAINS}) -> {VF}"
+    )
 
 
 def _eight_columns(w: Writer, _: str, data: str) -> Iterator[list[str]]:

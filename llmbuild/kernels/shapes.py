@@ -30,6 +30,8 @@ class DecoderShape:
     weights: str = "int8"
     part: int = 256
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
+    narrow: bool = False
+    """Whether activations of floating-point weights are rounded to bf16."""
 
     @property
     def attended(self) -> int:
@@ -54,7 +56,7 @@ class DecoderShape:
     def layouts(self) -> dict[str, Layout]:
         """Return how each matrix of a layer lies in panels."""
         columns = {"qkv": self.hidden, "out": self.attended, "gate_up": self.hidden, "down": self.inner_padded}
-        return {name: Layout(self.weights, width) for name, width in columns.items()}
+        return {name: Layout(self.weights, width, self.narrow) for name, width in columns.items()}
 
     def problem(self) -> str | None:
         """Return why the kernels do not take this shape, or nothing."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llmbuild.kernels.elementwise import Reader
-from llmbuild.kernels.layouts import LIFT, LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.layouts import LIFT, PANEL, QUAD, Layout
 from llmbuild.kernels.text import F32, I32, VF, Writer
 
 STEP = 2 * QUAD
@@ -65,7 +65,18 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
 
     def body(i: str) -> list[str]:
         lifted = w.op("arith.mulf", w.op("arith.mulf", source(i), inverse), w.lanes(LIFT))
-        w.store(lifted, w.at(row, w.add(w.mul(i, 4), LINE)), VF)
+        store(w, layout, lifted, row, i)
         return []
 
     w.loop(0, layout.columns, LANES, body)
+
+
+def store(w: Writer, layout: Layout, values: str, row: str, index: str) -> None:
+    """Store sixteen f32 at their place in a prepared row, as they are or rounded to bf16."""
+    place = w.at(row, w.add(w.mul(index, 2 if layout.narrow else 4), layout.header_bytes))
+    if not layout.narrow:
+        w.store(values, place, VF)
+        return
+    brain = "vector<16xbf16>"
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    w.store(w.let(f'llvm.call_intrinsic "{name}"({values}) : ({VF}) -> {brain}'), place, brain, 2)

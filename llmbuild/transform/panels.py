@@ -17,14 +17,13 @@ from llmbuild.transform.weights import PANEL, Array, from_bf16, pack_quads, pad_
 class Matrix:
     """What a packed matrix says: `values * scale`, f32[N,K] and f32[N], plus a bias f32[N].
 
-    A kernel multiplies it by activations that it rounds to bytes first, `rounded` columns with one scale; 0: by all of
-    them as they are.
+    The layout says how activations are rounded that it is multiplied by.
     """
 
     values: Array
     scale: Array
     bias: Array
-    rounded: int
+    layout: Layout
 
 
 def encode(form: str, dense: Array) -> Quantized | Array:

@@ -63,6 +63,8 @@ def cases(formats: Sequence[str]) -> Iterator[Case]:
     for layers in formats:
         if layers not in INTEGERS:
             yield Case(layers, layers)
+            if layers in ("bf16", SHARED):
+                yield Case(layers, layers, kernel="own")
             continue
         for method in METHODS:
             yield Case(layers, HEAD, *method)
@@ -77,18 +79,18 @@ def cases(formats: Sequence[str]) -> Iterator[Case]:
 
 
 def round_inputs(model: nn.Module, formats: Formats) -> None:
-    """Let every linear layer read rows that are rounded to bytes as our kernels do."""
+    """Let every linear layer read rows that are rounded as our kernels do: to bytes, or to bf16 for AVX-512 BF16."""
 
-    def hook(group: int) -> Any:
+    def hook(layout: Layout) -> Any:
         def rounded(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            rows = rounded_rows(args[0].flatten(0, -2).numpy(), group)
+            rows = rounded_rows(args[0].flatten(0, -2).numpy(), layout)
             return torch.from_numpy(rows.astype(np.float32)).view(args[0].shape)
 
         return rounded
 
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(hook(Layout(formats.of(name), part.in_features).rounded))
+            part.register_forward_pre_hook(hook(Layout(formats.of(name), part.in_features, True)))
 
 
 def store(model: Any, formats: Formats) -> float:
