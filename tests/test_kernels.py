@@ -183,6 +183,11 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
 
 
+def test_a_width_that_codes_of_7_bits_do_not_fill_is_refused() -> None:
+    assert "multiples of 32 for int7_g64, found 16" in str(replace(SHAPES["smallest"], weights="int7_g64").problem())
+    assert replace(SHAPES["whole panels"], weights="int7_g64").problem() is None
+
+
 HEADS = {
     "whole panel": (64, "int8"),
     "part of a panel": (100, "int8"),

@@ -179,16 +179,10 @@ def put_in(
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
     shape = _shape(model, context, half_cache, work_groups, formats.layers, units.layers)
-    if problem := shape.problem():
+    vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
+    head_shape = HeadShape(shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow)
+    if problem := shape.problem() or head_shape.layout.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
-    head_shape = HeadShape(
-        shape.hidden,
-        model.config.vocab_size,
-        shape.epsilon,
-        work_groups,
-        formats.head,
-        _narrow(units.head, formats.head),
-    )
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]

@@ -61,6 +61,12 @@ class Layout:
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
 
+    def problem(self) -> str | None:
+        """Return why no matrix lies so, or nothing."""
+        if self.in_groups and self.columns % PERIOD:
+            return f"its own kernels need widths that are multiples of {PERIOD} for {self.form}, found {self.columns}"
+        return None
+
     @property
     def group(self) -> int:
         """Columns that share a scale."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, up_to
+from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
 
 HALF_PANEL, LANES = 32, 16
 
@@ -62,8 +62,8 @@ class DecoderShape:
         """Return why the kernels do not take this shape, or nothing."""
         if self.hidden % LANES or self.attended % LANES:
             return f"its own kernels need widths that are multiples of {LANES}, found {self.hidden} and {self.attended}"
-        if self.layouts()["qkv"].in_groups and self.hidden % PERIOD:
-            return f"its own kernels need a width that is a multiple of {PERIOD} for int7, found {self.hidden}"
+        if problem := self.layouts()["qkv"].problem():
+            return problem
         if self.head_dim % (2 * LANES):
             return f"its own kernels need a head size that is a multiple of {2 * LANES}, found {self.head_dim}"
         return None
