@@ -116,7 +116,7 @@ def test_activations_are_rounded_to_bf16_where_the_cpu_multiplies_pairs_of_them(
     assert "avx512bf16" in result.program.abi.required_features
     with np.load(tmp_path / "check.npz") as check:
         actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
-        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
+        assert relative_error(actual, check["logits"]) < 3e-3  # a rounding to bf16 may fall the other way
 
 
 @needs_vnni
