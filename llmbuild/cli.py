@@ -264,13 +264,16 @@ def recipes(folder: Path, form: str | None) -> int:
 
 
 @main.command()
-@format_options
+@click.option("-t", "--target", "targets", multiple=True, help="Only this target; may be given again.")
+@click.option("--probe", "probed", is_flag=True, help="Generate code for a matrix-vector product to be sure.")
 @click.option("--knobs", is_flag=True, help="List the knobs of the search space instead, and what is left out of it.")
-def targets(form: str | None, knobs: bool) -> int:
+@catalog_option
+@format_options
+def targets(form: str | None, knobs: bool, **options: Any) -> int:
     """List the targets, and whether this host can compile and run each."""
     from llmbuild import commands
 
-    return print_rows(commands.knobs() if knobs else commands.targets(), form)
+    return print_rows(commands.knobs(options["targets"]) if knobs else commands.targets(options), form)
 
 
 @main.command()

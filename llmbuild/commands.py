@@ -19,21 +19,23 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers
 from llmbuild.digest import plain
-from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.errors import InputError
 from llmbuild.plan import changes, explained, plan, until
 from llmbuild.remeasure import remeasure
 from llmbuild.report.doctor import checks
 from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
+from llmbuild.report.targets import rows as target_rows
+from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import ALL, with_tuning
+from llmbuild.search.knobs import ALL, target_knobs, with_tuning
 from llmbuild.search.traps import TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
 from llmbuild.spec.space import Knob, Point
-from llmbuild.spec.target import HOST, Target
+from llmbuild.spec.target import BACKENDS, HOST, LLVM_CPU, Target, target_from
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
@@ -68,9 +70,15 @@ def _job(path: Path, target: str, options: Options) -> Job:
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
+    return make_job(
+        recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], _answers(options)
+    )
+
+
+def _answers(options: Options) -> Answers | None:
+    """Return where the compiler's answers on targets are kept: in the catalog, where there is one."""
     folder = Path(options["catalog"]) if options.get("catalog") else None
-    answers = Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
-    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], answers)
+    return Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:
@@ -96,7 +104,9 @@ def find_target(name: str) -> Target:
         InputError: no such target.
     """
     if name == HOST:
-        return Target(HOST, "llvm-cpu", host.architecture(), HOST, description="this machine")
+        kind = BACKENDS[LLVM_CPU]
+        arch, told = host.architecture(), "this machine"
+        return Target(HOST, LLVM_CPU, arch, HOST, description=told, device=kind.device, meters=kind.meters)
     if name.endswith((".yaml", ".yml")):
         return read_target(Path(name))
     for folder in target_folders():
@@ -242,13 +252,11 @@ def _built(job: Job, folder: Path, done: Outcome) -> Built:
 
 def _runnable(job: Job) -> None:
     """Refuse to measure code that this host cannot run."""
-    arch = host.architecture()
-    missing = sorted(set(job.target.requires) - host.features())
-    if job.target.arch != arch or missing:
-        lacks = f"is {arch}" if job.target.arch != arch else f"lacks {' '.join(missing)}"
+    sign, _, why = runs_here(job.target).partition(": ")
+    if sign == "no":
         raise InputError(
-            f"target {job.target.name} cannot run on this host, which {lacks}: `llmbuild compile -t {job.target.name}` "
-            "makes its artifacts here, `llmbuild profile` measures them on a host that has it"
+            f"target {job.target.name} cannot run on this host: {why}. `llmbuild compile -t {job.target.name}` makes "
+            "its artifacts here, `llmbuild profile` measures them on a host that has it"
         )
 
 
@@ -328,8 +336,8 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
         return ""
     with reader.opened(catalog) as connection:
         module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
-    body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
-    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), Target(**body), row["point"])
+    target = target_from(row["target_body"])
+    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), target, row["point"])
     return shlex.join(command)
 
 
@@ -356,28 +364,21 @@ def _recipe_row(path: Path) -> dict[str, Any]:
     }
 
 
-def targets() -> list[dict[str, Any]]:
-    """Return every target, and whether it compiles and runs here."""
-    return [_target_row(target) for target in [find_target(HOST), *_target_files()]]
+def targets(options: Options) -> list[dict[str, Any]]:
+    """Return every target, or those that are named, and whether each compiles and runs here."""
+    chosen = [find_target(name) for name in options["targets"]] or [find_target(HOST), *_target_files()]
+    return target_rows(chosen, _answers(options), options["probed"])
 
 
-def _target_row(target: Target) -> dict[str, Any]:
-    row = {"target": target.name, "backend": target.backend, "cpu": target.cpu, "compiles": "yes", "runs": "yes"}
-    try:
-        resolved = iree.resolve(target)
-    except LlmbuildError as error:
-        return {**row, "compiles": str(error).splitlines()[0], "runs": "no", "description": target.description}
-    missing = sorted(set(resolved.requires) - host.features())
-    if target.arch != host.architecture():
-        row["runs"] = f"no: this host is {host.architecture()}"
-    elif missing:
-        row["runs"] = f"no: this host lacks {' '.join(missing)}"
-    return {**row, "cpu": resolved.cpu, "description": target.description}
-
-
-def knobs() -> list[dict[str, Any]]:
-    """Return the knobs of the search space, then what is left out of it on purpose."""
-    return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
+def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
+    if len(names) > 1:
+        raise InputError("--knobs lists all knobs, or with one -t those of that target")
+    if not names:
+        return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
+    target = find_target(names[0])
+    traps = [t for t in TRAPS if not t.backends or target.backend in t.backends]
+    return [*map(_knob_row, target_knobs(target)), *map(_trap_row, traps)]
 
 
 _LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}

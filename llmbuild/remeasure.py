@@ -17,7 +17,7 @@ from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import refusal
 from llmbuild.runtime.model import host_facts, verify
 from llmbuild.spec.measurement import Measurement, Reading
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import Target, target_from
 from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
 from llmbuild.spec.workload import Workload
@@ -84,13 +84,12 @@ def known_of(folder: Path, row: Row) -> Known:
     if measured is None:
         raise LoadRefused(f"variant {digest.short(row['variant'])} was never measured: give its recipe instead")
     decoded = reader.decode({"workload_body": measured["workload_body"], "notes": body["body"]})
-    target: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
     return Known(
         row=row,
         scope=measured["scope"],
         workload=Workload(**decoded["workload_body"]),
         checks=checks["checks"],
-        target=Target(**target),
+        target=target_from(row["target_body"]),
         toolchain=Toolchain(**decoded["notes"]),
     )
 
@@ -148,6 +147,7 @@ def subject_of(folder: Path, known: Known) -> Subject:
         driver=str(point["driver"]),
         workers=int(point["workers"]),
         parameter_bytes=int(row["parameter_bytes"]),
+        meters=known.target.meters,
         integer=str(point["weight_format"]).startswith("int"),
         tolerance=max(TOLERANCE[point["weight_format"]], TOLERANCE[point["kv_dtype"]]),
     )

@@ -180,7 +180,10 @@ class Steps:
         """Return everything that goes into the import of a point, by name."""
         job = self.job
         choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
-        features = [f for f in FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
+        own = choices.get("kernel") == "own"
+        if not own:
+            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
+        features = [f for f in FEATURES if f in job.target.requires] if own else []
         return {
             "model": job.model.digest,
             "context": job.recipe.context,
@@ -308,11 +311,11 @@ class Steps:
 
     def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
         """Return what the profiler needs to know of a variant."""
-        blobs, values = self.catalog.blobs, point.as_dict()
+        job, blobs, values = self.job, self.catalog.blobs, point.as_dict()
         formats = (str(values[knob]) for knob in ("weight_format", "head_format", "kv_dtype"))
         loosest = max(TOLERANCE[name] for name in formats if name != SAME)
         return Subject(
-            variant=self.job.variant(program, point).digest,
+            variant=job.variant(program, point).digest,
             artifact=artifact.digest,
             artifact_path=blobs.path(artifact.digest),
             parameters_path=blobs.path(program.parameters),
@@ -322,6 +325,7 @@ class Steps:
             workers=int(values["workers"]),
             tolerance=loosest,
             parameter_bytes=blobs.path(program.parameters).stat().st_size,
+            meters=job.target.meters,
             integer=str(values["weight_format"]).startswith("int"),
         )
 

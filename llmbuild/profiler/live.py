@@ -136,6 +136,7 @@ class Live:
             abi=s.abi,
             driver=s.driver,
             workers=s.workers,
+            meters=s.meters,
             times=times,
         )
         return list(opened["load_s"])
