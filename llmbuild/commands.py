@@ -112,8 +112,13 @@ def find_target(name: str) -> Target:
     for folder in target_folders():
         if (folder / f"{name}.yaml").is_file():
             return read_target(folder / f"{name}.yaml")
-    known = ", ".join([HOST, *(t.name for t in _target_files())])
+    known = ", ".join(target_names())
     raise InputError(f"unknown target {name!r}; there are {known}, or name a file")
+
+
+def target_names() -> list[str]:
+    """Return the names of all targets: this host, and those of files."""
+    return [HOST, *(target.name for target in _target_files())]
 
 
 def _target_files() -> list[Target]:
