@@ -29,6 +29,7 @@ from llmbuild.steps import Job, Steps
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
 
 RACERS = 8
 """Survivors in the final race at most: each one is a live process."""
@@ -155,7 +156,7 @@ class Build:
             self.tell(Event("done", f"{describe(self.job, point)}: {made.stage} failed: {made.reason}", done, total))
             return
         trial = trial_of(self.steps, point, *made, (), None, done, 0.0)
-        self.catalog.record_compiled(trial, owner(self.steps))
+        self.catalog.record_compiled(trial, owner(self.steps), [w.name for w in self.job.recipe.workloads])
         self.tell(Event("done", describe(self.job, point), done, total))
 
     def measure(self, points: Sequence[Point]) -> Outcome:
@@ -274,11 +275,11 @@ class Build:
                 self._open_baseline(bench)
             return bench.measure(subject, baseline=default)
 
-    def _bench(self) -> Bench | Failure:
+    def _bench(self) -> Bench | RemoteBench | Failure:
         quality = self.steps.reference()
         return quality if isinstance(quality, Failure) else self.steps.bench(quality)
 
-    def _open_baseline(self, bench: Bench) -> None:
+    def _open_baseline(self, bench: Bench | RemoteBench) -> None:
         """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
         zero = next((t for t in self.known if t.point == self.job.space.default() and t.measurements), None)
         subject = self._subject(zero) if zero else None
