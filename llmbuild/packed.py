@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -19,7 +19,7 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
-from llmbuild.profiler import wire
+from llmbuild.profiler import nvml, wire
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.energy import CPU_DRIVERS
 from llmbuild.profiler.protocol import Subject
@@ -27,6 +27,7 @@ from llmbuild.profiler.serve import bench_of, unfit
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
 from llmbuild.search.front import contenders, standings
+from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement, row_of
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Point
@@ -75,7 +76,8 @@ class Run:
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
-        bench = bench_of(body["bench"], self._where)
+        machine = machine_of({one["subject"]["driver"] for one in body["subjects"]})
+        bench = bench_of(body["bench"], self._where, machine)
         known: list[Trial] = []
         left: list[Line] = []
         try:
@@ -83,11 +85,11 @@ class Run:
                 if monotonic() > self.end:
                     left.append(self._line(body, one, "left out: the time was up"))
                     continue
-                known.append(self._trial(bench, body, one, number))
+                known.append(self._trial(bench, body, one, number, scope_of(body, machine)))
             known = self._raced(bench, body, known)
         finally:
             bench.close()
-        self._record(body, known)
+            self._record(body, machine, known)
         return [*map(partial(self._found, body), known), *left]
 
     def _unfit(self, body: Body) -> str:
@@ -95,7 +97,7 @@ class Run:
         drivers = {one["subject"]["driver"] for one in body["subjects"]}
         return next((why for why in map(device_lacks, sorted(drivers)) if why), found)
 
-    def _trial(self, bench: Bench, body: Body, one: Body, number: int) -> Trial:
+    def _trial(self, bench: Bench, body: Body, one: Body, number: int, scope: str) -> Trial:
         self.tell(f"{body['model']} on {body['target']}: {one['choices']}")
         begin, subject = monotonic(), wire.subject_of(one["subject"], self._where)
         found = bench.measure(subject, baseline=one["default"])
@@ -103,7 +105,7 @@ class Run:
         if isinstance(found, Failure):
             self.tell(f"  {found.stage} failed: {found.reason}")
         return Trial(
-            scope=self._scope(body),
+            scope=scope,
             number=number,
             point=Point.of(one["point"]),
             variant=subject.variant,
@@ -137,9 +139,6 @@ class Run:
         loads = wire.workloads_of(body["bench"])
         return [s for w in loads for s in standings(list(known), w.name, tuple(body["objectives"]), bounds)]
 
-    def _scope(self, body: Body) -> str:
-        return digest.of({**body["scope_inputs"], "machine": digest.of(self.machine)})
-
     def _where(self, name: str) -> Path:
         return blob_path(self.folder, name)
 
@@ -153,12 +152,12 @@ class Run:
         why = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else ""
         return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None))
 
-    def _record(self, body: Body, known: Sequence[Trial]) -> None:
+    def _record(self, body: Body, on: Machine, known: Sequence[Trial]) -> None:
         """Write what was found as rows of this machine, all in one transaction."""
-        machine, scope, now = digest.of(self.machine), self._scope(body), datetime.now(UTC).isoformat()
+        machine, scope, now = digest.of(on), scope_of(body, on), datetime.now(UTC).isoformat()
         with sqlite3.connect(self.folder / FILE) as connection:
             put = partial(_insert, connection)
-            put("machine", {"digest": machine, "name": self.machine.describe(), "body": plain(self.machine)})
+            put("machine", {"digest": machine, "name": on.describe(), "body": plain(on)})
             for trial in known:
                 failed = _record_failure(connection, body["model"], trial, now) if trial.failure else None
                 for measurement in trial.measurements:
@@ -170,6 +169,18 @@ class Run:
             for standing in self._standings(body, known):
                 put("standing", {**where, **plain(standing), "failure": None})
         connection.close()
+
+
+def machine_of(drivers: Collection[str]) -> Machine:
+    """Return this machine as the drivers' readings are of it: with the GPU first, where one of them uses it."""
+    here = host.machine()
+    gpu = nvml.name() if "cuda" in drivers else ""
+    return replace(here, chip=f"{gpu}; {here.chip}") if gpu else here
+
+
+def scope_of(body: Body, machine: Machine) -> str:
+    """Return what a build of the same job on this machine would call its trials' scope."""
+    return digest.of({**body["scope_inputs"], "machine": digest.of(machine)})
 
 
 def device_lacks(driver: str) -> str:

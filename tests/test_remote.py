@@ -165,8 +165,8 @@ def test_a_host_that_cannot_be_reached_is_one_message(far: sshd.Far, compiled: P
 
 @needs_sshd
 def test_an_interruption_ends_what_runs_there(far: sshd.Far, compiled: Project) -> None:
-    asked = ["-t", compiled.folder / "low.yaml", "--on", far.url, "-C", compiled.catalog]
-    command = [sys.executable, "-m", "llmbuild", "build", compiled.recipe, *asked, "--trials", "1", "-B"]
+    variant = subject_in(compiled).variant
+    command = [sys.executable, "-m", "llmbuild", "profile", variant, "--on", far.url, "-C", compiled.catalog]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
     wait_for(lambda: bool(workers(far)))
     child.send_signal(signal.SIGINT)

@@ -34,6 +34,7 @@ from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.runtime import host
 from llmbuild.runtime.choose import HostFacts, refusal
+from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.variant import Failure
 
@@ -187,13 +188,13 @@ def unfit(target: Body, runtime: str) -> str:
     return f"the target {why}" if why else ""
 
 
-def bench_of(body: Body, where: wire.Where) -> Bench:
+def bench_of(body: Body, where: wire.Where, machine: Machine | None = None) -> Bench:
     """Return the bench that a job describes, on this machine."""
     known = roofline.from_body(body["limits"]) if body["limits"] else None
     return Bench(
         wire.workloads_of(body),
         wire.quality_of(body, where),
-        digest.of(host.machine()),
+        digest.of(machine or host.machine()),
         Limits(),
         Protocol(**body["protocol"]),
         known,
