@@ -237,7 +237,9 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
         allow_unsigned=options["allow_unsigned"],
         fallback=options["fallback"],
     )
-    click.echo(f"variant {opened.row['variant'][:12]}, tpot {opened.row['tpot_s'] or 0:.3g} s", err=True)
+    tpot = opened.row["tpot_s"]
+    read = "never measured" if tpot is None else f"tpot {tpot:.3g} s"
+    click.echo(f"variant {opened.row['variant'][:12]}, {read}", err=True)
     click.echo(prompt, nl=False)
     drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
     for piece in opened.generate(prompt, max_new_tokens, **drawn):

@@ -10,14 +10,16 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.build import Build, Tell, describe
 from llmbuild.catalog.writer import Catalog
+from llmbuild.compiler import iree
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.packed import JOB
-from llmbuild.profiler import wire
+from llmbuild.profiler import bandwidth, wire
 from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
@@ -29,7 +31,7 @@ from llmbuild.steps import Job, Steps
 Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
-MORE_CODE = ("packed", "search/__init__", "search/front", "search/pairs")
+MORE_CODE = ("packed", "packed_table", "search/__init__", "search/front", "search/pairs")
 WHEELS = ("iree-base-runtime", "numpy", "nvidia-ml-py")
 FORGOTTEN = ("standing", "trial", "build", "measurement", "failure", "machine_limit", "collected")
 """Tables that a packed catalog begins without: what was read here is no reading of there."""
@@ -103,7 +105,30 @@ def _job(
         "bounds": [str(b) for b in (*recipe.constraints, *recipe.quality.bounds)],
         "bench": wire.bench_body(recipe.workloads, quality, job.protocol, job.target, job.toolchain.compiler, None),
         "subjects": subjects,
+        "bandwidth": _bandwidth(job, catalog, others, done),
+        "shape": _shape(job),
     }
+
+
+def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed) -> str | None:
+    """Compile what measures how fast the target's memory is read; None where its compiler will not."""
+    settings = {**job.space.level(job.space.default(), "codegen"), "opt_level": "O2"}
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        source, output = Path(name) / "bandwidth.mlir", Path(name) / "bandwidth.vmfb"
+        source.write_text(bandwidth.SOURCE)
+        failure = iree.compile_module(source, output, job.target, settings, job.limits)
+        if failure:
+            done.left_out.append(f"{job.target.name}: bandwidth: {failure.reason[:200]}")
+            return None
+        blob = catalog.blobs.put_file(output)
+    others[blob] = catalog.blobs.path(blob)
+    return blob
+
+
+def _shape(job: Job) -> Body | None:
+    """Return the model's configuration, for another runtime to make the same shape; None where it is no plain Llama."""
+    config: Body = json.loads((job.model.folder / "config.json").read_text())
+    return config if config.get("model_type") == "llama" else None
 
 
 def _subject(job: Job, point: Point, body: Body, steps: Steps, program: Any) -> Body:

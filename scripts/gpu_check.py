@@ -12,6 +12,7 @@ what it left out; it reads counters and changes no clock, power limit or MIG set
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 
@@ -59,6 +60,7 @@ def _pack(asked: argparse.Namespace) -> int:
         done = pack(jobs, catalog, asked.output, asked.trials, Progress())
     finally:
         catalog.close()
+    shutil.copyfile(Path(__file__).with_name("torch_peer.py"), asked.output / "torch_peer.py")
     if not asked.no_wheels:
         here = f"{sys.version_info.major}.{sys.version_info.minor}"
         wheels(asked.output, asked.python or [here], asked.platform)
