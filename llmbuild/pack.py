@@ -32,7 +32,7 @@ Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
 MORE_CODE = ("packed", "packed_table", "search/__init__", "search/front", "search/pairs")
-WHEELS = ("iree-base-runtime", "numpy", "nvidia-ml-py")
+WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = ("standing", "trial", "build", "measurement", "failure", "machine_limit", "collected")
 """Tables that a packed catalog begins without: what was read here is no reading of there."""
 RUNNER = Path(__file__).with_name("runner.py")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,10 +184,32 @@ def test_a_target_that_the_far_host_lacks_is_refused(far: sshd.Far, compiled: Pr
     assert (done.returncode, f"cannot run on {far.url[6:].split(':')[0]}" in done.stderr) == (2, True), done.stderr
 
 
+@needs_sshd
+def test_a_race_there_asks_here_who_is_still_undecided(far: sshd.Far, compiled: Project) -> None:
+    there = Remote(place_of(far.url))
+    bench, asked = bench_on(there), list[set[str]]()
+    one = subject_in(compiled)
+    twin = replace(one, variant="f" * 64)
+
+    def nobody(measured: Sequence[Measurement], reach: float) -> set[str]:
+        assert reach >= 4
+        asked.append({m.variant for m in measured})
+        return set()
+
+    try:
+        raced = bench.race([one, twin], nobody)
+    finally:
+        bench.close()
+    assert asked == [{one.variant, twin.variant}]
+    assert [m.variant for (m,) in raced] == [one.variant, twin.variant]
+    assert {m.session for (m,) in raced} == {raced[0][0].session}
+    assert all(len(m.readings["tpot_s"].samples) <= 4 for (m,) in raced)
+
+
 def bench_on(there: Remote) -> RemoteBench:
     target = Target("low", "llvm-cpu", host.architecture(), "generic")
-    load = Workload("short", 8, 8, 32)
-    return RemoteBench(there, [load], Quality(None, "none"), Protocol(), None, target, host.runtime_version())
+    load, brief = Workload("short", 8, 8, 32), Protocol(rounds=3, race_rounds=4, race_seconds=2.0)
+    return RemoteBench(there, [load], Quality(None, "none"), brief, None, target, host.runtime_version())
 
 
 def subject_in(compiled: Project):  # type: ignore[no-untyped-def]

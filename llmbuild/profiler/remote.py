@@ -340,9 +340,10 @@ def archive(*more: str) -> bytes:
     packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
     files = [*(root / f"{name}.py" for name in ("__init__", "digest", "errors", "process", *more)), *packages]
     out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as made:
+    with zipfile.ZipFile(out, "w") as made:
         for path in files:
-            made.writestr(zipfile.ZipInfo(f"llmbuild/{path.relative_to(root).as_posix()}"), path.read_bytes())
+            name = zipfile.ZipInfo(f"llmbuild/{path.relative_to(root).as_posix()}")
+            made.writestr(name, path.read_bytes(), zipfile.ZIP_DEFLATED)
     return out.getvalue()
 
 
