@@ -162,7 +162,7 @@ def query(form: str | None, **options: Any) -> int:
 @trust_options
 def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     """Print the one variant a loader would open on this host, and say why on stderr."""
-    from llmbuild.fleet import facts_of
+    from llmbuild.fleet.hosts import facts_of
     from llmbuild.report.rows import front_table, public
     from llmbuild.runtime import trust
     from llmbuild.runtime.lock import write

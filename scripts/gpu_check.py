@@ -19,7 +19,7 @@ from pathlib import Path
 from llmbuild import commands
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import LlmbuildError
-from llmbuild.pack import closing, pack, wheels
+from llmbuild.fleet.pack import closing, pack, wheels
 from llmbuild.report.progress import Progress
 
 

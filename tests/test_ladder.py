@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from llmbuild.errors import LoadRefused, NoVariant
-from llmbuild.fleet import facts_of
+from llmbuild.fleet.hosts import facts_of
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import HostFacts, choose
 from llmbuild.runtime.model import host_facts, load, pick

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from llmbuild import digest
-from llmbuild.packed import device_lacks
+from llmbuild.fleet.packed import device_lacks
 from llmbuild.runtime import host, reader
 from tests.conftest import Project, llmbuild, make_project
 

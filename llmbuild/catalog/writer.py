@@ -250,11 +250,10 @@ class Catalog:
         row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
-            measured = select(t.StandingRow.id).where(t.StandingRow.variant == trial.variant)
-            if session.execute(measured.limit(1)).first():
-                return
+            same = (t.StandingRow.variant == trial.variant, t.StandingRow.model == owner.model)
+            known = set(session.scalars(select(t.StandingRow.workload).where(*same)))
             session.execute(upsert(t.MachineRow).values(_NOWHERE).on_conflict_do_nothing())
-            for workload in workloads:
+            for workload in sorted(set(workloads) - known):
                 session.add(t.StandingRow(**row, workload=workload, machine=NOWHERE, status=UNDECIDED, reason=COMPILED))
 
     def compiled(self, lineage: str) -> list[Point]:

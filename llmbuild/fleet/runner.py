@@ -58,7 +58,7 @@ def _main() -> int:
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
     try:
-        from llmbuild.packed import main
+        from llmbuild.fleet.packed import main
     except ImportError as error:
         version = ".".join(map(str, sys.version_info[:2]))
         _told(f"error: {error}: pack again with `--python {version}`, or pip install iree-base-runtime numpy here")

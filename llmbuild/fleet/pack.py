@@ -18,7 +18,7 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
-from llmbuild.packed import JOB
+from llmbuild.fleet.packed import JOB
 from llmbuild.profiler import bandwidth, wire
 from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
@@ -31,7 +31,7 @@ from llmbuild.steps import Job, Steps
 Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
-MORE_CODE = ("packed", "packed_table", "search/__init__", "search/front", "search/pairs")
+MORE_CODE = ("fleet/__init__", "fleet/packed", "fleet/table", "search/__init__", "search/front", "search/pairs")
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = ("standing", "trial", "build", "measurement", "failure", "machine_limit", "collected")
 """Tables that a packed catalog begins without: what was read here is no reading of there."""

@@ -23,7 +23,7 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
-from llmbuild.packed_table import Across, Line, across, as_json, table
+from llmbuild.fleet.table import Across, Line, across, as_json, table
 from llmbuild.profiler import bandwidth, nvml, wire
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.energy import CPU_DRIVERS
