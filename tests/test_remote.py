@@ -70,11 +70,13 @@ def test_a_measurement_survives_the_wire() -> None:
 
 
 def test_a_target_that_would_crash_is_refused_before_anything_is_opened() -> None:
-    arch, runtime = host.architecture(), host.runtime_version()
-    assert serve.unfit({"arch": arch, "requires": []}, runtime) == ""
-    assert "lacks: avx99" in serve.unfit({"arch": arch, "requires": ["avx99"]}, runtime)
-    assert "is for vax" in serve.unfit({"arch": "vax", "requires": []}, runtime)
-    assert "needs IREE runtime 1.0" in serve.unfit({"arch": arch, "requires": []}, "1.0.0")
+    runtime = host.runtime_version()
+    cpu = {"backend": "llvm-cpu", "arch": host.architecture(), "requires": []}
+    assert serve.unfit(cpu, runtime) == ""
+    assert "lacks: avx99" in serve.unfit({**cpu, "requires": ["avx99"]}, runtime)
+    assert "is for vax" in serve.unfit({**cpu, "arch": "vax"}, runtime)
+    assert "needs IREE runtime 1.0" in serve.unfit(cpu, "1.0.0")
+    assert serve.unfit({"backend": "cuda", "arch": "sm_90", "requires": ["sm_90"]}, runtime) == ""
 
 
 # --- over a connection --------------------------------------------------------------------------------------------

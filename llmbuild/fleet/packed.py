@@ -155,9 +155,9 @@ class Run:
         return found
 
     def _unfit(self, body: Body) -> str:
-        found = unfit(body["bench"]["target"], body["bench"]["runtime"])
         drivers = {one["subject"]["driver"] for one in body["subjects"]}
-        return next((why for why in map(device_lacks, sorted(drivers)) if why), found)
+        lacking = next((why for why in map(device_lacks, sorted(drivers)) if why), "")
+        return lacking or unfit(body["bench"]["target"], body["bench"]["runtime"])
 
     def _trial(self, bench: Bench, body: Body, one: Body, number: int, scope: str, rate: float | None) -> Trial:
         self.tell(f"{body['model']} on {body['target']}: {one['choices']}")

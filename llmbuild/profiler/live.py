@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -79,7 +79,7 @@ class Live:
 
     def __init__(self, subject: Subject, limits: Limits) -> None:
         self.subject = subject
-        self.child = Child(limits)
+        self.child = Child(limits if shares_memory(subject.driver) else replace(limits, memory_bytes=0))
         self.readings: dict[str, Reading] = {}
         self.notes: dict[str, str] = {}
         self.operators: tuple[Operator, ...] = ()

@@ -40,6 +40,7 @@ from llmbuild.spec.variant import Failure
 
 Body = dict[str, Any]
 PIECE = 1 << 20
+CPU_BACKEND = "llvm-cpu"
 
 
 class Blobs:
@@ -180,7 +181,12 @@ class Server:
 
 
 def unfit(target: Body, runtime: str) -> str:
-    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may."""
+    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may.
+
+    Of a GPU's code the host's CPU decides nothing: whether there is such a GPU is the driver's to say.
+    """
+    if target["backend"] != CPU_BACKEND:
+        target = {**target, "arch": host.architecture(), "requires": []}
     facts = HostFacts(
         host.architecture(), host.features(), host.runtime_version(), host.available_memory_bytes(), "here"
     )
