@@ -36,7 +36,7 @@ from llmbuild.steps import Job, Steps
 
 ROOT = Path(__file__).parent.parent.parent
 TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "host")
-FORMATS = ("f16", "int8", "int4_g128")
+FORMATS = ("f32", "f16", "int8", "int4_g128")
 METRICS = ("prefill_s", "decode_s")
 
 
