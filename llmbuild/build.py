@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
     from llmbuild.profiler.remote import RemoteBench
 
+LESSONS = 4
+"""How many other studies of the catalog a search learns from, the latest ones."""
+
 RACERS = 8
 """Survivors in the final race at most: each one is a live process."""
 
@@ -176,12 +179,16 @@ class Build:
     # --- search --------------------------------------------------------------------------------------------------
 
     def _search(self) -> str:
-        from llmbuild.search.study import Study
+        from llmbuild.search.study import Study, lesson
+        from llmbuild.search.transfer import shipped
 
         recipe = self.job.recipe
         bounds = (*recipe.constraints, *recipe.quality.bounds)
         related = self.catalog.fronts_elsewhere(recipe.name, self.steps.registered.target_digest)
-        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related)
+        elsewhere = self.catalog.trials_elsewhere(self.job.scope, self.job.target.backend, LESSONS)
+        told = [lesson(trials, recipe.objectives) for trials in elsewhere]
+        lessons = [*shipped(self.job.target.backend), *(found for found in told if found)]
+        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related, lessons)
         while True:
             if unique(self.known) >= self.budget.trials:
                 return f"{self.budget.trials} trials done"

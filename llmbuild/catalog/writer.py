@@ -291,6 +291,12 @@ class Catalog:
         with self.session() as session:
             return history.trials(session, scope)
 
+    def trials_elsewhere(self, scope: str, backend: str, at_most: int) -> list[list[Trial]]:
+        """Return the finished trials of a backend's other scopes (models, targets, machines), the latest first."""
+        with self.session() as session:
+            others = [other for other in history.scopes(session, backend, at_most + 1) if other != scope][:at_most]
+            return [history.trials(session, other) for other in others]
+
     def find_limits(self, machine: str) -> dict[str, Any] | None:
         """Return what was measured of a machine's limits."""
         with self.session() as session:
