@@ -198,7 +198,7 @@ def leaders(
         if here:
             where.append("machine_digest = ?")
             values.append(machine)
-        elif _machines(connection, model) != 1:
+        elif machines(connection, model) != 1:
             return  # readings of several machines, or of none, do not rank by value: see `choose.ladder`
         where += [FRONT, _known(connection, slo.objective)]
         _bounded(connection, slo, where, values)
@@ -217,7 +217,7 @@ def leaders(
             yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
 
 
-def _machines(connection: Any, model: str) -> int:
+def machines(connection: Any, model: str) -> int:
     """Return how many machines ranked a model's front; none where some of it was never measured."""
     query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
     found = {row[0] for row in connection.execute(query, (model,))}
