@@ -61,4 +61,4 @@ def bits(form: str) -> float:
         of = INTEGERS[form]
         overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group
         return of.bits + overhead
-    return {"f32": 32.0}.get(form, 16.0)
+    return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)
