@@ -29,6 +29,10 @@ from llmbuild.steps import Job, Steps
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+
+LESSONS = 4
+"""How many other studies of the catalog a search learns from, the latest ones."""
 
 RACERS = 8
 """Survivors in the final race at most: each one is a live process."""
@@ -155,7 +159,7 @@ class Build:
             self.tell(Event("done", f"{describe(self.job, point)}: {made.stage} failed: {made.reason}", done, total))
             return
         trial = trial_of(self.steps, point, *made, (), None, done, 0.0)
-        self.catalog.record_compiled(trial, owner(self.steps))
+        self.catalog.record_compiled(trial, owner(self.steps), [w.name for w in self.job.recipe.workloads])
         self.tell(Event("done", describe(self.job, point), done, total))
 
     def measure(self, points: Sequence[Point]) -> Outcome:
@@ -175,12 +179,16 @@ class Build:
     # --- search --------------------------------------------------------------------------------------------------
 
     def _search(self) -> str:
-        from llmbuild.search.study import Study
+        from llmbuild.search.study import Study, lesson
+        from llmbuild.search.transfer import shipped
 
         recipe = self.job.recipe
         bounds = (*recipe.constraints, *recipe.quality.bounds)
         related = self.catalog.fronts_elsewhere(recipe.name, self.steps.registered.target_digest)
-        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related)
+        elsewhere = self.catalog.trials_elsewhere(self.job.scope, self.job.target.backend, LESSONS)
+        told = [lesson(trials, recipe.objectives) for trials in elsewhere]
+        lessons = [*shipped(self.job.target.backend), *(found for found in told if found)]
+        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related, lessons)
         while True:
             if unique(self.known) >= self.budget.trials:
                 return f"{self.budget.trials} trials done"
@@ -274,11 +282,11 @@ class Build:
                 self._open_baseline(bench)
             return bench.measure(subject, baseline=default)
 
-    def _bench(self) -> Bench | Failure:
+    def _bench(self) -> Bench | RemoteBench | Failure:
         quality = self.steps.reference()
         return quality if isinstance(quality, Failure) else self.steps.bench(quality)
 
-    def _open_baseline(self, bench: Bench) -> None:
+    def _open_baseline(self, bench: Bench | RemoteBench) -> None:
         """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
         zero = next((t for t in self.known if t.point == self.job.space.default() and t.measurements), None)
         subject = self._subject(zero) if zero else None

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import llmbuild
 from llmbuild import digest, toolchain
@@ -17,7 +17,7 @@ from llmbuild.catalog.phases import winners_of
 from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
-from llmbuild.compiler.resolved import Answers
+from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.plan import changes, explained, plan, until
@@ -29,6 +29,7 @@ from llmbuild.report.rows import public
 from llmbuild.report.targets import rows as target_rows
 from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
+from llmbuild.runtime.choose import HostFacts
 from llmbuild.search.knobs import ALL, target_knobs, with_tuning
 from llmbuild.search.traps import TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
@@ -39,6 +40,9 @@ from llmbuild.spec.target import BACKENDS, HOST, LLVM_CPU, Target, target_from
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.remote import Remote
 
 Options = dict[str, Any]
 
@@ -60,25 +64,51 @@ class Built:
 
 def each(recipes: Sequence[Path], options: Options) -> list[Callable[[], Job]]:
     """Return one way to make a job for each recipe on each target; what is wrong is told when it is called."""
+    remote = _remote(options)
     names = options["targets"] or (HOST,)
-    return [partial(_job, path, name, options) for path in recipes for name in names]
+    return [partial(_job, path, name, options, remote) for path in recipes for name in names]
 
 
-def _job(path: Path, target: str, options: Options) -> Job:
+def _remote(options: Options) -> Remote | None:
+    """Return the machine that is measured on; None for this one."""
+    if not options.get("on"):
+        return None
+    from llmbuild.profiler.remote import Remote, place_of
+
+    return Remote(place_of(options["on"]))
+
+
+def _job(path: Path, target: str, options: Options, remote: Remote | None = None) -> Job:
     pinned = _pins(options["pinned"])
     recipe = read_recipe(path)
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
-    return make_job(
-        recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], _answers(options)
-    )
+    answers, tools, force = _answers(options), toolchain.current(), options["force"]
+    if remote is None:
+        return make_job(recipe, find_target(target), pinned, host.machine(), tools, force, answers)
+    chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
+    return make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote)
 
 
 def _answers(options: Options) -> Answers | None:
     """Return where the compiler's answers on targets are kept: in the catalog, where there is one."""
     folder = Path(options["catalog"]) if options.get("catalog") else None
     return Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
+
+
+def highest_target(facts: HostFacts, answers: Answers | None = None) -> Target:
+    """Return the target that asks for most of what a host has.
+
+    Raises:
+        InputError: no target is for such a host.
+    """
+    ours = [t for t in _target_files() if t.backend == "llvm-cpu" and t.arch == facts.arch]
+    resolved = [resolve(target, answers) for target in ours]
+    fitting = [t for t in resolved if facts.features.issuperset(t.requires)]
+    if not fitting:
+        raise InputError(f"no target is for a {facts.arch} host with these features: name one with -t")
+    return max(fitting, key=lambda t: len(t.requires))
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:
@@ -256,11 +286,13 @@ def _built(job: Job, folder: Path, done: Outcome) -> Built:
 
 
 def _runnable(job: Job) -> None:
-    """Refuse to measure code that this host cannot run."""
-    sign, _, why = runs_here(job.target).partition(": ")
+    """Refuse to measure code that the host which is to run it cannot run."""
+    facts = job.remote.facts if job.remote is not None else None
+    where = job.remote.place.destination if job.remote is not None else "this host"
+    sign, _, why = runs_here(job.target, facts).partition(": ")
     if sign == "no":
         raise InputError(
-            f"target {job.target.name} cannot run on this host: {why}. `llmbuild compile -t {job.target.name}` makes "
+            f"target {job.target.name} cannot run on {where}: {why}. `llmbuild compile -t {job.target.name}` makes "
             "its artifacts here, `llmbuild profile` measures them on a host that has it"
         )
 
@@ -287,7 +319,7 @@ def profile(what: Sequence[str], options: Options) -> Built:
     jobs = each([Path(name) for name in files], settings)
     built = [_profile_recipe(job(), settings) for job in jobs]
     if variants:
-        rows = remeasure(Path(options["catalog"]), variants, Progress())
+        rows = remeasure(Path(options["catalog"]), variants, Progress(), _remote(options))
         built.append(Built(rows, True, ""))
     return Built([r for b in built for r in b.rows], all(b.usable for b in built), "; ".join(b.advice for b in built))
 

@@ -26,7 +26,7 @@ from llmbuild.process import Limits, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.search.knobs import CALIBRATED, space_for
-from llmbuild.spec.formats import INTEGERS, SAME
+from llmbuild.spec.formats import INTEGERS, SAME, SHARED
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import Remote, RemoteBench
     from llmbuild.profiler.roofline import Roofline
 
 T = TypeVar("T")
@@ -48,7 +49,7 @@ T = TypeVar("T")
 ROOFLINE_S = 3.0
 """Seconds spent on measuring a machine's limits, once."""
 
-TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
 """Allowed error of logits against PyTorch on the same weights, over their root mean square."""
 
 
@@ -65,6 +66,8 @@ class Job:
     limits: Limits
     protocol: Protocol = field(default_factory=Protocol)
     force: bool = False
+    remote: Remote | None = None
+    """Where it is measured; here if left out."""
 
     @cached_property
     def lineage(self) -> str:
@@ -146,6 +149,7 @@ def make_job(
     toolchain: Toolchain,
     force: bool,
     answers: Answers | None = None,
+    remote: Remote | None = None,
 ) -> Job:
     """Return the job of a recipe on a target that may still be called `host`.
 
@@ -156,7 +160,8 @@ def make_job(
         heldout.check_apart(recipe.calibration, recipe.quality)
     resolved = resolve(target, answers)
     space = space_for(resolved, recipe, pinned, machine.cores)
-    return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
+    model = find_model(recipe.model)
+    return Job(recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote)
 
 
 def _calibrated(choices: Mapping[str, str]) -> bool:
@@ -171,7 +176,7 @@ class Steps:
         self.job, self.catalog = job, catalog
         self.registered = Registered(job.target, job.machine, job.toolchain)
         self._fresh: set[str] = set()
-        self._bench: Bench | None = None
+        self._bench: Bench | RemoteBench | None = None
         self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
 
     # --- import --------------------------------------------------------------------------------------------------
@@ -329,15 +334,21 @@ class Steps:
             integer=str(values["weight_format"]).startswith("int"),
         )
 
-    def bench(self, quality: Quality) -> Bench:
+    def bench(self, quality: Quality) -> Bench | RemoteBench:
         """Return the meter, made on first use."""
-        from llmbuild.profiler.bench import Bench
-
         if self._bench is None:
-            job = self.job
-            machine, limits = self.registered.machine_digest, self.roofline()
-            self._bench = Bench(job.recipe.workloads, quality, machine, job.limits, job.protocol, limits)
+            self._bench = self._meter(quality)
         return self._bench
+
+    def _meter(self, quality: Quality) -> Bench | RemoteBench:
+        from llmbuild.profiler.bench import Bench
+        from llmbuild.profiler.remote import RemoteBench
+
+        job, limits = self.job, self.roofline()
+        if job.remote is not None:
+            compiler = job.toolchain.compiler
+            return RemoteBench(job.remote, job.recipe.workloads, quality, job.protocol, limits, job.target, compiler)
+        return Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol, limits)
 
     def roofline(self) -> Roofline | None:
         """Return what this machine can do at most, measured once; None where that failed or the machine was busy."""
@@ -347,7 +358,8 @@ class Steps:
         known = self.catalog.find_limits(machine)
         if known is not None:
             return roofline.from_body(known)
-        found = roofline.measure(self._compile_limits, ROOFLINE_S)
+        measure = self.job.remote.roofline if self.job.remote is not None else roofline.measure
+        found = measure(self._compile_limits, ROOFLINE_S)
         if isinstance(found, Failure):
             self.catalog.record_failure(self.job.recipe.name, None, found)
             return None

@@ -157,5 +157,9 @@ def test_fronts_of_other_models_are_found_and_ones_own_is_not(built: Project) ->
         targets = {r["target_digest"] for r in rows}
         assert {p.values for p in catalog.fronts_elsewhere("another", "another")} == front
         assert [catalog.fronts_elsewhere("tiny", of) for of in targets] == [[]]
+        (told,) = catalog.trials_elsewhere("another", "llvm-cpu", 4)
+        assert {t.point.values for t in told if t.measurements} >= front
+        assert catalog.trials_elsewhere(told[0].scope, "llvm-cpu", 4) == []
+        assert catalog.trials_elsewhere("another", "cuda", 4) == []
     finally:
         catalog.close()

@@ -32,6 +32,20 @@ def trials(session: Session, scope: str) -> list[Trial]:
     return [_trial(*row, measured=measured) for row in found]
 
 
+def scopes(session: Session, backend: str, at_most: int) -> list[str]:
+    """Return the scopes that have trials for a backend, those tried last first."""
+    latest = func.max(t.TrialRow.created_at)
+    rows = (
+        select(t.TrialRow.scope)
+        .join(t.VariantRow, t.VariantRow.digest == t.TrialRow.variant)
+        .join(t.TargetRow, t.TargetRow.digest == t.VariantRow.target)
+        .where(t.TargetRow.body["backend"].as_string() == backend)
+        .group_by(t.TrialRow.scope)
+        .order_by(latest.desc(), t.TrialRow.scope)
+    )
+    return list(session.scalars(rows.limit(at_most)))
+
+
 def fronts_elsewhere(session: Session, model: str, target: str) -> list[Point]:
     """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
     rows = session.execute(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,30 +21,16 @@ from llmbuild.catalog.references import lost
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
-from llmbuild.spec.machine import Machine
-from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.machine import NOWHERE, Machine
+from llmbuild.spec.measurement import Measurement, row_of
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import Target
-from llmbuild.spec.trial import Finished, Standing, Trial
+from llmbuild.spec.trial import UNDECIDED, Finished, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
 
-_MEDIANS = (
-    "ttft_s",
-    "tpot_s",
-    "itl_p99_s",
-    "e2e_s",
-    "output_tokens_per_s",
-    "energy_j_per_token",
-    "peak_memory_bytes",
-    "load_s",
-    "dispatches_per_token",
-    "bandwidth_fraction",
-    "peak_fraction",
-    "quality_kl",
-    "quality_top1",
-    "quality_perplexity",
-)
+COMPILED = "compiled, and never measured"
+_NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
 
 @dataclass(frozen=True)
@@ -259,10 +245,16 @@ class Catalog:
         session.flush()
         return row.id
 
-    def record_compiled(self, trial: Trial, owner: Owner) -> None:
-        """Keep a variant that was compiled and not measured."""
+    def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str]) -> None:
+        """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is."""
+        row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
+            same = (t.StandingRow.variant == trial.variant, t.StandingRow.model == owner.model)
+            known = set(session.scalars(select(t.StandingRow.workload).where(*same)))
+            session.execute(upsert(t.MachineRow).values(_NOWHERE).on_conflict_do_nothing())
+            for workload in sorted(set(workloads) - known):
+                session.add(t.StandingRow(**row, workload=workload, machine=NOWHERE, status=UNDECIDED, reason=COMPILED))
 
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
@@ -298,6 +290,12 @@ class Catalog:
         """Return the finished trials of a scope, in the order in which they were made."""
         with self.session() as session:
             return history.trials(session, scope)
+
+    def trials_elsewhere(self, scope: str, backend: str, at_most: int) -> list[list[Trial]]:
+        """Return the finished trials of a backend's other scopes (models, targets, machines), the latest first."""
+        with self.session() as session:
+            others = [other for other in history.scopes(session, backend, at_most + 1) if other != scope][:at_most]
+            return [history.trials(session, other) for other in others]
 
     def find_limits(self, machine: str) -> dict[str, Any] | None:
         """Return what was measured of a machine's limits."""
@@ -354,9 +352,11 @@ class Catalog:
     def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
         """Replace the standings of a recipe on a target and machine, all at once."""
         rows = [{"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings]
-        where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == machine)
+        where = (t.StandingRow.model == model, t.StandingRow.target == target)
+        known = t.StandingRow.variant.in_({s.variant for s in standings})
         with self.session(write=True) as session:
-            session.execute(delete(t.StandingRow).where(*where))
+            session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == machine))
+            session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == NOWHERE, known))
             for row in rows:
                 session.add(t.StandingRow(**row))
 
@@ -392,25 +392,5 @@ def _variant_upsert(trial: Trial, owner: Owner) -> Any:
 
 
 def _measurement_upsert(scope: str, m: Measurement) -> Any:
-    readings = {name: m.readings[name].median for name in _MEDIANS if name in m.readings}
-    row = {
-        "key": m.key,
-        "scope": scope,
-        "variant": m.variant,
-        "artifact": m.artifact,
-        "machine": m.machine,
-        "workload": m.workload.name,
-        "workload_body": plain(m.workload),
-        "protocol": m.protocol,
-        **{name: readings.get(name) for name in _MEDIANS},
-        "energy_source": m.energy_source,
-        "energy": m.energy,
-        "session": m.session,
-        "operators": plain(m.operators),
-        "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
-        "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},
-        "samples": {k: list(r.samples) for k, r in m.readings.items()},
-        "notes": dict(m.notes),
-        "created_at": now(),
-    }
+    row = {**row_of(scope, m), "created_at": now()}
     return upsert(t.MeasurementRow).values(row).on_conflict_do_update(index_elements=["key"], set_=row)

@@ -10,6 +10,7 @@ from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.errors import LlmbuildError
 from llmbuild.runtime import devices, host
+from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.target import Target
 
 YES = "yes"
@@ -42,12 +43,18 @@ def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, Any
     }
 
 
-def runs_here(target: Target) -> str:
-    """Return `yes`, or `no:` and why this host does not run what is compiled for a resolved target."""
+def runs_here(target: Target, facts: HostFacts | None = None) -> str:
+    """Return `yes`, or `no:` and why this host, or the one of `facts`, does not run what a resolved target is for.
+
+    Of a GPU it is said whether a driver has devices; which chip they are, and that of another host, is not checked.
+    """
     if not target.is_cpu:
+        if facts is not None:
+            return "not checked: the other host's driver will tell"
         there = devices.find(target.device.partition("://")[0])
         return f"not checked: {', '.join(there.found)}" if there.found else f"no: {there.reason}"
-    if target.arch != host.architecture():
-        return f"no: this host is {host.architecture()}"
-    missing = sorted(set(target.requires) - host.features())
-    return f"no: this host lacks {' '.join(missing)}" if missing else YES
+    arch, features = (facts.arch, facts.features) if facts else (host.architecture(), host.features())
+    if target.arch != arch:
+        return f"no: this host is {arch}" if facts is None else f"no: it is {arch}"
+    missing = sorted(set(target.requires) - features)
+    return f"no: {'this host' if facts is None else 'it'} lacks {' '.join(missing)}" if missing else YES

@@ -46,8 +46,9 @@ def pick(
     objective: str | None = None,
     target: str | None = None,
     workload: str | None = None,
+    facts: HostFacts | None = None,
 ) -> Pick:
-    """Return the pick for this host; nothing is opened.
+    """Return the pick for this host, or for the one that `facts` are of; nothing is opened.
 
     The database finds the best rows, and the first that may be opened here is chosen; why every other one was not is
     read when it is asked for.
@@ -59,7 +60,7 @@ def pick(
     asked = parse_slo(list(slo), objective)
     folder = Path(catalog)
     name = model or _only_model(folder)
-    facts, absent = host_facts(), _absent(folder)
+    facts, absent = facts or host_facts(), _absent(folder)
     found = reader.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
     best = next((row for row in found if not refusal(row, facts) and not absent(row)), None)
     if best is not None:

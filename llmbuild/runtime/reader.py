@@ -13,6 +13,7 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import trust
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
 
@@ -28,6 +29,8 @@ NARROW = (
     "tokenizer runtime energy_source"
 ).split()
 """What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
+CHOICES = "point AS choices"
+"""The point as it is stored: JSON that is parsed only where rows are held together by it."""
 _ALIKE = ("target_body", "abi")
 """Columns that are the same in many rows, and are parsed once; nobody changes what they hold."""
 _JSON = (
@@ -175,7 +178,7 @@ def candidates(
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
         there = _columns(connection)
-        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in there)
+        columns = ", ".join([*(name for name in (*NARROW, *METRICS) if name in there), CHOICES, '"default"'])
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
@@ -183,7 +186,10 @@ def candidates(
 def leaders(
     catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
 ) -> Iterator[dict[str, Any]]:
-    """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
+    """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any.
+
+    None where rows of no single machine could be ranked by what was read.
+    """
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
         here = connection.execute(
@@ -192,6 +198,8 @@ def leaders(
         if here:
             where.append("machine_digest = ?")
             values.append(machine)
+        elif machines(connection, model) != 1:
+            return  # readings of several machines, or of none, do not rank by value: see `choose.ladder`
         where += [FRONT, _known(connection, slo.objective)]
         _bounded(connection, slo, where, values)
         if NEVER in where:
@@ -207,6 +215,13 @@ def leaders(
         one = f"SELECT * FROM variants WHERE model = ? AND {' AND '.join(f'{name} = ?' for name in place)}"
         for row in found:
             yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
+
+
+def machines(connection: Any, model: str) -> int:
+    """Return how many machines ranked a model's front; none where some of it was never measured."""
+    query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
+    found = {row[0] for row in connection.execute(query, (model,))}
+    return 0 if NOWHERE in found else len(found)
 
 
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
