@@ -17,12 +17,14 @@ import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
 from llmbuild import digest, toolchain
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target, target_names
+from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.process import Limits
@@ -38,7 +40,7 @@ from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps, make_job
 
-FORMATS = ("f16", "int4_g64", "int8", "f32", "bf16", "int8_g64")
+FORMATS = ("f16", "int8", "int4_g64", "f32", "bf16")
 FILE = "compat.json"
 CELL_S = 120.0
 """A compile that takes longer than this has failed: some never end."""
@@ -80,7 +82,7 @@ def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
     """Make one cell; a failure is also kept as the catalog's."""
     begin = monotonic()
     program = steps.import_(point)
-    made = program if isinstance(program, Failure) else steps.compile(program, point)
+    made = program if isinstance(program, Failure) else compiled(job, steps, point, program)
     if isinstance(made, Failure) or isinstance(program, Failure):
         assert isinstance(made, Failure)
         return _failed(job, steps, target, form, made, begin)
@@ -92,6 +94,17 @@ def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
     state = "runs" if here == YES else "compiles"
     why = "" if here == YES else here.removeprefix("no: ")
     return Cell(target, form, state, here=why, artifact_bytes=made.size_bytes, seconds=monotonic() - begin)
+
+
+def compiled(job: Job, steps: Steps, point: Point, program: Program) -> Artifact | Failure:
+    """Compile in one go: nothing here is compiled twice, so that there is no half to keep."""
+    module, settings = steps.catalog.blobs.path(program.module), job.space.level(point, "codegen")
+    with TemporaryDirectory(prefix="llmbuild-") as folder:
+        output = Path(folder) / "module.vmfb"
+        failure = iree.compile_module(module, output, job.target, settings, job.limits)
+        if failure:
+            return failure
+        return Artifact(steps.catalog.blobs.put_file(output), output.stat().st_size, job.toolchain.compiler)
 
 
 def _failed(job: Job, steps: Steps, target: str, form: str, failure: Failure, begin: float) -> Cell:

@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 from llmbuild.search.program_knobs import knob
-from llmbuild.spec.space import Condition, Knob
+from llmbuild.spec.space import Condition, Knob, Value
 
 CUDA, ROCM, VULKAN, METAL = ("cuda",), ("rocm",), ("vulkan-spirv",), ("metal-spirv",)
 LLVMGPU, SPIRV = (*CUDA, *ROCM), (*VULKAN, *METAL)
 TILED = Condition("data_tiling", ("dispatch",))
+
+GPU_DRIVERS = ("cuda", "hip", "vulkan", "metal")
+
+_HALF: dict[str, Value] = {"opt_level": "O2", "kv_dtype": "f16", "memory_model": "discrete"}
+
+FIRST: tuple[dict[str, Value], ...] = (
+    {**_HALF, "weight_format": "f16"},
+    {**_HALF, "weight_format": "f16", "opt_level": "O3", "demote": "f16", "default_specs": True},
+    {**_HALF, "weight_format": "bf16"},
+    {**_HALF, "weight_format": "int8"},
+    {**_HALF, "weight_format": "int4_g64", "head_format": "int8"},
+)
+"""Points asked about right after point 0, one for each way to store weights. None was measured on a GPU yet: they are
+what compiles, and what vendors start from. A value that a target lacks is left at its default."""
 
 KNOBS: tuple[Knob, ...] = (
     knob("tile_and_fuse", (True, False), "matrix products through the TileAndFuse pipeline", LLVMGPU),

@@ -9,6 +9,7 @@ from llmbuild.errors import InputError
 from llmbuild.kernels.choose import needs, readable
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
+from llmbuild.search.traps import broken
 from llmbuild.spec.formats import SAME
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import TUNING, Condition, Knob, Space, Value
@@ -38,7 +39,8 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
     Raises:
         InputError: the target narrows a knob that there is not, or names a value outside its domain.
     """
-    there = tuple(k for k in knobs_of(target.backend) if not (target.attribute and k.name in DESCRIBED))
+    known = (k for k in knobs_of(target.backend) if not (target.attribute and k.name in DESCRIBED))
+    there = tuple(_unbroken(knob, target) for knob in known)
     for name, _ in target.knobs:
         _check_known(name, target, {knob.name for knob in there})
     narrowed = {k.name: tuple(_value(k, v) for v in dict(target.knobs).get(k.name, ())) for k in there}
@@ -48,6 +50,11 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
 
 COMPILER = ("compiler",)
 """Who generates the products where none of our kernels can."""
+
+
+def _unbroken(knob: Knob, target: Target) -> Knob:
+    bad = broken(target.backend, knob.name)
+    return replace(knob, domain=tuple(v for v in knob.domain if v not in bad)) if bad else knob
 
 
 DESCRIBED = ("ptx",)
@@ -76,6 +83,9 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
     asked.update({name: (text,) for name, text in pinned.items()})
     for name in asked:
         _check_known(name, target, names)
+        for value, why in broken(target.backend, name).items():
+            if str(value) in map(str, asked[name]):
+                raise InputError(f"knob {name}={value}: not on {target.backend}, where {why}")
     knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in there]
     return Space(tuple(_narrow(_own(knob, target, asked), target, asked.get(knob.name)) for knob in knobs))
 

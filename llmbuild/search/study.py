@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmbuild.search.front import FLOORS, missed, value_of
+from llmbuild.search.gpu_knobs import FIRST, GPU_DRIVERS
 from llmbuild.search.samplers import Interest, Losses, Model, Reach, Sampler
 from llmbuild.search.transfer import Lesson, prior
 from llmbuild.spec.slo import METRICS, Bound
@@ -175,6 +176,14 @@ RELATED = 6
 """Points of related fronts that are asked about first, at most."""
 
 
+def _experience(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Value]]:
+    """Return the points to begin with where a space has these domains."""
+    if set(domains.get("driver", ())) & set(GPU_DRIVERS):
+        there = [{k: v for k, v in values.items() if v in domains.get(k, ())} for values in FIRST]
+        return [values for values in there if "weight_format" in values]
+    return EXPERIENCE if "own" in domains.get("kernel", ()) else WITHOUT_OWN
+
+
 def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
     """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
     then experience, as far as the space allows each.
@@ -183,8 +192,7 @@ def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Poin
     domains = {k.name: k.domain for k in space.knobs}
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
-    own = "own" in domains.get("kernel", ())
-    for values in (*related[:RELATED], *(EXPERIENCE if own else WITHOUT_OWN)):
+    for values in (*related[:RELATED], *_experience(domains)):
         wanted = {k: v for k, v in values.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
         point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
