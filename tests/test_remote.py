@@ -222,14 +222,14 @@ def subject_in(compiled: Project):  # type: ignore[no-untyped-def]
 
 
 def workers(far: sshd.Far) -> list[int]:
-    """Return the processes that run the far end's code."""
+    """Return the processes of the far end."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             told = (folder / "environ").read_bytes()
         except OSError:
             continue
-        if str(far.cache / "llmbuild" / "code").encode() in told:
+        if f"XDG_CACHE_HOME={far.cache}".encode() in told:
             found.append(int(folder.name))
     return found
 
