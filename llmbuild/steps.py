@@ -26,7 +26,7 @@ from llmbuild.process import Limits, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.search.knobs import CALIBRATED, space_for
-from llmbuild.spec.formats import INTEGERS, SAME
+from llmbuild.spec.formats import INTEGERS, SAME, SHARED
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
@@ -49,7 +49,7 @@ T = TypeVar("T")
 ROOFLINE_S = 3.0
 """Seconds spent on measuring a machine's limits, once."""
 
-TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
 """Allowed error of logits against PyTorch on the same weights, over their root mean square."""
 
 

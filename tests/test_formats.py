@@ -56,6 +56,7 @@ def imported(model: Path, tokens: Path) -> Callable[..., ImportResult]:
     [
         {"weight_format": "int4_g32", "layout": "packed", "head_format": "int4a_g32", "mixed": "sensitive"},
         {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int4_g32"},
+        {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"},
         {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
     ],
     ids=lambda c: "-".join(c.values()),

@@ -24,7 +24,7 @@ PROMPT = [7, 300, 12, 99, 5, 41]
 OWN = {"weight_format": "int8", "layout": "packed", "kernel": "own"}
 
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-FEATURES = KNOWN[0].kernels["int8"].features
+FEATURES = next(unit for unit in KNOWN if unit.name == "avx512").kernels["int8"].features
 needs_vnni = pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
 
 
@@ -89,6 +89,8 @@ def test_logits_equal_the_library(build: Callable[..., Built], model: Path) -> N
         pytest.param({**OWN, "weight_format": "int4_g64", "head_format": "int8"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "int4_g128"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "f16"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "int7_g64", "head_format": "f12_e4m7"}, marks=needs_vnni),
+        pytest.param({**OWN, "weight_format": "f12_e4m7", "head_format": "int7_g32"}, marks=needs_vnni),
         pytest.param({**OWN, "weight_format": "bf16", "head_format": "f16"}, marks=needs_vnni),
     ],
     ids=lambda choices: "-".join(choices.values()) or "default",
@@ -101,6 +103,20 @@ def test_artifact_agrees_with_its_check_data(build: Callable[..., Built], choice
     actual = built.at("O2").forced(prompt, forced)
     half = choices.get("kv_dtype") == "f16"
     assert relative_error(actual, expected) < max(1e-5, 10 * float(noise), 1e-3 if half else 0.0)
+
+
+@pytest.mark.skipif("avx512_bf16" not in HOST, reason="this CPU has no AVX-512 BF16")
+@pytest.mark.parametrize("form", ["bf16", "f12_e4m7"])
+def test_activations_are_rounded_to_bf16_where_the_cpu_multiplies_pairs_of_them(
+    model: Path, tmp_path: Path, form: str
+) -> None:
+    choices = tuple({**OWN, "weight_format": form}.items())
+    features = (*FEATURES, "avx512bf16")
+    result = import_model(ImportJob(str(model), CONTEXT, choices=choices, features=features), tmp_path)
+    assert "avx512bf16" in result.program.abi.required_features
+    with np.load(tmp_path / "check.npz") as check:
+        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        assert relative_error(actual, check["logits"]) < 3e-3  # a rounding to bf16 may fall the other way
 
 
 @needs_vnni
@@ -166,7 +182,7 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
 
 
 @needs_vnni
-@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16"])
+@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16", "f12_e4m7"])
 def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form: str) -> None:
     shape = {
         "hidden_size": 112,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import Layout, family
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import reference
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import Matrix, encode, pack, unpack
@@ -31,8 +33,11 @@ SHAPES = {
     "int4 in one group": DecoderShape(64, 2, 1, 32, 75, 1e-5, 32**-0.5, 40, False, 2, "int4_g64"),
     "int4 smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, False, 1, "int4_g32"),
     "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
+    "int7 in partial panels": DecoderShape(96, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "int7_g64"),
+    "int7 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int7_g64"),
     "f16": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f16"),
     "bf16": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 3, "bf16"),
+    "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
 }
 IN_PARTS = {
     "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, False, 2, part=16),
@@ -55,7 +60,7 @@ def on_every_unit(argument: str, cases: dict[str, str], indirect: bool = False) 
             marks=pytest.mark.skipif(bool(lacks[unit.name]), reason=lacks[unit.name]),
         )
         for unit, name in pairs
-        if unit is KNOWN[0] or name not in LONG_ONLY
+        if unit.name == "avx512" or name not in LONG_ONLY
     ]
     return pytest.mark.parametrize(argument, params, indirect=indirect)
 
@@ -81,7 +86,7 @@ class Layers:
     """Two compiled layers with random weights."""
 
     def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
-        self.shape = shape
+        self.shape = shape = replace(shape, narrow=unit.kernels[family(shape.weights)].narrow)
         rng = np.random.default_rng(1)
         self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
         text = layers("layers", shape, COUNT, unit) + self._main()
@@ -174,7 +179,13 @@ def test_layers_take_extreme_values(compiled: Layers, size: float) -> None:
 
 
 def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
-    assert layers("many", SHAPES["smallest"], MAX_LAYERS, KNOWN[0]).count("stream.binding.subspan") <= 32
+    (unit,) = (unit for unit in KNOWN if unit.name == "avx512")
+    assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
+
+
+def test_a_width_that_codes_of_7_bits_do_not_fill_is_refused() -> None:
+    assert "multiples of 32 for int7_g64, found 16" in str(replace(SHAPES["smallest"], weights="int7_g64").problem())
+    assert replace(SHAPES["whole panels"], weights="int7_g64").problem() is None
 
 
 HEADS = {
@@ -183,23 +194,29 @@ HEADS = {
     "panels and a part": (333, "int8"),
     "int4 in one group": (100, "int4_g64"),
     "int4 in groups": (333, "int4_g32"),
+    "int7 in groups": (333, "int7_g32"),
     "f16": (100, "f16"),
     "bf16": (333, "bf16"),
+    "f12_e4m7": (333, "f12_e4m7"),
 }
 
 
 @on_every_unit("case", {name: form for name, (_, form) in HEADS.items()})
 def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, case: tuple[Instructions, str]) -> None:
     unit, (vocabulary, form) = case[0], HEADS[case[1]]
-    shape, rng = HeadShape(48, vocabulary, 1e-5, 2, form), np.random.default_rng(vocabulary)
-    dense = -np.abs(rng.standard_normal((vocabulary, 48))).astype(np.float32)
+    wide = 96 if form.startswith("int7") else 48
+    shape, rng = (
+        HeadShape(wide, vocabulary, 1e-5, 2, form, unit.kernels[family(form)].narrow),
+        np.random.default_rng(vocabulary),
+    )
+    dense = -np.abs(rng.standard_normal((vocabulary, wide))).astype(np.float32)
     dense[vocabulary // 2] = dense[vocabulary - 1] = dense[3] = -1e-3
     data, scales = (part.view(np.uint8) for part in pack(shape.layout, encode(form, dense)))
     held = [f"tensor<{data.size}xi8>", f"tensor<{scales.size}xi8>"]
     element, scale_element = shape.layout.element, shape.layout.scale_element
     sizes = [data.size // (2 if shape.layout.is_half else 1), scales.size // (2 if scale_element == "bf16" else 4)]
     cast = [f"tensor<{sizes[0]}x{element}>", f"tensor<{sizes[1]}x{scale_element}>"]
-    kinds, logits_kind = ["tensor<1x48xf32>", "tensor<48xf32>", *held], f"tensor<{shape.padded}xf32>"
+    kinds, logits_kind = [f"tensor<1x{wide}xf32>", f"tensor<{wide}xf32>", *held], f"tensor<{shape.padded}xf32>"
     main = f"""
 util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) -> ({logits_kind}, tensor<1xi64>) {{
 %data = {_as(held[0], "%a2", cast[0])}
@@ -210,10 +227,10 @@ util.return %r#0, %r#1 : {logits_kind}, tensor<1xi64>
 }}"""
     (tmp_path / "head.mlir").write_text(head("head", shape, unit) + main)
     artifact = MACHINES[unit.name].compile(tmp_path / "head.mlir")
-    x, norm = np.abs(rng.standard_normal((1, 48))).astype(np.float32), np.ones(48, np.float32)
+    x, norm = np.abs(rng.standard_normal((1, wide))).astype(np.float32), np.ones(wide, np.float32)
     inputs = [x, norm, data.view(np.int8), scales.view(np.int8)]
     (logits, token), _ = MACHINES[unit.name].call(artifact, inputs, 2, "local-task")
-    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), not shape.layout.is_half)
+    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), shape.layout)
     expected = reference.multiply(reference.normalize(x, norm, 1e-5), matrix)[0]
     assert relative_error(logits[:vocabulary], expected[:vocabulary]) < 1e-5
     assert token.tolist() == [3]
@@ -228,13 +245,13 @@ def _as(held: str, name: str, wanted: str) -> str:
     )
 
 
-@on_every_unit("case", {form: form for form in ("int8", "int4_g64")})
+@on_every_unit("case", {form: form for form in ("int8", "int7_g64", "int4_g64")})
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_are_exact_at_the_ends_of_integers(
     tmp_path: Path, case: tuple[Instructions, str], together: bool
 ) -> None:
     (unit, form), columns, rng = case, 64, np.random.default_rng(0)
-    layout, bits = Layout(form, columns), 4 if form.startswith("int4") else 8
+    layout, bits = Layout(form, columns), INTEGERS[form].bits
     rows = unit.kernels[layout.family].row_tile if together else 1
     (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows))
     artifact = MACHINES[unit.name].compile(tmp_path / "products.mlir")

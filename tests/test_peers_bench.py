@@ -65,6 +65,8 @@ def ran(*participants: Participant, rounds: int = 3, seconds: float = 20.0) -> d
         ("int4_g128", "decode_s", ("llama.cpp", "q4_0")),
         ("int4a_g64", "decode_s", ("llama.cpp", "q4_0")),
         ("bf16", "decode_s", ("llama.cpp", "f16")),
+        ("f12_e4m7", "decode_s", ("llama.cpp", "f16")),
+        ("int7_g64", "decode_s", ("llama.cpp", "q8_0")),
         ("f16", "decode_s", ("llama.cpp", "f16")),
         ("int4", "prefill_s", ("openvino", "int8")),
         ("ternary", "decode_s", None),

@@ -20,7 +20,7 @@ from llmbuild.transform.quantized import (
 )
 from llmbuild.transform.weights import quantize_rows
 
-formats = st.builds(Format, st.sampled_from((4, 8)), st.sampled_from((0, 32, 64, 128)), st.booleans())
+formats = st.builds(Format, st.sampled_from((4, 7, 8)), st.sampled_from((0, 32, 64, 128)), st.booleans())
 sizes = st.tuples(st.sampled_from((1, 2, 7, 64, 65)), st.sampled_from((1, 2, 8, 31, 32, 96, 100, 128, 192, 256)))
 magnitudes = st.sampled_from((1e-30, 1e-6, 0.02, 1.0, 1e30))
 
@@ -89,7 +89,8 @@ def test_a_group_is_halved_until_it_divides_the_row(columns: int, asked: int, fi
 
 
 @pytest.mark.parametrize(
-    ("name", "bits"), [("int8_g32", 8.5), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)]
+    ("name", "bits"),
+    [("int8_g32", 8.5), ("int7_g64", 7.25), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)],
 )
 def test_bits_per_weight_count_scales_and_zeros(name: str, bits: float) -> None:
     assert quantize(np.ones((64, 256), np.float32), INTEGERS[name]).bits_per_weight == bits

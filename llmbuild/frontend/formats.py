@@ -9,8 +9,9 @@ import numpy as np
 import torch
 
 from llmbuild.frontend.modules import Weights
-from llmbuild.spec.formats import INTEGERS
+from llmbuild.spec.formats import INTEGERS, SHARED
 from llmbuild.transform.quantized import Quantized, quantize
+from llmbuild.transform.shared_exponent import nearest
 
 FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 TABLES = ("model.embed_tokens", "lm_head")
@@ -37,8 +38,10 @@ class Formats:
         return self.head if name in TABLES else self.kept.get(name, self.layers)
 
     def __call__(self, name: str, dense: np.ndarray) -> Weights:
-        """Return what is stored of a layer's weights."""
+        """Return what is stored of a layer's weights; numbers of 12 bits are bf16 here, which has all of them."""
         form = self.of(name)
+        if form == SHARED:
+            return torch.from_numpy(nearest(dense)).to(torch.bfloat16)
         if form in FLOATS:
             return torch.from_numpy(dense).to(FLOATS[form])
         return self.quantized(name, dense)

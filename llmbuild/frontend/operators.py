@@ -68,7 +68,7 @@ def head(
     """
     shape = HEADS[kernel]
     stored = unpack(shape.layout, data.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy())
-    matrix = Matrix(*stored, np.zeros(shape.padded, np.float32), not shape.layout.is_half)
+    matrix = Matrix(*stored, np.zeros(shape.padded, np.float32), shape.layout)
     normal = reference.normalize(x.numpy(), norm.numpy(), shape.epsilon)
     logits = torch.from_numpy(reference.multiply(normal, matrix)[0])
     return logits, logits[: shape.vocabulary].argmax(-1, keepdim=True)

@@ -18,7 +18,7 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import PANEL, QUAD
+from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, family
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
@@ -100,12 +100,18 @@ class PanelEmbedding(nn.Module):
     def __init__(self, head: OwnHead) -> None:
         super().__init__()
         self.head = head
+        self.powers: torch.Tensor
+        self.register_buffer("powers", torch.tensor([0.0, *(2.0 ** (e - 22) for e in range(1, 16))]))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,hidden] of tokens i64[1,T]."""
         layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
         column = torch.arange(layout.columns)
         shared = 2 if layout.is_nibble else 1
+        if layout.is_shared:
+            return self._shared(row, column) * self.head.scale[row]
+        if layout.in_groups:
+            return (self._sevens(row, column) - layout.offset).float() * self._scale(row, column // layout.group)
         together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
         step = column // (together * shared)
         place = row // PANEL * layout.panel_elements + step * PANEL * together
@@ -116,7 +122,26 @@ class PanelEmbedding(nn.Module):
         code = stored.to(torch.int32) & 255
         if layout.is_nibble:
             code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
-        return (code - (8 if layout.is_nibble else 128)).float() * scale
+        return (code - layout.offset).float() * scale
+
+    def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return numbers of 12 bits without the power of two of their row."""
+        half, side, pair = column % 8 // 4, column % 2, column % 4 // 2
+        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // 8 * 12 * PANEL
+        upper = self.head.data[first + half * QUAD * PANEL + side * 2 + pair].to(torch.int32)
+        both = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32)
+        lower = torch.where(pair == 0, both, both >> 4) & 15
+        size = (128 + (upper & 7) * 16 + lower).float() * self.powers[(upper >> 3 & 15).long()]
+        return size * ((upper >> 7 & 1).float() * -2 + 1)
+
+    def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return codes of 7 bits, i32."""
+        quad, line = column % PERIOD // QUAD, QUAD * PANEL
+        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column % QUAD
+        first = first + column // PERIOD * 7 * line
+        own = self.head.data[first + quad.clamp(max=6) * line].to(torch.int32) & 127
+        bits = [self.head.data[first + i * line].to(torch.int32) >> 7 & 1 for i in range(7)]
+        return torch.where(quad < 7, own, sum((bit << i for i, bit in enumerate(bits)), torch.zeros_like(own)))
 
     def _scale(self, row: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         groups = self.head.shape.layout.groups
@@ -153,10 +178,11 @@ def put_in(
     model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups, formats.layers)
-    if problem := shape.problem():
+    shape = _shape(model, context, half_cache, work_groups, formats.layers, units.layers)
+    vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
+    head_shape = HeadShape(shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow)
+    if problem := shape.problem() or head_shape.layout.problem():
         raise InputError(f"{name}: kernel=own: {problem}")
-    head_shape = HeadShape(shape.hidden, model.config.vocab_size, shape.epsilon, work_groups, formats.head)
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
@@ -189,7 +215,7 @@ def _split(count: int) -> list[int]:
     return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
-def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str) -> DecoderShape:
+def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str, unit: Instructions) -> DecoderShape:
     config, attention = model.config, model.model.layers[0].self_attn
     return DecoderShape(
         hidden=config.hidden_size,
@@ -203,7 +229,12 @@ def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: st
         half_cache=half_cache,
         workers=workers,
         weights=weights,
+        narrow=_narrow(unit, weights),
     )
+
+
+def _narrow(unit: Instructions, form: str) -> bool:
+    return unit.kernels[family(form)].narrow
 
 
 def _arrays(old: nn.Module) -> dict[str, np.ndarray]:

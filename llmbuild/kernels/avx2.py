@@ -3,7 +3,7 @@
 `vpmaddubsw` adds two products of an unsigned and a signed byte and saturates at sixteen bits: 255 * 127 * 2 is too
 much. So int8 weights become signed again, then their magnitude, and activations take over their signs: 128 * 127 * 2 =
 32512 fits, and the sum is exact. An activation is never -128, which has no opposite; a weight may be. Codes of int4 are
-0..15, so that two such sums fit together.
+0..15, so that two such sums fit together; those of int7 are 0..127, of which one fits.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ def _dot(w: Writer, total: str, weights: str, four: str) -> str:
     return _added(w, total, _call(w, "pmadd.ub.sw", size, turned, BYTES, PAIRS))
 
 
+def _dot_code(w: Writer, total: str, codes: str, four: str) -> str:
+    return _added(w, total, _call(w, "pmadd.ub.sw", codes, four, BYTES, PAIRS))
+
+
 def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
     low, high = (_call(w, "pmadd.ub.sw", *both, BYTES, PAIRS) for both in zip(codes, fours, strict=True))
     return _added(w, total, w.op("arith.addi", low, high, kind=PAIRS))
@@ -48,5 +52,5 @@ def _call(w: Writer, name: str, left: str, right: str, taken: str, result: str) 
     return w.let(f'llvm.call_intrinsic "llvm.x86.avx2.{name}"({left}, {right}) : ({taken}, {taken}) -> {result}')
 
 
-AVXVNNI = Registers(LANES, True, _dot_vnni, _dot_codes_vnni)
-AVX2 = Registers(LANES, False, _dot, _dot_codes)
+AVXVNNI = Registers(LANES, True, _dot_vnni, _dot_codes_vnni, _dot_vnni)
+AVX2 = Registers(LANES, False, _dot, _dot_codes, _dot_code)

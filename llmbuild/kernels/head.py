@@ -26,11 +26,12 @@ class HeadShape:
     epsilon: float
     workers: int
     weights: str = "int8"
+    narrow: bool = False
 
     @property
     def layout(self) -> Layout:
         """How the matrix lies in panels."""
-        return Layout(self.weights, self.hidden)
+        return Layout(self.weights, self.hidden, self.narrow)
 
     @property
     def padded(self) -> int:

@@ -18,12 +18,13 @@ class Kernel:
 
     `sums(w, layout, data, scales, rows)` writes the sums f32[16] of each row with each of a panel's four blocks, with
     the scales of groups but not those of whole rows; `rows` point at what `Layout` prepares. It is called for
-    `row_tile` rows, which share one pass over the panel, or for one.
+    `row_tile` rows, which share one pass over the panel, or for one. `narrow` says that it takes layouts that are.
     """
 
     features: tuple[str, ...]
     row_tile: int
     sums: Callable[[Writer, Layout, str, str, list[str]], Sums]
+    narrow: bool = False
 
 
 @dataclass(frozen=True)

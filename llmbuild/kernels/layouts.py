@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.spec.formats import INTEGERS, fit_group
+from llmbuild.spec.formats import GROUPS, INTEGERS, SHARED, fit_group
 
 PANEL, LINE, QUAD = 64, 64, 4
+PERIOD = 32
+"""Columns of `int7` that lie together: eight quads of codes in the bytes of seven."""
+LIFT = 2.0**112
+"""The exponent bits of `f12_e4m7` are read as the lowest of f32, so that all its numbers are 2^-112 of their own: what
+they are multiplied by makes up for it, and nothing is added to every weight.
+"""
 
 HALVES = ("f16", "bf16")
-FORMATS = ("int8", "int4_g32", "int4_g64", "int4_g128", *HALVES)
+FORMATS = ("int8", *(f"int{bits}_g{group}" for bits in (7, 4) for group in GROUPS), *HALVES, SHARED)
 """Formats that our kernels read."""
 
 
@@ -19,25 +25,47 @@ def up_to(size: int, multiple: int) -> int:
 
 
 def family(form: str) -> str:
-    """Return what kernels tell formats apart by: `int4` whatever its groups."""
-    return "int4" if form in INTEGERS and INTEGERS[form].bits == 4 else form
+    """Return what kernels tell formats apart by: `int4` and `int7` whatever their groups."""
+    return f"int{INTEGERS[form].bits}" if form in INTEGERS else form
 
 
 @dataclass(frozen=True)
 class Layout:
     """A matrix of so many columns, a multiple of 16, in a format.
 
-    A panel's data are, `int8`: bytes (code + 128) `[K/4][64][4]`; `int4`: bytes `[K/8][64][4]`, codes + 8, those of
-    columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them; `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`.
-    Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1.
+    A panel's data are
 
-    A row of activations is prepared for it as f32`[K]` for f16 and bf16, else as signed bytes `[K]` after a line with
-    its scale, f32, and for `int8` the sum of the bytes, i32; `int4` has lines of i32 between them, for each group the
-    sum of the bytes times -8.
+    - `int8`: bytes (code + 128) `[K/4][64][4]`;
+    - `int7`: bytes `[K/32][7][64][4]`, codes + 64, of columns 32j+4i..32j+4i+3 in the lower bits of the i-th, and bit i
+      of the codes of 32j+28..32j+31 above them;
+    - `int4`: bytes `[K/8][64][4]`, codes + 8, of columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them;
+    - `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`;
+    - `f12_e4m7`: bytes `[K/8][3][64][4]`: the upper eight bits of columns 8j, 8j+2, 8j+1, 8j+3; those of the next four
+      in this order; the lower four bits, of the even columns from the lowest bits on in two bytes, then of the odd.
+
+    Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1, those of
+    `f12_e4m7` the powers of two that the rows share.
+
+    A row of activations is prepared for it
+
+    - as f32`[K]` for f16 and bf16, or bf16`[K]` where it is `narrow`;
+    - for `f12_e4m7` as a line with a power of two, f32, and then f32`[K]` divided by it and multiplied by `LIFT`, or
+      bf16`[K]` where it is `narrow`;
+    - for `int8` as a line with a scale, f32, and the sum of the bytes, i32, and then signed bytes `[K]`;
+    - for `int4` as a line with a scale, lines with the sum of each group's bytes times -8, i32, and then bytes;
+    - for `int7` as lines with a scale for each group, lines with their sums times -64, and then bytes.
     """
 
     form: str
     columns: int
+    narrow: bool = False
+    """Whether activations of floating-point weights are rounded to bf16."""
+
+    def problem(self) -> str | None:
+        """Return why no matrix lies so, or nothing."""
+        if self.in_groups and self.columns % PERIOD:
+            return f"its own kernels need widths that are multiples of {PERIOD} for {self.form}, found {self.columns}"
+        return None
 
     @property
     def group(self) -> int:
@@ -57,8 +85,33 @@ class Layout:
 
     @property
     def is_half(self) -> bool:
-        """Whether weights are floating-point."""
+        """Whether weights are stored as floating-point numbers of 16 bits."""
         return self.form in HALVES
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether weights share the exponent of their row."""
+        return self.form == SHARED
+
+    @property
+    def is_real(self) -> bool:
+        """Whether weights are floating-point: what they are multiplied by is not rounded then."""
+        return self.is_half or self.is_shared
+
+    @property
+    def offset(self) -> int:
+        """What is added to codes, so that none is negative."""
+        return 1 << (INTEGERS[self.form].bits - 1)
+
+    @property
+    def in_groups(self) -> bool:
+        """Whether activations are rounded in the groups of the weights."""
+        return self.family == "int7"
+
+    @property
+    def rounded(self) -> int:
+        """Columns of activations that are rounded to bytes with one scale; 0 where none are."""
+        return 0 if self.is_real else self.group if self.in_groups else self.columns
 
     @property
     def is_nibble(self) -> bool:
@@ -78,7 +131,9 @@ class Layout:
     @property
     def panel_elements(self) -> int:
         """Stored elements of one panel."""
-        return PANEL * self.columns // (2 if self.is_nibble else 1)
+        size = PANEL * self.columns
+        eighths = 12 if self.is_shared else 4 if self.is_nibble else 7 if self.in_groups else 8
+        return size * eighths // 8
 
     @property
     def panel_bytes(self) -> int:
@@ -93,9 +148,20 @@ class Layout:
     @property
     def sums_bytes(self) -> int:
         """Bytes of the sums of groups before a prepared row's own bytes."""
-        return up_to(4 * self.groups, LINE) if self.is_nibble else 0
+        return up_to(4 * self.groups, LINE) if self.is_nibble or self.in_groups else 0
+
+    @property
+    def factors_bytes(self) -> int:
+        """Bytes of what a prepared row is scaled by, at its begin."""
+        return 0 if self.is_half else up_to(4 * self.groups, LINE) if self.in_groups else LINE
 
     @property
     def prepared_bytes(self) -> int:
         """Bytes of one row of activations, prepared."""
-        return up_to(4 * self.columns, LINE) if self.is_half else LINE + self.sums_bytes + up_to(self.columns, LINE)
+        each = 1 if not self.is_real else 2 if self.narrow else 4
+        return self.header_bytes + up_to(each * self.columns, LINE)
+
+    @property
+    def header_bytes(self) -> int:
+        """Bytes of a prepared row before its values: what they are scaled by, and sums of them."""
+        return self.factors_bytes + self.sums_bytes

@@ -33,8 +33,8 @@ def _call(w: Writer, name: str, total: str, left: str, right: str) -> str:
     return w.let(f'llvm.call_intrinsic "llvm.aarch64.neon.{name}"({total}, {left}, {right}) : {kinds}')
 
 
-DOTPROD = Registers(LANES, False, _sdot, _sdot_codes)
-I8MM = Registers(LANES, True, _usdot, _sdot_codes)
+DOTPROD = Registers(LANES, False, _sdot, _sdot_codes, _sdot)
+I8MM = Registers(LANES, True, _usdot, _sdot_codes, _sdot)
 
 _one_row = int8_sums(I8MM)
 

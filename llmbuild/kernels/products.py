@@ -6,12 +6,13 @@ saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x). Floating-point weights are w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, QUAD, Layout
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
@@ -22,6 +23,8 @@ ROW_TILE = 6
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
 SHORTS = "vector<16xi16>"
+BRAINS = "vector<32xbf16>"
+"""Pairs of bf16."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,56 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
 
     Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`.
     """
-    if layout.is_half:
-        w.loop(0, layout.columns, LANES, lambda i: _copy(w, source, row, i))
+    if layout.is_shared:
+        shared.prepare(w, layout, source, row)
         return
+    if layout.is_half:
+        w.loop(0, layout.columns, LANES, lambda i: _copy(w, layout, source, row, i))
+        return
+
+    if layout.in_groups:
+
+        def group(index: str) -> list[str]:
+            first = w.mul(index, layout.group)
+            last = w.add(first, layout.group)
+            factor = _factor(w, source, first, last, w.at(row, w.mul(index, 4)))
+            total = _rounded(w, layout, source, first, last, factor, row)
+            _store_start(w, layout, total, row, index)
+            return []
+
+        w.loop(0, layout.groups, 1, group)
+        return
+    factor = _factor(w, source, 0, layout.columns, row)
+    if not layout.is_nibble:
+        w.store(_rounded(w, layout, source, 0, layout.columns, factor, row), w.at(row, 4), I32)
+        return
+
+    def sum_of_group(index: str) -> list[str]:
+        first = w.mul(index, layout.group)
+        total = _rounded(w, layout, source, first, w.add(first, layout.group), factor, row)
+        _store_start(w, layout, total, row, index)
+        return []
+
+    w.loop(0, layout.groups, 1, sum_of_group)
+
+
+def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, target: str) -> str:
+    """Store the scale of some columns' bytes; return what to multiply the columns by, in every lane."""
 
     def widest(i: str, most: str) -> list[str]:
         return [w.larger(w.op("math.absf", source(i)), most)]
 
-    (most,) = w.loop(0, layout.columns, LANES, widest, [(w.lanes(0.0), VF)])
+    (most,) = w.loop(first, stop, LANES, widest, [(w.lanes(0.0), VF)])
     top = w.top(most)
-    w.store(w.op("arith.divf", top, w.real(127.0), kind=F32), row, F32)
-    safe = w.larger(top, w.real(1e-30), F32)
-    factor = w.splat(w.op("arith.divf", w.real(127.0), safe, kind=F32))
-    target = w.at(row, LINE + layout.sums_bytes)
+    w.store(w.op("arith.divf", top, w.real(127.0), kind=F32), target, F32)
+    return w.splat(w.op("arith.divf", w.real(127.0), w.larger(top, w.real(1e-30), F32), kind=F32))
+
+
+def _rounded(
+    w: Writer, layout: Layout, source: Reader, first: int | str, stop: int | str, factor: str, row: str
+) -> str:
+    """Write some columns as bytes; return their sum, i32."""
+    target = w.at(row, layout.header_bytes)
 
     def body(i: str, total: str) -> list[str]:
         shifted = w.op("math.fma", source(i), factor, w.lanes(ROUNDER))
@@ -59,25 +99,19 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
         w.store(w.cast("arith.trunci", bits, VI, "vector<16xi8>"), w.at(target, i), "vector<16xi8>", 1)
         return [w.op("arith.addi", bits, total, kind=VI)]
 
-    def summed(first: int | str, stop: int | str) -> str:
-        (total,) = w.loop(first, stop, LANES, body, [(w.lanes(0, VI), VI)])
-        return w.total(total, VI)
-
-    if not layout.is_nibble:
-        w.store(summed(0, layout.columns), w.at(row, 4), I32)
-        return
-
-    def group(index: str) -> list[str]:
-        first = w.mul(index, layout.group)
-        total = summed(first, w.add(first, layout.group))
-        w.store(w.op("arith.muli", total, w.constant("-8", I32), kind=I32), w.at(row, LINE, w.mul(index, 4)), I32)
-        return []
-
-    w.loop(0, layout.groups, 1, group)
+    (total,) = w.loop(first, stop, LANES, body, [(w.lanes(0, VI), VI)])
+    return w.total(total, VI)
 
 
-def _copy(w: Writer, source: Reader, row: str, index: str) -> list[str]:
-    w.store(source(index), w.at(row, w.mul(index, 4)), VF)
+def _store_start(w: Writer, layout: Layout, total: str, row: str, group: str) -> None:
+    """Store what takes the offset of a group's codes off again."""
+    offset = w.constant(str(-layout.offset), I32)
+    start = w.op("arith.muli", total, offset, kind=I32)
+    w.store(start, w.at(row, layout.factors_bytes, w.mul(group, 4)), I32)
+
+
+def _copy(w: Writer, layout: Layout, source: Reader, row: str, index: str) -> list[str]:
+    shared.store(w, layout, source(index), row, index)
     return []
 
 
@@ -111,18 +145,19 @@ def multiply_panel(
 def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks: list[str]) -> list[str]:
     """Return the sums of one row times what scales are left for the end, plus the biases."""
     layout, reals = panels.layout, []
-    whole = None if layout.is_half else w.splat(w.load(row, F32))
+    done = layout.is_half or (layout.in_groups and layout.groups > 1)
+    whole = None if done else w.splat(w.load(row, F32))
     for b, block in enumerate(blocks):
         factor = whole
         if layout.groups == 1:
             own = w.load(w.at(scales, 4 * b * LANES), VF)
             factor = own if whole is None else w.op("arith.mulf", own, whole)
-        assert factor is not None
         if panels.bias is None:
-            reals.append(w.op("arith.mulf", block, factor))
+            reals.append(block if factor is None else w.op("arith.mulf", block, factor))
         else:
             bias = w.load(w.at(panels.bias, w.mul(w.add(first, b * LANES), 4)), VF)
-            reals.append(w.op("math.fma", block, factor, bias))
+            terms = (block, bias) if factor is None else (block, factor, bias)
+            reals.append(w.op("arith.addf" if factor is None else "math.fma", *terms))
     return reals
 
 
@@ -162,28 +197,56 @@ def int8_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
 
 def int4_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
     """Write `Kernel.sums` for int4."""
-    low, four = w.constant("dense<15>", BYTES), w.constant("dense<4>", VI)
+    return _group_sums(w, layout, data, scales, rows, 2 * QUAD, _two_quads)
 
+
+def int7_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+    """Write `Kernel.sums` for int7."""
+    return _group_sums(w, layout, data, scales, rows, PERIOD, _eight_quads)
+
+
+Quads = Callable[[Writer, str], Iterator[list[str]]]
+"""Takes a pointer to columns of a panel that lie together; yields the four blocks' codes of four columns each."""
+
+
+def _two_quads(w: Writer, data: str) -> Iterator[list[str]]:
+    low, four = w.constant("dense<15>", BYTES), w.constant("dense<4>", VI)
+    loaded = [w.load(w.at(data, b * LINE), VI, LINE) for b in range(BLOCKS)]
+    for half in range(2):
+        shifted = [w.op("arith.shrui", block, four, kind=VI) if half else block for block in loaded]
+        yield [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), low, kind=BYTES) for s in shifted]
+
+
+def _eight_quads(w: Writer, data: str) -> Iterator[list[str]]:
+    lower, last = w.constant("dense<127>", BYTES), [w.constant("dense<0>", BYTES)] * BLOCKS
+    for i in range(PERIOD // QUAD - 1):
+        loaded = [w.load(w.at(data, i * QUAD * PANEL + b * LINE), VI, LINE) for b in range(BLOCKS)]
+        yield [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), lower, kind=BYTES) for s in loaded]
+        moved = [w.op("arith.shrui", block, w.lanes(7 - i, VI), kind=VI) for block in loaded]
+        bit = w.constant(f"dense<{1 << i}>", BYTES)
+        bits = [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), bit, kind=BYTES) for s in moved]
+        last = [w.op("arith.ori", *both, kind=BYTES) for both in zip(last, bits, strict=True)]
+    yield last
+
+
+def _group_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str], step: int, quads: Quads) -> Sums:
     def products(group: str) -> list[str]:
-        """Return the exact sums of a group: they start from what the codes' offset of 8 adds too much."""
-        starts = [w.splat(w.load(w.at(row, LINE, w.mul(group, 4)), I32), VI) for row in rows]
+        """Return the exact sums of a group: they start from what the codes' offset adds too much."""
+        starts = [w.splat(w.load(w.at(row, layout.factors_bytes, w.mul(group, 4)), I32), VI) for row in rows]
 
         def body(k: str, *sums: str) -> list[str]:
-            pair, new = w.at(data, w.mul(k, PANEL // 2)), list(sums)
-            places = [w.at(row, w.add(k, LINE + layout.sums_bytes)) for row in rows]
-            loaded = [w.load(w.at(pair, b * LINE), VI, LINE) for b in range(BLOCKS)]
-            for half in range(2):
-                shifted = [w.op("arith.shrui", block, four, kind=VI) if half else block for block in loaded]
-                codes = [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), low, kind=BYTES) for s in shifted]
+            stored, new = w.at(data, w.mul(k, layout.panel_bytes // layout.columns)), list(sums)
+            places = [w.at(row, w.add(k, layout.header_bytes)) for row in rows]
+            for quad, codes in enumerate(quads(w, stored)):
                 for r, place in enumerate(places):
-                    x = _quad(w, w.at(place, half * QUAD))
+                    x = _quad(w, w.at(place, quad * QUAD))
                     for b, block in enumerate(codes):
                         new[r * BLOCKS + b] = _dot(w, new[r * BLOCKS + b], block, x)
             return new
 
         first = w.mul(group, layout.group)
         carried = [(start, VI) for start in starts for _ in range(BLOCKS)]
-        sums = w.loop(first, w.add(first, layout.group), 2 * QUAD, body, carried)
+        sums = w.loop(first, w.add(first, layout.group), step, body, carried)
         return [w.cast("arith.sitofp", s, VI, VF) for s in sums]
 
     if layout.groups == 1:
@@ -191,10 +254,19 @@ def int4_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]
 
     def grouped(group: str, *totals: str) -> list[str]:
         exact, at = products(group), w.at(scales, w.mul(group, 2 * PANEL))
-        factors = [_widened(w, w.load(w.at(at, 2 * b * LANES), SHORTS, 2 * LANES)) for b in range(BLOCKS)]
-        return [w.op("math.fma", s, factors[i % BLOCKS], totals[i]) for i, s in enumerate(exact)]
+        shared_by_rows = [_widened(w, w.load(w.at(at, 2 * b * LANES), SHORTS, 2 * LANES)) for b in range(BLOCKS)]
+        factors = [factor for row in rows for factor in _of_row(w, layout, row, group, shared_by_rows)]
+        return [w.op("math.fma", *term) for term in zip(exact, factors, totals, strict=True)]
 
     return _rows(w.loop(0, layout.groups, 1, grouped, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
+
+
+def _of_row(w: Writer, layout: Layout, row: str, group: str, factors: list[str]) -> list[str]:
+    """Return the scales of a group's weights, times that of a row's group where there is one."""
+    if not layout.in_groups:
+        return factors
+    own = w.splat(w.load(w.at(row, w.mul(group, 4)), F32))
+    return [w.op("arith.mulf", factor, own) for factor in factors]
 
 
 def _widened(w: Writer, shorts: str) -> str:
@@ -204,24 +276,73 @@ def _widened(w: Writer, shorts: str) -> str:
 
 
 def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
-    """Multiply by two columns at a time; a single row has sums of its own for each, so that none waits for another."""
+    """Write `Kernel.sums` for floating-point weights, some columns at a time.
+
+    A single row has sums of its own for every other column, so that none waits for another.
+    """
     chains = 2 if len(rows) == 1 else 1
     size = len(rows) * BLOCKS
+    columns, step = (_eight_columns, shared.STEP) if layout.is_shared else (_two_columns, 2)
 
     def body(k: str, *sums: str) -> list[str]:
-        new, pair = list(sums), w.at(data, w.mul(k, 2 * PANEL))
-        for side, blocks in enumerate(_two_columns(w, layout.form, pair)):
+        new, stored = list(sums), w.at(data, w.mul(k, layout.panel_bytes // layout.columns))
+        for side, blocks in enumerate(columns(w, layout.form, stored)):
             for r, row in enumerate(rows):
-                x = w.splat(w.load(w.at(row, w.mul(w.add(k, side), 4)), F32))
+                x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, side), 4)), F32))
                 for b, block in enumerate(blocks):
                     place = side % chains * size + r * BLOCKS + b
                     new[place] = w.op("math.fma", block, x, new[place])
         return new
 
-    flat = w.loop(0, layout.columns, 2, body, [(w.lanes(0.0), VF)] * (chains * size))
+    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
     if chains == 2:
         flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
     return _rows(flat)
+
+
+def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+    """Write `Kernel.sums` for pairs of bf16, which `vdpbf16ps` multiplies by pairs of activations and adds in f32."""
+    chains = 2 if len(rows) == 1 else 1
+    size = len(rows) * BLOCKS
+    step = shared.STEP if layout.is_shared else 4
+
+    def body(k: str, *sums: str) -> list[str]:
+        new, stored = list(sums), w.at(data, w.mul(k, layout.panel_bytes // layout.columns))
+        for place, blocks in enumerate(_pairs(w, layout, stored)):
+            for r, row in enumerate(rows):
+                x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, 2 * place), 2)), I32), VI)
+                for b, block in enumerate(blocks):
+                    at = place % chains * size + r * BLOCKS + b
+                    new[at] = _dot_pairs(w, new[at], block, x)
+        return new
+
+    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
+    if chains == 2:
+        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
+    return _rows(flat)
+
+
+def _pairs(w: Writer, layout: Layout, data: str) -> Iterator[list[str]]:
+    """Yield pairs of bf16 of columns that lie together, four vectors each."""
+    if layout.is_shared:
+        yield from (list(b) for b in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True))
+    else:
+        for pair in range(2):
+            yield [w.load(w.at(data, pair * QUAD * PANEL + b * LINE), VI, LINE) for b in range(BLOCKS)]
+
+
+def _dot_pairs(w: Writer, total: str, weights: str, activations: str) -> str:
+    left, right = (w.cast("vector.bitcast", pairs, VI, BRAINS) for pairs in (weights, activations))
+    return w.let(
+        f'llvm.call_intrinsic "llvm.x86.avx512bf16.dpbf16ps.512"({total}, {left}, {right}) '
+        f": ({VF}, {BRAINS}, {BRAINS}) -> {VF}"
+    )
+
+
+def _eight_columns(w: Writer, _: str, data: str) -> Iterator[list[str]]:
+    """Yield the f32 weights of eight columns, four vectors each."""
+    for blocks in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True):
+        yield from (list(side) for side in zip(*[shared.split(w, LANES, pair) for pair in blocks], strict=True))
 
 
 def _two_columns(w: Writer, form: str, data: str) -> Sums:
@@ -230,7 +351,4 @@ def _two_columns(w: Writer, form: str, data: str) -> Sums:
         places = [[w.at(data, 2 * (side * PANEL + b * LANES)) for b in range(BLOCKS)] for side in range(2)]
         return [[w.cast("arith.extf", w.load(p, HALVES, 2 * LANES), HALVES, VF) for p in side] for side in places]
     pairs = [w.load(w.at(data, b * LINE), VI, LINE) for b in range(BLOCKS)]
-    upper = w.lanes(-65536, VI)
-    low = [w.op("arith.shli", pair, w.lanes(16, VI), kind=VI) for pair in pairs]
-    high = [w.op("arith.andi", pair, upper, kind=VI) for pair in pairs]
-    return [[w.cast("arith.bitcast", bits, VI, VF) for bits in side] for side in (low, high)]
+    return [list(side) for side in zip(*[shared.split(w, LANES, pair) for pair in pairs], strict=True)]

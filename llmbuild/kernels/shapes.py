@@ -30,6 +30,8 @@ class DecoderShape:
     weights: str = "int8"
     part: int = 256
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
+    narrow: bool = False
+    """Whether activations of floating-point weights are rounded to bf16."""
 
     @property
     def attended(self) -> int:
@@ -54,12 +56,14 @@ class DecoderShape:
     def layouts(self) -> dict[str, Layout]:
         """Return how each matrix of a layer lies in panels."""
         columns = {"qkv": self.hidden, "out": self.attended, "gate_up": self.hidden, "down": self.inner_padded}
-        return {name: Layout(self.weights, width) for name, width in columns.items()}
+        return {name: Layout(self.weights, width, self.narrow) for name, width in columns.items()}
 
     def problem(self) -> str | None:
         """Return why the kernels do not take this shape, or nothing."""
         if self.hidden % LANES or self.attended % LANES:
             return f"its own kernels need widths that are multiples of {LANES}, found {self.hidden} and {self.attended}"
+        if problem := self.layouts()["qkv"].problem():
+            return problem
         if self.head_dim % (2 * LANES):
             return f"its own kernels need a head size that is a multiple of {2 * LANES}, found {self.head_dim}"
         return None

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-FLOATS = ("f32", "f16", "bf16")
+SHARED = "f12_e4m7"
+"""Weights of 12 bits: sign, 4 bits of exponent, 7 stored bits of significand (those of bf16), and one exponent that a
+row shares, that of its largest weight. What is below the 15 binades that 4 bits reach is 0 or the smallest number,
+whichever is nearer: no weight is off by more than 2^-8 of itself or 2^-15 of the row's largest.
+"""
+
+FLOATS = ("f32", "f16", "bf16", SHARED)
 GROUPS = (32, 64, 128)
 LEAST_GROUP = 8
 """A group shorter than this spends as many bits on scales as on codes."""
@@ -15,7 +21,7 @@ class Format:
     """How integers stand for weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
 
     bits: int
-    """8 or 4: codes are -128..127 or -8..7."""
+    """8, 7 or 4: codes are -128..127, -64..63 or -8..7."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
@@ -25,6 +31,7 @@ class Format:
 INTEGERS: dict[str, Format] = {
     "int8": Format(8),
     **{f"int8_g{group}": Format(8, group) for group in GROUPS},
+    **{f"int7_g{group}": Format(7, group) for group in GROUPS},
     **{f"int4_g{group}": Format(4, group) for group in GROUPS},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
 }
@@ -54,4 +61,4 @@ def bits(form: str) -> float:
         of = INTEGERS[form]
         overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group
         return of.bits + overhead
-    return {"f32": 32.0}.get(form, 16.0)
+    return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)

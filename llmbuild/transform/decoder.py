@@ -77,7 +77,7 @@ def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, Matrix]:
     found = {}
     for name, layout in shape.layouts().items():
         data, scale, bias = (section_of(shape, buffer, f"{name}.{part}") for part in ("data", "scale", "bias"))
-        found[name] = Matrix(*unpack(layout, data, scale), bias.view(np.float32), not layout.is_half)
+        found[name] = Matrix(*unpack(layout, data, scale), bias.view(np.float32), layout)
     return found
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmbuild.kernels.layouts import Layout
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform.decoder import layer_matrices, section_of
 from llmbuild.transform.panels import Matrix
-from llmbuild.transform.weights import Array
+from llmbuild.transform.weights import Array, from_bf16, to_bf16
 
 
 def quantized_rows(x: Array) -> tuple[Array, Array]:
@@ -19,10 +20,17 @@ def quantized_rows(x: Array) -> tuple[Array, Array]:
 
 def multiply(x: Array, matrix: Matrix) -> Array:
     """Return f32[T,N] of rows [T,K] times a matrix, rounded first if it wants them so."""
-    rows, row_scale = quantized_rows(x) if matrix.rounded else (x.astype(np.float64), np.ones((len(x), 1)))
-    exact = rows @ matrix.values.astype(np.float64).T
-    out: Array = (exact * (row_scale.astype(np.float64) * matrix.scale) + matrix.bias).astype(np.float32)
+    rows = rounded_rows(x, matrix.layout)
+    out: Array = (rows @ matrix.values.astype(np.float64).T * matrix.scale + matrix.bias).astype(np.float32)
     return out
+
+
+def rounded_rows(x: Array, layout: Layout) -> Array:
+    """Return rows f64[T,K] as they are when they meet weights of a layout."""
+    if layout.rounded:
+        codes, scale = quantized_rows(x.reshape(-1, layout.rounded))
+        return (codes * scale).reshape(x.shape)
+    return (from_bf16(to_bf16(x)) if layout.narrow else x).astype(np.float64)
 
 
 def normalize(x: Array, weight: Array, epsilon: float) -> Array:

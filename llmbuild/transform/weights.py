@@ -61,3 +61,14 @@ def interleave(gate: Array, up: Array) -> Array:
     half = PANEL // 2
     pair = np.stack([pad_rows(part, half).reshape(-1, half, *part.shape[1:]) for part in (gate, up)], axis=1)
     return np.ascontiguousarray(pair.reshape(-1, *gate.shape[1:]))
+
+
+def to_bf16(x: Array) -> Array:
+    """Return finite f32 rounded to the nearest bf16, as u16."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(short: Array) -> Array:
+    """Return f32 of bf16 given as u16."""
+    return (short.astype(np.uint32) << 16).view(np.float32)

@@ -26,16 +26,20 @@ from llmbuild.frontend.calibration import Calibration
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.source import find_model
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
+from llmbuild.kernels.layouts import Layout
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
-from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
+from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS
 from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
-from llmbuild.transform.reference import quantized_rows
+from llmbuild.transform.reference import rounded_rows
 
-LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in ("f32", "int8_g64", "int8_g128"))
+LEFT_OUT = ("f32", "int8_g64", "int8_g128", "int7_g32", "int7_g128")
+LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in LEFT_OUT)
 HEAD = "int8"
 """Format of the token table where the layers have one of integers, so that rows tell layers apart."""
+EIGHT_BITS = ("int8", "int7_g64")
+"""Formats that serve the token table as well: those held against other runtimes' 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Case:
     kernel: str = "compiler"
 
 
+REAL_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, SHARED: 12.0}
 METHODS = tuple((quantization, scaling) for scaling in ("none", "activation") for quantization in ("rtn", "gptq"))
 
 
@@ -58,28 +63,34 @@ def cases(formats: Sequence[str]) -> Iterator[Case]:
     for layers in formats:
         if layers not in INTEGERS:
             yield Case(layers, layers)
+            if layers in ("bf16", SHARED):
+                yield Case(layers, layers, kernel="own")
             continue
         for method in METHODS:
             yield Case(layers, HEAD, *method)
         if layers in OWN_FORMATS:
-            for method in METHODS:
-                yield Case(layers, HEAD, *method, kernel="own")
+            for head in dict.fromkeys((HEAD, layers) if layers in EIGHT_BITS else (HEAD,)):
+                for method in METHODS:
+                    yield Case(layers, head, *method, kernel="own")
         if layers in ("int4_g32", "int4_g128"):
             for quantization in ("rtn", "gptq"):
                 yield Case(layers, HEAD, quantization, mixed="sensitive")
                 yield Case(layers, layers, quantization)
 
 
-def round_inputs(model: nn.Module) -> None:
-    """Let every linear layer read rows that are rounded to bytes as our kernels do."""
+def round_inputs(model: nn.Module, formats: Formats) -> None:
+    """Let every linear layer read rows that are rounded as our kernels do: to bytes, or to bf16 for AVX-512 BF16."""
 
-    def rounded(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-        codes, scale = quantized_rows(args[0].flatten(0, -2).numpy())
-        return torch.from_numpy((codes * scale).astype(np.float32)).view(args[0].shape)
+    def hook(layout: Layout) -> Any:
+        def rounded(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
+            rows = rounded_rows(args[0].flatten(0, -2).numpy(), layout)
+            return torch.from_numpy(rows.astype(np.float32)).view(args[0].shape)
 
-    for part in model.modules():
+        return rounded
+
+    for name, part in model.named_modules():
         if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(rounded)
+            part.register_forward_pre_hook(hook(Layout(formats.of(name), part.in_features, True)))
 
 
 def store(model: Any, formats: Formats) -> float:
@@ -91,7 +102,7 @@ def store(model: Any, formats: Formats) -> float:
                 continue
             kept = formats(name, part.weight.numpy())
             dense = torch.from_numpy(dequantize(kept)) if isinstance(kept, Quantized) else kept.float()
-            bits = kept.bits_per_weight if isinstance(kept, Quantized) else 8.0 * kept.element_size()
+            bits = kept.bits_per_weight if isinstance(kept, Quantized) else REAL_BITS[formats.of(name)]
             part.weight.copy_(dense)
             seen[part.weight.data_ptr()] = (bits, part.weight.numel())
     return sum(bits * count for bits, count in seen.values()) / sum(count for _, count in seen.values())
@@ -130,9 +141,10 @@ def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator
     yield {**asdict(Case("f32", "f32")), "bits": 32.0, **score(exact, exact, windows)}
     for case in cases(formats):
         model = fresh()
-        bits = store(model, stored(model, case, calibration))
+        formats = stored(model, case, calibration)
+        bits = store(model, formats)
         if case.kernel == "own":
-            round_inputs(model)
+            round_inputs(model, formats)
         told = score(Calibration(model, windows).logits(len(windows)), exact, windows)
         yield {**asdict(case), "bits": round(bits, 3), **told}
 

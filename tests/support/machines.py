@@ -82,6 +82,7 @@ def _avxvnni() -> Machine:
 
 
 MACHINES = {
+    "avx512bf16": Machine("avx512_bf16", "x86-64-v4", ("--iree-llvmcpu-target-cpu-features=+avx512bf16",)),
     "avx512": Machine("avx512_vnni", "x86-64-v4", ("--iree-llvmcpu-target-cpu-features=+avx512vnni",)),
     "avxvnni": _avxvnni(),
     "avx2": Machine("avx2", "x86-64-v3"),

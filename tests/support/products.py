@@ -16,9 +16,9 @@ def prepared(layout: Layout, x: Any) -> Any:
     """Return rows of bytes as the layout wants them, with scales of one."""
     rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
     rows[:, :4] = np.ones((len(x), 1), np.float32).view(np.uint8)
-    total, first = x.sum(1, keepdims=True).astype(np.int32), LINE + layout.sums_bytes
-    if layout.is_nibble:
-        rows[:, LINE : LINE + 4] = (-8 * total).view(np.uint8)
+    total, first = x.sum(1, keepdims=True).astype(np.int32), layout.header_bytes
+    if layout.sums_bytes:
+        rows[:, LINE : LINE + 4] = (-layout.offset * total).view(np.uint8)
     else:
         rows[:, 4:8] = total.view(np.uint8)
     rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)

@@ -18,9 +18,11 @@ STREAMING = "streaming"
 SECONDS = ("load_s", "first_token_s", "prefill_s", "decode_s")
 DECODE_PEER = {
     "int8": ("llama.cpp", "q8_0"),
+    "int7": ("llama.cpp", "q8_0"),
     "int4": ("llama.cpp", "q4_0"),
     "f16": ("llama.cpp", "f16"),
     "bf16": ("llama.cpp", "f16"),
+    "f12": ("llama.cpp", "f16"),
     "f32": ("torch", "float32"),
 }
 """Whom a family of our weight formats meets at decoding and starting: the peer with weights of that size."""

@@ -1,0 +1,82 @@
+"""Weights of 12 bits that share the exponent of their row, rebuilt in registers of any length.
+
+Eight columns of a row are two times four upper bytes (sign, four bits of exponent, three of significand) and eight
+lower halves of a byte. Lanes of 16 bits hold two upper bytes: one shift brings a column's to its place in a bf16 and
+spreads the sign over the exponent's upper bits, one mask clears those, and one `or` adds the lower half. Four of these
+steps give four registers of pairs of bf16, whose exponents are 112 too small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from llmbuild.kernels.elementwise import Reader
+from llmbuild.kernels.layouts import LIFT, PANEL, QUAD, Layout
+from llmbuild.kernels.text import F32, I32, VF, Writer
+
+STEP = 2 * QUAD
+"""Columns that lie together."""
+LANES = 16
+LEAST = 2.0**-100
+"""A row of activations with nothing larger is divided by this instead: its own power of two may be zero."""
+KEPT, LOWER = -30736, 15
+"""Bits of a bf16 that the upper byte gives, 0x87F0 as i16, and those of the lower half."""
+
+
+def pairs(w: Writer, lanes: int, step: str, register: int) -> Iterator[str]:
+    """Yield bf16 of columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 in lanes of 32 bits, for a register's rows."""
+    words, integers = f"vector<{2 * lanes}xi16>", f"vector<{lanes}xi32>"
+    line, at = QUAD * PANEL, register * QUAD * lanes
+    lower = w.load(w.at(step, 2 * line + at), words, QUAD * lanes)
+    for pair in range(QUAD):
+        upper = w.load(w.at(step, pair // 2 * line + at), words, QUAD * lanes)
+        if pair % 2 == 0:
+            upper = w.op("arith.shli", upper, w.lanes(8, words), kind=words)
+        upper = w.op("arith.shrsi", upper, w.lanes(4, words), kind=words)
+        kept = w.op("arith.andi", upper, w.lanes(KEPT, words), kind=words)
+        own = w.op("arith.shrui", lower, w.lanes(4 * pair, words), kind=words) if pair else lower
+        joined = w.op("arith.ori", kept, w.op("arith.andi", own, w.lanes(LOWER, words), kind=words), kind=words)
+        yield w.cast("vector.bitcast", joined, words, integers)
+
+
+def split(w: Writer, lanes: int, pair: str) -> list[str]:
+    """Return both bf16 of each lane of 32 bits as f32."""
+    reals, integers = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>"
+    low = w.op("arith.shli", pair, w.lanes(16, integers), kind=integers)
+    high = w.op("arith.andi", pair, w.lanes(-65536, integers), kind=integers)
+    return [w.cast("arith.bitcast", bits, integers, reals) for bits in (low, high)]
+
+
+def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
+    """Write a row of activations divided by the power of two of its largest, after that, and multiplied by `LIFT`.
+
+    Both are exact: products stay in the middle of f32 whatever the size of the activations.
+    """
+
+    def widest(i: str, most: str) -> list[str]:
+        return [w.larger(w.op("math.absf", source(i)), most)]
+
+    (most,) = w.loop(0, layout.columns, LANES, widest, [(w.lanes(0.0), VF)])
+    top = w.larger(w.top(most), w.real(LEAST), F32)
+    exponent = w.op("arith.andi", w.cast("arith.bitcast", top, F32, I32), w.constant("2139095040", I32), kind=I32)
+    power = w.cast("arith.bitcast", exponent, I32, F32)
+    w.store(power, row, F32)
+    inverse = w.splat(w.op("arith.divf", w.real(1.0), power, kind=F32))
+
+    def body(i: str) -> list[str]:
+        lifted = w.op("arith.mulf", w.op("arith.mulf", source(i), inverse), w.lanes(LIFT))
+        store(w, layout, lifted, row, i)
+        return []
+
+    w.loop(0, layout.columns, LANES, body)
+
+
+def store(w: Writer, layout: Layout, values: str, row: str, index: str) -> None:
+    """Store sixteen f32 at their place in a prepared row, as they are or rounded to bf16."""
+    place = w.at(row, w.add(w.mul(index, 2 if layout.narrow else 4), layout.header_bytes))
+    if not layout.narrow:
+        w.store(values, place, VF)
+        return
+    brain = "vector<16xbf16>"
+    name = "llvm.x86.avx512bf16.cvtneps2bf16.512"
+    w.store(w.let(f'llvm.call_intrinsic "{name}"({values}) : ({VF}) -> {brain}'), place, brain, 2)

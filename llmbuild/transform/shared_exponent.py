@@ -1,0 +1,65 @@
+"""Weights of 12 bits whose rows share an exponent (`f12_e4m7`): rounding, codes, and back.
+
+A code is the sign, four bits `e` and seven bits `m`: `(1 + m / 128) * 2^(e - 15)` times the power of two of its row's
+largest weight; 0 where `e` is 0, and then `m` is 0 as well.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llmbuild.transform.quantized import LEAST_WEIGHT
+from llmbuild.transform.weights import Array, from_bf16, to_bf16
+
+TOP = 15
+"""The exponent code of a row's largest weight."""
+LARGEST = np.float32(2.0**127 * (2 - 2**-7))
+"""The largest finite bf16."""
+
+
+def nearest(dense: Array) -> Array:
+    """Return finite f32[N,K], each weight rounded to the nearest of its row's numbers; once more changes nothing."""
+    rounded = from_bf16(to_bf16(np.clip(dense, -LARGEST, LARGEST)))
+    size, least = np.abs(rounded), 2.0 ** (1 - TOP) * powers(rounded)[:, None]
+    below = np.where(size < least / 2, np.float32(0), least.astype(np.float32))
+    kept = np.where(size < least, np.copysign(below, rounded), rounded)
+    return np.where(size.max(axis=1, initial=0, keepdims=True) > LEAST_WEIGHT, kept, np.float32(0))
+
+
+def powers(rounded: Array) -> Array:
+    """Return f32[N]: the power of two of each row's largest weight, 1 where that is next to nothing."""
+    largest = np.abs(rounded).max(axis=1, initial=0)
+    power = np.ldexp(np.float32(1), np.frexp(largest)[1] - 1)
+    return np.where(largest > LEAST_WEIGHT, power, np.float32(1)).astype(np.float32)
+
+
+def codes(rounded: Array) -> Array:
+    """Return u16[N,K] of what `nearest` returned."""
+    bits = to_bf16(rounded / powers(rounded)[:, None]).astype(np.int32)
+    exponent = (bits >> 7 & 255) - 127 + TOP
+    return np.where(bits & 0x7FFF, bits >> 15 << 11 | exponent << 7 | bits & 127, 0).astype(np.uint16)
+
+
+def values(stored: Array) -> Array:
+    """Return f32 of codes u16, without the powers of their rows."""
+    size = np.ldexp(1 + (stored & 127).astype(np.float32) / 128, (stored >> 7 & 15).astype(np.int32) - TOP)
+    return np.where(stored >> 7 & 15, np.where(stored >> 11, -size, size), 0).astype(np.float32)
+
+
+def pack_codes(stored: Array) -> Array:
+    """Return bytes u8[..., K/8, 3, 4] of codes u16[..., K]: what `Layout` says of each row's eight columns."""
+    eight = stored.reshape(*stored.shape[:-1], -1, 8)
+    upper = (eight >> 4).reshape(*eight.shape[:-1], 2, 4)[..., [0, 2, 1, 3]]
+    lower = (eight & 15).reshape(*eight.shape[:-1], 2, 2, 2)  # half, pair, side
+    first = lower[..., 0, :] | lower[..., 1, :] << 4  # of each half, for both sides
+    bytes_ = np.swapaxes(first, -1, -2).reshape(*eight.shape[:-1], 1, 4)
+    return np.concatenate([upper, bytes_], axis=-2).astype(np.uint8)
+
+
+def unpack_codes(packed: Array) -> Array:
+    """Return codes u16[..., K] of bytes u8[..., K/8, 3, 4]."""
+    upper = packed[..., :2, :][..., [0, 2, 1, 3]].reshape(*packed.shape[:-2], 8).astype(np.uint16)
+    halves = np.swapaxes(packed[..., 2, :].reshape(*packed.shape[:-2], 2, 2), -1, -2)  # half, side
+    lower = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*packed.shape[:-2], 8)
+    both = upper << 4 | lower
+    return both.reshape(*packed.shape[:-3], -1)
