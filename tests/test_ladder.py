@@ -77,6 +77,11 @@ def test_what_a_simulated_host_takes_is_opened_where_this_cpu_has_it_and_generat
     assert list(opened.tokens([1, 2, 3], 4)) == list(opened.tokens([1, 2, 3], 4))
 
 
+def test_a_host_below_the_lowest_tier_is_told_what_it_lacks(ladder: Project) -> None:
+    with pytest.raises(NoVariant, match=r"no variant of tiny can be used on this host: .*lacks: .*sse4\.2"):
+        pick(ladder.catalog, "tiny", facts=facts_of("x86_64"))
+
+
 def test_the_tiers_share_one_parameter_archive(ladder: Project) -> None:
     rows = reader.variants(ladder.catalog, "tiny")
     assert {r["target"] for r in rows} == set(TIERS)

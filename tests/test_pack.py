@@ -113,6 +113,10 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
     stored = [r["machine_digest"] for r in reader.variants(home, "tiny") if r["tpot_s"]]
     assert stored == [digest.of(host.machine())] * 2
     assert llmbuild("verify", "-C", home).returncode == 0
+    assert llmbuild("merge", away, "-C", tmp_path / "fresh").returncode == 0
+    checked = llmbuild("verify", "-C", tmp_path / "fresh")
+    assert checked.returncode == 0, checked.stdout
+    assert llmbuild("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", away).returncode == 0
 
 
 def test_what_needs_a_device_that_is_not_here_is_one_message(packed: Path, tmp_path: Path) -> None:

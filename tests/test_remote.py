@@ -170,9 +170,12 @@ def test_an_interruption_ends_what_runs_there(far: sshd.Far, compiled: Project) 
     variant = subject_in(compiled).variant
     command = [sys.executable, "-m", "llmbuild", "profile", variant, "--on", far.url, "-C", compiled.catalog]
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
-    wait_for(lambda: bool(workers(far)))
-    child.send_signal(signal.SIGINT)
-    _, told = child.communicate(timeout=60)
+    try:
+        wait_for(lambda: len(workers(far)) > 1)
+        child.send_signal(signal.SIGINT)
+        _, told = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert (child.returncode, "Traceback" in told) == (130, False), told
     wait_for(lambda: not workers(far))
 
@@ -222,14 +225,14 @@ def subject_in(compiled: Project):  # type: ignore[no-untyped-def]
 
 
 def workers(far: sshd.Far) -> list[int]:
-    """Return the processes that run the far end's code."""
+    """Return the processes of the far end."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             told = (folder / "environ").read_bytes()
         except OSError:
             continue
-        if str(far.cache / "llmbuild" / "code").encode() in told:
+        if f"XDG_CACHE_HOME={far.cache}".encode() in told:
             found.append(int(folder.name))
     return found
 

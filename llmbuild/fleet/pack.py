@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from llmbuild.build import Build, Tell, describe
+from llmbuild.build import Build, Tell, describe, owner
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.digest import plain
@@ -33,8 +33,30 @@ MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
 MORE_CODE = ("fleet/__init__", "fleet/packed", "fleet/table", "search/__init__", "search/front", "search/pairs")
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
-FORGOTTEN = ("standing", "trial", "build", "measurement", "failure", "machine_limit", "collected")
-"""Tables that a packed catalog begins without: what was read here is no reading of there."""
+FORGOTTEN = (
+    "standing",
+    "trial",
+    "build",
+    "measurement",
+    "failure",
+    "machine_limit",
+    "collected",
+    "front_half",
+    "reference",
+    "dispatch_tuning",
+)
+"""Tables that a packed catalog begins without: what was read here is no reading of there, and nothing is made there."""
+LEFT_OVER = {
+    "variant": "digest NOT IN (SELECT digest FROM temp.packed)",
+    "program": "digest NOT IN (SELECT program FROM variant)",
+    "artifact": "digest NOT IN (SELECT artifact FROM variant)",
+    "import": "program NOT IN (SELECT digest FROM program)",
+    "compile": "artifact NOT IN (SELECT digest FROM artifact)",
+    "target": "digest NOT IN (SELECT target FROM variant)",
+    "toolchain": "digest NOT IN (SELECT toolchain FROM variant)",
+    "machine": "1",
+}
+"""Rows that a packed catalog does without, by table: those of other variants."""
 RUNNER = Path(__file__).with_name("runner.py")
 
 
@@ -67,7 +89,7 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
     (folder / JOB).write_text(json.dumps({"version": 1, "jobs": kept}))
     (folder / "code.zip").write_bytes(archive(*MORE_CODE))
     shutil.copyfile(RUNNER, folder / "run.py")
-    _rows(catalog, folder)
+    _rows(catalog, folder, [one["subject"]["variant"] for body in kept for one in body["subjects"]])
     done.weights_bytes = sum(path.stat().st_size for path in weights.values())
     return done
 
@@ -82,6 +104,8 @@ def _job(
         raise InputError(f"{job.recipe.name}: {quality.stage}: {quality.reason}")
     if quality.data is not None:
         others[quality.data.name] = quality.data
+    if tokenizer := owner(steps).tokenizer:
+        others[tokenizer] = catalog.blobs.path(tokenizer)
     subjects = []
     for point, artifact in made:
         program = steps.import_(point)
@@ -91,6 +115,7 @@ def _job(
             done.left_out.append(f"{job.target.name}: {describe(job, point)}: {why.stage}: {why.reason[:200]}")
             continue
         subject = steps.subject(point, program, artifact)
+        others[program.module] = catalog.blobs.path(program.module)
         weights[subject.parameters_path.name] = subject.parameters_path
         others |= {n: p for n, p in wire.files_of(subject).items() if p != subject.parameters_path}
         subjects.append(_subject(job, point, wire.subject_body(subject), steps, program))
@@ -148,17 +173,19 @@ def _copy(source: Path, path: Path) -> None:
     shutil.copyfile(source, path)
 
 
-def _rows(catalog: Catalog, folder: Path) -> None:
-    """Write the catalog's rows without what was measured, trusted or built here."""
+def _rows(catalog: Catalog, folder: Path, variants: Sequence[str]) -> None:
+    """Write the catalog's rows of these variants, without what was measured or tried here."""
     with sqlite3.connect(catalog.folder / FILE) as connection:
         connection.execute("VACUUM INTO ?", (str(folder / FILE),))
     connection.close()
     with sqlite3.connect(folder / FILE) as connection:
+        connection.execute("CREATE TEMP TABLE packed (digest)")
+        connection.executemany("INSERT INTO temp.packed VALUES (?)", [(name,) for name in variants])
         for name in FORGOTTEN:
             connection.execute(f'DELETE FROM "{name}"')
-    connection.close()
-    with sqlite3.connect(folder / FILE) as connection:
-        connection.execute("VACUUM")
+        for name, left_over in LEFT_OVER.items():
+            connection.execute(f'DELETE FROM "{name}" WHERE {left_over}')
+    connection.execute("VACUUM")
     connection.close()
 
 

@@ -24,6 +24,7 @@ from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.fleet.table import Across, Line, across, as_json, table
+from llmbuild.process import Limits
 from llmbuild.profiler import bandwidth, nvml, wire
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.energy import CPU_DRIVERS
@@ -49,6 +50,8 @@ JOB = "job.json"
 RACE_S = 45.0
 """Seconds that must be left for the survivors of a target to be raced."""
 RACERS = 4
+STEP_S = 90.0
+"""Seconds after which a device that does not answer is given up."""
 PEER_S = 45.0
 """Seconds that must be left for PyTorch."""
 
@@ -123,7 +126,7 @@ class Run:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
         machine = machine_of({one["subject"]["driver"] for one in body["subjects"]})
-        bench = bench_of(body["bench"], self._where, machine)
+        bench = bench_of(body["bench"], self._where, machine, Limits(seconds=STEP_S))
         rate = self._bandwidth(body)
         known: list[Trial] = []
         left: list[Line] = []

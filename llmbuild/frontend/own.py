@@ -128,8 +128,8 @@ class PanelEmbedding(nn.Module):
         """Return numbers of 12 bits without the power of two of their row."""
         half, side, pair = column % 8 // 4, column % 2, column % 4 // 2
         first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // 8 * 12 * PANEL
-        upper = self.head.data[first + half * QUAD * PANEL + side * 2 + pair].to(torch.int32)
-        both = self.head.data[first + 2 * QUAD * PANEL + side * 2 + half].to(torch.int32)
+        upper = self.head.data[first + (1 + half) * QUAD * PANEL + side * 2 + pair].to(torch.int32)
+        both = self.head.data[first + side * 2 + half].to(torch.int32)
         lower = torch.where(pair == 0, both, both >> 4) & 15
         size = (128 + (upper & 7) * 16 + lower).float() * self.powers[(upper >> 3 & 15).long()]
         return size * ((upper >> 7 & 1).float() * -2 + 1)

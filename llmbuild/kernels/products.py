@@ -325,7 +325,8 @@ def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
 def _pairs(w: Writer, layout: Layout, data: str) -> Iterator[list[str]]:
     """Yield pairs of bf16 of columns that lie together, four vectors each."""
     if layout.is_shared:
-        yield from (list(b) for b in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True))
+        loaded = shared.loaded(w, LANES, data, range(BLOCKS))
+        yield from (list(blocks) for blocks in zip(*[shared.pairs(w, LANES, part) for part in loaded], strict=True))
     else:
         for pair in range(2):
             yield [w.load(w.at(data, pair * QUAD * PANEL + b * LINE), VI, LINE) for b in range(BLOCKS)]
@@ -341,7 +342,8 @@ def _dot_pairs(w: Writer, total: str, weights: str, activations: str) -> str:
 
 def _eight_columns(w: Writer, _: str, data: str) -> Iterator[list[str]]:
     """Yield the f32 weights of eight columns, four vectors each."""
-    for blocks in zip(*[shared.pairs(w, LANES, data, b) for b in range(BLOCKS)], strict=True):
+    loaded = shared.loaded(w, LANES, data, range(BLOCKS))
+    for blocks in zip(*[shared.pairs(w, LANES, part) for part in loaded], strict=True):
         yield from (list(side) for side in zip(*[shared.split(w, LANES, pair) for pair in blocks], strict=True))
 
 

@@ -8,7 +8,7 @@ steps give four registers of pairs of bf16, whose exponents are 112 too small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from llmbuild.kernels.elementwise import Reader
 from llmbuild.kernels.layouts import LIFT, PANEL, QUAD, Layout
@@ -23,13 +23,21 @@ KEPT, LOWER = -30736, 15
 """Bits of a bf16 that the upper byte gives, 0x87F0 as i16, and those of the lower half."""
 
 
-def pairs(w: Writer, lanes: int, step: str, register: int) -> Iterator[str]:
-    """Yield bf16 of columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 in lanes of 32 bits, for a register's rows."""
+def loaded(w: Writer, lanes: int, step: str, registers: Sequence[int]) -> list[list[str]]:
+    """Return the lower halves and both times four upper bytes of each register's rows, read in the order of memory."""
+    words, line = f"vector<{2 * lanes}xi16>", QUAD * PANEL
+    parts = [
+        [w.load(w.at(step, i * line + r * QUAD * lanes), words, QUAD * lanes) for r in registers] for i in range(3)
+    ]
+    return [list(part) for part in zip(*parts, strict=True)]
+
+
+def pairs(w: Writer, lanes: int, parts: list[str]) -> Iterator[str]:
+    """Yield bf16 of columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 in lanes of 32 bits, of what is `loaded`."""
     words, integers = f"vector<{2 * lanes}xi16>", f"vector<{lanes}xi32>"
-    line, at = QUAD * PANEL, register * QUAD * lanes
-    lower = w.load(w.at(step, 2 * line + at), words, QUAD * lanes)
+    lower, *uppers = parts
     for pair in range(QUAD):
-        upper = w.load(w.at(step, pair // 2 * line + at), words, QUAD * lanes)
+        upper = uppers[pair // 2]
         if pair % 2 == 0:
             upper = w.op("arith.shli", upper, w.lanes(8, words), kind=words)
         upper = w.op("arith.shrsi", upper, w.lanes(4, words), kind=words)

@@ -242,7 +242,8 @@ def _columns(w: Writer, layout: Layout, step: str, lanes: int, register: int) ->
     """Return a register's f32 weights of the columns that are taken at a time."""
     reals, integers, halves = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>", f"vector<{lanes}xf16>"
     if layout.is_shared:
-        return [side for pair in shared.pairs(w, lanes, step, register) for side in shared.split(w, lanes, pair)]
+        (parts,) = shared.loaded(w, lanes, step, [register])
+        return [side for pair in shared.pairs(w, lanes, parts) for side in shared.split(w, lanes, pair)]
     if layout.form == "f16":
         places = [w.at(step, 2 * (side * PANEL + register * lanes)) for side in range(2)]
         return [w.cast("arith.extf", w.load(place, halves, 2 * lanes), halves, reals) for place in places]

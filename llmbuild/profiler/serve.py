@@ -194,14 +194,14 @@ def unfit(target: Body, runtime: str) -> str:
     return f"the target {why}" if why else ""
 
 
-def bench_of(body: Body, where: wire.Where, machine: Machine | None = None) -> Bench:
-    """Return the bench that a job describes, on this machine."""
+def bench_of(body: Body, where: wire.Where, machine: Machine | None = None, limits: Limits | None = None) -> Bench:
+    """Return the bench that a job describes, on this machine; `limits` are those of one request."""
     known = roofline.from_body(body["limits"]) if body["limits"] else None
     return Bench(
         wire.workloads_of(body),
         wire.quality_of(body, where),
         digest.of(machine or host.machine()),
-        Limits(),
+        limits or Limits(),
         Protocol(**body["protocol"]),
         known,
     )

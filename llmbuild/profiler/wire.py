@@ -28,7 +28,8 @@ def subject_body(subject: Subject) -> Body:
 
 def subject_of(body: Mapping[str, Any], where: Where) -> Subject:
     """Return a subject whose files lie where `where` says."""
-    return Subject(**{**body, **{name: where(body[name]) for name in FILES}})
+    listed = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
+    return Subject(**{**body, **listed, **{name: where(body[name]) for name in FILES}})
 
 
 def files_of(subject: Subject) -> dict[str, Path]:

@@ -53,13 +53,13 @@ def pack_codes(stored: Array) -> Array:
     lower = (eight & 15).reshape(*eight.shape[:-1], 2, 2, 2)  # half, pair, side
     first = lower[..., 0, :] | lower[..., 1, :] << 4  # of each half, for both sides
     bytes_ = np.swapaxes(first, -1, -2).reshape(*eight.shape[:-1], 1, 4)
-    return np.concatenate([upper, bytes_], axis=-2).astype(np.uint8)
+    return np.concatenate([bytes_, upper], axis=-2).astype(np.uint8)
 
 
 def unpack_codes(packed: Array) -> Array:
     """Return codes u16[..., K] of bytes u8[..., K/8, 3, 4]."""
-    upper = packed[..., :2, :][..., [0, 2, 1, 3]].reshape(*packed.shape[:-2], 8).astype(np.uint16)
-    halves = np.swapaxes(packed[..., 2, :].reshape(*packed.shape[:-2], 2, 2), -1, -2)  # half, side
+    upper = packed[..., 1:, :][..., [0, 2, 1, 3]].reshape(*packed.shape[:-2], 8).astype(np.uint16)
+    halves = np.swapaxes(packed[..., 0, :].reshape(*packed.shape[:-2], 2, 2), -1, -2)  # half, side
     lower = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*packed.shape[:-2], 8)
     both = upper << 4 | lower
     return both.reshape(*packed.shape[:-3], -1)
