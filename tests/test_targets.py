@@ -20,6 +20,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend.program import import_model
 from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
+from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.devices import read
 from llmbuild.search.knobs import space_for, target_knobs
 from llmbuild.search.study import openers
@@ -272,3 +273,18 @@ def test_compile_takes_a_gpu_on_the_command_line_and_build_refuses_it(project: P
     assert {row["target"] for row in made} == {"h200"}
     told = llmbuild("build", project.recipe, "-t", "metal", *where)
     assert (told.returncode, "cannot run on this host: the installed IREE runtime" in told.stderr) == (2, True)
+
+
+def test_a_loader_refuses_a_gpu_row_for_want_of_a_device_and_looks_for_none_where_no_row_needs_it() -> None:
+    asked: list[str] = []
+
+    def absent(driver: str) -> str:
+        asked.append(driver)
+        return "no NVIDIA driver (libcuda)"
+
+    facts = HostFacts("x86_64", frozenset(), "3.13.0", None, "here", absent)
+    row = {"artifact": "a", "runtime": "3.13.0", "target_body": plain(ALL["h200"])}
+    assert refusal({**row, "target_body": plain(ALL["aarch64-generic"])}, facts).startswith("is for aarch64")
+    assert asked == []
+    assert refusal(row, facts).startswith("is for cuda, and this host has none: no NVIDIA driver")
+    assert (asked, refusal(row, replace(facts, device_lacks=lambda _: ""))) == (["cuda"], "")

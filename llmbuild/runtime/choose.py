@@ -12,6 +12,7 @@ from llmbuild import digest
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.slo import METRICS, Slo, absence, measured
+from llmbuild.spec.target import BACKENDS, LLVM_CPU
 from llmbuild.spec.trial import FRONT
 
 
@@ -25,6 +26,8 @@ class HostFacts:
     memory_bytes: int | None
     machine: str
     """Fingerprint: rows measured on this very machine are preferred to all others."""
+    device_lacks: Callable[[str], str] = lambda driver: f"no {driver} device is known of it"
+    """Why it has no device for one of IREE's GPU drivers, empty where it has; asked only where a row is for a GPU."""
 
 
 UNMEASURED = "never measured: `llmbuild profile` on this host does"
@@ -42,16 +45,25 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
     if not same_minor(row["runtime"], host.runtime):
         need = minor(row["runtime"])
         return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
-    target = row["target_body"]
-    if target["arch"] != host.arch:
-        return f"is for {target['arch']}, this host is {host.arch}: {_MEND}"
-    missing = sorted(set(target["requires"]) - host.features)
-    if missing:
-        return f"needs CPU features this host lacks: {' '.join(missing)}: {_MEND}"
+    why = _unfit(row["target_body"], host)
+    if why:
+        return f"{why}: {_MEND}"
     peak = row.get("peak_memory_bytes")
     if peak and host.memory_bytes is not None and peak > host.memory_bytes:
         return f"needs {peak / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
     return ""
+
+
+def _unfit(target: dict[str, Any], host: HostFacts) -> str:
+    """Return what of a target the host does not have. Which chip is behind a GPU's driver is the driver's to check."""
+    kind = BACKENDS.get(target.get("backend", LLVM_CPU), BACKENDS[LLVM_CPU])
+    if kind is not BACKENDS[LLVM_CPU]:
+        lacks = host.device_lacks(kind.device)
+        return f"is for {target['backend']}, and this host has none: {lacks}" if lacks else ""
+    if target["arch"] != host.arch:
+        return f"is for {target['arch']}, this host is {host.arch}"
+    missing = sorted(set(target["requires"]) - host.features)
+    return f"needs CPU features this host lacks: {' '.join(missing)}" if missing else ""
 
 
 def choose(

@@ -42,6 +42,11 @@ def find(driver: str) -> Devices:
     return read(driver, told.returncode, told.stdout, told.stderr)
 
 
+def lacks(driver: str) -> str:
+    """Return why there is no device behind a driver; empty where there is."""
+    return find(driver).reason
+
+
 def read(driver: str, code: int, stdout: str, stderr: str) -> Devices:
     """Return what the tool told of a driver."""
     if "no driver" in stderr:

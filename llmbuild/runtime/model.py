@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused, NoVariant
-from llmbuild.runtime import host, lock, reader, trust
+from llmbuild.runtime import devices, host, lock, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
@@ -36,6 +36,7 @@ def host_facts() -> HostFacts:
         runtime=host.runtime_version(),
         memory_bytes=host.available_memory_bytes(),
         machine=digest.of(host.machine()),
+        device_lacks=devices.lacks,
     )
 
 
