@@ -64,18 +64,21 @@ class Cell:
 class Kept:
     """The cells that are known, in a file of the catalog."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
-        self.cells: dict[str, Cell] = {}
-        if self.path.is_file():
-            self.cells = {key: Cell(**body) for key, body in json.loads(self.path.read_text()).items()}
+    def __init__(self, catalog: Catalog) -> None:
+        self.catalog, self.path = catalog, catalog.folder / FILE
+        self.cells = self._read()
+
+    def _read(self) -> dict[str, Cell]:
+        found = json.loads(self.path.read_text()) if self.path.is_file() else {}
+        return {key: Cell(**body) for key, body in found.items()}
 
     def keep(self, key: str, cell: Cell) -> None:
-        """Add a cell; the file is replaced whole."""
-        self.cells[key] = cell
-        draft = self.path.with_suffix(".part")
-        draft.write_text(json.dumps({k: asdict(c) for k, c in self.cells.items()}, indent=1) + "\n")
-        draft.replace(self.path)
+        """Add a cell to those in the file, which another run may have added to meanwhile; it is replaced whole."""
+        with self.catalog.making("compat"):
+            self.cells = {**self._read(), key: cell}
+            draft = self.path.with_suffix(".part")
+            draft.write_text(json.dumps({k: asdict(c) for k, c in self.cells.items()}, indent=1) + "\n")
+            draft.replace(self.path)
 
 
 def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
@@ -141,7 +144,7 @@ def cells(asked: argparse.Namespace) -> Iterator[Cell]:
     recipe, end = shape(asked.recipe), monotonic() + asked.seconds
     catalog = Catalog(asked.catalog)
     try:
-        kept, answers = Kept(asked.catalog), Answers(asked.catalog / "targets")
+        kept, answers = Kept(catalog), Answers(asked.catalog / "targets")
         for form in asked.formats:
             for name in asked.targets:
                 yield known_or_made(asked, recipe, catalog, kept, answers, name, form, end)
