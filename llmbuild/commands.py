@@ -31,7 +31,7 @@ from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.search.knobs import ALL, target_knobs, with_tuning
-from llmbuild.search.traps import TRAPS, Trap
+from llmbuild.search.traps import BROKEN, TRAPS, Trap
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
@@ -411,11 +411,12 @@ def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
     if len(names) > 1:
         raise InputError("--knobs lists all knobs, or with one -t those of that target")
+    traps = (*TRAPS, *(Trap(f"{b.knob}={b.value}", b.backends, b.reason) for b in BROKEN))
     if not names:
-        return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
+        return [*map(_knob_row, ALL), *map(_trap_row, traps)]
     target = find_target(names[0])
-    traps = [t for t in TRAPS if not t.backends or target.backend in t.backends]
-    return [*map(_knob_row, target_knobs(target)), *map(_trap_row, traps)]
+    mine = [t for t in traps if not t.backends or target.backend in t.backends]
+    return [*map(_knob_row, target_knobs(target)), *map(_trap_row, mine)]
 
 
 _LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}
