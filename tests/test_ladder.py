@@ -17,33 +17,18 @@ from llmbuild.runtime.choose import HostFacts, choose
 from llmbuild.runtime.model import host_facts, load, pick
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.slo import parse_slo
-from tests.conftest import Project, llmbuild, make_project
+from tests.conftest import TIERS, Project, llmbuild
 
-TIERS = ("v2", "v3", "v4", "arm")
 CPUS = {"nehalem": "v2", "haswell": "v3", "skylake_avx512": "v4", "zen4": "v4", "neoverse_n1": "arm"}
 """Simulated hosts, and the tier each takes; nehalem has no AVX2, haswell no AVX-512."""
 
 
-@pytest.fixture(scope="module")
-def ladder(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A tiny model compiled for four tiers, and never measured."""
-    made = make_project(tmp_path_factory.mktemp("ladder"))
-    for tier in TIERS[:3]:
-        (made.folder / f"{tier}.yaml").write_text(f"backend: llvm-cpu\narch: x86_64\ncpu: x86-64-{tier}\n")
-    arm = "backend: llvm-cpu\narch: aarch64\ncpu: generic\nfeatures: [+dotprod]\n"
-    (made.folder / "arm.yaml").write_text(arm)
-    targets = [word for tier in TIERS for word in ("-t", made.folder / f"{tier}.yaml")]
-    done = llmbuild("compile", made.recipe, *targets, "--trials", "1", "-j", "2", "-C", made.catalog)
-    assert done.returncode == 0, done.stderr
-    return made
-
-
 @pytest.mark.parametrize(("cpu", "tier"), CPUS.items())
 def test_a_host_takes_the_highest_tier_it_supports_and_is_told_why_not_the_others(
-    ladder: Project, cpu: str, tier: str
+    tiers: Project, cpu: str, tier: str
 ) -> None:
     facts = facts_of(cpu)
-    made = pick(ladder.catalog, "tiny", facts=facts)
+    made = pick(tiers.catalog, "tiny", facts=facts)
     assert made.chosen is not None
     assert made.chosen["target"] == tier
     reasons = {c.row["target"]: c.reason for c in made.candidates}
@@ -59,54 +44,54 @@ def test_a_host_takes_the_highest_tier_it_supports_and_is_told_why_not_the_other
 
 @pytest.mark.parametrize(("cpu", "tier"), CPUS.items())
 def test_what_a_simulated_host_takes_is_opened_where_this_cpu_has_it_and_generates(
-    ladder: Project, cpu: str, tier: str, monkeypatch: pytest.MonkeyPatch
+    tiers: Project, cpu: str, tier: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     facts = facts_of(cpu)
-    taken = pick(ladder.catalog, "tiny", facts=facts).chosen
+    taken = pick(tiers.catalog, "tiny", facts=facts).chosen
     assert taken is not None
     real = host_facts()
     lacks = set(taken["target_body"]["requires"]) - real.features
     if taken["target_body"]["arch"] != real.arch or lacks:
         with pytest.raises(LoadRefused, match=r"is for aarch64|needs CPU features this host lacks"):
-            load(ladder.catalog, variant=taken["variant"])
+            load(tiers.catalog, variant=taken["variant"])
         return
     monkeypatch.setattr("llmbuild.runtime.model.host_facts", lambda: facts)
-    opened = load(ladder.catalog, "tiny")
+    opened = load(tiers.catalog, "tiny")
     assert opened.row["target"] == tier
     assert len(list(opened.tokens([1, 2, 3], 4))) == 4
     assert list(opened.tokens([1, 2, 3], 4)) == list(opened.tokens([1, 2, 3], 4))
 
 
-def test_a_host_below_the_lowest_tier_is_told_what_it_lacks(ladder: Project) -> None:
+def test_a_host_below_the_lowest_tier_is_told_what_it_lacks(tiers: Project) -> None:
     with pytest.raises(NoVariant, match=r"no variant of tiny can be used on this host: .*lacks: .*sse4\.2"):
-        pick(ladder.catalog, "tiny", facts=facts_of("x86_64"))
+        pick(tiers.catalog, "tiny", facts=facts_of("x86_64"))
 
 
-def test_the_tiers_share_one_parameter_archive(ladder: Project) -> None:
-    rows = reader.variants(ladder.catalog, "tiny")
+def test_the_tiers_share_one_parameter_archive(tiers: Project) -> None:
+    rows = reader.variants(tiers.catalog, "tiny")
     assert {r["target"] for r in rows} == set(TIERS)
     assert len({r["parameters"] for r in rows}) == 1
     assert len({r["artifact"] for r in rows}) == len(TIERS)
 
 
-def test_a_bound_on_time_is_never_met_by_what_nobody_measured(ladder: Project) -> None:
+def test_a_bound_on_time_is_never_met_by_what_nobody_measured(tiers: Project) -> None:
     with pytest.raises(NoVariant, match="tpot_s is absent, tpot_s<=10 asked; never measured"):
-        pick(ladder.catalog, "tiny", ["tpot_s<=10"])
-    small = pick(ladder.catalog, "tiny", ["parameter_bytes<=1e9"], facts=facts_of("haswell"))
+        pick(tiers.catalog, "tiny", ["tpot_s<=10"])
+    small = pick(tiers.catalog, "tiny", ["parameter_bytes<=1e9"], facts=facts_of("haswell"))
     assert small.chosen is not None
     assert small.chosen["target"] == "v3"
 
 
-def test_the_command_picks_for_another_cpu(ladder: Project) -> None:
-    done = llmbuild("pick", "-m", "tiny", "--as", "haswell", "--json", "-C", ladder.catalog)
+def test_the_command_picks_for_another_cpu(tiers: Project) -> None:
+    done = llmbuild("pick", "-m", "tiny", "--as", "haswell", "--json", "-C", tiers.catalog)
     assert (done.returncode, json.loads(done.stdout)["target"]) == (0, "v3"), done.stderr
     assert "needs CPU features this host lacks: avx512bw" in done.stderr
-    unknown = llmbuild("pick", "-m", "tiny", "--as", "abacus", "-C", ladder.catalog)
+    unknown = llmbuild("pick", "-m", "tiny", "--as", "abacus", "-C", tiers.catalog)
     assert (unknown.returncode, "unknown CPU 'abacus'" in unknown.stderr) == (2, True)
 
 
-def test_a_bundle_of_tiers_is_published_whole_and_each_host_pulls_its_own(ladder: Project, tmp_path: Path) -> None:
-    sent = llmbuild("publish", tmp_path / "bundle", "-C", ladder.catalog)
+def test_a_bundle_of_tiers_is_published_whole_and_each_host_pulls_its_own(tiers: Project, tmp_path: Path) -> None:
+    sent = llmbuild("publish", tmp_path / "bundle", "-C", tiers.catalog)
     assert sent.returncode == 0, sent.stderr
     for cpu, tier in CPUS.items():
         chosen = pick(tmp_path / "bundle", "tiny", facts=facts_of(cpu)).chosen
@@ -114,26 +99,26 @@ def test_a_bundle_of_tiers_is_published_whole_and_each_host_pulls_its_own(ladder
         assert chosen["target"] == tier
     pulled = llmbuild("pull", tmp_path / "bundle", "-C", tmp_path / "here")
     assert pulled.returncode == 0, pulled.stderr
-    best = max((c for c in TIERS[:3] if runs_here(ladder, c)), key=TIERS.index)
+    best = max((c for c in TIERS[:3] if runs_here(tiers, c)), key=TIERS.index)
     assert load(tmp_path / "here", "tiny").row["target"] == best
 
 
-def runs_here(ladder: Project, tier: str) -> bool:
-    row = next(r for r in reader.variants(ladder.catalog, "tiny") if r["target"] == tier)
+def runs_here(tiers: Project, tier: str) -> bool:
+    row = next(r for r in reader.variants(tiers.catalog, "tiny") if r["target"] == tier)
     return row["target_body"]["arch"] == host.architecture() and host.features().issuperset(
         row["target_body"]["requires"]
     )
 
 
-def test_a_measured_variant_takes_the_place_of_its_compiled_row(ladder: Project, tmp_path: Path) -> None:
-    if not runs_here(ladder, "v2"):
+def test_a_measured_variant_takes_the_place_of_its_compiled_row(tiers: Project, tmp_path: Path) -> None:
+    if not runs_here(tiers, "v2"):
         pytest.skip("this host does not run x86-64-v2")
     there = tmp_path / "catalog"
-    with sqlite3.connect(ladder.catalog / "catalog.sqlite") as source:
+    with sqlite3.connect(tiers.catalog / "catalog.sqlite") as source:
         there.mkdir()
         source.execute("VACUUM INTO ?", (str(there / "catalog.sqlite"),))
-    (there / "blobs").symlink_to(ladder.catalog / "blobs")
-    done = llmbuild("profile", ladder.recipe, "-t", ladder.folder / "v2.yaml", "-C", there)
+    (there / "blobs").symlink_to(tiers.catalog / "blobs")
+    done = llmbuild("profile", tiers.recipe, "-t", tiers.folder / "v2.yaml", "-C", there)
     assert done.returncode == 0, done.stderr
     machines = {r["target"]: r["machine_digest"] for r in reader.variants(there, "tiny", everything=True)}
     assert machines["v2"] != NOWHERE

@@ -19,7 +19,7 @@ import pytest
 from llmbuild import digest
 from llmbuild.fleet.packed import device_lacks
 from llmbuild.runtime import host, reader
-from tests.conftest import Project, llmbuild, make_project
+from tests.conftest import Project, llmbuild, low_copy
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy")
@@ -31,16 +31,14 @@ def gpu_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return make_project(tmp_path_factory.mktemp("packing"))
+def project(tiers: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return low_copy(tiers, tmp_path_factory.mktemp("packing") / "project")
 
 
 @pytest.fixture(scope="module")
 def packed(project: Project) -> Path:
     """A folder with a variant for each of two targets, the profiler's code, and the wheels that are installed here."""
     folder = project.folder / "packed"
-    level = "x86_64\ncpu: x86-64-v2" if host.architecture() == "x86_64" else "aarch64\ncpu: generic"
-    (project.folder / "low.yaml").write_text(f"backend: llvm-cpu\narch: {level}\n")
     targets = ["-t", "host", "-t", project.folder / "low.yaml", "--trials", "1"]
     done = gpu_check(project.recipe, *targets, "-o", folder, "-C", project.catalog, "--no-wheels")
     assert done.returncode == 0, done.stderr
@@ -149,13 +147,12 @@ def test_a_folder_with_something_in_it_is_not_packed_into(packed: Path, project:
 
 
 def test_pytorch_is_timed_on_the_models_own_shape(packed: Path, project: Project, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM
+    from safetensors.numpy import load_file
 
     (shape,) = {json.dumps(job["shape"]) for job in json.loads((packed / "job.json").read_text())["jobs"]}
     peer = import_module_from(packed / "torch_peer.py")
-    library = AutoModelForCausalLM.from_pretrained(project.model)
-    count = sum(p.numel() for p in peer.Model(json.loads(shape), 32).parameters())
-    assert count == sum(p.numel() for p in library.parameters())
+    stored = sum(tensor.size for tensor in load_file(project.model / "model.safetensors").values())
+    assert stored == sum(p.numel() for p in peer.Model(json.loads(shape), 32).parameters())
     (tmp_path / "shape.json").write_text(shape)
     command = [sys.executable, packed / "torch_peer.py", tmp_path / "shape.json", "8", "8", "--seconds", "0.1"]
     plainly = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}

@@ -25,7 +25,7 @@ from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
-from tests.conftest import Project, llmbuild, make_project
+from tests.conftest import Project, llmbuild, low_copy
 from tests.support import sshd
 
 needs_sshd = pytest.mark.skipif(bool(sshd.missing()), reason=sshd.missing())
@@ -90,11 +90,9 @@ def far(tmp_path_factory: pytest.TempPathFactory) -> Iterator[sshd.Far]:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A tiny model compiled for a target of its own, and not measured."""
-    made = make_project(tmp_path_factory.mktemp("compiled"))
-    level = "x86_64\ncpu: x86-64-v2" if host.architecture() == "x86_64" else "aarch64\ncpu: generic"
-    (made.folder / "low.yaml").write_text(f"backend: llvm-cpu\narch: {level}\n")
+def compiled(tiers: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A tiny model compiled for a target that runs here, and not measured."""
+    made = low_copy(tiers, tmp_path_factory.mktemp("compiled") / "project")
     done = llmbuild("compile", made.recipe, "-t", made.folder / "low.yaml", "--trials", "1", "-C", made.catalog)
     assert done.returncode == 0, done.stderr
     return made

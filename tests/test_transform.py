@@ -7,7 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmbuild.kernels.layouts import Layout
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import weights
+from llmbuild.transform.panels import pack, unpack
+from llmbuild.transform.quantized import dequantize, quantize
 from llmbuild.transform.reference import quantized_rows
 
 SIZES = st.tuples(st.integers(1, 150), st.integers(1, 20).map(lambda quads: 4 * quads))
@@ -62,3 +66,17 @@ def test_interleaved_panel_has_a_gate_row_and_its_up_row_in_one_lane() -> None:
 def test_activations_of_any_size_are_quantized(value: float) -> None:
     integers, scale = quantized_rows(np.full((1, 16), value, np.float32))
     assert np.allclose(integers * scale, value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("columns", [32, 64, 96, 576])
+@pytest.mark.parametrize("form", ["int8", "int7_g32", "int7_g64", "int4_g64"])
+def test_packing_keeps_every_code(form: str, columns: int) -> None:
+    quantized = quantize(
+        np.random.default_rng(columns).standard_normal((100, columns)).astype(np.float32), INTEGERS[form]
+    )
+    layout = Layout(form, columns)
+    data, scale = pack(layout, quantized)
+    assert data.nbytes == 2 * layout.panel_bytes
+    values, factor = unpack(layout, data.view(np.uint8), scale.view(np.uint8))
+    np.testing.assert_allclose((values * factor[:, None])[:100], dequantize(quantized), rtol=1e-6)
+    assert (values[100:] == 0).all()
