@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 
 from llmbuild import digest
-from llmbuild.fleet.packed import device_lacks
-from llmbuild.runtime import host, reader
+from llmbuild.runtime import devices, host, reader
 from tests.conftest import Project, llmbuild, low_copy
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
@@ -118,16 +117,17 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
 
 
 def test_what_needs_a_device_that_is_not_here_is_one_message(packed: Path, tmp_path: Path) -> None:
-    if not device_lacks("cuda"):
+    if not devices.lacks("cuda"):
         pytest.skip("this machine has an NVIDIA driver")
 
     def on_gpu(job: dict) -> None:
+        job["bench"]["target"]["backend"] = "cuda"
         for one in job["subjects"]:
             one["subject"]["driver"] = "cuda"
 
     done = alone(there(packed, tmp_path, on_gpu))
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-    assert "error: nothing was measured: no NVIDIA driver on this machine" in done.stderr
+    assert "error: nothing was measured: the target is for cuda, and this host has none" in done.stderr
 
 
 def test_what_does_not_fit_the_budget_is_named(packed: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from llmbuild.errors import InputError, NothingUsable
 from llmbuild.profiler import serve, wire
 from llmbuild.profiler.protocol import Protocol, Quality
 from llmbuild.profiler.remote import Place, Remote, RemoteBench, archive, place_of
-from llmbuild.runtime import host, reader
+from llmbuild.runtime import devices, host, reader
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
@@ -76,7 +76,8 @@ def test_a_target_that_would_crash_is_refused_before_anything_is_opened() -> Non
     assert "lacks: avx99" in serve.unfit({**cpu, "requires": ["avx99"]}, runtime)
     assert "is for vax" in serve.unfit({**cpu, "arch": "vax"}, runtime)
     assert "needs IREE runtime 1.0" in serve.unfit(cpu, "1.0.0")
-    assert serve.unfit({"backend": "cuda", "arch": "sm_90", "requires": ["sm_90"]}, runtime) == ""
+    gpu = serve.unfit({"backend": "cuda", "arch": "nvptx64", "requires": []}, runtime)
+    assert (gpu == "") == (not devices.lacks("cuda"))
 
 
 # --- over a connection --------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ class Run:
         return [_peer(body["model"], one) for one in told]
 
     def _job(self, body: Body) -> list[Line]:
-        why = self._unfit(body)
+        why = unfit(body["bench"]["target"], body["bench"]["runtime"])
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
@@ -156,11 +156,6 @@ class Run:
         self.tell(f"{body['model']} on {body['target']}: sums of rows read {found / 1e9:.1f} GB/s")
         self._rates[body["target"]] = found
         return found
-
-    def _unfit(self, body: Body) -> str:
-        drivers = {one["subject"]["driver"] for one in body["subjects"]}
-        lacking = next((why for why in map(device_lacks, sorted(drivers)) if why), "")
-        return lacking or unfit(body["bench"]["target"], body["bench"]["runtime"])
 
     def _trial(self, bench: Bench, body: Body, one: Body, number: int, scope: str, rate: float | None) -> Trial:
         self.tell(f"{body['model']} on {body['target']}: {one['choices']}")
@@ -283,20 +278,6 @@ def machine_of(drivers: Collection[str]) -> Machine:
 def scope_of(body: Body, machine: Machine) -> str:
     """Return what a build of the same job on this machine would call its trials' scope."""
     return digest.of({**body["scope_inputs"], "machine": digest.of(machine)})
-
-
-def device_lacks(driver: str) -> str:
-    """Return why this machine has no device for an IREE driver; empty where it has."""
-    if driver in CPU_DRIVERS:
-        return ""
-    import iree.runtime as rt
-
-    name = {"cuda": "NVIDIA driver", "hip": "AMD driver", "vulkan": "Vulkan loader"}.get(driver, f"{driver} driver")
-    try:
-        found = rt.get_driver(driver).query_available_devices()
-    except (RuntimeError, ValueError):
-        return f"no {name} on this machine"
-    return "" if found else f"no device behind the {name} of this machine"
 
 
 def _time(measured: Measurement | None) -> float:

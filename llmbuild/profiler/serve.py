@@ -33,14 +33,14 @@ from llmbuild.profiler import roofline, wire
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.runtime import host
-from llmbuild.runtime.choose import HostFacts, refusal
+from llmbuild.runtime.choose import refusal
+from llmbuild.runtime.model import host_facts
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.variant import Failure
 
 Body = dict[str, Any]
 PIECE = 1 << 20
-CPU_BACKEND = "llvm-cpu"
 
 
 class Blobs:
@@ -181,16 +181,8 @@ class Server:
 
 
 def unfit(target: Body, runtime: str) -> str:
-    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may.
-
-    Of a GPU's code the host's CPU decides nothing: whether there is such a GPU is the driver's to say.
-    """
-    if target["backend"] != CPU_BACKEND:
-        target = {**target, "arch": host.architecture(), "requires": []}
-    facts = HostFacts(
-        host.architecture(), host.features(), host.runtime_version(), host.available_memory_bytes(), "here"
-    )
-    why = refusal({"artifact": "to come", "runtime": runtime, "target_body": target}, facts)
+    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may."""
+    why = refusal({"artifact": "to come", "runtime": runtime, "target_body": target}, host_facts())
     return f"the target {why}" if why else ""
 
 
