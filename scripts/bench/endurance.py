@@ -186,7 +186,8 @@ def many(folder: Path, processes: int, seconds: float, recipe: Path | None = Non
     told = [child.communicate() for child in children]
     written = {name: int(out or 0) for name, (out, _) in zip(lines, told, strict=True) if name not in real}
     connection = sqlite3.connect(folder / "catalog" / FILE)
-    there = Counter(row[0].rsplit("-", 1)[0] for row in connection.execute("SELECT DISTINCT model FROM standing"))
+    models = [row[0].rsplit("-", 1)[0] for row in connection.execute("SELECT DISTINCT model FROM standing")]
+    there = Counter(name for name in models if name in written)
     connection.close()
     return {
         "processes": processes,
