@@ -112,7 +112,8 @@ def compiled(job: Job, steps: Steps, point: Point, program: Program) -> Artifact
 
 def _failed(job: Job, steps: Steps, target: str, form: str, failure: Failure, begin: float) -> Cell:
     steps.catalog.record_failure(job.recipe.name, None, failure)
-    told = re.sub(r"^.*?error: ", "", failure.reason)
+    abort = re.search(r"LLVM ERROR: (.*)", failure.log)
+    told = f"{failure.reason}: {abort[1]}" if abort else re.sub(r"^.*?error: ", "", failure.reason)
     told = re.sub(r"%\w+", "%", told)[:200]
     return Cell(target, form, "fails", told, "", failure.stage, failure.command, None, monotonic() - begin)
 
