@@ -89,7 +89,9 @@ def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
     """Build each RECIPE for each target: search, measure, and keep the front."""
     from llmbuild import commands
 
-    return over(commands.each(recipes, options), options, lambda job: commands.build(job, options), form)
+    jobs = commands.each(recipes, options)
+    commands.ahead(jobs, options)
+    return over(jobs, options, lambda job: commands.build(job, options), form)
 
 
 @main.command("compile")
@@ -101,7 +103,9 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
     """Compile each RECIPE for each target; nothing is run, so the target need not be this host."""
     from llmbuild import commands
 
-    return over(commands.each(recipes, options), options, lambda job: commands.compile_only(job, options), form)
+    jobs = commands.each(recipes, options)
+    commands.ahead(jobs, {**options, "until": "compile"})
+    return over(jobs, options, lambda job: commands.compile_only(job, options), form)
 
 
 @main.command()

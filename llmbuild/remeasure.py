@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.build import Event
-from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.catalog.names import Registered
+from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import LoadRefused, NothingUsable
 from llmbuild.process import Limits
 from llmbuild.profiler.protocol import Protocol, Quality, Subject

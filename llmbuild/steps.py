@@ -14,10 +14,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.catalog.names import Registered
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers, resolve
-from llmbuild.compiling import Compiling, once
+from llmbuild.compiling import Compiling, compile_inputs, once
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llmbuild.catalog.writer import Catalog
     from llmbuild.profiler.bench import Bench
     from llmbuild.profiler.remote import Remote, RemoteBench
     from llmbuild.profiler.roofline import Roofline
@@ -136,6 +137,26 @@ class Job:
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
 
+    def import_inputs(self, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the import of a point, by name."""
+        choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
+        own = choices.get("kernel") == "own"
+        if not own:
+            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
+        features = [f for f in FEATURES if f in self.target.requires] if own else []
+        return {
+            "model": self.model.digest,
+            "context": self.recipe.context,
+            "choices": choices,
+            "features": features,
+            "importer": self.toolchain.importer,
+            **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
+        }
+
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the compile of a program at a point, by name."""
+        return compile_inputs(program.module, self.target, self.space.level(point, "codegen"), self.toolchain.compiler)
+
     def variant(self, program: Program, point: Point) -> Variant:
         """Return the variant a point makes of a program."""
         return Variant(program, self.target, point, self.toolchain)
@@ -183,20 +204,7 @@ class Steps:
 
     def import_inputs(self, point: Point) -> dict[str, Any]:
         """Return everything that goes into the import of a point, by name."""
-        job = self.job
-        choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
-        own = choices.get("kernel") == "own"
-        if not own:
-            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
-        features = [f for f in FEATURES if f in job.target.requires] if own else []
-        return {
-            "model": job.model.digest,
-            "context": job.recipe.context,
-            "choices": choices,
-            "features": features,
-            "importer": job.toolchain.importer,
-            **({"calibration": digest.of_bytes(job.calibration.tobytes())} if _calibrated(choices) else {}),
-        }
+        return self.job.import_inputs(point)
 
     def import_(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
@@ -306,7 +314,7 @@ class Steps:
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
         """Return everything that goes into a compile, by name."""
-        return self.compiling.inputs(program.module, self.job.space.level(point, "codegen"))
+        return self.job.compile_inputs(program, point)
 
     def compile(self, program: Program, point: Point) -> Artifact | Failure:
         """Return the artifact of a point, from the catalog or the compiler."""

@@ -345,6 +345,13 @@ def test_a_gpu_is_metered_by_its_board_and_never_by_the_cpus_counter(monkeypatch
     assert found.meter is not None and (found.meter.source, found.reason) == ("nvml_polled", "too old")
 
 
+def test_a_target_is_metered_by_its_own_meters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "find_counter", lambda: Absent("nvml_counter", "too old"))
+    monkeypatch.setattr(nvml, "find_polled", lambda: Absent("nvml_polled", "no permission"))
+    assert energy.find("cuda", meters=("nvml_polled",)).reason == "no permission"
+    assert energy.find("hip", meters=()).reason == "no meter reads what this runs on"
+
+
 # --- on the command line -----------------------------------------------------------------------------------------
 
 

@@ -200,6 +200,13 @@ def test_the_points_tried_first_are_inside_the_space_and_begin_with_the_compiler
     assert {point["weight_format"] for point in first} >= {"f32", "f16", "int8"}
 
 
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("nth", [1, -1])
+def test_the_compiler_takes_every_knob_of_a_gpu(name: str, nth: int) -> None:
+    knobs = [k for k in target_knobs(ALL[name]) if k.level == "codegen" and k.name != "data_tiling"]
+    assert iree.probe(ALL[name], {k.name: k.domain[nth % len(k.domain)] for k in knobs}) is None
+
+
 def test_a_described_chip_has_no_knob_that_the_compiler_would_not_read() -> None:
     assert {k.name for k in target_knobs(ALL["cuda-sm80"])} - {k.name for k in target_knobs(ALL["h200"])} == {"ptx"}
 

@@ -119,6 +119,8 @@ def test_tuning_a_built_variant_is_told_kept_and_not_done_twice(
 ) -> None:
     catalog = tmp_path / "catalog"  # what is kept makes builds stale: other tests' catalog stays as it is
     shutil.copytree(built.catalog, catalog)
+    pins = ("--set", "kernel=compiler", "--set", "opt_level=O2", "--trials", "2")
+    assert llmbuild("build", built.recipe, "-C", catalog, *pins).returncode == 0
     monkeypatch.setattr(dispatches, "ROWS", (1,))
     monkeypatch.setattr(dispatches, "DEPTHS", (16, 64))
     rows = reader.variants(catalog, "tiny", everything=True)

@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
-from llmbuild.kernels.choose import needs, readable
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
 from llmbuild.search.traps import broken
@@ -162,6 +161,8 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Kn
                 "kernel=compiler"
             )
         return knob
+    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
+
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
     if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):

@@ -20,7 +20,7 @@ from typing import Any
 from comparison.script import end
 
 from llmbuild import toolchain
-from llmbuild.build import Build, known_trials, stand
+from llmbuild.build import Build, finished_trials, stand
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
 from llmbuild.errors import LlmbuildError
@@ -55,7 +55,7 @@ class Gained(LlmbuildError):
 
 def best(job: Job, steps: Steps) -> dict[str, Trial]:
     """Return for each objective the variant of the front that is best in it."""
-    trials = known_trials(steps)
+    trials = finished_trials(steps)
     front = {s.variant for s in stand(job, trials) if s.status in FRONT}
     found: dict[str, Trial] = {}
     for metric in job.recipe.objectives:
@@ -115,7 +115,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         plain = {name: job.space.complete({**zero.as_dict(), **values}) for name, values in PLAIN.items()}
         entrants = plain | {t.variant: t.point for t in chosen.values() if t.point not in plain.values()}
         samples, noisy = run(job, steps, entrants, asked.rounds, asked.seed)
-        sizes = {t.point: t for t in known_trials(steps)}
+        sizes = {t.point: t for t in finished_trials(steps)}
         rows = [_row(metric, trial, samples, sizes.get(zero)) for metric, trial in chosen.items()]
     finally:
         steps.close()
