@@ -118,7 +118,8 @@ def test_what_is_compiled_here_is_measured_there_as_a_row_of_that_machine(compil
     assert {row["artifact"], stored["parameters"]} <= sent
     again = llmbuild("profile", row["variant"][:12], "--on", far.url, "--json", "-C", compiled.catalog)
     assert again.returncode == 0, again.stderr
-    assert [r["variant"] for r in json.loads(again.stdout)] == [row["variant"]]
+    assert {r["variant"] for r in json.loads(again.stdout)} == {row["variant"]}
+    assert {r["machine"] for r in json.loads(again.stdout)} == {row["machine"]}
 
 
 @needs_sshd

@@ -52,7 +52,7 @@ LEFT_OVER = {
     "artifact": "digest NOT IN (SELECT artifact FROM variant)",
     "import": "program NOT IN (SELECT digest FROM program)",
     "compile": "artifact NOT IN (SELECT digest FROM artifact)",
-    "target": "digest NOT IN (SELECT target FROM variant)",
+    "target": "digest NOT IN (SELECT target FROM variant UNION SELECT digest FROM temp.packed)",
     "toolchain": "digest NOT IN (SELECT toolchain FROM variant)",
     "machine": "1",
 }
@@ -89,7 +89,8 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
     (folder / JOB).write_text(json.dumps({"version": 1, "jobs": kept}))
     (folder / "code.zip").write_bytes(archive(*MORE_CODE))
     shutil.copyfile(RUNNER, folder / "run.py")
-    _rows(catalog, folder, [one["subject"]["variant"] for body in kept for one in body["subjects"]])
+    variants = [one["subject"]["variant"] for body in kept for one in body["subjects"]]
+    _rows(catalog, folder, [*variants, *(body["target_digest"] for body in kept)])
     done.weights_bytes = sum(path.stat().st_size for path in weights.values())
     return done
 
@@ -173,14 +174,17 @@ def _copy(source: Path, path: Path) -> None:
     shutil.copyfile(source, path)
 
 
-def _rows(catalog: Catalog, folder: Path, variants: Sequence[str]) -> None:
-    """Write the catalog's rows of these variants, without what was measured or tried here."""
+def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
+    """Write the catalog's rows of these variants and targets, without what was measured or tried here.
+
+    Targets of equal code share a variant, whose row names one of them.
+    """
     with sqlite3.connect(catalog.folder / FILE) as connection:
         connection.execute("VACUUM INTO ?", (str(folder / FILE),))
     connection.close()
     with sqlite3.connect(folder / FILE) as connection:
         connection.execute("CREATE TEMP TABLE packed (digest)")
-        connection.executemany("INSERT INTO temp.packed VALUES (?)", [(name,) for name in variants])
+        connection.executemany("INSERT INTO temp.packed VALUES (?)", [(name,) for name in named])
         for name in FORGOTTEN:
             connection.execute(f'DELETE FROM "{name}"')
         for name, left_over in LEFT_OVER.items():
