@@ -7,14 +7,15 @@ build goes on where it stopped and a finished one does nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
-from llmbuild.catalog.writer import Owner
+from llmbuild.catalog.names import Owner
+from llmbuild.freshness import Look, Outcome, build_key
 from llmbuild.process import stop_all
 from llmbuild.profiler.protocol import Subject
 from llmbuild.search.front import contenders, standings, value_of
@@ -23,12 +24,16 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import FRONT, USABLE, Finished, Standing, Trial
+from llmbuild.spec.trial import FRONT, USABLE, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Job, Steps
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+
+LESSONS = 4
+"""How many other studies of the catalog a search learns from, the latest ones."""
 
 RACERS = 8
 """Survivors in the final race at most: each one is a live process."""
@@ -46,17 +51,6 @@ class Event:
     best: str = ""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a build came to: how many trials it made now, how many are known, and why it ended."""
-
-    made: int
-    known: int
-    usable: int
-    ended: str
-    seconds: float
-
-
 Tell = Callable[[Event], None]
 
 
@@ -68,47 +62,43 @@ class Build:
         self.budget, self.seed, self.jobs, self.tell = budget, seed, jobs, tell
         self.key = build_key(self.job, seed)
         if self.job.force:
-            self.catalog.forget(self.job.scope)
             self.catalog.reset_build(self.key)
-        self.state = self._state()
-        self._known: list[Trial] | None = None
+        self.look = self._look()
+        self.known: list[Trial] = []
+        """The finished trials of the job's space; under `-B`, those that were made again."""
+        self.beside: list[Trial] = []
+        """Every other finished trial of the scope, such as those of other pins: ranked with them, not searched."""
+        self.made = 0
         self._begin = monotonic()
 
-    @property
-    def known(self) -> list[Trial]:
-        """The finished trials, read when they are first asked for: a build with nothing to do never does."""
-        if self._known is None:
-            self._known = known_trials(self.steps)
-        return self._known
-
-    @known.setter
-    def known(self, trials: list[Trial]) -> None:
-        self._known = trials
-
-    def finished(self) -> list[Finished]:
-        """Return the finished trials of the job's space, without what was measured."""
-        space = self.job.space
-        return [f for f in self.catalog.finished(self.job.scope) if f.is_default or space.contains(f.point)]
+    def _remember(self, missing: Container[str] = (), forget: bool = False) -> None:
+        """Read what is known; without what is `missing`, and to be made again whole with `forget`."""
+        trials = [t for t in finished_trials(self.steps) if t.variant not in missing]
+        mine = [t for t in trials if not forget and (t.is_default or self.job.space.contains(t.point))]
+        points = {t.point for t in mine}
+        self.known, self.beside = mine, [t for t in trials if t.point not in points]
 
     def run(self, race: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
 
         Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
         """
-        if not stale_reason(self):
-            return self._up_to_date()
+        if not self.look.reason():
+            return self.look.up_to_date(monotonic() - self._begin)
         with self.catalog.making(f"build-{self.job.scope}", self._waiting):
-            self.state, self.known = self._state(), known_trials(self.steps)
-            return self._run(race) if stale_reason(self) else self._up_to_date()
+            self.look = self._look()
+            if not self.look.reason():
+                return self.look.up_to_date(monotonic() - self._begin)
+            self._remember(self.look.lost, self.job.force)
+            return self._run(race)
 
     def _waiting(self) -> None:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
 
-    def _state(self) -> dict[str, Any]:
-        return self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": "never built"}
+    def _look(self) -> Look:
+        return Look(self.job, self.catalog, self.budget, self.seed)
 
     def _run(self, race: bool) -> Outcome:
-        before = len(self.known)
         self.catalog.register(self.steps.registered)
         try:
             ended = self._search()
@@ -118,25 +108,30 @@ class Build:
         finally:
             stop_all()
             self.steps.close()
-        return self._outcome(len(self.known) - before, ended)
+        return self._outcome(ended)
+
+    def artifact(self, point: Point) -> tuple[Program, Artifact] | Failure:
+        """Return what a point is made of, from the catalog or made now, without a word."""
+        return self._artifact(point, quietly=True)
 
     def import_(self) -> list[tuple[Point, Program | Failure]]:
         """Import the points that are tried first, and make nothing of them."""
-        points = self._openers()
+        points = self.openers()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 return list(zip(points, pool.map(self.steps.import_, points), strict=True))
             finally:
                 stop_all()
 
-    def _openers(self) -> list[Point]:
+    def openers(self) -> list[Point]:
+        """Return the points that are tried first, up to the budget."""
         from llmbuild.search.study import openers
 
         return openers(self.job.space)[: self.budget.trials]
 
     def compile(self) -> list[tuple[Point, Artifact | Failure]]:
         """Make artifacts and measure nothing, up to the budget: for a target that is not this host."""
-        points = self._openers()
+        points = self.openers()
         self.catalog.register(self.steps.registered)
         done: list[tuple[Point, Artifact | Failure]] = []
         try:
@@ -155,12 +150,12 @@ class Build:
             self.tell(Event("done", f"{describe(self.job, point)}: {made.stage} failed: {made.reason}", done, total))
             return
         trial = trial_of(self.steps, point, *made, (), None, done, 0.0)
-        self.catalog.record_compiled(trial, owner(self.steps))
+        self.catalog.record_compiled(trial, owner(self.steps), [w.name for w in self.job.recipe.workloads])
         self.tell(Event("done", describe(self.job, point), done, total))
 
     def measure(self, points: Sequence[Point]) -> Outcome:
         """Measure points that were compiled before, without a search."""
-        before = len(self.known)
+        self._remember()
         done = {t.point for t in self.known}
         self.catalog.register(self.steps.registered)
         try:
@@ -170,17 +165,21 @@ class Build:
         finally:
             stop_all()
             self.steps.close()
-        return self._outcome(len(self.known) - before, "profiled")
+        return self._outcome("profiled")
 
     # --- search --------------------------------------------------------------------------------------------------
 
     def _search(self) -> str:
-        from llmbuild.search.study import Study
+        from llmbuild.search.study import Study, lesson
+        from llmbuild.search.transfer import shipped
 
         recipe = self.job.recipe
         bounds = (*recipe.constraints, *recipe.quality.bounds)
         related = self.catalog.fronts_elsewhere(recipe.name, self.steps.registered.target_digest)
-        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related)
+        elsewhere = self.catalog.trials_elsewhere(self.job.scope, self.job.target.backend, LESSONS)
+        told = [lesson(trials, recipe.objectives) for trials in elsewhere]
+        lessons = [*shipped(self.job.target.backend), *(found for found in told if found)]
+        study = Study(self.job.space, recipe.objectives, self.seed, self.known, bounds, related, lessons)
         while True:
             if unique(self.known) >= self.budget.trials:
                 return f"{self.budget.trials} trials done"
@@ -216,6 +215,8 @@ class Build:
             trial = self._trial(point, made, begin)
             self.catalog.record_trial(trial, owner(self.steps))
             self.known.append(trial)
+            self.beside = [t for t in self.beside if t.point != point]
+            self.made += 1
             self._stand()
             self._save(raced=False, ended="under way")
             self._told(trial)
@@ -274,11 +275,11 @@ class Build:
                 self._open_baseline(bench)
             return bench.measure(subject, baseline=default)
 
-    def _bench(self) -> Bench | Failure:
+    def _bench(self) -> Bench | RemoteBench | Failure:
         quality = self.steps.reference()
         return quality if isinstance(quality, Failure) else self.steps.bench(quality)
 
-    def _open_baseline(self, bench: Bench) -> None:
+    def _open_baseline(self, bench: Bench | RemoteBench) -> None:
         """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
         zero = next((t for t in self.known if t.point == self.job.space.default() and t.measurements), None)
         subject = self._subject(zero) if zero else None
@@ -294,7 +295,8 @@ class Build:
     def _race(self) -> None:
         """Measure the survivors once more, all of them and the baseline in every round."""
         alive = {s.variant for s in self._stand() if s.status in FRONT}
-        ranked = sorted(self.known, key=lambda t: rank(t, self.job.recipe.objectives[0]))
+        able = [*self.known, *filter(self._spoken, self.beside)]
+        ranked = sorted(able, key=lambda t: rank(t, self.job.recipe.objectives[0]))
         racers = [t for t in ranked if t.variant in alive][:RACERS]
         subjects = [s for s in (self._subject(t) for t in racers) if s]
         if len(subjects) < 2:
@@ -312,15 +314,22 @@ class Build:
             for measured in bench.race(subjects, self._contenders):
                 for measurement in measured:
                     self.catalog.update_measurement(self.job.scope, measurement)
-        self.known = known_trials(self.steps)
+        raced, points = finished_trials(self.steps), {t.point for t in self.known}
+        self.known = [t for t in raced if t.point in points]
+        self.beside = [t for t in raced if t.point not in points]
         self._stand()
         self.tell(Event("front", "kept", unique(self.known), self.budget.trials, monotonic() - begin))
 
+    def _spoken(self, trial: Trial) -> bool:
+        """Say whether a point is one of this space's knobs, so that its steps are known to lead to its variant."""
+        return {name for name, _ in trial.point.values} == {knob.name for knob in self.job.space.knobs}
+
     def _contenders(self, measured: Sequence[Measurement], reach: float) -> set[str]:
-        return contenders(self.known, measured, self.job.recipe.objectives, reach)
+        return contenders([*self.known, *self.beside], measured, self.job.recipe.objectives, reach)
 
     def _stand(self) -> list[Standing]:
-        found = stand(self.job, self.known)
+        """Rank all that is measured and still fresh: a pinned build adds to a front, it does not replace it."""
+        found = stand(self.job, [*self.known, *self.beside])
         names = self.steps.registered
         self.catalog.record_standings(self.job.recipe.name, names.target_digest, names.machine_digest, found)
         return found
@@ -329,7 +338,7 @@ class Build:
 
     def spent(self) -> float:
         """Return the seconds this build has taken, those of earlier runs of it included."""
-        return float(self.state["seconds"]) + monotonic() - self._begin
+        return float(self.look.state["seconds"]) + monotonic() - self._begin
 
     def _save(self, raced: bool, ended: str) -> None:
         self.catalog.record_build(
@@ -342,14 +351,9 @@ class Build:
             ended=ended,
         )
 
-    def _up_to_date(self) -> Outcome:
-        names = self.steps.registered
-        usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
-        return Outcome(0, len(self.finished()), usable, "up to date", monotonic() - self._begin)
-
-    def _outcome(self, made: int, ended: str) -> Outcome:
+    def _outcome(self, ended: str) -> Outcome:
         usable = sum(1 for s in stand(self.job, self.known) if s.status in USABLE)
-        return Outcome(made, len(self.known), usable, ended, monotonic() - self._begin)
+        return Outcome(self.made, len(self.known), usable, ended, monotonic() - self._begin)
 
     def _told(self, trial: Trial) -> None:
         text = describe(self.job, trial.point)
@@ -362,47 +366,14 @@ class Build:
 # --- plain functions over a job ----------------------------------------------------------------------------------
 
 
-def build_key(job: Job, seed: int) -> str:
-    """Return the name of a build: the scope and what of the recipe steers the search."""
-    recipe = job.recipe
-    return digest.of(
-        {
-            "recipe": recipe.name,
-            "scope": job.scope,
-            "space": job.space,
-            "objectives": recipe.objectives,
-            "bounds": (*recipe.constraints, *recipe.quality.bounds),
-            "seed": seed,
-        }
-    )
-
-
-def known_trials(steps: Steps) -> list[Trial]:
-    """Return the finished trials of the job's space; one whose failure may pass is not finished."""
-    space, trials = steps.job.space, steps.catalog.trials(steps.job.scope)
-    finished = [t for t in trials if not (t.failure and not t.failure.lasting)]
-    return [t for t in finished if t.is_default or space.contains(t.point)]
+def finished_trials(steps: Steps) -> list[Trial]:
+    """Return the finished trials of the job's scope; one whose failure may pass is not finished."""
+    return [t for t in steps.catalog.trials(steps.job.scope) if not (t.failure and not t.failure.lasting)]
 
 
 def unique(trials: Sequence[Trial]) -> int:
     """Return how many evaluations trials came to: an executable that was measured before costs none."""
     return sum(1 for t in trials if not any("reused" in m.notes for m in t.measurements))
-
-
-def stale_reason(build: Build) -> str:
-    """Return why a build has something to do; empty when it is up to date."""
-    state, finished = build.state, build.finished()
-    if state["ended"] == "never built":
-        return "changed: knobs, objectives, bounds or seed" if finished else "never built"
-    missing = build.catalog.lost() & {f.variant for f in finished}
-    if missing:
-        build.known = [t for t in build.known if t.variant not in missing]
-        return f"{len(missing)} artifacts are missing or damaged"
-    spent_up = state["seconds"] >= build.budget.seconds or state["ended"].startswith("every point")
-    done = sum(not f.reused for f in finished)
-    if done < build.budget.trials and not spent_up:
-        return f"{build.budget.trials - done} of {build.budget.trials} trials to go"
-    return "" if state["raced"] else "survivors have not been raced"
 
 
 def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:

@@ -17,6 +17,7 @@ from llmbuild.options import (
     build_options,
     catalog_option,
     format_options,
+    on_option,
     over,
     print_built,
     print_public,
@@ -81,13 +82,16 @@ def main(debug: bool) -> None:
 @click.option(
     "--until", type=click.Choice(["import", "compile", "profile"]), help="Stop every variant after this step."
 )
+@on_option
 @catalog_option
 @format_options
 def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
     """Build each RECIPE for each target: search, measure, and keep the front."""
     from llmbuild import commands
 
-    return over(commands.each(recipes, options), options, lambda job: commands.build(job, options), form)
+    jobs = commands.each(recipes, options)
+    commands.ahead(jobs, options)
+    return over(jobs, options, lambda job: commands.build(job, options), form)
 
 
 @main.command("compile")
@@ -99,13 +103,16 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
     """Compile each RECIPE for each target; nothing is run, so the target need not be this host."""
     from llmbuild import commands
 
-    return over(commands.each(recipes, options), options, lambda job: commands.compile_only(job, options), form)
+    jobs = commands.each(recipes, options)
+    commands.ahead(jobs, {**options, "until": "compile"})
+    return over(jobs, options, lambda job: commands.compile_only(job, options), form)
 
 
 @main.command()
 @click.argument("what", nargs=-1, required=True)
 @catalog_option
 @format_options
+@on_option
 @click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out.")
 @click.option("--random-init", is_flag=True, help="The recipe was compiled with --random-init.")
 def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
@@ -152,12 +159,14 @@ def query(form: str | None, **options: Any) -> int:
 @click.option("-m", "--model", help="The model; not needed where the catalog has only one.")
 @slo_options
 @click.option("--lock", type=click.Path(path_type=Path), help="Pin the pick in this file, for `run --lock`.")
+@click.option("--as", "cpu", metavar="CPU", help="Pick for a host with this CPU instead, such as haswell or zen4.")
 @click.option("--why", is_flag=True, help="Give the verdict on every variant, however many there are.")
 @catalog_option
 @format_options
 @trust_options
 def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     """Print the one variant a loader would open on this host, and say why on stderr."""
+    from llmbuild.fleet.hosts import facts_of
     from llmbuild.report.rows import front_table, public
     from llmbuild.runtime import trust
     from llmbuild.runtime.lock import write
@@ -173,6 +182,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
             options["objective"],
             options["target"],
             options["workload"],
+            facts_of(options["cpu"]) if options["cpu"] else None,
         )
     except NoVariant as error:
         if form == "json" and error.pick is not None and error.pick.nearest:
@@ -231,7 +241,9 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
         allow_unsigned=options["allow_unsigned"],
         fallback=options["fallback"],
     )
-    click.echo(f"variant {opened.row['variant'][:12]}, tpot {opened.row['tpot_s'] or 0:.3g} s", err=True)
+    tpot = opened.row["tpot_s"]
+    read = "never measured" if tpot is None else f"tpot {tpot:.3g} s"
+    click.echo(f"variant {opened.row['variant'][:12]}, {read}", err=True)
     click.echo(prompt, nl=False)
     drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
     for piece in opened.generate(prompt, max_new_tokens, **drawn):
@@ -264,13 +276,16 @@ def recipes(folder: Path, form: str | None) -> int:
 
 
 @main.command()
-@format_options
+@click.option("-t", "--target", "targets", multiple=True, help="Only this target; may be given again.")
+@click.option("--probe", "probed", is_flag=True, help="Generate code for a matrix-vector product to be sure.")
 @click.option("--knobs", is_flag=True, help="List the knobs of the search space instead, and what is left out of it.")
-def targets(form: str | None, knobs: bool) -> int:
+@catalog_option
+@format_options
+def targets(form: str | None, knobs: bool, **options: Any) -> int:
     """List the targets, and whether this host can compile and run each."""
     from llmbuild import commands
 
-    return print_rows(commands.knobs() if knobs else commands.targets(), form)
+    return print_rows(commands.knobs(options["targets"]) if knobs else commands.targets(options), form)
 
 
 @main.command()

@@ -8,35 +8,40 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from time import monotonic
+from typing import TYPE_CHECKING, Any
 
 import llmbuild
 from llmbuild import digest, toolchain
-from llmbuild.build import Build, Outcome, describe
-from llmbuild.catalog.phases import winners_of
-from llmbuild.catalog.schema import exists
-from llmbuild.catalog.writer import Catalog
+from llmbuild.build import Build, describe
+from llmbuild.catalog.known import Known, known_in, looked_at, name_of
+from llmbuild.catalog.place import exists
 from llmbuild.compiler import iree
-from llmbuild.compiler.resolved import Answers
+from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.freshness import Look, Outcome
 from llmbuild.plan import changes, explained, plan, until
-from llmbuild.remeasure import remeasure
-from llmbuild.report.doctor import checks
 from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
+from llmbuild.report.targets import rows as target_rows
+from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
-from llmbuild.search.knobs import ALL, with_tuning
-from llmbuild.search.traps import TRAPS, Trap
+from llmbuild.runtime.choose import HostFacts
+from llmbuild.search.knobs import with_tuning
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
-from llmbuild.spec.space import Knob, Point
-from llmbuild.spec.target import HOST, Target
+from llmbuild.spec.space import Point
+from llmbuild.spec.target import BACKENDS, HOST, LLVM_CPU, Target, target_from
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
+
+if TYPE_CHECKING:
+    from llmbuild.catalog.writer import Catalog
+    from llmbuild.profiler.remote import Remote
 
 Options = dict[str, Any]
 
@@ -58,19 +63,83 @@ class Built:
 
 def each(recipes: Sequence[Path], options: Options) -> list[Callable[[], Job]]:
     """Return one way to make a job for each recipe on each target; what is wrong is told when it is called."""
+    remote = _remote(options)
     names = options["targets"] or (HOST,)
-    return [partial(_job, path, name, options) for path in recipes for name in names]
+    return [partial(_job, path, name, options, remote) for path in recipes for name in names]
 
 
-def _job(path: Path, target: str, options: Options) -> Job:
+def ahead(jobs: Sequence[Callable[[], Job]], options: Options) -> None:
+    """With `-j`, make what several jobs try first side by side, before any of them measures.
+
+    What is wrong with a job is told when its turn comes. Under `-B` each job makes its own.
+    """
+    alone = len(jobs) < 2 or options["jobs"] < 2
+    if alone or options["force"] or options["dry_run"] or options.get("until") == "import":
+        return
+    from llmbuild.ahead import make_ahead
+    from llmbuild.catalog.writer import Catalog
+
+    catalog = Catalog(Path(options["catalog"]))
+    try:
+        builds = [build for make in jobs if (build := _startable(make, catalog, options))]
+        if len(builds) > 1:
+            make_ahead(builds, options["jobs"], Progress())
+    finally:
+        catalog.close()
+
+
+def _startable(make: Callable[[], Job], catalog: Catalog, options: Options) -> Build | None:
+    """Return the build of a job that has something to do."""
+    try:
+        job = _with_winners(make(), catalog, options)
+        budget = budget_of(job.recipe, options)
+    except LlmbuildError:
+        return None
+    if options.get("until") != "compile" and not Look(job, catalog, budget, options["seed"]).reason():
+        return None
+    return Build(Steps(job, catalog), budget, options["seed"], 1, lambda _: None)
+
+
+def _remote(options: Options) -> Remote | None:
+    """Return the machine that is measured on; None for this one."""
+    if not options.get("on"):
+        return None
+    from llmbuild.profiler.remote import Remote, place_of
+
+    return Remote(place_of(options["on"]))
+
+
+def _job(path: Path, target: str, options: Options, remote: Remote | None = None) -> Job:
     pinned = _pins(options["pinned"])
     recipe = read_recipe(path)
     if options["random_init"] and not recipe.model.random_init:
         # another name, so that a shape's speed never takes the place of a real model's front
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
+    answers, tools, force = _answers(options), toolchain.current(), options["force"]
+    if remote is None:
+        return make_job(recipe, find_target(target), pinned, host.machine(), tools, force, answers)
+    chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
+    return make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote)
+
+
+def _answers(options: Options) -> Answers | None:
+    """Return where the compiler's answers on targets are kept: in the catalog, where there is one."""
     folder = Path(options["catalog"]) if options.get("catalog") else None
-    answers = Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
-    return make_job(recipe, find_target(target), pinned, host.machine(), toolchain.current(), options["force"], answers)
+    return Answers(folder / "targets", not options.get("dry_run")) if folder and exists(folder) else None
+
+
+def highest_target(facts: HostFacts, answers: Answers | None = None) -> Target:
+    """Return the target that asks for most of what a host has.
+
+    Raises:
+        InputError: no target is for such a host.
+    """
+    ours = [t for t in _target_files() if t.backend == "llvm-cpu" and t.arch == facts.arch]
+    resolved = [resolve(target, answers) for target in ours]
+    fitting = [t for t in resolved if facts.features.issuperset(t.requires)]
+    if not fitting:
+        raise InputError(f"no target is for a {facts.arch} host with these features: name one with -t")
+    return max(fitting, key=lambda t: len(t.requires))
 
 
 def _pins(texts: Sequence[str]) -> dict[str, str]:
@@ -96,14 +165,21 @@ def find_target(name: str) -> Target:
         InputError: no such target.
     """
     if name == HOST:
-        return Target(HOST, "llvm-cpu", host.architecture(), HOST, description="this machine")
+        kind = BACKENDS[LLVM_CPU]
+        arch, told = host.architecture(), "this machine"
+        return Target(HOST, LLVM_CPU, arch, HOST, description=told, device=kind.device, meters=kind.meters)
     if name.endswith((".yaml", ".yml")):
         return read_target(Path(name))
     for folder in target_folders():
         if (folder / f"{name}.yaml").is_file():
             return read_target(folder / f"{name}.yaml")
-    known = ", ".join([HOST, *(t.name for t in _target_files())])
+    known = ", ".join(target_names())
     raise InputError(f"unknown target {name!r}; there are {known}, or name a file")
+
+
+def target_names() -> list[str]:
+    """Return the names of all targets: this host, and those of files."""
+    return [HOST, *(target.name for target in _target_files())]
 
 
 def _target_files() -> list[Target]:
@@ -134,9 +210,18 @@ def build(job: Job, options: Options) -> Built:
         _runnable(job)
     budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
     if options["dry_run"]:
-        return Built([], True, "", _planned(job, budget, options))
+        with looked_at(folder) as known:
+            return Built([], True, "", _planned(job, known, budget, options))
+    known = known_in(folder)
+    done = _nothing_to_do(job, known, budget, options) if known else None
+    if done:
+        return done
+    from llmbuild.catalog.phases import winners_of
+    from llmbuild.catalog.writer import Catalog
+
     catalog = Catalog(folder)
     try:
+        winners_of(catalog, digest.of(job.target.identity()), job.toolchain.compiler)
         job = _with_winners(job, catalog, options)
         if options.get("explain"):
             _explain_to(Progress().say, job, catalog, budget, options)
@@ -145,16 +230,25 @@ def build(job: Job, options: Options) -> Built:
         catalog.close()
 
 
-def _planned(job: Job, budget: Budget, options: Options) -> list[dict[str, Any]]:
-    folder = Path(options["catalog"])
-    catalog = Catalog(folder) if exists(folder) else None
-    try:
-        job = _with_winners(job, catalog, options) if catalog else job
-        steps = until(plan(job, catalog, budget, options["seed"]), options.get("until"))
-        fields = explained(job, catalog) if options.get("explain") else {}
-    finally:
-        if catalog is not None:
-            catalog.close()
+def _nothing_to_do(job: Job, known: Known, budget: Budget, options: Options) -> Built | None:
+    """Return what a build shows that is up to date; None where there is something to do, or every step is asked for."""
+    if options["force"] or options.get("until") or options.get("explain"):
+        return None
+    begin = monotonic()
+    look = Look(_with_winners(job, known, options), known, budget, options["seed"])
+    if look.reason():
+        return None
+    done = look.up_to_date(monotonic() - begin)
+    talk = Progress()
+    talk.say(_opening(job, budget))
+    talk.say(_closing(done, ""))
+    return _built(job, known.folder, done)
+
+
+def _planned(job: Job, known: Known | None, budget: Budget, options: Options) -> list[dict[str, Any]]:
+    job = _with_winners(job, known, options) if known else job
+    steps = until(plan(job, known, budget, options["seed"]), options.get("until"))
+    fields = explained(job, known) if options.get("explain") else {}
     more = [{"key": p.key, "changed": fields if p.reason else {}} if options.get("explain") else {} for p in steps]
     names = {"recipe": job.recipe.name, "target": job.target.name}
     return [{**names, **p.row(), **extra} for p, extra in zip(steps, more, strict=True)]
@@ -175,17 +269,21 @@ def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Buil
         return _imported(job, doing.import_())
     if options.get("until") == "compile":
         return _compiled(job, doing.compile())
-    talk.say(f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials")
+    talk.say(_opening(job, budget))
     done = doing.run(race=options.get("until") is None)
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)
 
 
-def _with_winners(job: Job, catalog: Catalog, options: Options) -> Job:
+def _opening(job: Job, budget: Budget) -> str:
+    return f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials"
+
+
+def _with_winners(job: Job, catalog: Known, options: Options) -> Job:
     """Return the job with the configurations of dispatches that won before on its target, in any build."""
     asked = {*dict(job.recipe.knobs), *_pins(options["pinned"])}
-    name = winners_of(catalog, digest.of(job.target.identity()), job.toolchain.compiler)
-    return replace(job, space=with_tuning(job.space, name, asked))
+    won = catalog.tunings(digest.of(job.target.identity()), job.toolchain.compiler)
+    return replace(job, space=with_tuning(job.space, name_of(won), asked))
 
 
 def tune(variant: str, options: Options) -> list[dict[str, Any]]:
@@ -241,14 +339,14 @@ def _built(job: Job, folder: Path, done: Outcome) -> Built:
 
 
 def _runnable(job: Job) -> None:
-    """Refuse to measure code that this host cannot run."""
-    arch = host.architecture()
-    missing = sorted(set(job.target.requires) - host.features())
-    if job.target.arch != arch or missing:
-        lacks = f"is {arch}" if job.target.arch != arch else f"lacks {' '.join(missing)}"
+    """Refuse to measure code that the host which is to run it cannot run."""
+    facts = job.remote.facts if job.remote is not None else None
+    where = job.remote.place.destination if job.remote is not None else "this host"
+    sign, _, why = runs_here(job.target, facts).partition(": ")
+    if sign == "no":
         raise InputError(
-            f"target {job.target.name} cannot run on this host, which {lacks}: `llmbuild compile -t {job.target.name}` "
-            "makes its artifacts here, `llmbuild profile` measures them on a host that has it"
+            f"target {job.target.name} cannot run on {where}: {why}. `llmbuild compile -t {job.target.name}` makes "
+            "its artifacts here, `llmbuild profile` measures them on a host that has it"
         )
 
 
@@ -274,12 +372,16 @@ def profile(what: Sequence[str], options: Options) -> Built:
     jobs = each([Path(name) for name in files], settings)
     built = [_profile_recipe(job(), settings) for job in jobs]
     if variants:
-        rows = remeasure(Path(options["catalog"]), variants, Progress())
+        from llmbuild.remeasure import remeasure
+
+        rows = remeasure(Path(options["catalog"]), variants, Progress(), _remote(options))
         built.append(Built(rows, True, ""))
     return Built([r for b in built for r in b.rows], all(b.usable for b in built), "; ".join(b.advice for b in built))
 
 
 def _profile_recipe(job: Job, options: Options) -> Built:
+    from llmbuild.catalog.writer import Catalog
+
     _runnable(job)
     catalog = Catalog(Path(options["catalog"]))
     try:
@@ -328,8 +430,8 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
         return ""
     with reader.opened(catalog) as connection:
         module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
-    body: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
-    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), Target(**body), row["point"])
+    target = target_from(row["target_body"])
+    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), target, row["point"])
     return shlex.join(command)
 
 
@@ -356,55 +458,23 @@ def _recipe_row(path: Path) -> dict[str, Any]:
     }
 
 
-def targets() -> list[dict[str, Any]]:
-    """Return every target, and whether it compiles and runs here."""
-    return [_target_row(target) for target in [find_target(HOST), *_target_files()]]
+def targets(options: Options) -> list[dict[str, Any]]:
+    """Return every target, or those that are named, and whether each compiles and runs here."""
+    chosen = [find_target(name) for name in options["targets"]] or [find_target(HOST), *_target_files()]
+    return target_rows(chosen, _answers(options), options["probed"])
 
 
-def _target_row(target: Target) -> dict[str, Any]:
-    row = {"target": target.name, "backend": target.backend, "cpu": target.cpu, "compiles": "yes", "runs": "yes"}
-    try:
-        resolved = iree.resolve(target)
-    except LlmbuildError as error:
-        return {**row, "compiles": str(error).splitlines()[0], "runs": "no", "description": target.description}
-    missing = sorted(set(resolved.requires) - host.features())
-    if target.arch != host.architecture():
-        row["runs"] = f"no: this host is {host.architecture()}"
-    elif missing:
-        row["runs"] = f"no: this host lacks {' '.join(missing)}"
-    return {**row, "cpu": resolved.cpu, "description": target.description}
+def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
+    from llmbuild.report.knobs import knob_rows
 
-
-def knobs() -> list[dict[str, Any]]:
-    """Return the knobs of the search space, then what is left out of it on purpose."""
-    return [*map(_knob_row, ALL), *map(_trap_row, TRAPS)]
-
-
-_LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}
-
-
-def _knob_row(k: Knob) -> dict[str, Any]:
-    searched = f" (searched: {_words(k.searched)})" if k.searched and k.searched != k.domain else ""
-    return {
-        "knob": k.name,
-        "level": _LEVELS[k.level],
-        "backends": " ".join(k.backends) or "all",
-        "default": k.default,
-        "domain": _words(k.domain) + searched,
-        "when": "; ".join(f"{c.knob} in {_words(c.values)}" for c in k.when),
-        "meaning": k.meaning,
-    }
-
-
-def _trap_row(trap: Trap) -> dict[str, Any]:
-    excluded = {"knob": trap.choice, "level": "excluded", "backends": " ".join(trap.backends) or "all"}
-    return {**excluded, "default": "", "domain": "", "when": "", "meaning": trap.reason}
-
-
-def _words(values: Sequence[Any]) -> str:
-    return " ".join(str(v) for v in values)
+    if len(names) > 1:
+        raise InputError("--knobs lists all knobs, or with one -t those of that target")
+    return knob_rows(find_target(names[0]) if names else None)
 
 
 def doctor(catalog: Path) -> list[dict[str, Any]]:
     """Return what was checked, what was found, and what to do about it."""
+    from llmbuild.report.doctor import checks
+
     return checks(catalog)

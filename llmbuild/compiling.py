@@ -9,17 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.catalog.phases import Front, find_front, record_front, winners
-from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import dispatches, iree, phases
 from llmbuild.compiler.flags import compile_flags
 from llmbuild.process import Limits
 from llmbuild.spec.space import TUNING, UNTUNED, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
+
+if TYPE_CHECKING:
+    from llmbuild.catalog.phases import Front
+    from llmbuild.catalog.writer import Catalog
 
 Settings = Mapping[str, Value]
 T = TypeVar("T")
@@ -28,6 +30,12 @@ T = TypeVar("T")
 def untuned(settings: Settings) -> bool:
     """Say whether the compiler configures every dispatch itself."""
     return settings.get(TUNING, UNTUNED) == UNTUNED
+
+
+def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
+    """Return everything that goes into a compile of a module (its digest), by name."""
+    inputs = {"module": module, "flags": compile_flags(target, settings), "compiler": compiler}
+    return inputs if untuned(settings) else {**inputs, TUNING: settings[TUNING]}
 
 
 class Compiling:
@@ -41,14 +49,9 @@ class Compiling:
     ) -> None:
         self.catalog, self.target, self.compiler, self.limits, self.forced = catalog, target, compiler, limits, forced
 
-    def inputs(self, module: str, settings: Settings) -> dict[str, Any]:
-        """Return everything that goes into a compile of a module (its digest), by name."""
-        inputs = {"module": module, "flags": compile_flags(self.target, settings), "compiler": self.compiler}
-        return inputs if untuned(settings) else {**inputs, TUNING: settings[TUNING]}
-
     def compile(self, module: str, settings: Settings) -> Artifact | Failure:
         """Return the artifact of a module, from the catalog or the compiler."""
-        inputs = self.inputs(module, settings)
+        inputs = compile_inputs(module, self.target, settings, self.compiler)
         key = digest.of(inputs)
         return self._once(
             "compile", key, self.catalog.find_compile, lambda: self._recorded(key, inputs, module, settings)
@@ -82,12 +85,16 @@ class Compiling:
         inputs = {"module": module, "flags": phases.front_flags(self.target, settings), "compiler": self.compiler}
         key = digest.of(inputs)
 
+        from llmbuild.catalog.phases import find_front
+
         def find(key: str) -> Front | None:
             return find_front(self.catalog, key)
 
         return self._once("front", key, find, lambda: self._front(key, inputs, module, settings))
 
     def _front(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Front | Failure:
+        from llmbuild.catalog.phases import Front, record_front
+
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as name:
             source, told = Path(name) / "sources.mlir", Path(name) / "statistics.json"
@@ -102,6 +109,8 @@ class Compiling:
 
     def text(self, front: Front, settings: Settings) -> str:
         """Return a front half as text, with what the settings change in its executable target and its products."""
+        from llmbuild.catalog.phases import winners
+
         text = phases.retarget(self.plain_text(front), settings)
         return text if untuned(settings) else dispatches.configure(text, winners(self.catalog, str(settings[TUNING])))
 

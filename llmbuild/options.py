@@ -40,6 +40,15 @@ def format_options(command: F) -> F:
     return click.option("--json", "form", flag_value="json", help="JSON on stdout.")(command)
 
 
+def on_option(command: F) -> F:
+    """Add what says where it is measured."""
+    return click.option(
+        "--on",
+        metavar="ssh://[USER@]HOST[:PORT][/PYTHON]",
+        help="Compile here and measure there; the target is the highest that it supports if left out.",
+    )(command)
+
+
 def trust_options(command: F) -> F:
     """Add what decides whose catalogs are opened."""
     for option in (

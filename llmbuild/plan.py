@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import Build, describe, stale_reason
-from llmbuild.catalog.writer import Catalog
+from llmbuild.build import describe
+from llmbuild.catalog.known import Known
+from llmbuild.freshness import Look
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.variant import Artifact
-from llmbuild.steps import Job, Steps
+from llmbuild.steps import Job
 
 
 @dataclass(frozen=True)
@@ -42,23 +43,23 @@ def until(planned: list[Planned], step: str | None) -> list[Planned]:
     return planned[: STEPS.index(last) + 1]
 
 
-def plan(job: Job, catalog: Catalog | None, budget: Budget, seed: int) -> list[Planned]:
+def plan(job: Job, catalog: Known | None, budget: Budget, seed: int) -> list[Planned]:
     """Return the steps of a build in order; without a catalog yet, all of them are to be done."""
     zero = describe(job, job.space.default())
     if catalog is None:
         reason = "no catalog yet"
         return [Planned(s, zero, reason) for s in ("import", "compile", "profile")] + [_search(0, budget, reason)]
-    steps, default = Steps(job, catalog), job.space.default()
+    default = job.space.default()
     changed = changes(job, catalog)
-    import_key, compile_key = digest.of(steps.import_inputs(default)), ""
+    import_key, compile_key = digest.of(job.import_inputs(default)), ""
     program = catalog.find_import(import_key)
     if program:
-        compile_key = digest.of(steps.compile_inputs(program, default))
+        compile_key = digest.of(job.compile_inputs(program, default))
     artifact = catalog.find_compile(compile_key) if program else None
     if job.force:
         return [Planned(s, zero, FORCED) for s in STEPS[:3]] + [_search(0, budget, FORCED)]
-    build = Build(steps, budget, seed, 1, lambda _: None)
-    search, known = stale_reason(build), build.finished()
+    look = Look(job, catalog, budget, seed)
+    search, known = look.reason(), look.finished
     if changed and not known:
         search = changed
     return [
@@ -78,7 +79,7 @@ def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:
     return "" if artifact else "never compiled with these flags and this compiler"
 
 
-def explained(job: Job, catalog: Catalog | None) -> dict[str, list[Any]]:
+def explained(job: Job, catalog: Known | None) -> dict[str, list[Any]]:
     """Return each field of the key that differs from the latest build of this recipe: what it was and what it is."""
     earlier = catalog.last_inputs(job.recipe.name) if catalog else []
     if not earlier or job.scope_inputs in earlier:
@@ -95,7 +96,7 @@ def _field(inputs: dict[str, Any], name: str) -> Any:
     return found
 
 
-def changes(job: Job, catalog: Catalog) -> str:
+def changes(job: Job, catalog: Known) -> str:
     """Return which fields differ from the latest build of this recipe; empty when one had the very same."""
     mine = job.scope_inputs
     earlier = catalog.last_inputs(job.recipe.name)

@@ -27,7 +27,10 @@ LOG_BYTES = 64 << 10
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use: wall seconds, and bytes of address space."""
+    """What a child may use: wall seconds, and bytes of address space; 0 does not bound them.
+
+    A GPU's driver reserves more addresses than any machine has memory, so what runs on one is not bounded.
+    """
 
     seconds: float = 600.0
     memory_bytes: int = 16 << 30
@@ -47,7 +50,8 @@ def confine(limits: Limits) -> Callable[[], None]:
     """
 
     def prepare() -> None:
-        resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
+        if limits.memory_bytes:
+            resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         if _LIBC is not None:
             _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

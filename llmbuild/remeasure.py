@@ -5,23 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.build import Event
-from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.catalog.names import Registered
+from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import LoadRefused, NothingUsable
 from llmbuild.process import Limits
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime import host, reader
-from llmbuild.runtime.choose import refusal
+from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.model import host_facts, verify
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, Reading
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import Target, target_from
 from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
 from llmbuild.spec.workload import Workload
 from llmbuild.steps import TOLERANCE
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import Remote, RemoteBench
+    from llmbuild.profiler.roofline import Roofline
 
 Row = dict[str, Any]
 KEPT = "quality"
@@ -39,8 +46,10 @@ class Known:
     toolchain: Toolchain
 
 
-def remeasure(folder: Path, prefixes: Sequence[str], tell: Callable[[Event], None]) -> list[Row]:
-    """Measure variants again and return their rows.
+def remeasure(
+    folder: Path, prefixes: Sequence[str], tell: Callable[[Event], None], remote: Remote | None = None
+) -> list[Row]:
+    """Measure variants again, here or on another machine, and return their rows.
 
     On the machine that measured them before, the readings replace the earlier ones and quality is kept, for it does
     not depend on the machine; on another machine they are added beside them.
@@ -50,27 +59,27 @@ def remeasure(folder: Path, prefixes: Sequence[str], tell: Callable[[Event], Non
         LoadRefused: this host must not open it.
         NothingUsable: it does not run here.
     """
-    known = [known_of(folder, row) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
+    facts = remote.facts if remote is not None else host_facts()
+    known = [known_of(folder, row, facts) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
     catalog = Catalog(folder)
     try:
         for number, one in enumerate(known, 1):
             tell(Event("profile", digest.short(one.row["variant"]), number, len(known)))
-            _measure(catalog, folder, one)
+            _measure(catalog, folder, one, remote)
             tell(Event("done", digest.short(one.row["variant"]), number, len(known)))
     finally:
         catalog.close()
-    here = digest.of(host.machine())
     rows = [row for prefix in prefixes for row in reader.find_variant(folder, prefix)]
-    return [row for row in rows if row["machine_digest"] == here]
+    return [row for row in rows if row["machine_digest"] == facts.machine]
 
 
-def known_of(folder: Path, row: Row) -> Known:
+def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
     """Return what a row stands for, checked as the loader would.
 
     Raises:
         LoadRefused: this host must not open it, or it was never measured.
     """
-    why = refusal(row, host_facts())
+    why = refusal(row, facts or host_facts())
     if why:
         raise LoadRefused(f"variant {digest.short(row['variant'])} {why}")
     verify(folder, row)
@@ -84,30 +93,29 @@ def known_of(folder: Path, row: Row) -> Known:
     if measured is None:
         raise LoadRefused(f"variant {digest.short(row['variant'])} was never measured: give its recipe instead")
     decoded = reader.decode({"workload_body": measured["workload_body"], "notes": body["body"]})
-    target: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row["target_body"].items()}
     return Known(
         row=row,
         scope=measured["scope"],
         workload=Workload(**decoded["workload_body"]),
         checks=checks["checks"],
-        target=Target(**target),
+        target=target_from(row["target_body"]),
         toolchain=Toolchain(**decoded["notes"]),
     )
 
 
-def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
-    from llmbuild.profiler.bench import Bench
+def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None) -> None:
     from llmbuild.profiler.roofline import from_body
 
-    names = Registered(known.target, host.machine(), known.toolchain)
+    machine = remote.machine if remote is not None else host.machine()
+    names = Registered(known.target, machine, known.toolchain)
     catalog.register(names)
     quality = Quality(None, "kept from the first measurement")
     with catalog.measuring():
         limits = catalog.find_limits(names.machine_digest)
         known_limits = from_body(limits) if limits else None
-        bench = Bench([known.workload], quality, names.machine_digest, Limits(), Protocol(), known_limits)
+        bench = _bench(known, quality, names.machine_digest, known_limits, remote)
         try:
-            default = find_default(folder, known)
+            default = find_default(folder, known, remote.facts if remote is not None else None)
             if default:
                 bench.measure(subject_of(folder, default), baseline=True)
             measured = bench.measure(subject_of(folder, known), baseline=default is None)
@@ -127,12 +135,23 @@ def _measure(catalog: Catalog, folder: Path, known: Known) -> None:
         )
 
 
-def find_default(folder: Path, known: Known) -> Known | None:
+def _bench(
+    known: Known, quality: Quality, machine: str, limits: Roofline | None, remote: Remote | None
+) -> Bench | RemoteBench:
+    from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+
+    if remote is None:
+        return Bench([known.workload], quality, machine, Limits(), Protocol(), limits)
+    return RemoteBench(remote, [known.workload], quality, Protocol(), limits, known.target, known.row["runtime"])
+
+
+def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> Known | None:
     """Return the compiler's default of the same model, target and workload; None when this is it, or there is none."""
     row = known.row
     rows = reader.variants(folder, row["model"], row["target"], row["workload"], everything=True)
-    found = next((r for r in rows if r["default"] and r["artifact"]), None)
-    return None if found is None or found["variant"] == row["variant"] else known_of(folder, found)
+    found = next((r for r in rows if r["default"] and r["artifact"] and r["machine_digest"] != NOWHERE), None)
+    return None if found is None or found["variant"] == row["variant"] else known_of(folder, found, facts)
 
 
 def subject_of(folder: Path, known: Known) -> Subject:
@@ -148,6 +167,7 @@ def subject_of(folder: Path, known: Known) -> Subject:
         driver=str(point["driver"]),
         workers=int(point["workers"]),
         parameter_bytes=int(row["parameter_bytes"]),
+        meters=known.target.meters,
         integer=str(point["weight_format"]).startswith("int"),
         tolerance=max(TOLERANCE[point["weight_format"]], TOLERANCE[point["kv_dtype"]]),
     )

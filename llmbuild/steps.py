@@ -14,10 +14,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.catalog.writer import Catalog, Registered
+from llmbuild.catalog.names import Registered
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers, resolve
-from llmbuild.compiling import Compiling, once
+from llmbuild.compiling import Compiling, compile_inputs, once
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
@@ -40,7 +40,9 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from llmbuild.catalog.writer import Catalog
     from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import Remote, RemoteBench
     from llmbuild.profiler.roofline import Roofline
 
 T = TypeVar("T")
@@ -65,6 +67,8 @@ class Job:
     limits: Limits
     protocol: Protocol = field(default_factory=Protocol)
     force: bool = False
+    remote: Remote | None = None
+    """Where it is measured; here if left out."""
 
     @cached_property
     def lineage(self) -> str:
@@ -133,6 +137,26 @@ class Job:
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
 
+    def import_inputs(self, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the import of a point, by name."""
+        choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
+        own = choices.get("kernel") == "own"
+        if not own:
+            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
+        features = [f for f in FEATURES if f in self.target.requires] if own else []
+        return {
+            "model": self.model.digest,
+            "context": self.recipe.context,
+            "choices": choices,
+            "features": features,
+            "importer": self.toolchain.importer,
+            **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
+        }
+
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the compile of a program at a point, by name."""
+        return compile_inputs(program.module, self.target, self.space.level(point, "codegen"), self.toolchain.compiler)
+
     def variant(self, program: Program, point: Point) -> Variant:
         """Return the variant a point makes of a program."""
         return Variant(program, self.target, point, self.toolchain)
@@ -146,6 +170,7 @@ def make_job(
     toolchain: Toolchain,
     force: bool,
     answers: Answers | None = None,
+    remote: Remote | None = None,
 ) -> Job:
     """Return the job of a recipe on a target that may still be called `host`.
 
@@ -156,7 +181,8 @@ def make_job(
         heldout.check_apart(recipe.calibration, recipe.quality)
     resolved = resolve(target, answers)
     space = space_for(resolved, recipe, pinned, machine.cores)
-    return Job(recipe, resolved, space, find_model(recipe.model), machine, toolchain, Limits(), force=force)
+    model = find_model(recipe.model)
+    return Job(recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote)
 
 
 def _calibrated(choices: Mapping[str, str]) -> bool:
@@ -171,24 +197,14 @@ class Steps:
         self.job, self.catalog = job, catalog
         self.registered = Registered(job.target, job.machine, job.toolchain)
         self._fresh: set[str] = set()
-        self._bench: Bench | None = None
+        self._bench: Bench | RemoteBench | None = None
         self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
 
     # --- import --------------------------------------------------------------------------------------------------
 
     def import_inputs(self, point: Point) -> dict[str, Any]:
         """Return everything that goes into the import of a point, by name."""
-        job = self.job
-        choices = {name: str(value) for name, value in job.space.level(point, "model").items()}
-        features = [f for f in FEATURES if f in job.target.requires] if choices.get("kernel") == "own" else []
-        return {
-            "model": job.model.digest,
-            "context": job.recipe.context,
-            "choices": choices,
-            "features": features,
-            "importer": job.toolchain.importer,
-            **({"calibration": digest.of_bytes(job.calibration.tobytes())} if _calibrated(choices) else {}),
-        }
+        return self.job.import_inputs(point)
 
     def import_(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
@@ -298,7 +314,7 @@ class Steps:
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
         """Return everything that goes into a compile, by name."""
-        return self.compiling.inputs(program.module, self.job.space.level(point, "codegen"))
+        return self.job.compile_inputs(program, point)
 
     def compile(self, program: Program, point: Point) -> Artifact | Failure:
         """Return the artifact of a point, from the catalog or the compiler."""
@@ -308,11 +324,11 @@ class Steps:
 
     def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
         """Return what the profiler needs to know of a variant."""
-        blobs, values = self.catalog.blobs, point.as_dict()
+        job, blobs, values = self.job, self.catalog.blobs, point.as_dict()
         formats = (str(values[knob]) for knob in ("weight_format", "head_format", "kv_dtype"))
         loosest = max(TOLERANCE[name] for name in formats if name != SAME)
         return Subject(
-            variant=self.job.variant(program, point).digest,
+            variant=job.variant(program, point).digest,
             artifact=artifact.digest,
             artifact_path=blobs.path(artifact.digest),
             parameters_path=blobs.path(program.parameters),
@@ -322,18 +338,25 @@ class Steps:
             workers=int(values["workers"]),
             tolerance=loosest,
             parameter_bytes=blobs.path(program.parameters).stat().st_size,
+            meters=job.target.meters,
             integer=str(values["weight_format"]).startswith("int"),
         )
 
-    def bench(self, quality: Quality) -> Bench:
+    def bench(self, quality: Quality) -> Bench | RemoteBench:
         """Return the meter, made on first use."""
-        from llmbuild.profiler.bench import Bench
-
         if self._bench is None:
-            job = self.job
-            machine, limits = self.registered.machine_digest, self.roofline()
-            self._bench = Bench(job.recipe.workloads, quality, machine, job.limits, job.protocol, limits)
+            self._bench = self._meter(quality)
         return self._bench
+
+    def _meter(self, quality: Quality) -> Bench | RemoteBench:
+        from llmbuild.profiler.bench import Bench
+        from llmbuild.profiler.remote import RemoteBench
+
+        job, limits = self.job, self.roofline()
+        if job.remote is not None:
+            compiler = job.toolchain.compiler
+            return RemoteBench(job.remote, job.recipe.workloads, quality, job.protocol, limits, job.target, compiler)
+        return Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol, limits)
 
     def roofline(self) -> Roofline | None:
         """Return what this machine can do at most, measured once; None where that failed or the machine was busy."""
@@ -343,7 +366,8 @@ class Steps:
         known = self.catalog.find_limits(machine)
         if known is not None:
             return roofline.from_body(known)
-        found = roofline.measure(self._compile_limits, ROOFLINE_S)
+        measure = self.job.remote.roofline if self.job.remote is not None else roofline.measure
+        found = measure(self._compile_limits, ROOFLINE_S)
         if isinstance(found, Failure):
             self.catalog.record_failure(self.job.recipe.name, None, found)
             return None

@@ -29,7 +29,7 @@ from llmbuild.runtime import host, reader
 from llmbuild.spec.measurement import Operator, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.space import TUNING, UNTUNED, Value
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import target_from
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.spec.workload import Workload
 from llmbuild.steps import TOLERANCE
@@ -76,8 +76,7 @@ class Tuner:
         self.row = reader.find_variant(folder, prefix)[0]
         if self.row["artifact"] is None or self.row["point"].get("kernel") == "own":
             raise InputError(f"variant {digest.short(self.row['variant'])} has no code of the compiler's to tune")
-        target: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.row["target_body"].items()}
-        self.catalog, self.tell, self.target = Catalog(folder), tell, Target(**target)
+        self.catalog, self.tell, self.target = Catalog(folder), tell, target_from(self.row["target_body"])
         with reader.opened(folder) as connection:
             found = connection.execute(
                 "SELECT module, checks FROM program WHERE digest = ?", (self.row["program"],)

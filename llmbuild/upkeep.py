@@ -11,8 +11,8 @@ from typing import Any
 
 from llmbuild.catalog import diff as differences
 from llmbuild.catalog import garbage, merge, publish, pull, signing, verify
+from llmbuild.catalog.place import exists
 from llmbuild.catalog.references import is_published
-from llmbuild.catalog.schema import exists
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.runtime import reader, trust
@@ -75,7 +75,8 @@ def _amount(catalog: Catalog) -> tuple[int, int]:
 
 def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
     """Free what no front and no publication needs."""
-    with opened(folder, alone=True) as catalog:
+    alone = not dry_run or is_published(folder)  # one that is only read is refused
+    with opened(folder, alone) as catalog:
         swept = garbage.collect(catalog, None if budget is None else size_of(budget), dry_run)
     rows: list[Row] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
     done = "would be freed" if dry_run else "freed"
@@ -104,6 +105,8 @@ def size_of(text: str) -> int:
 
 def diff(before: str, after: str, noise: float, rule: Policy) -> Report:
     """Compare two catalogs: folders, or publications anywhere."""
+    if noise != noise:
+        raise InputError("--noise nan: not a number: write 0.05")
     with looked_into(before, rule) as a, looked_into(after, rule) as b:
         ruler = differences.Ruler(noise, FLOORS)
         found = [
@@ -119,6 +122,8 @@ def diff(before: str, after: str, noise: float, rule: Policy) -> Report:
 def looked_into(location: str, rule: Policy) -> Iterator[Path]:
     """Yield a folder whose rows are those of a catalog or publication; blobs are not fetched."""
     folder = Path(location)
+    if "://" not in location and folder.exists() and not (exists(folder) or is_published(folder)):
+        raise InputError(f"{folder}: neither a catalog nor a publication: `llmbuild build -C {folder}` makes one")
     if "://" not in location and (exists(folder) or is_published(folder) or not folder.exists()):
         trust.require(folder, rule) if is_published(folder) else None
         yield folder
@@ -135,6 +140,9 @@ def _compiles(folder: Path) -> dict[str, str]:
 
 def join(sources: Sequence[str], into: Path) -> Report:
     """Merge catalogs into one."""
+    for name in sources:
+        with opened(Path(name)):  # all are there before anything is made
+            pass
     catalog = Catalog(into)
     rows: list[Row] = []
     conflicts: list[str] = []

@@ -8,6 +8,7 @@ the kept database before it, migrated.
 
 from __future__ import annotations
 
+import argparse
 import sqlite3
 import sys
 from pathlib import Path
@@ -30,11 +31,15 @@ def main() -> None:
     """Write the file, unless it is there: a kept database never changes."""
     from llmbuild.catalog.schema import FILE, MIGRATIONS
 
-    version = int(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("version", type=int, metavar="N", help="the schema to keep")
+    version = parser.parse_args().version
     out = KEPT / f"schema-{version}.sql"
     if out.exists():
         sys.exit(f"{out} is kept already")
     known = sorted(int(p.name[:4]) for p in MIGRATIONS.glob("[0-9]*.py"))
+    if version not in known[1:]:
+        parser.error(f"there is no migration {version} to keep a database of; there are {known[1]} to {known[-1]}")
     with TemporaryDirectory() as name:
         folder = Path(name)
         earlier = [v for v in known if v < version]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from llmbuild.runtime import host
 from tests.support import tiny
 
 RECIPE = """\
@@ -84,3 +86,29 @@ def built(project: Project) -> Project:
     done = llmbuild("build", project.recipe, "-C", project.catalog)
     assert done.returncode == 0, done.stderr
     return project
+
+
+TIERS = ("v2", "v3", "v4", "arm")
+"""Targets of `tiers`, three of x86-64 and one of aarch64, the lowest first."""
+
+
+@pytest.fixture(scope="session")
+def tiers(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A tiny project whose default is compiled for every one of `TIERS`, and never measured; not to be written to."""
+    made = make_project(tmp_path_factory.mktemp("tiers"))
+    for tier in TIERS[:3]:
+        (made.folder / f"{tier}.yaml").write_text(f"backend: llvm-cpu\narch: x86_64\ncpu: x86-64-{tier}\n")
+    arm = "backend: llvm-cpu\narch: aarch64\ncpu: generic\nfeatures: [+dotprod]\n"
+    (made.folder / "arm.yaml").write_text(arm)
+    targets = [word for tier in TIERS for word in ("-t", made.folder / f"{tier}.yaml")]
+    done = llmbuild("compile", made.recipe, *targets, "--trials", "1", "-j", "2", "-C", made.catalog)
+    assert done.returncode == 0, done.stderr
+    return made
+
+
+def low_copy(tiers: Project, folder: Path) -> Project:
+    """Copy the tiers' project, with a target `low.yaml` besides that any host of this architecture runs."""
+    shutil.copytree(tiers.folder, folder)
+    level = "arch: x86_64\ncpu: x86-64-v2\n" if host.architecture() == "x86_64" else "arch: aarch64\ncpu: generic\n"
+    (folder / "low.yaml").write_text(f"backend: llvm-cpu\n{level}")
+    return Project(folder, folder / "tiny.yaml", folder / "catalog", folder / "model")

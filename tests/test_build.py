@@ -132,6 +132,18 @@ def test_more_trials_go_on_from_those_known(built: Project, tmp_path: Path) -> N
     assert counts == (4, 4)
 
 
+def test_a_pinned_build_adds_to_what_is_known_and_takes_nothing_away(built: Project, tmp_path: Path) -> None:
+    moved = tmp_path / "pinned"
+    subprocess.run(["cp", "-r", built.folder, moved], check=True)
+    before = {r["variant"] for r in reader.variants(moved / "catalog", everything=True)}
+    pins = ["--set", "opt_level=O3", "--set", "weight_format=f32", "--set", "layout=row_major", "--trials", "2"]
+    done = llmbuild("build", moved / built.recipe.name, "-C", moved / "catalog", *pins)
+    rows = {r["variant"]: r for r in reader.variants(moved / "catalog", everything=True)}
+    added = [rows[name] for name in rows.keys() - before]
+    assert (before - rows.keys(), {r["point"]["opt_level"] for r in added}) == (set(), {"O3"}), done.stderr
+    assert (len(added), len(finished(moved / "catalog"))) == (1, 4)
+
+
 def test_a_missing_artifact_is_made_again(built: Project, tmp_path: Path) -> None:
     moved = tmp_path / "lost"
     subprocess.run(["cp", "-r", built.folder, moved], check=True)

@@ -19,7 +19,7 @@ from llmbuild.catalog.tables import Base
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import reader
-from llmbuild.upkeep import size_of
+from llmbuild.upkeep import collect, size_of
 from tests.conftest import llmbuild
 from tests.support.synthetic import THREE, Made, fill, slower, toolchain
 
@@ -157,6 +157,7 @@ def test_gc_waits_for_builds_and_gives_up_in_the_end(shelf: Path, monkeypatch: p
     building = Catalog(shelf)
     with pytest.raises(CatalogError, match="other commands are using it"):
         Catalog(shelf, alone=True)
+    assert collect(shelf, None, dry_run=True).rows  # which only looks
     building.close()
     Catalog(shelf, alone=True).close()
 

@@ -5,6 +5,7 @@ import random
 import sqlite3
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -12,11 +13,13 @@ from hypothesis import strategies as st
 
 from llmbuild.catalog.schema import FILE
 from llmbuild.errors import InputError
+from llmbuild.spec.target import Target
 from tests.conftest import Project
 
 SCRIPTS = Path(__file__).parent.parent / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
 
+import tiers  # noqa: E402
 import trust  # noqa: E402
 
 LOOKS = [12, 24, 48, 96, 192]
@@ -73,3 +76,30 @@ def test_survivors_of_a_race_share_their_rounds(built: Project) -> None:
     assert all(len(json.loads(samples)["tpot_s"]) >= 5 for _, samples, *_ in rows)
     assert all((source is None) == (energy is None) for _, _, source, energy, *_ in rows)
     assert all(p99 is None or p99 > 0.5 * tpot for *_, p99, tpot in rows)
+
+
+def test_a_tier_is_given_our_kernels_where_its_instruction_set_has_them() -> None:
+    features = {"x86-64-v2": ("sse4.2",), "x86-64-v3": ("avx2", "fma", "f16c")}
+    found = {}
+    for name, has in features.items():
+        target = Target(name, "llvm-cpu", "x86_64", name, requires=has)
+        job = SimpleNamespace(
+            target=target, space=SimpleNamespace(knobs=[SimpleNamespace(name="work_groups", domain=(2,))])
+        )
+        found[name] = tiers.choices(job, "int8").get("kernel", "compiler")
+    assert found == {"x86-64-v2": "compiler", "x86-64-v3": "own"}
+
+
+def test_the_table_of_tiers_gives_ratios_to_the_last_of_the_same_format_and_reasons() -> None:
+    row = {"format": "int8", "kernels": "own", "variant": "v", "parameters": "a" * 64, "reason": "", "prefill_s": 0.002}
+    rows = [
+        {**row, "target": "v3", "decode_s": 0.002, "ratios": {"decode_s": [2.0, 1.9, 2.1]}},
+        {**row, "target": "host", "decode_s": 0.001, "ratios": {"decode_s": [1.0, 1.0, 1.0]}},
+        {**row, "target": "v2", "decode_s": None, "prefill_s": None, "ratios": {}, "reason": "compile: no"},
+    ]
+    told = {"machine": "m", "model": "x", "driver": "d", "prompt": 1, "decode": 1, "rounds": 1, "against": "host"}
+    lines = tiers.text({**told, "noise": "", "rows": rows}).splitlines()
+    assert [line.split()[0] for line in lines[2:5]] == ["v3", "host", "v2"]
+    assert "2.00 [1.90, 2.10]" in lines[2]
+    assert "[" not in lines[3]
+    assert lines[5] == "v2 int8: compile: no"

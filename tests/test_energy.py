@@ -196,9 +196,39 @@ def test_a_throttled_board_is_told_with_its_clocks() -> None:
     assert counter.conditions() == {
         "sm_clock_mhz": 1980.0,
         "temperature_c": 41.0,
+        "memory_clock_mhz": 2619.0,
+        "memory_used_bytes": float(3 << 30),
+        "power_w": 100.0,
         "power_limit_w": 700.0,
         "throttled": "software power cap, hardware thermal slowdown",
     }
+
+
+def test_a_board_that_heats_up_is_told_as_it_is_at_the_end_of_each_window() -> None:
+    world = World()
+    heat = FakeNvml(world)
+    heat.sm_clock_mhz, heat.temperature_c = lambda now: 1980 if now < 2.5 else 1410, lambda now: 40 + round(now)
+    counter = nvml.find_counter(heat, world.clock)
+    assert isinstance(counter, Counter)
+    told = []
+    for _ in range(2):
+        metered(counter, world, 2.0)
+        told.append((counter.conditions()["sm_clock_mhz"], counter.conditions()["temperature_c"]))
+    assert told == [(1980.0, 42.0), (1410.0, 44.0)]
+
+
+def test_what_a_board_does_not_tell_is_left_out_of_its_conditions() -> None:
+    silent = {"nvmlDeviceGetClockInfo": NVMLError_NoPermission(), "nvmlDeviceGetMemoryInfo": NVMLError_NoPermission()}
+    counter = nvml.find_counter(FakeNvml(World(), raises=silent))
+    assert isinstance(counter, Counter)
+    assert set(counter.conditions()) == {"temperature_c", "power_w", "power_limit_w"}
+
+
+def test_a_board_is_named_with_its_driver_and_none_is_no_name() -> None:
+    assert nvml.name(FakeNvml(World())) == "NVIDIA H100, driver 550.54"
+    assert nvml.name(FakeNvml(World(), mig=1)) == "NVIDIA H100, driver 550.54"
+    assert nvml.name(FakeNvml(World(), gpus=0)) == ""
+    assert nvml.name(FakeNvml(World(), raises={"nvmlInit": NVMLError_LibraryNotFound()})) == ""
 
 
 def test_counter_and_polled_power_agree_on_a_load_that_both_see() -> None:
@@ -313,6 +343,13 @@ def test_a_gpu_is_metered_by_its_board_and_never_by_the_cpus_counter(monkeypatch
     monkeypatch.setenv(estimate.VARIABLE, "20:65")
     found = energy.find("cuda")
     assert found.meter is not None and (found.meter.source, found.reason) == ("nvml_polled", "too old")
+
+
+def test_a_target_is_metered_by_its_own_meters_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nvml, "find_counter", lambda: Absent("nvml_counter", "too old"))
+    monkeypatch.setattr(nvml, "find_polled", lambda: Absent("nvml_polled", "no permission"))
+    assert energy.find("cuda", meters=("nvml_polled",)).reason == "no permission"
+    assert energy.find("hip", meters=()).reason == "no meter reads what this runs on"
 
 
 # --- on the command line -----------------------------------------------------------------------------------------

@@ -12,16 +12,19 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import text
 
 from llmbuild import commands, plan
 from llmbuild.catalog.schema import FILE
+from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
-from llmbuild.errors import LoadRefused
+from llmbuild.errors import CatalogError, LoadRefused
 from llmbuild.runtime import load, reader
 from llmbuild.steps import Job
 from tests.conftest import Project, llmbuild
@@ -54,9 +57,9 @@ def planned(project: Project, job: Job | None = None) -> dict[str, str]:
 
 
 def edit(path: Path, change: Callable[[str], str]) -> None:
-    text = path.read_text()
-    path.write_text(change(text))
-    assert path.read_text() != text
+    before = path.read_text()
+    path.write_text(change(before))
+    assert path.read_text() != before
 
 
 def flip(path: Path, at: int = -1) -> None:
@@ -234,6 +237,61 @@ def test_a_full_disk_ends_in_one_message_and_the_next_build_goes_on(moved: Proje
     assert again.returncode == 0, again.stderr
 
 
+def killed(code: str, *arguments: str | Path) -> None:
+    """Run a script that kills itself with -9."""
+    done = subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()
+
+
+def test_killed_in_the_middle_of_writing_an_artifact_nothing_is_seen_of_it(moved: Project) -> None:
+    code = (
+        "import os, shutil, signal, sys; from pathlib import Path; from llmbuild.catalog.store import BlobStore\n"
+        "def half(source, out, size):\n    out.write(source.read(500)); out.flush()\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "shutil.copyfileobj = half\nBlobStore(Path(sys.argv[1])).put_file(Path(sys.argv[2]))"
+    )
+    path, copy = artifact_of(moved), moved.folder / "copy.vmfb"
+    copy.write_bytes(path.read_bytes())
+    path.unlink()
+    killed(code, moved.catalog, copy)
+    left = [p.name for p in path.parent.iterdir() if p.name.startswith(".put-")]
+    assert (path.exists(), len(left), planned(moved)["search"]) == (False, 1, "1 artifacts are missing or damaged")
+    assert llmbuild("gc", "-C", moved.catalog).returncode == 0
+    assert BlobStore(moved.catalog).put_file(copy) == path.name
+    assert (planned(moved), [p for p in path.parent.iterdir() if p.name.startswith(".put-")]) == (FRESH, [])
+
+
+def test_killed_in_the_middle_of_recording_a_trial_all_or_nothing_of_it_is_there(moved: Project) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from sqlalchemy import text\n"
+        "from llmbuild.catalog.writer import Catalog\n"
+        "with Catalog(Path(sys.argv[1])).session(write=True) as session:\n"
+        "    session.execute(text('DELETE FROM trial')); session.execute(text('DELETE FROM standing'))\n"
+        "    session.flush(); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    killed(code, moved.catalog)
+    with sqlite3.connect(moved.catalog / FILE) as connection:
+        assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    assert planned(moved) == FRESH
+
+
+def fill_up(catalog: Catalog) -> None:
+    """Write to a database that may not grow."""
+    row = {"at": "x" * (1 << 20)}
+    with catalog.session(write=True) as session:
+        pages = session.execute(text("PRAGMA page_count")).scalar()
+        session.execute(text(f"PRAGMA max_page_count = {pages}"))
+        session.execute(text("INSERT INTO collected VALUES ('a', 1, :at)"), row)
+
+
+def test_a_full_disk_under_the_database_is_one_message_and_nothing_finished_is_lost(moved: Project) -> None:
+    catalog = Catalog(moved.catalog)
+    with pytest.raises(CatalogError, match="free some space"):
+        fill_up(catalog)
+    catalog.close()
+    assert planned(moved) == FRESH
+
+
 def test_of_two_builds_at_once_one_makes_and_the_other_takes(moved: Project, tmp_path: Path) -> None:
     command = [
         sys.executable,
@@ -303,6 +361,22 @@ def test_several_recipes_have_one_plan(built: Project, moved: Project) -> None:
     steps = [Step(p["recipe"], p["step"], p["state"]) for p in json.loads(done.stdout)]
     assert [s.recipe for s in steps] == ["tiny"] * 4 + ["other"] * 4
     assert [s.state for s in steps if s.recipe == "tiny"] == ["fresh"] * 4
+
+
+def test_with_j_several_recipes_and_targets_compile_side_by_side(moved: Project) -> None:
+    (moved.folder / "v2.yaml").write_text("backend: llvm-cpu\narch: x86_64\ncpu: x86-64-v2\n")
+    (moved.folder / "v3.yaml").write_text("backend: llvm-cpu\narch: x86_64\ncpu: x86-64-v3\n")
+    targets = [word for name in ("v2", "v3") for word in ("-t", moved.folder / f"{name}.yaml")]
+    given = [moved.recipe, *targets, "--trials", "1", "--json", "-C", moved.catalog]
+    side = llmbuild("compile", "-j", "2", *given)
+    assert (side.returncode, [r["target"] for r in json.loads(side.stdout)]) == (0, ["v2", "v3"]), side.stderr
+    with reader.opened(moved.catalog) as connection:
+        rows = connection.execute("SELECT inputs, seconds, created_at FROM compile ORDER BY created_at").fetchall()
+    whole = [r for r in rows if "module" in json.loads(r["inputs"])][-2:]  # the last two compiles from a module
+    ends = [datetime.fromisoformat(r["created_at"]).timestamp() for r in whole]
+    begins = [end - r["seconds"] for end, r in zip(ends, whole, strict=True)]
+    assert max(begins) < min(ends)
+    assert "2 points of 2 builds, 2 at a time" in side.stderr
 
 
 def test_explain_gives_keys_and_the_fields_that_changed(moved: Project) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from llmbuild.frontend import importer, nibbles
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.reference import reference_greedy, reference_logits
 from llmbuild.kernels.choose import KNOWN
@@ -222,3 +224,23 @@ def test_own_kernels_run_without_avx512(model: Path, tmp_path: Path) -> None:
         listed = subprocess.run([objdump, "-d", str(code)], capture_output=True, text=True, check=True).stdout
         assert "vpmaddubsw" in listed
         assert re.search(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|[23]\d)|vpdpbusd", listed) is None
+
+
+class Pick(torch.nn.Module):
+    def forward(self, data: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        return nibbles.picked(data, place)
+
+
+def test_codes_far_into_a_table_are_found(tmp_path: Path) -> None:
+    """The compiler divides integers in f32, which cannot tell neighbours beyond 2^24 apart."""
+    import iree.runtime as rt
+
+    far = (1 << 24) + 16
+    data = torch.arange(far // 2, dtype=torch.int64).remainder(251).to(torch.int8)
+    places = torch.arange(far - 8, far)
+    module, _ = importer.import_programs({"pick": torch.export.export(Pick(), (data, places))})
+    importer.save_module(module, tmp_path / "pick.mlirbc")
+    artifact = compile_file(tmp_path / "pick.mlirbc", tmp_path / "pick.vmfb")
+    loaded = rt.load_vm_module(rt.VmModule.mmap(rt.VmInstance(), str(artifact)), rt.Config("local-sync"))
+    actual = loaded.pick(data.numpy(), places.numpy()).to_host()
+    assert Pick()(data, places).tolist() == actual.tolist()

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 
 from llmbuild.catalog import schema
+from llmbuild.catalog.known import looked_at
 from llmbuild.catalog.schema import FILE, MIGRATIONS, SCHEMA_VERSION, open_engine
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import NoVariant
-from llmbuild.runtime import reader
+from llmbuild.runtime import ranking, reader
 from llmbuild.runtime.host import runtime_version
 from llmbuild.runtime.model import pick
 from llmbuild.spec.slo import parse_slo
@@ -88,6 +89,18 @@ def test_the_loader_picks_from_a_catalog_of_an_earlier_schema_as_it_is(version: 
         pick(tmp_path, "m", ["itl_p99_s<=1e-9"])
 
 
+@pytest.mark.parametrize("version", VERSIONS[:-1])
+def test_a_dry_run_migrates_nothing(version: int, tmp_path: Path) -> None:
+    with sqlite3.connect(tmp_path / FILE) as connection:
+        connection.executescript((KEPT / f"schema-{version}.sql").read_text())
+    connection.close()
+    before = (tmp_path / FILE).read_bytes()
+    with looked_at(tmp_path) as known:
+        assert known is not None
+        assert known.last_inputs("m")
+    assert (tmp_path / FILE).read_bytes() == before
+
+
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(version: int, tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE) as connection:
@@ -97,8 +110,8 @@ def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(versio
     assert len(every) == 3
     assert [row.get("itl_p99_s") for row in every] == [None] * 3
     late, quick = parse_slo(["itl_p99_s<=1"], None), parse_slo(["tpot_s<=1e9"], None)
-    assert list(reader.leaders(tmp_path, model, None, None, late, machine, 9)) == []
-    assert list(reader.leaders(tmp_path, model, None, None, quick, machine, 9))
+    assert ranking.leaders(tmp_path, model, None, None, late, machine, 9) == []
+    assert ranking.leaders(tmp_path, model, None, None, quick, machine, 9)
     assert reader.variants(tmp_path, slo=late) == []
 
 
@@ -113,4 +126,4 @@ def test_an_estimate_of_energy_is_inside_no_bound_and_leads_nothing(tmp_path: Pa
         bounded, led = parse_slo(["energy_j_per_token<=1"], "tpot_s"), parse_slo([], "energy_j_per_token")
         assert bool(reader.variants(folder, slo=bounded)) is inside
         for slo in (bounded, led):
-            assert bool(list(reader.leaders(folder, model, None, None, slo, machine, 9))) is inside
+            assert bool(ranking.leaders(folder, model, None, None, slo, machine, 9)) is inside

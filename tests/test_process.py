@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import resource
 import shlex
 import subprocess
 import sys
@@ -27,6 +28,14 @@ def python(code: str, output: Path, limits: Limits = BRIEF) -> Failure | None:
 def test_a_tool_that_writes_its_file_did_its_work(tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert python(f"open({str(out)!r}, 'w').write('x')", out) is None
+
+
+@pytest.mark.parametrize("asked", [0, 1 << 33])
+def test_addresses_are_bounded_as_asked_and_not_at_all_by_0(asked: int, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    code = f"import resource; open({str(out)!r}, 'w').write(str(resource.getrlimit(resource.RLIMIT_AS)[0]))"
+    assert python(code, out, Limits(20, asked)) is None
+    assert int(out.read_text()) == (asked or resource.getrlimit(resource.RLIMIT_AS)[0])
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +15,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
+from llmbuild.process import Limits
 from llmbuild.profiler import statistics
 from llmbuild.profiler.heldout import read_text
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.noise import Shares, Snapshot, Watch, clock_khz, throttles, told, verdict
 from llmbuild.profiler.protocol import Protocol
+from llmbuild.profiler.protocol import Quality as Reference
 from llmbuild.profiler.rounds import Rounds
 from llmbuild.profiler.worker import log_softmax
+from llmbuild.remeasure import known_of, subject_of
+from llmbuild.runtime import reader
+from llmbuild.runtime.session import Session, Settings
 from llmbuild.search.pairs import LOOKS
+from llmbuild.spec.program import abi_from
 from llmbuild.spec.recipe import Quality
 from llmbuild.spec.workload import Workload
+from tests.conftest import Project
 
 positive = st.floats(1e-6, 1e3)
 
@@ -146,3 +154,34 @@ def test_a_held_out_module_that_is_not_there_is_told() -> None:
     with pytest.raises(InputError, match="no module 'nonesuch'"):
         read_text(Quality(stdlib=("nonesuch",)))
     assert "def heappush" in read_text(Quality(stdlib=("heapq",)))
+
+
+def test_a_device_with_memory_of_its_own_is_read_by_copies_and_says_the_same(
+    built: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = next(r for r in reader.variants(built.catalog, everything=True) if r["default"])
+    settings = Settings("local-sync", 1)
+    files = [reader.blob_path(built.catalog, row[name]) for name in ("artifact", "parameters")]
+    shared = greedy(Session(*files, abi_from(row["abi"]), settings))
+    monkeypatch.setattr("llmbuild.runtime.session.shares_memory", lambda driver: False)
+    assert greedy(Session(*files, abi_from(row["abi"]), settings)) == shared
+
+
+def greedy(session: Session) -> tuple[list[int], bytes]:
+    tokens = [session.prefill([1, 2, 3])]
+    for position in range(3, 9):
+        tokens.append(session.decode(tokens[-1], position))
+    return tokens, session.logits().tobytes()
+
+
+def test_a_load_that_compiles_first_is_told_apart(built: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = next(r for r in reader.variants(built.catalog, everything=True) if r["default"])
+    monkeypatch.setattr("llmbuild.profiler.live.shares_memory", lambda driver: False)
+    live = Live(subject_of(built.catalog, known_of(built.catalog, row)), Limits(seconds=60))
+    try:
+        live.prepare(Workload("short", 8, 8, 32), Reference(None, "none"), 0.0)
+    finally:
+        live.child.close()
+    assert re.fullmatch(r"[0-9.e-]+ s where the driver compiles it first; .*", live.notes["load"])
+    assert live.notes["operators"].startswith("absent: ")
+    assert len(live.readings["load_s"].samples) == 3

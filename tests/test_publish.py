@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ from llmbuild.spec.slo import parse_slo
 from tests.conftest import Project, llmbuild
 from tests.support import registry
 from tests.support.synthetic import THREE, Made, fill, slower
+
+pytestmark = pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # by gcsfs, of whole blobs
 
 ANY = Wanted(parse_slo([], "tpot_s"))
 EVERYTHING = Wanted(parse_slo([], "tpot_s"), everything=True)
@@ -73,14 +76,34 @@ def bucket() -> Iterator[str]:
         server.stop()
 
 
-@pytest.fixture(params=["folder", "s3", "memory", "oci", "docker-registry"])
+@pytest.fixture(scope="module")
+def google() -> Iterator[str]:
+    """A bucket of a Google Cloud Storage emulator on loopback."""
+    emulator = pytest.importorskip("gcp_storage_emulator.server", reason="pip install gcp-storage-emulator")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="shelf")
+    server.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it asks Google what kind of bucket this is
+        pytest.importorskip("gcsfs", reason="pip install gcsfs")
+        import fsspec
+
+        patch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+        yield "gs://shelf"
+    server.stop()
+
+
+@pytest.fixture(params=["folder", "s3", "gs", "memory", "oci", "docker-registry"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     """Every kind of destination there is."""
     name = tmp_path.name.replace("_", "-").replace("[", "").replace("]", "").lower()
     if request.param == "folder":
         yield str(tmp_path / "published")
-    elif request.param == "s3":
-        yield f"{request.getfixturevalue('bucket')}/{name}"
+    elif request.param in ("s3", "gs"):
+        yield f"{request.getfixturevalue({'s3': 'bucket', 'gs': 'google'}[request.param])}/{name}"
     elif request.param == "memory":
         yield f"memory://{name}"
     elif request.param == "oci":

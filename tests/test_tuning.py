@@ -119,6 +119,8 @@ def test_tuning_a_built_variant_is_told_kept_and_not_done_twice(
 ) -> None:
     catalog = tmp_path / "catalog"  # what is kept makes builds stale: other tests' catalog stays as it is
     shutil.copytree(built.catalog, catalog)
+    pins = ("--set", "kernel=compiler", "--set", "opt_level=O2", "--trials", "2")
+    assert llmbuild("build", built.recipe, "-C", catalog, *pins).returncode == 0
     monkeypatch.setattr(dispatches, "ROWS", (1,))
     monkeypatch.setattr(dispatches, "DEPTHS", (16, 64))
     rows = reader.variants(catalog, "tiny", everything=True)
@@ -157,5 +159,9 @@ def test_fronts_of_other_models_are_found_and_ones_own_is_not(built: Project) ->
         targets = {r["target_digest"] for r in rows}
         assert {p.values for p in catalog.fronts_elsewhere("another", "another")} == front
         assert [catalog.fronts_elsewhere("tiny", of) for of in targets] == [[]]
+        (told,) = catalog.trials_elsewhere("another", "llvm-cpu", 4)
+        assert {t.point.values for t in told if t.measurements} >= front
+        assert catalog.trials_elsewhere(told[0].scope, "llvm-cpu", 4) == []
+        assert catalog.trials_elsewhere("another", "cuda", 4) == []
     finally:
         catalog.close()

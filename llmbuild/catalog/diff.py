@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from llmbuild.digest import canonical, short
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.trial import FRONT
 
@@ -89,6 +90,8 @@ def bytes_changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[C
 def _groups(rows: Sequence[Row]) -> dict[Group, dict[str, Row]]:
     found: dict[Group, dict[str, Row]] = {}
     for row in rows:
+        if row["machine_digest"] == NOWHERE:
+            continue  # compiled only: nothing was read that could be compared
         group = (row["model"], row["target"], row["machine_digest"], row["workload"])
         found.setdefault(group, {})[canonical(row["point"])] = row
     return {group: points for group, points in found.items() if any(r["status"] in FRONT for r in points.values())}

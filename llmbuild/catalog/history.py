@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 
-from sqlalchemy import String, cast, func, or_, select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import USABLE, Finished, Trial
+from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
@@ -30,6 +30,20 @@ def trials(session: Session, scope: str) -> list[Trial]:
         .order_by(t.TrialRow.number)
     )
     return [_trial(*row, measured=measured) for row in found]
+
+
+def scopes(session: Session, backend: str, at_most: int) -> list[str]:
+    """Return the scopes that have trials for a backend, those tried last first."""
+    latest = func.max(t.TrialRow.created_at)
+    rows = (
+        select(t.TrialRow.scope)
+        .join(t.VariantRow, t.VariantRow.digest == t.TrialRow.variant)
+        .join(t.TargetRow, t.TargetRow.digest == t.VariantRow.target)
+        .where(t.TargetRow.body["backend"].as_string() == backend)
+        .group_by(t.TrialRow.scope)
+        .order_by(latest.desc(), t.TrialRow.scope)
+    )
+    return list(session.scalars(rows.limit(at_most)))
 
 
 def fronts_elsewhere(session: Session, model: str, target: str) -> list[Point]:
@@ -93,26 +107,6 @@ def _measurement(row: t.MeasurementRow) -> Measurement:
         session=row.session,
         protocol=row.protocol,
     )
-
-
-def finished(session: Session, scope: str) -> list[Finished]:
-    """Return the trials of a scope that need not be tried again, without what was measured."""
-    query = (
-        select(t.VariantRow.point, t.VariantRow.digest, t.VariantRow.is_default)
-        .join(t.TrialRow, t.TrialRow.variant == t.VariantRow.digest)
-        .outerjoin(t.FailureRow, t.FailureRow.id == t.TrialRow.failure)
-        .where(t.TrialRow.scope == scope, or_(t.TrialRow.failure.is_(None), t.FailureRow.lasting))
-    )
-    told = cast(t.MeasurementRow.notes, String).like('%"reused"%')
-    reused = set(session.scalars(select(t.MeasurementRow.variant).where(t.MeasurementRow.scope == scope, told)))
-    return [Finished(Point.of(row[0]), row[1], row[2], row[1] in reused) for row in session.execute(query)]
-
-
-def usable(session: Session, model: str, target: str, machine: str) -> int:
-    """Return how many variants of a recipe on a target and machine can be used."""
-    row, good = t.StandingRow, USABLE
-    where = (row.model == model, row.target == target, row.machine == machine, row.status.in_(good))
-    return session.scalar(select(func.count(row.variant.distinct())).where(*where)) or 0
 
 
 def compiled(session: Session, lineage: str) -> list[Point]:

@@ -19,6 +19,7 @@ from llmbuild.catalog import tables as t
 from llmbuild.catalog.references import collected, references
 from llmbuild.catalog.writer import Catalog
 from llmbuild.digest import short
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.trial import FRONT
 
 Row = dict[str, Any]
@@ -136,7 +137,7 @@ def _standings(session: Session, rows: list[Row], done: Merged) -> None:
         if (*group, row["variant"]) in known:
             continue
         values = {k: v for k, v in row.items() if k not in ("id", "failure")}
-        if group in ours:
+        if group in ours and row["machine"] != NOWHERE:
             mixed.add(row["model"])
             if row["status"] in FRONT:
                 values |= {"status": "undecided", "confidence": None, "reason": UNRANKED}

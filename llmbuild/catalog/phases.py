@@ -10,6 +10,7 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from llmbuild import digest
 from llmbuild.catalog import tables as t
+from llmbuild.catalog.known import name_of
 from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 from llmbuild.digest import plain
@@ -64,16 +65,12 @@ def winners_of(catalog: Catalog, target: str, compiler: str) -> str:
 
     They become a row of their own, so that the name says what they are whatever is found later.
     """
-    with catalog.session() as session:
-        rows = [r for r in session.scalars(select(t.TuningRow)) if r.configuration]
-    of = [r for r in rows if (r.inputs["target"], r.inputs["compiler"]) == (target, compiler)]
-    found = {r.inputs["signature"]: r.configuration for r in of}
+    found = catalog.tunings(target, compiler)
     if not found:
         return ""
-    name = digest.of(found)
-    if find_tuning(catalog, name) is None:
-        record_tuning(catalog, name, {"winners": found}, Tuned("", 1.0, ()))
-    return digest.short(name)
+    if find_tuning(catalog, digest.of(found)) is None:
+        record_tuning(catalog, digest.of(found), {"winners": found}, Tuned("", 1.0, ()))
+    return name_of(found)
 
 
 def winners(catalog: Catalog, name: str) -> dict[str, str]:

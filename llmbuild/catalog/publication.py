@@ -15,8 +15,9 @@ from sqlalchemy.orm import Session
 import llmbuild
 from llmbuild import digest
 from llmbuild.catalog import tables as t
+from llmbuild.catalog.place import FILE
 from llmbuild.catalog.references import front_variants, references
-from llmbuild.catalog.schema import FILE, SCHEMA_VERSION
+from llmbuild.catalog.schema import SCHEMA_VERSION
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.spec.slo import METRICS

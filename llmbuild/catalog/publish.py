@@ -59,11 +59,11 @@ def publish(
         if changed:
             place.finish(pointer, publication)
     _record(catalog, publication)
-    sizes = [path.stat().st_size for path in publication.blobs.values() if path.exists()]
-    return Sent(publication.digest, len(publication.blobs), sum(sizes), *sent, changed, signature is not None)
+    return Sent(publication.digest, len(publication.blobs), *sent, changed, signature is not None)
 
 
-def _send(place: Remote, publication: Publication, folder: Path, tell: Tell) -> tuple[int, int]:
+def _send(place: Remote, publication: Publication, folder: Path, tell: Tell) -> tuple[int, int, int]:
+    """Send what is missing; return the bytes of all, and how many blobs and bytes were sent."""
     manifest = folder / "manifest.json"
     manifest.write_bytes(publication.manifest)
     blobs = {**publication.blobs, publication.digest: manifest}
@@ -75,7 +75,7 @@ def _send(place: Remote, publication: Publication, folder: Path, tell: Tell) -> 
             count, sent = count + 1, sent + size
         done += size
         tell(name, done, total)
-    return count, sent
+    return total, count, sent
 
 
 def _same(place: Remote, pointer: Pointer) -> bool:

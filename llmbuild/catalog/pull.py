@@ -12,8 +12,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.catalog.merge import merge
-from llmbuild.catalog.remote import Remote, remote
-from llmbuild.catalog.schema import FILE, PUBLISHED_FILE, exists
+from llmbuild.catalog.place import FILE, PUBLISHED_FILE, exists
+from llmbuild.catalog.remote import Remote, remote, renamed, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant
@@ -67,6 +67,8 @@ def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = l
     Raises:
         CatalogError, InputError, LoadRefused, NoVariant: what is wrong, where, and what to do.
     """
+    if "://" not in location and Path(location).resolve() == into.resolve():
+        raise InputError(f"{location}: is where it would be pulled into: name another folder with -C")
     source = _source(location, rule)
     built = exists(into) and not (into / PUBLISHED_FILE).is_file()
     store = BlobStore(into)
@@ -129,7 +131,18 @@ def _database(source: _Source, folder: Path) -> Path:
 
 
 def _take(source: _Source, store: BlobStore, name: str, kind: str) -> None:
-    if not store.take(name, lambda path: source.place.fetch(name, path)):
+    def fetch(path: Path) -> None:
+        try:
+            source.place.fetch(name, path)
+        except CatalogError as error:
+            if not source.pointer.get("partial"):
+                raise
+            whole = source.pointer.get("source", "where it came from")
+            raise CatalogError(
+                f"{source.place.location}: was pulled in part and lacks {kind} {name[:12]}: pull from {whole}"
+            ) from error
+
+    if not store.take(name, fetch):
         raise LoadRefused(
             f"{source.place.location}: {kind} {name[:12]} has other bytes than the manifest says: it was changed or "
             "cut short after it was published; have it published again"
@@ -190,10 +203,8 @@ def _mirror(source: _Source, store: BlobStore, into: Path, database: Path, compl
     name = store.put_file(database)
     pointer = {**source.pointer, "source": source.place.location, "partial": not complete}
     for file, data in ((PUBLISHED_FILE, json.dumps(pointer, indent=1).encode() + b"\n"), (FILE, None)):
-        temporary = into / f".{file}-{name[:12]}"
-        temporary.write_bytes(store.path(name).read_bytes() if data is None else data)
-        temporary.chmod(0o444)
-        temporary.replace(into / file)
+        with told(str(into)):
+            renamed(into / file, store.path(name).read_bytes() if data is None else data)
 
 
 def _merge(folder: Path, into: Path) -> None:

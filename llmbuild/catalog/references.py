@@ -10,7 +10,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.schema import PUBLISHED_FILE
+from llmbuild.catalog.place import PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
 from llmbuild.spec.space import TUNING, UNTUNED
 from llmbuild.spec.trial import FRONT
@@ -85,26 +85,6 @@ def published_blobs(folder: Path) -> set[str]:
 def collected(session: Session) -> set[str]:
     """Return the blobs that `gc` removed on purpose."""
     return set(session.scalars(select(t.CollectedRow.digest)))
-
-
-def lost(session: Session, blobs: BlobStore) -> dict[str, set[str]]:
-    """Return, by variant, the artifact and parameters that should be there and are not, or not whole.
-
-    What `gc` removed is missed only while the variant stands on a front.
-    """
-    alive, gone = front_variants(session), collected(session)
-    rows = session.execute(
-        select(t.VariantRow.digest, t.VariantRow.artifact, t.ProgramRow.parameters)
-        .join(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
-        .where(t.VariantRow.artifact.is_not(None))
-    )
-    known: dict[str, bool] = {}
-    found: dict[str, set[str]] = {}
-    for variant, *names in rows:
-        for name in map(str, names):
-            if (variant in alive or name not in gone) and not known.setdefault(name, blobs.intact(name)):
-                found.setdefault(variant, set()).add(name)
-    return found
 
 
 def is_published(folder: Path) -> bool:

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from llmbuild.catalog.place import FILE, PUBLISHED_FILE
 from llmbuild.catalog.publication import Publication
-from llmbuild.catalog.schema import FILE, PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError, InputError
 
@@ -92,11 +92,12 @@ class Folder:
         with told(self.location):
             if (self.folder / FILE).is_file() and not (self.folder / PUBLISHED_FILE).is_file():
                 raise CatalogError(f"{self.location}: holds a catalog that is built in: publish to another folder")
-            _renamed(self.folder / PUBLISHED_FILE, (json.dumps(pointer, indent=1) + "\n").encode())
-            _renamed(self.folder / FILE, self.blobs.path(body["catalog"]["digest"]).read_bytes())
+            renamed(self.folder / PUBLISHED_FILE, (json.dumps(pointer, indent=1) + "\n").encode())
+            renamed(self.folder / FILE, self.blobs.path(body["catalog"]["digest"]).read_bytes())
 
 
-def _renamed(path: Path, data: bytes) -> None:
+def renamed(path: Path, data: bytes) -> None:
+    """Write a file that is only read from then on; it appears, or replaces an earlier one, at once."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(data)
@@ -119,8 +120,9 @@ class Filesystem:
             raise InputError(f"{location}: needs fsspec: pip install 'llmbuild[publish]'") from None
         self.location = location.rstrip("/")
         try:
-            self.system, self.root = fsspec.core.url_to_fs(self.location)
-        except (ImportError, ValueError) as error:
+            with told(location):
+                self.system, self.root = fsspec.core.url_to_fs(self.location)
+        except (ImportError, ValueError, TypeError) as error:
             raise InputError(f"{location}: {error}") from None
         protocol = self.system.protocol
         self.whole = bool(set([protocol] if isinstance(protocol, str) else protocol) & set(self.OBJECTS))

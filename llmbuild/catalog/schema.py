@@ -6,21 +6,20 @@ import contextlib
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from llmbuild.catalog.place import FILE, PUBLISHED_FILE, URL_FILE
 from llmbuild.errors import CatalogError
+from llmbuild.runtime.reader import connected
 
 SCHEMA_VERSION = 5
-FILE = "catalog.sqlite"
-URL_FILE = "catalog.url"
-"""In a catalog whose rows are in a server: one line, the server's URL. Blobs and locks stay in the folder."""
-PUBLISHED_FILE = "latest.json"
-"""In a published folder; such a catalog is only read."""
 BUSY_SECONDS = 60
 WRITER = 0x6C6C6D62
 """Number of the advisory lock that makes a Postgres catalog's writers take turns."""
@@ -61,11 +60,6 @@ def folder_of(location: str) -> Path:
     return folder
 
 
-def exists(folder: Path) -> bool:
-    """Say whether there is a catalog in `folder`; nothing is made."""
-    return any((folder / name).is_file() for name in (FILE, URL_FILE))
-
-
 def open_engine(folder: Path) -> Engine:
     """Return an engine on the catalog in `folder`, made or migrated if need be.
 
@@ -88,6 +82,28 @@ def open_engine(folder: Path) -> Engine:
         if found != SCHEMA_VERSION:
             _migrate(engine)
     return engine
+
+
+@contextlib.contextmanager
+def migrated_copy(folder: Path) -> Iterator[Path]:
+    """Give a folder with the rows of a catalog, brought to the newest schema; the catalog itself stays as it is.
+
+    Raises:
+        CatalogError: rows in a server, which are not copied; or what `open_engine` finds wrong.
+    """
+    if (folder / URL_FILE).is_file():
+        raise CatalogError(f"{folder}: is of an earlier schema: any build but a dry run brings it to the newest")
+    if (folder / PUBLISHED_FILE).is_file():
+        open_engine(folder)
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        copy = Path(name)
+        with told(folder), closing(connected(folder / FILE)) as source, closing(sqlite3.connect(copy / FILE)) as target:
+            source.backup(target)
+        try:
+            open_engine(copy).dispose()
+        except CatalogError as error:
+            raise CatalogError(str(error).replace(name, str(folder))) from None
+        yield copy
 
 
 def _engine(folder: Path) -> Engine:
@@ -165,6 +181,14 @@ def told(folder: Path) -> Iterator[None]:
         raise CatalogError(f"{folder}: the catalog cannot be used: {error.orig}; {_advice(str(error.orig))}") from None
     except DatabaseError as error:
         raise CatalogError(f"{folder}: not a catalog, or a damaged one: {error.orig}; restore it from a copy") from None
+    except sqlite3.Error as error:
+        raise CatalogError(f"{folder}: not a catalog, or a damaged one: {error}; restore it from a copy") from None
+    except (FileExistsError, NotADirectoryError):
+        raise CatalogError(
+            f"{folder}: the catalog cannot be used: a file is in the way: name a folder with -C"
+        ) from None
+    except PermissionError as error:
+        raise CatalogError(f"{folder}: the catalog cannot be used: {error.strerror}; {_advice('readonly')}") from None
     except OSError as error:
         raise CatalogError(f"{folder}: the catalog cannot be used: {error.strerror or error}") from None
 

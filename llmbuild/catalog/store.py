@@ -157,5 +157,7 @@ def _sync_folder(folder: Path) -> None:
 def _told(root: Path) -> Iterator[None]:
     try:
         yield
+    except NotADirectoryError:
+        raise CatalogError(f"cannot write to {root}: a file is in the way: name another folder") from None
     except OSError as error:
         raise CatalogError(f"cannot write to {root}: {error.strerror or error}; what was finished is kept") from None

@@ -10,7 +10,7 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import collected, lost, published_blobs, references
+from llmbuild.catalog.references import collected, published_blobs, references
 from llmbuild.catalog.writer import Catalog
 
 REBUILD = "run `llmbuild build` with its recipe: it is made again"
@@ -37,7 +37,7 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
         rows = [*_database(session), *_dangling(session)]
         named = {r.digest: r for r in references(session, catalog.blobs)}
         gone = collected(session)
-        missed = {name for names in lost(session, catalog.blobs).values() for name in names}
+    missed = {name for names in catalog.lost_blobs().values() for name in names}
     kept = published_blobs(catalog.folder)
     sizes = dict(catalog.blobs.digests())
     return [

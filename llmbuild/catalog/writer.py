@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,84 +16,30 @@ from sqlalchemy.orm import Session
 from llmbuild import digest
 from llmbuild.catalog import history, locks
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import lost
+from llmbuild.catalog.known import Known
+from llmbuild.catalog.names import Owner, Registered
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
-from llmbuild.catalog.store import BlobStore
 from llmbuild.digest import plain
-from llmbuild.spec.machine import Machine
-from llmbuild.spec.measurement import Measurement
-from llmbuild.spec.program import Program, abi_from
+from llmbuild.spec.machine import NOWHERE
+from llmbuild.spec.measurement import Measurement, row_of
+from llmbuild.spec.program import Program
 from llmbuild.spec.space import Point
-from llmbuild.spec.target import Target
-from llmbuild.spec.trial import Finished, Standing, Trial
-from llmbuild.spec.variant import Artifact, Failure, Toolchain
+from llmbuild.spec.trial import UNDECIDED, Standing, Trial
+from llmbuild.spec.variant import Artifact, Failure
 
-_MEDIANS = (
-    "ttft_s",
-    "tpot_s",
-    "itl_p99_s",
-    "e2e_s",
-    "output_tokens_per_s",
-    "energy_j_per_token",
-    "peak_memory_bytes",
-    "load_s",
-    "dispatches_per_token",
-    "bandwidth_fraction",
-    "peak_fraction",
-    "quality_kl",
-    "quality_top1",
-    "quality_perplexity",
-)
+COMPILED = "compiled, and never measured"
+_NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
 
-@dataclass(frozen=True)
-class Owner:
-    """What every variant of one build shares: the recipe's name, and digests of target, toolchain and lineage.
-
-    `tokenizer` is a blob, absent for a model without one.
-    """
-
-    model: str
-    target: str
-    toolchain: str
-    lineage: str
-    tokenizer: str | None
-
-
-@dataclass(frozen=True)
-class Registered:
-    """The records every row of a build points at, named by digest."""
-
-    target: Target
-    machine: Machine
-    toolchain: Toolchain
-
-    @property
-    def target_digest(self) -> str:
-        """Name of the target: what decides the code, and what people call it."""
-        return digest.of({"name": self.target.name, **self.target.identity()})
-
-    @property
-    def machine_digest(self) -> str:
-        """Fingerprint of the machine."""
-        return digest.of(self.machine)
-
-    @property
-    def toolchain_digest(self) -> str:
-        """Name of the toolchain."""
-        return digest.of(self.toolchain)
-
-
-class Catalog:
+class Catalog(Known):
     """A catalog open for writing. Blobs go in first, then the row that names them.
 
     All who have it open share a lock, so that `gc`, which opens it `alone`, never takes a blob from under a build.
     """
 
     def __init__(self, folder: Path, alone: bool = False) -> None:
-        self.folder = folder
+        super().__init__(folder)
         self.engine = open_engine(folder)
-        self.blobs = BlobStore(folder)
         with told(folder):
             using = locks.take(folder / ".using", alone, BUSY_SECONDS)
         self._release = weakref.finalize(self, os.close, using)
@@ -125,21 +70,6 @@ class Catalog:
             yield
 
     # --- programs ------------------------------------------------------------------------------------------------
-
-    def find_import(self, key: str) -> Program | None:
-        """Return the program an import made before, if all its blobs are still there."""
-        with self.session() as session:
-            row = session.execute(
-                select(t.ProgramRow)
-                .join(t.ImportRow, t.ImportRow.program == t.ProgramRow.digest)
-                .where(t.ImportRow.key == key)
-            ).scalar()
-            if row is None:
-                return None
-            program = Program(row.module, row.parameters, row.checks, abi_from(row.abi))
-        return (
-            program if all(self.blobs.intact(d) for d in (program.module, program.parameters, program.check)) else None
-        )
 
     def record_import(self, key: str, inputs: dict[str, Any], program: Program, seconds: float) -> None:
         """Keep what an import made."""
@@ -176,19 +106,6 @@ class Catalog:
             _replace(session, t.ReferenceRow, values)
 
     # --- artifacts -----------------------------------------------------------------------------------------------
-
-    def find_compile(self, key: str) -> Artifact | None:
-        """Return the artifact a compile made before, if its blob is still there and whole."""
-        with self.session() as session:
-            row = session.execute(
-                select(t.ArtifactRow)
-                .join(t.CompileRow, t.CompileRow.artifact == t.ArtifactRow.digest)
-                .where(t.CompileRow.key == key)
-            ).scalar()
-            if row is None:
-                return None
-            artifact = Artifact(row.digest, row.size_bytes, row.runtime)
-        return artifact if self.blobs.intact(artifact.digest) else None
 
     def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
         """Keep what a compile made."""
@@ -259,10 +176,16 @@ class Catalog:
         session.flush()
         return row.id
 
-    def record_compiled(self, trial: Trial, owner: Owner) -> None:
-        """Keep a variant that was compiled and not measured."""
+    def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str]) -> None:
+        """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is."""
+        row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
+            same = (t.StandingRow.variant == trial.variant, t.StandingRow.model == owner.model)
+            known = set(session.scalars(select(t.StandingRow.workload).where(*same)))
+            session.execute(upsert(t.MachineRow).values(_NOWHERE).on_conflict_do_nothing())
+            for workload in sorted(set(workloads) - known):
+                session.add(t.StandingRow(**row, workload=workload, machine=NOWHERE, status=UNDECIDED, reason=COMPILED))
 
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""
@@ -274,30 +197,16 @@ class Catalog:
         with self.session(write=True) as session:
             session.execute(_measurement_upsert(scope, measurement))
 
-    def forget(self, scope: str) -> None:
-        """Forget the trials of a scope (`-B`); blobs, imports and compiles stay."""
-        with self.session(write=True) as session:
-            session.execute(delete(t.TrialRow).where(t.TrialRow.scope == scope))
-
-    def finished(self, scope: str) -> list[Finished]:
-        """Return the trials of a scope that need not be tried again, without reading what was measured."""
-        with self.session() as session:
-            return history.finished(session, scope)
-
-    def usable(self, model: str, target: str, machine: str) -> int:
-        """Return how many variants of a recipe on a target and machine can be used."""
-        with self.session() as session:
-            return history.usable(session, model, target, machine)
-
-    def lost(self) -> set[str]:
-        """Return the variants whose artifact or parameters should be there and are not, or not whole."""
-        with self.session() as session:
-            return set(lost(session, self.blobs))
-
     def trials(self, scope: str) -> list[Trial]:
         """Return the finished trials of a scope, in the order in which they were made."""
         with self.session() as session:
             return history.trials(session, scope)
+
+    def trials_elsewhere(self, scope: str, backend: str, at_most: int) -> list[list[Trial]]:
+        """Return the finished trials of a backend's other scopes (models, targets, machines), the latest first."""
+        with self.session() as session:
+            others = [other for other in history.scopes(session, backend, at_most + 1) if other != scope][:at_most]
+            return [history.trials(session, other) for other in others]
 
     def find_limits(self, machine: str) -> dict[str, Any] | None:
         """Return what was measured of a machine's limits."""
@@ -313,20 +222,6 @@ class Catalog:
             )
 
     # --- builds and standings ------------------------------------------------------------------------------------
-
-    def build_state(self, key: str) -> dict[str, Any] | None:
-        """Return how far a build has come: `seconds`, `raced`, `ended`."""
-        with self.session() as session:
-            row = session.get(t.BuildRow, key)
-            return None if row is None else {"seconds": row.seconds, "raced": row.raced, "ended": row.ended}
-
-    def last_inputs(self, model: str) -> list[dict[str, Any]]:
-        """Return what the builds of a recipe were keyed by, the latest first."""
-        with self.session() as session:
-            rows = session.scalars(
-                select(t.BuildRow).where(t.BuildRow.model == model).order_by(t.BuildRow.created_at.desc())
-            )
-            return [row.inputs for row in rows]
 
     def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
@@ -354,9 +249,11 @@ class Catalog:
     def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
         """Replace the standings of a recipe on a target and machine, all at once."""
         rows = [{"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings]
-        where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == machine)
+        where = (t.StandingRow.model == model, t.StandingRow.target == target)
+        known = t.StandingRow.variant.in_({s.variant for s in standings})
         with self.session(write=True) as session:
-            session.execute(delete(t.StandingRow).where(*where))
+            session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == machine))
+            session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == NOWHERE, known))
             for row in rows:
                 session.add(t.StandingRow(**row))
 
@@ -392,25 +289,5 @@ def _variant_upsert(trial: Trial, owner: Owner) -> Any:
 
 
 def _measurement_upsert(scope: str, m: Measurement) -> Any:
-    readings = {name: m.readings[name].median for name in _MEDIANS if name in m.readings}
-    row = {
-        "key": m.key,
-        "scope": scope,
-        "variant": m.variant,
-        "artifact": m.artifact,
-        "machine": m.machine,
-        "workload": m.workload.name,
-        "workload_body": plain(m.workload),
-        "protocol": m.protocol,
-        **{name: readings.get(name) for name in _MEDIANS},
-        "energy_source": m.energy_source,
-        "energy": m.energy,
-        "session": m.session,
-        "operators": plain(m.operators),
-        "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
-        "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},
-        "samples": {k: list(r.samples) for k, r in m.readings.items()},
-        "notes": dict(m.notes),
-        "created_at": now(),
-    }
+    row = {**row_of(scope, m), "created_at": now()}
     return upsert(t.MeasurementRow).values(row).on_conflict_do_update(index_elements=["key"], set_=row)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from llmbuild.spec.space import Value
-from llmbuild.spec.target import HOST, Target
+from llmbuild.spec.target import CUDA, HOST, METAL, ROCM, VULKAN, Target
 
 Phase = Literal["front", "target", "configure", "translate"]
 """When a flag is read: in the front half (and perhaps later too); when the executable target is written down, which is
@@ -134,8 +134,28 @@ FLAGS: tuple[Flag, ...] = (
 """In the order in which they are said; a knob of the code generation level has exactly one."""
 
 
+_CHIP = {
+    CUDA: ("--iree-hal-target-device=cuda", "--iree-cuda-target={}"),
+    ROCM: ("--iree-hal-target-device=hip", "--iree-rocm-target={}"),
+    VULKAN: ("--iree-hal-target-device=vulkan", "--iree-vulkan-target={}"),
+    METAL: (
+        "--iree-hal-target-device=metal",
+        "--iree-metal-target-platform={}",
+        "--iree-metal-compile-to-metallib=false",  # the driver translates the source when loading: no SDK is needed
+    ),
+}
+"""How a GPU is named; `{}` is the target's `cpu`."""
+
+_FEATURES = {ROCM: "--iree-rocm-target-features={}", VULKAN: "--iree-vulkan-target-features={}"}
+
+
 def target_flags(target: Target) -> list[str]:
     """Return the flags that name the hardware."""
+    if target.attribute:
+        return [f"--iree-hal-target-device={target.attribute}"]
+    if not target.is_cpu:
+        told = [_FEATURES[target.backend].format(",".join(target.features))] if target.features else []
+        return [*(flag.format(target.cpu) for flag in _CHIP[target.backend]), *told]
     flags = [
         "--iree-hal-target-device=local",
         f"--iree-hal-local-target-device-backends={target.backend}",

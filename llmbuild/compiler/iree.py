@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import subprocess
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -16,7 +17,7 @@ from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.errors import InputError
 from llmbuild.process import Limits, run
 from llmbuild.spec.space import Value
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import CUDA, Target
 from llmbuild.spec.variant import Failure
 
 PROBE = """\
@@ -26,10 +27,33 @@ func.func @probe(%a: tensor<4xf32>) -> tensor<4xf32> {
 }
 """
 
+MATVEC = """\
+func.func @probe(%a: tensor<256x512xf16>, %x: tensor<512xf16>) -> tensor<256xf32> {
+  %zero = arith.constant 0.0 : f32
+  %empty = tensor.empty() : tensor<256xf32>
+  %filled = linalg.fill ins(%zero : f32) outs(%empty : tensor<256xf32>) -> tensor<256xf32>
+  %out = linalg.generic {indexing_maps = [affine_map<(n, k) -> (n, k)>, affine_map<(n, k) -> (k)>,
+      affine_map<(n, k) -> (n)>], iterator_types = ["parallel", "reduction"]}
+      ins(%a, %x : tensor<256x512xf16>, tensor<512xf16>) outs(%filled : tensor<256xf32>) {
+  ^bb0(%l: f16, %r: f16, %sum: f32):
+    %wide = arith.extf %l : f16 to f32
+    %also = arith.extf %r : f16 to f32
+    %product = arith.mulf %wide, %also : f32
+    %more = arith.addf %sum, %product : f32
+    linalg.yield %more : f32
+  } -> tensor<256xf32>
+  return %out : tensor<256xf32>
+}
+"""
+"""A matrix-vector product, which is most of decoding, as a program that code is generated for."""
+
+CUDA_CHIPS = "sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_120 sm_121".split()
+"""NVIDIA architectures the compiler has names for; of another one it complains only once code is generated."""
+
 SYSTEM_FEATURES = frozenset(
     "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "
     "xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit x87 mmx "
-    "cx8 crc32 cmov enqcmd hreset kl widekl invlpgb reserve-x18".split()
+    "cx8 crc32 cmov pconfig tsxldtrk enqcmd hreset kl widekl invlpgb reserve-x18".split()
 )
 """Features that generated code for tensors never uses, or that every x86-64 host has; a loader need not check them."""
 
@@ -69,23 +93,60 @@ def compile_module(
     return run(compile_command(module, output, target, point), "compile", limits, output)
 
 
+@cache
+def backends() -> tuple[str, ...]:
+    """Return the names of the backends that the installed compiler was built with."""
+    told = subprocess.run(
+        [str(binary()), "--iree-hal-list-target-backends"], capture_output=True, text=True, check=False
+    )
+    return tuple(line.strip() for line in told.stdout.splitlines()[1:] if line.strip())
+
+
+def check_known(target: Target) -> None:
+    """Refuse a target that the installed compiler has no backend or no name for.
+
+    Raises:
+        InputError: with the way out.
+    """
+    if target.backend not in backends():
+        there = ", ".join(backends()) or "none"
+        raise InputError(
+            f"target {target.name}: the installed compiler has no {target.backend} backend; it has {there}"
+        )
+    if target.backend == CUDA and not target.attribute and target.cpu not in CUDA_CHIPS:
+        raise InputError(
+            f"target {target.name}: the compiler has no name for {target.cpu}; it knows {', '.join(CUDA_CHIPS)}. "
+            "Another chip needs an `attribute` that describes it, as targets/h200.yaml has"
+        )
+
+
+def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
+    """Generate code for a matrix-vector product; None when the compiler does."""
+    with TemporaryDirectory(prefix="llmbuild-") as folder:
+        source = Path(folder) / "matvec.mlir"
+        source.write_text(MATVEC)
+        return compile_module(source, Path(folder) / "matvec.vmfb", target, point, Limits(seconds=60))
+
+
 def resolve(target: Target) -> Target:
     """Return the target with the CPU and features that the compiler itself takes for it; no `host` stays.
 
     Raises:
-        InputError: the compiler does not know this CPU or these features.
+        InputError: the compiler does not know this CPU, this GPU or these features.
     """
+    check_known(target)
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         source, output = Path(folder) / "probe.mlir", Path(folder) / "probe.out"
         source.write_text(PROBE)
-        command = [str(binary()), str(source), *target_flags(target), "--compile-to=executable-sources"]
+        stop = "executable-sources" if target.is_cpu else "executable-configurations"
+        command = [str(binary()), str(source), *target_flags(target), f"--compile-to={stop}"]
         failure = run([*command, "-o", str(output)], "compile", Limits(seconds=60), output)
         if failure:
             raise InputError(
                 f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}"
             )
         text = output.read_text(errors="replace")
-    return _resolved(target, text)
+    return _resolved(target, text) if target.is_cpu else target
 
 
 def _resolved(target: Target, text: str) -> Target:

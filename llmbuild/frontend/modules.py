@@ -82,6 +82,14 @@ class Matrix(nn.Module):
         """Return where an element of an array `[N, columns]` is stored, counted in elements."""
         raise NotImplementedError
 
+    def picked(self, data: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return what is stored of rows i64[1,T,1] and columns i64[K], without scales: [1,T,K].
+
+        By one flat index: indexing several axes with a dynamic T does not lower.
+        """
+        place = self.place(row, column, self.columns)
+        return nibbles.picked(data, place) if self.nibbles else data[place]
+
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """Return x f32[1,T,K] times the transposed matrix: f32[1,T,N]."""
         out = self.product(x)
@@ -90,9 +98,7 @@ class Matrix(nn.Module):
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
         """Return rows i64[1,T] of the matrix: f32[1,T,K]."""
         row, column = rows.unsqueeze(-1), torch.arange(self.columns)
-        place = self.place(row, column, self.columns)
-        data = self.data.flatten()  # one flat index: indexing several axes with a dynamic T does not lower
-        found = (nibbles.picked(data, place) if self.nibbles else data[place]).float()
+        found = self.picked(self.data.flatten(), row, column).float()
         if self.scale is None:
             return found
         if not self.grouped:
@@ -121,6 +127,12 @@ class RowMajor(Matrix):
 
     def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
         return row * columns + column
+
+    def picked(self, data: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        if not self.nibbles:
+            return super().picked(data, row, column)
+        pairs = data[row * (self.columns // 2) + column[: self.columns // 2]].to(torch.int32)
+        return torch.stack((nibbles.low(pairs), nibbles.high(pairs)), -1).flatten(-2)
 
 
 class Packed(Matrix):

@@ -28,9 +28,22 @@ def _(data: torch.Tensor) -> torch.Tensor:
 
 
 def picked(data: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
-    """Return codes int32 at places i64 of the codes in bytes int8[n]: for reads here and there, not of all."""
-    byte = data[place // 2].to(torch.int32)
-    return torch.where(place % 2 == 0, (byte << 28) >> 28, byte >> 4)
+    """Return codes int32 at places i64 of the codes in bytes int8[n]: for reads here and there, not of all.
+
+    Places are halved by a shift: the compiler divides integers in f32, which is wrong beyond 2^24 of them.
+    """
+    byte = data[place >> 1].to(torch.int32)
+    return torch.where(place & 1 == 0, low(byte), high(byte))
+
+
+def low(byte: torch.Tensor) -> torch.Tensor:
+    """Return the first codes int32 of bytes int32."""
+    return (byte << 28) >> 28
+
+
+def high(byte: torch.Tensor) -> torch.Tensor:
+    """Return the second codes int32 of bytes int32."""
+    return byte >> 4
 
 
 def lower(module: ir.Module) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import select
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from typing import Any
 
 from llmbuild.process import Limits, confine, failure_of, stop_group, tail
@@ -24,7 +26,7 @@ class ChildFailed(Exception):
 class Child:
     """One worker process with one artifact."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, env: Mapping[str, str] | None = None) -> None:
         self.limits = limits
         self.command = [sys.executable, "-m", "llmbuild.profiler.worker"]
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -35,6 +37,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             start_new_session=True,
+            env={**os.environ, **env} if env else None,
             preexec_fn=confine(limits),
         )
 

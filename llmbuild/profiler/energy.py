@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import monotonic, sleep
@@ -172,19 +172,25 @@ class Found:
     @property
     def reason(self) -> str:
         """Why there is no better meter, for people."""
-        return "; ".join(a.reason for a in self.absent)
+        return "; ".join(a.reason for a in self.absent) or "no meter reads what this runs on"
 
 
-def find(driver: str, measure_step: bool = False) -> Found:
+def find(driver: str, measure_step: bool = False, meters: Collection[str] | None = None) -> Found:
     """Return the meter of what `driver` runs on, the best first; an estimate only where the user asked for one.
+
+    `meters` are the sources that are of the target's own device; None tries all that there are for boards.
 
     Raises:
         InputError: the user's power model cannot be read.
     """
     from llmbuild.profiler import estimate, nvml, rapl
 
+    board: dict[str, Callable[[], Meter | Absent]] = {
+        "nvml_counter": nvml.find_counter,
+        "nvml_polled": nvml.find_polled,
+    }
     kinds: list[Callable[[], Meter | Absent]] = (
-        [rapl.find] if driver in CPU_DRIVERS else [nvml.find_counter, nvml.find_polled]
+        [rapl.find] if driver in CPU_DRIVERS else [f for name, f in board.items() if meters is None or name in meters]
     )
     if driver in CPU_DRIVERS and estimate.asked():
         kinds.append(estimate.find)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
@@ -13,6 +13,7 @@ from llmbuild.profiler import statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.operators import decode_operators, dispatches
 from llmbuild.profiler.protocol import Quality, Subject
+from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.measurement import Operator, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.variant import Failure
@@ -22,6 +23,8 @@ LOADS = 3
 NOISE = 3.0
 """Allowed error in units of how far the logits move when token vectors move by a millionth: rounding flips steps of
 quantized activations, and random weights amplify that."""
+COLD = {"CUDA_CACHE_DISABLE": "1", "AMD_COMGR_CACHE": "0"}
+"""Environment in which GPU drivers compile what they are given, whatever they compiled before."""
 WHOLE = 1 << 30
 """More output tokens than any workload has: rounds are not shortened."""
 
@@ -76,7 +79,7 @@ class Live:
 
     def __init__(self, subject: Subject, limits: Limits) -> None:
         self.subject = subject
-        self.child = Child(limits)
+        self.child = Child(limits if shares_memory(subject.driver) else replace(limits, memory_bytes=0))
         self.readings: dict[str, Reading] = {}
         self.notes: dict[str, str] = {}
         self.operators: tuple[Operator, ...] = ()
@@ -92,6 +95,8 @@ class Live:
         """
         opened = self.open(LOADS)
         self.readings["load_s"] = statistics.median_of(opened)
+        if not shares_memory(self.subject.driver):
+            self._cold()
         self.warm(workload, warmup_s)
         peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
         if peak is not None:
@@ -99,6 +104,16 @@ class Live:
         self._check()
         self._score(quality)
         self._count()
+
+    def _cold(self) -> None:
+        """Open once in a process that takes nothing from the driver's cache of compiled code, and note the seconds."""
+        warm, child = self.child, Child(self.child.limits, COLD)
+        self.child = child
+        try:
+            self.notes["load"] = f"{self.open(1)[0]:.3g} s where the driver compiles it first; load_s is without that"
+        finally:
+            self.child = warm
+            child.close()
 
     @property
     def prepared(self) -> Prepared:
@@ -136,6 +151,7 @@ class Live:
             abi=s.abi,
             driver=s.driver,
             workers=s.workers,
+            meters=s.meters,
             times=times,
         )
         return list(opened["load_s"])
@@ -201,6 +217,9 @@ class Live:
     def _count(self) -> None:
         """Count and time the dispatches of a decode step; a tool that fails leaves a note, not a failed variant."""
         s = self.subject
+        if not shares_memory(s.driver):
+            self.notes["operators"] = "absent: dispatches are counted and timed on CPU drivers alone"
+            return
         found = decode_operators(s.artifact_path, s.parameters_path, abi_from(s.abi), self.child.limits)
         if isinstance(found, Failure):
             self.notes["operators"] = f"absent: {found.reason}"

@@ -43,11 +43,17 @@ class Board:
     handle: Any
 
     def conditions(self) -> dict[str, float | str]:
-        """Return SM clock, temperature and power limit now, and what holds the clock back; what is not told is out."""
+        """Return clocks, temperature, power, its limit and memory now, and what holds the clock back.
+
+        What the board does not tell is left out.
+        """
         api, told = self.api, dict[str, float | str]()
         asked: dict[str, Callable[[], float]] = {
             "sm_clock_mhz": lambda: float(api.nvmlDeviceGetClockInfo(self.handle, api.NVML_CLOCK_SM)),
             "temperature_c": lambda: float(api.nvmlDeviceGetTemperature(self.handle, api.NVML_TEMPERATURE_GPU)),
+            "memory_clock_mhz": lambda: float(api.nvmlDeviceGetClockInfo(self.handle, api.NVML_CLOCK_MEM)),
+            "memory_used_bytes": lambda: float(api.nvmlDeviceGetMemoryInfo(self.handle).used),
+            "power_w": lambda: api.nvmlDeviceGetPowerUsage(self.handle) / 1e3,
             "power_limit_w": lambda: api.nvmlDeviceGetPowerManagementLimit(self.handle) / 1e3,
         }
         for name, ask in asked.items():
@@ -161,15 +167,28 @@ class _PolledWindow:
             self._taken.append((self._meter.clock(), watts))
 
 
-def _board(api: Any, source: Source) -> Board | Absent:
-    """Return the GPU that a process would use, or why it cannot be metered."""
+def name(api: Any = None) -> str:
+    """Return the GPU that a process would use, and its driver's version; empty where there is none."""
+    board = _board(api, COUNTER, shared=True)
+    if isinstance(board, Absent):
+        return ""
+    try:
+        told = [board.api.nvmlDeviceGetName(board.handle), board.api.nvmlSystemGetDriverVersion()]
+    except board.api.NVMLError:
+        return ""
+    chip, driver = (text.decode() if isinstance(text, bytes) else str(text) for text in told)
+    return f"{chip}, driver {driver}"
+
+
+def _board(api: Any, source: Source, shared: bool = False) -> Board | Absent:
+    """Return the GPU that a process would use, or why it cannot be metered; one that is `shared` may be named."""
     if api is None:
         try:
             api = importlib.import_module("pynvml")
         except ImportError:
             return Absent(source, "no NVML: pip install nvidia-ml-py")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if visible.startswith("MIG-"):
+    if visible.startswith("MIG-") and not shared:
         return Absent(source, "a MIG instance has no energy reading of its own: NVML's is the whole board's")
     try:
         api.nvmlInit()
@@ -178,7 +197,7 @@ def _board(api: Any, source: Source) -> Board | Absent:
         named = visible.startswith("GPU-")
         index = int(visible) if visible.isdigit() else 0
         handle = api.nvmlDeviceGetHandleByUUID(visible) if named else api.nvmlDeviceGetHandleByIndex(index)
-        if _mig(api, handle):
+        if not shared and _mig(api, handle):
             return Absent(source, "MIG is on: the board's energy is that of all its instances together")
     except api.NVMLError as error:
         return Absent(source, f"no NVIDIA GPU to meter: {error}")

@@ -54,6 +54,8 @@ class Subject:
     workers: int
     tolerance: float
     parameter_bytes: int = 0
+    meters: tuple[str, ...] = ()
+    """Sources of energy readings that are of what the artifact runs on."""
     integer: bool = False
     """Whether the weights are integers: the prompt is then held against the integer peak where there is one."""
 

@@ -96,29 +96,57 @@ def buffer_bytes(workers: int) -> int:
     return -(-wanted // piece) * piece
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Limit kernels for one machine: their MLIR, how many workers share them, and what they are called with."""
+
+    source: str
+    workers: tuple[int, ...]
+    features: tuple[str, ...]
+    read_bytes: int
+
+    def body(self) -> dict[str, Any]:
+        """Return the plan as JSON, without the MLIR."""
+        return {"workers": list(self.workers), "features": list(self.features), "read_bytes": self.read_bytes}
+
+
+def plan_from(source: str, body: dict[str, Any]) -> Plan:
+    """Return a plan from its JSON form."""
+    return Plan(source, tuple(body["workers"]), tuple(body["features"]), body["read_bytes"])
+
+
+def plan(size: int = 0) -> Plan:
+    """Return what measures this host; `size` is the buffer's bytes, a multiple of 512 for each core; 0 chooses."""
+    cores, features = host.cores(), host.features()
+    counts, size = sorted({1, cores}), size or buffer_bytes(cores)
+    return Plan(limits.module(features, counts, size), tuple(counts), tuple(sorted(features)), size)
+
+
 def measure(compile_: Compile, seconds: float = 3.0, size: int = 0) -> Roofline | Failure:
     """Compile the limit kernels, run them in a process of their own for about `seconds` and return the limits.
 
-    `size` is the buffer's bytes, a multiple of 512 for each core; 0 chooses. What disturbed it stands in the notes.
+    What disturbed it stands in the notes.
     """
-    cores, features = host.cores(), host.features()
-    counts, size = sorted({1, cores}), size or buffer_bytes(cores)
+    planned = plan(size)
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         source, artifact = Path(folder) / "limits.mlir", Path(folder) / "limits.vmfb"
-        source.write_text(limits.module(features, counts, size))
-        failure = compile_(source, artifact)
-        if failure is not None:
-            return failure
-        before = noise.snapshot()
-        try:
-            taken = _samples(artifact, counts, features, size, seconds)
-        except ChildFailed as error:
-            return error.failure
-        noisy = noise.verdict(before, noise.snapshot(), cores)
+        source.write_text(planned.source)
+        return compile_(source, artifact) or read(planned, artifact, seconds)
+
+
+def read(planned: Plan, artifact: Path, seconds: float) -> Roofline | Failure:
+    """Run compiled limit kernels on this host and return its limits."""
+    features, size = frozenset(planned.features), planned.read_bytes
+    before = noise.snapshot()
+    try:
+        taken = _samples(artifact, list(planned.workers), features, size, seconds)
+    except ChildFailed as error:
+        return error.failure
+    noisy = noise.verdict(before, noise.snapshot(), max(planned.workers))
     notes = [f"noise: {noisy}"] if noisy else []
     if not limits.has_int8(features):
         notes.append("int8: no kernel for this machine's int8 instructions; the f32 peak alone is given")
-    found = [_rates(n, taken, features, size) for n in counts]
+    found = [_rates(n, taken, features, size) for n in planned.workers]
     return Roofline(found[0], found[-1], size, tuple(notes))
 
 

@@ -46,7 +46,7 @@ class Worker:
 
     def __init__(self) -> None:
         self._session: Session | None = None
-        self._driver = ""
+        self._driver, self._meters = "", tuple[str, ...]()
         self._found: Found | None = None
 
     @property
@@ -59,7 +59,7 @@ class Worker:
     def open(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open the artifact `times` times; the last one stays."""
         seconds = []
-        self._driver = request["driver"]
+        self._driver, self._meters = request["driver"], tuple(request["meters"])
         for _ in range(request["times"]):
             self._session = None
             begin = perf_counter()
@@ -131,7 +131,7 @@ class Worker:
 
     def meter(self, _: dict[str, Any]) -> dict[str, Any]:
         """Find the meter of what the artifact runs on, and say why a better one is not there."""
-        self._found = self._found or find(self._driver, measure_step=True)
+        self._found = self._found or find(self._driver, measure_step=True, meters=self._meters)
         meter = self._found.meter
         if meter is None:
             return {"source": None, "reason": self._found.reason}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.slo import METRICS, Slo, absence, measured
+from llmbuild.spec.target import BACKENDS, LLVM_CPU
 from llmbuild.spec.trial import FRONT
 
 
@@ -23,7 +26,12 @@ class HostFacts:
     memory_bytes: int | None
     machine: str
     """Fingerprint: rows measured on this very machine are preferred to all others."""
+    device_lacks: Callable[[str], str] = lambda driver: f"no {driver} device is known of it"
+    """Why it has no device for one of IREE's GPU drivers, empty where it has; asked only where a row is for a GPU."""
 
+
+UNMEASURED = "never measured: `llmbuild profile` on this host does"
+"""What is said of a row that was compiled for a host like this and never run on one."""
 
 _MEND = "`llmbuild build RECIPE` here makes one that fits"
 
@@ -37,16 +45,25 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
     if not same_minor(row["runtime"], host.runtime):
         need = minor(row["runtime"])
         return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
-    target = row["target_body"]
-    if target["arch"] != host.arch:
-        return f"is for {target['arch']}, this host is {host.arch}: {_MEND}"
-    missing = sorted(set(target["requires"]) - host.features)
-    if missing:
-        return f"needs CPU features this host lacks: {' '.join(missing)}: {_MEND}"
+    why = _unfit(row["target_body"], host)
+    if why:
+        return f"{why}: {_MEND}"
     peak = row.get("peak_memory_bytes")
     if peak and host.memory_bytes is not None and peak > host.memory_bytes:
         return f"needs {peak / 1e6:.0f} MB of memory, {host.memory_bytes / 1e6:.0f} MB are available"
     return ""
+
+
+def _unfit(target: dict[str, Any], host: HostFacts) -> str:
+    """Return what of a target the host does not have. Which chip is behind a GPU's driver is the driver's to check."""
+    kind = BACKENDS.get(target.get("backend", LLVM_CPU), BACKENDS[LLVM_CPU])
+    if kind is not BACKENDS[LLVM_CPU]:
+        lacks = host.device_lacks(kind.device)
+        return f"is for {target['backend']}, and this host has none: {lacks}" if lacks else ""
+    if target["arch"] != host.arch:
+        return f"is for {target['arch']}, this host is {host.arch}"
+    missing = sorted(set(target["requires"]) - host.features)
+    return f"needs CPU features this host lacks: {' '.join(missing)}" if missing else ""
 
 
 def choose(
@@ -55,7 +72,8 @@ def choose(
     """Return the pick: what runs here, meets every bound and is best in the objective.
 
     Where rows measured on this very machine can be opened, rows of other machines are passed over: another
-    machine's seconds say nothing of this one's. `absent` says why a row's files are not here; empty where they are.
+    machine's seconds say nothing of this one's. Where there are none, `ladder` ranks what others measured, and what
+    nobody has. `absent` says why a row's files are not here; empty where they are.
     """
     runnable = [(row, refusal(row, host) or (absent(row) if absent else "")) for row in rows]
     here = any(not why and row["machine_digest"] == host.machine for row, why in runnable)
@@ -63,20 +81,66 @@ def choose(
     usable: list[dict[str, Any]] = []
     for row, why in runnable:
         if not why and here and row["machine_digest"] != host.machine:
-            why = f"was measured on another machine ({row['machine']})"
+            why = f"was measured on another machine ({row['machine']})" if is_measured(row) else UNMEASURED
         if not why and row["status"] not in FRONT:
             why = f"is {row['status']}" + (f": {row['reason']}" if row.get("reason") else "")
         if not why:
             usable.append(row)
-            why = "; ".join(slo.misses(row))
-            if not why and measured(row, slo.objective) is None:
-                why = f"{slo.objective} is {absence(row, slo.objective)}"
+            why = _missed(row, slo)
         candidates.append(Candidate(row, not why, why))
-    accepted = sorted((c.row for c in candidates if c.accepted), key=lambda r: _rank(r, slo))
+    accepted = ladder([c.row for c in candidates if c.accepted], slo)
     chosen = accepted[0] if accepted else None
     nearest = None if chosen else min(usable, key=slo.distance, default=None)
-    done = tuple(_beaten(c, chosen, slo) for c in candidates)
+    done = tuple(_told(c, chosen, slo, here) for c in candidates)
     return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf, tuple(accepted[1:]))
+
+
+def is_measured(row: dict[str, Any]) -> bool:
+    """Say whether a row has readings of any machine."""
+    return bool(row["machine_digest"] != NOWHERE)
+
+
+def tier(row: dict[str, Any]) -> int:
+    """Return the height of a row's target on the ladder: a target that asks for more of a host stands above."""
+    return len(row["target_body"]["requires"])
+
+
+def _missed(row: dict[str, Any], slo: Slo) -> str:
+    """Return what of an SLO a row misses; an objective that nobody has read bars no row that nobody has measured."""
+    why = "; ".join(slo.misses(row))
+    if why and not is_measured(row):
+        return f"{why}; {UNMEASURED}"
+    if not why and is_measured(row) and measured(row, slo.objective) is None:
+        return f"{slo.objective} is {absence(row, slo.objective)}"
+    return why
+
+
+def ladder(rows: Sequence[dict[str, Any]], slo: Slo) -> list[dict[str, Any]]:
+    """Return rows that may be opened here and meet the bounds, the best first.
+
+    Rows of one machine are ranked by their readings. Of several machines, whose readings are no match for each other,
+    the one with the highest tier at its head goes first. A row that nobody has measured goes to the front where its
+    choices are those of the best row and its tier is higher, else to the end, the higher tier first.
+    """
+    by_machine: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted((r for r in rows if is_measured(r)), key=lambda r: _rank(r, slo)):
+        by_machine.setdefault(row["machine_digest"], []).append(row)
+    groups = sorted(by_machine.values(), key=lambda found: (-tier(found[0]), _rank(found[0], slo)))
+    read = [row for found in groups for row in found]
+    unread = sorted((r for r in rows if not is_measured(r)), key=_unread_rank)
+    best = read[0] if read else None
+    above = [r for r in unread if best and _choices(r) == _choices(best) and tier(r) > tier(best)]
+    return [*above, *read, *(r for r in unread if r not in above)]
+
+
+def _choices(row: dict[str, Any]) -> Any:
+    stored = row.get("choices")
+    return json.loads(stored) if isinstance(stored, str) else stored or row.get("point")
+
+
+def _unread_rank(row: dict[str, Any]) -> tuple[int, bool, float, str]:
+    """Sort by tier; where no reading speaks for another choice, the compiler's defaults go first."""
+    return (-tier(row), not row.get("default"), float(row.get("parameter_bytes") or math.inf), str(row["variant"]))
 
 
 def told_nothing(made: Pick, slo: Slo, model: str) -> str:
@@ -86,7 +150,7 @@ def told_nothing(made: Pick, slo: Slo, model: str) -> str:
         reasons = sorted({c.reason for c in made.candidates})
         return f"no variant of {model} can be used on this host: {'; '.join(reasons[:3])}"
     near = made.nearest
-    missed = "; ".join(slo.misses(near)) or f"{slo.objective} is absent"
+    missed = _missed(near, slo) or f"{slo.objective} is absent"
     return (
         f"no variant of {model} meets {bounds or slo.objective}; the nearest is {digest.short(near['variant'])}: "
         f"{missed} (distance {made.distance:.3g})"
@@ -104,11 +168,23 @@ def _rank(row: dict[str, Any], slo: Slo) -> tuple[float, float, float, str]:
     )
 
 
-def _beaten(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo) -> Candidate:
-    if not candidate.accepted or chosen is None or candidate.row is chosen:
+def _told(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo, here: bool) -> Candidate:
+    """Return an accepted candidate with why it was not chosen, or on what grounds it was where nothing is read here."""
+    row = candidate.row
+    if not candidate.accepted or chosen is None or (row is chosen and here):
         return candidate
-    mine, best = candidate.row[slo.objective], chosen[slo.objective]
-    return Candidate(candidate.row, True, f"meets the SLO, but {slo.objective} is {mine:.4g} against {best:.4g}")
+    mine, best = row[slo.objective], chosen[slo.objective]
+    if row is chosen:
+        why = f"read on another machine ({row['machine']})" if is_measured(row) else f"the highest tier; {UNMEASURED}"
+    elif not is_measured(row):
+        why = f"meets the SLO, but {UNMEASURED}"
+    elif not is_measured(chosen):
+        why = "meets the SLO, but the chosen one has the same choices for a higher tier"
+    elif row["machine_digest"] != chosen["machine_digest"]:
+        why = f"meets the SLO, but was read on another machine ({row['machine']}), for no higher tier"
+    else:
+        why = f"meets the SLO, but {slo.objective} is {mine:.4g} against {best:.4g}"
+    return Candidate(row, True, why)
 
 
 def minor(text: str) -> str:

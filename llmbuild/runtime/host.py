@@ -66,6 +66,7 @@ def architecture() -> str:
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
 
+@cache
 def runtime_version() -> str:
     """Return the version of the installed IREE runtime, `absent` without one."""
     try:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused, NoVariant
-from llmbuild.runtime import host, lock, reader, trust
+from llmbuild.runtime import devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
@@ -36,6 +36,7 @@ def host_facts() -> HostFacts:
         runtime=host.runtime_version(),
         memory_bytes=host.available_memory_bytes(),
         machine=digest.of(host.machine()),
+        device_lacks=devices.lacks,
     )
 
 
@@ -46,8 +47,9 @@ def pick(
     objective: str | None = None,
     target: str | None = None,
     workload: str | None = None,
+    facts: HostFacts | None = None,
 ) -> Pick:
-    """Return the pick for this host; nothing is opened.
+    """Return the pick for this host, or for the one that `facts` are of; nothing is opened.
 
     The database finds the best rows, and the first that may be opened here is chosen; why every other one was not is
     read when it is asked for.
@@ -59,8 +61,8 @@ def pick(
     asked = parse_slo(list(slo), objective)
     folder = Path(catalog)
     name = model or _only_model(folder)
-    facts, absent = host_facts(), _absent(folder)
-    found = reader.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
+    facts, absent = facts or host_facts(), _absent(folder)
+    found = ranking.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
     best = next((row for row in found if not refusal(row, facts) and not absent(row)), None)
     if best is not None:
         chosen = best
@@ -250,7 +252,11 @@ class Model:
             raise InputError(f"model {self.row['model']} has no tokenizer: pass token ids to `tokens`")
         from tokenizers import Tokenizer
 
-        return Tokenizer.from_file(str(reader.blob_path(self.catalog, self.row["tokenizer"])))
+        path = reader.blob_path(self.catalog, self.row["tokenizer"])
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # noqa: BLE001 - the library has no kind of its own
+            raise LoadRefused(f"{path}: the tokenizer cannot be read: {error}: build with one that can") from None
 
     def tokens(
         self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None

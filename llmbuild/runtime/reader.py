@@ -13,6 +13,7 @@ from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import trust
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
 
@@ -28,6 +29,8 @@ NARROW = (
     "tokenizer runtime energy_source"
 ).split()
 """What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
+CHOICES = "point AS choices"
+"""The point as it is stored: JSON that is parsed only where rows are held together by it."""
 _ALIKE = ("target_body", "abi")
 """Columns that are the same in many rows, and are parsed once; nobody changes what they hold."""
 _JSON = (
@@ -68,10 +71,9 @@ def opened(catalog: Path) -> Iterator[Any]:
         return
     if not file.is_file():
         raise CatalogError(f"no catalog at {file}: build one with `llmbuild build`, or name one with -C")
-    connection = _connect(file)
-    connection.row_factory = sqlite3.Row
+    connection = connected(file)
     try:
-        _check_schema(connection, file)
+        check_schema(connection, file)
         yield connection
     except sqlite3.Error as error:
         raise CatalogError(f"{file}: cannot be read: {error}") from None
@@ -84,12 +86,24 @@ def database(catalog: Path) -> Path:
     return trust.database(catalog) if (catalog / trust.POINTER).is_file() else catalog / FILE
 
 
-def _connect(file: Path) -> sqlite3.Connection:
-    """A WAL database in a folder that cannot be written needs `immutable`; elsewhere that would miss a writer."""
-    writable = os.access(file.parent, os.W_OK) or Path(f"{file}-shm").exists()
-    mode = "mode=ro" if writable else "mode=ro&immutable=1"
+def tells_of_writers(file: Path) -> bool:
+    """Say whether a database can be opened as one that others write to: a WAL needs a folder that can be written."""
+    return os.access(file.parent, os.W_OK) or Path(f"{file}-shm").exists()
+
+
+def connected(file: Path) -> sqlite3.Connection:
+    """Return a connection to a database that is only read; any thread may use it, one at a time.
+
+    One in a folder that cannot be written needs `immutable`; elsewhere that would miss a writer.
+
+    Raises:
+        CatalogError: it cannot be opened.
+    """
+    mode = "mode=ro" if tells_of_writers(file) else "mode=ro&immutable=1"
+    name = f"{file.resolve().as_uri()}?{mode}"
     try:
-        connection = sqlite3.connect(f"{file.resolve().as_uri()}?{mode}", uri=True, timeout=60)
+        connection = sqlite3.connect(name, uri=True, timeout=60, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
         return connection
     except sqlite3.Error as error:
@@ -106,7 +120,7 @@ def _served(file: Path) -> Iterator[Any]:
     try:
         with psycopg.connect(file.read_text().strip(), row_factory=_row_of, connect_timeout=60) as connection:
             server = _Server(connection)
-            _check_schema(server, file)
+            check_schema(server, file)
             yield server
     except psycopg.Error as error:
         raise CatalogError(f"{file}: the server cannot be read: {str(error).strip()}") from None
@@ -134,7 +148,8 @@ class _Server:
         return self.connection.execute(query.replace("?", "%s"), values)
 
 
-def _check_schema(connection: Any, file: Path) -> None:
+def check_schema(connection: Any, file: Path) -> None:
+    """Raise a `CatalogError` unless a catalog's schema is one we know."""
     try:
         row = connection.execute("SELECT schema_version FROM info").fetchone()
     except sqlite3.OperationalError as error:
@@ -175,38 +190,16 @@ def candidates(
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
         there = _columns(connection)
-        columns = ", ".join(name for name in (*NARROW, *METRICS) if name in there)
+        columns = ", ".join([*(name for name in (*NARROW, *METRICS) if name in there), CHOICES, '"default"'])
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
     return [decode(row) for row in found]
 
 
-def leaders(
-    catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
-) -> Iterator[dict[str, Any]]:
-    """Yield the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
-    where, values = _where(model, target, workload)
-    with opened(catalog) as connection:
-        here = connection.execute(
-            "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1", (model, machine)
-        ).fetchone()
-        if here:
-            where.append("machine_digest = ?")
-            values.append(machine)
-        where += [FRONT, _known(connection, slo.objective)]
-        _bounded(connection, slo, where, values)
-        if NEVER in where:
-            return  # a catalog of an earlier schema, which has no such metric
-        sign = "" if METRICS[slo.objective].direction == "min" else "-"
-        found = connection.execute(
-            f"SELECT variant, machine_digest, target_digest, workload FROM variants WHERE {' AND '.join(where)} "
-            f"ORDER BY {sign}{slo.objective}, COALESCE(NULLIF(peak_memory_bytes, 0), 9e18), "
-            f"COALESCE(NULLIF(artifact_bytes, 0), 9e18), variant LIMIT {count}",
-            values,
-        ).fetchall()
-        place = ("variant", "machine_digest", "target_digest", "workload")
-        one = f"SELECT * FROM variants WHERE model = ? AND {' AND '.join(f'{name} = ?' for name in place)}"
-        for row in found:
-            yield decode(connection.execute(one, (model, *(row[name] for name in place))).fetchone())
+def machines(connection: Any, model: str) -> int:
+    """Return how many machines ranked a model's front; none where some of it was never measured."""
+    query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
+    found = {row[0] for row in connection.execute(query, (model,))}
+    return 0 if NOWHERE in found else len(found)
 
 
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
@@ -220,14 +213,14 @@ def _where(model: str | None, target: str | None, workload: str | None) -> tuple
 
 def _bounded(connection: Any, slo: Slo, where: list[str], values: list[Any]) -> None:
     for bound in slo.bounds:
-        known = _known(connection, bound.metric)
-        where.append(known)
-        if known != NEVER:
+        there = known(connection, bound.metric)
+        where.append(there)
+        if there != NEVER:
             where.append(f"{bound.metric} {bound.operator} ?")
             values.append(bound.limit)
 
 
-def _known(connection: Any, metric: str) -> str:
+def known(connection: Any, metric: str) -> str:
     """Return the condition that a metric is there: never in a catalog from before it, nor where it is an estimate."""
     if metric not in _columns(connection):
         return NEVER
@@ -311,7 +304,7 @@ def count(catalog: Path, model: str) -> int:
 def models(catalog: Path) -> list[str]:
     """Return the models a catalog has rows of."""
     with opened(catalog) as connection:
-        return [r[0] for r in connection.execute("SELECT DISTINCT model FROM variants ORDER BY model")]
+        return [r[0] for r in connection.execute("SELECT DISTINCT model FROM standing ORDER BY model")]
 
 
 def find_variant(catalog: Path, prefix: str) -> list[dict[str, Any]]:

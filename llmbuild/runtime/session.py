@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.calls import PlainCaller, PolledCaller
+from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
 
 _ELEMENT = {
@@ -23,6 +24,9 @@ _ELEMENT = {
     "int64": rt.HalElementType.SINT_64,
 }
 
+
+_SHARED_MEMORY = rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE
+_SHARED_USAGE = rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING
 
 _MOST_WORKERS = 64
 """IREE's own bound where nobody names a number of workers."""
@@ -67,12 +71,14 @@ class Session:
         try:
             self._device = _create_device(settings)
             self._threaded = settings.driver == "local-task"
+            self._shared = shares_memory(settings.driver)
             self._open(artifact, parameters)
         except (RuntimeError, ValueError) as error:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
         self._kv = [self._zeros(t) for t in abi.kv]
-        self._token, self._token_view = self._scalar()
-        self._position, self._position_view = self._scalar()
+        if self._shared:
+            self._token, self._token_view = self._scalar()
+            self._position, self._position_view = self._scalar()
         self._logits: Any = None
 
     def close(self) -> None:
@@ -112,16 +118,16 @@ class Session:
             raise InputError(f"{start + array.size} tokens do not fit in a context of {self.abi.context}")
         if array.min() < 0 or array.max() >= self.abi.vocabulary:
             raise InputError(f"a token is outside the vocabulary of {self.abi.vocabulary}")
-        self._position[0] = start
-        return self._run(PREFILL, self._buffer(array))
+        return self._run(PREFILL, self._buffer(array), start)
 
     def decode(self, token: int, position: int) -> int:
         """Run one token at `position` and return the most likely next one. `position` is below the context."""
         if not 0 <= position < self.abi.context:
             raise InputError(f"position {position} is outside a context of {self.abi.context}")
+        if not self._shared:
+            return self._run(DECODE, self._buffer(np.array([token], np.int64)), position)
         self._token[0] = token
-        self._position[0] = position
-        return self._run(DECODE, self._token_view)
+        return self._run(DECODE, self._token_view, position)
 
     def logits(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made."""
@@ -129,20 +135,30 @@ class Session:
 
     def peek(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call where they lie; valid until the next call."""
-        view = self._logits
-        found: NDArray[np.float32] = view.map().asarray(view.shape, np.dtype(np.float32)).reshape(-1)
-        return found
+        return self._read(self._logits, np.float32).reshape(-1)
 
-    def _run(self, entry: str, tokens: Any) -> int:
-        results = self._call(self._entries[entry], (tokens, self._position_view, *self._kv), steady=entry == DECODE)
+    def _run(self, entry: str, tokens: Any, position: int) -> int:
+        if self._shared:
+            self._position[0] = position
+            where = self._position_view
+        else:
+            where = self._buffer(np.array([position], np.int64))
+        results = self._call(self._entries[entry], (tokens, where, *self._kv), steady=entry == DECODE)
         token = results.get_as_object(0, rt.HalBufferView)
         self._logits = results.get_as_object(1, rt.HalBufferView)
-        return int(token.map().asarray((1,), np.dtype(np.int64))[0])
+        return int(self._read(token, np.int64)[0])
+
+    def _read(self, view: Any, kind: type[Any]) -> NDArray[Any]:
+        """Return what a buffer holds: where it lies if the host sees it, else a copy."""
+        if self._shared:
+            found: NDArray[Any] = view.map().asarray(view.shape, np.dtype(kind))
+            return found
+        return np.asarray(rt.DeviceArray(self._device, view, implicit_host_transfer=True).to_host())
 
     def _buffer(self, array: NDArray[Any]) -> Any:
         return self._device.allocator.allocate_buffer_copy(
-            memory_type=rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE,
-            allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
+            memory_type=_SHARED_MEMORY if self._shared else rt.MemoryType.DEVICE_LOCAL,
+            allowed_usage=_SHARED_USAGE if self._shared else rt.BufferUsage.DEFAULT,
             device=self._device,
             buffer=array,
             element_type=_ELEMENT[array.dtype.name],

@@ -1,13 +1,27 @@
-"""Knobs of cuda, rocm and vulkan: what compiles for them; which values are fast is for a device to say."""
+"""Knobs of cuda, rocm, vulkan and metal: what compiles for them; which values are fast is for a device to say."""
 
 from __future__ import annotations
 
 from llmbuild.search.program_knobs import knob
-from llmbuild.spec.space import Condition, Knob
+from llmbuild.spec.space import Condition, Knob, Value
 
-CUDA, ROCM, VULKAN = ("cuda",), ("rocm",), ("vulkan-spirv",)
-LLVMGPU = (*CUDA, *ROCM)
+CUDA, ROCM, VULKAN, METAL = ("cuda",), ("rocm",), ("vulkan-spirv",), ("metal-spirv",)
+LLVMGPU, SPIRV = (*CUDA, *ROCM), (*VULKAN, *METAL)
 TILED = Condition("data_tiling", ("dispatch",))
+
+GPU_DRIVERS = ("cuda", "hip", "vulkan", "metal")
+
+_HALF: dict[str, Value] = {"opt_level": "O2", "kv_dtype": "f16", "memory_model": "discrete"}
+
+FIRST: tuple[dict[str, Value], ...] = (
+    {**_HALF, "weight_format": "f16"},
+    {**_HALF, "weight_format": "f16", "opt_level": "O3", "demote": "f16", "default_specs": True},
+    {**_HALF, "weight_format": "bf16"},
+    {**_HALF, "weight_format": "int8"},
+    {**_HALF, "weight_format": "int4_g64", "head_format": "int8"},
+)
+"""Points asked about right after point 0, one for each way to store weights. None was measured on a GPU yet: they are
+what compiles, and what vendors start from. A value that a target lacks is left at its default."""
 
 KNOBS: tuple[Knob, ...] = (
     knob("tile_and_fuse", (True, False), "matrix products through the TileAndFuse pipeline", LLVMGPU),
@@ -25,10 +39,11 @@ KNOBS: tuple[Knob, ...] = (
     knob("waves_per_eu", (0, 1, 2, 4), "waves an execution unit should hold at least; 0 leaves it open", ROCM),
     knob("rocm_slp", (True, False), "LLVM joins scalar operations into vectors", ROCM),
     knob("dispatch_abi", ("descriptors", "bda", "all"), "how shaders find their buffers", VULKAN),
-    knob("spirv_index_bits", (32, 64), "width of indices in shaders", VULKAN),
-    knob("promote_bf16", (False, True), "f32 in place of bf16, which several drivers fail on", VULKAN),
+    knob("spirv_index_bits", (32, 64), "width of indices in shaders", SPIRV),
+    knob("promote_bf16", (False, True), "f32 in place of bf16, which several drivers fail on", SPIRV),
     Knob("driver", "runtime", ("cuda",), "cuda", "IREE's driver", backends=CUDA),
     Knob("driver", "runtime", ("hip",), "hip", "IREE's driver", backends=ROCM),
     Knob("driver", "runtime", ("vulkan",), "vulkan", "IREE's driver", backends=VULKAN),
-    Knob("workers", "runtime", (0,), 0, "a GPU has none", backends=(*LLVMGPU, *VULKAN)),
+    Knob("driver", "runtime", ("metal",), "metal", "IREE's driver", backends=METAL),
+    Knob("workers", "runtime", (0,), 0, "a GPU has none", backends=(*LLVMGPU, *SPIRV)),
 )

@@ -6,9 +6,9 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from llmbuild.errors import InputError
-from llmbuild.kernels.choose import needs, readable
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
+from llmbuild.search.traps import broken
 from llmbuild.spec.formats import SAME
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import TUNING, Condition, Knob, Space, Value
@@ -32,6 +32,33 @@ def _without_absent(knob: Knob, found: set[str]) -> Knob:
     return replace(knob, when=tuple(c for c in knob.when if c.knob in found))
 
 
+def target_knobs(target: Target) -> tuple[Knob, ...]:
+    """Return the knobs that apply to a target, with the part of each domain that is searched for it.
+
+    Raises:
+        InputError: the target narrows a knob that there is not, or names a value outside its domain.
+    """
+    known = (k for k in knobs_of(target.backend) if not (target.attribute and k.name in DESCRIBED))
+    there = tuple(_unbroken(knob, target) for knob in known)
+    for name, _ in target.knobs:
+        _check_known(name, target, {knob.name for knob in there})
+    narrowed = {k.name: tuple(_value(k, v) for v in dict(target.knobs).get(k.name, ())) for k in there}
+    found = tuple(replace(k, searched=narrowed[k.name] or k.searched) for k in there)
+    return found if target.is_cpu else tuple(replace(k, domain=COMPILER) if k.name == "kernel" else k for k in found)
+
+
+COMPILER = ("compiler",)
+"""Who generates the products where none of our kernels can."""
+
+
+def _unbroken(knob: Knob, target: Target) -> Knob:
+    bad = broken(target.backend, knob.name)
+    return replace(knob, domain=tuple(v for v in knob.domain if v not in bad)) if bad else knob
+
+
+DESCRIBED = ("ptx",)
+"""Knobs whose flags the compiler reads only where it describes the chip itself."""
+
 KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")
 """Those of this host's backend."""
 
@@ -47,13 +74,40 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
     Raises:
         InputError: an unknown knob, a value outside its domain, or one the target cannot do.
     """
-    asked: dict[str, tuple[Value, ...]] = {"work_groups": (work_groups(cores),), **dict(recipe.knobs)}
+    there = target_knobs(target)
+    names = {knob.name for knob in there}
+    asked = _applicable(recipe, target, there)
+    if "work_groups" in names:
+        asked = {"work_groups": (work_groups(cores),), **asked}
     asked.update({name: (text,) for name, text in pinned.items()})
-    there = knobs_of(target.backend)
     for name in asked:
-        _check_known(name, target, {knob.name for knob in there})
+        _check_known(name, target, names)
+        for value, why in broken(target.backend, name).items():
+            if str(value) in map(str, asked[name]):
+                raise InputError(f"knob {name}={value}: not on {target.backend}, where {why}")
     knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in there]
     return Space(tuple(_narrow(_own(knob, target, asked), target, asked.get(knob.name)) for knob in knobs))
+
+
+def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[str, tuple[Value, ...]]:
+    """Return what a recipe says of the knobs that a target has: it may speak of other backends' knobs, too.
+
+    Raises:
+        InputError: a knob that no backend has.
+    """
+    mine, said = {k.name: k for k in there}, {}
+    for name, values in recipe.knobs:
+        others = [k for k in ALL if k.name == name and target.backend not in (k.backends or (target.backend,))]
+        if not others or name in mine:
+            foreign = {str(v).lower() for k in others for v in k.domain}
+            kept = tuple(v for v in values if str(v).lower() not in foreign or _has(mine[name], v))
+            if kept or not others:
+                said[name] = kept or values
+    return said
+
+
+def _has(knob: Knob, given: Value) -> bool:
+    return str(given).lower() in {str(v).lower() for v in (*knob.domain, EVERYTHING)}
 
 
 def _check_known(name: str, target: Target, known: set[str]) -> None:
@@ -100,12 +154,21 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Kn
     """
     if knob.name != "kernel":
         return knob
+    if not target.is_cpu:
+        if set(map(str, asked.get("kernel", ()))) == {"own"}:
+            raise InputError(
+                f"knob kernel=own: our kernels are for CPUs, target {target.name} is {target.backend}: choose "
+                "kernel=compiler"
+            )
+        return knob
+    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
+
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
     if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):
         raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
     if not formats:
-        return replace(knob, domain=("compiler",))
+        return replace(knob, domain=COMPILER)
     allowed = {"weight_format": formats, "head_format": (SAME, *formats)}
     return replace(knob, when=tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when))
 

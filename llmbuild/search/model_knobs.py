@@ -77,5 +77,6 @@ KNOBS: tuple[Knob, ...] = (
         1,
         "pieces our kernels cut a layer into; one for each worker is enough",
         when=(Condition("kernel", ("own",)),),
+        backends=("llvm-cpu",),
     ),
 )

@@ -20,6 +20,7 @@ import numpy as np
 from llmbuild.search.hypervolume import hypervolume, nondominated
 from llmbuild.search.samplers import Interest, Losses, Sampler
 from llmbuild.search.study import interest, loss
+from llmbuild.search.transfer import Lesson
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
 
@@ -74,6 +75,11 @@ class RecordedStudy:
     def whole(self) -> float:
         """The volume of the front of all points."""
         return volume([r.losses for r in self.rows.values()], self.reference)
+
+    @property
+    def lesson(self) -> Lesson:
+        """What other studies can learn from it."""
+        return Lesson(self.objectives, self.space.default(), {p: row.losses for p, row in self.rows.items()})
 
     def front(self) -> list[Point]:
         """Return the points of the front, in the order of the file."""

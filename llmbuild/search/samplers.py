@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -17,7 +17,6 @@ import numpy as np
 from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates
 from llmbuild.search.hypervolume import expected_gain, nondominated
-from llmbuild.search.transfer import Learned
 from llmbuild.spec.space import Point, Space, Value
 
 Losses = tuple[float, ...]
@@ -36,6 +35,7 @@ class Reach:
 
 
 Interest = tuple[Reach, ...]
+Prior = Callable[[Sequence[Point]], Any]
 
 FAILED = 20.0
 """What a sampler that knows no constraints is told of a failure: worse than any logarithm of seconds or bytes."""
@@ -79,8 +79,8 @@ class Model:
     """The point that is expected to add most to the front's volume, by a Gaussian process over choices.
 
     Independent processes predict the losses, and one more whether a point will be feasible. Points under way count as
-    if they had come out as expected. With a cost model `learned` from other studies, the processes are about what it
-    gets wrong.
+    if they had come out as expected. With a `prior`, which predicts losses f64[P,D] relative to point 0's from other
+    studies, the processes are about what it gets wrong.
     """
 
     MARGIN = 0.1
@@ -89,8 +89,8 @@ class Model:
     LEAST = 2
     """Feasible points below which one is drawn at random: a process through fewer says nothing."""
 
-    def __init__(self, space: Space, interest: Interest, seed: int, learned: Learned | None = None) -> None:
-        self.space, self.interest, self.objectives, self.learned = space, interest, len(interest), learned
+    def __init__(self, space: Space, interest: Interest, seed: int, prior: Prior | None = None) -> None:
+        self.space, self.interest, self.objectives, self.prior = space, interest, len(interest), prior
         self._random = random.Random(seed)
         self._candidates = Candidates(space, self._random)
         self._told: dict[Point, Losses | None] = {}
@@ -107,7 +107,8 @@ class Model:
     def ask(self) -> Point | None:
         """Return the most promising unknown point."""
         good = {p: losses for p, losses in self._told.items() if losses is not None}
-        point = self._best(good) if len(good) >= self.LEAST else self._candidates.any(self._known())
+        least = 1 if self.prior else self.LEAST
+        point = self._best(good) if len(good) >= least else self._candidates.any(self._known())
         if point is not None:
             self._under_way[point] = None
         return point
@@ -133,8 +134,8 @@ class Model:
 
     def _predict(self, known: Sequence[Point], losses: Any, asked: Sequence[Point]) -> tuple[Any, Any]:
         means, spreads = [], []
-        expected = self.learned.predict([*known, *asked]) if self.learned else np.zeros((len(known) + len(asked), 1))
-        expected = np.broadcast_to(expected, (len(expected), self.objectives))
+        every = [*known, *asked]
+        expected = self.prior(every) if self.prior else np.zeros((len(every), self.objectives))
         codes, rows = self._coded(asked), self._coded(known)
         for d in range(self.objectives):
             wrong = losses[:, d] - expected[: len(known), d]

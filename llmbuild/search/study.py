@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from llmbuild.search.front import FLOORS, missed, value_of
+from llmbuild.search.gpu_knobs import FIRST, GPU_DRIVERS
 from llmbuild.search.samplers import Interest, Losses, Model, Reach, Sampler
+from llmbuild.search.transfer import Lesson, prior
 from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
@@ -29,13 +31,18 @@ EXPERIENCE: tuple[dict[str, Value], ...] = (
     {**_OWN, "weight_format": "f16"},
     _OWN_INT4,
     {**_OWN_INT4, **_SYNC},
-    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
-    {"opt_level": "O2", "data_tiling": "dispatch"},
 )
 """Points that did well on other models and hosts, asked about right after point 0.
 
 Neighbours that share an import follow each other, for an import costs the most.
 """
+
+WITHOUT_OWN: tuple[dict[str, Value], ...] = (
+    {},
+    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
+    {"opt_level": "O2", "data_tiling": "dispatch"},
+)
+"""The same where there is no kernel of ours."""
 
 DISPENSABLE = ("scaling",)
 """Knobs whose value a point of experience goes without where the space lacks it."""
@@ -70,7 +77,8 @@ class Study:
     """Ask for points that are not known yet; tell what came of them.
 
     `bounds` are what a variant must meet: one that breaks a bound is as infeasible as one that failed. `related` are
-    points of the fronts of other models and targets, asked about right after point 0.
+    points of the fronts of other models and targets, asked about right after point 0; `lessons` are what was measured
+    there, which the model of this one's points starts from.
     """
 
     def __init__(
@@ -81,10 +89,11 @@ class Study:
         known: Sequence[Trial],
         bounds: Sequence[Bound] = (),
         related: Sequence[Point] = (),
+        lessons: Sequence[Lesson] = (),
     ) -> None:
         self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
-        first = openers(space, [p.as_dict() for p in related])
-        self._sampler = Opened(first, best(space, interest(self.objectives, self.bounds), seed))
+        reach = interest(self.objectives, self.bounds)
+        self._sampler = best(space, self.objectives, reach, seed, lessons, [p.as_dict() for p in related])
         for trial in known:
             self.tell(trial)
 
@@ -101,9 +110,28 @@ class Study:
         self._sampler.tell(point, None)
 
 
-def best(space: Space, reach: Interest, seed: int) -> Sampler:
-    """Return the sampler that did best on recorded studies (`scripts/bench/search.py`)."""
-    return Model(space, reach, seed)
+def best(
+    space: Space,
+    objectives: Sequence[str],
+    reach: Interest,
+    seed: int,
+    lessons: Sequence[Lesson] = (),
+    related: Sequence[dict[str, Value]] = (),
+) -> Sampler:
+    """Return the search that did best on recorded studies (`scripts/bench/search.py`).
+
+    After point 0 and what did well elsewhere, a model of the points so far asks; before it has seen any it expects what
+    the lessons and the sizes of formats say.
+    """
+    return Opened(openers(space, related), Model(space, reach, seed, prior(lessons, objectives)))
+
+
+def lesson(trials: Sequence[Trial], objectives: Sequence[str]) -> Lesson | None:
+    """Return what trials of another model or target teach about these objectives; None without a point 0."""
+    zero = next((t.point for t in trials if t.is_default), None)
+    told = [t for t in trials if t.measurements]
+    names = tuple(n for n in objectives if all(value_of(t, t.measurements[0], n) is not None for t in told))
+    return None if zero is None or not names else Lesson(names, zero, {t.point: losses_of(t, names) for t in trials})
 
 
 def interest(objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Interest:
@@ -148,6 +176,14 @@ RELATED = 6
 """Points of related fronts that are asked about first, at most."""
 
 
+def _experience(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Value]]:
+    """Return the points to begin with where a space has these domains."""
+    if set(domains.get("driver", ())) & set(GPU_DRIVERS):
+        there = [{k: v for k, v in values.items() if v in domains.get(k, ())} for values in FIRST]
+        return [values for values in there if "weight_format" in values]
+    return EXPERIENCE if "own" in domains.get("kernel", ()) else WITHOUT_OWN
+
+
 def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
     """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
     then experience, as far as the space allows each.
@@ -156,7 +192,7 @@ def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Poin
     domains = {k.name: k.domain for k in space.knobs}
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
     points = [default]
-    for values in (*related[:RELATED], {}, *EXPERIENCE):
+    for values in (*related[:RELATED], *_experience(domains)):
         wanted = {k: v for k, v in values.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
         point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):

@@ -1,66 +1,160 @@
 """A learned cost model: what other models' studies say about points of this one, before they are compiled.
 
+A build learns from the other models and targets in its catalog, and from studies that ship with the package
+(`experience.json.gz`, written by `scripts/bench/record.py teach`).
 Losses are told relative to those of point 0, so that models of different size speak of the same thing: how much a
 choice wins. The model is the process of `surrogate` over the knobs, on the points of all other studies together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import gzip
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import numpy as np
 
 from llmbuild.search import surrogate
+from llmbuild.search.front import FLOORS
 from llmbuild.search.surrogate import Array, Process
+from llmbuild.spec.formats import bits
 from llmbuild.spec.space import Point, Value
 
 Losses = tuple[float, ...]
+
+SHIPPED = "experience.json.gz"
+
+LEAST = 8
+"""Feasible points below which nothing is learned."""
 
 MOST = 250
 """Points of other studies that are learned from at most: fitting takes the cube of their number."""
 
 
 @dataclass(frozen=True)
-class Learned:
-    """One process for each loss, and the numbers of the values it has seen."""
+class Lesson:
+    """A study to learn from: its objectives, its point 0, and the losses of each point in the objectives' order."""
 
-    processes: tuple[Process, ...]
+    objectives: tuple[str, ...]
+    zero: Point
+    losses: Mapping[Point, Losses | None]
+
+
+@dataclass(frozen=True)
+class Learned:
+    """One process for each objective, and the numbers of the values it has seen."""
+
+    processes: Mapping[str, Process]
     codes: tuple[tuple[str, Mapping[Value, int]], ...]
 
-    def predict(self, points: Sequence[Point]) -> Array:
-        """Return f64[P,D]: losses relative to those of point 0."""
+    def saw(self, knob: str, value: Value) -> bool:
+        """Tell whether some study had this choice."""
+        return value in dict(self.codes).get(knob, {})
+
+    def predict(self, points: Sequence[Point], objectives: Sequence[str]) -> Array:
+        """Return f64[P,D]: losses relative to those of point 0; 0 for an objective that no study had."""
         rows = _coded([p.as_dict() for p in points], self.codes)
-        return np.stack([process.predict(rows)[0] for process in self.processes], -1)
+        unknown = np.zeros(len(points))
+        told = [self.processes[n].predict(rows)[0] if n in self.processes else unknown for n in objectives]
+        return np.stack(told, -1)
 
 
-def learn(studies: Sequence[Mapping[Point, Losses | None]], zeros: Sequence[Point]) -> Learned | None:
-    """Return what studies have in common; None where none has a feasible point 0 and some more points.
-
-    `zeros` are the points 0 of the studies, each one a key of its study.
-    """
-    points: list[dict[str, Value]] = []
-    rows: list[Any] = []
-    for study, zero in zip(studies, zeros, strict=True):
-        base = study.get(zero)
-        if base is not None:
-            feasible = [(p, y) for p, y in study.items() if y is not None]
-            points += [p.as_dict() for p, _ in feasible]
-            rows += [np.subtract(y, base) for _, y in feasible]
-    if len(points) < 8:
+def learn(lessons: Sequence[Lesson]) -> Learned | None:
+    """Return what studies have in common; None where none has a feasible point 0 and some more points."""
+    rows = [row for lesson in lessons for row in _relative(lesson)]
+    if len(rows) < LEAST:
         return None
-    if len(points) > MOST:
-        kept = np.random.default_rng(0).choice(len(points), MOST, replace=False)
-        points, rows = [points[i] for i in kept], [rows[i] for i in kept]
+    if len(rows) > MOST:
+        rows = [rows[i] for i in np.random.default_rng(0).choice(len(rows), MOST, replace=False)]
     seen: dict[str, dict[Value, int]] = {}
-    for point in points:
-        for name, value in point.items():
+    for values, _ in rows:
+        for name, value in values.items():
             of = seen.setdefault(name, {})
             of.setdefault(value, len(of))
     codes = tuple((name, of) for name, of in sorted(seen.items()) if len(of) > 1)
-    coded, losses = _coded(points, codes), np.array(rows)
-    return Learned(tuple(surrogate.fit(coded, losses[:, d])[0] for d in range(losses.shape[1])), codes)
+    processes = {}
+    for name in dict.fromkeys(name for _, losses in rows for name in losses):
+        known = [(values, losses[name]) for values, losses in rows if name in losses]
+        coded = _coded([values for values, _ in known], codes)
+        processes[name] = surrogate.fit(coded, np.array([loss for _, loss in known]))[0]
+    return Learned(processes, codes)
+
+
+def shipped(backend: str) -> list[Lesson]:
+    """Return the lessons that ship with the package, all of them CPUs'."""
+    if backend != "llvm-cpu":
+        return []
+    data = files("llmbuild.search").joinpath(SHIPPED).read_bytes()
+    return [unpacked(body) for body in json.loads(gzip.decompress(data))]
+
+
+def packed(name: str, lesson: Lesson) -> dict[str, Any]:
+    """Return a lesson as JSON: choices as rows over the names of the knobs, losses in five digits."""
+    names = sorted({name for point in lesson.losses for name in point.as_dict()})
+    points = [
+        [[p[n] for n in names], None if y is None else [float(f"{v:.5g}") for v in y]] for p, y in lesson.losses.items()
+    ]
+    zero = [lesson.zero[n] for n in names]
+    return {"study": name, "objectives": lesson.objectives, "knobs": names, "zero": zero, "points": points}
+
+
+def unpacked(body: Mapping[str, Any]) -> Lesson:
+    """Return the lesson that `packed` made."""
+
+    def point(values: Sequence[Value]) -> Point:
+        return Point.of(dict(zip(body["knobs"], values, strict=True)))
+
+    losses = {point(values): None if y is None else tuple(y) for values, y in body["points"]}
+    return Lesson(tuple(body["objectives"]), point(body["zero"]), losses)
+
+
+def prior(lessons: Sequence[Lesson], objectives: Sequence[str]) -> Callable[[Sequence[Point]], Array]:
+    """Return what to expect of points before any is measured: losses f64[P,D] relative to those of point 0.
+
+    What lessons show comes first; sizes and quality of a weight format that none of them had follow from its bits.
+    """
+    learned = learn(lessons)
+
+    def told(points: Sequence[Point]) -> Array:
+        expected = learned.predict(points, objectives) if learned else np.zeros((len(points), len(objectives)))
+        for d, name in enumerate(objectives):
+            for row, point in zip(expected, points, strict=True):
+                form = str(point.as_dict().get(FORMAT, "f32"))
+                if name in ARITHMETIC and not (learned and name in learned.processes and learned.saw(FORMAT, form)):
+                    row[d] = ARITHMETIC[name](bits(form))
+        return expected
+
+    return told
+
+
+def _size(bits: float) -> float:
+    return float(np.log(bits / 32))
+
+
+def _divergence(bits: float) -> float:
+    known = sorted(KL_AT)
+    return float(np.interp(bits, known, [np.log(KL_AT[n] / FLOORS["quality_kl"]) for n in known]))
+
+
+FORMAT = "weight_format"
+KL_AT = {4.0: 2e-2, 8.0: 1e-3, 12.0: FLOORS["quality_kl"]}
+"""KL divergence by bits of a weight, from `scripts/bench/quality.py`; what lies between is interpolated."""
+
+ARITHMETIC: dict[str, Callable[[float], float]] = {"parameter_bytes": _size, "quality_kl": _divergence}
+
+
+def _relative(lesson: Lesson) -> list[tuple[dict[str, Value], dict[str, float]]]:
+    """Return the choices of each feasible point, and its losses relative to point 0 by objective."""
+    base = lesson.losses.get(lesson.zero)
+    if base is None:
+        return []
+    feasible = [(p, y) for p, y in lesson.losses.items() if y is not None]
+    return [
+        (p.as_dict(), dict(zip(lesson.objectives, np.subtract(y, base).tolist(), strict=True))) for p, y in feasible
+    ]
 
 
 def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Mapping[Value, int]]]) -> Any:

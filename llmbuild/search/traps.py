@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmbuild.spec.space import Value
+
 
 @dataclass(frozen=True)
 class Trap:
@@ -12,6 +14,31 @@ class Trap:
     choice: str
     backends: tuple[str, ...]
     reason: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """A value of a knob that the compiler does not get through on some backends: refused before it is asked."""
+
+    knob: str
+    value: Value
+    backends: tuple[str, ...]
+    reason: str
+
+
+BROKEN: tuple[Broken, ...] = (
+    Broken(
+        "kv_dtype",
+        "f16",
+        ("vulkan-spirv", "metal-spirv"),
+        "the compiler does not end on a decode step's product of attention and values",
+    ),
+)
+
+
+def broken(backend: str, knob: str) -> dict[Value, str]:
+    """Return the values of a knob that the compiler does not get through on a backend, and why."""
+    return {b.value: b.reason for b in BROKEN if b.knob == knob and backend in b.backends}
 
 
 TRAPS: tuple[Trap, ...] = (

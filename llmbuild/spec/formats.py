@@ -53,3 +53,12 @@ def fit_group(columns: int, group: int) -> int:
             return group
         group //= 2
     return columns
+
+
+def bits(form: str) -> float:
+    """Return the bits that a weight takes in a format, its share of scales and zeros included."""
+    if form in INTEGERS:
+        of = INTEGERS[form]
+        overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group
+        return of.bits + overhead
+    return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)

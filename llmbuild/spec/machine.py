@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+NOWHERE = "0" * 64
+"""Stands where a machine's fingerprint would: the variant was compiled and never measured."""
+
 
 @dataclass(frozen=True)
 class Machine:

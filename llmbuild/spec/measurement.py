@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from llmbuild.digest import plain
 from llmbuild.spec.workload import Workload
 
 PROTOCOL = 2
@@ -11,6 +13,24 @@ PROTOCOL = 2
 
 ESTIMATES = ("model",)
 """Energy sources that measure nothing: their figures are shown as estimates, and decide nothing."""
+
+MEDIANS = (
+    "ttft_s",
+    "tpot_s",
+    "itl_p99_s",
+    "e2e_s",
+    "output_tokens_per_s",
+    "energy_j_per_token",
+    "peak_memory_bytes",
+    "load_s",
+    "dispatches_per_token",
+    "bandwidth_fraction",
+    "peak_fraction",
+    "quality_kl",
+    "quality_top1",
+    "quality_perplexity",
+)
+"""Metrics whose medians have a column of their own in a catalog."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +75,26 @@ class Measurement:
     session: str | None = None
     energy: dict[str, float | str] | None = None
     protocol: int = PROTOCOL
+
+
+def row_of(scope: str, m: Measurement) -> dict[str, Any]:
+    """Return the cells of a catalog's `measurement`, but for `created_at`: medians as columns, the rest as JSON."""
+    return {
+        "key": m.key,
+        "scope": scope,
+        "variant": m.variant,
+        "artifact": m.artifact,
+        "machine": m.machine,
+        "workload": m.workload.name,
+        "workload_body": plain(m.workload),
+        "protocol": m.protocol,
+        **{name: m.readings[name].median if name in m.readings else None for name in MEDIANS},
+        "energy_source": m.energy_source,
+        "energy": m.energy,
+        "session": m.session,
+        "operators": plain(m.operators),
+        "intervals": {k: [r.low, r.high] for k, r in m.readings.items()},
+        "ratios": {k: [r.median, r.low, r.high] for k, r in m.ratios.items()},
+        "samples": {k: list(r.samples) for k, r in m.readings.items()},
+        "notes": dict(m.notes),
+    }

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.constructor import DuplicateKeyError
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
@@ -19,7 +19,7 @@ from llmbuild.errors import InputError
 from llmbuild.spec import recipe as nouns
 from llmbuild.spec.slo import METRICS, Bound, parse_bound
 from llmbuild.spec.space import Value
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, Backend, Target
 from llmbuild.spec.workload import Workload
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
@@ -57,9 +57,20 @@ def _metric(name: Any) -> str:
     return str(name)
 
 
+def _backend(name: Any) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    return str(name)
+
+
+_ALSO = {**dict.fromkeys(BACKENDS, ()), LLVM_CPU: ("local-sync",)}
+"""Devices of a backend that are not its first choice."""
+
 _Bound = Annotated[Bound, BeforeValidator(_bound)]
 _Seconds = Annotated[float, BeforeValidator(seconds)]
 _MetricName = Annotated[str, BeforeValidator(_metric)]
+_BackendName = Annotated[str, BeforeValidator(_backend)]
+_Feature = Annotated[str, Field(pattern=r"^[+-][A-Za-z0-9._-]+$")]
 _Positive = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
 
 
@@ -151,12 +162,54 @@ class _Recipe(_Strict):
 
 class _Target(_Strict):
     name: str | None = Field(default=None, pattern=f"^{_NAME}$")
-    backend: str = Field(pattern="^(llvm-cpu)$")
-    arch: str = Field(pattern="^(x86_64|aarch64)$")
+    backend: _BackendName
+    arch: str | None = None
     cpu: str = Field(pattern=f"^{_NAME}$")
-    features: tuple[str, ...] = ()
+    features: tuple[_Feature, ...] = ()
     requires: tuple[str, ...] = ()
     description: str = ""
+    device: str | None = None
+    meters: tuple[str, ...] | None = None
+    attribute: str = ""
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def kind(self) -> Backend:
+        return BACKENDS[self.backend]
+
+    @property
+    def own_meters(self) -> tuple[str, ...]:
+        return () if self.arch == "aarch64" else self.kind.meters  # RAPL is in x86 processors alone
+
+    @field_validator("attribute")
+    @classmethod
+    def _one_line(cls, text: str) -> str:
+        return " ".join(text.split())
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Target:
+        if (self.arch or self.kind.arches[0]) not in self.kind.arches or (self.backend == LLVM_CPU and not self.arch):
+            raise ValueError(f"arch of a {self.backend} target is {' or '.join(self.kind.arches)}")
+        if self.device is not None and self.device.partition("://")[0] not in (self.kind.device, *_ALSO[self.backend]):
+            raise ValueError(f"device {self.device!r} runs no {self.backend} code: name {self.kind.device}")
+        foreign = [m for m in self.meters or () if m not in self.own_meters]
+        if foreign:
+            there = ", ".join(self.own_meters) or "none"
+            raise ValueError(f"meters {', '.join(foreign)} do not read what runs this; those that do: {there}")
+        if self.features and self.backend == CUDA:
+            raise ValueError("features of a cuda target are the knob `ptx`")
+        self._check_attribute()
+        return self
+
+    def _check_attribute(self) -> None:
+        if not self.attribute:
+            return
+        if self.backend != CUDA:
+            raise ValueError("attribute is for cuda targets: the compiler has names for the chips of all others")
+        if not re.match(r'#hal\.device\.target<"cuda", \[#hal\.executable\.target<"cuda", ', self.attribute):
+            raise ValueError("attribute must be a #hal.device.target of one cuda #hal.executable.target")
+        if f'arch = "{self.cpu}"' not in self.attribute:
+            raise ValueError(f'attribute must name the cpu: arch = "{self.cpu}"')
 
 
 def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
@@ -212,15 +265,20 @@ def read_target(path: Path) -> Target:
     Raises:
         InputError: every fault of the file at once.
     """
-    parsed = _validate(_Target, _read(path), path)
+    raw = _read(path)
+    parsed = _validate(_Target, raw, path)
     return Target(
         name=parsed.name or path.stem,
         backend=parsed.backend,
-        arch=parsed.arch,
+        arch=parsed.arch or parsed.kind.arches[0],
         cpu=parsed.cpu,
         features=tuple(sorted(parsed.features)),
         requires=tuple(sorted(parsed.requires)),
         description=parsed.description,
+        device=parsed.device or parsed.kind.device,
+        meters=parsed.own_meters if parsed.meters is None else parsed.meters,
+        attribute=parsed.attribute,
+        knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
     )
 
 

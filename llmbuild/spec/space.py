@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 Value = str | int | bool
@@ -80,7 +81,7 @@ class Space:
 
     def active(self, knob: Knob, values: Mapping[str, Value]) -> bool:
         """Say whether `knob` is a choice at all, given the values of the knobs before it."""
-        return all(values[c.knob] in c.values for c in knob.when)
+        return not knob.when or all(values[c.knob] in c.values for c in knob.when)
 
     def complete(self, values: Mapping[str, Value]) -> Point:
         """Return the point with these values; a knob that is missing or not active takes its default."""
@@ -98,9 +99,15 @@ class Space:
     def contains(self, point: Point) -> bool:
         """Say whether `point` is one of this space's, without listing them."""
         values = point.as_dict()
-        if values.keys() != {k.name for k in self.knobs} or self.complete(values) != point:
+        if values.keys() != self._names:
             return False
-        return all(values[k.name] in k.domain for k in self.knobs if self.active(k, values))
+        return all(
+            values[k.name] in k.domain if self.active(k, values) else values[k.name] == k.default for k in self.knobs
+        )
+
+    @cached_property
+    def _names(self) -> frozenset[str]:
+        return frozenset(k.name for k in self.knobs)
 
     def points(self) -> Iterator[Point]:
         """Yield every distinct point of the space, without an order that means anything."""

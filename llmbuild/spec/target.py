@@ -4,14 +4,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmbuild.spec.space import Value
+
 HOST = "host"
+
+LLVM_CPU, CUDA, ROCM, VULKAN, METAL = "llvm-cpu", "cuda", "rocm", "vulkan-spirv", "metal-spirv"
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What all targets of one compiler backend have in common.
+
+    `device` is the URI under which IREE's runtime finds what runs the code; `meters` are the sources of energy readings
+    that there are for such devices, the best first.
+    """
+
+    device: str
+    arches: tuple[str, ...]
+    meters: tuple[str, ...] = ()
+
+
+_NVML = ("nvml_counter", "nvml_polled")
+
+BACKENDS: dict[str, Backend] = {
+    LLVM_CPU: Backend("local-task", ("x86_64", "aarch64"), ("rapl",)),
+    CUDA: Backend("cuda", ("nvptx64",), _NVML),
+    ROCM: Backend("hip", ("amdgcn",)),
+    VULKAN: Backend("vulkan", ("spirv",), _NVML),
+    METAL: Backend("metal", ("spirv",)),
+}
+"""By the compiler's names."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A named kind of hardware. `cpu` and `features` are LLVM's names; `host` never stays in a resolved target.
+    """A named kind of hardware. `arch`, `cpu` and `features` are LLVM's names; `host` never stays in a resolved target.
 
-    `requires` are the CPU features that a host must have before an artifact of this target may be opened.
+    `requires` are the CPU features that a host must have before an artifact of this target may be opened. `device` is
+    the URI of what runs it and `meters` the sources of energy readings that are its own. `attribute` is the whole
+    device attribute where the compiler has no name for the chip. `knobs` narrows what is searched for this target.
     """
 
     name: str
@@ -21,13 +52,32 @@ class Target:
     features: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
     description: str = ""
+    device: str = ""
+    meters: tuple[str, ...] = ()
+    attribute: str = ""
+    knobs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
+
+    @property
+    def is_cpu(self) -> bool:
+        """Whether the host's own processor runs it."""
+        return self.backend == LLVM_CPU
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the code that is generated; the name and the description do not."""
-        return {
+        """Return what decides the code that is generated; names, descriptions and what runs it do not."""
+        named: dict[str, object] = {
             "backend": self.backend,
             "arch": self.arch,
             "cpu": self.cpu,
             "features": sorted(self.features),
             "requires": sorted(self.requires),
         }
+        return {**named, "attribute": self.attribute} if self.attribute else named
+
+
+def target_from(body: dict[str, object]) -> Target:
+    """Return a target from its JSON form."""
+    lists: dict[str, object] = {k: tuple(v) for k, v in body.items() if isinstance(v, list) and k != "knobs"}
+    narrowed = body.get("knobs") or ()
+    assert isinstance(narrowed, list | tuple)
+    knobs = tuple((str(name), tuple(values)) for name, values in narrowed)
+    return Target(**{**body, **lists, "knobs": knobs})  # type: ignore[arg-type]

@@ -8,7 +8,8 @@ from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
 
-FRONT = ("pareto", "undecided")
+UNDECIDED = "undecided"
+FRONT = ("pareto", UNDECIDED)
 """Where a variant stands that belongs to a front: nothing is proven to beat it."""
 USABLE = (*FRONT, "dominated")
 """Where a variant stands that meets the recipe's bounds."""

@@ -7,7 +7,7 @@ choices alone, known before anything is compiled; `static` is a ridge regression
 and the sizes tell (dispatches, executables, transient, artifact and parameter bytes), known before anything is run.
 Kendall's tau compares all pairs of points; the regret is how far the best of the k points ranked first is from the
 best of all. `chance` is the mean over 200 random rankings. A model is used in the search only if the replay of
-scripts/bench/search.py gains by it (`ours-learned` against `ours-cold`).
+scripts/bench/search.py gains by it (`ours` against `ours-cold`).
 """
 
 from __future__ import annotations
@@ -62,10 +62,9 @@ def by_ridge(held: RecordedStudy, others: list[RecordedStudy]) -> Any:
 
 def by_knobs(held: RecordedStudy, others: list[RecordedStudy]) -> Any:
     """Return predicted losses f64[N,D] of the held-out study's points."""
-    rows = [{p: row.losses for p, row in o.rows.items()} for o in others]
-    found = learn(rows, [o.space.default() for o in others])
+    found = learn([o.lesson for o in others])
     assert found is not None
-    return found.predict(relative(held)[0])
+    return found.predict(relative(held)[0], held.objectives)
 
 
 def judged(model: str, metric: str, predicted: Any, actual: Any) -> dict[str, Any]:

@@ -59,8 +59,8 @@ def _late(*_: Any) -> None:
 
 @st.composite
 def mutation(draw: Any) -> Callable[[bytes], bytes]:
-    """Return a change of some bytes: flipped, cut, doubled, replaced, or a line of mischief put in."""
-    kind = draw(st.sampled_from(["flip", "cut", "double", "line", "noise", "none", "text"]))
+    """Return a change of some bytes: flipped, cut, doubled, replaced by others, or a line of mischief put in."""
+    kind = draw(st.sampled_from(["flip", "cut", "double", "line", "noise", "none", "text", "random"]))
     where, length = draw(st.floats(0, 1)), draw(st.integers(1, 64))
     noise, line = draw(st.binary(max_size=64)), draw(LINES)
 
@@ -78,6 +78,8 @@ def mutation(draw: Any) -> Callable[[bytes], bytes]:
             return b"\n".join(lines)
         if kind == "noise":
             return data[:at] + noise + data[at + len(noise) :]
+        if kind == "random":
+            return noise * length
         return line.encode() if kind == "text" else data
 
     return change

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import sqlite3
 import statistics
 import subprocess
 import sys
@@ -23,8 +24,10 @@ from typing import Any
 from synthetic import ABI, Made, fill, measurement, multiply
 
 from llmbuild import commands, digest
-from llmbuild.build import build_key, owner, stand, trial_of
+from llmbuild.build import owner, stand, trial_of
+from llmbuild.catalog.place import FILE
 from llmbuild.catalog.writer import Catalog
+from llmbuild.freshness import build_key
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
 from llmbuild.runtime.model import pick
@@ -101,14 +104,27 @@ def _points(job: Job, count: int, draw: random.Random) -> list[Point]:
     return list(found)
 
 
-def seconds(act: Callable[[], Any], rounds: int) -> list[float]:
-    """Return the wall seconds of each call; the first, which fills caches, is not counted."""
+def seconds(act: Callable[[], Any], rounds: int, before: Callable[[], Any] = lambda: None) -> list[float]:
+    """Return the wall seconds of each call, each after an uncounted `before`; the first call fills caches."""
     taken = []
     for _ in range(rounds + 1):
+        before()
         begin = perf_counter()
         act()
         taken.append(perf_counter() - begin)
     return taken[1:]
+
+
+def commit(folder: Path) -> Callable[[], Any]:
+    """Return what commits a change of one row to a catalog, from a connection of its own."""
+
+    def change() -> None:
+        connection = sqlite3.connect(folder / FILE)
+        connection.execute("UPDATE measurement SET tpot_s = tpot_s * 1.0001 WHERE rowid = 1")
+        connection.commit()
+        connection.close()
+
+    return change
 
 
 def command(*arguments: str | Path) -> Callable[[], Any]:
@@ -126,17 +142,19 @@ def rows(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     multiply(folder / "front", arguments.rows, 1.0)
     many, slo = folder / "many", ["ttft_s<=0.5"]
     asked = {"model": "m", "slo": slo, "objective": "tpot_s", "target": None, "workload": None, "everything": False}
-    known, shown = f"{arguments.variants} variants", f"{arguments.rows} rows"
-    timed: list[tuple[str, str, float, Callable[[], Any]]] = [
+    known, shown, front = f"{arguments.variants} variants", f"{arguments.rows} rows", folder / "front"
+    timed: list[tuple[Any, ...]] = [
         ("null build", known, 1.0, command("build", recipe, "-C", folder / "catalog")),
         ("dry run", known, 2.0, command("build", "-n", recipe, "-C", folder / "catalog")),
         ("pick, in process", shown, 0.005, lambda: pick(many, "m", slo, "tpot_s")),
-        ("pick, in process, all on the front", shown, 0.005, lambda: pick(folder / "front", "m", slo, "tpot_s")),
+        ("pick, in process, all on the front", shown, 0.005, lambda: pick(front, "m", slo, "tpot_s")),
+        ("pick after a commit", shown, 0.0, lambda: pick(many, "m", slo, "tpot_s"), commit(many)),
+        ("pick after a commit, all on the front", shown, 0.0, lambda: pick(front, "m", slo, "tpot_s"), commit(front)),
         ("pick, command", shown, 0.3, command("pick", "--slo", slo[0], "-C", many)),
         ("query --slo, in process", shown, 0.05, lambda: commands.query({**asked, "catalog": str(many)})),
         ("pick with every verdict, in process", shown, 0.0, lambda: pick(many, "m", slo, "tpot_s").explain()),
     ]
-    return [_row(what, size, bound, seconds(act, arguments.rounds)) for what, size, bound, act in timed]
+    return [_row(what, size, bound, seconds(act, arguments.rounds, *more)) for what, size, bound, act, *more in timed]
 
 
 def _row(what: str, size: str, bound: float, taken: list[float]) -> dict[str, Any]:

@@ -1,13 +1,16 @@
 """Record an exhaustive study: every point of a recipe's grid compiled, screened and kept with its raw samples.
 
     python scripts/bench/record.py compile scripts/bench/studies/NAME.yaml -C CATALOG [-j N] [--seconds S]
-    python scripts/bench/record.py measure scripts/bench/studies/NAME.yaml -C CATALOG [--seconds S]
+    python scripts/bench/record.py measure scripts/bench/studies/NAME.yaml -C CATALOG [--seconds S] [--passes N]
     python scripts/bench/record.py pack    scripts/bench/studies/NAME.yaml -C CATALOG
+    python scripts/bench/record.py teach   scripts/bench/studies/*.jsonl.gz
 
 `compile` makes the artifacts, checks their numerics and scores their quality; it may share the machine. `measure` must
 have the machine to itself: it screens the points in random order, point 0 first and last in each run, and points with
-equal executables and settings once. Both go on where they stopped, and stop after `--seconds`. `pack` writes
-`NAME.jsonl.gz` beside the recipe, which `llmbuild.search.replay` reads: a header, then one line for each point.
+equal executables and settings as one, `--passes` times each, a whole pass between two screens of a point. Both go on
+where they stopped, and stop after `--seconds`. `pack` writes `NAME.jsonl.gz` beside the recipe, which
+`llmbuild.search.replay` reads: a header, then one line for each point, with the samples of all its screens. `teach`
+writes what the studies say to `llmbuild/search/experience.json.gz`, which every search starts from.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import gzip
 import json
 import random
 import sys
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +30,7 @@ from typing import Any
 
 from comparison.script import end
 
+import llmbuild.search
 from llmbuild import digest, toolchain
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
@@ -34,6 +39,8 @@ from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.protocol import Quality, Subject
 from llmbuild.runtime import host
+from llmbuild.search import transfer
+from llmbuild.search.replay import read
 from llmbuild.spec.program import Program
 from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.space import Point
@@ -129,19 +136,20 @@ class Recording:
 
     # --- measure -------------------------------------------------------------------------------------------------
 
-    def measure(self, seconds: float) -> None:
-        """Screen what has no reading yet, in random order."""
+    def measure(self, seconds: float, passes: int) -> None:
+        """Screen what has fewer than `passes` readings, in random order, each pass after the one before."""
         end = monotonic() + seconds
         made = {row["build"]: row for row in lines(self.made)}
-        done = {row["run"] for row in lines(self.read) if not row["repeat"]}
         ready = [p for p in self.points() if made.get(self.build_of(p), {}).get("failure", "unmade") is None]
         distinct = {self.run_of(p, made[self.build_of(p)]): p for p in reversed(ready)}
-        left = [name for name in distinct if name not in done]
-        random.Random(len(done)).shuffle(left)
+        done = Counter(row["run"] for row in lines(self.read) if not row["repeat"])
+        left = [(turn, name) for name in distinct for turn in range(done[name], passes)]
+        random.Random(done.total()).shuffle(left)
+        left.sort(key=lambda item: item[0], reverse=True)
         zero = self.run_of(ready[0], made[self.build_of(ready[0])])
         self._screen(ready[0], zero, repeat=True)
         while left and monotonic() < end:
-            name = left.pop()
+            _, name = left.pop()
             self._screen(distinct[name], name, repeat=False)
         self._screen(ready[0], zero, repeat=True)
         print(f"{len(ready)} points ready, {len(distinct)} distinct, {len(left)} to screen", file=sys.stderr)
@@ -185,7 +193,10 @@ class Recording:
         """Yield the header and one row for each point that was tried whole."""
         varied = [k for k in self.job.space.knobs if len({p[k.name] for p in self.points()}) > 1]
         read = list(lines(self.read))
-        first = {row["run"]: row for row in read if not row["repeat"]}
+        screens: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        for row in read:
+            if not row["repeat"]:
+                screens[row["run"]].append(row)
         made = {row["build"]: row for row in lines(self.made)}
         recipe = self.job.recipe
         yield {
@@ -202,7 +213,7 @@ class Recording:
         }
         for point in self.points():
             build = made.get(self.build_of(point))
-            reading = first.get(self.run_of(point, build)) if build and build["failure"] is None else None
+            reading = pooled(screens[self.run_of(point, build)]) if build and build["failure"] is None else None
             if build is None or (build["failure"] is None and reading is None):
                 continue
             yield self._row(point, [k.name for k in varied], build, reading)
@@ -247,6 +258,15 @@ def opened(subject: Subject, job: Job) -> Live:
     return live
 
 
+def pooled(screens: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the samples of all screens of a point as one reading that takes as long as one of them."""
+    good = [row for row in screens if row["failure"] is None]
+    if not good:
+        return screens[0] if screens else None
+    samples = {name: [v for row in good for v in row["samples"][name]] for name in good[0]["samples"]}
+    return {**good[0], "samples": samples, "measure_s": median(row["measure_s"] for row in good)}
+
+
 def lines(path: Path) -> list[dict[str, Any]]:
     """Return the whole lines of a file that may have been cut off in the middle of one."""
     if not path.is_file():
@@ -260,20 +280,35 @@ def append(path: Path, row: dict[str, Any]) -> None:
         file.write(json.dumps(row) + "\n")
 
 
+def teach(studies: list[Path]) -> Path:
+    """Write what studies say where searches look for it and return the path."""
+    path = Path(llmbuild.search.__file__).with_name(transfer.SHIPPED)
+    bodies = [transfer.packed(study.name, study.lesson) for study in map(read, studies)]
+    path.write_bytes(gzip.compress(json.dumps(bodies, separators=(",", ":")).encode(), 9, mtime=0))
+    print(f"{path}: {len(bodies)} studies, {path.stat().st_size} bytes", file=sys.stderr)
+    return path
+
+
 def main() -> None:
     """Do one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=("compile", "measure", "pack"))
-    parser.add_argument("recipe", type=Path)
-    parser.add_argument("-C", "--catalog", type=Path, required=True)
+    parser.add_argument("step", choices=("compile", "measure", "pack", "teach"))
+    parser.add_argument("paths", type=Path, nargs="+", metavar="PATH", help="a recipe; to teach, packed studies")
+    parser.add_argument("-C", "--catalog", type=Path, help="where artifacts and readings are kept")
     parser.add_argument("-j", "--jobs", type=int, default=1)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--passes", type=int, default=3, help="screens of each point, far apart in time")
     asked = parser.parse_args()
-    recording = Recording(asked.recipe, asked.catalog)
+    if asked.step == "teach":
+        teach(asked.paths)
+        return
+    if asked.catalog is None or len(asked.paths) > 1:
+        parser.error("name one recipe, and a catalog with -C")
+    recording = Recording(asked.paths[0], asked.catalog)
     if asked.step == "compile":
         recording.compile(asked.seconds, asked.jobs)
     elif asked.step == "measure":
-        recording.measure(asked.seconds)
+        recording.measure(asked.seconds, asked.passes)
     else:
         recording.pack()
 

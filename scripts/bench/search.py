@@ -9,10 +9,10 @@ what has the executable and settings of a point measured before, costs it none; 
 such points, `of points` of the whole grid. Seconds are those of the recording, each import and each compile paid for
 once. Medians over the seeds, in brackets the quartiles; a search that never gets there counts as one that needs all.
 
-    ours             as `llmbuild build` searches: point 0, experience, then the model of the points so far
-    ours-cold        the same without experience
-    ours-related     the same with the fronts of the other studies in place of experience
-    ours-learned     no experience, but a cost model learned from the other studies
+    ours             as `llmbuild build` searches: point 0, then a model that starts from what the other studies tell
+    ours-cold        the same without the other studies
+    ours-opened      without them, but with a list of points that did well elsewhere right after point 0
+    ours-related     the same with the fronts of the other studies as the list
     tpe-multivariate Optuna's TPE, multivariate in groups      gp    Optuna's GPSampler
     default          Optuna's default for several objectives   nsga2 its NSGA-II
     random           every unknown point is as likely     random-plain  and equal executables are measured again
@@ -23,7 +23,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +31,7 @@ import numpy as np
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, Run, read, replay
 from llmbuild.search.samplers import Model, Optuna, Random, Sampler
-from llmbuild.search.study import Opened, best, openers
-from llmbuild.search.transfer import Learned, learn
+from llmbuild.search.study import Opened, best
 
 STUDIES = Path(__file__).parent / "studies"
 MARKS = (0.05, 0.1, 0.15, 0.25, 0.5)
@@ -43,8 +41,8 @@ PLAIN = "random-plain"
 SAMPLERS = (
     "ours",
     "ours-cold",
+    "ours-opened",
     "ours-related",
-    "ours-learned",
     "tpe-multivariate",
     "default",
     "nsga2",
@@ -58,21 +56,14 @@ def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], see
     space = study.space
     zero = [space.default()]
     made: dict[str, Callable[[], Sampler]] = {
-        "ours": lambda: Opened(openers(space), best(space, study.interest, seed)),
-        "ours-cold": lambda: Opened(zero, best(space, study.interest, seed)),
-        "ours-learned": lambda: Opened(zero, Model(space, study.interest, seed, learned(others))),
-        "ours-related": lambda: Opened(related(study, others), best(space, study.interest, seed)),
+        "ours": lambda: best(space, study.objectives, study.interest, seed, [o.lesson for o in others]),
+        "ours-cold": lambda: Opened(zero, Model(space, study.interest, seed)),
+        "ours-opened": lambda: best(space, study.objectives, study.interest, seed),
+        "ours-related": lambda: Opened(related(study, others), Model(space, study.interest, seed)),
         "random": lambda: Opened(zero, Random(space, seed)),
         PLAIN: lambda: Opened(zero, Random(space, seed)),
     }
     return made[name]() if name in made else Opened(zero, Optuna(space, len(study.objectives), seed, name))
-
-
-@cache
-def learned(others: tuple[RecordedStudy, ...]) -> Learned | None:
-    """Return what other studies have in common."""
-    rows = [{p: row.losses for p, row in o.rows.items()} for o in others]
-    return learn(rows, [o.space.default() for o in others])
 
 
 def related(study: RecordedStudy, others: tuple[RecordedStudy, ...]) -> list[Any]:

@@ -86,6 +86,9 @@ class FakeNvml:
     mig: int | None = None
     instant: bool = True
     reasons: int = 0
+    memory_used: int = 3 << 30
+    sm_clock_mhz: Callable[[float], int] = lambda _: 1980
+    temperature_c: Callable[[float], int] = lambda _: 41
     raises: dict[str, NVMLError] = field(default_factory=dict)
     lost_at_s: float = float("inf")
     reset_at_s: float = float("inf")
@@ -95,7 +98,7 @@ class FakeNvml:
     NVMLError_NotSupported = NVMLError_NotSupported
     NVML_DEVICE_MIG_ENABLE = 1
     NVML_FI_DEV_POWER_INSTANT = 186
-    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU = 1, 0
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     nvmlClocksEventReasonSwPowerCap = 4  # noqa: N815
     nvmlClocksEventReasonHwSlowdown = 8  # noqa: N815
     nvmlClocksEventReasonSwThermalSlowdown = 32  # noqa: N815
@@ -145,12 +148,25 @@ class FakeNvml:
         return [SimpleNamespace(nvmlReturn=0 if self.instant else 3, value=value)]
 
     def nvmlDeviceGetClockInfo(self, _: int, kind: int) -> int:  # noqa: N802
+        self._called("nvmlDeviceGetClockInfo")
+        if kind == self.NVML_CLOCK_MEM:
+            return 2619
         assert kind == self.NVML_CLOCK_SM
-        return 1980
+        return self.sm_clock_mhz(self.world.now)
 
     def nvmlDeviceGetTemperature(self, _: int, kind: int) -> int:  # noqa: N802
         assert kind == self.NVML_TEMPERATURE_GPU
-        return 41
+        return self.temperature_c(self.world.now)
+
+    def nvmlDeviceGetMemoryInfo(self, _: int) -> Any:  # noqa: N802
+        self._called("nvmlDeviceGetMemoryInfo")
+        return SimpleNamespace(used=self.memory_used, total=80 << 30)
+
+    def nvmlDeviceGetName(self, _: int) -> str:  # noqa: N802
+        return "NVIDIA H100"
+
+    def nvmlSystemGetDriverVersion(self) -> str:  # noqa: N802
+        return "550.54"
 
     def nvmlDeviceGetPowerManagementLimit(self, _: int) -> int:  # noqa: N802
         self._called("nvmlDeviceGetPowerManagementLimit")

@@ -1,0 +1,181 @@
+"""What a catalog knows of a build, read with the standard library's sqlite3: a build with nothing to do needs no more.
+
+The writer reads through this too, so that both have one answer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.catalog.place import PUBLISHED_FILE, exists
+from llmbuild.catalog.store import BlobStore
+from llmbuild.errors import CatalogError
+from llmbuild.runtime import reader
+from llmbuild.spec.program import Program, abi_from
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import FRONT, USABLE, Finished
+from llmbuild.spec.variant import Artifact
+
+_FINISHED = """
+SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant = v.digest
+LEFT JOIN failure f ON f.id = t.failure WHERE t.scope = ? AND (t.failure IS NULL OR f.lasting)
+"""
+_MADE = """
+SELECT v.digest, v.artifact, p.parameters FROM variant v JOIN program p ON p.digest = v.program
+WHERE v.artifact IS NOT NULL
+"""
+
+
+class Known:
+    """A catalog that is only read. It has the newest schema: opening it as a `Catalog` would change nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.blobs = BlobStore(folder)
+
+    def _rows(self, query: str, *values: Any) -> list[Any]:
+        with reader.opened(self.folder) as connection:
+            return list(connection.execute(query, values).fetchall())
+
+    def _names(self, query: str, *values: Any) -> set[str]:
+        return {row[0] for row in self._rows(query, *values)}
+
+    # --- what was made -------------------------------------------------------------------------------------------
+
+    def find_import(self, key: str) -> Program | None:
+        """Return the program an import made before, if all its blobs are still there."""
+        query = 'SELECT p.* FROM program p JOIN "import" i ON i.program = p.digest WHERE i.key = ?'
+        for row in self._rows(query, key):
+            program = Program(row["module"], row["parameters"], row["checks"], abi_from(_parsed(row["abi"])))
+            if all(self.blobs.intact(d) for d in (program.module, program.parameters, program.check)):
+                return program
+        return None
+
+    def find_compile(self, key: str) -> Artifact | None:
+        """Return the artifact a compile made before, if its blob is still there and whole."""
+        query = "SELECT a.* FROM artifact a JOIN compile c ON c.artifact = a.digest WHERE c.key = ?"
+        found = [Artifact(row["digest"], row["size_bytes"], row["runtime"]) for row in self._rows(query, key)]
+        return next((artifact for artifact in found if self.blobs.intact(artifact.digest)), None)
+
+    def tunings(self, target: str, compiler: str) -> dict[str, str]:
+        """Return the configurations that won on a target (its digest), by the kind of dispatch."""
+        rows = self._rows("SELECT inputs, configuration FROM dispatch_tuning WHERE configuration <> ''")
+        found = [(_parsed(row["inputs"]), row["configuration"]) for row in rows]
+        return {i["signature"]: c for i, c in found if (i["target"], i["compiler"]) == (target, compiler)}
+
+    def lost(self) -> set[str]:
+        """Return the variants whose artifact or parameters should be there and are not, or not whole."""
+        return set(self.lost_blobs())
+
+    def lost_blobs(self) -> dict[str, set[str]]:
+        """Return, by variant, the artifact and parameters that should be there and are not, or not whole.
+
+        What `gc` removed is missed only while its variant stands on a front, or is a default that others are paired
+        with.
+        """
+        gone = self._names("SELECT digest FROM collected")
+        alive = self._names(f"SELECT variant FROM standing WHERE status IN ({_listed(FRONT)})") if gone else set()
+        alive |= self._names("SELECT digest FROM variant WHERE is_default") if gone else set()
+        whole: dict[str, bool] = {}
+        found: dict[str, set[str]] = {}
+        for variant, *names in map(tuple, self._rows(_MADE)):
+            for name in names:
+                needed = name not in gone or variant in alive
+                if needed and name not in whole:
+                    whole[name] = self.blobs.intact(name)
+                if needed and not whole[name]:
+                    found.setdefault(variant, set()).add(name)
+        return found
+
+    # --- trials and builds ---------------------------------------------------------------------------------------
+
+    def finished(self, scope: str) -> list[Finished]:
+        """Return the trials of a scope that need not be tried again, without reading what was measured."""
+        told = "SELECT variant FROM measurement WHERE scope = ? AND CAST(notes AS TEXT) LIKE ?"
+        reused = self._names(told, scope, '%"reused"%')
+        rows = self._rows(_FINISHED, scope)
+        return [Finished(_point(row[0]), row[1], bool(row[2]), row[1] in reused) for row in rows]
+
+    def usable(self, model: str, target: str, machine: str) -> int:
+        """Return how many variants of a recipe on a target and machine can be used."""
+        query = (
+            "SELECT count(DISTINCT variant) FROM standing WHERE model = ? AND target = ? AND machine = ? "
+            f"AND status IN ({_listed(USABLE)})"
+        )
+        return int(self._rows(query, model, target, machine)[0][0])
+
+    def build_state(self, key: str) -> dict[str, Any] | None:
+        """Return how far a build has come: `seconds`, `raced`, `ended`."""
+        rows = self._rows("SELECT seconds, raced, ended FROM build WHERE key = ?", key)
+        return next(({"seconds": r[0], "raced": bool(r[1]), "ended": r[2]} for r in rows), None)
+
+    def last_inputs(self, model: str) -> list[dict[str, Any]]:
+        """Return what the builds of a recipe were keyed by, the latest first."""
+        rows = self._rows("SELECT inputs FROM build WHERE model = ? ORDER BY created_at DESC", model)
+        return [dict(_parsed(row[0])) for row in rows]
+
+
+def name_of(tunings: dict[str, str]) -> str:
+    """Return what a knob calls a set of configurations; empty for none."""
+    return digest.short(digest.of(tunings)) if tunings else ""
+
+
+def is_current(folder: Path) -> bool:
+    """Say whether a catalog can be read as `Known`; what is wrong with one that cannot is for the writer to say."""
+    if (folder / PUBLISHED_FILE).is_file():
+        return False
+    try:
+        with reader.opened(folder) as connection:
+            found = connection.execute("SELECT schema_version FROM info").fetchone()[0]
+    except CatalogError:
+        return False
+    return bool(found == reader.SCHEMA_VERSIONS[-1])
+
+
+@contextlib.contextmanager
+def looked_at(folder: Path) -> Iterator[Known | None]:
+    """Give what a catalog knows and change nothing of it; None where there is none yet."""
+    if not exists(folder) or is_current(folder):
+        yield Known(folder) if exists(folder) else None
+        return
+    from llmbuild.catalog.schema import migrated_copy
+
+    with migrated_copy(folder) as copy:
+        known = Known(copy)
+        known.blobs = BlobStore(folder)
+        yield known
+
+
+def known_in(folder: Path) -> Known | None:
+    """Return what a catalog knows, brought to the newest schema; None where there is none yet."""
+    if not exists(folder):
+        return None
+    if not is_current(folder):
+        from llmbuild.catalog.schema import open_engine
+
+        open_engine(folder).dispose()
+    return Known(folder)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"'{name}'" for name in names)
+
+
+def _parsed(body: Any) -> Any:
+    """Return a JSON column: SQLite's is text, a server's is parsed already."""
+    return json.loads(body) if isinstance(body, str) else body
+
+
+@lru_cache(1 << 14)
+def _of_text(text: str) -> Point:
+    return Point.of(json.loads(text))
+
+
+def _point(body: Any) -> Point:
+    return _of_text(body) if isinstance(body, str) else Point.of(body)

@@ -1,0 +1,48 @@
+"""What the rows of one build share, each named by digest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llmbuild import digest
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.target import Target
+from llmbuild.spec.variant import Toolchain
+
+
+@dataclass(frozen=True)
+class Owner:
+    """What every variant of one build shares: the recipe's name, and digests of target, toolchain and lineage.
+
+    `tokenizer` is a blob, absent for a model without one.
+    """
+
+    model: str
+    target: str
+    toolchain: str
+    lineage: str
+    tokenizer: str | None
+
+
+@dataclass(frozen=True)
+class Registered:
+    """The records every row of a build points at, named by digest."""
+
+    target: Target
+    machine: Machine
+    toolchain: Toolchain
+
+    @property
+    def target_digest(self) -> str:
+        """Name of the target: what decides the code, and what people call it."""
+        return digest.of({"name": self.target.name, **self.target.identity()})
+
+    @property
+    def machine_digest(self) -> str:
+        """Fingerprint of the machine."""
+        return digest.of(self.machine)
+
+    @property
+    def toolchain_digest(self) -> str:
+        """Name of the toolchain."""
+        return digest.of(self.toolchain)

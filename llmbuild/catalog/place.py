@@ -1,0 +1,15 @@
+"""What the files of a catalog's folder are called."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmbuild.runtime.reader import FILE, URL_FILE
+from llmbuild.runtime.trust import POINTER as PUBLISHED_FILE
+
+__all__ = ["FILE", "PUBLISHED_FILE", "URL_FILE", "exists"]
+
+
+def exists(folder: Path) -> bool:
+    """Say whether there is a catalog in `folder`; nothing is made."""
+    return any((folder / name).is_file() for name in (FILE, URL_FILE))

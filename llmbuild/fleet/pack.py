@@ -1,0 +1,229 @@
+"""Pack what was compiled into one folder that is measured on a machine without network or compiler: see `packed`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmbuild.build import Build, Tell, describe, owner
+from llmbuild.catalog.writer import Catalog
+from llmbuild.compiler import iree
+from llmbuild.digest import plain
+from llmbuild.errors import InputError
+from llmbuild.fleet.packed import JOB
+from llmbuild.profiler import bandwidth, wire
+from llmbuild.profiler.remote import archive
+from llmbuild.runtime import host
+from llmbuild.runtime.reader import FILE, blob_path
+from llmbuild.spec.recipe import Budget
+from llmbuild.spec.space import Point
+from llmbuild.spec.variant import Failure
+from llmbuild.steps import Job, Steps
+
+Body = dict[str, Any]
+MOST_BYTES = 60 << 20
+"""Bytes of a packed folder beside the weights."""
+MORE_CODE = ("fleet/__init__", "fleet/packed", "fleet/table", "search/__init__", "search/front", "search/pairs")
+WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
+FORGOTTEN = (
+    "standing",
+    "trial",
+    "build",
+    "measurement",
+    "failure",
+    "machine_limit",
+    "collected",
+    "front_half",
+    "reference",
+    "dispatch_tuning",
+)
+"""Tables that a packed catalog begins without: what was read here is no reading of there, and nothing is made there."""
+LEFT_OVER = {
+    "variant": "digest NOT IN (SELECT digest FROM temp.packed)",
+    "program": "digest NOT IN (SELECT program FROM variant)",
+    "artifact": "digest NOT IN (SELECT artifact FROM variant)",
+    "import": "program NOT IN (SELECT digest FROM program)",
+    "compile": "artifact NOT IN (SELECT digest FROM artifact)",
+    "target": "digest NOT IN (SELECT target FROM variant UNION SELECT digest FROM temp.packed)",
+    "toolchain": "digest NOT IN (SELECT toolchain FROM variant)",
+    "machine": "1",
+}
+"""Rows that a packed catalog does without, by table: those of other variants."""
+RUNNER = Path(__file__).with_name("runner.py")
+
+
+@dataclass
+class Packed:
+    """What a folder holds: variants, what was left out and why, and its bytes by kind."""
+
+    variants: int = 0
+    left_out: list[str] = field(default_factory=list)
+    weights_bytes: int = 0
+    other_bytes: int = 0
+
+
+def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell: Tell) -> Packed:
+    """Compile the jobs' points that are tried first, and put all that measuring them needs into a new `folder`.
+
+    Raises:
+        InputError: the folder is not empty, or nothing compiled.
+    """
+    if folder.exists() and any(folder.iterdir()):
+        raise InputError(f"{folder}: is not empty: name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    done, weights, others = Packed(), dict[str, Path](), dict[str, Path]()
+    bodies = [_job(job, catalog, trials, tell, done, weights, others) for job in jobs]
+    kept = [body for body in bodies if body["subjects"]]
+    if not kept:
+        raise InputError(f"nothing to pack: {'; '.join(done.left_out)}")
+    for name, path in {**weights, **others}.items():
+        _copy(path, blob_path(folder, name))
+    (folder / JOB).write_text(json.dumps({"version": 1, "jobs": kept}))
+    (folder / "code.zip").write_bytes(archive(*MORE_CODE))
+    shutil.copyfile(RUNNER, folder / "run.py")
+    variants = [one["subject"]["variant"] for body in kept for one in body["subjects"]]
+    _rows(catalog, folder, [*variants, *(body["target_digest"] for body in kept)])
+    done.weights_bytes = sum(path.stat().st_size for path in weights.values())
+    return done
+
+
+def _job(
+    job: Job, catalog: Catalog, trials: int, tell: Tell, done: Packed, weights: dict[str, Path], others: dict[str, Path]
+) -> Body:
+    steps = Steps(job, catalog)
+    made = Build(steps, Budget(trials, job.recipe.budget.seconds), 0, 1, tell).compile()
+    quality = steps.reference()
+    if isinstance(quality, Failure):
+        raise InputError(f"{job.recipe.name}: {quality.stage}: {quality.reason}")
+    if quality.data is not None:
+        others[quality.data.name] = quality.data
+    if tokenizer := owner(steps).tokenizer:
+        others[tokenizer] = catalog.blobs.path(tokenizer)
+    subjects = []
+    for point, artifact in made:
+        program = steps.import_(point)
+        if isinstance(artifact, Failure) or isinstance(program, Failure):
+            why = artifact if isinstance(artifact, Failure) else program
+            assert isinstance(why, Failure)
+            done.left_out.append(f"{job.target.name}: {describe(job, point)}: {why.stage}: {why.reason[:200]}")
+            continue
+        subject = steps.subject(point, program, artifact)
+        others[program.module] = catalog.blobs.path(program.module)
+        weights[subject.parameters_path.name] = subject.parameters_path
+        others |= {n: p for n, p in wire.files_of(subject).items() if p != subject.parameters_path}
+        subjects.append(_subject(job, point, wire.subject_body(subject), steps, program))
+        done.variants += 1
+    recipe = job.recipe
+    return {
+        "model": recipe.name,
+        "target": job.target.name,
+        "target_digest": steps.registered.target_digest,
+        "scope_inputs": job.scope_inputs,
+        "objectives": list(recipe.objectives),
+        "bounds": [str(b) for b in (*recipe.constraints, *recipe.quality.bounds)],
+        "bench": wire.bench_body(recipe.workloads, quality, job.protocol, job.target, job.toolchain.compiler, None),
+        "subjects": subjects,
+        "bandwidth": _bandwidth(job, catalog, others, done),
+        "shape": _shape(job),
+    }
+
+
+def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed) -> str | None:
+    """Compile what measures how fast the target's memory is read; None where its compiler will not."""
+    settings = {**job.space.level(job.space.default(), "codegen"), "opt_level": "O2"}
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        source, output = Path(name) / "bandwidth.mlir", Path(name) / "bandwidth.vmfb"
+        source.write_text(bandwidth.SOURCE)
+        failure = iree.compile_module(source, output, job.target, settings, job.limits)
+        if failure:
+            done.left_out.append(f"{job.target.name}: bandwidth: {failure.reason[:200]}")
+            return None
+        blob = catalog.blobs.put_file(output)
+    others[blob] = catalog.blobs.path(blob)
+    return blob
+
+
+def _shape(job: Job) -> Body | None:
+    """Return the model's configuration, for another runtime to make the same shape; None where it is no plain Llama."""
+    config: Body = json.loads((job.model.folder / "config.json").read_text())
+    return config if config.get("model_type") == "llama" else None
+
+
+def _subject(job: Job, point: Point, body: Body, steps: Steps, program: Any) -> Body:
+    from llmbuild import digest
+
+    return {
+        "subject": body,
+        "point": plain(point.as_dict()),
+        "program": digest.of(program),
+        "default": point == job.space.default(),
+        "choices": describe(job, point),
+    }
+
+
+def _copy(source: Path, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, path)
+
+
+def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
+    """Write the catalog's rows of these variants and targets, without what was measured or tried here.
+
+    Targets of equal code share a variant, whose row names one of them.
+    """
+    with sqlite3.connect(catalog.folder / FILE) as connection:
+        connection.execute("VACUUM INTO ?", (str(folder / FILE),))
+    connection.close()
+    with sqlite3.connect(folder / FILE) as connection:
+        connection.execute("CREATE TEMP TABLE packed (digest)")
+        connection.executemany("INSERT INTO temp.packed VALUES (?)", [(name,) for name in named])
+        for name in FORGOTTEN:
+            connection.execute(f'DELETE FROM "{name}"')
+        for name, left_over in LEFT_OVER.items():
+            connection.execute(f'DELETE FROM "{name}" WHERE {left_over}')
+    connection.execute("VACUUM")
+    connection.close()
+
+
+def wheels(folder: Path, pythons: Sequence[str], platform: str) -> None:
+    """Download the wheels that the other side needs, for each Python and one platform such as `manylinux_2_28_x86_64`.
+
+    Raises:
+        InputError: an index does not have one of them.
+    """
+    runtime = host.runtime_version()
+    wanted = [f"{name}=={runtime}" if name == "iree-base-runtime" else name for name in WHEELS]
+    for python in pythons:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        command += ["--only-binary=:all:", "--python-version", python, "--platform", platform]
+        done = subprocess.run(
+            [*command, "--dest", str(folder / "wheels"), *wanted], capture_output=True, text=True, check=False
+        )
+        if done.returncode:
+            lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
+            raise InputError(f"wheels for Python {python} on {platform}: {lines[-1]}")
+
+
+def size(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def closing(packed: Packed, folder: Path) -> str:
+    """Return what a person needs to know of a packed folder."""
+    packed.other_bytes = size(folder) - packed.weights_bytes
+    over = f", MORE THAN {MOST_BYTES / 1e6:.0f} MB" if packed.other_bytes > MOST_BYTES else ""
+    left = "".join(f"\nleft out: {text}" for text in packed.left_out)
+    return (
+        f"{folder}: {packed.variants} variants, {packed.other_bytes / 1e6:.1f} MB{over} beside "
+        f"{packed.weights_bytes / 1e6:.1f} MB of weights{left}\n"
+        f"copy it to the machine and run `python3 run.py` in it; then `llmbuild merge {folder}` here"
+    )

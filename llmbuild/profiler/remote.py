@@ -1,0 +1,356 @@
+"""Measure on another machine over ssh: the near end. The far end is `serve`, which is sent there as it is here.
+
+The system's own `ssh` is used, so that the user's configuration, keys, agents and jump hosts hold. Nobody is asked for
+a password. Files go once, by digest; readings come back as those of that machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shlex
+import subprocess
+import tempfile
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import llmbuild
+from llmbuild import digest
+from llmbuild.errors import InputError, NothingUsable
+from llmbuild.process import Limits, confine, stop_group, tail
+from llmbuild.profiler import roofline, wire
+from llmbuild.profiler.bench import Contenders
+from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.runtime.choose import HostFacts
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.target import Target
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+Body = dict[str, Any]
+SHIPPED = ("spec", "runtime", "profiler", "kernels")
+"""The packages that the far end runs."""
+PIECE = 1 << 20
+
+
+class Lost(Exception):
+    """The far end is gone; never leaves this module."""
+
+
+class Refused(Exception):
+    """The far end would not do it; never leaves this module."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A machine that ssh knows, and the Python there."""
+
+    destination: str
+    port: int | None = None
+    python: str = "python3"
+
+    def command(self, script: str) -> list[str]:
+        """Return the command that runs a Python script there."""
+        port = ["-p", str(self.port)] if self.port else []
+        alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15"]
+        far = shlex.join([self.python, "-c", script])
+        return ["ssh", "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
+
+
+def place_of(text: str) -> Place:
+    """Return the place that `ssh://[USER@]HOST[:PORT][/PATH/TO/PYTHON]` names.
+
+    Raises:
+        InputError: it does not name one.
+    """
+    asked = f"--on {text!r}: write ssh://[USER@]HOST[:PORT][/PATH/TO/PYTHON]"
+    try:
+        parts = urlsplit(text)
+        port = parts.port
+    except ValueError as error:
+        raise InputError(f"{asked}: {error}") from None
+    if parts.scheme != "ssh" or not parts.hostname or parts.password or parts.query or parts.fragment:
+        raise InputError(asked)
+    name = parts.netloc.rpartition("@")[2].removesuffix(f":{port}" if port else "")
+    destination = f"{parts.username}@{name}" if parts.username else name
+    return Place(destination, port, parts.path if parts.path.strip("/") else "python3")
+
+
+class Connection:
+    """A running far end: one request, one answer."""
+
+    def __init__(self, place: Place) -> None:
+        """Connect, and send the code where it is not there yet.
+
+        Raises:
+            Lost: no connection, or no Python there.
+            Refused: what is there cannot serve.
+        """
+        self.place = place
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        code = archive()
+        name = digest.of_bytes(code)
+        script = f"import sys; exec(sys.stdin.buffer.read({len(_bootstrap(name, len(code)))}))"
+        try:
+            self._process = subprocess.Popen(
+                place.command(script),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                start_new_session=True,
+                preexec_fn=confine(Limits()),
+            )
+        except OSError as error:
+            raise Lost(f"cannot start ssh: {error}") from None
+        try:
+            self._send(_bootstrap(name, len(code)))
+            if self._answer().get("send"):
+                self._send(code)
+            while "serving" not in self._answer():
+                continue
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, verb: str, decide: Any = None, **request: Any) -> Body:
+        """Return the answer; `decide` says who is left of the measurements that a race asks about.
+
+        Raises:
+            Lost, Refused: there is no answer, or it is no.
+        """
+        self._send(_line({"verb": verb, **request}))
+        while "contenders" in (told := self._answer()):
+            measured = [wire.measurement_of(body) for body in told["contenders"]]
+            self._send(_line({"verb": "left", "left": sorted(decide(measured, told["reach"]))}))
+        return told
+
+    def put(self, files: Mapping[str, Path]) -> int:
+        """Send the files, by digest, that are not there yet; return their bytes."""
+        sent = 0
+        for name in self.ask("have", blobs=sorted(files))["missing"]:
+            size = files[name].stat().st_size
+            self._send(_line({"verb": "put", "blob": name, "bytes": size}))
+            with open(files[name], "rb") as file:
+                while piece := file.read(PIECE):
+                    self._send(piece)
+            self._answer()
+            sent += size
+        return sent
+
+    def close(self) -> None:
+        """End the far end, which ends what it started."""
+        if self._process.stdin is not None:
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        stop_group(self._process)
+        if self._process.stdout is not None:
+            self._process.stdout.close()
+        if not self._log.closed:
+            self._log.close()
+
+    def _send(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()
+        except (BrokenPipeError, ValueError):
+            raise Lost(self._last_words()) from None
+
+    def _answer(self) -> Body:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise Lost(self._last_words())
+        try:
+            told: Body = json.loads(line)
+        except ValueError:
+            raise Refused(f"what answers there is not llmbuild: {line[:80]!r}") from None
+        if "refused" in told:
+            raise Refused(str(told["refused"]))
+        return told
+
+    def _last_words(self) -> str:
+        if self._log.closed:
+            return "it was closed"
+        self._process.wait()
+        lines = [line for line in tail(self._log.fileno()).splitlines() if line.strip()]
+        return lines[-1] if lines else f"ssh ended with {self._process.returncode}"
+
+
+class Remote:
+    """A machine that is measured on; connected to when it is first needed, and again after the connection was lost."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.sent_bytes = 0
+        self._connection: Connection | None = None
+
+    @property
+    def connection(self) -> Connection:
+        """The connection.
+
+        Raises:
+            Lost, Refused: there is none to be had.
+        """
+        if self._connection is None:
+            self._connection = Connection(self.place)
+        return self._connection
+
+    def drop(self) -> None:
+        """Forget a connection that was lost."""
+        self.close()
+
+    def close(self) -> None:
+        """End the far end."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    @cached_property
+    def _facts(self) -> Body:
+        try:
+            return self.connection.ask("facts")
+        except (Lost, Refused) as error:
+            self.close()
+            raise NothingUsable(f"{self.place.destination}: cannot be measured on: {error}") from None
+
+    @property
+    def machine(self) -> Machine:
+        """The machine's record.
+
+        Raises:
+            NothingUsable: it cannot be reached, or nothing there can serve.
+        """
+        return wire.machine_of(self._facts["machine"])
+
+    @property
+    def facts(self) -> HostFacts:
+        """What decides which artifacts may be opened there."""
+        told, machine = self._facts, self.machine
+        features = frozenset(machine.features)
+        return HostFacts(machine.arch, features, told["runtime"], told["memory_bytes"], digest.of(machine))
+
+    def put(self, files: Mapping[str, Path]) -> None:
+        """Send what is not there yet."""
+        self.sent_bytes += self.connection.put(files)
+
+    def roofline(self, compile_: roofline.Compile, seconds: float) -> roofline.Roofline | Failure:
+        """Compile the limit kernels of that machine here, run them there, and return its limits."""
+        try:
+            told = self.connection.ask("limits")
+            with tempfile.TemporaryDirectory(prefix="llmbuild-") as name:
+                source, artifact = Path(name) / "limits.mlir", Path(name) / "limits.vmfb"
+                source.write_text(told["source"])
+                if failure := compile_(source, artifact):
+                    return failure
+                blob = digest.of_file(artifact)
+                self.put({blob: artifact})
+            answer = self.connection.ask("roofline", artifact=blob, plan=told["plan"], seconds=seconds)
+        except (Lost, Refused) as error:
+            return self.failure(error)
+        return wire.failure_of(answer["failure"]) if "failure" in answer else roofline.from_body(answer["roofline"])
+
+    def failure(self, error: Lost | Refused) -> Failure:
+        """Return what stands where the far end gave no answer; a lost connection may come back."""
+        lost = isinstance(error, Lost)
+        if lost:
+            self.drop()
+        reason = f"the connection to {self.place.destination} was lost: {error}" if lost else str(error)
+        return Failure("profile", reason, shlex.join(self.place.command("print('hello')")), "", lasting=not lost)
+
+
+class RemoteBench:
+    """A `Bench` that stands on another machine."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        workloads: Sequence[Workload],
+        quality: Quality,
+        protocol: Protocol,
+        limits: roofline.Roofline | None,
+        target: Target,
+        runtime: str,
+    ) -> None:
+        self.remote, self.quality = remote, quality
+        self._body = wire.bench_body(tuple(workloads), quality, protocol, target, runtime, limits)
+        self._standing: Connection | None = None
+        self._baseline = False
+
+    @property
+    def has_baseline(self) -> bool:
+        """Say whether there is something to pair with: it is gone with a connection that was lost."""
+        return self._baseline and self._standing is not None and self._standing is self.remote._connection
+
+    def measure(self, subject: Subject, baseline: bool = False) -> tuple[Measurement, ...] | Failure:
+        """Return a measurement for each workload, as `Bench.measure` does, or why there is none."""
+        try:
+            self._ready([subject])
+            told = self.remote.connection.ask("measure", subject=wire.subject_body(subject), baseline=baseline)
+        except (Lost, Refused) as error:
+            return self.remote.failure(error)
+        if "failure" in told:
+            return self._of_there(wire.failure_of(told["failure"]))
+        self._baseline = self._baseline or baseline
+        return tuple(wire.measurement_of(body) for body in told["measurements"])
+
+    def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
+        """Measure the survivors again, as `Bench.race` does; nothing where the connection was lost."""
+        try:
+            self._ready(subjects)
+            asked = [wire.subject_body(s) for s in subjects]
+            everyone = {s.variant for s in subjects}
+            told = self.remote.connection.ask("race", contenders or (lambda *_: everyone), subjects=asked)
+        except (Lost, Refused) as error:
+            self.remote.failure(error)
+            return []
+        return [tuple(wire.measurement_of(body) for body in bodies) for bodies in told["raced"]]
+
+    def close(self) -> None:
+        """End what is measured there."""
+        self.remote.close()
+        self._standing, self._baseline = None, False
+
+    def _ready(self, subjects: Sequence[Subject]) -> None:
+        """Send what is missing there, and make the bench anew on a new connection."""
+        files = {name: path for subject in subjects for name, path in wire.files_of(subject).items()}
+        if self.quality.data is not None:
+            files[self.quality.data.name] = self.quality.data
+        connection = self.remote.connection
+        self.remote.put(files)
+        if self._standing is not connection:
+            connection.ask("bench", **self._body)
+            self._standing, self._baseline = connection, False
+
+    def _of_there(self, failure: Failure) -> Failure:
+        command = f"ssh {self.remote.place.destination} {shlex.quote(failure.command)}"
+        return replace(failure, command=command)
+
+
+def archive(*more: str) -> bytes:
+    """Return the code that the far end runs, and `more` modules, as a zip with the same bytes for the same code."""
+    root = Path(llmbuild.__file__).parent
+    packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
+    files = [*(root / f"{name}.py" for name in ("__init__", "digest", "errors", "process", *more)), *packages]
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as made:
+        for path in files:
+            name = zipfile.ZipInfo(f"llmbuild/{path.relative_to(root).as_posix()}")
+            made.writestr(name, path.read_bytes(), zipfile.ZIP_DEFLATED)
+    return out.getvalue()
+
+
+def _bootstrap(code: str, size: int) -> bytes:
+    text = Path(__file__).with_name("bootstrap.py").read_text()
+    return f"CODE, SIZE = {code!r}, {size}\n{text}".encode()
+
+
+def _line(request: Body) -> bytes:
+    return json.dumps(request).encode() + b"\n"

@@ -1,0 +1,219 @@
+"""The far end of a measurement: JSON requests on stdin, one JSON answer a line on stdout; files come by digest.
+
+facts    {}                              -> machine, runtime, memory_bytes
+have     {blobs}                         -> missing: those that are not in the cache here
+put      {blob, bytes}, then the bytes   -> stored
+limits   {}                              -> source: kernels to compile, and what they are to be called with
+roofline {artifact, plan, seconds}       -> roofline, or failure
+bench    {workloads, quality, ...}       -> ready, or refused where the target must not be opened here
+measure  {subject, baseline}             -> measurements, or failure
+race     {subjects}                      -> raced; asks {contenders, reach} in between, and is told {left}
+
+When stdin ends, so does everything that runs here: the near end was interrupted, or the connection lost.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import queue
+import shutil
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.digest import plain
+from llmbuild.errors import LlmbuildError, LoadRefused
+from llmbuild.process import Limits
+from llmbuild.profiler import roofline, wire
+from llmbuild.profiler.bench import Bench
+from llmbuild.profiler.protocol import Protocol
+from llmbuild.runtime import host
+from llmbuild.runtime.choose import refusal
+from llmbuild.runtime.model import host_facts
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.variant import Failure
+
+Body = dict[str, Any]
+PIECE = 1 << 20
+
+
+class Blobs:
+    """Files by digest, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._intact: set[str] = set()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def path(self, name: str) -> Path:
+        """Return where a blob lies."""
+        if len(bytes.fromhex(name)) != 32:
+            raise LlmbuildError(f"{name!r} is no digest")
+        return self.folder / name
+
+    def intact(self, name: str) -> bool:
+        """Say whether a blob is here with the bytes of its name; they are read once."""
+        path = self.path(name)
+        if name not in self._intact and path.is_file() and digest.of_file(path) == name:
+            self._intact.add(name)
+        return name in self._intact
+
+    def take(self, name: str, size: int, source: Any) -> None:
+        """Read a blob of `size` bytes; it is there only once its bytes are those of its name."""
+        path = self.path(name)
+        temporary = path.with_name(f".{name}.{os.getpid()}")
+        with open(temporary, "wb") as file:
+            left = size
+            while left and (piece := source.read(min(left, PIECE))):
+                file.write(piece)
+                left -= len(piece)
+        if digest.of_file(temporary) == name:
+            temporary.replace(path)
+        else:
+            temporary.unlink()
+
+
+class Requests:
+    """What the near end asks, read in a thread, so that its end is noticed in the middle of a measurement."""
+
+    def __init__(self, source: Any, blobs: Blobs) -> None:
+        self._source, self._blobs = source, blobs
+        self._read: queue.Queue[Body] = queue.Queue()
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def next(self) -> Body:
+        """Return the next request, waiting for it."""
+        return self._read.get()
+
+    def _listen(self) -> None:
+        while line := self._source.readline():
+            request = json.loads(line)
+            if request["verb"] == "put":
+                self._blobs.take(request["blob"], request["bytes"], self._source)
+            self._read.put(request)
+        os._exit(0)  # workers die with the process that started them
+
+
+class Server:
+    """One near end's measurements on this machine."""
+
+    def __init__(self, cache: Path, source: Any, sink: Any) -> None:
+        self.cache, self.sink = cache, sink
+        self.blobs = Blobs(cache / "blobs")
+        self.requests = Requests(source, self.blobs)
+        self._bench: Bench | None = None
+
+    def run(self) -> None:
+        """Answer until there is nobody to answer."""
+        while True:
+            request = self.requests.next()
+            try:
+                self.say(**getattr(self, f"do_{request.pop('verb')}")(request))
+            except LlmbuildError as error:
+                self.say(refused=str(error))
+
+    def say(self, **told: Any) -> None:
+        """Write one line."""
+        self.sink.write(json.dumps(told) + "\n")
+        self.sink.flush()
+
+    def do_facts(self, _: Body) -> Body:
+        return {
+            "machine": plain(host.machine()),
+            "runtime": host.runtime_version(),
+            "memory_bytes": host.available_memory_bytes(),
+        }
+
+    def do_have(self, request: Body) -> Body:
+        return {"missing": [name for name in request["blobs"] if not self.blobs.intact(name)]}
+
+    def do_put(self, request: Body) -> Body:
+        if not self.blobs.intact(request["blob"]):
+            raise LlmbuildError(f"blob {request['blob'][:12]} was damaged on the way, or the disk here is full")
+        return {"stored": request["blob"]}
+
+    def do_limits(self, _: Body) -> Body:
+        planned = roofline.plan()
+        return {"source": planned.source, "plan": planned.body()}
+
+    def do_roofline(self, request: Body) -> Body:
+        planned = roofline.plan_from("", request["plan"])
+        found = roofline.read(planned, self.blobs.path(request["artifact"]), request["seconds"])
+        return {"failure": plain(found)} if isinstance(found, Failure) else {"roofline": plain(found)}
+
+    def do_bench(self, request: Body) -> Body:
+        self.close()
+        why = unfit(request["target"], request["runtime"])
+        if why:
+            raise LoadRefused(why)
+        self._bench = bench_of(request, self.blobs.path)
+        return {"ready": True}
+
+    def do_measure(self, request: Body) -> Body:
+        found = self._opened.measure(wire.subject_of(request["subject"], self.blobs.path), request["baseline"])
+        return {"failure": plain(found)} if isinstance(found, Failure) else {"measurements": plain(found)}
+
+    def do_race(self, request: Body) -> Body:
+        subjects = [wire.subject_of(body, self.blobs.path) for body in request["subjects"]]
+        return {"raced": plain(self._opened.race(subjects, self._left))}
+
+    def _left(self, measured: Sequence[Measurement], reach: float) -> set[str]:
+        """Ask the near end, which knows all trials, who is still undecided."""
+        self.say(contenders=plain(list(measured)), reach=reach)
+        return set(self.requests.next()["left"])
+
+    @property
+    def _opened(self) -> Bench:
+        if self._bench is None:
+            raise LlmbuildError("no bench was asked for")
+        return self._bench
+
+    def close(self) -> None:
+        """End what was measured before."""
+        if self._bench is not None:
+            self._bench.close()
+
+
+def unfit(target: Body, runtime: str) -> str:
+    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may."""
+    why = refusal({"artifact": "to come", "runtime": runtime, "target_body": target}, host_facts())
+    return f"the target {why}" if why else ""
+
+
+def bench_of(body: Body, where: wire.Where, machine: Machine | None = None, limits: Limits | None = None) -> Bench:
+    """Return the bench that a job describes, on this machine; `limits` are those of one request."""
+    known = roofline.from_body(body["limits"]) if body["limits"] else None
+    return Bench(
+        wire.workloads_of(body),
+        wire.quality_of(body, where),
+        digest.of(machine or host.machine()),
+        limits or Limits(),
+        Protocol(**body["protocol"]),
+        known,
+    )
+
+
+def main(cache: str) -> None:
+    """Serve the near end; of two that come at once, the second waits, for one would disturb the other."""
+    folder = Path(cache)
+    folder.mkdir(parents=True, exist_ok=True)
+    if shutil.disk_usage(folder).free < PIECE:
+        print(json.dumps({"refused": f"the disk of {folder} is full"}), flush=True)
+        return
+    with open(folder / ".measuring", "w") as lock:
+        sink, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sink.write(json.dumps({"waiting": True}) + "\n")
+            sink.flush()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        sink.write(json.dumps({"serving": True}) + "\n")
+        sink.flush()
+        Server(folder, sys.stdin.buffer, sink).run()

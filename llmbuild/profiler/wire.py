@@ -1,0 +1,90 @@
+"""A measuring job as JSON, files by digest: so that one job runs here, over ssh, or from a folder that was carried."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from llmbuild.digest import plain
+from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import Measurement, Operator, Reading
+from llmbuild.spec.target import Target
+from llmbuild.spec.variant import Failure
+from llmbuild.spec.workload import Workload
+
+Body = dict[str, Any]
+Where = Callable[[str], Path]
+"""Says where the blob of a digest lies."""
+
+FILES = ("artifact_path", "parameters_path", "check_path")
+
+
+def subject_body(subject: Subject) -> Body:
+    """Return a subject with the digests of its files, which are their names, in place of paths."""
+    return {name: value.name if isinstance(value, Path) else plain(value) for name, value in vars(subject).items()}
+
+
+def subject_of(body: Mapping[str, Any], where: Where) -> Subject:
+    """Return a subject whose files lie where `where` says."""
+    listed = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
+    return Subject(**{**body, **listed, **{name: where(body[name]) for name in FILES}})
+
+
+def files_of(subject: Subject) -> dict[str, Path]:
+    """Return the files of a subject by digest."""
+    return {path.name: path for path in (getattr(subject, name) for name in FILES)}
+
+
+def bench_body(
+    workloads: tuple[Workload, ...], quality: Quality, protocol: Protocol, target: Target, runtime: str, limits: Any
+) -> Body:
+    """Return what a bench is made of; the machine is the one that it will stand on.
+
+    `runtime` is the version that made the artifacts, `limits` the machine's roofline or None.
+    """
+    return {
+        "workloads": plain(workloads),
+        "quality": {"data": quality.data.name if quality.data else None, "reason": quality.reason},
+        "protocol": plain(protocol),
+        "target": {"backend": target.backend, "arch": target.arch, "requires": list(target.requires)},
+        "runtime": runtime,
+        "limits": plain(limits) if limits is not None else None,
+    }
+
+
+def workloads_of(body: Mapping[str, Any]) -> tuple[Workload, ...]:
+    """Return the workloads of a bench."""
+    return tuple(Workload(**w) for w in body["workloads"])
+
+
+def quality_of(body: Mapping[str, Any], where: Where) -> Quality:
+    """Return the reference on held-out text of a bench."""
+    told = body["quality"]
+    return Quality(where(told["data"]) if told["data"] else None, told["reason"])
+
+
+def measurement_of(body: Mapping[str, Any]) -> Measurement:
+    """Return a measurement from its JSON form."""
+    made: Body = {
+        **body,
+        "workload": Workload(**body["workload"]),
+        "operators": tuple(Operator(**one) for one in body["operators"]),
+        **{name: {k: _reading(r) for k, r in body[name].items()} for name in ("readings", "ratios")},
+    }
+    return Measurement(**made)
+
+
+def _reading(body: Mapping[str, Any]) -> Reading:
+    return Reading(body["median"], body["low"], body["high"], tuple(body["samples"]))
+
+
+def machine_of(body: Mapping[str, Any]) -> Machine:
+    """Return a machine from its JSON form."""
+    return Machine(**{**body, "features": tuple(body["features"])})
+
+
+def failure_of(body: Mapping[str, Any]) -> Failure:
+    """Return a failure from its JSON form."""
+    return Failure(**body)

@@ -1,0 +1,60 @@
+"""For each target: does it compile here, does it run here, and why not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from llmbuild.compiler import iree
+from llmbuild.compiler.resolved import Answers, resolve
+from llmbuild.errors import LlmbuildError
+from llmbuild.runtime import devices, host
+from llmbuild.runtime.choose import HostFacts
+from llmbuild.spec.target import Target
+
+YES = "yes"
+
+
+def rows(targets: Sequence[Target], answers: Answers | None, probed: bool) -> list[dict[str, Any]]:
+    """Return a row for each target; with `probed`, code is generated for a matrix-vector product, too."""
+    with ThreadPoolExecutor(host.cores()) as pool:
+        return list(pool.map(lambda target: _row(target, answers, probed), targets))
+
+
+def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, Any]:
+    resolved, compiles = target, YES
+    try:
+        resolved = resolve(target, answers)
+        failure = iree.probe(resolved, {}) if probed else None
+        if failure:
+            compiles = f"no: {failure.reason}"
+    except LlmbuildError as error:
+        compiles = f"no: {str(error).splitlines()[0].removeprefix(f'target {target.name}: ')}"
+    return {
+        "target": target.name,
+        "backend": target.backend,
+        "cpu": resolved.cpu,
+        "compiles": compiles,
+        "runs": runs_here(resolved),
+        "device": target.device,
+        "meters": " ".join(target.meters) or "none",
+        "description": target.description,
+    }
+
+
+def runs_here(target: Target, facts: HostFacts | None = None) -> str:
+    """Return `yes`, or `no:` and why this host, or the one of `facts`, does not run what a resolved target is for.
+
+    Of a GPU it is said whether a driver has devices; which chip they are, and that of another host, is not checked.
+    """
+    if not target.is_cpu:
+        if facts is not None:
+            return "not checked: the other host's driver will tell"
+        there = devices.find(target.device.partition("://")[0])
+        return f"not checked: {', '.join(there.found)}" if there.found else f"no: {there.reason}"
+    arch, features = (facts.arch, facts.features) if facts else (host.architecture(), host.features())
+    if target.arch != arch:
+        return f"no: this host is {arch}" if facts is None else f"no: it is {arch}"
+    missing = sorted(set(target.requires) - features)
+    return f"no: {'this host' if facts is None else 'it'} lacks {' '.join(missing)}" if missing else YES

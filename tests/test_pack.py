@@ -1,0 +1,170 @@
+"""What is packed here runs on a machine with a Python and nothing else, and comes back as rows of that machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable
+from importlib.metadata import distribution
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmbuild import digest
+from llmbuild.runtime import devices, host, reader
+from tests.conftest import Project, llmbuild, low_copy
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
+WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy")
+
+
+def gpu_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def project(tiers: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
+    return low_copy(tiers, tmp_path_factory.mktemp("packing") / "project")
+
+
+@pytest.fixture(scope="module")
+def packed(project: Project) -> Path:
+    """A folder with a variant for each of two targets, the profiler's code, and the wheels that are installed here."""
+    folder = project.folder / "packed"
+    targets = ["-t", "host", "-t", project.folder / "low.yaml", "--trials", "1"]
+    done = gpu_check(project.recipe, *targets, "-o", folder, "-C", project.catalog, "--no-wheels")
+    assert done.returncode == 0, done.stderr
+    assert "2 variants" in done.stdout
+    (folder / "wheels").mkdir()
+    for name in WHEELS:
+        wheel_of(name, folder / "wheels")
+    return folder
+
+
+def there(packed: Path, folder: Path, change: Callable[[dict], None] = lambda job: None) -> Path:
+    """Carry a packed folder to another place, its jobs changed on the way."""
+    shutil.copytree(packed, folder / "there")
+    path = folder / "there" / "job.json"
+    body = json.loads(path.read_text())
+    for job in body["jobs"]:
+        change(job)
+    path.write_text(json.dumps(body))
+    return folder / "there"
+
+
+def shorter(job: dict) -> None:
+    job["bench"]["protocol"] |= {"warmup_s": 0.05, "seconds": 0.3, "race_seconds": 1.0}
+
+
+def wheel_of(name: str, folder: Path) -> None:
+    """Make a wheel again of what is installed."""
+    found = distribution(name)
+    tag = next(line.split()[1] for line in (found.read_text("WHEEL") or "").splitlines() if line.startswith("Tag:"))
+    with zipfile.ZipFile(folder / f"{name.replace('-', '_')}-{found.version}-{tag}.whl", "w") as wheel:
+        for file in found.files or ():
+            if ".." not in file.parts and file.suffix != ".pyc":
+                wheel.write(str(found.locate_file(file)), str(file))
+
+
+def alone(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a packed folder with a bare Python: nothing installed, no environment, and no network where that can be."""
+    command = [os.path.realpath(sys.executable), "-I", "-S", str(folder / "run.py"), *arguments]
+    for cut in (["unshare", "-n"], ["unshare", "-rn"]):
+        if shutil.which("unshare") and subprocess.run([*cut, "true"], capture_output=True, check=False).returncode == 0:
+            command = [*cut, *command]
+            break
+    bare = {"PATH": "/usr/bin:/bin", "HOME": str(folder)}
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200, env=bare, cwd="/")
+
+
+def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project: Project, tmp_path: Path) -> None:
+    away = there(packed, tmp_path, shorter)
+    done = alone(away, "--budget", "120")
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == host.machine().describe()
+    assert lines[1].split()[:3] == ["model", "target", "tpot_ms"]
+    ranked = [line.split() for line in lines[2:4]]
+    assert {cells[1] for cells in ranked} == {"host", "low"}
+    assert 0 < float(ranked[0][2]) <= float(ranked[1][2])
+    assert float(ranked[0][7]) > 0, "the part of the read rate"
+    assert [line.split()[0] for line in lines[4:6]] == ["in", "target"]
+    assert lines[6].endswith("1.000 [1.000, 1.000]")
+    home = tmp_path / "home"
+    shutil.copytree(project.catalog, home)
+    merged = llmbuild("merge", away, "-C", home)
+    assert merged.returncode == 0, merged.stderr
+    asked = llmbuild("query", "-m", "tiny", "--json", "-C", home)
+    read = [row for row in json.loads(asked.stdout) if row["tpot_s"]]
+    assert {(r["target"], r["machine"], r["status"]) for r in read} == {
+        (target, host.machine().describe(), "pareto") for target in ("host", "low")
+    }
+    assert {r["quality_top1"] for r in read} == {1.0}
+    stored = [r["machine_digest"] for r in reader.variants(home, "tiny") if r["tpot_s"]]
+    assert stored == [digest.of(host.machine())] * 2
+    assert llmbuild("verify", "-C", home).returncode == 0
+    assert llmbuild("merge", away, "-C", tmp_path / "fresh").returncode == 0
+    checked = llmbuild("verify", "-C", tmp_path / "fresh")
+    assert checked.returncode == 0, checked.stdout
+    assert llmbuild("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", away).returncode == 0
+
+
+def test_what_needs_a_device_that_is_not_here_is_one_message(packed: Path, tmp_path: Path) -> None:
+    if not devices.lacks("cuda"):
+        pytest.skip("this machine has an NVIDIA driver")
+
+    def on_gpu(job: dict) -> None:
+        job["bench"]["target"]["backend"] = "cuda"
+        for one in job["subjects"]:
+            one["subject"]["driver"] = "cuda"
+
+    done = alone(there(packed, tmp_path, on_gpu))
+    assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
+    assert "error: nothing was measured: the target is for cuda, and this host has none" in done.stderr
+
+
+def test_what_does_not_fit_the_budget_is_named(packed: Path, tmp_path: Path) -> None:
+    done = alone(there(packed, tmp_path), "--budget", "0", "--json")
+    assert done.returncode == 1
+    assert [row["reason"] for row in json.loads(done.stdout)["rows"]] == ["left out: the time was up"] * 2
+
+
+def test_a_cpu_that_lacks_features_is_told_before_anything_is_opened(packed: Path, tmp_path: Path) -> None:
+    done = alone(there(packed, tmp_path, lambda job: job["bench"]["target"].update(requires=["avx99"])))
+    assert (done.returncode, "needs CPU features this host lacks: avx99" in done.stderr) == (1, True)
+
+
+def test_a_folder_with_something_in_it_is_not_packed_into(packed: Path, project: Project) -> None:
+    done = gpu_check(project.recipe, "-t", "host", "-o", packed, "-C", project.catalog, "--no-wheels")
+    assert (done.returncode, "is not empty" in done.stderr) == (2, True)
+
+
+def test_pytorch_is_timed_on_the_models_own_shape(packed: Path, project: Project, tmp_path: Path) -> None:
+    from safetensors.numpy import load_file
+
+    (shape,) = {json.dumps(job["shape"]) for job in json.loads((packed / "job.json").read_text())["jobs"]}
+    peer = import_module_from(packed / "torch_peer.py")
+    stored = sum(tensor.size for tensor in load_file(project.model / "model.safetensors").values())
+    assert stored == sum(p.numel() for p in peer.Model(json.loads(shape), 32).parameters())
+    (tmp_path / "shape.json").write_text(shape)
+    command = [sys.executable, packed / "torch_peer.py", tmp_path / "shape.json", "8", "8", "--seconds", "0.1"]
+    plainly = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=plainly, timeout=100)
+    told = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [one["runtime"].split()[2] for one in told] == ["eager", "compiled"], done.stderr
+    assert all(one["tpot_s"] > 0 and one["ttft_s"] > 0 for one in told)
+
+
+def import_module_from(path: Path) -> Any:
+    spec = spec_from_file_location(path.stem, path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

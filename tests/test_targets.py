@@ -1,0 +1,297 @@
+"""Targets: what their files may say, what is cross-compiled for them here, and what a decode step moves."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.compiler import iree
+from llmbuild.compiler.flags import compile_flags, target_flags
+from llmbuild.compiler.resolved import Answers, resolve
+from llmbuild.digest import plain
+from llmbuild.errors import InputError
+from llmbuild.frontend.program import import_model
+from llmbuild.process import Limits
+from llmbuild.report.targets import rows, runs_here
+from llmbuild.runtime.choose import HostFacts, refusal
+from llmbuild.runtime.devices import read
+from llmbuild.search.knobs import space_for, target_knobs
+from llmbuild.search.study import openers
+from llmbuild.spec.program import Abi, ImportJob
+from llmbuild.spec.reader import read_target
+from llmbuild.spec.target import BACKENDS, Target, target_from
+from tests.conftest import Project, llmbuild
+from tests.support import tiny
+from tests.test_space import recipe
+
+FILES = {path.stem: path for path in (Path(__file__).parent.parent / "targets").glob("*.yaml")}
+ALL = {name: read_target(path) for name, path in FILES.items()}
+GPUS = sorted(name for name, target in ALL.items() if not target.is_cpu)
+ONE_OF_EACH = ("h200", "rocm-gfx942", "vulkan-rdna3", "metal")
+POINT = {"opt_level": "O2"}
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+
+def test_every_backend_has_a_target_and_every_target_its_device() -> None:
+    assert {t.backend for t in ALL.values()} == set(BACKENDS)
+    assert {t.device for t in ALL.values()} == {kind.device for kind in BACKENDS.values()}
+    assert all(set(t.meters) <= set(BACKENDS[t.backend].meters) for t in ALL.values())
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_a_target_is_what_its_json_says(name: str) -> None:
+    assert target_from(json.loads(json.dumps(plain(ALL[name])))) == ALL[name]
+
+
+def test_what_runs_a_target_and_what_is_searched_for_it_is_no_part_of_its_identity() -> None:
+    target = ALL["x86-64-v3"]
+    told = replace(target, device="local-sync", meters=(), knobs=(("opt_level", ("O2",)),), description="another")
+    assert told.identity() == target.identity()
+    assert set(target.identity()) == {"backend", "arch", "cpu", "features", "requires"}
+    assert replace(ALL["h200"], attribute="").identity() != ALL["h200"].identity()
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("backend: opencl\ncpu: x", "unknown backend 'opencl'; there are llvm-cpu, cuda, rocm"),
+        ("backend: llvm-cpu\ncpu: generic", "arch of a llvm-cpu target is x86_64 or aarch64"),
+        ("backend: cuda\ncpu: sm_80\narch: x86_64", "arch of a cuda target is nvptx64"),
+        ("backend: cuda\ncpu: sm_80\ndevice: hip", "device 'hip' runs no cuda code: name cuda"),
+        ("backend: rocm\ncpu: gfx942\nmeters: [nvml_counter]", "meters nvml_counter do not read what runs this"),
+        ("backend: llvm-cpu\narch: aarch64\ncpu: generic\nmeters: [rapl]", "those that do: none"),
+        ("backend: cuda\ncpu: sm_80\nfeatures: [+ptx80]", "features of a cuda target are the knob `ptx`"),
+        ("backend: llvm-cpu\narch: x86_64\ncpu: generic\nfeatures: [avx2]", "should match pattern"),
+        ("backend: rocm\ncpu: gfx942\nattribute: '#x'", "attribute is for cuda targets"),
+        ("backend: cuda\ncpu: sm_90\nattribute: 'sm_90'", "must be a #hal.device.target of one cuda"),
+        ("backend: cuda\ncpu: sm_90\nknobs: {ptx: 1.5}", "give one value or a list of values"),
+        ("backend: cuda\ncpu: sm_90\nsm: 90", "$.sm: unknown key"),
+    ],
+)
+def test_a_bad_target_is_refused_by_line(tmp_path: Path, text: str, told: str) -> None:
+    path = tmp_path / "t.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=re.escape(told)) as refused:
+        read_target(path)
+    assert str(refused.value).startswith(f"{path}:")
+
+
+def test_an_attribute_that_names_another_chip_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "h100.yaml"
+    path.write_text(FILES["h200"].read_text().replace("cpu: sm_90", "cpu: sm_100"))
+    with pytest.raises(InputError, match='attribute must name the cpu: arch = "sm_100"'):
+        read_target(path)
+
+
+# --- flags and the compiler --------------------------------------------------------------------------------------
+
+
+@given(st.sampled_from(sorted(ALL)))
+def test_flags_name_the_chip_and_nothing_of_another_backend(name: str) -> None:
+    target = ALL[name]
+    flags = " ".join(target_flags(target))
+    assert target.cpu in flags
+    assert ("llvmcpu" in flags) == target.is_cpu
+    assert [flag for flag in compile_flags(target, {}) if flag.count("target-device=") > 1] == []
+
+
+def test_a_chip_without_a_name_is_refused_before_the_compiler_is_asked() -> None:
+    with pytest.raises(InputError, match=r"has no name for sm_90; it knows sm_60, .* as targets/h200\.yaml has"):
+        resolve(Target("hopper", "cuda", "nvptx64", "sm_90"))
+    with pytest.raises(InputError, match="has no quantum backend; it has cuda"):
+        resolve(Target("q", "quantum", "q", "q"))
+
+
+def test_a_chip_that_the_compiler_does_not_take_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the compiler does not take it"):
+        resolve(Target("old", "rocm", "amdgcn", "gfx9999"), Answers(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_code_is_generated_for_every_gpu_here(name: str) -> None:
+    assert iree.probe(ALL[name], POINT) is None
+
+
+def test_the_h200_is_compiled_for_as_such(tmp_path: Path) -> None:
+    source, output = tmp_path / "matvec.mlir", tmp_path / "matvec.vmfb"
+    source.write_text(iree.MATVEC)
+    command = [*iree.compile_command(source, output, ALL["h200"], POINT)]
+    dump = f"--iree-hal-dump-executable-binaries-to={tmp_path / 'code'}"
+    subprocess.run([*command, dump], check=True, capture_output=True)
+    (ptx,) = (tmp_path / "code").glob("*.ptx")
+    assert re.search(r"^\.target sm_90", ptx.read_text(), re.MULTILINE)
+
+
+# --- a decoder ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Abi]:
+    """A tiny decoder in f16, imported."""
+    folder = tmp_path_factory.mktemp("decoder")
+    job = ImportJob(str(tiny.write(folder / "model")), 64, choices=(("weight_format", "f16"),))
+    return folder / "module.mlirbc", import_model(job, folder).program.abi
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_decoder_is_cross_compiled(decoder: tuple[Path, Abi], tmp_path: Path, name: str) -> None:
+    output = tmp_path / "module.vmfb"
+    assert iree.compile_module(decoder[0], output, ALL[name], POINT, Limits(120)) is None
+    assert output.stat().st_size > 10_000
+
+
+MOVES = re.compile(
+    r"stream\.(?:async\.(?:load|store|transfer)|(?:tensor|resource)\.(?:load|store)|cmd\.(?:flush|invalidate))"
+)
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_a_decode_step_is_one_submission_that_moves_token_and_position_only(
+    decoder: tuple[Path, Abi], tmp_path: Path, name: str
+) -> None:
+    module, abi = decoder
+    output = tmp_path / "stream.mlir"
+    command = [*iree.compile_command(module, output, ALL[name], POINT), "--compile-to=stream"]
+    subprocess.run(command, check=True, capture_output=True)
+    step = re.search(r"@decode\$async\(.*?\n  }\n", output.read_text(), re.DOTALL)
+    assert step is not None
+    body = step[0]
+    assert (body.count("stream.cmd.execute"), MOVES.findall(body)) == (1, [])
+    assert not re.search("slow_memcpy|hal.buffer.load|assert_scalar|stream.timepoint.await", body)
+    assert [int(n) for n in re.findall(r"stream\.tensor\.import.*?tensor<(\d+)xi64>", body)] == [1, 1]
+    assert sorted(re.findall(r"stream\.tensor\.export.*?tensor<(\w+)>", body)) == ["1xi64", f"{abi.vocabulary}xf32"]
+    sizes = {n: int(v) for n, v in re.findall(r"%(c\d+\w*) = arith\.constant (\d+) : index", body)}
+    copies = [sizes[n] for n in re.findall(r"stream\.cmd\.copy [^,]+, [^,]+, %(\w+) :", body)]
+    assert max(copies, default=0) < 4 * abi.vocabulary  # rows of the rotary embedding; no cache, no logits
+
+
+# --- the space ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_our_cpu_kernels_are_no_choice_on_a_gpu_and_are_refused(name: str) -> None:
+    space = space_for(ALL[name], recipe(), {})
+    domains = {knob.name: knob.domain for knob in space.knobs}
+    assert domains["kernel"] == ("compiler",)
+    assert not {"work_groups", "distribution_size", "vector_width", "ukernels"} & set(domains)
+    for asked in (space_for, lambda t, r, p: space_for(t, recipe(kernel=("own",)), {})):
+        with pytest.raises(InputError, match=f"kernel=own: our kernels are for CPUs, target {name} is"):
+            asked(ALL[name], recipe(), {"kernel": "own"})
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_the_points_tried_first_are_inside_the_space_and_begin_with_the_compilers_defaults(name: str) -> None:
+    target = ALL[name]
+    space = space_for(target, recipe(), {})
+    first = openers(space)
+    assert first[0] == space.default()
+    assert all(space.contains(point) for point in first[1:])
+    assert {point["driver"] for point in first} == {target.device}
+    assert {point["weight_format"] for point in first} >= {"f32", "f16", "int8"}
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("nth", [1, -1])
+def test_the_compiler_takes_every_knob_of_a_gpu(name: str, nth: int) -> None:
+    knobs = [k for k in target_knobs(ALL[name]) if k.level == "codegen" and k.name != "data_tiling"]
+    assert iree.probe(ALL[name], {k.name: k.domain[nth % len(k.domain)] for k in knobs}) is None
+
+
+def test_a_described_chip_has_no_knob_that_the_compiler_would_not_read() -> None:
+    assert {k.name for k in target_knobs(ALL["cuda-sm80"])} - {k.name for k in target_knobs(ALL["h200"])} == {"ptx"}
+
+
+def test_a_recipe_may_speak_of_knobs_of_other_backends_but_the_command_line_may_not() -> None:
+    both = recipe(vector_width=("all",), ptx=("+ptx80",), driver=("local-sync", "cuda"))
+    cuda = {k.name: k.domain for k in space_for(ALL["cuda-sm80"], both, {}).knobs}
+    cpu = {k.name: k.domain for k in space_for(ALL["x86-64-v3"], both, {}).knobs}
+    assert (cuda["ptx"], cuda["driver"], cpu["driver"]) == (("+ptx80",), ("cuda",), ("local-sync",))
+    assert "ptx" not in cpu and cpu["vector_width"] == (0, 16, 32, 64)
+    with pytest.raises(InputError, match="knob ptx is for cuda; target x86-64-v3 is llvm-cpu"):
+        space_for(ALL["x86-64-v3"], recipe(), {"ptx": "+ptx80"})
+    with pytest.raises(InputError, match="unknown knob 'vectorwidth'"):
+        space_for(ALL["x86-64-v3"], recipe(vectorwidth=("all",)), {})
+
+
+def test_what_the_compiler_does_not_get_through_is_refused_before() -> None:
+    with pytest.raises(InputError, match="kv_dtype=f16: not on vulkan-spirv, where the compiler does not end"):
+        space_for(ALL["vulkan-rdna3"], recipe(), {"kv_dtype": "f16"})
+    assert next(space_for(ALL["h200"], recipe(kv_dtype=("f16",)), {}).points())["kv_dtype"] == "f16"
+
+
+def test_a_target_narrows_knobs_that_exist_to_values_that_exist() -> None:
+    target = ALL["cuda-sm80"]
+    assert dict(target.knobs)["memory_model"] == ("unified", "discrete")
+    with pytest.raises(InputError, match="unknown knob 'warps'"):
+        space_for(replace(target, knobs=(("warps", (4,)),)), recipe(), {})
+    with pytest.raises(InputError, match="index_bits=16: choose from 64, 32"):
+        space_for(replace(target, knobs=(("index_bits", (16,)),)), recipe(), {})
+
+
+# --- what runs here ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("driver", "code", "stdout", "stderr", "told"),
+    [
+        ("cuda", 1, "", "cuda_dynamic_symbols.c:66: UNAVAILABLE; CUDA driver library", "no NVIDIA driver (libcuda)"),
+        ("metal", 1, "", "NOT_FOUND; no driver 'metal' registered", "the installed IREE runtime has no metal driver"),
+        ("cuda", 0, "", "", "IREE's cuda driver finds no device"),
+        ("cuda", 0, "# Enumerated\n  cuda://GPU-1 NVIDIA H200\n", "", ""),
+    ],
+)
+def test_what_a_driver_tells_of_its_devices(driver: str, code: int, stdout: str, stderr: str, told: str) -> None:
+    found = read(driver, code, stdout, stderr)
+    assert (found.reason, bool(found.found)) == (told, not told)
+
+
+def test_why_a_target_does_not_run_here_is_said() -> None:
+    target = Target("t", "llvm-cpu", "riscv64", "generic")
+    assert runs_here(target).startswith("no: this host is ")
+    assert "installed IREE runtime has no metal driver" in runs_here(ALL["metal"]) or "macOS" in runs_here(ALL["metal"])
+    lacking = replace(ALL["x86-64-v3"], arch="x86_64", requires=("no-such-feature",))
+    assert runs_here(lacking).startswith("no: this host ")
+
+
+def test_a_row_for_each_target_with_a_reason_for_each_no(tmp_path: Path) -> None:
+    bad = Target("hopper", "cuda", "nvptx64", "sm_90", device="cuda")
+    found = rows([bad, ALL["metal"]], Answers(tmp_path), probed=True)
+    assert [r["target"] for r in found] == ["hopper", "metal"]
+    assert found[0]["compiles"].startswith("no: the compiler has no name for sm_90")
+    assert (found[1]["compiles"], found[1]["runs"].partition(":")[0]) == ("yes", "no")
+
+
+def test_compile_takes_a_gpu_on_the_command_line_and_build_refuses_it(project: Project, tmp_path: Path) -> None:
+    where = ["-C", tmp_path / "c"]
+    done = llmbuild("compile", project.recipe, "-t", "h200", "--trials", "1", "--json", *where)
+    assert done.returncode == 0, done.stderr
+    made = json.loads(done.stdout)
+    assert all(row["artifact"] for row in made)
+    assert {row["target"] for row in made} == {"h200"}
+    told = llmbuild("build", project.recipe, "-t", "metal", *where)
+    assert (told.returncode, "cannot run on this host: the installed IREE runtime" in told.stderr) == (2, True)
+
+
+def test_a_loader_refuses_a_gpu_row_for_want_of_a_device_and_looks_for_none_where_no_row_needs_it() -> None:
+    asked: list[str] = []
+
+    def absent(driver: str) -> str:
+        asked.append(driver)
+        return "no NVIDIA driver (libcuda)"
+
+    facts = HostFacts("x86_64", frozenset(), "3.13.0", None, "here", absent)
+    row = {"artifact": "a", "runtime": "3.13.0", "target_body": plain(ALL["h200"])}
+    assert refusal({**row, "target_body": plain(ALL["aarch64-generic"])}, facts).startswith("is for aarch64")
+    assert asked == []
+    assert refusal(row, facts).startswith("is for cuda, and this host has none: no NVIDIA driver")
+    assert (asked, refusal(row, replace(facts, device_lacks=lambda _: ""))) == (["cuda"], "")
