@@ -30,6 +30,7 @@ from llmbuild.kernels.layouts import Layout
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
 from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS
+from llmbuild.spec.formats import bits as bits_of
 from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
 from llmbuild.transform.reference import rounded_rows
@@ -54,7 +55,6 @@ class Case:
     kernel: str = "compiler"
 
 
-REAL_BITS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, SHARED: 12.0}
 METHODS = tuple((quantization, scaling) for scaling in ("none", "activation") for quantization in ("rtn", "gptq"))
 
 
@@ -102,7 +102,7 @@ def store(model: Any, formats: Formats) -> float:
                 continue
             kept = formats(name, part.weight.numpy())
             dense = torch.from_numpy(dequantize(kept)) if isinstance(kept, Quantized) else kept.float()
-            bits = kept.bits_per_weight if isinstance(kept, Quantized) else REAL_BITS[formats.of(name)]
+            bits = kept.bits_per_weight if isinstance(kept, Quantized) else bits_of(formats.of(name))
             part.weight.copy_(dense)
             seen[part.weight.data_ptr()] = (bits, part.weight.numel())
     return sum(bits * count for bits, count in seen.values()) / sum(count for _, count in seen.values())
