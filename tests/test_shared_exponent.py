@@ -64,7 +64,8 @@ def test_bf16_has_every_weight_and_a_row_within_the_window_is_bf16s(dense: np.nd
 
 def test_every_code_comes_back() -> None:
     stored = np.arange(4096, dtype=np.uint16).reshape(2, 2048)
-    assert np.array_equal(unpack_codes(pack_codes(stored)), stored)
+    for placed in (stored, np.random.default_rng(0).permutation(np.repeat(stored, 16)).reshape(2, -1)):
+        assert np.array_equal(unpack_codes(pack_codes(placed)), placed)
     numbers = values(stored[stored >> 7 & 15 > 0])
     assert len(np.unique(np.abs(numbers))) == 15 * 128
     rows = np.concatenate([numbers.reshape(-1, 128), np.zeros((30, 16), np.float32)], axis=1)

@@ -40,8 +40,9 @@ class Layout:
       of the codes of 32j+28..32j+31 above them;
     - `int4`: bytes `[K/8][64][4]`, codes + 8, of columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them;
     - `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`;
-    - `f12_e4m7`: bytes `[K/8][3][64][4]`: the lower four bits, of the even columns from the lowest bits on in two
-      bytes, then of the odd ones; the upper eight bits of columns 8j, 8j+2, 8j+1, 8j+3; those of the next four so too.
+    - `f12_e4m7`: `[K/8][3][64]` of 32 bits, of columns 8j+2i and 8j+2i+1 in the i-th: sign in bit 15, code in 10..0.
+      8j+6 and 8j+7 are, in these bits, the exclusive or of the three shifted right by 4, by 8, and rotated right by 12;
+      bits 14..11 of the three are chosen for that.
 
     Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1, those of
     `f12_e4m7` the powers of two that the rows share.

@@ -1,9 +1,10 @@
 """Weights of 12 bits that share the exponent of their row, rebuilt in registers of any length.
 
-Eight columns of a row are two times four upper bytes (sign, four bits of exponent, three of significand) and eight
-lower halves of a byte. Lanes of 16 bits hold two upper bytes: one shift brings a column's to its place in a bf16 and
-spreads the sign over the exponent's upper bits, one mask clears those, and one `or` adds the lower half. Four of these
-steps give four registers of pairs of bf16, whose exponents are 112 too small.
+Eight columns of a row are four pairs of bf16 whose exponents are 112 too small, so that the upper four bits of each
+exponent are 0. Three pairs lie as they are but for these bits, which a mask makes 0. The fourth is the exclusive or of
+the three under the same mask, each moved so that its eight spare bits come to a third of the fourth's: the spare bits
+are chosen for that, and what is moved along with them needs no mask of its own. These are eight operations for four
+registers, where the CPU rotates and has logic with three operands.
 """
 
 from __future__ import annotations
@@ -19,32 +20,35 @@ STEP = 2 * QUAD
 LANES = 16
 LEAST = 2.0**-100
 """A row of activations with nothing larger is divided by this instead: its own power of two may be zero."""
-KEPT, LOWER = -30736, 15
-"""Bits of a bf16 that the upper byte gives, 0x87F0 as i16, and those of the lower half."""
+KEPT = -2013296641
+"""Bits of a pair of bf16 that weights have, 0x87FF87FF as i32."""
+MOVED = (4, 8, 12)
+"""How far each stored pair is moved to the right for the fourth: the last goes round, as signs come from its bits."""
 
 
 def loaded(w: Writer, lanes: int, step: str, registers: Sequence[int]) -> list[list[str]]:
-    """Return the lower halves and both times four upper bytes of each register's rows, read in the order of memory."""
-    words, line = f"vector<{2 * lanes}xi16>", QUAD * PANEL
+    """Return the three stored pairs of each register's rows, read in the order of memory."""
+    integers, line = f"vector<{lanes}xi32>", QUAD * PANEL
     parts = [
-        [w.load(w.at(step, i * line + r * QUAD * lanes), words, QUAD * lanes) for r in registers] for i in range(3)
+        [w.load(w.at(step, i * line + r * QUAD * lanes), integers, QUAD * lanes) for r in registers]
+        for i in range(len(MOVED))
     ]
     return [list(part) for part in zip(*parts, strict=True)]
 
 
 def pairs(w: Writer, lanes: int, parts: list[str]) -> Iterator[str]:
     """Yield bf16 of columns 0 and 1, 2 and 3, 4 and 5, 6 and 7 in lanes of 32 bits, of what is `loaded`."""
-    words, integers = f"vector<{2 * lanes}xi16>", f"vector<{lanes}xi32>"
-    lower, *uppers = parts
-    for pair in range(QUAD):
-        upper = uppers[pair // 2]
-        if pair % 2 == 0:
-            upper = w.op("arith.shli", upper, w.lanes(8, words), kind=words)
-        upper = w.op("arith.shrsi", upper, w.lanes(4, words), kind=words)
-        kept = w.op("arith.andi", upper, w.lanes(KEPT, words), kind=words)
-        own = w.op("arith.shrui", lower, w.lanes(4 * pair, words), kind=words) if pair else lower
-        joined = w.op("arith.ori", kept, w.op("arith.andi", own, w.lanes(LOWER, words), kind=words), kind=words)
-        yield w.cast("vector.bitcast", joined, words, integers)
+    integers = f"vector<{lanes}xi32>"
+    kept = w.lanes(KEPT, integers)
+    for part in parts:
+        yield w.op("arith.andi", part, kept, kind=integers)
+    first, second, third = (
+        w.op("arith.shrui", part, w.lanes(far, integers), kind=integers) for part, far in zip(parts, MOVED, strict=True)
+    )
+    round_ = w.op("arith.shli", parts[-1], w.lanes(32 - MOVED[-1], integers), kind=integers)
+    both = w.op("arith.xori", first, second, kind=integers)
+    all_ = w.op("arith.xori", both, w.op("arith.ori", third, round_, kind=integers), kind=integers)
+    yield w.op("arith.andi", all_, kept, kind=integers)
 
 
 def split(w: Writer, lanes: int, pair: str) -> list[str]:

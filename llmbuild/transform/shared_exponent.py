@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from llmbuild.kernels.shared_exponent import KEPT, MOVED
 from llmbuild.transform.quantized import LEAST_WEIGHT
 from llmbuild.transform.weights import Array, from_bf16, to_bf16
 
@@ -15,6 +16,8 @@ TOP = 15
 """The exponent code of a row's largest weight."""
 LARGEST = np.float32(2.0**127 * (2 - 2**-7))
 """The largest finite bf16."""
+SPARE = np.uint32(~KEPT)
+"""Bits of a pair of bf16 that codes leave free: the upper ones of its exponents."""
 
 
 def nearest(dense: Array) -> Array:
@@ -48,18 +51,27 @@ def values(stored: Array) -> Array:
 
 def pack_codes(stored: Array) -> Array:
     """Return bytes u8[..., K/8, 3, 4] of codes u16[..., K]: what `Layout` says of each row's eight columns."""
-    eight = stored.reshape(*stored.shape[:-1], -1, 8)
-    upper = (eight >> 4).reshape(*eight.shape[:-1], 2, 4)[..., [0, 2, 1, 3]]
-    lower = (eight & 15).reshape(*eight.shape[:-1], 2, 2, 2)  # half, pair, side
-    first = lower[..., 0, :] | lower[..., 1, :] << 4  # of each half, for both sides
-    bytes_ = np.swapaxes(first, -1, -2).reshape(*eight.shape[:-1], 1, 4)
-    return np.concatenate([bytes_, upper], axis=-2).astype(np.uint8)
+    halves = (stored << 4 & 0x8000 | stored & 0x7FF).astype("<u2")
+    pairs = np.ascontiguousarray(halves).view("<u4").reshape(*stored.shape[:-1], -1, 4)
+    kept, missing = pairs[..., :3], pairs[..., 3] ^ _fourth(pairs[..., :3])
+    spare = [_turned(missing, -far) & SPARE for far in MOVED]
+    return (kept | np.stack(spare, axis=-1)).astype("<u4")[..., None].view(np.uint8)
 
 
 def unpack_codes(packed: Array) -> Array:
     """Return codes u16[..., K] of bytes u8[..., K/8, 3, 4]."""
-    upper = packed[..., 1:, :][..., [0, 2, 1, 3]].reshape(*packed.shape[:-2], 8).astype(np.uint16)
-    halves = np.swapaxes(packed[..., 0, :].reshape(*packed.shape[:-2], 2, 2), -1, -2)  # half, side
-    lower = np.stack([halves & 15, halves >> 4], axis=-2).reshape(*packed.shape[:-2], 8)
-    both = upper << 4 | lower
-    return both.reshape(*packed.shape[:-3], -1)
+    three = np.ascontiguousarray(packed).view("<u4")[..., 0]
+    pairs = np.concatenate([three & ~SPARE, _fourth(three)[..., None]], axis=-1)
+    halves = pairs.astype("<u4").view("<u2").reshape(*packed.shape[:-3], -1)
+    return (halves >> 4 & 0x800 | halves & 0x7FF).astype(np.uint16)
+
+
+def _fourth(three: Array) -> Array:
+    """Return the fourth pairs u32[...] of bf16 that the stored ones, u32[...,3], have in them."""
+    first, second, third = (three[..., i] for i in range(3))
+    return (first >> MOVED[0] ^ second >> MOVED[1] ^ _turned(third, MOVED[2])) & ~SPARE
+
+
+def _turned(pairs: Array, right: int) -> Array:
+    """Return u32 rotated to the right."""
+    return pairs >> np.uint32(right % 32) | pairs << np.uint32(-right % 32)
