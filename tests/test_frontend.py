@@ -118,7 +118,9 @@ def test_activations_are_rounded_to_bf16_where_the_cpu_multiplies_pairs_of_them(
     assert "avx512bf16" in result.program.abi.required_features
     with np.load(tmp_path / "check.npz") as check:
         actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
-        assert relative_error(actual, check["logits"]) < 3e-3  # a rounding to bf16 may fall the other way
+        errors = [relative_error(row, expected) for row, expected in zip(actual, check["logits"], strict=True)]
+        assert min(errors) < 1e-6  # rounded alike
+        assert max(errors) < 1e-2  # a rounding that falls the other way is kept in the cache
 
 
 @needs_vnni
