@@ -169,7 +169,14 @@ def test_a_host_that_cannot_be_reached_is_one_message(far: sshd.Far, compiled: P
 def test_an_interruption_ends_what_runs_there(far: sshd.Far, compiled: Project) -> None:
     variant = subject_in(compiled).variant
     command = [sys.executable, "-m", "llmbuild", "profile", variant, "--on", far.url, "-C", compiled.catalog]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=os.environ, text=True)
+    child = subprocess.Popen(
+        command,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env=os.environ,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     try:
         wait_for(lambda: len(workers(far)) > 1)
         child.send_signal(signal.SIGINT)
