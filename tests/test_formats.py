@@ -13,7 +13,10 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.formats import Formats
+from llmbuild.frontend.own import OwnHead, PanelEmbedding
 from llmbuild.frontend.program import import_model
+from llmbuild.kernels.head import HeadShape
+from llmbuild.kernels.layouts import FORMATS
 from llmbuild.profiler.heldout import check_apart, windows
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import ImportJob, ImportResult
@@ -21,9 +24,14 @@ from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.recipe import Calibration as Text
 from llmbuild.spec.recipe import Quality
 from llmbuild.transform.gptq import gptq
+from llmbuild.transform.panels import encode
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
+from llmbuild.transform.weights import from_bf16
 from tests.support import tiny
 from tests.support.artifact import Loaded, compile_file, relative_error
+
+HIDDEN = 64
+"""Columns that every format's layout takes."""
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "pystdlib.yaml"
 CONTEXT = 32
@@ -32,6 +40,19 @@ CONTEXT = 32
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1, vocab_size=323, intermediate_size=200)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_packed_token_table_is_read_as_the_weights_it_was_made_from(form: str) -> None:
+    shape = HeadShape(HIDDEN, 323, 1e-5, 1, form)
+    dense = np.random.default_rng(0).standard_normal((323, HIDDEN)).astype(np.float32)
+    rounded = encode(form, dense)
+    table = PanelEmbedding(OwnHead(shape, torch.ones(HIDDEN), torch.from_numpy(dense)))
+    if isinstance(rounded, Quantized):
+        expected = dequantize(rounded)
+    else:
+        expected = from_bf16(rounded) if form == "bf16" else rounded.astype(np.float32)
+    assert np.array_equal(expected, table(torch.arange(323)[None])[0].numpy())
 
 
 @pytest.fixture(scope="module")

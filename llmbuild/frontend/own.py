@@ -20,6 +20,7 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, family
 from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
 from llmbuild.transform.quantized import Quantized
@@ -126,13 +127,24 @@ class PanelEmbedding(nn.Module):
 
     def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return numbers of 12 bits without the power of two of their row."""
-        half, side, pair = column % 8 // 4, column % 2, column % 4 // 2
-        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // 8 * 12 * PANEL
-        upper = self.head.data[first + (1 + half) * QUAD * PANEL + side * 2 + pair].to(torch.int32)
-        both = self.head.data[first + side * 2 + half].to(torch.int32)
-        lower = torch.where(pair == 0, both, both >> 4) & 15
-        size = (128 + (upper & 7) * 16 + lower).float() * self.powers[(upper >> 3 & 15).long()]
-        return size * ((upper >> 7 & 1).float() * -2 + 1)
+        line = QUAD * PANEL
+        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // STEP * 3 * line
+        three = [self._word(first + i * line) for i in range(3)]
+        turned = three[2] >> MOVED[2] | three[2] << 32 - MOVED[2]
+        fourth = torch.bitwise_xor(torch.bitwise_xor(three[0] >> MOVED[0], three[1] >> MOVED[1]), turned)
+        pair, found = column % STEP // 2, fourth
+        for i in range(3):
+            found = torch.where(pair == i, three[i], found)
+        code = torch.where(column % 2 == 0, found, found >> 16)
+        size = (128 + (code & 127)).float() * self.powers[code >> 7 & 15]
+        return size * ((code >> 15 & 1).float() * -2 + 1)
+
+    def _word(self, first: torch.Tensor) -> torch.Tensor:
+        """Return 32 bits from four bytes on, as i64 that is not negative."""
+        word = self.head.data[first].long() & 255
+        for i in range(1, 4):
+            word = word | (self.head.data[first + i].long() & 255) << 8 * i
+        return word
 
     def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return codes of 7 bits, i32."""
