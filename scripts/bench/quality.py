@@ -163,7 +163,7 @@ def stored(model: Any, case: Case, calibration: np.ndarray) -> Formats:
 
 def unlike_bf16(recipe_path: Path) -> str:
     """Return how many weights of 12 bits are not those of bf16, and how far from them."""
-    model = huggingface.load(str(find_model(read_recipe(recipe_path).model).folder), False, 0, attention.NAME)
+    model = huggingface.load(str(find_model(read_recipe(recipe_path).model).folder), False, 0, "eager")
     count, unlike, furthest = 0, 0, 0.0
     for dense in {id(p): p.numpy() for p in model.parameters() if p.dim() == 2}.values():
         apart = np.abs(nearest(dense) - from_bf16(to_bf16(dense)))
