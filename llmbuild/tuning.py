@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from llmbuild import digest
@@ -171,13 +170,8 @@ class Tuner:
 
     def _with(self, text: str, chosen: Mapping[str, str]) -> Artifact | Failure:
         """Return the program with these configurations."""
-        with TemporaryDirectory(prefix="llmbuild-") as name:
-            configured = self.compiling.configure_text(dispatches.configure(text, chosen), self.settings, Path(name))
-            return (
-                configured
-                if isinstance(configured, Failure)
-                else self.compiling.finish(configured, self.settings, Path(name))
-            )
+        made = self.compiling.translated_text(dispatches.configure(text, chosen), self.settings)
+        return made if isinstance(made, Failure) else self.compiling.emitted(made, self.settings)
 
     @staticmethod
     def _best(rows: list[tuple[str, float]]) -> str:
