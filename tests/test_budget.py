@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,17 +16,23 @@ from hypothesis import strategies as st
 from llmbuild.process import Limits
 from llmbuild.profiler import bench as benches
 from llmbuild.profiler import rounds
-from llmbuild.profiler.bench import Bench
+from llmbuild.profiler.bench import BRIEF, Bench
 from llmbuild.profiler.budget import LEAST_TOKENS, Pace, plan
 from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound, Prepared
 from llmbuild.profiler.noise import Shares
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
-from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.profiler.statistics import few_of
+from llmbuild.search.front import standings
+from llmbuild.search.screen import hopeless
+from llmbuild.spec.measurement import SCREENED, Measurement, Reading
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
 LOAD = Workload("chat", 128, 64, 192)
 PROTOCOL = Protocol()
+SCORING_S = 70.0
 
 
 class Clock:
@@ -51,10 +58,18 @@ class StandIn(Live):
         self.child: Any = SimpleNamespace(pid=0, close=lambda: None)
         self.clock.now += 0.3
 
-    def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
+    def begin(self, workload: Workload, warmup_s: float) -> None:
         self.open(3)
         self.readings["load_s"] = Reading(0.03, 0.03, 0.03, (0.03,))
         self.warm(workload, warmup_s)
+
+    def score(self, quality: Quality) -> None:
+        if quality.data is not None:
+            self.clock.now += SCORING_S
+            self.readings["quality_kl"] = Reading(0.01, 0.01, 0.01, ())
+
+    def count(self) -> None:
+        self.operators = ()
 
     def resume(self, known: Prepared, workload: Workload, warmup_s: float) -> None:
         self.readings = dict(known.readings)
@@ -68,7 +83,7 @@ class StandIn(Live):
     def warm(self, workload: Workload, seconds: float) -> float:
         end = self.clock.now + seconds
         while True:
-            answer = self.answers(workload, 0.0)[0]
+            self.last = answer = self.answers(workload, 0.0)[0]
             if self.clock.now >= end:
                 return answer.ttft_s + answer.tpot_s * (workload.output - 1)
 
@@ -173,6 +188,81 @@ def test_what_was_never_screened_here_says_its_pace_in_one_short_answer(start: S
     bench.race([subject("v0"), subject("v1")], everyone)
     assert LEAST_TOKENS in answered["v0"]
 
+
+# --- the short screen -----------------------------------------------------------------------------------------------
+
+
+def slow(than: float) -> dict[str, Pace]:
+    return {"default": Pace(0.05, 0.02), "slow": Pace(0.05 * than, 0.02 * than)}
+
+
+def judge(known: Sequence[Trial], objectives: Sequence[str], sizes: Trial) -> Callable[..., str]:
+    return lambda brief, perfect: hopeless(sizes, brief[0], known, objectives, (), perfect)
+
+
+def trial(name: str, measured: tuple[Measurement, ...], parameters: int = 100) -> Trial:
+    return Trial("", 0, Point(()), name, False, None, name, 10, parameters, measured, None, 0.0)
+
+
+def measured_in(bench: Bench, name: str, judged: Callable[..., str] | None = None) -> Measurement:
+    found = bench.measure(subject(name), name == "default", judged)
+    assert not isinstance(found, Failure), found.reason
+    return found[0]
+
+
+TIMES = ("tpot_s", "ttft_s", "parameter_bytes")
+
+
+@pytest.mark.parametrize(("than", "cut"), [(5.0, True), (1.5, False)])
+def test_who_is_beaten_beyond_doubt_is_read_a_few_times_alone(start: Start, than: float, cut: bool) -> None:
+    bench, clock, _ = start(slow(than))
+    known = [trial("default", (measured_in(bench, "default"),))]
+    begin = clock.now
+    whole = measured_in(bench, "slow")
+    full, begin = clock.now - begin, clock.now
+    brief = measured_in(bench, "slow", judge(known, TIMES, trial("slow", ())))
+    assert (SCREENED in brief.notes, clock.now - begin < 0.5 * full) == (cut, cut)
+    assert len(brief.readings["tpot_s"].samples) == (BRIEF if cut else len(whole.readings["tpot_s"].samples))
+    assert brief.readings["tpot_s"].median == pytest.approx(whole.readings["tpot_s"].median)
+
+
+def test_a_smaller_one_is_measured_whole_however_slow(start: Start) -> None:
+    bench, _, _ = start(slow(5.0))
+    known = [trial("default", (measured_in(bench, "default"),))]
+    assert SCREENED not in measured_in(bench, "slow", judge(known, TIMES, trial("slow", (), 90))).notes
+
+
+@pytest.mark.parametrize(("best", "scored"), [(0.0, False), (0.005, True), (0.5, True)])
+def test_quality_is_scored_before_the_screen_only_where_it_decides(start: Start, best: float, scored: bool) -> None:
+    bench, clock, _ = start(slow(5.0))
+    default = measured_in(bench, "default")
+    kept = replace(default, readings={**default.readings, "quality_kl": Reading(best, best, best, ())})
+    bench.quality = Quality(Path("held-out"), "")
+    begin = clock.now
+    brief = measured_in(bench, "slow", judge([trial("default", (kept,))], ("tpot_s", "quality_kl"), trial("slow", ())))
+    assert (SCREENED in brief.notes) == (best < 0.01), "the slow one has 0.01"
+    assert ("quality_kl" in brief.readings, clock.now - begin > SCORING_S) == (scored, scored)
+
+
+def test_who_was_screened_is_dominated_and_takes_no_objective_from_the_others(start: Start) -> None:
+    bench, _, _ = start(slow(5.0))
+    default = trial("default", (measured_in(bench, "default"),))
+    out = trial("slow", (measured_in(bench, "slow", judge([default], TIMES, trial("slow", ()))),))
+    found = {s.variant: s for s in standings([default, out], LOAD.name, TIMES, ())}
+    assert (found["default"].status, found["slow"].status) == ("pareto", "dominated")
+    assert found["slow"].reason.startswith("screened: default is ")
+    alone = standings([out], LOAD.name, TIMES, ())
+    assert [s.status for s in alone] == ["pareto"], "nobody is left who beats it"
+
+
+@given(st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5))
+def test_a_few_samples_have_a_wide_interval(samples: list[float]) -> None:
+    found = few_of(samples)
+    assert found.low <= min(samples) <= found.median <= max(samples) <= found.high
+    assert found.samples == tuple(samples)
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
 
 paces = st.builds(Pace, st.floats(1e-4, 5), st.floats(1e-5, 1), st.floats(0, 0.2))
 

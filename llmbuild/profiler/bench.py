@@ -16,11 +16,11 @@ from llmbuild.profiler import estimate, statistics
 from llmbuild.profiler.budget import LEAST_TOKENS, Pace, Plan, baseline_tokens, plan
 from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.energy import RANK_STEPS, SCREEN_STEPS
-from llmbuild.profiler.live import WHOLE, Live, Prepared
+from llmbuild.profiler.live import WHOLE, Answer, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
-from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
+from llmbuild.spec.measurement import PROTOCOL, SCREENED, Measurement, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import ENERGY
 from llmbuild.spec.variant import Failure
@@ -31,6 +31,13 @@ OPERATORS = 12
 """Kinds of dispatches that are kept with a measurement, the costliest first."""
 Contenders = Callable[[Sequence[Measurement], float], set[str]]
 """Says which variants of a race are undecided against another one, and can be decided within so many rounds in all."""
+
+Hopeless = Callable[[Sequence[Measurement], bool], str]
+"""Says who beats a variant beyond doubt, from a brief measurement for each workload; empty for nobody. The flag says
+whether quality that is not scored yet counts as perfect, or else as the worst."""
+
+BRIEF = 3
+"""Rounds of the short screen."""
 
 
 class Bench:
@@ -59,11 +66,21 @@ class Bench:
         """Say whether there is something to pair with."""
         return self._baseline is not None
 
-    def measure(self, subject: Subject, baseline: bool = False) -> tuple[Measurement, ...] | Failure:
-        """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it."""
+    def measure(
+        self, subject: Subject, baseline: bool = False, hopeless: Hopeless | None = None
+    ) -> tuple[Measurement, ...] | Failure:
+        """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it.
+
+        Who is `hopeless` after a few rounds has those alone, with a note and wide intervals.
+        """
         live = Live(subject, self.limits)
         try:
-            live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            live.begin(self.workloads[0], self.protocol.warmup_s)
+            brief = () if baseline or hopeless is None else self._brief(live, hopeless)
+            if brief:
+                return brief
+            live.score(self.quality)
+            live.count()
             self._prepared[subject.variant] = live.prepared
             if baseline:
                 self.close()
@@ -75,6 +92,61 @@ class Bench:
             if live is not self._baseline:
                 live.child.close()
         return measured
+
+    def _brief(self, live: Live, hopeless: Hopeless) -> tuple[Measurement, ...]:
+        """Return brief measurements where they leave no doubt, else nothing.
+
+        The warm-up's last answer decides whether rounds are worth it, and those whether quality has to be scored.
+        """
+        if self._baseline is None or live.last is None:
+            return ()
+        if not hopeless([self._warm(live, self._baseline, live.last)], False):
+            return ()
+        taken = [self._short(live, w) for w in self.workloads]
+        why = hopeless(taken, True)
+        if why and self.quality.data is not None:
+            live.notes["quality"] = "absent: not scored, since nothing it could be would have mattered"
+        if not why and hopeless(taken, False):
+            live.score(self.quality)
+            taken = [replace(m, readings={**live.readings, **m.readings}) for m in taken]
+            why = hopeless(taken, False)
+        return tuple(replace(m, notes={**live.notes, SCREENED: why}) for m in taken) if why else ()
+
+    def _warm(self, live: Live, baseline: Live, answer: Answer) -> Measurement:
+        """Return what the warm-up's last answer says beside the baseline's pace."""
+        workload = self.workloads[0]
+        pace = self._pace(baseline, workload)
+        whole = [a.ttft_s + a.tpot_s * (workload.output - 1) for a in (answer, pace)]
+        mine = {
+            "ttft_s": answer.ttft_s,
+            "tpot_s": answer.tpot_s,
+            "e2e_s": whole[0],
+            "output_tokens_per_s": 1 / whole[0],
+        }
+        theirs = {"ttft_s": pace.ttft_s, "tpot_s": pace.tpot_s, "e2e_s": whole[1], "output_tokens_per_s": 1 / whole[1]}
+        ratios = {name: statistics.exact(mine[name] / theirs[name]) for name in mine if theirs[name] > 0}
+        rounds = Rounds(workload, self._order, self.protocol)
+        return replace(self._bare(live, rounds, dict(live.readings)), ratios=ratios)
+
+    def _short(self, live: Live, workload: Workload) -> Measurement:
+        """Return what a few rounds of short answers beside the baseline say."""
+        baseline = self._baseline
+        assert baseline is not None
+        self._fit_baseline(workload)
+        live.decode_steps = baseline.decode_steps = min(LEAST_TOKENS, workload.output)
+        rounds = Rounds(workload, self._order, replace(self.protocol, reopen_s=0.0))
+        for _ in range(BRIEF):
+            rounds.run([baseline, live])
+        live.decode_steps = WHOLE
+        mine, theirs = rounds.taken[live], rounds.taken[baseline]
+        names = [name for name in TIMED if min(*mine[name], *theirs[name]) > 0]
+        ratios = {
+            name: statistics.few_of([a / b for a, b in zip(mine[name], theirs[name], strict=True)]) for name in names
+        }
+        return replace(
+            self._bare(live, rounds, {**live.readings, **{name: statistics.few_of(mine[name]) for name in names}}),
+            ratios=ratios,
+        )
 
     def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
         """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too.
