@@ -239,7 +239,7 @@ class Build:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 return list(pool.map(self._artifact, points))
-            except BaseException:
+            except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can
                 stop_all()
                 raise
 

@@ -115,7 +115,7 @@ class Connection:
                 self._send(code)
             while "serving" not in self._answer():
                 continue
-        except BaseException:
+        except BaseException:  # whatever it is, Ctrl-C too: no ssh may outlive it; raised again
             self.close()
             raise
 
