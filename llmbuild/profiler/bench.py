@@ -104,8 +104,9 @@ class Bench:
             return ()
         taken = [self._short(live, w) for w in self.workloads]
         why = hopeless(taken, True)
-        if why and self.quality.data is not None:
-            live.notes["quality"] = "absent: not scored, since nothing it could be would have mattered"
+        if why:
+            unscored = "absent: not scored, since nothing it could be would have mattered"
+            live.notes["quality"] = self.quality.reason if self.quality.data is None else unscored
         if not why and hopeless(taken, False):
             live.score(self.quality)
             taken = [replace(m, readings={**live.readings, **m.readings}) for m in taken]
@@ -132,7 +133,6 @@ class Bench:
         """Return what a few rounds of short answers beside the baseline say."""
         baseline = self._baseline
         assert baseline is not None
-        self._fit_baseline(workload)
         live.decode_steps = baseline.decode_steps = min(LEAST_TOKENS, workload.output)
         rounds = Rounds(workload, self._order, replace(self.protocol, reopen_s=0.0))
         for _ in range(BRIEF):
