@@ -109,7 +109,8 @@ class Tuner:
             level = self.settings.get("opt_level")
             raise InputError(
                 f"variant {digest.short(self.row['variant'])} has no product that a configuration changes: "
-                f"at opt_level={level} they are named operations; tune a variant of O2 or O3"
+                f"with weight_format={self.settings.get('weight_format')} at opt_level={level} they are named "
+                "operations; tune one of quantized weights, or of another opt_level"
             )
         ranked = self._ranked(products, before)
         known = {p.signature: found for p, _, _ in ranked if (found := find_tuning(self.catalog, self._key(p)))}
