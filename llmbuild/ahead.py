@@ -25,7 +25,7 @@ def make_ahead(builds: Sequence[Build], jobs: int, tell: Tell) -> None:
     with ThreadPoolExecutor(jobs) as pool:
         try:
             list(pool.map(lambda turn: _made(*turn), turns))
-        except BaseException:
+        except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can; raised again
             pool.shutdown(wait=False, cancel_futures=True)
             stop_all()
             raise

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,8 @@ from llmbuild.freshness import Look, Outcome, build_key
 from llmbuild.process import stop_all
 from llmbuild.profiler.protocol import Subject
 from llmbuild.search.front import contenders, standings, value_of
-from llmbuild.spec.measurement import Measurement
+from llmbuild.search.screen import hopeless
+from llmbuild.spec.measurement import SCREENED, Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
@@ -237,7 +239,7 @@ class Build:
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 return list(pool.map(self._artifact, points))
-            except BaseException:
+            except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can
                 stop_all()
                 raise
 
@@ -257,12 +259,12 @@ class Build:
             return trial_of(self.steps, point, None, None, (), made, len(self.known), monotonic() - begin)
         program, artifact = made
         self.tell(Event("profile", describe(self.job, point), unique(self.known) + 1, self.budget.trials))
-        measured = self._measure(self.steps.subject(point, program, artifact), point)
+        measured = self._measure(self.steps.subject(point, program, artifact), point, artifact.size_bytes)
         failure = measured if isinstance(measured, Failure) else None
         readings = () if isinstance(measured, Failure) else measured
         return trial_of(self.steps, point, program, artifact, readings, failure, len(self.known), monotonic() - begin)
 
-    def _measure(self, subject: Subject, point: Point) -> tuple[Measurement, ...] | Failure:
+    def _measure(self, subject: Subject, point: Point, size: int) -> tuple[Measurement, ...] | Failure:
         equal = self.steps.equal(subject, self.known)
         if equal:
             return equal
@@ -273,7 +275,18 @@ class Build:
             default = point == self.job.space.default()
             if not default and not bench.has_baseline:
                 self._open_baseline(bench)
-            return bench.measure(subject, baseline=default)
+            sizes = Trial(
+                *(self.job.scope, 0, point, subject.variant, default, None, subject.artifact, size),
+                *(subject.parameter_bytes, (), None, 0.0),
+            )
+            return bench.measure(subject, default, None if default else partial(self._hopeless, sizes))
+
+    def _hopeless(self, sizes: Trial, brief: Sequence[Measurement], perfect: bool) -> str:
+        """Say who beats a variant beyond doubt, on every workload that was looked at; empty where nobody does."""
+        recipe, everyone = self.job.recipe, [*self.known, *self.beside]
+        bounds = (*recipe.constraints, *recipe.quality.bounds)
+        told = [hopeless(sizes, m, everyone, recipe.objectives, bounds, perfect) for m in brief]
+        return told[0] if all(told) else ""
 
     def _bench(self) -> Bench | RemoteBench | Failure:
         quality = self.steps.reference()
@@ -359,6 +372,9 @@ class Build:
         text = describe(self.job, trial.point)
         if trial.failure:
             text = f"{text}: {trial.failure.stage} failed: {trial.failure.reason}"
+        by = trial.measurements[0].notes.get(SCREENED) if trial.measurements else None
+        if by:
+            text = f"{text}: screened: {by}"
         best = best_of(self.known, self.job.recipe.objectives[0])
         self.tell(Event("done", text, unique(self.known), self.budget.trials, trial.seconds, best))
 

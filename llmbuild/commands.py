@@ -221,6 +221,7 @@ def build(job: Job, options: Options) -> Built:
 
     catalog = Catalog(folder)
     try:
+        # the row by which a compile finds them: a merge may have brought a set that was never named here
         winners_of(catalog, digest.of(job.target.identity()), job.toolchain.compiler)
         job = _with_winners(job, catalog, options)
         if options.get("explain"):

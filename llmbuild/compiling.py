@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
 from llmbuild.compiler import dispatches, iree, phases
-from llmbuild.compiler.flags import compile_flags
+from llmbuild.compiler.flags import attributes, compile_flags
 from llmbuild.process import Limits
 from llmbuild.spec.space import TUNING, UNTUNED, Value
 from llmbuild.spec.target import Target
@@ -75,25 +75,17 @@ class Compiling:
         front = self.front(module, settings)
         if isinstance(front, Failure):
             return front
-        with TemporaryDirectory(prefix="llmbuild-") as name:
-            folder = Path(name)
-            configured = self.configure(front, settings, folder)
-            return configured if isinstance(configured, Failure) else self.finish(configured, settings, folder)
+        translated = self.translated(front, settings)
+        return translated if isinstance(translated, Failure) else self.emitted(translated, settings)
 
     def front(self, module: str, settings: Settings) -> Front | Failure:
         """Return the front half of a module; two that want the same one make it once."""
         inputs = {"module": module, "flags": phases.front_flags(self.target, settings), "compiler": self.compiler}
         key = digest.of(inputs)
-
-        from llmbuild.catalog.phases import find_front
-
-        def find(key: str) -> Front | None:
-            return find_front(self.catalog, key)
-
-        return self._once("front", key, find, lambda: self._front(key, inputs, module, settings))
+        return self._once("front", key, self._find_half, lambda: self._front(key, inputs, module, settings))
 
     def _front(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Front | Failure:
-        from llmbuild.catalog.phases import Front, record_front
+        from llmbuild.catalog.phases import Front
 
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as name:
@@ -104,7 +96,7 @@ class Compiling:
                 return failure
             blob = self.catalog.blobs.put_bytes(gzip.compress(source.read_bytes(), 6, mtime=0))
             front = Front(blob, phases.features(told), monotonic() - begin)
-        record_front(self.catalog, key, inputs, front)
+        self._record_half(key, inputs, front)
         return front
 
     def text(self, front: Front, settings: Settings) -> str:
@@ -118,36 +110,84 @@ class Compiling:
         """Return a front half as text."""
         return gzip.decompress(self.catalog.blobs.path(front.blob).read_bytes()).decode()
 
-    def configure(self, front: Front, settings: Settings, folder: Path) -> Path | Failure:
-        """Return a file with the dispatches configured."""
-        return self.configure_text(self.text(front, settings), settings, folder)
+    def translated(self, front: Front, settings: Settings) -> Front | Failure:
+        """Return the translated dispatches of a front half: known by what was asked, or by how they are configured."""
+        tuned = {} if untuned(settings) else {TUNING: settings[TUNING]}
+        flags = phases.configure_flags(self.target, settings)
+        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **tuned}
 
-    def configure_text(self, text: str, settings: Settings, folder: Path) -> Path | Failure:
-        """Return a file with the dispatches of a front half's text configured."""
-        source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
-        source.write_text(text)
-        return phases.configure(source, configured, self.target, settings, self.limits) or configured
+        def make() -> Front | Failure:
+            made = self.translated_text(self.text(front, settings), settings)
+            if not isinstance(made, Failure):
+                self._record_half(digest.of(inputs), inputs, made)
+            return made
 
-    def finish(self, configured: Path, settings: Settings, folder: Path) -> Artifact | Failure:
-        """Return the artifact of configured dispatches; equal ones were compiled before, whatever flags led to them."""
-        flags = phases.late_flags(self.target, settings)
-        plain = configured.read_bytes().replace(str(folder).encode(), b"")  # bytecode names the file it came from
-        inputs = {"configured": digest.of_bytes(plain), "flags": flags, "compiler": self.compiler}
-        key = digest.of(inputs)
-        return self._once(
-            "finish", key, self.catalog.find_compile, lambda: self._finish(key, inputs, configured, settings, folder)
-        )
+        return self._once("translate", digest.of(inputs), self._find_half, make)
 
-    def _finish(
+    def translated_text(self, text: str, settings: Settings) -> Front | Failure:
+        """Return the translated dispatches of a front half's text; equal configurations were translated before."""
+        with TemporaryDirectory(prefix="llmbuild-") as name:
+            folder = Path(name)
+            source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
+            source.write_text(text)
+            failure = phases.configure(source, configured, self.target, settings, self.limits)
+            if failure:
+                return failure
+            flags = phases.translate_flags(self.target, settings)
+            plain = _nameless(configured.read_bytes(), folder)
+            inputs = {"configured": digest.of_bytes(plain), "flags": flags, "compiler": self.compiler}
+            key = digest.of(inputs)
+            return self._once(
+                "translate", key, self._find_half, lambda: self._translate(key, inputs, configured, settings, folder)
+            )
+
+    def _translate(
         self, key: str, inputs: dict[str, Any], configured: Path, settings: Settings, folder: Path
-    ) -> Artifact | Failure:
-        begin, output = monotonic(), folder / "module.vmfb"
-        failure = phases.finish(configured, output, self.target, settings, self.limits)
+    ) -> Front | Failure:
+        from llmbuild.catalog.phases import Front
+
+        begin, output = monotonic(), folder / "translated.mlirbc"
+        failure = phases.translate(configured, output, self.target, settings, self.limits)
         if failure:
             return failure
-        artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.compiler)
+        packed = gzip.compress(_nameless(output.read_bytes(), folder), 6, mtime=0)
+        made = Front(self.catalog.blobs.put_bytes(packed), {}, monotonic() - begin)
+        self._record_half(key, inputs, made)
+        return made
+
+    def _find_half(self, key: str) -> Front | None:
+        from llmbuild.catalog.phases import find_front
+
+        return find_front(self.catalog, key)
+
+    def _record_half(self, key: str, inputs: dict[str, Any], made: Front) -> None:
+        from llmbuild.catalog.phases import record_front
+
+        record_front(self.catalog, key, inputs, made)
+
+    def emitted(self, translated: Front, settings: Settings) -> Artifact | Failure:
+        """Return the artifact of translated dispatches; equal ones were compiled before, whatever flags led to them."""
+        flags, edits = phases.emit_flags(self.target, settings), attributes(settings, "emit")
+        inputs = {"translated": translated.blob, "flags": flags, "attributes": edits, "compiler": self.compiler}
+        key = digest.of(inputs)
+        return self._once("emit", key, self.catalog.find_compile, lambda: self._emit(key, inputs, translated, settings))
+
+    def _emit(self, key: str, inputs: dict[str, Any], translated: Front, settings: Settings) -> Artifact | Failure:
+        begin = monotonic()
+        with TemporaryDirectory(prefix="llmbuild-") as name:
+            source, output = Path(name) / "translated.mlirbc", Path(name) / "module.vmfb"
+            source.write_bytes(gzip.decompress(self.catalog.blobs.path(translated.blob).read_bytes()))
+            failure = phases.emit(source, output, self.target, settings, self.limits)
+            if failure:
+                return failure
+            artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.compiler)
         self.catalog.record_compile(key, inputs, artifact, monotonic() - begin)
         return artifact
+
+
+def _nameless(bytecode: bytes, folder: Path) -> bytes:
+    """Return bytecode, which names the file it came from, without the folder's name and as long as before."""
+    return bytecode.replace(str(folder).encode(), b"_" * len(str(folder).encode()))
 
 
 def once(

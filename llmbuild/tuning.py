@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 from llmbuild import digest
@@ -110,7 +109,8 @@ class Tuner:
             level = self.settings.get("opt_level")
             raise InputError(
                 f"variant {digest.short(self.row['variant'])} has no product that a configuration changes: "
-                f"at opt_level={level} they are named operations; tune a variant of O2 or O3"
+                f"with weight_format={self.settings.get('weight_format')} at opt_level={level} they are named "
+                "operations; tune one of quantized weights, or of another opt_level"
             )
         ranked = self._ranked(products, before)
         known = {p.signature: found for p, _, _ in ranked if (found := find_tuning(self.catalog, self._key(p)))}
@@ -171,13 +171,8 @@ class Tuner:
 
     def _with(self, text: str, chosen: Mapping[str, str]) -> Artifact | Failure:
         """Return the program with these configurations."""
-        with TemporaryDirectory(prefix="llmbuild-") as name:
-            configured = self.compiling.configure_text(dispatches.configure(text, chosen), self.settings, Path(name))
-            return (
-                configured
-                if isinstance(configured, Failure)
-                else self.compiling.finish(configured, self.settings, Path(name))
-            )
+        made = self.compiling.translated_text(dispatches.configure(text, chosen), self.settings)
+        return made if isinstance(made, Failure) else self.compiling.emitted(made, self.settings)
 
     @staticmethod
     def _best(rows: list[tuple[str, float]]) -> str:

@@ -54,7 +54,8 @@ LATE = (
     {"opt_level": "O2"},
     {"opt_level": "O3", "vector_width": 32, "slp_vectorize": True, "loop_unroll": True, "stack_limit": 65536},
     {"opt_level": "O2", "distribution_size": 16, "codegen_threads": 2, "tails": "mask", "reassociate": "true"},
-    {"data_tiling": "dispatch", "vector_width": 16, "ukernels": "none"},
+    {"data_tiling": "dispatch", "vector_width": 16, "ukernels": "none", "loop_vectorize": True},
+    {"slp_vectorize": True, "loop_interleave": True},
 )
 
 
@@ -71,22 +72,31 @@ def test_a_compile_in_phases_gives_the_bytes_of_one_call(
     assert catalog.blobs.path(made.digest).read_bytes() == whole.read_bytes()
 
 
-def test_points_that_differ_late_share_a_front_half_and_equal_configurations_share_the_artifact(
+def test_points_that_differ_late_share_each_phase_that_comes_out_equal(
     module: Path, target: Target, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[str] = []
-    for name in ("front", "configure", "finish"):
+    for name in ("front", "configure", "translate", "emit"):
         real = getattr(phases, name)
         monkeypatch.setattr(
             phases, name, lambda *a, _name=name, _real=real, **k: (calls.append(_name), _real(*a, **k))[1]
         )
     catalog = Catalog(tmp_path / "catalog")
     blob, compiler = catalog.blobs.put_file(module), compiling(catalog, target)
-    first = compiler.compile(blob, DEFAULTS)
-    same = compiler.compile(blob, {**DEFAULTS, "matmul_tile_bytes": 65536})
-    other = compiler.compile(blob, {**DEFAULTS, "slp_vectorize": True})
-    assert first == same != other
-    assert calls == ["front", "configure", "finish", "configure", "configure", "finish"]
+
+    def made(**changed: Value) -> tuple[Artifact | Failure, list[str]]:
+        calls.clear()
+        return compiler.compile(blob, {**DEFAULTS, **changed}), list(calls)
+
+    first, steps = made()
+    assert steps == ["front", "configure", "translate", "emit"]
+    assert made(matmul_tile_bytes=65536) == (first, ["configure"]), "configured alike"
+    assert made(softmax_fuse=False) == (first, ["configure", "translate"]), "translated alike"
+    unrolled, steps = made(loop_unroll=True)
+    assert steps == ["emit"], "what LLVM alone reads"
+    assert unrolled != first
+    other, steps = made(distribution_size=16, vector_width=16)
+    assert (other != first, steps) == (True, ["configure", "translate", "emit"])
 
 
 def test_a_front_half_says_what_it_schedules(module: Path, target: Target, tmp_path: Path) -> None:

@@ -74,11 +74,9 @@ def test_every_configuration_compiles_and_changes_the_code(compiling: Compiling,
     made = set()
     for number in (0, len(options) // 2, len(options) - 1):
         chosen = configure(text, {p.signature: configurations(p)[number] for p in kinds})
-        folder = tmp_path / str(number)
-        folder.mkdir()
-        configured = compiling.configure_text(chosen, SETTINGS, folder)
-        assert not isinstance(configured, Failure), configured.log
-        artifact = compiling.finish(configured, SETTINGS, folder)
+        translated = compiling.translated_text(chosen, SETTINGS)
+        assert not isinstance(translated, Failure), translated.log
+        artifact = compiling.emitted(translated, SETTINGS)
         assert isinstance(artifact, Artifact), artifact.log
         made.add(artifact.digest)
     assert len(made) == 3

@@ -19,7 +19,10 @@ from llmbuild.errors import CatalogError
 
 @dataclass(frozen=True)
 class Front:
-    """The front half of a compile: a blob of gzipped text, what it schedules, and the seconds it took."""
+    """A compile half done, a gzipped blob, and the seconds it took.
+
+    It is a front half as text, with what that schedules, or translated dispatches as bytecode.
+    """
 
     blob: str
     features: dict[str, Any]
@@ -36,7 +39,7 @@ class Tuned:
 
 
 def find_front(catalog: Catalog, key: str) -> Front | None:
-    """Return the front half a compile made before, if its blob is still there and whole."""
+    """Return what a compile has half done before, if its blob is still there and whole."""
     with catalog.session() as session:
         row = session.get(t.FrontHalfRow, key)
         found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
@@ -44,7 +47,7 @@ def find_front(catalog: Catalog, key: str) -> Front | None:
 
 
 def record_front(catalog: Catalog, key: str, inputs: dict[str, Any], front: Front) -> None:
-    """Keep a front half."""
+    """Keep a compile half done."""
     _replace(catalog, t.FrontHalfRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)})
 
 

@@ -115,7 +115,7 @@ class CompileRow(Base):
 
 
 class FrontHalfRow(Base):
-    """The front half of a compile, a blob of packed text, by what went into it; `features` is what it schedules."""
+    """A compile half done, a packed blob, by what went into it; `features` is what a front half schedules."""
 
     __tablename__ = "front_half"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)

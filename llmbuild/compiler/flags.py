@@ -13,9 +13,10 @@ from typing import Literal
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import CUDA, HOST, METAL, ROCM, VULKAN, Target
 
-Phase = Literal["front", "target", "configure", "translate"]
+Phase = Literal["front", "target", "configure", "translate", "emit"]
 """When a flag is read: in the front half (and perhaps later too); when the executable target is written down, which is
-an attribute of the front half's result that can be edited; when dispatches are configured; when they are translated."""
+an attribute of the front half's result that can be edited; when dispatches are configured; when they are translated to
+LLVM; `emit`: written down as those of `target` are, and read by nothing before LLVM makes machine code."""
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
@@ -34,7 +35,7 @@ class Flag:
 
     `text` holds `{}` for the value; `said` gives other words for some values, an empty text for none at all. `default`
     is the value at which the flag is left out. `key` is the attribute of the executable target a flag of the phase
-    `target` ends up as.
+    `target` or `emit` ends up as.
     """
 
     knob: str
@@ -95,10 +96,10 @@ FLAGS: tuple[Flag, ...] = (
     # llvm-cpu
     Flag("ukernels", "--iree-llvmcpu-enable-ukernels={}", "default", "target", "ukernels"),
     Flag("vector_width", "--iree-llvmcpu-target-vector-width-in-bytes={}", 0, "target", "native_vector_size"),
-    Flag("slp_vectorize", "--iree-llvmcpu-slp-vectorization={}", False, "target", "slp_vectorization"),
-    Flag("loop_vectorize", "--iree-llvmcpu-loop-vectorization={}", False, "target", "loop_vectorization"),
-    Flag("loop_unroll", "--iree-llvmcpu-loop-unrolling={}", False, "target", "loop_unrolling"),
-    Flag("loop_interleave", "--iree-llvmcpu-loop-interleaving={}", False, "target", "loop_interleaving"),
+    Flag("slp_vectorize", "--iree-llvmcpu-slp-vectorization={}", False, "emit", "slp_vectorization"),
+    Flag("loop_vectorize", "--iree-llvmcpu-loop-vectorization={}", False, "emit", "loop_vectorization"),
+    Flag("loop_unroll", "--iree-llvmcpu-loop-unrolling={}", False, "emit", "loop_unrolling"),
+    Flag("loop_interleave", "--iree-llvmcpu-loop-interleaving={}", False, "emit", "loop_interleaving"),
     Flag("stack_limit", "--iree-llvmcpu-stack-allocation-limit={}", 32768, "target", "max_stack_allocation_size"),
     Flag("distribution_size", "--iree-llvmcpu-distribution-size={}", 64, "configure"),
     Flag("codegen_threads", "--iree-llvmcpu-number-of-threads={}", 8, "configure"),
@@ -181,12 +182,12 @@ def point_flags(point: Mapping[str, Value], *phases: Phase) -> list[str]:
     ]
 
 
-def attributes(point: Mapping[str, Value]) -> dict[str, Value]:
-    """Return what the flags of the phase `target` change in the executable target: attribute and value."""
+def attributes(point: Mapping[str, Value], phase: Phase = "target") -> dict[str, Value]:
+    """Return what the flags of the phase `target` or `emit` change in the executable target: attribute and value."""
     return {
         flag.key: point[flag.knob]
         for flag in FLAGS
-        if flag.phase == "target" and flag.knob in point and flag.of(point[flag.knob])
+        if flag.phase == phase and flag.knob in point and flag.of(point[flag.knob])
     }
 
 

@@ -59,18 +59,18 @@ SYSTEM_FEATURES = frozenset(
 
 
 @cache
-def binary() -> Path:
-    """Return the path of iree-compile in the installed wheel, without importing the compiler.
+def binary(name: str = "iree-compile") -> Path:
+    """Return the path of a tool of the installed compiler's wheel, without importing the compiler.
 
     Raises:
         InputError: the wheel is not installed.
     """
     spec = importlib.util.find_spec("iree")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "compiler" / "_mlir_libs" / "iree-compile"
+        path = Path(folder) / "compiler" / "_mlir_libs" / name
         if path.is_file() and os.access(path, os.X_OK):
             return path
-    raise InputError("iree-compile is not installed: pip install 'llmbuild[build]'")
+    raise InputError(f"{name} is not installed: pip install 'llmbuild[build]'")
 
 
 def compiler_version() -> str:

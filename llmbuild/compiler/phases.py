@@ -1,12 +1,14 @@
-"""The compile in three steps, so that points which differ late share what comes early.
+"""The compile in four steps, so that points which differ late share what comes early.
 
 front       whole-program passes, to `executable-sources`: the long part that all points of one model share
 configure   each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts
-finish      code is generated and linked
+translate   each dispatch becomes a function of LLVM's, to `executable-targets`; many flags change nothing in it
+emit        LLVM makes machine code of all of them, which is linked
 
 The result is byte for byte that of one call with the same flags. The front half is kept as text with its locations
 (without them names change), because what the compiler wrote into the executable target is edited there: it ignores the
-flags that set it when it goes on from a front half.
+flags that set it when it goes on from a front half. Translated dispatches are kept as bytecode, which is read faster,
+and become text only where what LLVM alone reads is edited.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llmbuild.compiler.flags import HYGIENE, attributes, compile_flags, point_flags, target_flags
+from llmbuild.compiler.flags import HYGIENE, Phase, attributes, point_flags, target_flags
 from llmbuild.compiler.iree import binary
 from llmbuild.process import Limits, run
 from llmbuild.spec.space import Value
@@ -26,6 +28,7 @@ from llmbuild.spec.variant import Failure
 
 SOURCES = "executable-sources"
 CONFIGURATIONS = "executable-configurations"
+TRANSLATED = "executable-targets"
 _DATA_TILING = "data_tiling"
 
 
@@ -38,9 +41,19 @@ def front_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
     return [*target_flags(target), *point_flags(point, *phases), *HYGIENE]
 
 
-def late_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
-    """Return the flags that still act on configured dispatches: with those, they decide the artifact."""
+def configure_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
+    """Return the flags that act between a front half and translated dispatches; those of the target are edited in."""
+    return [*target_flags(target), *point_flags(point, "front", "target", "configure", "translate"), *HYGIENE]
+
+
+def translate_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
+    """Return the flags that still act on configured dispatches."""
     return [*target_flags(target), *point_flags(point, "front", "translate"), *HYGIENE]
+
+
+def emit_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
+    """Return the flags that still act on translated dispatches: with those, they decide the artifact."""
+    return [*target_flags(target), *point_flags(point, "front"), *HYGIENE]
 
 
 def front(
@@ -59,29 +72,40 @@ def configure(
     """Give each dispatch of a retargeted front half its configuration; bytecode, or `text` with locations."""
     form = "--mlir-print-debuginfo" if text else "--emit-mlir-bytecode"
     steps = [f"--compile-from={SOURCES}", f"--compile-to={CONFIGURATIONS}", form]
-    return run(
-        [str(binary()), str(source), *compile_flags(target, point), *steps, "-o", str(output)],
-        "compile",
-        limits,
-        output,
-    )
+    command = [str(binary()), str(source), *configure_flags(target, point), *steps, "-o", str(output)]
+    return run(command, "compile", limits, output)
 
 
-def finish(
+def translate(
     configured: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits
 ) -> Failure | None:
-    """Generate code for configured dispatches: the `.vmfb` at `output`."""
-    command = [str(binary()), str(configured), *compile_flags(target, point), f"--compile-from={CONFIGURATIONS}"]
+    """Translate configured dispatches to LLVM's form: bytecode."""
+    steps = [f"--compile-from={CONFIGURATIONS}", f"--compile-to={TRANSLATED}", "--emit-mlir-bytecode"]
+    command = [str(binary()), str(configured), *translate_flags(target, point), *steps, "-o", str(output)]
+    return run(command, "compile", limits, output)
+
+
+def emit(translated: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits) -> Failure | None:
+    """Make machine code of translated dispatches: the `.vmfb` at `output`."""
+    source = translated
+    if attributes(point, "emit"):
+        source = translated.with_suffix(".mlir")
+        printing = [str(binary("iree-opt")), str(translated), "--mlir-print-debuginfo", "-o", str(source)]
+        failure = run(printing, "compile", limits, source)
+        if failure:
+            return failure
+        source.write_text(retarget(source.read_text(), point, "emit"))
+    command = [str(binary()), str(source), *emit_flags(target, point), f"--compile-from={TRANSLATED}"]
     return run([*command, "-o", str(output)], "compile", limits, output)
 
 
-def retarget(text: str, point: Mapping[str, Value]) -> str:
-    """Return a front half with the point's attributes in every executable target.
+def retarget(text: str, point: Mapping[str, Value], phase: Phase = "target") -> str:
+    """Return a front half, or translated dispatches, with the point's attributes of a phase in every executable target.
 
     Raises:
         ValueError: no executable target of the CPU is in the text.
     """
-    for key, value in attributes(point).items():
+    for key, value in attributes(point, phase).items():
         said = _attribute(value)
         text, count = re.subn(rf'\b{key} = (?:true|false|\d+ : i64|"[^"]*")', f"{key} = {said}", text)
         if not count:

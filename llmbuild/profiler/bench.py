@@ -13,13 +13,14 @@ from time import monotonic
 from llmbuild import digest
 from llmbuild.process import Limits
 from llmbuild.profiler import estimate, statistics
+from llmbuild.profiler.budget import LEAST_TOKENS, Pace, Plan, baseline_tokens, plan
 from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.energy import RANK_STEPS, SCREEN_STEPS
-from llmbuild.profiler.live import WHOLE, Live, Prepared
+from llmbuild.profiler.live import WHOLE, Answer, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
-from llmbuild.spec.measurement import PROTOCOL, Measurement, Reading
+from llmbuild.spec.measurement import PROTOCOL, SCREENED, Measurement, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import ENERGY
 from llmbuild.spec.variant import Failure
@@ -28,11 +29,15 @@ from llmbuild.spec.workload import Workload
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
 OPERATORS = 12
 """Kinds of dispatches that are kept with a measurement, the costliest first."""
-LAST_VISITS = 3
-"""Visits of the baseline at the end of a race, against which its first ones are held."""
-
 Contenders = Callable[[Sequence[Measurement], float], set[str]]
 """Says which variants of a race are undecided against another one, and can be decided within so many rounds in all."""
+
+Hopeless = Callable[[Sequence[Measurement], bool], str]
+"""Says who beats a variant beyond doubt, from a brief measurement for each workload; empty for nobody. The flag says
+whether quality that is not scored yet counts as perfect, or else as the worst."""
+
+BRIEF = 3
+"""Rounds of the short screen."""
 
 
 class Bench:
@@ -54,17 +59,28 @@ class Bench:
         self._order = random.Random(0)
         self._baseline: Live | None = None
         self._prepared: dict[str, Prepared] = {}
+        self._paces: dict[tuple[str, str], Pace] = {}
 
     @property
     def has_baseline(self) -> bool:
         """Say whether there is something to pair with."""
         return self._baseline is not None
 
-    def measure(self, subject: Subject, baseline: bool = False) -> tuple[Measurement, ...] | Failure:
-        """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it."""
+    def measure(
+        self, subject: Subject, baseline: bool = False, hopeless: Hopeless | None = None
+    ) -> tuple[Measurement, ...] | Failure:
+        """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it.
+
+        Who is `hopeless` after a few rounds has those alone, with a note and wide intervals.
+        """
         live = Live(subject, self.limits)
         try:
-            live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            live.begin(self.workloads[0], self.protocol.warmup_s)
+            brief = () if baseline or hopeless is None else self._brief(live, hopeless)
+            if brief:
+                return brief
+            live.score(self.quality)
+            live.count()
             self._prepared[subject.variant] = live.prepared
             if baseline:
                 self.close()
@@ -77,17 +93,82 @@ class Bench:
                 live.child.close()
         return measured
 
+    def _brief(self, live: Live, hopeless: Hopeless) -> tuple[Measurement, ...]:
+        """Return brief measurements where they leave no doubt, else nothing.
+
+        The warm-up's last answer decides whether rounds are worth it, and those whether quality has to be scored.
+        """
+        if self._baseline is None or live.last is None:
+            return ()
+        if not hopeless([self._warm(live, self._baseline, live.last)], False):
+            return ()
+        taken = [self._short(live, w) for w in self.workloads]
+        why = hopeless(taken, True)
+        if why:
+            unscored = "absent: not scored, since nothing it could be would have mattered"
+            live.notes["quality"] = self.quality.reason if self.quality.data is None else unscored
+        if not why and hopeless(taken, False):
+            live.score(self.quality)
+            taken = [replace(m, readings={**live.readings, **m.readings}) for m in taken]
+            why = hopeless(taken, False)
+        return tuple(replace(m, notes={**live.notes, SCREENED: why}) for m in taken) if why else ()
+
+    def _warm(self, live: Live, baseline: Live, answer: Answer) -> Measurement:
+        """Return what the warm-up's last answer says beside the baseline's pace."""
+        workload = self.workloads[0]
+        pace = self._pace(baseline, workload)
+        whole = [a.ttft_s + a.tpot_s * (workload.output - 1) for a in (answer, pace)]
+        mine = {
+            "ttft_s": answer.ttft_s,
+            "tpot_s": answer.tpot_s,
+            "e2e_s": whole[0],
+            "output_tokens_per_s": 1 / whole[0],
+        }
+        theirs = {"ttft_s": pace.ttft_s, "tpot_s": pace.tpot_s, "e2e_s": whole[1], "output_tokens_per_s": 1 / whole[1]}
+        ratios = {name: statistics.exact(mine[name] / theirs[name]) for name in mine if theirs[name] > 0}
+        rounds = Rounds(workload, self._order, self.protocol)
+        return replace(self._bare(live, rounds, dict(live.readings)), ratios=ratios)
+
+    def _short(self, live: Live, workload: Workload) -> Measurement:
+        """Return what a few rounds of short answers beside the baseline say."""
+        baseline = self._baseline
+        assert baseline is not None
+        live.decode_steps = baseline.decode_steps = min(LEAST_TOKENS, workload.output)
+        rounds = Rounds(workload, self._order, replace(self.protocol, reopen_s=0.0))
+        for _ in range(BRIEF):
+            rounds.run([baseline, live])
+        live.decode_steps = WHOLE
+        mine, theirs = rounds.taken[live], rounds.taken[baseline]
+        names = [name for name in TIMED if min(*mine[name], *theirs[name]) > 0]
+        ratios = {
+            name: statistics.few_of([a / b for a, b in zip(mine[name], theirs[name], strict=True)]) for name in names
+        }
+        return replace(
+            self._bare(live, rounds, {**live.readings, **{name: statistics.few_of(mine[name]) for name in names}}),
+            ratios=ratios,
+        )
+
     def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
         """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too.
 
         Time that is left after the common rounds goes to the variants that `contenders` returns, until it returns none.
+        All that is done from the first worker's start on counts as time of the race, which has `race_seconds` for each
+        workload; who is too slow for it is left out of the result (see `budget`).
         """
-        fresh = [Live(s, self.limits) for s in subjects if not self._is_baseline(s)]
+        begin = monotonic()
+        asked = [s for s in subjects if not self._is_baseline(s)]
+        racers = self._affordable(asked)
+        slow = len(asked) - len(racers)
+        told = f"the {slow} slowest of {len(asked)} survivors stand as they were screened" if slow else ""
+        fresh = [Live(s, self.limits) for s in racers]
         lives = [*([self._baseline] if self._baseline else []), *fresh]
         try:
             for live in fresh:
                 self._enter(live)
-            by_workload = [self._race(lives, w, contenders) for w in self.workloads]
+            ends = [begin + self.protocol.race_seconds * (i + 1) for i in range(len(self.workloads))]
+            by_workload = [
+                self._race(lives, w, end, contenders, told) for w, end in zip(self.workloads, ends, strict=True)
+            ]
         except ChildFailed:
             return []  # what was measured before stands; a survivor that dies now was measured whole already
         finally:
@@ -95,12 +176,42 @@ class Bench:
                 live.child.close()
         return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
 
+    def _affordable(self, subjects: Sequence[Subject]) -> list[Subject]:
+        """Return the subjects that the race has time for on every workload; whose pace is not known takes part."""
+        out: set[str] = set()
+        for workload in self.workloads:
+            known = [s for s in subjects if (s.variant, workload.name) in self._paces]
+            if len(known) < len(subjects):
+                continue
+            planned = self._plan(known, workload, self.protocol.race_seconds, starts=True)
+            out |= {s.variant for i, s in enumerate(known) if i not in planned.racers}
+        return [s for s in subjects if s.variant not in out] if len(out) < len(subjects) - 1 else list(subjects[:2])
+
+    def _plan(self, subjects: Sequence[Subject], workload: Workload, seconds: float, starts: bool) -> Plan:
+        baseline = None if self._baseline is None else self._pace(self._baseline, workload)
+        paces = [self._paces[s.variant, workload.name] for s in subjects]
+        return plan(paces, baseline, workload.output, seconds, self.protocol, starts)
+
+    def _pace(self, live: Live, workload: Workload) -> Pace:
+        """Return a variant's pace: as it was screened, else of one short answer."""
+        key = live.subject.variant, workload.name
+        if key not in self._paces:
+            live.decode_steps = LEAST_TOKENS
+            answer = live.answers(workload, 0.0)[0]
+            self._keep_pace(live, workload, answer.ttft_s, answer.tpot_s)
+        return self._paces[key]
+
+    def _keep_pace(self, live: Live, workload: Workload, ttft_s: float, tpot_s: float) -> None:
+        reopen = live.load_s if live.load_s < self.protocol.reopen_s else 0.0
+        self._paces[live.subject.variant, workload.name] = Pace(ttft_s, tpot_s, reopen)
+
     def _enter(self, live: Live) -> None:
         known = self._prepared.get(live.subject.variant)
-        if known is not None:
-            live.resume(known, self.workloads[0], self.protocol.warmup_s)
-        else:
+        if known is None:
             live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
+            return
+        live.decode_steps = LEAST_TOKENS  # each visit begins with untimed work: this only sees that it runs
+        live.resume(known, self.workloads[0], self.protocol.warmup_s)
 
     def _is_baseline(self, subject: Subject) -> bool:
         return self._baseline is not None and subject.variant == self._baseline.subject.variant
@@ -115,13 +226,15 @@ class Bench:
         """Shorten the baseline's rounds where a whole answer takes too long; return a note when that was done."""
         if self._baseline is None:
             return ""
-        self._baseline.decode_steps = WHOLE
-        took = self._baseline.warm(workload, 0.0)
-        if took <= self.protocol.baseline_round_s:
-            return ""
-        steps = max(4, int(workload.output * self.protocol.baseline_round_s / took))
+        pace = self._pace(self._baseline, workload)
+        steps = baseline_tokens(pace, workload.output, self.protocol)
         self._baseline.decode_steps = steps
-        return f"baseline rounds shortened to {min(steps, workload.output)} of {workload.output} output tokens"
+        return self._shortened(workload)
+
+    def _shortened(self, workload: Workload) -> str:
+        if self._baseline is None or self._baseline.decode_steps >= workload.output:
+            return ""
+        return f"baseline rounds shortened to {self._baseline.decode_steps} of {workload.output} output tokens"
 
     # --- rounds --------------------------------------------------------------------------------------------------
 
@@ -139,16 +252,28 @@ class Bench:
         energy = EnergyRounds(workload, self._order)
         energy.run(entrants, protocol.energy_windows, SCREEN_STEPS, protocol.energy_seconds)
         notes["noise"] = rounds.noisy(self._baseline)
-        return self._measurement(live, rounds, energy, notes)
+        made = self._measurement(live, rounds, energy, notes)
+        self._keep_pace(live, workload, made.readings["ttft_s"].median, made.readings["tpot_s"].median)
+        return made
 
-    def _race(self, lives: Sequence[Live], workload: Workload, contenders: Contenders | None) -> list[Measurement]:
-        protocol, notes = self.protocol, {"baseline": self._fit_baseline(workload)}
+    def _race(
+        self, lives: Sequence[Live], workload: Workload, end: float, contenders: Contenders | None, told: str
+    ) -> list[Measurement]:
+        protocol, racers = self.protocol, [live for live in lives if live is not self._baseline]
         for live in lives:
-            live.warm(workload, 0.0)
+            self._pace(live, workload)
+        planned = self._plan([live.subject for live in racers], workload, end - monotonic(), starts=False)
+        for live in racers:
+            live.decode_steps = planned.tokens
+        if self._baseline is not None:
+            self._baseline.decode_steps = planned.baseline_tokens
+            pace = self._pace(self._baseline, workload)
+            end -= planned.last_visits * pace.visit_s(planned.baseline_tokens, protocol.visit_s)
+        notes = {"baseline": self._shortened(workload), "race": "; ".join(t for t in (told, planned.note) if t)}
         begin, rounds = monotonic(), Rounds(workload, self._order, protocol)
-        end, entrants = begin + protocol.race_seconds, list(lives)
+        entrants = list(lives)
         for look in protocol.looks():
-            while rounds.done < look and (rounds.done < protocol.rounds or monotonic() < end):
+            while rounds.done < look and (rounds.done < protocol.rounds or monotonic() + rounds.last_s <= end):
                 rounds.run(entrants)
             if rounds.done < look or contenders is None:
                 break
@@ -159,7 +284,7 @@ class Bench:
             if len(entrants) < 2:
                 break
         if self._baseline is not None and self._baseline not in entrants:
-            rounds.close(self._baseline, LAST_VISITS)
+            rounds.close(self._baseline, planned.last_visits)
         energy = EnergyRounds(workload, self._order)
         energy.run(lives, protocol.race_energy_windows, RANK_STEPS, protocol.race_energy_seconds)
         notes["noise"] = rounds.noisy(self._baseline)

@@ -84,11 +84,23 @@ class Live:
         self.notes: dict[str, str] = {}
         self.operators: tuple[Operator, ...] = ()
         self._meter: MeterFound | None = None
+        self.last: Answer | None = None
+        """The last answer of a warm-up."""
         self.decode_steps = WHOLE
         """Output tokens of one round; shortened for a baseline that is much slower than what it is compared with."""
 
     def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
         """Open, warm up, then check numerics and quality; memory is read before the checks add their own.
+
+        Raises:
+            ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
+        """
+        self.begin(workload, warmup_s)
+        self.score(quality)
+        self.count()
+
+    def begin(self, workload: Workload, warmup_s: float) -> None:
+        """Open, warm up and check numerics: what comes before anything is timed.
 
         Raises:
             ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
@@ -102,8 +114,6 @@ class Live:
         if peak is not None:
             self.readings["peak_memory_bytes"] = statistics.exact(peak)
         self._check()
-        self._score(quality)
-        self._count()
 
     def _cold(self) -> None:
         """Open once in a process that takes nothing from the driver's cache of compiled code, and note the seconds."""
@@ -160,7 +170,7 @@ class Live:
         """Run until `seconds` have passed, once at least; return the seconds of the last answer."""
         end = monotonic() + seconds
         while True:
-            answer = self.answers(workload, 0.0)[0]
+            self.last = answer = self.answers(workload, 0.0)[0]
             took = answer.ttft_s + answer.tpot_s * (workload.output - 1)
             if monotonic() >= end:
                 return took
@@ -207,14 +217,21 @@ class Live:
             raise ChildFailed(Failure("check", reason, self.child.pasteable(), "", lasting=True))
         self.notes["check"] = f"logits within {found['error']:.2g} of PyTorch's on the same weights"
 
-    def _score(self, quality: Quality) -> None:
+    def score(self, quality: Quality) -> None:
+        """Score held-out text, or note why not; once.
+
+        Raises:
+            ChildFailed: the worker died over it.
+        """
+        if "quality_kl" in self.readings:
+            return
         if quality.data is None:
             self.notes["quality"] = quality.reason
             return
         for name, value in self.child.ask("quality", "quality", data=str(quality.data)).items():
             self.readings[name] = statistics.exact(value)
 
-    def _count(self) -> None:
+    def count(self) -> None:
         """Count and time the dispatches of a decode step; a tool that fails leaves a note, not a failed variant."""
         s = self.subject
         if not shares_memory(s.driver):

@@ -14,7 +14,8 @@ class Protocol:
     A round visits everyone once, for `visit_s` of answers, and opens the artifact anew where that takes less than
     `reopen_s`: the same artifact opened twice may differ by a tenth, all the time that it stays open. The race has
     `race_rounds` with everyone, and as many more for those who are undecided as fit into `race_seconds`, up to
-    `race_most_rounds`. Energy is measured in windows of its own, where there is a meter.
+    `race_most_rounds`; where not even those fit, `budget` says what is left out. Energy is measured in windows of its
+    own, where there is a meter.
     """
 
     warmup_s: float = 0.3

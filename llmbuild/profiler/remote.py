@@ -25,7 +25,7 @@ from llmbuild import digest
 from llmbuild.errors import InputError, NothingUsable
 from llmbuild.process import Limits, confine, stop_group, tail
 from llmbuild.profiler import roofline, wire
-from llmbuild.profiler.bench import Contenders
+from llmbuild.profiler.bench import Contenders, Hopeless
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.machine import Machine
@@ -115,20 +115,23 @@ class Connection:
                 self._send(code)
             while "serving" not in self._answer():
                 continue
-        except BaseException:
+        except BaseException:  # whatever it is, Ctrl-C too: no ssh may outlive it; raised again
             self.close()
             raise
 
     def ask(self, verb: str, decide: Any = None, **request: Any) -> Body:
-        """Return the answer; `decide` says who is left of the measurements that a race asks about.
+        """Return the answer; `decide` says who is left of the measurements that a race asks about, or who is hopeless.
 
         Raises:
             Lost, Refused: there is no answer, or it is no.
         """
         self._send(_line({"verb": verb, **request}))
-        while "contenders" in (told := self._answer()):
-            measured = [wire.measurement_of(body) for body in told["contenders"]]
-            self._send(_line({"verb": "left", "left": sorted(decide(measured, told["reach"]))}))
+        while {"contenders", "brief"} & (told := self._answer()).keys():
+            measured = [wire.measurement_of(body) for body in told["contenders" if "contenders" in told else "brief"]]
+            if "brief" in told:
+                self._send(_line({"verb": "hopeless", "why": decide(measured, told["perfect"])}))
+            else:
+                self._send(_line({"verb": "left", "left": sorted(decide(measured, told["reach"]))}))
         return told
 
     def put(self, files: Mapping[str, Path]) -> int:
@@ -289,11 +292,14 @@ class RemoteBench:
         """Say whether there is something to pair with: it is gone with a connection that was lost."""
         return self._baseline and self._standing is not None and self._standing is self.remote._connection
 
-    def measure(self, subject: Subject, baseline: bool = False) -> tuple[Measurement, ...] | Failure:
+    def measure(
+        self, subject: Subject, baseline: bool = False, hopeless: Hopeless | None = None
+    ) -> tuple[Measurement, ...] | Failure:
         """Return a measurement for each workload, as `Bench.measure` does, or why there is none."""
         try:
             self._ready([subject])
-            told = self.remote.connection.ask("measure", subject=wire.subject_body(subject), baseline=baseline)
+            asked = {"subject": wire.subject_body(subject), "baseline": baseline, "screen": hopeless is not None}
+            told = self.remote.connection.ask("measure", hopeless, **asked)
         except (Lost, Refused) as error:
             return self.remote.failure(error)
         if "failure" in told:

@@ -32,6 +32,8 @@ class Rounds:
         self.gaps_s: dict[Live, list[float]] = defaultdict(list)
         self.shares: list[noise.Shares] = []
         self.clocks_khz: list[int] = []
+        self.last_s = 0.0
+        """Seconds that the last round took."""
         self._last: list[float] = []
         self._order = order
 
@@ -42,7 +44,7 @@ class Rounds:
 
     def run(self, entrants: Sequence[Live]) -> None:
         """Run one round; entrants are those of the last one, or fewer."""
-        watch = noise.Watch([live.child.pid for live in entrants])
+        begin, watch = monotonic(), noise.Watch([live.child.pid for live in entrants])
         for live in self._order.sample(list(entrants), len(entrants)):
             if live.load_s < self.protocol.reopen_s:
                 live.open(1)
@@ -53,6 +55,7 @@ class Rounds:
             self.gaps_s[live] += gaps
         self.shares.append(watch.shares())
         self.clocks_khz.append(noise.clock_khz())
+        self.last_s = monotonic() - begin
 
     def close(self, baseline: Live, visits: int) -> None:
         """Visit the baseline again at the end, where it had left: its samples are held against its first ones."""

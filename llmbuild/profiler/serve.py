@@ -6,7 +6,7 @@ put      {blob, bytes}, then the bytes   -> stored
 limits   {}                              -> source: kernels to compile, and what they are to be called with
 roofline {artifact, plan, seconds}       -> roofline, or failure
 bench    {workloads, quality, ...}       -> ready, or refused where the target must not be opened here
-measure  {subject, baseline}             -> measurements, or failure
+measure  {subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}, and is told {why}
 race     {subjects}                      -> raced; asks {contenders, reach} in between, and is told {left}
 
 When stdin ends, so does everything that runs here: the near end was interrupted, or the connection lost.
@@ -156,7 +156,8 @@ class Server:
         return {"ready": True}
 
     def do_measure(self, request: Body) -> Body:
-        found = self._opened.measure(wire.subject_of(request["subject"], self.blobs.path), request["baseline"])
+        subject = wire.subject_of(request["subject"], self.blobs.path)
+        found = self._opened.measure(subject, request["baseline"], self._hopeless if request["screen"] else None)
         return {"failure": plain(found)} if isinstance(found, Failure) else {"measurements": plain(found)}
 
     def do_race(self, request: Body) -> Body:
@@ -167,6 +168,11 @@ class Server:
         """Ask the near end, which knows all trials, who is still undecided."""
         self.say(contenders=plain(list(measured)), reach=reach)
         return set(self.requests.next()["left"])
+
+    def _hopeless(self, brief: Sequence[Measurement], perfect: bool) -> str:
+        """Ask the near end, which knows all trials, who beats a variant beyond doubt."""
+        self.say(brief=plain(list(brief)), perfect=perfect)
+        return str(self.requests.next()["why"])
 
     @property
     def _opened(self) -> Bench:

@@ -11,6 +11,8 @@ from llmbuild.spec.measurement import Reading
 
 RESAMPLES = 2000
 CONFIDENCE = 0.95
+_STUDENT = (12.706, 4.303, 3.182, 2.776)
+"""Quantiles of Student's distribution for 95 %, two-sided, with 1 to 4 degrees of freedom."""
 DRIFT_LEAST, DRIFT_Z, DRIFT_RATIO = 5, 2.576, 0.03
 
 
@@ -25,6 +27,21 @@ def median_of(samples: Sequence[float]) -> Reading:
         raise ValueError("no samples")
     low, high = _interval(values)
     return Reading(float(np.median(values)), low, high, tuple(float(v) for v in values))
+
+
+def few_of(samples: Sequence[float]) -> Reading:
+    """Return the median of a few positive samples with a wide interval: Student's of their logarithms, and all of them.
+
+    Raises:
+        ValueError: fewer than 2 samples, more than there are quantiles for, or one that is not positive.
+    """
+    count = len(samples)
+    if not 2 <= count <= len(_STUDENT) + 1 or min(samples) <= 0:
+        raise ValueError(f"2 to {len(_STUDENT) + 1} positive samples are asked for")
+    logs = np.log(np.asarray(samples, np.float64))
+    reach = _STUDENT[count - 2] * float(np.std(logs, ddof=1)) / math.sqrt(count)
+    low, high = math.exp(float(np.mean(logs)) - reach), math.exp(float(np.mean(logs)) + reach)
+    return Reading(middle(samples), min(low, *samples), max(high, *samples), tuple(float(x) for x in samples))
 
 
 def middle(values: Sequence[float]) -> float:

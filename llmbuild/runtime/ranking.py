@@ -131,7 +131,7 @@ def _open(catalog: Path) -> Iterator[_Kept]:
     except sqlite3.Error as error:
         _close(name)
         raise CatalogError(f"{file}: cannot be read: {error}") from None
-    except BaseException:
+    except BaseException:  # what the caller does with the rows may fail in any way: no transaction stays open
         _close(name)
         raise
 

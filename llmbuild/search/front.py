@@ -11,7 +11,7 @@ from typing import Literal
 
 from llmbuild.search import pairs
 from llmbuild.search.pairs import TIE
-from llmbuild.spec.measurement import ESTIMATES, Measurement, Reading
+from llmbuild.spec.measurement import ESTIMATES, SCREENED, Measurement, Reading
 from llmbuild.spec.slo import ENERGY, METRICS, Bound
 from llmbuild.spec.trial import Standing, Trial
 
@@ -52,6 +52,10 @@ def standings(
         if trial.failure is not None or found is None:
             reason = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else "not measured"
             out.append(Standing(trial.variant, workload, "failed", None, reason, None))
+            continue
+        by = found.notes.get(SCREENED, "")
+        if by and any(t.variant.startswith(by.split()[0]) for t in trials):
+            out.append(Standing(trial.variant, workload, "dominated", 0.95, f"screened: {by}", found.key))
             continue
         broken = missed(trial, found, bounds)
         if broken:

@@ -9,6 +9,7 @@ from llmbuild.search.front import FLOORS, missed, value_of
 from llmbuild.search.gpu_knobs import FIRST, GPU_DRIVERS
 from llmbuild.search.samplers import Interest, Losses, Model, Reach, Sampler
 from llmbuild.search.transfer import Lesson, prior
+from llmbuild.spec.measurement import SCREENED
 from llmbuild.spec.slo import METRICS, Bound
 from llmbuild.spec.space import Point, Space, Value
 from llmbuild.spec.trial import Trial
@@ -155,9 +156,13 @@ def loss(metric: str, value: float) -> float:
 def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
     """Return the objectives, minimized and on a log scale where positive; None for what failed or breaks a bound.
 
-    A metric that is absent counts the same everywhere, so that it decides nothing.
+    A metric that is absent counts the same everywhere, so that it decides nothing; where only the short screen left it
+    out, the point is told as one that leads nowhere.
     """
     if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
+        return None
+    unscored = "quality" in trial.measurements[0].notes and any(name.startswith("quality_") for name in objectives)
+    if unscored and SCREENED in trial.measurements[0].notes:
         return None
     losses = []
     for name in objectives:

@@ -14,6 +14,9 @@ PROTOCOL = 2
 ESTIMATES = ("model",)
 """Energy sources that measure nothing: their figures are shown as estimates, and decide nothing."""
 
+SCREENED = "screened"
+"""The note of a measurement that was cut short: who beats the variant beyond doubt, by its name and how."""
+
 MEDIANS = (
     "ttft_s",
     "tpot_s",

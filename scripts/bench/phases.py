@@ -3,8 +3,8 @@
     python scripts/bench/phases.py [RECIPE] [--set KNOB=VALUE]... [--points N] [--seed N] [--json]
 
 N points are drawn that differ in the knobs read after the front half. Each is compiled whole, as one call of
-iree-compile, and in phases: the front half once, the configuration of dispatches for each, and code generation only
-where the configured dispatches are new. Both artifacts must be equal byte for byte. Seconds are wall time on this
+iree-compile, and in phases: the front half once, and what follows only where the phase before came out new. Both
+artifacts must be equal byte for byte. Seconds are wall time on this
 machine, one compile at a time.
 """
 
@@ -13,7 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
@@ -24,7 +25,7 @@ from comparison.script import end
 from llmbuild import toolchain
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
-from llmbuild.compiler import iree
+from llmbuild.compiler import iree, phases
 from llmbuild.compiler.flags import FLAGS
 from llmbuild.digest import of_file
 from llmbuild.report.rows import table
@@ -37,6 +38,12 @@ from llmbuild.spec.variant import Failure
 from llmbuild.steps import Steps, make_job
 
 ROOT = Path(__file__).parent.parent.parent
+PHASES = {
+    "front": "front half",
+    "configure": "configuration of dispatches",
+    "translate": "translation of dispatches",
+    "emit": "machine code",
+}
 LEFT_OUT = ("stack_limit", "scalable", "default_specs")
 """Late knobs that decide whether code compiles, not which."""
 
@@ -78,11 +85,11 @@ def measured(recipe: Path, pins: dict[str, str], count: int, seed: int) -> dict[
         "points": len(done),
         "failed": len(rows) - len(done),
         "equal": sum(row["equal"] for row in done),
-        "generated": sum(row["finish_s"] > 0 for row in done),
+        "calls": {name: sum(name in row["phases"] for row in done) for name in PHASES},
         "whole_s": whole,
         "phased_s": phased,
         "saved": 1 - phased / whole,
-        "profile": {k: sum(row[k] for row in done) for k in ("front_s", "configure_s", "finish_s")},
+        "profile": {name: sum(row["phases"].get(name, 0.0) for row in done) for name in PHASES},
         "rows": rows,
     }
 
@@ -96,26 +103,36 @@ def _row(steps: Steps, module: str, settings: dict[str, Value], late: dict[str, 
     row: dict[str, Any] = {"late": late, "whole_s": whole, "failure": failure.reason if failure else None}
     if failure:
         return row
-    times = [monotonic()]
-    front = compiling.front(module, settings)
-    times.append(monotonic())
-    with TemporaryDirectory() as name:
-        configured = front if isinstance(front, Failure) else compiling.configure(front, settings, Path(name))
-        times.append(monotonic())
-        made = configured if isinstance(configured, Failure) else compiling.finish(configured, settings, Path(name))
-        times.append(monotonic())
+    begin = monotonic()
+    with clocked() as spans:
+        made = compiling.compile(module, settings)
     if isinstance(made, Failure):
         return {**row, "failure": made.reason}
-    front_s, configure_s, finish_s = (b - a for a, b in pairwise(times))
-    known = finish_s < 0.1  # an equal configuration was answered from the catalog
-    return {
-        **row,
-        "front_s": front_s,
-        "configure_s": configure_s + (finish_s if known else 0.0),
-        "finish_s": 0.0 if known else finish_s,
-        "phased_s": times[-1] - times[0],
-        "equal": made.digest == of_file(output),
-    }
+    return {**row, "phases": spans, "phased_s": monotonic() - begin, "equal": made.digest == of_file(output)}
+
+
+@contextmanager
+def clocked() -> Iterator[dict[str, float]]:
+    """Yield the seconds that each phase's calls of the compiler take, by phase, while the context lasts."""
+    spans: dict[str, float] = {}
+
+    def wrapped(name: str, real: Callable[..., Failure | None]) -> Callable[..., Failure | None]:
+        def call(*arguments: Any) -> Failure | None:
+            begin = monotonic()
+            failure = real(*arguments)
+            spans[name] = spans.get(name, 0.0) + monotonic() - begin
+            return failure
+
+        return call
+
+    kept = {name: getattr(phases, name) for name in PHASES}
+    for name, real in kept.items():
+        setattr(phases, name, wrapped(name, real))
+    try:
+        yield spans
+    finally:
+        for name, real in kept.items():
+            setattr(phases, name, real)
 
 
 def text(found: dict[str, Any]) -> str:
@@ -125,22 +142,16 @@ def text(found: dict[str, Any]) -> str:
         f"{found['recipe']}, {pins}: {found['points']} points ({found['failed']} do not compile either way), "
         f"{found['equal']} equal byte for byte; {found['machine']}"
     )
-    profile = found["profile"]
+    whole, phased = found["whole_s"], found["phased_s"]
+    steps = [
+        [f"  {PHASES[name]}, {found['calls'][name]} times", f"{seconds:.1f}", f"{seconds / whole:.0%}"]
+        for name, seconds in found["profile"].items()
+    ]
     rows = [
-        ["whole compiles", f"{found['whole_s']:.1f}", ""],
-        ["in phases", f"{found['phased_s']:.1f}", f"{found['phased_s'] / found['whole_s']:.0%}"],
-        ["  front half, once", f"{profile['front_s']:.1f}", f"{profile['front_s'] / found['whole_s']:.0%}"],
-        [
-            "  configuration of dispatches",
-            f"{profile['configure_s']:.1f}",
-            f"{profile['configure_s'] / found['whole_s']:.0%}",
-        ],
-        [
-            f"  code generation, {found['generated']} times",
-            f"{profile['finish_s']:.1f}",
-            f"{profile['finish_s'] / found['whole_s']:.0%}",
-        ],
-        ["saved", f"{found['whole_s'] - found['phased_s']:.1f}", f"{found['saved']:.0%}"],
+        ["whole compiles", f"{whole:.1f}", ""],
+        ["in phases", f"{phased:.1f}", f"{phased / whole:.0%}"],
+        *steps,
+        ["saved", f"{whole - phased:.1f}", f"{found['saved']:.0%}"],
     ]
     return head + "\n" + table(["what", "seconds", "of whole"], rows)
 
