@@ -8,7 +8,9 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -17,16 +19,21 @@ from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
+from llmbuild.frontend import importer
+from llmbuild.frontend.modules import RowMajor
 from llmbuild.frontend.program import import_model
+from llmbuild.frontend.seam import apart
 from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
 from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.devices import read
 from llmbuild.search.knobs import space_for, target_knobs
 from llmbuild.search.study import openers
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import Abi, ImportJob
 from llmbuild.spec.reader import read_target
 from llmbuild.spec.target import BACKENDS, Target, target_from
+from llmbuild.transform.quantized import quantize
 from tests.conftest import Project, llmbuild
 from tests.support import tiny
 from tests.test_space import recipe
@@ -148,6 +155,28 @@ def test_a_decoder_is_cross_compiled(decoder: tuple[Path, Abi], tmp_path: Path, 
     output = tmp_path / "module.vmfb"
     assert iree.compile_module(decoder[0], output, ALL[name], POINT, Limits(120)) is None
     assert output.stat().st_size > 10_000
+
+
+class Int8Head(torch.nn.Module):
+    """An int8 output matrix for many tokens, and the choice of one."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        rows = np.random.default_rng(0).standard_normal((tokens, 32), dtype=np.float32)
+        self.matrix = RowMajor(quantize(rows, INTEGERS["int8"]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.matrix.multiply(x)[0, -1]
+        return apart(logits).argmax(-1, keepdim=True), logits
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_scales_of_a_large_int8_head_go_with_its_product(tmp_path: Path, name: str) -> None:
+    """Fused with the choice of a token instead, they are unrolled over the vocabulary, and the compiler crashes."""
+    program = torch.export.export(Int8Head(49152), (torch.zeros(1, 1, 32),))
+    module, _ = importer.import_programs({"head": program})
+    importer.save_module(module, tmp_path / "head.mlirbc")
+    assert iree.compile_module(tmp_path / "head.mlirbc", tmp_path / "o.vmfb", ALL[name], POINT, Limits(60)) is None
 
 
 MOVES = re.compile(
