@@ -12,10 +12,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.compiler import dispatches, iree, phases
+from llmbuild.compiler import dispatches, iree, matvec, phases
 from llmbuild.compiler.flags import compile_flags
 from llmbuild.process import Limits
-from llmbuild.spec.space import TUNING, UNTUNED, Value
+from llmbuild.spec.space import AUTO, MATVEC, TUNING, UNTUNED, WRITTEN, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
 
@@ -35,7 +35,8 @@ def untuned(settings: Settings) -> bool:
 def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
     """Return everything that goes into a compile of a module (its digest), by name."""
     inputs = {"module": module, "flags": compile_flags(target, settings), "compiler": compiler}
-    return inputs if untuned(settings) else {**inputs, TUNING: settings[TUNING]}
+    written = {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
+    return {**inputs, **written}
 
 
 class Compiling:
@@ -112,6 +113,8 @@ class Compiling:
         from llmbuild.catalog.phases import winners
 
         text = phases.retarget(self.plain_text(front), settings)
+        if settings.get(MATVEC, AUTO) != AUTO:
+            text = matvec.configure(text, str(settings[MATVEC]))
         return text if untuned(settings) else dispatches.configure(text, winners(self.catalog, str(settings[TUNING])))
 
     def plain_text(self, front: Front) -> str:

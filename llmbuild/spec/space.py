@@ -11,6 +11,9 @@ Value = str | int | bool
 Level = Literal["model", "codegen", "runtime"]
 
 TUNING, UNTUNED = "tuning", "none"
+MATVEC, AUTO = "matvec", "auto"
+WRITTEN = {TUNING: UNTUNED, MATVEC: AUTO}
+"""Knobs that no flag says: they are written into the front half. And their defaults."""
 """The knob whose other values name configurations that a catalog holds, and its default."""
 
 
