@@ -77,7 +77,7 @@ def _parts(seed: int, source: str, shape: tuple[int, ...], spread: float, form: 
 
 def _entries(archive: Path) -> dict[str, bytes]:
     index = ParameterIndex()
-    index.load(str(archive))
+    index.load(str(archive), format="irpa")
     return {name: bytes(entry.file_view) for name, entry in index.items()}
 
 
