@@ -34,6 +34,8 @@ from llmbuild.spec.formats import bits as bits_of
 from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
 from llmbuild.transform.reference import rounded_rows
+from llmbuild.transform.shared_exponent import nearest
+from llmbuild.transform.weights import from_bf16, to_bf16
 
 LEFT_OUT = ("f32", "int8_g64", "int8_g128", "int7_g32", "int7_g128")
 LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in LEFT_OUT)
@@ -141,10 +143,10 @@ def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator
     yield {**asdict(Case("f32", "f32")), "bits": 32.0, **score(exact, exact, windows)}
     for case in cases(formats):
         model = fresh()
-        formats = stored(model, case, calibration)
-        bits = store(model, formats)
+        kept = stored(model, case, calibration)
+        bits = store(model, kept)
         if case.kernel == "own":
-            round_inputs(model, formats)
+            round_inputs(model, kept)
         told = score(Calibration(model, windows).logits(len(windows)), exact, windows)
         yield {**asdict(case), "bits": round(bits, 3), **told}
 
@@ -157,6 +159,18 @@ def stored(model: Any, case: Case, calibration: np.ndarray) -> Formats:
     if case.scaling == "activation":
         formats = on_text.scaled(formats, rounded=case.kernel == "own")
     return on_text.fitted(formats) if case.quantization == "gptq" else formats
+
+
+def unlike_bf16(recipe_path: Path) -> str:
+    """Return how many weights of 12 bits are not those of bf16, and how far from them."""
+    model = huggingface.load(str(find_model(read_recipe(recipe_path).model).folder), False, 0, "eager")
+    count, unlike, furthest = 0, 0, 0.0
+    for dense in {id(p): p.numpy() for p in model.parameters() if p.dim() == 2}.values():
+        apart = np.abs(nearest(dense) - from_bf16(to_bf16(dense)))
+        count, unlike = count + dense.size, unlike + int(np.count_nonzero(apart))
+        furthest = max(furthest, float((apart.max(1) / np.maximum(np.abs(dense).max(1), 1e-30)).max()))
+    apart_by = f"by at most {furthest:.1e} of their row's largest"
+    return f"{SHARED}: {unlike} of {count} weights are not those of bf16, {apart_by}"
 
 
 def main() -> None:
@@ -174,6 +188,8 @@ def main() -> None:
         return
     shown = [[v if isinstance(v, str) else f"{v:.4g}" for v in row.values()] for row in rows]
     print(table(list(rows[0]), shown))
+    if SHARED in arguments.formats:
+        print(unlike_bf16(arguments.recipe))
 
 
 if __name__ == "__main__":
