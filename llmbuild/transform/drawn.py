@@ -23,7 +23,10 @@ def draw(seed: int, name: str, shape: tuple[int, ...], spread: float) -> Array:
     """Return f32 of this shape, about normal around 0 with the standard deviation `spread`."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little")
     words = np.random.Philox(key=key).random_raw(prod(shape)).astype("<u8", copy=False)
-    total = words.view("<i2").reshape(-1, PIECES).sum(axis=1, dtype=np.int32)
+    pieces = words.view("<i2").reshape(-1, PIECES)
+    total = pieces[:, 0].astype(np.int32)
+    for each in range(1, PIECES):  # a sum over so short an axis takes three times as long
+        total += pieces[:, each]
     drawn: Array = total.astype(np.float32) * np.float32(spread / _SPREAD)
     return drawn.reshape(shape)
 
