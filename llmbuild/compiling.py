@@ -12,10 +12,10 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.compiler import dispatches, iree, phases
+from llmbuild.compiler import dispatches, iree, matvec, phases
 from llmbuild.compiler.flags import attributes, compile_flags
 from llmbuild.process import Limits
-from llmbuild.spec.space import TUNING, UNTUNED, Value
+from llmbuild.spec.space import AUTO, MATVEC, TUNING, UNTUNED, WRITTEN, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
 
@@ -34,8 +34,12 @@ def untuned(settings: Settings) -> bool:
 
 def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
     """Return everything that goes into a compile of a module (its digest), by name."""
-    inputs = {"module": module, "flags": compile_flags(target, settings), "compiler": compiler}
-    return inputs if untuned(settings) else {**inputs, TUNING: settings[TUNING]}
+    return {"module": module, "flags": compile_flags(target, settings), "compiler": compiler, **_written(settings)}
+
+
+def _written(settings: Settings) -> dict[str, Value]:
+    """Return the settings that no flag says, those at their defaults left out."""
+    return {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
 
 
 class Compiling:
@@ -104,6 +108,8 @@ class Compiling:
         from llmbuild.catalog.phases import winners
 
         text = phases.retarget(self.plain_text(front), settings)
+        if settings.get(MATVEC, AUTO) != AUTO:
+            text = matvec.configure(text, str(settings[MATVEC]))
         return text if untuned(settings) else dispatches.configure(text, winners(self.catalog, str(settings[TUNING])))
 
     def plain_text(self, front: Front) -> str:
@@ -112,9 +118,8 @@ class Compiling:
 
     def translated(self, front: Front, settings: Settings) -> Front | Failure:
         """Return the translated dispatches of a front half: known by what was asked, or by how they are configured."""
-        tuned = {} if untuned(settings) else {TUNING: settings[TUNING]}
         flags = phases.configure_flags(self.target, settings)
-        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **tuned}
+        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **_written(settings)}
 
         def make() -> Front | Failure:
             made = self.translated_text(self.text(front, settings), settings)

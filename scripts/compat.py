@@ -104,7 +104,7 @@ def compiled(job: Job, steps: Steps, point: Point, program: Program) -> Artifact
     module, settings = steps.catalog.blobs.path(program.module), job.space.level(point, "codegen")
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         output = Path(folder) / "module.vmfb"
-        failure = iree.compile_module(module, output, job.target, settings, job.limits)
+        failure = iree.compile_module(module, output, job.target, settings, Limits(seconds=CELL_S))
         if failure:
             return failure
         return Artifact(steps.catalog.blobs.put_file(output), output.stat().st_size, job.toolchain.compiler)
@@ -166,7 +166,6 @@ def known_or_made(
     """Return one cell, from the file or made now; `open` where no time is left."""
     try:
         job = make_job(recipe, find_target(name), {}, host.machine(), toolchain.current(), False, answers)
-        job = replace(job, limits=Limits(seconds=CELL_S))
     except LlmbuildError as error:
         return Cell(name, form, "refused", str(error).splitlines()[0])
     point = job.space.complete({"weight_format": form, "opt_level": "O2"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,6 +115,29 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
     checked = llmbuild("verify", "-C", tmp_path / "fresh")
     assert checked.returncode == 0, checked.stdout
     assert llmbuild("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", away).returncode == 0
+
+
+def test_random_weights_are_drawn_where_they_are_measured(project: Project, tmp_path: Path) -> None:
+    folder, options = tmp_path / "packed", ["-t", "host", "--trials", "1", "--random-init", "--set", "kernel=compiler"]
+    done = gpu_check(project.recipe, *options, "-o", folder, "-C", tmp_path / "catalog", "--no-wheels")
+    assert done.returncode == 0, done.stderr
+    (drawn,) = re.findall(r"beside 0\.0 MB of weights; ([0-9.]+) MB are drawn from their seed there", done.stdout)
+    assert float(drawn) > 0.5
+    (folder / "wheels").mkdir()
+    for name in WHEELS:
+        wheel_of(name, folder / "wheels")
+    (job,) = json.loads((folder / "job.json").read_text())["jobs"]
+    (weights,) = job["seeded"]
+    assert not reader.blob_path(folder, weights).exists()
+    other = there(
+        folder, tmp_path / "other", lambda job: job["seeded"][weights].update(seed=job["seeded"][weights]["seed"] + 1)
+    )
+    refused = alone(other, "--budget", "60")
+    assert refused.returncode == 1
+    assert f"weights drawn here are not {digest.short(weights)}: pack again with the weights" in refused.stderr
+    done = alone(there(folder, tmp_path / "same", shorter), "--budget", "60")
+    assert done.returncode == 0, done.stderr
+    assert digest.of_file(reader.blob_path(tmp_path / "same" / "there", weights)) == weights
 
 
 def test_what_needs_a_device_that_is_not_here_is_one_message(packed: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from llmbuild.compiler.flags import FLAGS, compile_flags, point_flags
 from llmbuild.compiling import Compiling
 from llmbuild.process import Limits
 from llmbuild.search.knobs import ALL, KNOBS
-from llmbuild.spec.space import TUNING, Value
+from llmbuild.spec.space import WRITTEN, Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure
 
@@ -127,7 +127,7 @@ def test_what_no_executable_target_can_take_is_told() -> None:
 
 
 def test_every_codegen_knob_has_one_flag_and_the_same_default() -> None:
-    knobs = {k.name: k for k in ALL if k.level == "codegen" and k.name != TUNING}
+    knobs = {k.name: k for k in ALL if k.level == "codegen" and k.name not in WRITTEN}
     assert [f.knob for f in FLAGS] == list(dict.fromkeys(f.knob for f in FLAGS))
     assert {f.knob: f.default for f in FLAGS} == {name: k.default for name, k in knobs.items()}
 
@@ -142,7 +142,7 @@ def test_the_compiler_knows_every_flag() -> None:
 def test_defaults_say_nothing_and_every_other_value_says_something() -> None:
     assert point_flags(DEFAULTS) == []
     for knob in ALL:
-        if knob.level == "codegen" and knob.name != TUNING:
+        if knob.level == "codegen" and knob.name not in WRITTEN:
             others = [v for v in knob.domain if v != knob.default or type(v) is not type(knob.default)]
             assert all(len(point_flags({knob.name: v})) == 1 for v in others), knob.name
 

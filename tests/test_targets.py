@@ -8,25 +8,36 @@ import subprocess
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmbuild.compiler import iree
+from llmbuild.catalog.writer import Catalog
+from llmbuild.compiler import iree, matvec
 from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.compiler.resolved import Answers, resolve
+from llmbuild.compiling import Compiling
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
+from llmbuild.frontend import importer
+from llmbuild.frontend.modules import RowMajor
 from llmbuild.frontend.program import import_model
+from llmbuild.frontend.seam import apart
 from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
 from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.devices import read
 from llmbuild.search.knobs import space_for, target_knobs
 from llmbuild.search.study import openers
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import Abi, ImportJob
 from llmbuild.spec.reader import read_target
+from llmbuild.spec.space import MATVEC, Value
 from llmbuild.spec.target import BACKENDS, Target, target_from
+from llmbuild.spec.variant import Artifact, Failure
+from llmbuild.transform.quantized import quantize
 from tests.conftest import Project, llmbuild
 from tests.support import tiny
 from tests.test_space import recipe
@@ -148,6 +159,80 @@ def test_a_decoder_is_cross_compiled(decoder: tuple[Path, Abi], tmp_path: Path, 
     output = tmp_path / "module.vmfb"
     assert iree.compile_module(decoder[0], output, ALL[name], POINT, Limits(120)) is None
     assert output.stat().st_size > 10_000
+
+
+class Int8Head(torch.nn.Module):
+    """An int8 output matrix for many tokens, and the choice of one."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        rows = np.random.default_rng(0).standard_normal((tokens, 32), dtype=np.float32)
+        self.matrix = RowMajor(quantize(rows, INTEGERS["int8"]))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = self.matrix.multiply(x)[0, -1]
+        return apart(logits).argmax(-1, keepdim=True), logits
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH)
+def test_the_scales_of_a_large_int8_head_go_with_its_product(tmp_path: Path, name: str) -> None:
+    """Fused with the choice of a token instead, they are unrolled over the vocabulary, and the compiler crashes."""
+    program = torch.export.export(Int8Head(49152), (torch.zeros(1, 1, 32),))
+    module, _ = importer.import_programs({"head": program})
+    importer.save_module(module, tmp_path / "head.mlirbc")
+    assert iree.compile_module(tmp_path / "head.mlirbc", tmp_path / "o.vmfb", ALL[name], POINT, Limits(60)) is None
+
+
+@pytest.mark.parametrize("name", ["h200", "rocm-gfx942"])
+def test_how_rows_of_a_matrix_vector_product_are_shared_out_changes_the_code(tmp_path: Path, name: str) -> None:
+    compiling = Compiling(Catalog(tmp_path / "catalog"), ALL[name], "test", Limits(120), lambda _: False)
+    module = compiling.catalog.blobs.put_bytes(iree.MATVEC.encode())
+    made = {choice: compiling.compile(module, {**POINT, MATVEC: choice}) for choice in ("auto", "8x1", "16x4")}
+    assert {choice: each for choice, each in made.items() if isinstance(each, Failure)} == {}
+    assert len({each.digest for each in made.values() if isinstance(each, Artifact)}) == 3
+    compiling.catalog.close()
+
+
+KNOBS = ({"indirect_commands": False}, {"buffer_instructions": False}, {"denormals": "preserve-sign"})
+
+
+@pytest.mark.parametrize("said", KNOBS, ids=lambda said: " ".join(said))
+def test_a_knob_of_a_gpu_changes_the_code(tmp_path: Path, said: dict[str, Value]) -> None:
+    source = tmp_path / "matvec.mlir"
+    source.write_text(iree.MATVEC)
+    outputs = [tmp_path / "plain.vmfb", tmp_path / "other.vmfb"]
+    for output, point in zip(outputs, (POINT, {**POINT, **said}), strict=True):
+        assert iree.compile_module(source, output, ALL["rocm-gfx942"], point, Limits(60)) is None
+    assert outputs[0].read_bytes() != outputs[1].read_bytes()
+
+
+def product(rows: int, columns: int) -> str:
+    """A front half of one product for a GPU with subgroups of 32."""
+    return (
+        "subgroup_size_choices = [32]\nhal.executable.export public @decode$async_dispatch_1_matvec x\n"
+        "%1 = linalg.generic {indexing_maps = [affine_map<(d0, d1) -> (d1)>, affine_map<(d0, d1) -> (d0, d1)>, "
+        'affine_map<(d0, d1) -> (d0)>], iterator_types = ["parallel", "reduction"]} '
+        f"ins(%a, %b : tensor<{columns}xf32>, tensor<{rows}x{columns}xf32>) outs(%c : tensor<{rows}xf32>) {{\n"
+    )
+
+
+@given(st.integers(1, 300), st.integers(1, 600), st.sampled_from(("8x1", "8x4", "16x4", "32x1", "32x4")))
+def test_rows_and_columns_are_shared_out_evenly_or_left_to_the_compiler(rows: int, columns: int, choice: str) -> None:
+    text = product(rows, columns)
+    told = matvec.configure(text, choice)
+    numbers = re.search(r"workgroup = \[(\d+), 0\], partial_reduction = \[0, (\d+)\], thread = \[0, (\d+)\]", told)
+    lanes, groups = map(int, choice.split("x"))
+    assert (numbers is None) == bool(rows % (32 // lanes * groups) or columns % lanes)
+    if numbers is None:
+        assert told == text
+    else:
+        shared, step, each = map(int, numbers.groups())
+        assert (rows % shared, columns % step, step, shared) == (0, 0, lanes * each, 32 // lanes * groups)
+
+
+def test_no_gpu_has_nothing_to_share_out_to() -> None:
+    with pytest.raises(ValueError, match="no executable target with subgroups"):
+        matvec.configure("module {}", "8x4")
 
 
 MOVES = re.compile(

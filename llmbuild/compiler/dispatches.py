@@ -128,14 +128,22 @@ def _configuration(parallel: list[int], rows: int, k: int) -> str:
 
 def configure(text: str, chosen: Mapping[str, str]) -> str:
     """Return a front half whose products of these signatures have these configurations."""
+    told = {
+        p.line: f"lowering_config = {chosen[p.signature]}, translation_info = {_PIPELINE}"
+        for p in products(text)
+        if p.signature in chosen
+    }
+    return annotated(text, told)
+
+
+def annotated(text: str, told: Mapping[int, str]) -> str:
+    """Return a front half with these configurations on the products in these lines."""
     lines = text.splitlines(keepends=True)
-    for product in products(text):
-        if product.signature in chosen:
-            told = f"lowering_config = {chosen[product.signature]}, translation_info = {_PIPELINE}"
-            match = _PRODUCT.search(lines[product.line])
-            assert match is not None
-            attribute = f"compilation_info = #iree_codegen.compilation_info<{told}>"
-            lines[product.line] = _with_attribute(lines[product.line], match, attribute)
+    for number, each in told.items():
+        match = _PRODUCT.search(lines[number])
+        assert match is not None
+        attribute = f"compilation_info = #iree_codegen.compilation_info<{each}>"
+        lines[number] = _with_attribute(lines[number], match, attribute)
     return "".join(lines)
 
 

@@ -18,11 +18,13 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
+from llmbuild.fleet import seeded
 from llmbuild.fleet.packed import JOB
 from llmbuild.profiler import bandwidth, wire
 from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
+from llmbuild.spec.formats import SAME
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
@@ -31,7 +33,10 @@ from llmbuild.steps import Job, Steps
 Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
-MORE_CODE = ("fleet/__init__", "fleet/packed", "fleet/table", "search/__init__", "search/front", "search/pairs")
+MORE_CODE = (
+    *("fleet/__init__", "fleet/packed", "fleet/seeded", "fleet/table", "search/__init__", "search/front"),
+    *("search/pairs", "transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
+)
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = (
     "standing",
@@ -67,6 +72,10 @@ class Packed:
     variants: int = 0
     left_out: list[str] = field(default_factory=list)
     weights_bytes: int = 0
+    drawn_bytes: int = 0
+    """Of weights that are drawn from their seed there."""
+    drawn: dict[str, Body | None] = field(default_factory=dict)
+    """How these are drawn, by archive; None for one that has to be carried."""
     other_bytes: int = 0
 
 
@@ -81,6 +90,7 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
     folder.mkdir(parents=True, exist_ok=True)
     done, weights, others = Packed(), dict[str, Path](), dict[str, Path]()
     bodies = [_job(job, catalog, trials, tell, done, weights, others) for job in jobs]
+    done.drawn_bytes = sum(weights.pop(name).stat().st_size for name, made in done.drawn.items() if made)
     kept = [body for body in bodies if body["subjects"]]
     if not kept:
         raise InputError(f"nothing to pack: {'; '.join(done.left_out)}")
@@ -107,7 +117,8 @@ def _job(
         others[quality.data.name] = quality.data
     if tokenizer := owner(steps).tokenizer:
         others[tokenizer] = catalog.blobs.path(tokenizer)
-    subjects = []
+    subjects: list[Body] = []
+    names = set()
     for point, artifact in made:
         program = steps.import_(point)
         if isinstance(artifact, Failure) or isinstance(program, Failure):
@@ -117,7 +128,11 @@ def _job(
             continue
         subject = steps.subject(point, program, artifact)
         others[program.module] = catalog.blobs.path(program.module)
-        weights[subject.parameters_path.name] = subject.parameters_path
+        name = subject.parameters_path.name
+        names.add(name)
+        if name not in done.drawn:
+            done.drawn[name] = _drawn(job, point, catalog, subject.parameters_path, others)
+        weights[name] = subject.parameters_path
         others |= {n: p for n, p in wire.files_of(subject).items() if p != subject.parameters_path}
         subjects.append(_subject(job, point, wire.subject_body(subject), steps, program))
         done.variants += 1
@@ -131,9 +146,26 @@ def _job(
         "bounds": [str(b) for b in (*recipe.constraints, *recipe.quality.bounds)],
         "bench": wire.bench_body(recipe.workloads, quality, job.protocol, job.target, job.toolchain.compiler, None),
         "subjects": subjects,
+        "seeded": {name: done.drawn[name] for name in sorted(names) if done.drawn[name]},
         "bandwidth": _bandwidth(job, catalog, others, done),
         "shape": _shape(job),
     }
+
+
+def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict[str, Path]) -> Body | None:
+    """Return how random weights are drawn again; None where they are not random, or not drawn to the last byte."""
+    config = _shape(job)
+    if not job.recipe.model.random_init or config is None:
+        return None
+    layers, head = str(point["weight_format"]), str(point["head_format"])
+    forms = (layers, layers if head == SAME else head)
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        rest = Path(name) / "rest.irpa"
+        found = seeded.take_apart(archive, config, job.recipe.model.seed, forms, rest)
+        if found:
+            blob = catalog.blobs.put_file(rest)
+            others[blob] = catalog.blobs.path(blob)
+    return found
 
 
 def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed) -> str | None:
@@ -221,9 +253,10 @@ def closing(packed: Packed, folder: Path) -> str:
     """Return what a person needs to know of a packed folder."""
     packed.other_bytes = size(folder) - packed.weights_bytes
     over = f", MORE THAN {MOST_BYTES / 1e6:.0f} MB" if packed.other_bytes > MOST_BYTES else ""
+    drawn = f"; {packed.drawn_bytes / 1e6:.1f} MB are drawn from their seed there" if packed.drawn_bytes else ""
     left = "".join(f"\nleft out: {text}" for text in packed.left_out)
     return (
         f"{folder}: {packed.variants} variants, {packed.other_bytes / 1e6:.1f} MB{over} beside "
-        f"{packed.weights_bytes / 1e6:.1f} MB of weights{left}\n"
+        f"{packed.weights_bytes / 1e6:.1f} MB of weights{drawn}{left}\n"
         f"copy it to the machine and run `python3 run.py` in it; then `llmbuild merge {folder}` here"
     )

@@ -23,6 +23,7 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
+from llmbuild.fleet import seeded
 from llmbuild.fleet.table import Across, Line, across, as_json, table
 from llmbuild.process import Limits
 from llmbuild.profiler import bandwidth, nvml, wire
@@ -121,7 +122,7 @@ class Run:
         return [_peer(body["model"], one) for one in told]
 
     def _job(self, body: Body) -> list[Line]:
-        why = unfit(body["bench"]["target"], body["bench"]["runtime"])
+        why = unfit(body["bench"]["target"], body["bench"]["runtime"]) or self._draw(body)
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
@@ -141,6 +142,22 @@ class Run:
             bench.close()
             self._record(body, machine, known)
         return [*(self._found(body, trial) for trial in known), *left]
+
+    def _draw(self, body: Body) -> str:
+        """Draw weights that were not carried here from their seed; return why they cannot be used, or nothing."""
+        for name, made in body.get("seeded", {}).items():
+            path = self._where(name)
+            if path.is_file():
+                continue
+            self.tell(f"{body['model']}: weights {digest.short(name)} are drawn from their seed")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            draft = path.with_suffix(".part")
+            seeded.put_together(made, self._where(made["rest"]), draft)
+            if digest.of_file(draft) != name:
+                draft.unlink()
+                return f"weights drawn here are not {digest.short(name)}: pack again with the weights themselves"
+            draft.replace(path)
+        return ""
 
     def _bandwidth(self, body: Body) -> float | None:
         """Measure how fast code for a target reads the memory of what it runs on; None where that failed."""

@@ -11,6 +11,7 @@ from torch import nn
 from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.own import OwnHead
+from llmbuild.frontend.seam import apart
 
 
 class _Entry(nn.Module):
@@ -38,7 +39,7 @@ class _Entry(nn.Module):
             logits, token = self.model.lm_head(hidden)
             return token, logits
         logits = self.model.lm_head(hidden)[0, -1]
-        return logits.argmax(-1, keepdim=True), logits
+        return apart(logits).argmax(-1, keepdim=True), logits
 
 
 class Prefill(_Entry):

@@ -11,6 +11,7 @@ import torch
 import transformers
 
 from llmbuild.errors import InputError
+from llmbuild.transform.drawn import draw
 
 _library: Any = transformers
 """The library without its types: they do not cover what is called here."""
@@ -34,9 +35,18 @@ def load(model: str, random_init: bool, seed: int, attention: str) -> Any:
         torch.manual_seed(seed)
         config.dtype = torch.float32
         built = _library.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        _draw_matrices(built, seed, config.initializer_range)
     else:
         built = _with_weights(model, config, attention)
     return built.eval().requires_grad_(False)
+
+
+def _draw_matrices(built: Any, seed: int, spread: float) -> None:
+    """Give every matrix weights that numpy alone can draw again, on a machine without PyTorch."""
+    with torch.no_grad():
+        for name, weights in built.named_parameters():
+            if weights.dim() > 1:
+                weights.copy_(torch.from_numpy(draw(seed, name, tuple(weights.shape), spread)))
 
 
 def _config(model: str) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from iree.compiler import ir
 
+from llmbuild.frontend.splice import operators
 from llmbuild.transform.quantized import unpack_nibbles
 
 _NAME = "torch.llmbuild_nibbles.unpack"
@@ -48,16 +49,8 @@ def high(byte: torch.Tensor) -> torch.Tensor:
 
 def lower(module: ir.Module) -> None:
     """Replace every `unpack` in a module by a bit cast to `i4` and a sign extension."""
-    found: list[Any] = []
-
-    def visit(operation: Any) -> Any:
-        if operation.name == "torch.operator" and ir.StringAttr(operation.attributes["name"]).value == _NAME:
-            found.append(operation)
-        return ir.WalkResult.ADVANCE
-
-    module.operation.walk(visit)
     with module.context, ir.Location.unknown():
-        for operation in found:
+        for operation in operators(module.operation, _NAME):
             _replace(operation)
 
 

@@ -17,7 +17,7 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
     `kernels` maps a name to the MLIR that defines the function of that name.
     """
     with module.context, ir.Location.unknown():
-        found = _operators(module.operation)
+        found = operators(module.operation, NAMESPACE)
         for name in sorted({_kernel_name(operator) for operator in found}):
             _append(module, kernels[name])
         table = ir.SymbolTable(module.operation)
@@ -25,11 +25,12 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
             _replace(operator, table)
 
 
-def _operators(root: Any) -> list[Any]:
+def operators(root: Any, prefix: str) -> list[Any]:
+    """Return the torch operators below `root` whose names begin with `prefix`."""
     found: list[Any] = []
 
     def visit(operation: Any) -> Any:
-        if operation.name == OPERATOR and ir.StringAttr(operation.attributes["name"]).value.startswith(NAMESPACE):
+        if operation.name == OPERATOR and ir.StringAttr(operation.attributes["name"]).value.startswith(prefix):
             found.append(operation)
         return ir.WalkResult.ADVANCE
 

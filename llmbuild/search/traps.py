@@ -66,6 +66,12 @@ TRAPS: tuple[Trap, ...] = (
         ("cuda",),
         "the compiler knows no sm_90: name sm_80 or sm_89, or a target of one's own",
     ),
+    Trap(
+        "shared-memory-limit, matmul-c-matrix-threshold",
+        ("cuda", "rocm"),
+        "no byte of a decoder's code changes, nor with vectorize-pipeline, split-argmax-threshold, "
+        "split-reduction-low-parallelism: flags without effect",
+    ),
     Trap("--iree-rocm-llvm-global-isel", ("rocm",), "LLVM aborts in its register banks on a plain matrix product"),
     Trap("scaled_dot_product_attention", ("vulkan-spirv",), "does not compile: attention is written out there"),
     Trap("bf16 prompts", ("vulkan-spirv",), "cooperative matrices of bf16 do not compile: promote_bf16 is the way out"),

@@ -12,6 +12,10 @@ Level = Literal["model", "codegen", "runtime"]
 
 TUNING, UNTUNED = "tuning", "none"
 """The knob whose other values name configurations that a catalog holds, and its default."""
+MATVEC, AUTO = "matvec", "auto"
+"""The knob that shares out matrix-vector products on GPUs, and its default."""
+WRITTEN = {TUNING: UNTUNED, MATVEC: AUTO}
+"""Knobs that no flag says: they are written into the front half. And their defaults."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,89 @@
+"""Archives of random weights that are drawn from their seed where they are needed, instead of being carried there.
+
+An archive is taken apart into matrices that a seed gives byte for byte, and the rest, which stays an archive. Whether
+it does is tried here; there, the digest of what was put together decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from iree.runtime import ParameterIndex
+
+from llmbuild import digest
+from llmbuild.transform.drawn import draw, stored
+
+Body = dict[str, Any]
+_MATRIX = ".matrix."
+
+
+def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the shape of a Llama's matrices by the last part of their names."""
+    hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    keys = config.get("num_key_value_heads", heads) * head
+    table = (config["vocab_size"], hidden)
+    wide = {"q_proj": heads * head, "k_proj": keys, "v_proj": keys, "gate_proj": inner, "up_proj": inner}
+    return {
+        **{name: (rows, hidden) for name, rows in wide.items()},
+        "o_proj": (hidden, heads * head),
+        "down_proj": (hidden, inner),
+        "lm_head": table,
+        "embed_tokens": table,
+    }
+
+
+def take_apart(archive: Path, config: Mapping[str, Any], seed: int, forms: tuple[str, str], rest: Path) -> Body | None:
+    """Write what no seed gives of an archive to `rest`, and return how to make it again; None where that fails.
+
+    `forms` are the formats of the layers and of the token tables.
+    """
+    known, spread = shapes(config), float(config.get("initializer_range", 0.02))
+    entries = _entries(archive)
+    matrices = []
+    for name in sorted({key.partition(_MATRIX)[0] for key in entries if _MATRIX in key}):
+        last = name.rpartition(".")[2]
+        if last not in known:
+            return None
+        table = last in ("lm_head", "embed_tokens")
+        tied = table and config.get("tie_word_embeddings", False)
+        source = "model.embed_tokens.weight" if tied else f"{name}.weight"
+        form = forms[1] if table else forms[0]
+        parts = _parts(seed, source, known[last], spread, form)
+        if any(entries.pop(f"{name}{_MATRIX}{part}", b"") != each for part, each in parts.items()):
+            return None
+        matrices.append((name, source, list(known[last]), form))
+    if not matrices or any(_MATRIX in key for key in entries):
+        return None
+    _save(rest, entries)
+    return {"seed": seed, "spread": spread, "matrices": matrices, "rest": digest.of_file(rest)}
+
+
+def put_together(made: Body, rest: Path, archive: Path) -> None:
+    """Write the archive again."""
+    entries = _entries(rest)
+    for name, source, shape, form in made["matrices"]:
+        parts = _parts(made["seed"], source, tuple(shape), made["spread"], form)
+        entries |= {f"{name}{_MATRIX}{part}": each for part, each in parts.items()}
+    _save(archive, entries)
+
+
+def _parts(seed: int, source: str, shape: tuple[int, ...], spread: float, form: str) -> dict[str, bytes]:
+    return {part: each.tobytes() for part, each in stored(draw(seed, source, shape, spread), form).items()}
+
+
+def _entries(archive: Path) -> dict[str, bytes]:
+    index = ParameterIndex()
+    index.load(str(archive), format="irpa")
+    return {name: bytes(entry.file_view) for name, entry in index.items()}
+
+
+def _save(archive: Path, entries: Mapping[str, bytes]) -> None:
+    """Write an archive as an import does: tensors in the order of their names."""
+    index = ParameterIndex()
+    for name in sorted(entries):
+        index.add_buffer(name, np.frombuffer(entries[name], np.uint8))
+    index.create_archive_file(str(archive))

@@ -1,0 +1,43 @@
+"""Random weights that are the same on every machine, and the bytes that are stored of a matrix.
+
+They are made of integers alone until one last product, so that no library of mathematics has a say in their bits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from math import prod, sqrt
+
+import numpy as np
+
+from llmbuild.spec.formats import INTEGERS
+from llmbuild.transform.quantized import pack_nibbles, quantize
+from llmbuild.transform.weights import Array, to_bf16
+
+PIECES = 4
+"""Numbers of 16 bits that are added up for one weight: enough to be near a normal distribution."""
+_SPREAD = sqrt(PIECES * (65536**2 - 1) / 12)
+
+
+def draw(seed: int, name: str, shape: tuple[int, ...], spread: float) -> Array:
+    """Return f32 of this shape, about normal around 0 with the standard deviation `spread`."""
+    key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little")
+    words = np.random.Philox(key=key).random_raw(prod(shape)).astype("<u8", copy=False)
+    pieces = words.view("<i2").reshape(-1, PIECES)
+    total = pieces[:, 0].astype(np.int32)
+    for each in range(1, PIECES):  # a sum over so short an axis takes three times as long
+        total += pieces[:, each]
+    drawn: Array = total.astype(np.float32) * np.float32(spread / _SPREAD)
+    return drawn.reshape(shape)
+
+
+def stored(dense: Array, form: str) -> dict[str, Array]:
+    """Return what an archive holds of a matrix f32[N,K] in a format, row by row: `data`, and `scale` and `zero`."""
+    if form not in INTEGERS:
+        return {"data": to_bf16(dense) if form == "bf16" else dense.astype({"f32": "<f4", "f16": "<f2"}[form])}
+    found = quantize(dense, INTEGERS[form])
+    data = pack_nibbles(found.codes) if found.bits == 4 else found.codes
+    if found.zero is None and found.scale.shape[1] == 1:
+        return {"data": data, "scale": found.scale[:, 0]}
+    zero = {} if found.zero is None else {"zero": found.zero.astype(np.int8)}
+    return {"data": data, "scale": to_bf16(found.scale), **zero}
