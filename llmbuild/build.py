@@ -276,8 +276,18 @@ class Build:
             if not default and not bench.has_baseline:
                 self._open_baseline(bench)
             sizes = Trial(
-                *(self.job.scope, 0, point, subject.variant, default, None, subject.artifact, size),
-                *(subject.parameter_bytes, (), None, 0.0),
+                scope=self.job.scope,
+                number=len(self.known),
+                point=point,
+                variant=subject.variant,
+                is_default=default,
+                program=None,
+                artifact=subject.artifact,
+                artifact_bytes=size,
+                parameter_bytes=subject.parameter_bytes,
+                measurements=(),
+                failure=None,
+                seconds=0.0,
             )
             return bench.measure(subject, default, None if default else partial(self._hopeless, sizes))
 

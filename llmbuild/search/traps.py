@@ -69,8 +69,8 @@ TRAPS: tuple[Trap, ...] = (
     Trap(
         "shared-memory-limit, matmul-c-matrix-threshold",
         ("cuda", "rocm"),
-        "no byte of a decoder's code changes, nor with vectorize-pipeline, split-argmax-threshold, "
-        "split-reduction-low-parallelism: flags without effect",
+        "no byte of a small decoder's code changed, nor with vectorize-pipeline, split-argmax-threshold, "
+        "split-reduction-low-parallelism",
     ),
     Trap("--iree-rocm-llvm-global-isel", ("rocm",), "LLVM aborts in its register banks on a plain matrix product"),
     Trap("scaled_dot_product_attention", ("vulkan-spirv",), "does not compile: attention is written out there"),
