@@ -19,8 +19,7 @@ from llmbuild.catalog.names import Owner
 from llmbuild.freshness import Look, Outcome, build_key
 from llmbuild.process import stop_all
 from llmbuild.profiler.protocol import Subject
-from llmbuild.search.front import contenders, standings, value_of
-from llmbuild.search.screen import hopeless
+from llmbuild.search.front import contenders, hopeless, standings, value_of
 from llmbuild.spec.measurement import SCREENED, Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget

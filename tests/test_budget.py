@@ -22,8 +22,7 @@ from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound, Prepared
 from llmbuild.profiler.noise import Shares
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.statistics import few_of
-from llmbuild.search.front import standings
-from llmbuild.search.screen import hopeless
+from llmbuild.search.front import hopeless, standings
 from llmbuild.spec.measurement import SCREENED, Measurement, Reading
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Trial
@@ -253,6 +252,24 @@ def test_who_was_screened_is_dominated_and_takes_no_objective_from_the_others(st
     assert found["slow"].reason.startswith("screened: default is ")
     alone = standings([out], LOAD.name, TIMES, ())
     assert [s.status for s in alone] == ["pareto"], "nobody is left who beats it"
+
+
+def test_who_was_screened_is_judged_again_by_what_is_asked_now(start: Start) -> None:
+    bench, _, _ = start(slow(5.0))
+    default = trial("default", (measured_in(bench, "default"),))
+    bench.quality = Quality(Path("held-out"), "")
+    brief = measured_in(bench, "slow", judge([default], ("tpot_s",), trial("slow", (), 90)))
+    assert "quality_kl" not in brief.readings
+    out = trial("slow", (brief,), 90)
+    asked = {
+        ("tpot_s",): "dominated",
+        ("tpot_s", "parameter_bytes"): "pareto",
+        ("tpot_s", "parameter_bytes", "quality_kl"): "infeasible",
+    }
+    found = {
+        names: {s.variant: s.status for s in standings([default, out], LOAD.name, names, ())}["slow"] for names in asked
+    }
+    assert found == asked, "it is the smaller one, and its quality was never scored"
 
 
 @given(st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Literal
 
+from llmbuild.digest import short
 from llmbuild.search import pairs
 from llmbuild.search.pairs import TIE
 from llmbuild.spec.measurement import ESTIMATES, SCREENED, Measurement, Reading
@@ -17,6 +18,11 @@ from llmbuild.spec.trial import Standing, Trial
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
 """Absolute differences that held-out text of some hundred tokens cannot tell apart."""
+
+BEATEN = 2.0
+"""How many times worse, between the nearest ends of both intervals, ends a measurement after the short screen."""
+TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
+PERFECT = {"quality_kl": 0.0, "quality_top1": 1.0, "quality_perplexity": 1.0}
 
 Comparison = Literal["better", "worse", "tied", "undecided"]
 
@@ -53,11 +59,11 @@ def standings(
             reason = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else "not measured"
             out.append(Standing(trial.variant, workload, "failed", None, reason, None))
             continue
-        by = found.notes.get(SCREENED, "")
-        if by and any(t.variant.startswith(by.split()[0]) for t in trials):
+        by = hopeless(trial, found, trials, objectives, bounds, True, 1.0) if SCREENED in found.notes else ""
+        if by:
             out.append(Standing(trial.variant, workload, "dominated", 0.95, f"screened: {by}", found.key))
             continue
-        broken = missed(trial, found, bounds)
+        broken = [*_unscored(found, objectives, bounds), *missed(trial, found, bounds)]
         if broken:
             out.append(Standing(trial.variant, workload, "infeasible", None, "; ".join(broken), found.key))
         else:
@@ -67,6 +73,64 @@ def standings(
         status, confidence, reason = _status(entrant, entrants)
         out.append(Standing(entrant.variant, workload, status, confidence, reason, measurement.key))
     return out
+
+
+def _unscored(found: Measurement, objectives: Sequence[str], bounds: Sequence[Bound]) -> list[str]:
+    """Return why quality that the short screen left out keeps a variant away, where it is asked for."""
+    asked = any(name.startswith("quality_") for name in (*objectives, *(b.metric for b in bounds)))
+    if SCREENED not in found.notes or not asked or "quality_kl" in found.readings:
+        return []
+    return [f"quality was not scored, since {found.notes[SCREENED]}; `llmbuild build -B` measures it whole"]
+
+
+def hopeless(
+    trial: Trial,
+    brief: Measurement,
+    known: Sequence[Trial],
+    objectives: Sequence[str],
+    bounds: Sequence[Bound],
+    perfect: bool,
+    beaten: float = BEATEN,
+) -> str:
+    """Return who beats a variant beyond doubt in every timed objective and is no worse in any other; empty: nobody.
+
+    `brief` is what a few answers gave; `trial` has the variant's sizes. Quality that is not scored yet counts as
+    `perfect`, or as the worst there is. What was not read, such as energy, may always be better. Beyond doubt is
+    `beaten` times worse, between the nearest ends of both intervals.
+    """
+    for other in known:
+        found = next((m for m in other.measurements if m.workload.name == brief.workload.name), None)
+        if found is None or SCREENED in found.notes or other.failure is not None or missed(other, found, bounds):
+            continue
+        factors = [_factor(trial, brief, other, found, name, perfect) for name in objectives]
+        timed = [f for f, name in zip(factors, objectives, strict=True) if name in TIMED and f is not None]
+        rest = [f for f, name in zip(factors, objectives, strict=True) if name not in TIMED and f is not None]
+        if timed and min(timed) >= beaten and all(f >= 1 for f in rest):
+            return f"{short(other.variant)} is {min(timed):.1f} times as fast at least, and no worse in the rest"
+    return ""
+
+
+def _factor(
+    trial: Trial, brief: Measurement, other: Trial, found: Measurement, name: str, perfect: bool
+) -> float | None:
+    """Return by how much a variant is worse at least; 1 for no better, 0 for perhaps better, None for not compared."""
+    if name in TIMED:
+        mine, theirs = brief.ratios.get(name), found.ratios.get(name)
+        if mine is None or theirs is None:
+            return 0.0
+        return mine.low / theirs.high if METRICS[name].direction == "min" else theirs.low / mine.high
+    theirs_at, mine_at = value_of(other, found, name), value_of(trial, brief, name)
+    if theirs_at is None:
+        return None  # absent there, so that it ranks nobody
+    if mine_at is None and name in PERFECT:
+        if not perfect:
+            return 1.0
+        mine_at = PERFECT[name]
+    if mine_at is None:
+        return 0.0
+    sign = 1.0 if METRICS[name].direction == "min" else -1.0
+    allowed = max(TIE * abs(mine_at), FLOORS.get(name, 0.0))
+    return 1.0 if sign * theirs_at <= sign * mine_at + allowed else 0.0
 
 
 def contenders(
