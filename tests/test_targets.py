@@ -146,11 +146,11 @@ def test_the_h200_is_compiled_for_as_such(tmp_path: Path) -> None:
 # --- a decoder ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def decoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Abi]:
-    """A tiny decoder in f16, imported."""
+@pytest.fixture(scope="module", params=[1, 8], ids=["batch-1", "batch-8"])
+def decoder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Abi]:
+    """A tiny decoder in f16, imported for one sequence and for eight."""
     folder = tmp_path_factory.mktemp("decoder")
-    job = ImportJob(str(tiny.write(folder / "model")), 64, choices=(("weight_format", "f16"),))
+    job = ImportJob(str(tiny.write(folder / "model")), 64, request.param, choices=(("weight_format", "f16"),))
     return folder / "module.mlirbc", import_model(job, folder).program.abi
 
 
@@ -253,11 +253,13 @@ def test_a_decode_step_is_one_submission_that_moves_token_and_position_only(
     body = step[0]
     assert (body.count("stream.cmd.execute"), MOVES.findall(body)) == (1, [])
     assert not re.search("slow_memcpy|hal.buffer.load|assert_scalar|stream.timepoint.await", body)
-    assert [int(n) for n in re.findall(r"stream\.tensor\.import.*?tensor<(\d+)xi64>", body)] == [1, 1]
-    assert sorted(re.findall(r"stream\.tensor\.export.*?tensor<(\w+)>", body)) == ["1xi64", f"{abi.vocabulary}xf32"]
+    assert [int(n) for n in re.findall(r"stream\.tensor\.import.*?tensor<(\d+)xi64>", body)] == [abi.batch] * 2
+    logits = f"{abi.vocabulary}xf32" if abi.batch == 1 else f"{abi.batch}x{abi.vocabulary}xf32"
+    exported = re.findall(r"stream\.tensor\.export.*?tensor<(\w+)>", body)
+    assert sorted(exported) == sorted([f"{abi.batch}xi64", logits])
     sizes = {n: int(v) for n, v in re.findall(r"%(c\d+\w*) = arith\.constant (\d+) : index", body)}
     copies = [sizes[n] for n in re.findall(r"stream\.cmd\.copy [^,]+, [^,]+, %(\w+) :", body)]
-    assert max(copies, default=0) < 4 * abi.vocabulary  # rows of the rotary embedding; no cache, no logits
+    assert max(copies, default=0) < 4 * abi.vocabulary * abi.batch  # rows of the rotary embedding; no cache, no logits
 
 
 # --- the space ---------------------------------------------------------------------------------------------------

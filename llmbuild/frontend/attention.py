@@ -19,19 +19,21 @@ def grouped_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend with query `[B, heads, T, head_dim]` to keys and values `[B * context, kv_heads, head_dim]`.
+    """Attend with query `[1, heads, B * T, head_dim]` to keys and values `[B * context, kv_heads, head_dim]`.
 
-    The query heads of one key head stay a dimension of their own: keys and values are not repeated, and no reshape of a
-    dynamic T is needed. Returns `[B, T, heads, head_dim]`.
+    The mask `[B, 1, T, context]` says how many sequences there are; tokens of one never meet the cache of another.
+
+    The query heads of one key head stay a dimension of their own, so that keys and values are not repeated. Returns `[1, B * T, heads, head_dim]`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    batch, kv_heads = query.shape[0], keys.shape[1]
-    own = (batch, keys.shape[0] // batch, *keys.shape[1:])
-    keys, values = keys.to(query.dtype).view(own), values.to(query.dtype).view(own)
-    grouped = query.view(batch, kv_heads, query.shape[1] // kv_heads, *query.shape[2:])
-    scores = torch.einsum("bgrtd,bsgd->bgrts", grouped, keys) * scale + attention_mask[:, :, None]
+    batch, length, context = attention_mask.shape[0], *attention_mask.shape[2:]
+    kv_heads = keys.shape[1]
+    keys, values = (x.to(query.dtype).view(batch, context, *x.shape[1:]) for x in (keys, values))
+    grouped = query[0].view(kv_heads, query.shape[1] // kv_heads, batch, length, query.shape[3])
+    scores = torch.einsum("grbtd,bsgd->bgrts", grouped, keys) * scale + attention_mask[:, :, None]
     weights = torch.softmax(scores, -1)
-    return torch.einsum("bgrts,bsgd->btgrd", weights, values).flatten(2, 3), None
+    mixed = torch.einsum("bgrts,bsgd->btgrd", weights, values)
+    return mixed.flatten(0, 1).flatten(1, 2).unsqueeze(0), None
 
 
 def causal_mask(positions: torch.Tensor, context: int) -> torch.Tensor:

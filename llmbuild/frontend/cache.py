@@ -43,17 +43,17 @@ class CallerCache:
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `[B, kv_heads, T, head_dim]`, return all of them `[places, kv_heads, head_dim]`."""
+        """Write keys and values `[1, kv_heads, B * T, head_dim]`, return all of them `[places, kv_heads, head_dim]`."""
         if self.buffers[0].dtype == torch.int8:
             codes_k, scale_k, codes_v, scale_v = self.buffers[4 * layer : 4 * layer + 4]
             return self._integers(codes_k, scale_k, keys), self._integers(codes_v, scale_v, values)
         pair = self.layer(layer)
         for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer.index_put_((self.places,), _rows(new).to(buffer.dtype))
+            buffer.index_put_((self.places,), new[0].transpose(0, 1).to(buffer.dtype))
         return pair
 
     def _integers(self, codes: torch.Tensor, scale: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows = _rows(new)
+        rows = new[0].transpose(0, 1)
         fresh = (rows.abs().amax(-1) / 127).clamp_min(LEAST_SCALE).to(scale.dtype)
         rounded = torch.round(rows / fresh.float().unsqueeze(-1)).clamp(-127, 127).to(torch.int8)
         codes.index_put_((self.places,), rounded)
@@ -67,8 +67,3 @@ class CallerCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always given, so nothing may be derived from the cache."""
         return 0
-
-
-def _rows(new: torch.Tensor) -> torch.Tensor:
-    """Return `[B, kv_heads, T, head_dim]` as a row for each place that is written: `[B * T, kv_heads, head_dim]`."""
-    return new.transpose(1, 2).flatten(0, 1)

@@ -27,21 +27,37 @@ class _Entry(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run tokens i64[B,T] at positions i64[B,T] from `start` i64[B] on; return the next tokens i64[B] and the
         last logits f32[B,V], or f32[V] of one sequence.
+
+        The model reads the tokens of all sequences as one row, and only attention tells them apart: layers then have
+        no dimension for the batch (SPIR-V backends of IREE 3.13 give up on the cache's write where they have one).
         """
+        batch, length = tokens.shape
         hidden = self.model.model(
-            input_ids=tokens,
+            input_ids=tokens.view(1, -1),
             attention_mask=causal_mask(positions, self.context),
-            position_ids=positions,
+            position_ids=positions.view(1, -1),
             past_key_values=CallerCache(kv, positions, start),
             use_cache=True,
-        ).last_hidden_state[:, -1:]
+        ).last_hidden_state
+        hidden = hidden[:, -1:] if batch == 1 else hidden.view(batch, length, -1)[:, -1].unsqueeze(0)
         if isinstance(self.model.lm_head, OwnHead):
             logits, token = self.model.lm_head(hidden)
             return token, logits
-        logits = self.model.lm_head(hidden)[:, -1]
-        if logits.shape[0] == 1:
-            return apart(logits[0]).argmax(-1, keepdim=True), logits[0]
-        return apart(logits).argmax(-1), logits
+        logits = self.model.lm_head(hidden)[0]
+        if batch == 1:
+            return apart(logits[-1]).argmax(-1, keepdim=True), logits[-1]
+        return largest(apart(logits)), logits
+
+
+def largest(logits: torch.Tensor) -> torch.Tensor:
+    """Return where each row of f32[B,V] has its largest value, the first of equal ones: i64[B].
+
+    As two plain reductions: the compiler cannot share out `argmax` over several rows on GPUs (IREE 3.13: "failed to
+    distribute" for cuda and vulkan).
+    """
+    tokens = torch.arange(logits.shape[1], dtype=torch.int32)
+    there = logits >= logits.amax(-1, keepdim=True)
+    return torch.where(there, tokens, logits.shape[1] - 1).amin(-1).to(torch.int64)
 
 
 class Prefill(_Entry):
