@@ -21,9 +21,9 @@ def grouped_attention(
 ) -> tuple[torch.Tensor, None]:
     """Attend with query `[1, heads, B * T, head_dim]` to keys and values `[B * context, kv_heads, head_dim]`.
 
-    The mask `[B, 1, T, context]` says how many sequences there are; tokens of one never meet the cache of another.
-
-    The query heads of one key head stay a dimension of their own, so that keys and values are not repeated. Returns `[1, B * T, heads, head_dim]`.
+    The mask `[B, 1, T, context]` says how many sequences there are; tokens of one never meet the cache of another. The
+    query heads of one key head stay a dimension of their own, so that keys and values are not repeated. Returns
+    `[1, B * T, heads, head_dim]`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     batch, length, context = attention_mask.shape[0], *attention_mask.shape[2:]
