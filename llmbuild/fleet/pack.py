@@ -34,8 +34,9 @@ Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
 MORE_CODE = (
-    *("fleet/__init__", "fleet/packed", "fleet/seeded", "fleet/table", "search/__init__", "search/front"),
-    *("search/pairs", "transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
+    *("fleet/__init__", "fleet/packed", "fleet/peers", "fleet/seeded", "fleet/table"),
+    *("search/__init__", "search/front", "search/pairs"),
+    *("transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
 )
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = (

@@ -1,4 +1,4 @@
-"""Runs a packed folder: python3 run.py [--budget SECONDS] [--torch] [--json]
+"""Runs a packed folder: python3 run.py [--budget SECONDS] [--only MODEL]... [--torch] [--json]
 
 Needs Python 3.11 or newer and what lies beside it: no network, no compiler, nothing installed. It reads meters and
 changes no setting of a device. Wheels are unpacked into `lib/` once; readings go into `catalog.sqlite`.
@@ -48,6 +48,7 @@ def _main() -> int:
         return 2
     parser = argparse.ArgumentParser(description="Measure what was packed on this machine.")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds; what does not fit is named")
+    parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="measure this; may be given again")
     parser.add_argument("--torch", action="store_true", help="time PyTorch too, though no GPU is measured")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     asked = parser.parse_args()
@@ -64,7 +65,7 @@ def _main() -> int:
         _told(f"error: {error}: pack again with `--python {version}`, or pip install iree-base-runtime numpy here")
         return 2
     try:
-        return main(str(HERE), asked.budget, asked.json, _told, asked.torch)
+        return main(str(HERE), asked.budget, asked.json, _told, asked.torch, asked.only)
     except KeyboardInterrupt:
         _told("interrupted; what was finished is kept")
         return 130
