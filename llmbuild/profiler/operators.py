@@ -62,8 +62,8 @@ def decode_call(artifact: Path, archive: Path, abi: Abi) -> list[str]:
         f"--module={artifact}",
         f"--parameters={PARAMETER_SCOPE}={archive}",
         f"--function={DECODE}",
-        "--input=1xi64=1",
-        f"--input=1xi64={abi.context // 2}",
+        f"--input={abi.batch}xi64=1",
+        f"--input={abi.batch}xi64={abi.context // 2}",
         *[f"--input={_zeros(kind)}" for kind in abi.kv],
     ]
 
