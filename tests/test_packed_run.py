@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import InputError
-from llmbuild.fleet import packed, peers
+from llmbuild.fleet import pack, packed, peers
 from llmbuild.fleet.packed import RACERS, Run
 from llmbuild.fleet.peers import Peer, Versus, versus
 from llmbuild.fleet.table import Across, Line, Tables, as_json, text
@@ -19,6 +22,7 @@ from llmbuild.profiler.board_operators import read_kernels, read_profile
 from llmbuild.profiler.energy import Found
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.profiler.statistics import median_of
+from llmbuild.profiler.worker import Worker
 from llmbuild.runtime import host
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.workload import Workload
@@ -267,3 +271,28 @@ def test_kernels_that_pytorchs_profiler_saw_become_operators_of_one_step() -> No
         {"name": "decode$async_dispatch_4_matmul", "count": 160, "seconds": 2e-3},
     ]
     assert read_kernels(kernels, 10) == (Operator("matmul", 16, 2e-4), Operator("softmax_8", 2, 1e-5))
+
+
+# --- check data ------------------------------------------------------------------------------------------------------
+
+
+def test_logits_of_a_large_vocabulary_are_carried_in_part_and_still_find_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = np.random.default_rng(0)
+    logits = drawn.normal(size=(3, 2, 5000)).astype(np.float32)
+    prompt, forced = np.zeros((2, 4), np.int64), np.zeros((2, 2), np.int64)
+    np.savez(tmp_path / "check.npz", prompt=prompt, forced=forced, logits=logits, noise=np.float32(1e-6))
+    catalog: Any = SimpleNamespace(blobs=BlobStore(tmp_path))
+    assert pack._sampled(tmp_path / "check.npz", catalog) == tmp_path / "check.npz"
+    monkeypatch.setattr(pack, "CHECK_BYTES", 1000)
+    sampled = pack._sampled(tmp_path / "check.npz", catalog)
+    assert sampled.stat().st_size < (tmp_path / "check.npz").stat().st_size / 3
+    worker: Any = SimpleNamespace(session=SimpleNamespace(abi=SimpleNamespace(batch=2)))
+    wrong = logits * np.float32(1.01)
+    for actual in (logits, wrong):
+        worker._forced = lambda *_, found=actual: found
+        whole, part = (Worker.check(worker, {"data": str(path)}) for path in (tmp_path / "check.npz", sampled))
+        assert part["top1"] == whole["top1"] == 1.0
+        assert part["error"] == pytest.approx(whole["error"], rel=0.05)
+    assert part["error"] == pytest.approx(0.01, rel=0.05)

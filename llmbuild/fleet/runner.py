@@ -31,6 +31,18 @@ def _unpack(archive: Path, folder: Path) -> None:
     made.rename(folder)
 
 
+def _unpack_blobs() -> None:
+    """Put what was carried compressed in its place, once; each file appears whole."""
+    with zipfile.ZipFile(HERE / "blobs.zip") as file:
+        for name in file.namelist():
+            path = HERE / name
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft = path.with_suffix(".part")
+                draft.write_bytes(file.read(name))
+                draft.replace(path)
+
+
 def _libraries() -> list[str]:
     found = [wheel for wheel in sorted((HERE / "wheels").glob("*.whl")) if _suits(wheel)]
     for wheel in found:
@@ -54,6 +66,7 @@ def _main() -> int:
     asked = parser.parse_args()
     code = HERE / "lib" / "code"
     _unpack(HERE / "code.zip", code)
+    _unpack_blobs()
     paths = [str(code), *_libraries()]
     sys.path[:0] = paths
     inherited = os.environ.get("PYTHONPATH")
