@@ -111,9 +111,10 @@ class Run:
             mine = LEADING if number == 0 else 1
             lines += self._job(body, monotonic() + max(0.0, last - monotonic()) * mine / shares)
             shares -= mine
-        self.raced += self.across(lines, end)
+        raced = self.across(lines, end)
+        self.raced += raced
         if self._with_peers(lines):
-            self._peers(lines, end)
+            self._peers(lines, {a.variant for a in raced[:1]}, end)
         return lines
 
     def across(self, lines: Sequence[Line], end: float) -> list[Across]:
@@ -154,19 +155,24 @@ class Run:
             and any(b.get("shape") for b, _ in mine)
         )
 
-    def _peers(self, lines: Sequence[Line], end: float) -> None:
-        """Let PyTorch answer in turns with the best variant on the same shape, where this Python has it."""
+    def _peers(self, lines: Sequence[Line], first: Collection[str], end: float) -> None:
+        """Let PyTorch answer in turns with the best variant on the same shape, where this Python has it.
+
+        The best is who came `first` among the targets in the same rounds, else the fastest that was measured.
+        """
         measured = [line for line in lines if line.measurement]
-        if not measured:
-            return
-        best = min(measured, key=lambda line: _time(line.measurement))
+        best = min(
+            (line for line in measured if not first or line.variant in first), key=lambda line: _time(line.measurement)
+        )
         body, one = next(
             (body, one)
             for body in self.jobs
             for one in body["subjects"]
             if (body["model"], body["target"], one["subject"]["variant"]) == (best.model, best.target, best.variant)
         )
-        if not body.get("shape") or end - monotonic() < PEER_S:
+        left_s = end - monotonic()
+        if not body.get("shape") or left_s < PEER_S:
+            self.tell(f"{best.model}: PyTorch is left out: {left_s:.0f} s were left, it takes {PEER_S:.0f}")
             return
         shape = self.folder / "shape.json"
         shape.write_text(json.dumps(body["shape"]))
