@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,7 @@ from llmbuild.report.targets import rows as target_rows
 from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import HostFacts
-from llmbuild.search.knobs import with_tuning
+from llmbuild.search.knobs import for_cpus, with_tuning
 from llmbuild.spec.reader import read_recipe, read_target, seconds
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.slo import METRICS, parse_slo
@@ -117,9 +118,17 @@ def _job(path: Path, target: str, options: Options, remote: Remote | None = None
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
     answers, tools, force = _answers(options), toolchain.current(), options["force"]
     if remote is None:
-        return make_job(recipe, find_target(target), pinned, host.machine(), tools, force, answers)
+        named = find_target(target)
+        if unheard := for_cpus(recipe, named):
+            _tell_once(f"{recipe.name}: {named.name} is no CPU, so without its knobs {', '.join(sorted(unheard))}")
+        return make_job(recipe, named, pinned, host.machine(), tools, force, answers)
     chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
     return make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote)
+
+
+@cache
+def _tell_once(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _answers(options: Options) -> Answers | None:

@@ -238,7 +238,8 @@ class Steps:
             result = self._frontend(request, Path(folder))
             if isinstance(result, Failure):
                 return result
-            blobs = [self.catalog.blobs.put_file(Path(folder) / n) for n in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE)]
+            files = (Path(folder) / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
+            blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
         self.catalog.record_import(key, inputs, program, monotonic() - begin)
         return program

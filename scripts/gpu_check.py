@@ -1,12 +1,13 @@
 """Pack a recipe's variants for other machines into one folder, to be run there and merged back.
 
-    python scripts/gpu_check.py [RECIPE] -t TARGET... -o FOLDER [-C CATALOG] [--trials N] [--python 3.11]...
-    (on the other machine)  python3 FOLDER/run.py [--budget SECONDS] [--json]
+    python scripts/gpu_check.py [RECIPE]... -t TARGET... -o FOLDER [-C CATALOG] [--trials N] [--python 3.11]...
+    (on the other machine)  python3 FOLDER/run.py [--budget SECONDS] [--only MODEL]... [--json]
     (back here)             llmbuild merge FOLDER -C CATALOG
 
 The folder holds artifacts, parameters, check data, the profiler's code, and wheels of IREE's runtime, numpy and NVML:
 the other machine needs a Python and its GPU's driver, no network and no compiler. `run.py` keeps to its budget and says
-what it left out; it reads counters and changes no clock, power limit or MIG setting.
+what it left out: who is named first comes first, and the time is shared out by model, then by target. It reads counters
+and changes no clock, power limit or MIG setting.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from llmbuild.report.progress import Progress
 def main() -> int:
     """Pack; exit 2 where something asked for cannot be had."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipe", nargs="?", default="recipes/pystdlib.yaml", type=Path)
+    parser.add_argument("recipe", nargs="*", default=[Path("recipes/pystdlib.yaml")], type=Path)
     parser.add_argument("-t", "--target", action="append", required=True, help="name or file; may be given again")
     parser.add_argument("-o", "--output", required=True, type=Path, help="a new folder")
     parser.add_argument("-C", "--catalog", default="catalog", type=Path)
@@ -54,13 +55,14 @@ def _pack(asked: argparse.Namespace) -> int:
         "force": False,
         "catalog": str(asked.catalog),
     }
-    jobs = [job() for job in commands.each([asked.recipe], options)]
+    jobs = [job() for job in commands.each(asked.recipe, options)]
     catalog = Catalog(asked.catalog)
     try:
         done = pack(jobs, catalog, asked.output, asked.trials, Progress())
     finally:
         catalog.close()
-    shutil.copyfile(Path(__file__).with_name("torch_peer.py"), asked.output / "torch_peer.py")
+    for name in ("torch_peer.py", "torch_kernels.py"):
+        shutil.copyfile(Path(__file__).with_name(name), asked.output / name)
     if not asked.no_wheels:
         here = f"{sys.version_info.major}.{sys.version_info.minor}"
         wheels(asked.output, asked.python or [here], asked.platform)

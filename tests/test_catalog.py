@@ -70,6 +70,26 @@ def test_a_blob_is_named_by_its_bytes_and_never_half_written(tmp_path: Path) -> 
     assert [p.name for p in store.path(name).parent.iterdir()] == [name]
 
 
+def test_a_file_that_may_be_moved_is_not_copied_but_where_it_has_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, source = BlobStore(tmp_path / "store"), tmp_path / "file"
+    source.write_bytes(b"payload")
+    inode = source.stat().st_ino
+    path = store.path(store.put_file(source, moved=True))
+    assert (path.stat().st_ino, source.exists(), path.read_bytes()) == (inode, False, b"payload")
+    source.write_bytes(b"another")
+
+    def elsewhere(self: Path, target: Path) -> Path:
+        if self == source:
+            raise OSError(18, "Invalid cross-device link")
+        self.rename(target)
+        return target
+
+    monkeypatch.setattr(Path, "replace", elsewhere)
+    assert store.path(store.put_file(source, moved=True)).read_bytes() == source.read_bytes() == b"another"
+
+
 def test_a_flipped_byte_is_found_and_the_blob_made_again(tmp_path: Path) -> None:
     store = BlobStore(tmp_path)
     name = store.put_bytes(b"payload")

@@ -168,6 +168,20 @@ def test_cache_is_never_copied(build: Callable[..., Built], choices: dict[str, s
     assert [line for line in text.splitlines() if "stream.cmd.copy" in line and f"%c{bytes_per_buffer}" in line] == []
 
 
+def test_positions_stretched_as_in_llama_3_equal_the_library(tmp_path: Path) -> None:
+    rope = {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    changes = {"num_hidden_layers": 1, "rope_parameters": {**rope, "rope_theta": 500000.0}}
+    changes["rope_parameters"]["original_max_position_embeddings"] = 16
+    model, plain = (
+        tiny.write(tmp_path / name, **shape) for name, shape in (("a", changes), ("b", {"num_hidden_layers": 1}))
+    )
+    import_model(ImportJob(str(model), CONTEXT), tmp_path / "out")
+    tokens = np.array([[*PROMPT, *range(40)]])
+    expected, other = (reference_logits(str(folder), False, 0, tokens)[0][-1:] for folder in (model, plain))
+    actual = Built(tmp_path / "out").at("O2").forced(tokens[0], [])
+    assert relative_error(actual, expected) < 1e-5 < relative_error(other, expected)
+
+
 def test_tied_weights_are_stored_once(build: Callable[..., Built]) -> None:
     stored = (build().folder / "parameters.irpa").stat().st_size
     assert stored < 4 * 287360 + 8192

@@ -18,7 +18,12 @@ from typing import Any
 import pytest
 
 from llmbuild import digest
+from llmbuild.process import Limits
+from llmbuild.profiler import wire
+from llmbuild.profiler.board_operators import board_operators
 from llmbuild.runtime import devices, host, reader
+from llmbuild.spec.measurement import Operator
+from llmbuild.spec.variant import Failure
 from tests.conftest import Project, llmbuild, low_copy
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "gpu_check.py"
@@ -91,13 +96,17 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == host.machine().describe()
-    assert lines[1].split()[:3] == ["model", "target", "tpot_ms"]
+    assert lines[1].split()[:4] == ["model", "target", "batch", "tpot_ms"]
     ranked = [line.split() for line in lines[2:4]]
     assert {cells[1] for cells in ranked} == {"host", "low"}
-    assert 0 < float(ranked[0][2]) <= float(ranked[1][2])
-    assert float(ranked[0][7]) > 0, "the part of the read rate"
-    assert [line.split()[0] for line in lines[4:6]] == ["in", "target"]
-    assert lines[6].endswith("1.000 [1.000, 1.000]")
+    assert {cells[2] for cells in ranked} == {"1"}
+    assert 0 < float(ranked[0][3]) <= float(ranked[1][3])
+    assert float(ranked[0][8]) > 0, "the part of the read rate"
+    assert lines[4] == "targets in the same rounds:"
+    assert lines[5].split()[:3] == ["model", "target", "variant"]
+    assert lines[6].endswith("1 [1, 1]")
+    steps = [line for line in lines[8:] if line.startswith("a decode step of tiny on ")]
+    assert len(steps) == 2, "where each target spends its time"
     home = tmp_path / "home"
     shutil.copytree(project.catalog, home)
     merged = llmbuild("merge", away, "-C", home)
@@ -178,12 +187,71 @@ def test_pytorch_is_timed_on_the_models_own_shape(packed: Path, project: Project
     stored = sum(tensor.size for tensor in load_file(project.model / "model.safetensors").values())
     assert stored == sum(p.numel() for p in peer.Model(json.loads(shape), 32).parameters())
     (tmp_path / "shape.json").write_text(shape)
-    command = [sys.executable, packed / "torch_peer.py", tmp_path / "shape.json", "8", "8", "--seconds", "0.1"]
+    script = [sys.executable, packed / "torch_peer.py", tmp_path / "shape.json", "8", "8", "--seconds", "0.1"]
     plainly = {**os.environ, "TORCH_COMPILE_DISABLE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=plainly, timeout=100)
+    done = subprocess.run(
+        [*script, "--batch", "1", "--batch", "8"], capture_output=True, text=True, check=False, env=plainly, timeout=100
+    )
     told = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [one["runtime"].split()[2] for one in told] == ["eager", "compiled"], done.stderr
+    assert [(one["batch"], one["runtime"].split()[2]) for one in told] == [
+        (batch, mode) for batch in (1, 8) for mode in ("eager", "compiled")
+    ], done.stderr
     assert all(one["tpot_s"] > 0 and one["ttft_s"] > 0 for one in told)
+    assert all(one["tokens"] == one["answers"] * 8 * one["batch"] for one in told)
+
+
+def test_a_sequence_of_pytorch_is_the_same_alone_and_beside_others(packed: Path) -> None:
+    import torch
+
+    (shape,) = {json.dumps(job["shape"]) for job in json.loads((packed / "job.json").read_text())["jobs"]}
+    peer, taken = import_module_from(packed / "torch_peer.py"), {}
+    for batch in (1, 8):
+        torch.manual_seed(0)
+        model = peer.Model(json.loads(shape), 24, batch).eval()
+        with torch.inference_mode():
+            peer.Contender(model, False, batch, 16, 8).answer(kept := [])
+        taken[batch] = kept
+    assert [len(step) for step in taken[8]] == [8] * 8
+    assert [step[0] for step in taken[8]] == [step[0] for step in taken[1]]
+    assert len({tuple(step[row] for step in taken[8]) for row in range(8)}) > 1, "sequences differ"
+
+
+FAKE_TORCH = """
+from types import SimpleNamespace
+cuda = SimpleNamespace(is_available=lambda: {gpu})
+zeros = lambda *_, device: None
+class profile:
+    def __init__(self, activities): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): pass
+    def key_averages(self):
+        row = SimpleNamespace(key="decode$async_dispatch_3_matmul", count=20, self_device_time_total=5000.0)
+        return [row, SimpleNamespace(key="cudaLaunchKernel", count=20, self_device_time_total=0.0)]
+ProfilerActivity = SimpleNamespace(CUDA=1)
+"""
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_kernels_of_a_step_are_read_off_pytorchs_profiler(
+    packed: Path, tmp_path: Path, gpu: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text(FAKE_TORCH.format(gpu=gpu))
+    (tmp_path / "torch" / "profiler.py").write_text("from torch import ProfilerActivity, profile")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    (body,) = (b for b in json.loads((packed / "job.json").read_text())["jobs"] if b["target"] == "host")
+    with zipfile.ZipFile(packed / "blobs.zip") as blobs:
+        blobs.extractall(tmp_path)
+
+    def where(name: str) -> Path:
+        return next(path for folder in (tmp_path, packed) if (path := reader.blob_path(folder, name)).is_file())
+
+    subject = wire.subject_of(body["subjects"][0]["subject"], where)
+    found = board_operators(subject, packed / "torch_kernels.py", Limits(seconds=60))
+    if gpu:
+        assert found == (Operator("matmul", 2, pytest.approx(5e-4)),)
+    else:
+        assert isinstance(found, Failure) and "PyTorch here sees no GPU" in found.reason
 
 
 def import_module_from(path: Path) -> Any:

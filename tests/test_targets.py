@@ -29,7 +29,7 @@ from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
 from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.devices import read
-from llmbuild.search.knobs import space_for, target_knobs
+from llmbuild.search.knobs import for_cpus, space_for, target_knobs
 from llmbuild.search.study import openers
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import Abi, ImportJob
@@ -271,9 +271,19 @@ def test_our_cpu_kernels_are_no_choice_on_a_gpu_and_are_refused(name: str) -> No
     domains = {knob.name: knob.domain for knob in space.knobs}
     assert domains["kernel"] == ("compiler",)
     assert not {"work_groups", "distribution_size", "vector_width", "ukernels"} & set(domains)
-    for asked in (space_for, lambda t, r, p: space_for(t, recipe(kernel=("own",)), {})):
-        with pytest.raises(InputError, match=f"kernel=own: our kernels are for CPUs, target {name} is"):
-            asked(ALL[name], recipe(), {"kernel": "own"})
+    with pytest.raises(InputError, match=f"kernel=own: our kernels are for CPUs, target {name} is"):
+        space_for(ALL[name], recipe(), {"kernel": "own"})
+
+
+@pytest.mark.parametrize("name", GPUS)
+def test_what_a_recipe_says_for_our_kernels_a_gpu_does_not_hear(name: str) -> None:
+    said = {"layout": ("packed",), "weight_format": ("f12_e4m7",), "kv_dtype": ("f16",), "opt_level": ("O2",)}
+    ours, plain = recipe(kernel=("own",), **said), recipe(opt_level=("O2",))
+    assert space_for(ALL[name], ours, {}) == space_for(ALL[name], plain, {})
+    assert set(for_cpus(ours, ALL[name])) == {"kernel", "layout", "weight_format", "kv_dtype"}
+    either = recipe(layout=("packed",))
+    assert {k.name: k.domain for k in space_for(ALL[name], either, {}).knobs}["layout"] == ("packed",)
+    assert (for_cpus(either, ALL[name]), for_cpus(ours, ALL["x86-64-v4"])) == ({}, {})
 
 
 @pytest.mark.parametrize("name", GPUS)

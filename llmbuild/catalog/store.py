@@ -40,10 +40,11 @@ class BlobStore:
         """Return the name of a blob by its beginning."""
         return next((path.name for path in sorted(self.path(prefix).parent.glob(f"{prefix}*"))), None)
 
-    def put_file(self, source: Path) -> str:
+    def put_file(self, source: Path, moved: bool = False) -> str:
         """Copy a file in and return its digest; what is there already stays as it is.
 
-        The bytes go to a temporary name, are synced, then renamed: a reader sees all of them or none.
+        The bytes go to a temporary name, are synced, then renamed: a reader sees all of them or none. A file that may
+        be `moved` is not copied where both are on one file system: nobody else may have it open for writing.
 
         Raises:
             CatalogError: the store cannot be written, or the disk is full; nothing half-written stays.
@@ -52,8 +53,10 @@ class BlobStore:
         final = self.path(digest)
         if final.is_file() and final.stat().st_size == source.stat().st_size and _digest_of(final) == digest:
             return digest
-        with self._arriving(final) as temporary, open(temporary, "wb") as out, open(source, "rb") as data:
-            shutil.copyfileobj(data, out, _CHUNK)
+        with self._arriving(final) as temporary:
+            if not (moved and _renamed(source, temporary)):
+                with open(temporary, "wb") as out, open(source, "rb") as data:
+                    shutil.copyfileobj(data, out, _CHUNK)
         return digest
 
     def take(self, digest: str, write: Callable[[Path], None]) -> bool:
@@ -134,6 +137,15 @@ class BlobStore:
         except FileNotFoundError:
             return 0
         return size
+
+
+def _renamed(source: Path, path: Path) -> bool:
+    """Say whether a file could be renamed: it cannot from another file system, nor where it belongs to another user."""
+    try:
+        source.replace(path)
+    except OSError:
+        return False
+    return True
 
 
 def _seal(path: Path) -> None:

@@ -7,11 +7,14 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import zipfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import numpy as np
 
 from llmbuild.build import Build, Tell, describe, owner
 from llmbuild.catalog.writer import Catalog
@@ -25,6 +28,7 @@ from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
 from llmbuild.spec.formats import SAME
+from llmbuild.spec.program import CHECK_FILE
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
@@ -34,9 +38,13 @@ Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
 MORE_CODE = (
-    *("fleet/__init__", "fleet/packed", "fleet/seeded", "fleet/table", "search/__init__", "search/front"),
-    *("search/pairs", "transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
+    *("fleet/__init__", "fleet/packed", "fleet/peers", "fleet/seeded", "fleet/table"),
+    *("search/__init__", "search/front", "search/pairs"),
+    *("transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
 )
+CHECK_BYTES, COLUMNS = 1 << 20, 1024
+"""Bytes of logits that are carried as they are, and how many columns of larger ones: those spread evenly, and the
+likeliest token's of each row."""
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = (
     "standing",
@@ -94,8 +102,11 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
     kept = [body for body in bodies if body["subjects"]]
     if not kept:
         raise InputError(f"nothing to pack: {'; '.join(done.left_out)}")
-    for name, path in {**weights, **others}.items():
+    for name, path in weights.items():
         _copy(path, blob_path(folder, name))
+    with zipfile.ZipFile(folder / "blobs.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, path in sorted(others.items()):
+            packed.write(path, blob_path(Path(), name).as_posix())
     (folder / JOB).write_text(json.dumps({"version": 1, "jobs": kept}))
     (folder / "code.zip").write_bytes(archive(*MORE_CODE))
     shutil.copyfile(RUNNER, folder / "run.py")
@@ -133,6 +144,7 @@ def _job(
         if name not in done.drawn:
             done.drawn[name] = _drawn(job, point, catalog, subject.parameters_path, others)
         weights[name] = subject.parameters_path
+        subject = replace(subject, check_path=_sampled(subject.check_path, catalog))
         others |= {n: p for n, p in wire.files_of(subject).items() if p != subject.parameters_path}
         subjects.append(_subject(job, point, wire.subject_body(subject), steps, program))
         done.variants += 1
@@ -150,6 +162,24 @@ def _job(
         "bandwidth": _bandwidth(job, catalog, others, done),
         "shape": _shape(job),
     }
+
+
+def _sampled(check: Path, catalog: Catalog) -> Path:
+    """Return check data with some columns of the logits alone, where there are many.
+
+    A batch's logits over a large vocabulary would be most of a folder, and a part of them tells the same.
+    """
+    with np.load(check) as data:
+        found = {name: data[name] for name in data.files}
+    logits = found["logits"]
+    if logits.nbytes <= CHECK_BYTES:
+        return check
+    spread = np.linspace(0, logits.shape[-1] - 1, COLUMNS).astype(np.int64)
+    columns = np.unique(np.concatenate([spread, logits.argmax(-1).reshape(-1)]))
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        path = Path(name) / CHECK_FILE
+        np.savez(path, **{**found, "logits": logits[..., columns], "columns": columns})
+        return catalog.blobs.path(catalog.blobs.put_file(path))
 
 
 def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict[str, Path]) -> Body | None:

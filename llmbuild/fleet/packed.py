@@ -7,10 +7,7 @@ the readings home as rows of the machine that ran it.
 from __future__ import annotations
 
 import json
-import os
 import sqlite3
-import subprocess
-import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -24,12 +21,16 @@ from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.fleet import seeded
-from llmbuild.fleet.table import Across, Line, across, as_json, table
+from llmbuild.fleet.peers import Peer, Versus, versus
+from llmbuild.fleet.table import Across, Line, Tables, as_json, text
 from llmbuild.process import Limits
 from llmbuild.profiler import bandwidth, nvml, wire
-from llmbuild.profiler.bench import Bench
+from llmbuild.profiler.bench import OPERATORS, Bench
+from llmbuild.profiler.board_operators import board_operators
+from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.energy import CPU_DRIVERS
-from llmbuild.profiler.protocol import Subject
+from llmbuild.profiler.live import Live
+from llmbuild.profiler.protocol import Protocol, Subject
 from llmbuild.profiler.roofline import work
 from llmbuild.profiler.serve import bench_of, unfit
 from llmbuild.profiler.statistics import paired_ratio
@@ -37,9 +38,9 @@ from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
 from llmbuild.search.front import contenders, standings
 from llmbuild.spec.machine import Machine
-from llmbuild.spec.measurement import Measurement, Reading, row_of
+from llmbuild.spec.measurement import ESTIMATES, Measurement, Operator, Reading, row_of
 from llmbuild.spec.program import abi_from
-from llmbuild.spec.slo import parse_bound
+from llmbuild.spec.slo import ENERGY, parse_bound
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, Standing, Trial
 from llmbuild.spec.variant import Failure
@@ -48,43 +49,88 @@ Body = dict[str, Any]
 Tell = Callable[[str], None]
 
 JOB = "job.json"
-RACE_S = 45.0
-"""Seconds that must be left for the survivors of a target to be raced."""
+RACE_S = 10.0
+"""Seconds that must be left for a race."""
 RACERS = 4
+WINDOWS_S = 12.0
+"""Seconds that each racer's energy windows take on a board: a race has no more racers than fit."""
 STEP_S = 90.0
 """Seconds after which a device that does not answer is given up."""
 PEER_S = 45.0
-"""Seconds that must be left for PyTorch."""
+"""Seconds that must be left for PyTorch, which compiles its model first."""
+SCREEN_S = 25.0
+"""Seconds that a variant must have for several windows of energy when it is first measured; else it has one."""
+LEADING = 2
+"""Shares of the first target of a model; every other one has one."""
+AFTER = 0.4
+"""Part of a model's time that is left for its targets in the same rounds, and for PyTorch."""
+RACE = 0.4
+"""Part of a target's time that is left for racing its survivors."""
 
 
 class Run:
     """The jobs of a packed folder, on this machine, within so many seconds."""
 
-    def __init__(self, folder: Path, budget_s: float, tell: Tell) -> None:
-        self.folder, self.tell = folder, tell
+    def __init__(
+        self, folder: Path, budget_s: float, tell: Tell, only: Sequence[str] = (), with_torch: bool = False
+    ) -> None:
+        self.folder, self.tell, self.with_torch = folder, tell, with_torch
         self.end = monotonic() + budget_s
         self.machine = host.machine()
-        self._rates: dict[str, float] = {}
+        self.rates: dict[str, float] = {}
+        self.raced: list[Across] = []
+        self.versus: list[Versus] = []
         try:
-            self.jobs: list[Body] = json.loads((folder / JOB).read_text())["jobs"]
+            jobs: list[Body] = json.loads((folder / JOB).read_text())["jobs"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder / JOB}: not a job of a packed folder: {error}") from None
+        models = list(dict.fromkeys(body["model"] for body in jobs))
+        if unknown := sorted(set(only) - set(models)):
+            raise InputError(f"the folder holds no {', '.join(unknown)}; it holds {', '.join(models)}")
+        self.jobs = [body for body in jobs if not only or body["model"] in only]
 
     def all(self) -> list[Line]:
-        """Run every job that this machine can; what is left out is told in its lines."""
-        return [line for body in self.jobs for line in self._job(body)]
+        """Run every job that this machine can; what is left out is told in its lines.
 
-    def across(self, lines: Sequence[Line]) -> list[Across]:
+        The time is shared: what is left goes to the models that are left in equal parts, and within one first to its
+        targets, the first of them twice as much as another, then to the best of all of them and to PyTorch.
+        """
+        models = list(dict.fromkeys(body["model"] for body in self.jobs))
+        lines: list[Line] = []
+        for left, model in zip(range(len(models), 0, -1), models, strict=True):
+            bodies = [body for body in self.jobs if body["model"] == model]
+            lines += self._model(bodies, monotonic() + (self.end - monotonic()) / left)
+        return lines
+
+    def _model(self, bodies: Sequence[Body], end: float) -> list[Line]:
+        begin, shares = monotonic(), LEADING + len(bodies) - 1
+        compared = len(bodies) > 1 or self.with_torch or self._on_board(bodies)
+        last = end - AFTER * (end - begin) if compared else end
+        lines: list[Line] = []
+        for number, body in enumerate(bodies):
+            mine = LEADING if number == 0 else 1
+            lines += self._job(body, monotonic() + max(0.0, last - monotonic()) * mine / shares)
+            shares -= mine
+        raced = self.across(lines, end)
+        self.raced += raced
+        if self._with_peers(lines):
+            self._peers(lines, {a.variant for a in raced[:1]}, end)
+        return lines
+
+    def across(self, lines: Sequence[Line], end: float) -> list[Across]:
         """Race the best variant of each target in the same rounds, the fastest first; nothing for only one."""
         best: dict[str, Line] = {}
         for line in sorted((x for x in lines if x.measurement), key=lambda x: _time(x.measurement)):
             best.setdefault(line.target, line)
-        if len(best) < 2 or self.end - monotonic() < RACE_S:
+        left = end - monotonic() - (PEER_S if self._with_peers(lines) else 0.0)
+        if len(best) < 2 or end - monotonic() < RACE_S:
             return []
         self.tell(f"the best of {', '.join(best)} in the same rounds")
         bodies = {one["subject"]["variant"]: (body, one) for body in self.jobs for one in body["subjects"]}
         body = bodies[next(iter(best.values())).variant][0]
-        bench = bench_of(body["bench"], self._where)
+        bench = bench_of(
+            _within(body["bench"], max(left, RACE_S), len(best)), self._where, limits=Limits(seconds=STEP_S)
+        )
         try:
             subjects = [wire.subject_of(bodies[x.variant][1]["subject"], self._where) for x in best.values()]
             everyone = {s.variant for s in subjects}
@@ -92,71 +138,113 @@ class Run:
         finally:
             bench.close()
         targets = {line.variant: line.target for line in best.values()}
-        return _ranked(targets, raced)
+        return _ranked(body["model"], targets, raced)
 
-    def on_gpu(self, lines: Sequence[Line]) -> bool:
-        """Say whether any of the variants ran on a GPU."""
-        drivers = {one["subject"]["variant"]: one["subject"]["driver"] for b in self.jobs for one in b["subjects"]}
-        return any(drivers[line.variant] not in CPU_DRIVERS for line in lines)
+    @staticmethod
+    def _on_board(bodies: Sequence[Body]) -> bool:
+        """Say whether any of the variants is for a GPU."""
+        return any(one["subject"]["driver"] not in CPU_DRIVERS for body in bodies for one in body["subjects"])
 
-    def peers(self) -> list[Line]:
-        """Time the same shape in PyTorch, where this Python has it, in what is left of the time."""
-        if not any(body.get("shape") for body in self.jobs) or self.end - monotonic() < PEER_S:
-            return []
-        body = next(body for body in self.jobs if body.get("shape"))
-        load = wire.workloads_of(body["bench"])[0]
+    def _with_peers(self, lines: Sequence[Line]) -> bool:
+        """Say whether PyTorch takes part: where it is wanted, and where a GPU was measured."""
+        done = {line.variant for line in lines if line.measurement}
+        mine = [(b, one) for b in self.jobs for one in b["subjects"] if one["subject"]["variant"] in done]
+        return (
+            bool(mine)
+            and (self.with_torch or any(one["subject"]["driver"] not in CPU_DRIVERS for _, one in mine))
+            and any(b.get("shape") for b, _ in mine)
+        )
+
+    def _peers(self, lines: Sequence[Line], first: Collection[str], end: float) -> None:
+        """Let PyTorch answer in turns with the best variant on the same shape, where this Python has it.
+
+        The best is who came `first` among the targets in the same rounds, else the fastest that was measured.
+        """
+        measured = [line for line in lines if line.measurement]
+        best = min(
+            (line for line in measured if not first or line.variant in first), key=lambda line: _time(line.measurement)
+        )
+        body, one = next(
+            (body, one)
+            for body in self.jobs
+            for one in body["subjects"]
+            if (body["model"], body["target"], one["subject"]["variant"]) == (best.model, best.target, best.variant)
+        )
+        left_s = end - monotonic()
+        if not body.get("shape") or left_s < PEER_S:
+            self.tell(f"{best.model}: PyTorch is left out: {left_s:.0f} s were left, it takes {PEER_S:.0f}")
+            return
         shape = self.folder / "shape.json"
         shape.write_text(json.dumps(body["shape"]))
-        command = [sys.executable, str(self.folder / "torch_peer.py"), str(shape), str(load.prompt), str(load.output)]
-        clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-        try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, check=False, env=clean, timeout=self.end - monotonic()
-            )
-            told = [json.loads(line) for line in done.stdout.splitlines()]
-        except (subprocess.TimeoutExpired, ValueError):
-            told, done = [], None
-        if not told:
-            why = done.stderr.strip().splitlines()[-1:] if done else ["the time was up"]
-            self.tell(f"PyTorch is left out: {why[0] if why else 'it said nothing'}")
-        return [_peer(body["model"], one) for one in told]
+        loads = wire.workloads_of(body["bench"])
+        for left, load in zip(range(len(loads), 0, -1), loads, strict=True):
+            named = Versus(best.model, load, "PyTorch", best.variant, f"{best.target}: {best.choices}")
+            self.tell(f"{best.model}, {load.name}: PyTorch in turns with {named.choices}")
+            self.versus += self._turns(one, shape, named, monotonic() + (end - monotonic()) / left)
 
-    def _job(self, body: Body) -> list[Line]:
-        why = unfit(body["bench"]["target"], body["bench"]["runtime"]) or self._draw(body)
+    def _turns(self, one: Body, shape: Path, named: Versus, end: float) -> list[Versus]:
+        peer = Peer(self.folder / "torch_peer.py", shape, named.workload)
+        live = Live(wire.subject_of(one["subject"], self._where), Limits(seconds=STEP_S))
+        try:
+            live.open(1)
+            live.warm(named.workload, 0.0)
+            return versus(peer, live, named, end)
+        except ChildFailed as error:
+            self.tell(f"  left out: {error.failure.reason}")
+            return []
+        finally:
+            live.child.close()
+            peer.close()
+
+    def _job(self, body: Body, end: float) -> list[Line]:
+        why = unfit(body["bench"]["target"], body["bench"]["runtime"])
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
         machine = machine_of({one["subject"]["driver"] for one in body["subjects"]})
-        bench = bench_of(body["bench"], self._where, machine, Limits(seconds=STEP_S))
-        rate = self._bandwidth(body)
+        begin = monotonic()
+        each_s = (end - begin) * (1 - RACE) / len(body["subjects"])
+        bench = bench_of(
+            _within(body["bench"], RACE * (end - begin), RACERS, each_s), self._where, machine, Limits(seconds=STEP_S)
+        )
         known: list[Trial] = []
         left: list[Line] = []
+        rate, last, screened = None, 0.0, begin + (1 - RACE) * (end - begin)
         try:
             for number, one in enumerate(body["subjects"], 1):
-                if monotonic() > self.end:
+                now = monotonic()
+                if now > self.end or (known and now + last > screened):
                     left.append(self._line(body, one, "left out: the time was up"))
                     continue
+                if why := self._draw(body, one):
+                    self.tell(f"{body['model']} on {body['target']}: left out: {why}")
+                    left.append(self._line(body, one, why))
+                    continue
+                rate = rate or self._bandwidth(body)
                 known.append(self._trial(bench, body, one, number, scope_of(body, machine), rate))
-            known = self._raced(bench, body, known)
+                last = monotonic() - now
+            known = self._timed(body, self._raced(bench, body, known, end), end)
         finally:
             bench.close()
             self._record(body, machine, known)
-        return [*(self._found(body, trial) for trial in known), *left]
+        fronts = _fronts(known)
+        return [*(self._found(body, trial, fronts.get(trial.variant, "")) for trial in known), *left]
 
-    def _draw(self, body: Body) -> str:
-        """Draw weights that were not carried here from their seed; return why they cannot be used, or nothing."""
-        for name, made in body.get("seeded", {}).items():
-            path = self._where(name)
-            if path.is_file():
-                continue
-            self.tell(f"{body['model']}: weights {digest.short(name)} are drawn from their seed")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft = path.with_suffix(".part")
-            seeded.put_together(made, self._where(made["rest"]), draft)
-            if digest.of_file(draft) != name:
-                draft.unlink()
-                return f"weights drawn here are not {digest.short(name)}: pack again with the weights themselves"
-            draft.replace(path)
+    def _draw(self, body: Body, one: Body) -> str:
+        """Draw a variant's weights from their seed where they were not carried here; return why they cannot be used."""
+        name = one["subject"]["parameters_path"]
+        made, path = body.get("seeded", {}).get(name), self._where(name)
+        if made is None or path.is_file():
+            return ""
+        begin = monotonic()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(".part")
+        seeded.put_together(made, self._where(made["rest"]), draft)
+        if digest.of_file(draft) != name:
+            draft.unlink()
+            return f"weights drawn here are not {digest.short(name)}: pack again with the weights themselves"
+        draft.replace(path)
+        self.tell(f"{body['model']}: weights {digest.short(name)} drawn from their seed in {monotonic() - begin:.0f} s")
         return ""
 
     def _bandwidth(self, body: Body) -> float | None:
@@ -171,7 +259,7 @@ class Run:
             self.tell(f"  no bandwidth: {found.reason}")
             return None
         self.tell(f"{body['model']} on {body['target']}: sums of rows read {found / 1e9:.1f} GB/s")
-        self._rates[body["target"]] = found
+        self.rates[body["target"]] = found
         return found
 
     def _trial(self, bench: Bench, body: Body, one: Body, number: int, scope: str, rate: float | None) -> Trial:
@@ -195,21 +283,37 @@ class Run:
             seconds=monotonic() - begin,
         )
 
-    def _raced(self, bench: Bench, body: Body, known: list[Trial]) -> list[Trial]:
+    def _raced(self, bench: Bench, body: Body, known: list[Trial], end: float) -> list[Trial]:
         """Measure the best again in common rounds, where there is time for it."""
         alive = {s.variant for s in self._standings(body, known) if s.status in FRONT}
         leader = body["objectives"][0]
         racers = sorted((t for t in known if t.variant in alive), key=lambda t: _value(t, leader))[:RACERS]
-        if len(racers) < 2 or self.end - monotonic() < RACE_S:
+        seconds = end - monotonic()
+        if any(t.measurements[0].energy_source for t in racers):
+            racers = racers[: max(2, int((seconds - RACE_S) / WINDOWS_S))]
+        if len(racers) < 2 or seconds < RACE_S:
             return known
+        bench.protocol = Protocol(**_within(body["bench"], seconds, len(racers))["protocol"])
         self.tell(f"{body['model']} on {body['target']}: {len(racers)} survivors in interleaved rounds")
         bodies = {one["subject"]["variant"]: one["subject"] for one in body["subjects"]}
         subjects: list[Subject] = [wire.subject_of(bodies[t.variant], self._where) for t in racers]
         left = partial(contenders, known)
         measured = bench.race(subjects, lambda found, reach: left(found, body["objectives"], reach))
         again = {found[0].variant: found for found in measured}
-        rate = self._rates.get(body["target"])
+        rate = self.rates.get(body["target"])
         return [replace(t, measurements=_again(t, again.get(t.variant), bodies[t.variant], rate)) for t in known]
+
+    def _timed(self, body: Body, known: list[Trial], end: float) -> list[Trial]:
+        """Time the operators of the fastest variant on a board; where the time is up, or it cannot, a note says so."""
+        best = min((t for t in known if t.measurements), key=lambda t: _value(t, "tpot_s"), default=None)
+        bodies = {one["subject"]["variant"]: one["subject"] for one in body["subjects"]}
+        if best is None or bodies[best.variant]["driver"] in CPU_DRIVERS or monotonic() > end:
+            return known
+        subject = wire.subject_of(bodies[best.variant], self._where)
+        found = board_operators(subject, self.folder / "torch_kernels.py", Limits(seconds=STEP_S))
+        if isinstance(found, Failure):
+            self.tell(f"  operators: {found.reason}")
+        return [replace(t, measurements=_with_operators(t, found)) if t is best else t for t in known]
 
     def _standings(self, body: Body, known: Sequence[Trial]) -> list[Standing]:
         bounds = tuple(parse_bound(text) for text in body["bounds"])
@@ -224,10 +328,10 @@ class Run:
     def _line(self, body: Body, one: Body, why: str) -> Line:
         return Line(body["model"], body["target"], one["choices"], one["subject"]["variant"], why)
 
-    def _found(self, body: Body, trial: Trial) -> Line:
+    def _found(self, body: Body, trial: Trial, front: str) -> Line:
         one = next(o for o in body["subjects"] if o["subject"]["variant"] == trial.variant)
         why = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else ""
-        return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None))
+        return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None), front=front)
 
     def _record(self, body: Body, on: Machine, known: Sequence[Trial]) -> None:
         """Write what was found as rows of this machine, all in one transaction."""
@@ -270,19 +374,47 @@ def _with_fraction(measured: Measurement, subject: Subject, rate: float | None) 
     return replace(measured, readings=readings, notes={**measured.notes, "limits": told})
 
 
-def _ranked(targets: Mapping[str, str], raced: Mapping[str, Measurement]) -> list[Across]:
+def _with_operators(trial: Trial, found: tuple[Operator, ...] | Failure) -> tuple[Measurement, ...]:
+    if isinstance(found, Failure):
+        return tuple(replace(m, notes={**m.notes, "operators": f"absent: {found.reason}"}) for m in trial.measurements)
+    kept = [{k: v for k, v in m.notes.items() if k != "operators"} for m in trial.measurements]
+    return tuple(
+        replace(m, operators=found[:OPERATORS], notes=notes) for m, notes in zip(trial.measurements, kept, strict=True)
+    )
+
+
+def _fronts(known: Sequence[Trial]) -> dict[str, str]:
+    """Return where each variant stands by time per token and energy; nothing where no energy was measured."""
+    metered = [t for t in known if t.measurements and t.measurements[0].energy_source]
+    metered = [t for t in metered if t.measurements[0].energy_source not in ESTIMATES]
+    if not metered:
+        return {}
+    found = standings(metered, metered[0].measurements[0].workload.name, ("tpot_s", ENERGY), ())
+    return {s.variant: s.status for s in found}
+
+
+def _within(body: Body, race_s: float, racers: int, each_s: float = SCREEN_S) -> Body:
+    """Return a bench whose races end within so many seconds, energy included, and whose screens are as short as asked.
+
+    A racer's window of energy is long; none is begun after what is left when each has had one.
+    """
+    protocol = body["protocol"]
+    times = {
+        "race_seconds": min(protocol["race_seconds"], max(race_s - racers * WINDOWS_S, race_s / 3)),
+        "race_energy_seconds": min(protocol["race_energy_seconds"], max(0.0, race_s - 2 * racers * WINDOWS_S)),
+        "energy_windows": protocol["energy_windows"] if each_s >= SCREEN_S else 1,
+    }
+    return {**body, "protocol": {**protocol, **times}}
+
+
+def _ranked(model: str, targets: Mapping[str, str], raced: Mapping[str, Measurement]) -> list[Across]:
     ordered = sorted(raced.values(), key=_time)
     found = []
     for m in ordered:
         both = list(zip(m.readings["tpot_s"].samples, ordered[0].readings["tpot_s"].samples, strict=False))
         ratio = paired_ratio([mine for mine, _ in both], [first for _, first in both])
-        found.append(Across(targets[m.variant], m.variant, _time(m), ratio))
+        found.append(Across(model, targets[m.variant], m.variant, m.readings, ratio, m.energy))
     return found
-
-
-def _peer(model: str, told: Body) -> Line:
-    seconds: dict[str, float] = {name: float(told[name]) for name in ("tpot_s", "ttft_s") if name in told}
-    return Line(model, "-", told["runtime"], "", told.get("reason", ""), None, seconds)
 
 
 def machine_of(drivers: Collection[str]) -> Machine:
@@ -320,26 +452,23 @@ def _record_failure(connection: sqlite3.Connection, model: str, trial: Trial, no
     )
 
 
-def main(folder: str, budget_s: float, as_document: bool, tell: Tell, with_torch: bool = False) -> int:
-    """Run a packed folder and print its table; return 0 where anything was measured, 1 where nothing was.
+def main(
+    folder: str, budget_s: float, as_document: bool, tell: Tell, with_torch: bool = False, only: Sequence[str] = ()
+) -> int:
+    """Run a packed folder, or `only` some of its models, and print its tables; return 1 where nothing was measured.
 
     PyTorch takes part where a GPU was measured, or `with_torch`.
     """
     try:
-        run = Run(Path(folder), budget_s, tell)
+        run = Run(Path(folder), budget_s, tell, only, with_torch)
     except InputError as error:
         tell(f"error: {error}")
         return error.exit_code
     begin = monotonic()
     lines = run.all()
     done = [line for line in lines if line.measurement is not None]
-    raced = run.across(done)
-    peers = run.peers() if with_torch or run.on_gpu(done) else []
-    if as_document:
-        print(as_json([*lines, *peers], raced))
-    else:
-        print(f"{run.machine.describe()}\n{table([*lines, *peers])}")
-        print(f"in the same rounds:\n{across(raced)}" if raced else "", end="\n" if raced else "")
+    found = Tables(run.machine, lines, run.raced, run.versus, run.rates)
+    print(as_json(found) if as_document else text(found))
     for told in sorted({m.notes["energy"] for line in done if (m := line.measurement) and "energy" in m.notes}):
         tell(f"energy: {told}")
     tell(f"{len(done)} of {len(lines)} variants measured in {monotonic() - begin:.0f} s; {budget_s:.0f} s were given")

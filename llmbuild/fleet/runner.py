@@ -1,4 +1,4 @@
-"""Runs a packed folder: python3 run.py [--budget SECONDS] [--torch] [--json]
+"""Runs a packed folder: python3 run.py [--budget SECONDS] [--only MODEL]... [--torch] [--json]
 
 Needs Python 3.11 or newer and what lies beside it: no network, no compiler, nothing installed. It reads meters and
 changes no setting of a device. Wheels are unpacked into `lib/` once; readings go into `catalog.sqlite`.
@@ -31,6 +31,18 @@ def _unpack(archive: Path, folder: Path) -> None:
     made.rename(folder)
 
 
+def _unpack_blobs() -> None:
+    """Put what was carried compressed in its place, once; each file appears whole."""
+    with zipfile.ZipFile(HERE / "blobs.zip") as file:
+        for name in file.namelist():
+            path = HERE / name
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft = path.with_suffix(".part")
+                draft.write_bytes(file.read(name))
+                draft.replace(path)
+
+
 def _libraries() -> list[str]:
     found = [wheel for wheel in sorted((HERE / "wheels").glob("*.whl")) if _suits(wheel)]
     for wheel in found:
@@ -48,11 +60,13 @@ def _main() -> int:
         return 2
     parser = argparse.ArgumentParser(description="Measure what was packed on this machine.")
     parser.add_argument("--budget", type=float, default=540.0, help="seconds; what does not fit is named")
+    parser.add_argument("--only", action="append", default=[], metavar="MODEL", help="measure this; may be given again")
     parser.add_argument("--torch", action="store_true", help="time PyTorch too, though no GPU is measured")
     parser.add_argument("--json", action="store_true", help="one JSON document on stdout")
     asked = parser.parse_args()
     code = HERE / "lib" / "code"
     _unpack(HERE / "code.zip", code)
+    _unpack_blobs()
     paths = [str(code), *_libraries()]
     sys.path[:0] = paths
     inherited = os.environ.get("PYTHONPATH")
@@ -64,7 +78,7 @@ def _main() -> int:
         _told(f"error: {error}: pack again with `--python {version}`, or pip install iree-base-runtime numpy here")
         return 2
     try:
-        return main(str(HERE), asked.budget, asked.json, _told, asked.torch)
+        return main(str(HERE), asked.budget, asked.json, _told, asked.torch, asked.only)
     except KeyboardInterrupt:
         _told("interrupted; what was finished is kept")
         return 130

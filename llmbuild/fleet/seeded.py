@@ -6,7 +6,9 @@ it does is tried here; there, the digest of what was put together decides.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from llmbuild.transform.drawn import draw, stored
 
 Body = dict[str, Any]
 _MATRIX = ".matrix."
+MOST_THREADS = 16
+"""Matrices that are drawn side by side."""
 
 
 def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
@@ -63,11 +67,17 @@ def take_apart(archive: Path, config: Mapping[str, Any], seed: int, forms: tuple
 
 
 def put_together(made: Body, rest: Path, archive: Path) -> None:
-    """Write the archive again."""
+    """Write the archive again; matrices are drawn side by side, for numpy lets other threads run meanwhile."""
+
+    def parts(matrix: tuple[str, str, list[int], str]) -> dict[str, bytes]:
+        name, source, shape, form = matrix
+        found = _parts(made["seed"], source, (shape[0], shape[1]), made["spread"], form)
+        return {f"{name}{_MATRIX}{part}": each for part, each in found.items()}
+
     entries = _entries(rest)
-    for name, source, shape, form in made["matrices"]:
-        parts = _parts(made["seed"], source, tuple(shape), made["spread"], form)
-        entries |= {f"{name}{_MATRIX}{part}": each for part, each in parts.items()}
+    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+        for drawn in pool.map(parts, made["matrices"]):
+            entries |= drawn
     _save(archive, entries)
 
 

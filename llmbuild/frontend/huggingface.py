@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 import torch
 import transformers
+from torch.overrides import TorchFunctionMode
 
 from llmbuild.errors import InputError
 from llmbuild.transform.drawn import draw
@@ -34,11 +35,21 @@ def load(model: str, random_init: bool, seed: int, attention: str) -> Any:
     if random_init:
         torch.manual_seed(seed)
         config.dtype = torch.float32
-        built = _library.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+        with _Undrawn():
+            built = _library.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
         _draw_matrices(built, seed, config.initializer_range)
     else:
         built = _with_weights(model, config, attention)
     return built.eval().requires_grad_(False)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Leaves out the random numbers that a model's matrices begin with, where others take their place."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and args[0].dim() > 1:
+            return args[0]
+        return func(*args, **(kwargs or {}))
 
 
 def _draw_matrices(built: Any, seed: int, spread: float) -> None:

@@ -21,18 +21,18 @@ SECONDS = 0.05
 """How long the step is repeated."""
 
 
-def tool() -> Path:
-    """Return the path of the runtime wheel's iree-benchmark-module.
+def tool(name: str = "iree-benchmark-module") -> Path:
+    """Return the path of a tool of the runtime wheel.
 
     Raises:
         InputError: the wheel has none.
     """
     spec = importlib.util.find_spec("iree")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "_runtime_libs" / "iree-benchmark-module"
+        path = Path(folder) / "_runtime_libs" / name
         if path.is_file():
             return path
-    raise InputError("iree-benchmark-module is not installed: pip install iree-base-runtime")
+    raise InputError(f"{name} is not installed: pip install iree-base-runtime")
 
 
 def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits) -> tuple[Operator, ...] | Failure:
@@ -44,12 +44,7 @@ def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits)
         command = [
             str(tool()),
             "--device=local-sync",
-            f"--module={artifact}",
-            f"--parameters={PARAMETER_SCOPE}={archive}",
-            f"--function={DECODE}",
-            f"--input={abi.batch}xi64=1",
-            f"--input={abi.batch}xi64={abi.context // 2}",
-            *[f"--input={_zeros(kind)}" for kind in abi.kv],
+            *decode_call(artifact, archive, abi),
             "--dispatch_statistics=true",
             f"--benchmark_min_time={SECONDS}s",
             "--benchmark_out_format=json",
@@ -59,6 +54,23 @@ def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits)
         if failure:
             return failure
         return _read(json.loads(output.read_text())["benchmarks"])
+
+
+def decode_call(artifact: Path, archive: Path, abi: Abi) -> list[str]:
+    """Return what IREE's tools are told to call one decode step in the middle of the context."""
+    return [
+        f"--module={artifact}",
+        f"--parameters={PARAMETER_SCOPE}={archive}",
+        f"--function={DECODE}",
+        f"--input={abi.batch}xi64=1",
+        f"--input={abi.batch}xi64={abi.context // 2}",
+        *[f"--input={_zeros(kind)}" for kind in abi.kv],
+    ]
+
+
+def bare_name(name: str) -> str:
+    """Return what a dispatch does, without its function and number: those that do the same are one operator."""
+    return re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", name)
 
 
 def dispatches(operators: Sequence[Operator]) -> int:
@@ -76,6 +88,5 @@ def _read(rows: Sequence[dict[str, Any]]) -> tuple[Operator, ...]:
         if "calls" not in row:
             continue
         scale = {"ns": 1e-9, "us": 1e-6, "ms": 1e-3, "s": 1.0}[row["time_unit"]]
-        name = re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", row["name"].split("/", 1)[1])
-        found.append(Operator(name, round(row["calls"]), row["real_time"] * scale))
+        found.append(Operator(bare_name(row["name"].split("/", 1)[1]), round(row["calls"]), row["real_time"] * scale))
     return tuple(sorted(found, key=lambda o: -o.seconds))

@@ -100,6 +100,8 @@ class Worker:
         batch = self.session.abi.batch
         prompt, forced = (found[name].reshape(batch, -1) for name in ("prompt", "forced"))
         actual = self._forced(prompt, forced, found.get("start", prompt.shape[1]))
+        if "columns" in found:  # a packed folder carries a part of them
+            actual = actual[..., found["columns"]]
         expected = found["logits"].reshape(actual.shape)
         scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))) or 1.0
         error = float(np.sqrt(np.mean(np.square(actual.astype(np.float64) - expected))))

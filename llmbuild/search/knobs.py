@@ -49,6 +49,7 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
 
 COMPILER = ("compiler",)
 """Who generates the products where none of our kernels can."""
+OWN = "own"
 
 
 def _unbroken(knob: Knob, target: Target) -> Knob:
@@ -97,7 +98,10 @@ def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[s
         InputError: a knob that no backend has.
     """
     mine, said = {k.name: k for k in there}, {}
+    unheard = dict(for_cpus(recipe, target))
     for name, values in recipe.knobs:
+        if name in unheard:
+            continue
         others = [k for k in ALL if k.name == name and target.backend not in (k.backends or (target.backend,))]
         if not others or name in mine:
             foreign = {str(v).lower() for k in others for v in k.domain}
@@ -105,6 +109,18 @@ def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[s
             if kept or not others:
                 said[name] = kept or values
     return said
+
+
+def for_cpus(recipe: Recipe, target: Target) -> dict[str, tuple[Value, ...]]:
+    """Return what a recipe says for the sake of our kernels alone, which a target that is no CPU goes without.
+
+    A recipe that names them and nothing else as `kernel` narrows the formats, layout and cache for them.
+    """
+    said = dict(recipe.knobs)
+    if target.is_cpu or set(map(str, said.get("kernel", ()))) != {OWN}:
+        return {}
+    with_them = {"kernel", *(c.knob for k in ALL if k.name == "kernel" for c in k.when)}
+    return {name: values for name, values in said.items() if name in with_them}
 
 
 def _has(knob: Knob, given: Value) -> bool:
@@ -164,7 +180,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
             )
         return replace(knob, domain=COMPILER)
     if not target.is_cpu:
-        if set(map(str, asked.get("kernel", ()))) == {"own"}:
+        if set(map(str, asked.get("kernel", ()))) == {OWN}:
             raise InputError(
                 f"knob kernel=own: our kernels are for CPUs, target {target.name} is {target.backend}: choose "
                 "kernel=compiler"
@@ -174,7 +190,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
 
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
-    if set(map(str, asked.get("kernel", ()))) == {"own"} and wanted and not set(wanted) & set(formats):
+    if set(map(str, asked.get("kernel", ()))) == {OWN} and wanted and not set(wanted) & set(formats):
         raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
     if not formats:
         return replace(knob, domain=COMPILER)

@@ -16,18 +16,23 @@ from llmbuild.transform.weights import Array, to_bf16
 
 PIECES = 4
 """Numbers of 16 bits that are added up for one weight: enough to be near a normal distribution."""
+AT_ONCE = 1 << 18
+"""Weights that are drawn at once: what that takes beside them stays in a CPU's cache, whatever the matrix."""
 _SPREAD = sqrt(PIECES * (65536**2 - 1) / 12)
 
 
 def draw(seed: int, name: str, shape: tuple[int, ...], spread: float) -> Array:
     """Return f32 of this shape, about normal around 0 with the standard deviation `spread`."""
     key = int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:16], "little")
-    words = np.random.Philox(key=key).random_raw(prod(shape)).astype("<u8", copy=False)
-    pieces = words.view("<i2").reshape(-1, PIECES)
-    total = pieces[:, 0].astype(np.int32)
-    for each in range(1, PIECES):  # a sum over so short an axis takes three times as long
-        total += pieces[:, each]
-    drawn: Array = total.astype(np.float32) * np.float32(spread / _SPREAD)
+    stream, drawn = np.random.Philox(key=key), np.empty(prod(shape), np.float32)
+    for begin in range(0, len(drawn), AT_ONCE):
+        part = drawn[begin : begin + AT_ONCE]
+        words = stream.random_raw(len(part)).astype("<u8", copy=False)
+        pieces = words.view("<i2").reshape(-1, PIECES)
+        total = pieces[:, 0].astype(np.int32)
+        for each in range(1, PIECES):  # a sum over so short an axis takes three times as long
+            total += pieces[:, each]
+        np.multiply(total.astype(np.float32), np.float32(spread / _SPREAD), out=part)
     return drawn.reshape(shape)
 
 
