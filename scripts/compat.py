@@ -3,7 +3,7 @@
     python scripts/compat.py [RECIPE] [-C CATALOG] [-t TARGET]... [--formats NAME...] [--seconds N] [--again] [--json]
 
 Each cell is one point: the compiler's defaults at O2 with that weight format. What this host can run is opened and its
-logits are held against PyTorch's; the rest is compiled only. Results are kept in `compat.json` in the catalog, so that
+logits are held against PyTorch's; the rest is compiled only. Where a GPU's driver has a device, it is tried. Results are kept in `compat.json` in the catalog, so that
 a run that is stopped, or out of its `--seconds`, goes on where it was; `--again` tries anew what failed.
 """
 
@@ -89,13 +89,13 @@ def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
     if isinstance(made, Failure) or isinstance(program, Failure):
         assert isinstance(made, Failure)
         return _failed(job, steps, target, form, made, begin)
-    here = runs_here(job.target)
-    if here == YES:
+    sign, _, why = runs_here(job.target).partition(": ")
+    if sign != "no":
         failure = check(steps, point, program, made)
-        if failure:
+        if failure and (sign == YES or failure.stage == "check"):
             return _failed(job, steps, target, form, failure, begin)
-    state = "runs" if here == YES else "compiles"
-    why = "" if here == YES else here.removeprefix("no: ")
+        why = failure.reason if failure else ""  # a driver that was not known to take this chip's code does not
+    state = "compiles" if why else "runs"
     return Cell(target, form, state, here=why, artifact_bytes=made.size_bytes, seconds=monotonic() - begin)
 
 
