@@ -28,9 +28,10 @@ class _Entry(nn.Module):
         """Run tokens i64[1,T] at positions i64[T] from `start` i64[1] on; return the next token i64[1] and the
         last logits f32[V].
         """
+        mask = causal_mask(positions, self.context)
         hidden = self.model.model(
             input_ids=tokens,
-            attention_mask=causal_mask(positions, self.context),
+            attention_mask=apart(mask) if self.model.config.num_hidden_layers == 1 else mask,
             position_ids=positions[None],
             past_key_values=CallerCache(kv, positions, start),
             use_cache=True,
