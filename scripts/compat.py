@@ -4,8 +4,8 @@
 
 Each cell is one point: the compiler's defaults at O2 with that weight format. What this host can run is opened and its
 logits are held against PyTorch's, which is tried on every device that a GPU's driver has; the rest is compiled only.
-Results are kept in `compat.json` in the catalog, so that a run that is stopped, or out of its `--seconds`, goes on where
-it was; `--again` tries anew what failed.
+Results are kept in `compat.json` in the catalog: a run that is stopped, or out of its `--seconds`, goes on where it
+was; `--again` tries anew what failed.
 """
 
 from __future__ import annotations

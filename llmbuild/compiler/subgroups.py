@@ -1,7 +1,7 @@
 """Sizes of subgroups in SPIR-V: code that adds up over a subgroup is right for one size, and has to say so.
 
 The compiler generates it for the first size that it knows of the chip, but leaves out of the artifact which one that
-was. Drivers then take their own: 64 lanes for code of 32 on some GPUs of AMD, 8 in software. Each such sum is wrong, and
+was. Drivers then take their own: llvmpipe 8 lanes, others perhaps 64 for code of 32. Each such sum is wrong, and
 nothing tells. With the size in the dispatch's configuration the runtime has the driver make subgroups of that size, or
 refuses the artifact.
 """

@@ -205,7 +205,7 @@ class _Target(_Strict):
         if not self.attribute:
             return
         if self.backend not in (CUDA, VULKAN):
-            raise ValueError("attribute is for cuda and vulkan-spirv targets: the compiler has names for all other chips")
+            raise ValueError("attribute is for cuda and vulkan-spirv targets: the compiler names all other chips")
         start = f'#hal.device.target<"{self.kind.device}", [#hal.executable.target<"{self.backend}", '
         if not self.attribute.startswith(start):
             raise ValueError(f"attribute must be a #hal.device.target of one {self.backend} #hal.executable.target")
