@@ -12,11 +12,11 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmbuild import digest
-from llmbuild.compiler import dispatches, iree, matvec, phases
+from llmbuild.compiler import dispatches, iree, matvec, phases, subgroups
 from llmbuild.compiler.flags import attributes, compile_flags
 from llmbuild.process import Limits
 from llmbuild.spec.space import AUTO, MATVEC, TUNING, UNTUNED, WRITTEN, Value
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import VULKAN, Target
 from llmbuild.spec.variant import Artifact, Failure
 
 if TYPE_CHECKING:
@@ -34,12 +34,14 @@ def untuned(settings: Settings) -> bool:
 
 def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
     """Return everything that goes into a compile of a module (its digest), by name."""
-    return {"module": module, "flags": compile_flags(target, settings), "compiler": compiler, **_written(settings)}
+    flags = compile_flags(target, settings)
+    return {"module": module, "flags": flags, "compiler": compiler, **_written(target, settings)}
 
 
-def _written(settings: Settings) -> dict[str, Value]:
-    """Return the settings that no flag says, those at their defaults left out."""
-    return {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
+def _written(target: Target, settings: Settings) -> dict[str, Value]:
+    """Return what no flag says: settings that are not at their defaults, and what is written for all of a backend."""
+    chosen = {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
+    return {**chosen, "subgroups": "said"} if target.backend == VULKAN else chosen
 
 
 class Compiling:
@@ -119,7 +121,7 @@ class Compiling:
     def translated(self, front: Front, settings: Settings) -> Front | Failure:
         """Return the translated dispatches of a front half: known by what was asked, or by how they are configured."""
         flags = phases.configure_flags(self.target, settings)
-        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **_written(settings)}
+        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **_written(self.target, settings)}
 
         def make() -> Front | Failure:
             made = self.translated_text(self.text(front, settings), settings)
@@ -135,9 +137,12 @@ class Compiling:
             folder = Path(name)
             source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
             source.write_text(text)
-            failure = phases.configure(source, configured, self.target, settings, self.limits)
+            edited = self.target.backend == VULKAN
+            failure = phases.configure(source, configured, self.target, settings, self.limits, text=edited)
             if failure:
                 return failure
+            if edited:
+                configured.write_text(subgroups.said(configured.read_text()))
             flags = phases.translate_flags(self.target, settings)
             plain = _nameless(configured.read_bytes(), folder)
             inputs = {"configured": digest.of_bytes(plain), "flags": flags, "compiler": self.compiler}

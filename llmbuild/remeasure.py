@@ -111,7 +111,7 @@ def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None
     catalog.register(names)
     quality = Quality(None, "kept from the first measurement")
     with catalog.measuring():
-        limits = catalog.find_limits(names.machine_digest)
+        limits = catalog.find_limits(names.machine_digest) if known.target.is_cpu else None
         known_limits = from_body(limits) if limits else None
         bench = _bench(known, quality, names.machine_digest, known_limits, remote)
         try:

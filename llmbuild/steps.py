@@ -364,9 +364,14 @@ class Steps:
         return Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol, limits)
 
     def roofline(self) -> Roofline | None:
-        """Return what this machine can do at most, measured once; None where that failed or the machine was busy."""
+        """Return what this machine's CPU can do at most, measured once; None where that failed or it was busy.
+
+        Of a GPU it is not known: the kernels that reach a limit are written for CPUs.
+        """
         from llmbuild.profiler import roofline
 
+        if not self.job.target.is_cpu:
+            return None
         machine = self.registered.machine_digest
         known = self.catalog.find_limits(machine)
         if known is not None:

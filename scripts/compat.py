@@ -3,8 +3,9 @@
     python scripts/compat.py [RECIPE] [-C CATALOG] [-t TARGET]... [--formats NAME...] [--seconds N] [--again] [--json]
 
 Each cell is one point: the compiler's defaults at O2 with that weight format. What this host can run is opened and its
-logits are held against PyTorch's; the rest is compiled only. Results are kept in `compat.json` in the catalog, so that
-a run that is stopped, or out of its `--seconds`, goes on where it was; `--again` tries anew what failed.
+logits are held against PyTorch's, which is tried on every device that a GPU's driver has; the rest is compiled only.
+Results are kept in `compat.json` in the catalog: a run that is stopped, or out of its `--seconds`, goes on where it
+was; `--again` tries anew what failed.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.report.rows import table
 from llmbuild.report.targets import YES, runs_here
 from llmbuild.runtime import host
+from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.formats import WEIGHT_FORMATS
 from llmbuild.spec.program import Program
 from llmbuild.spec.reader import read_recipe
@@ -89,13 +91,13 @@ def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
     if isinstance(made, Failure) or isinstance(program, Failure):
         assert isinstance(made, Failure)
         return _failed(job, steps, target, form, made, begin)
-    here = runs_here(job.target)
-    if here == YES:
+    sign, _, why = runs_here(job.target).partition(": ")
+    if sign != "no":
         failure = check(steps, point, program, made)
-        if failure:
+        if failure and (sign == YES or failure.stage == "check"):
             return _failed(job, steps, target, form, failure, begin)
-    state = "runs" if here == YES else "compiles"
-    why = "" if here == YES else here.removeprefix("no: ")
+        why = failure.reason if failure else ""  # a driver that was not known to take this chip's code does not
+    state = "compiles" if why else "runs"
     return Cell(target, form, state, here=why, artifact_bytes=made.size_bytes, seconds=monotonic() - begin)
 
 
@@ -121,7 +123,8 @@ def _failed(job: Job, steps: Steps, target: str, form: str, failure: Failure, be
 def check(steps: Steps, point: Point, program: Program, artifact: Artifact) -> Failure | None:
     """Open an artifact in a process of its own and hold its logits against PyTorch's."""
     s = steps.subject(point, program, artifact)
-    child = Child(Limits(seconds=CELL_S))
+    limits = Limits(seconds=CELL_S)
+    child = Child(limits if shares_memory(s.driver) else replace(limits, memory_bytes=0))
     opening: dict[str, Any] = {"artifact": str(s.artifact_path), "parameters": str(s.parameters_path), "abi": s.abi}
     try:
         child.ask("profile", "open", **opening, driver=s.driver, workers=s.workers, meters=s.meters, times=1)
@@ -169,7 +172,8 @@ def known_or_made(
     except LlmbuildError as error:
         return Cell(name, form, "refused", str(error).splitlines()[0])
     point = job.space.complete({"weight_format": form, "opt_level": "O2"})
-    key = digest.of({"lineage": job.lineage, "point": point.as_dict(), "machine": digest.of(job.machine)})
+    here = {"machine": digest.of(job.machine), "runs": runs_here(job.target)}
+    key = digest.of({"lineage": job.lineage, "point": point.as_dict(), **here})
     known = kept.cells.get(key)
     if known and not (asked.again and known.state == "fails"):
         return known

@@ -160,7 +160,7 @@ def test_what_needs_a_device_that_is_not_here_is_one_message(packed: Path, tmp_p
 
     done = alone(there(packed, tmp_path, on_gpu))
     assert (done.returncode, "Traceback" in done.stderr) == (1, False), done.stderr
-    assert "error: nothing was measured: the target is for cuda, and this host has none" in done.stderr
+    assert "error: nothing was measured: the target is for cuda, and this host has none that runs it" in done.stderr
 
 
 def test_what_does_not_fit_the_budget_is_named(packed: Path, tmp_path: Path) -> None:

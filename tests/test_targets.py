@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import subprocess
+from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
@@ -82,8 +83,9 @@ def test_what_runs_a_target_and_what_is_searched_for_it_is_no_part_of_its_identi
         ("backend: llvm-cpu\narch: aarch64\ncpu: generic\nmeters: [rapl]", "those that do: none"),
         ("backend: cuda\ncpu: sm_80\nfeatures: [+ptx80]", "features of a cuda target are the knob `ptx`"),
         ("backend: llvm-cpu\narch: x86_64\ncpu: generic\nfeatures: [avx2]", "should match pattern"),
-        ("backend: rocm\ncpu: gfx942\nattribute: '#x'", "attribute is for cuda targets"),
+        ("backend: rocm\ncpu: gfx942\nattribute: '#x'", "attribute is for cuda and vulkan-spirv targets"),
         ("backend: cuda\ncpu: sm_90\nattribute: 'sm_90'", "must be a #hal.device.target of one cuda"),
+        ("backend: vulkan-spirv\ncpu: x\nattribute: '#x'", "must be a #hal.device.target of one vulkan-spirv"),
         ("backend: cuda\ncpu: sm_90\nknobs: {ptx: 1.5}", "give one value or a list of values"),
         ("backend: cuda\ncpu: sm_90\nsm: 90", "$.sm: unknown key"),
     ],
@@ -159,6 +161,13 @@ def test_a_decoder_is_cross_compiled(decoder: tuple[Path, Abi], tmp_path: Path, 
     output = tmp_path / "module.vmfb"
     assert iree.compile_module(decoder[0], output, ALL[name], POINT, Limits(120)) is None
     assert output.stat().st_size > 10_000
+
+
+def test_a_model_of_one_layer_is_compiled_to_spirv(tmp_path: Path) -> None:
+    """Its mask has one reader, and computed inside the softmax it would need memory that SPIR-V has not."""
+    import_model(ImportJob(str(tiny.write(tmp_path / "model", num_hidden_layers=1)), 64), tmp_path)
+    module, output = tmp_path / "module.mlirbc", tmp_path / "module.vmfb"
+    assert iree.compile_module(module, output, ALL["metal"], POINT, Limits(120)) is None
 
 
 class Int8Head(torch.nn.Module):
@@ -382,7 +391,7 @@ def test_compile_takes_a_gpu_on_the_command_line_and_build_refuses_it(project: P
 def test_a_loader_refuses_a_gpu_row_for_want_of_a_device_and_looks_for_none_where_no_row_needs_it() -> None:
     asked: list[str] = []
 
-    def absent(driver: str) -> str:
+    def absent(driver: str, _: Collection[str]) -> str:
         asked.append(driver)
         return "no NVIDIA driver (libcuda)"
 
@@ -390,5 +399,5 @@ def test_a_loader_refuses_a_gpu_row_for_want_of_a_device_and_looks_for_none_wher
     row = {"artifact": "a", "runtime": "3.13.0", "target_body": plain(ALL["h200"])}
     assert refusal({**row, "target_body": plain(ALL["aarch64-generic"])}, facts).startswith("is for aarch64")
     assert asked == []
-    assert refusal(row, facts).startswith("is for cuda, and this host has none: no NVIDIA driver")
-    assert (asked, refusal(row, replace(facts, device_lacks=lambda _: ""))) == (["cuda"], "")
+    assert refusal(row, facts).startswith("is for cuda, and this host has none that runs it: no NVIDIA driver")
+    assert (asked, refusal(row, replace(facts, device_lacks=lambda *_: ""))) == (["cuda"], "")

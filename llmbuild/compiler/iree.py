@@ -13,11 +13,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from llmbuild.compiler import subgroups
 from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.errors import InputError
 from llmbuild.process import Limits, run
 from llmbuild.spec.space import Value
-from llmbuild.spec.target import CUDA, Target
+from llmbuild.spec.target import CUDA, VULKAN, Target
 from llmbuild.spec.variant import Failure
 
 PROBE = """\
@@ -131,6 +132,8 @@ def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
 def resolve(target: Target) -> Target:
     """Return the target with the CPU and features that the compiler itself takes for it; no `host` stays.
 
+    A Vulkan target requires the size of subgroups that its code is generated for: another one computes nonsense.
+
     Raises:
         InputError: the compiler does not know this CPU, this GPU or these features.
     """
@@ -146,6 +149,9 @@ def resolve(target: Target) -> Target:
                 f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}"
             )
         text = output.read_text(errors="replace")
+    if target.backend == VULKAN:
+        size = subgroups.size(text)
+        return replace(target, requires=tuple(sorted({*target.requires, *([f"subgroup-size-{size}"] if size else [])})))
     return _resolved(target, text) if target.is_cpu else target
 
 

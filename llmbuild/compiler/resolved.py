@@ -15,6 +15,8 @@ from llmbuild.runtime import host
 from llmbuild.spec.target import Target
 
 FIELDS = ("cpu", "features", "requires")
+FORM = 2
+"""Counts up when what is made of the compiler's answer changes."""
 
 
 @dataclass(frozen=True)
@@ -59,4 +61,4 @@ def _key(target: Target) -> str:
     stat = binary.stat()
     machine = host.machine()
     compiler = [iree.compiler_version(), str(binary), stat.st_size, stat.st_mtime_ns]
-    return digest.of([compiler, machine.chip, machine.arch, machine.features, target.identity()])
+    return digest.of([FORM, compiler, machine.chip, machine.arch, machine.features, target.identity()])

@@ -32,9 +32,10 @@ class _Entry(nn.Module):
         no dimension for the batch (SPIR-V backends of IREE 3.13 give up on the cache's write where they have one).
         """
         batch, length = tokens.shape
+        mask = causal_mask(positions, self.context)
         hidden = self.model.model(
             input_ids=tokens.view(1, -1),
-            attention_mask=causal_mask(positions, self.context),
+            attention_mask=apart(mask) if self.model.config.num_hidden_layers == 1 else mask,
             position_ids=positions.view(1, -1),
             past_key_values=CallerCache(kv, positions, start),
             use_cache=True,

@@ -3,6 +3,9 @@
 Without one, the product with the scales of an int8 head is fused with the choice of the largest logit, which GPU
 backends do as one work-group: the product is then unrolled over the whole vocabulary. With 49152 tokens LLVM aborts
 for cuda ("SmallVector unable to grow") and does not end for rocm. With one, the scales go with the matrix product.
+
+The mask of a model with one layer needs one too: with a single reader it is computed inside the softmax, and SPIR-V has
+no memory to share the positions in that it compares. The mask of several layers is a dispatch of its own anyway.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ _NAME = "torch.llmbuild_seam.apart"
 
 @torch.library.custom_op("llmbuild_seam::apart", mutates_args=())
 def apart(x: torch.Tensor) -> torch.Tensor:
-    """Return x f32 of a fixed shape, as it is."""
+    """Return x f32, as it is."""
     return x.clone()
 
 
@@ -37,15 +40,25 @@ def lower(module: ir.Module) -> None:
 
 def _replace(operator: Any) -> None:
     wanted = operator.results[0].type
-    sizes = [int(size) for size in str(wanted).partition("[")[2].partition("]")[0].split(",")]
-    plain = ir.RankedTensorType.get(sizes, ir.F32Type.get())
+    sizes = str(wanted).partition("[")[2].partition("]")[0].split(",")
+    unknown = ir.ShapedType.get_dynamic_size()
+    plain = ir.RankedTensorType.get([unknown if s == "?" else int(s) for s in sizes], ir.F32Type.get())
     with ir.InsertionPoint(operator):
-        value = operator.operands[0]
-        for name, kind in (
-            ("torch_c.to_builtin_tensor", plain),
-            ("iree_tensor_ext.compute_barrier.start", plain),
-            ("torch_c.from_builtin_tensor", wanted),
-        ):
-            value = ir.Operation.create(name, results=[kind], operands=[value]).result
-        operator.results[0].replace_all_uses_with(value)
+        value = _made("torch_c.to_builtin_tensor", plain, operator.operands[0])
+        known = [_size(value, axis) for axis, size in enumerate(sizes) if size == "?"]
+        value = _made("iree_tensor_ext.compute_barrier.start", plain, value, *known)
+        operator.results[0].replace_all_uses_with(_made("torch_c.from_builtin_tensor", wanted, value))
     operator.erase()
+
+
+def _size(value: Any, axis: int) -> Any:
+    index = ir.IndexType.get()
+    constant = ir.Operation.create(
+        "arith.constant", results=[index], attributes={"value": ir.IntegerAttr.get(index, axis)}
+    )
+    return _made("tensor.dim", index, value, constant.result)
+
+
+def _made(name: str, kind: Any, *operands: Any) -> Any:
+    """Return the result of a new operation."""
+    return ir.Operation.create(name, results=[kind], operands=list(operands)).result

@@ -20,6 +20,7 @@ from llmbuild.profiler.live import WHOLE, Answer, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
+from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.measurement import PROTOCOL, SCREENED, Measurement, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import ENERGY
@@ -319,7 +320,9 @@ class Bench:
         tail = {} if gaps is None else {"itl_p99_s": gaps}
         absent = self._without_energy(live, energy)
         if self.roofline is None:
-            absent["limits"] = "absent: the machine was busy or its limits could not be measured"
+            busy = "the machine was busy or its limits could not be measured"
+            cpu = shares_memory(live.subject.driver)
+            absent["limits"] = f"absent: {busy if cpu else 'limits are measured of CPUs alone'}"
         bare = self._bare(live, rounds, {**live.readings, **timed, **tail, **self._fractions(live, rounds, timed)})
         source = live.meter().source
         noisy = ", ".join(t for t in (notes["noise"], energy.noisy(live)) if t)

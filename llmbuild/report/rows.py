@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmbuild.digest import short
-from llmbuild.search.knobs import KNOBS
+from llmbuild.search.knobs import knobs_of
 from llmbuild.spec.slo import METRICS
+from llmbuild.spec.target import LLVM_CPU
 
 COLUMNS = tuple(
     "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "
@@ -98,7 +99,8 @@ def gain(row: dict[str, Any], metric: str) -> str:
 
 def differences(row: dict[str, Any]) -> str:
     """Return what a variant's point changes from the compiler's defaults."""
-    defaults = {k.name: k.default for k in KNOBS}
+    backend = (row.get("target_body") or {}).get("backend", LLVM_CPU)
+    defaults = {k.name: k.default for k in knobs_of(backend)}
     point = row.get("point") or {}
     return " ".join(f"{k}={v}" for k, v in point.items() if defaults.get(k) != v) or "(compiler's defaults)"
 

@@ -46,13 +46,15 @@ def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, Any
 def runs_here(target: Target, facts: HostFacts | None = None) -> str:
     """Return `yes`, or `no:` and why this host, or the one of `facts`, does not run what a resolved target is for.
 
-    Of a GPU it is said whether a driver has devices; which chip they are, and that of another host, is not checked.
+    Of a GPU it is said which devices a driver has, and what they lack of what no driver checks; whether they are the
+    target's chip, and that of another host, is not checked.
     """
     if not target.is_cpu:
         if facts is not None:
             return "not checked: the other host's driver will tell"
-        there = devices.find(target.device.partition("://")[0])
-        return f"not checked: {', '.join(there.found)}" if there.found else f"no: {there.reason}"
+        driver = target.device.partition("://")[0]
+        lacks = devices.lacks(driver, target.requires)
+        return f"no: {lacks}" if lacks else f"not checked: {', '.join(devices.find(driver).found)}"
     arch, features = (facts.arch, facts.features) if facts else (host.architecture(), host.features())
     if target.arch != arch:
         return f"no: this host is {arch}" if facts is None else f"no: it is {arch}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,8 +26,9 @@ class HostFacts:
     memory_bytes: int | None
     machine: str
     """Fingerprint: rows measured on this very machine are preferred to all others."""
-    device_lacks: Callable[[str], str] = lambda driver: f"no {driver} device is known of it"
-    """Why it has no device for one of IREE's GPU drivers, empty where it has; asked only where a row is for a GPU."""
+    device_lacks: Callable[[str, Collection[str]], str] = lambda driver, _: f"no {driver} device is known of it"
+    """Why it has no device for one of IREE's GPU drivers that has what a target requires, empty where it has; asked
+    only where a row is for a GPU."""
 
 
 UNMEASURED = "never measured: `llmbuild profile` on this host does"
@@ -55,11 +56,14 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
 
 
 def _unfit(target: dict[str, Any], host: HostFacts) -> str:
-    """Return what of a target the host does not have. Which chip is behind a GPU's driver is the driver's to check."""
+    """Return what of a target the host does not have.
+
+    Which chip is behind a GPU's driver is the driver's to check, but for what none checks: a target's `requires`.
+    """
     kind = BACKENDS.get(target.get("backend", LLVM_CPU), BACKENDS[LLVM_CPU])
     if kind is not BACKENDS[LLVM_CPU]:
-        lacks = host.device_lacks(kind.device)
-        return f"is for {target['backend']}, and this host has none: {lacks}" if lacks else ""
+        lacks = host.device_lacks(kind.device, target["requires"])
+        return f"is for {target['backend']}, and this host has none that runs it: {lacks}" if lacks else ""
     if target["arch"] != host.arch:
         return f"is for {target['arch']}, this host is {host.arch}"
     missing = sorted(set(target["requires"]) - host.features)

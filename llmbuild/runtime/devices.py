@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,17 +15,29 @@ CPU_DRIVERS = ("local-task", "local-sync")
 _ABSENT = {
     "cuda": "no NVIDIA driver (libcuda)",
     "hip": "no AMD driver (libamdhip64)",
-    "vulkan": "no Vulkan loader (libvulkan)",
+    "vulkan": "no Vulkan loader (libvulkan) or no driver under it",
 }
 SECONDS = 20.0
 
 
+_ASKED = {"vulkan": "--dump_devices"}
+"""How a driver is asked where more than the devices' names matters."""
+
+_SUBGROUP = "subgroup-size-"
+_COMPUTE_STAGE = 0x20
+
+
 @dataclass(frozen=True)
 class Devices:
-    """The devices of one driver by URI and name, or why there are none."""
+    """The devices of one driver by name, or by URI where the driver tells no name, or why there are none.
+
+    `features` are those of the first, which is the one that is opened, as targets `require` them; None where they are
+    not known.
+    """
 
     found: tuple[str, ...]
     reason: str = ""
+    features: frozenset[str] | None = None
 
 
 @cache
@@ -35,16 +49,20 @@ def find(driver: str) -> Devices:
     if tool is None:
         return Devices((), "no IREE runtime: pip install iree-base-runtime")
     try:
-        asked = [str(tool), f"--list_devices={driver}"]
+        asked = [str(tool), f"{_ASKED.get(driver, '--list_devices')}={driver}"]
         told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return Devices((), f"IREE's {driver} driver does not answer: {type(error).__name__}")
     return read(driver, told.returncode, told.stdout, told.stderr)
 
 
-def lacks(driver: str) -> str:
-    """Return why there is no device behind a driver; empty where there is."""
-    return find(driver).reason
+def lacks(driver: str, requires: Collection[str] = ()) -> str:
+    """Return why there is no device behind a driver that has what a target requires; empty where there is."""
+    there = find(driver)
+    missing = sorted(set(requires) - there.features) if there.features is not None else []
+    if there.reason or not missing:
+        return there.reason
+    return f"{there.found[0]} lacks {' '.join(missing)}, it has {' '.join(sorted(there.features or ())) or 'nothing'}"
 
 
 def read(driver: str, code: int, stdout: str, stderr: str) -> Devices:
@@ -54,8 +72,27 @@ def read(driver: str, code: int, stdout: str, stderr: str) -> Devices:
     if code:
         line = next((s.rpartition("; ")[2].strip() for s in stderr.splitlines() if driver in s and "; " in s), "")
         return Devices((), _ABSENT.get(driver, "") or line or f"IREE's {driver} driver does not start")
-    devices = tuple(line.strip() for line in stdout.splitlines() if "://" in line)
-    return Devices(devices, "" if devices else f"IREE's {driver} driver finds no device")
+    names = re.findall(r"^name: (.*)$", stdout, re.MULTILINE)
+    devices = tuple(names or (line.strip() for line in stdout.splitlines() if "://" in line))
+    return Devices(devices, "" if devices else f"IREE's {driver} driver finds no device", features(stdout))
+
+
+def features(told: str) -> frozenset[str] | None:
+    """Return what the first device of a Vulkan driver's description has: the sizes its subgroups can be given.
+
+    Code that adds up over a subgroup of another size runs, and computes something else.
+    """
+    match = re.search(r"^subgroup: (.*)$", told, re.MULTILINE)
+    if not match:
+        return None
+    said = dict(pair.split("=", 1) for pair in match[1].split() if "=" in pair)
+    try:
+        usual, least, most = (int(said[name]) for name in ("size", "minSubgroupSize", "maxSubgroupSize"))
+        chosen = int(said["requiredSubgroupSizeStages"], 0) & _COMPUTE_STAGE and "subgroupSizeControl=yes" in told
+    except (KeyError, ValueError):
+        return None
+    sizes = [n for n in (1 << i for i in range(8)) if least <= n <= most] if chosen else [usual]
+    return frozenset(f"{_SUBGROUP}{n}" for n in sizes)
 
 
 def _tool() -> Path | None:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.runtime.memory import shares_memory
+from llmbuild.runtime.readback import Readback
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
 
 _ELEMENT = {
@@ -38,6 +39,7 @@ _RELEASED_IN_ORDER = (
     "_tokens_view",
     "_positions_view",
     "_kv",
+    "_copied",
     "_call",
     "_entries",
     "_context",
@@ -73,6 +75,7 @@ class Session:
             self._device = _create_device(settings)
             self._threaded = settings.driver == "local-task"
             self._shared = shares_memory(settings.driver)
+            self._copied = Readback(self._device)
             self._open(artifact, parameters)
         except (RuntimeError, ValueError) as error:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
@@ -195,7 +198,7 @@ class Session:
         if self._shared:
             found: NDArray[Any] = view.map().asarray(view.shape, np.dtype(kind))
             return found
-        return np.asarray(rt.DeviceArray(self._device, view, implicit_host_transfer=True).to_host())
+        return self._copied(view, kind)
 
     def _buffer(self, array: NDArray[Any]) -> Any:
         return self._device.allocator.allocate_buffer_copy(

@@ -57,7 +57,7 @@ def _unbroken(knob: Knob, target: Target) -> Knob:
     return replace(knob, domain=tuple(v for v in knob.domain if v not in bad)) if bad else knob
 
 
-DESCRIBED = ("ptx",)
+DESCRIBED = ("ptx", "dispatch_abi")
 """Knobs whose flags the compiler reads only where it describes the chip itself."""
 
 KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")

@@ -19,7 +19,7 @@ from llmbuild.errors import InputError
 from llmbuild.spec import recipe as nouns
 from llmbuild.spec.slo import METRICS, Bound, parse_bound
 from llmbuild.spec.space import Value
-from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, Backend, Target
+from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, VULKAN, Backend, Target
 from llmbuild.spec.workload import Workload
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
@@ -209,10 +209,11 @@ class _Target(_Strict):
     def _check_attribute(self) -> None:
         if not self.attribute:
             return
-        if self.backend != CUDA:
-            raise ValueError("attribute is for cuda targets: the compiler has names for the chips of all others")
-        if not re.match(r'#hal\.device\.target<"cuda", \[#hal\.executable\.target<"cuda", ', self.attribute):
-            raise ValueError("attribute must be a #hal.device.target of one cuda #hal.executable.target")
+        if self.backend not in (CUDA, VULKAN):
+            raise ValueError("attribute is for cuda and vulkan-spirv targets: the compiler names all other chips")
+        start = f'#hal.device.target<"{self.kind.device}", [#hal.executable.target<"{self.backend}", '
+        if not self.attribute.startswith(start):
+            raise ValueError(f"attribute must be a #hal.device.target of one {self.backend} #hal.executable.target")
         if f'arch = "{self.cpu}"' not in self.attribute:
             raise ValueError(f'attribute must name the cpu: arch = "{self.cpu}"')
 
