@@ -152,7 +152,8 @@ def test_a_decoder_on_a_vulkan_device_agrees_with_torch_and_with_the_cpu(
     catalog = Catalog(tmp_path / "catalog")
     session = Session(compiled(module, target, catalog), parameters, abi, Settings("vulkan", 0))
     with np.load(tmp_path / "check.npz") as data:
-        prompt, forced, expected = list(map(int, data["prompt"])), list(map(int, data["forced"])), data["logits"]
+        prompt, forced = (list(map(int, data[name].ravel())) for name in ("prompt", "forced"))
+        expected = data["logits"].reshape(len(forced) + 1, -1)
     np.testing.assert_allclose(answers(session, prompt, forced), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
     kept = session.logits()
     tokens = greedy(session, prompt, 8)
