@@ -142,14 +142,17 @@ class Job:
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
         if not own:
-            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
+            for name in ("work_groups", "row_tile"):
+                choices.pop(name, None)  # it says nothing then, and targets without it share the import
         features = [f for f in FEATURES if f in self.target.requires] if own else []
+        subgroup = self.target.subgroup if own else 0
         return {
             "model": self.model.digest,
             "context": self.recipe.context,
             "choices": choices,
             "features": features,
             "importer": self.toolchain.importer,
+            **({"subgroup": subgroup} if subgroup else {}),
             **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
         }
 
@@ -226,6 +229,7 @@ class Steps:
             "context": inputs["context"],
             "choices": inputs["choices"],
             "features": inputs["features"],
+            "subgroup": inputs.get("subgroup", 0),
         }
         if "calibration" in inputs:
             request["calibration"] = str(self._calibration_file())

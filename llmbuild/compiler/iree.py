@@ -129,7 +129,8 @@ def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
 
 
 def resolve(target: Target) -> Target:
-    """Return the target with the CPU and features that the compiler itself takes for it; no `host` stays.
+    """Return the target with the CPU and features, or the size of subgroups, that the compiler itself takes for it; no
+    `host` stays.
 
     Raises:
         InputError: the compiler does not know this CPU, this GPU or these features.
@@ -146,7 +147,13 @@ def resolve(target: Target) -> Target:
                 f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}"
             )
         text = output.read_text(errors="replace")
-    return _resolved(target, text) if target.is_cpu else target
+    return _resolved(target, text) if target.is_cpu else replace(target, subgroup=_subgroup(text))
+
+
+def _subgroup(text: str) -> int:
+    """Return the lanes of a subgroup that code is generated for: of several sizes the compiler takes the first."""
+    found = re.search(r"subgroup_size_choices = \[(\d+)", text)
+    return int(found[1]) if found else 0
 
 
 def _resolved(target: Target, text: str) -> Target:

@@ -14,7 +14,7 @@ from llmbuild.compiler import iree
 from llmbuild.runtime import host
 from llmbuild.spec.target import Target
 
-FIELDS = ("cpu", "features", "requires")
+FIELDS = ("cpu", "features", "requires", "subgroup")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,9 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
     path = answers.folder / f"{_key(target)}.json"
     try:
         known = json.loads(path.read_text())
-        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:])
-        return replace(target, cpu=str(known["cpu"]), features=features, requires=requires)
+        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:3])
+        told = {"cpu": str(known["cpu"]), "subgroup": int(known["subgroup"])}
+        return replace(target, features=features, requires=requires, **told)
     except (OSError, ValueError, KeyError, TypeError):
         found = iree.resolve(target)
     if answers.keep:

@@ -10,9 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import gcd
+from math import gcd, prod
+from typing import NamedTuple
 
 from llmbuild.kernels.text import F32, I32, Writer
+from llmbuild.spec.formats import WEIGHT_FORMATS
+
+FORMATS = tuple(form for form in WEIGHT_FORMATS if form != "f32")
+"""Formats that these kernels read; f12_e4m7 lies as bf16 in row-major matrices, codes of 7 bits lie as bytes."""
+
+ROW_TILES = ("4x4", "1x4", "2x4", "8x4", "4x2", "4x8")
+"""Rows that a lane sums at a time, and subgroups of a work-group; the first is the default."""
 
 READS = (16, 8, 4)
 """Bytes that a lane may read of a row at a time."""
@@ -197,22 +205,33 @@ MAGIC = 0x4B000000
 """2^23 in f32: an integer below 2^23 in its lowest bits adds itself."""
 
 
+class Memory(NamedTuple):
+    """What a binding holds: a flat memory of rows of so many `columns`."""
+
+    name: str
+    kind: str
+    columns: int
+
+
 class _Body:
     """Writes the function of one product. Rows are clamped to the last one when read, and dropped when written."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan, self.stored, self.w = plan, plan.stored, Writer()
         self.bindings = 0
+        self.start = self.w.let(f"util.optimization_barrier {self._index(0)} : index")
         stored, w = plan.stored, self.w
-        self.x = self._bind(f"{plan.steps * plan.each // 4 * plan.lanes}xvector<4xf32>")
+        self.x = self._bind("vector<4xf32>", plan.steps * plan.each // 4 * plan.lanes)
         words = plan.read // 4
         self.words = I32 if words == 1 else f"vector<{words}xi32>"
-        self.data = self._bind(f"{stored.rows}x{plan.steps * plan.lanes}x{self.words}")
+        self.data = self._bind(self.words, stored.rows, plan.steps * plan.lanes)
         if stored.is_integer:
-            self.scale = self._bind(f"{stored.rows}x{stored.groups}xi16" if stored.group else f"{stored.rows}xf32")
+            self.scale = (
+                self._bind("i16", stored.rows, stored.groups) if stored.group else self._bind(F32, stored.rows)
+            )
         if stored.zeros:
-            self.zero = self._bind(f"{stored.rows}x{stored.groups}xi8")
-        self.y = self._bind(f"{stored.rows}xf32")
+            self.zero = self._bind("i8", stored.rows, stored.groups)
+        self.y = self._bind(F32, stored.rows)
         thread, lanes = w.let("gpu.thread_id x"), self._index(plan.lanes)
         self.lane = w.let(f"arith.remui {thread}, {lanes} : index")
         team = w.let(f"arith.divui {thread}, {lanes} : index")
@@ -244,14 +263,17 @@ class _Body:
 
     # --- words ---------------------------------------------------------------------------------------------------
 
-    def _bind(self, shape: str) -> tuple[str, str]:
-        """Return the memory of the next binding and its type."""
-        kind, number = f"memref<{shape}>", self.bindings
+    def _bind(self, element: str, *sizes: int) -> Memory:
+        """Return the memory of the next binding, flat."""
+        kind, number = f"memref<{prod(sizes)}x{element}, strided<[1], offset: ?>>", self.bindings
         self.bindings += 1
-        return self.w.let(f"stream.binding.subspan %b{number}[{self._index(0)}] : !stream.binding -> {kind}"), kind
+        name = self.w.let(f"stream.binding.subspan %b{number}[{self.start}] : !stream.binding -> {kind}")
+        return Memory(name, kind, sizes[-1])
 
-    def _load(self, memory: tuple[str, str], *place: str) -> str:
-        return self.w.let(f"memref.load {memory[0]}[{', '.join(place)}] : {memory[1]}")
+    def _load(self, memory: Memory, *place: str) -> str:
+        """Return an element by its row, if there are rows, and its place in it."""
+        at = place[-1] if len(place) == 1 else self._sum(self._product(place[0], memory.columns), place[1])
+        return self.w.let(f"memref.load {memory.name}[{at}] : {memory.kind}")
 
     def _index(self, value: int) -> str:
         return self.w.constant(str(value), INDEX)
@@ -412,4 +434,4 @@ class _Body:
     def _write(self, row: str, total: str) -> None:
         if self.stored.is_integer and not self.stored.group:
             total = self.w.op("arith.mulf", total, self._load(self.scale, row), kind=F32)
-        self.w.line(f"memref.store {total}, {self.y[0]}[{row}] : {self.y[1]}")
+        self.w.line(f"memref.store {total}, {self.y.name}[{row}] : {self.y.kind}")

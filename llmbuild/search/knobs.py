@@ -43,8 +43,7 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
     for name, _ in target.knobs:
         _check_known(name, target, {knob.name for knob in there})
     narrowed = {k.name: tuple(_value(k, v) for v in dict(target.knobs).get(k.name, ())) for k in there}
-    found = tuple(replace(k, searched=narrowed[k.name] or k.searched) for k in there)
-    return found if target.is_cpu else tuple(replace(k, domain=COMPILER) if k.name == "kernel" else k for k in found)
+    return tuple(replace(k, searched=narrowed[k.name] or k.searched) for k in there)
 
 
 COMPILER = ("compiler",)
@@ -152,14 +151,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Kn
     Raises:
         InputError: our kernels are all that was asked for, and they read none of the formats asked for there.
     """
-    if knob.name != "kernel":
-        return knob
-    if not target.is_cpu:
-        if set(map(str, asked.get("kernel", ()))) == {"own"}:
-            raise InputError(
-                f"knob kernel=own: our kernels are for CPUs, target {target.name} is {target.backend}: choose "
-                "kernel=compiler"
-            )
+    if knob.name != "kernel" or not target.is_cpu:
         return knob
     from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
 
