@@ -77,6 +77,7 @@ class Job:
             {
                 "model": self.model.digest,
                 "context": self.recipe.context,
+                "batch": self.recipe.batch,
                 "target": self.target.identity(),
                 "toolchain": self.toolchain,
                 **self._calibration_inputs(),
@@ -92,6 +93,7 @@ class Job:
             "model": self.model.digest,
             "tokenizer": tokenizer,
             "context": self.recipe.context,
+            "batch": self.recipe.batch,
             "target": plain(self.target.identity()),
             "toolchain": plain(self.toolchain),
             "machine": digest.of(self.machine),
@@ -149,6 +151,7 @@ class Job:
         return {
             "model": self.model.digest,
             "context": self.recipe.context,
+            "batch": self.recipe.batch,
             "choices": choices,
             "features": features,
             "importer": self.toolchain.importer,
@@ -227,6 +230,7 @@ class Steps:
             "random_init": source.random_init,
             "seed": source.seed,
             "context": inputs["context"],
+            "batch": inputs["batch"],
             "choices": inputs["choices"],
             "features": inputs["features"],
             "subgroup": inputs.get("subgroup", 0),

@@ -70,7 +70,7 @@ def test_a_model_for_aarch64_agrees_with_torch(tmp_path: Path, name: str, form: 
     artifact = MACHINES[name].compile(tmp_path / "module.mlirbc")
     with np.load(tmp_path / "check.npz") as check:
         kv = [np.zeros(kind.shape, kind.dtype) for kind in abi.kv]
-        inputs = [check["prompt"][None], np.zeros(1, np.int64), *kv]
+        inputs = [check["prompt"], np.zeros(1, np.int64), *kv]
         flags = [f"--parameters=model={tmp_path / 'parameters.irpa'}", "--device=local-task", "--function=prefill"]
         _, logits = emulate(artifact, inputs, 2, *flags)
         assert relative_error(logits, check["logits"][0]) < max(1e-5, 10 * float(check["noise"]))

@@ -101,8 +101,8 @@ def test_artifact_agrees_with_its_check_data(build: Callable[..., Built], choice
     built = build(**choices)
     with np.load(built.folder / "check.npz") as check:
         prompt, forced, expected, noise = (check[name] for name in ("prompt", "forced", "logits", "noise"))
-    assert expected.shape == (1 + len(forced), 320)
-    actual = built.at("O2").forced(prompt, forced)
+    assert expected.shape == (1 + forced.shape[1], 1, 320)
+    actual = built.at("O2").forced(prompt[0], forced[0])[:, None]
     half = choices.get("kv_dtype") == "f16"
     assert relative_error(actual, expected) < max(1e-5, 10 * float(noise), 1e-3 if half else 0.0)
 
@@ -117,7 +117,7 @@ def test_activations_are_rounded_to_bf16_where_the_cpu_multiplies_pairs_of_them(
     result = import_model(ImportJob(str(model), CONTEXT, choices=choices, features=features), tmp_path)
     assert "avx512bf16" in result.program.abi.required_features
     with np.load(tmp_path / "check.npz") as check:
-        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        actual = Built(tmp_path).at("O2").forced(check["prompt"][0], check["forced"][0])[:, None]
         errors = [relative_error(row, expected) for row, expected in zip(actual, check["logits"], strict=True)]
         assert min(errors) < 1e-6  # rounded alike
         assert max(errors) < 1e-2  # a rounding that falls the other way is kept in the cache
@@ -181,7 +181,7 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
         ImportJob(str(folder), CONTEXT, choices=(("weight_format", "int8"), ("layout", "packed"))), tmp_path / "a"
     )
     with np.load(tmp_path / "a" / "check.npz") as check:
-        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
+        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"][0], check["forced"][0])[:, None]
         assert relative_error(actual, check["logits"]) < 1e-5
 
 
@@ -200,7 +200,7 @@ def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form
     job = ImportJob(str(folder), CONTEXT, choices=choices, features=FEATURES)
     import_model(job, tmp_path / "a")
     with np.load(tmp_path / "a" / "check.npz") as check:
-        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"], check["forced"])
+        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"][0], check["forced"][0])[:, None]
         assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
 
 
@@ -219,7 +219,7 @@ def test_own_kernels_run_without_avx512(model: Path, tmp_path: Path) -> None:
     flags = ["--iree-opt-level=O2", f"--iree-hal-dump-executable-binaries-to={tmp_path / 'code'}"]
     compile_file(tmp_path / "module.mlirbc", tmp_path / "O2.vmfb", *flags, cpu="x86-64-v3")
     with np.load(tmp_path / "check.npz") as check:
-        actual = Built(tmp_path).at("O2").forced(check["prompt"], check["forced"])
+        actual = Built(tmp_path).at("O2").forced(check["prompt"][0], check["forced"][0])[:, None]
         assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
     if objdump := shutil.which("objdump"):
         (code,) = (tmp_path / "code").glob("*.so")

@@ -57,6 +57,11 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
             "model: {huggingface: ./m}\nworkloads:\n  - {name: w, prompt: 4, output: 4, context: 5}\n",
             "smaller than prompt",
         ),
+        (
+            "model: {huggingface: ./m}\nworkloads:\n  - {name: w, prompt: 4, output: 4, batch: 8}\n"
+            "  - {name: v, prompt: 4, output: 4}\n",
+            "batches of [1, 8]: an artifact has one; write a recipe for each",
+        ),
     ],
 )
 def test_bad_recipe_is_told(tmp_path: Path, text: str, told: str) -> None:

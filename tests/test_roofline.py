@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,12 @@ def test_work_counts_weights_the_filled_cache_and_the_head_once() -> None:
     assert done.kv_bytes == 2 * (2 * 4 * 2) * 4  # two buffers, 16 bytes a position, 4 positions
     assert done.prefill_operations == 2 * (900 * 3 + 100)
     assert roofline.work(ABI, 4000, Workload("w", 3, 2, 8)).prefill_operations == 2 * 1000 * 3
+
+
+def test_a_batch_reads_the_weights_once_and_everything_else_as_often_as_it_has_sequences() -> None:
+    many = replace(ABI, batch=4, kv=tuple(TensorType((4 * 8, 2, 4), "float16") for _ in ABI.kv))
+    one, four = (roofline.work(abi, 4000, Workload("w", 3, 2, 8, abi.batch), 100) for abi in (ABI, many))
+    assert four == roofline.Work(one.parameter_bytes, 4 * one.kv_bytes, 4 * one.prefill_operations)
 
 
 def test_fractions_are_work_over_time_over_limit() -> None:

@@ -161,7 +161,7 @@ def test_an_artifact_of_a_scaled_model_computes_what_pytorch_does(
     import_model(job, tmp_path)
     loaded = Loaded(tmp_path, compile_file(tmp_path / "module.mlirbc", tmp_path / "m.vmfb", "--iree-opt-level=O2"))
     with np.load(tmp_path / "check.npz") as data:
-        actual = loaded.forced(data["prompt"].tolist(), data["forced"].tolist())
+        actual = loaded.forced(data["prompt"][0].tolist(), data["forced"][0].tolist())[:, None]
         assert relative_error(actual, data["logits"]) < max(1e-5, 10 * float(data["noise"]))
 
 

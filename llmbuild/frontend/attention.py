@@ -19,24 +19,25 @@ def grouped_attention(
     scaling: float | None = None,
     **_: object,
 ) -> tuple[torch.Tensor, None]:
-    """Attend with query `[1, heads, T, head_dim]` to keys and values `[context, kv_heads, head_dim]`.
+    """Attend with query `[B, heads, T, head_dim]` to keys and values `[B * context, kv_heads, head_dim]`.
 
     The query heads of one key head stay a dimension of their own: keys and values are not repeated, and no reshape of a
-    dynamic T is needed. Returns `[1, T, heads, head_dim]`.
+    dynamic T is needed. Returns `[B, T, heads, head_dim]`.
     """
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    groups = query.shape[1] // keys.shape[1]
-    grouped = query[0].view(keys.shape[1], groups, *query.shape[2:])
-    scores = torch.einsum("grtd,sgd->grts", grouped, keys.to(query.dtype)) * scale + attention_mask[0, 0]
+    batch, kv_heads = query.shape[0], keys.shape[1]
+    own = (batch, keys.shape[0] // batch, *keys.shape[1:])
+    keys, values = keys.to(query.dtype).view(own), values.to(query.dtype).view(own)
+    grouped = query.view(batch, kv_heads, query.shape[1] // kv_heads, *query.shape[2:])
+    scores = torch.einsum("bgrtd,bsgd->bgrts", grouped, keys) * scale + attention_mask[:, :, None]
     weights = torch.softmax(scores, -1)
-    mixed = torch.einsum("grts,sgd->tgrd", weights, values.to(query.dtype))
-    return mixed.flatten(1, 2).unsqueeze(0), None
+    return torch.einsum("bgrts,bsgd->btgrd", weights, values).flatten(2, 3), None
 
 
 def causal_mask(positions: torch.Tensor, context: int) -> torch.Tensor:
-    """Return f32 `[1, 1, T, context]`: 0 where a position may look, `MASKED` elsewhere."""
-    visible = torch.arange(context)[None, :] <= positions[:, None]
-    return torch.where(visible, 0.0, MASKED)[None, None]
+    """Return f32 `[B, 1, T, context]` for positions i64[B,T]: 0 where a position may look, `MASKED` elsewhere."""
+    visible = torch.arange(context)[None, None, :] <= positions[:, :, None]
+    return torch.where(visible, 0.0, MASKED)[:, None]
 
 
 def register() -> None:

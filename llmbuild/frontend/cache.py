@@ -13,13 +13,14 @@ LEAST_SCALE = 2.0**-14
 """The least normal number of f16, in which scales are kept."""
 
 
-def layer_buffers(kind: str, context: int, kv_heads: int, head_dim: int) -> tuple[TensorType, ...]:
+def layer_buffers(kind: str, places: int, kv_heads: int, head_dim: int) -> tuple[TensorType, ...]:
     """Return the buffers of one layer: keys, values; of `int8` the keys, their scales, the values, their scales.
 
-    The sequence is the first axis: one position is one contiguous row, which the compiler can write in place. A scale
-    belongs to one position and head: what was written before never changes.
+    The first axis has a place for each position of each sequence, one sequence after the other: a position is one
+    contiguous row, which the compiler can write in place. A scale belongs to one position and head: what was written
+    before never changes.
     """
-    shape = (context, kv_heads, head_dim)
+    shape = (places, kv_heads, head_dim)
     if kind == "int8":
         return (TensorType(shape, "int8"), TensorType(shape[:2], "float16")) * 2
     return (TensorType(shape, FLOATS[kind]),) * 2
@@ -31,29 +32,32 @@ class CallerCache:
     is_compileable = True
 
     def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, start: torch.Tensor) -> None:
-        """Take every layer's buffers, the positions i64[T] that this call writes, and the first i64[1]."""
+        """Take every layer's buffers, the positions i64[B,T] that this call writes, and the first ones i64[B]."""
         self.buffers = buffers
         self.start = start
-        self.positions = positions
+        batch = positions.shape[0]
+        if batch > 1:
+            positions = positions + torch.arange(batch)[:, None] * (buffers[0].shape[0] // batch)
+        self.places = positions.flatten()
 
     def update(
         self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write keys and values `[1, kv_heads, T, head_dim]`, return all of them: `[context, kv_heads, head_dim]`."""
+        """Write keys and values `[B, kv_heads, T, head_dim]`, return all of them `[places, kv_heads, head_dim]`."""
         if self.buffers[0].dtype == torch.int8:
             codes_k, scale_k, codes_v, scale_v = self.buffers[4 * layer : 4 * layer + 4]
             return self._integers(codes_k, scale_k, keys), self._integers(codes_v, scale_v, values)
         pair = self.layer(layer)
         for buffer, new in zip(pair, (keys, values), strict=True):
-            buffer.index_put_((self.positions,), new[0].transpose(0, 1).to(buffer.dtype))
+            buffer.index_put_((self.places,), _rows(new).to(buffer.dtype))
         return pair
 
     def _integers(self, codes: torch.Tensor, scale: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        rows = new[0].transpose(0, 1)
+        rows = _rows(new)
         fresh = (rows.abs().amax(-1) / 127).clamp_min(LEAST_SCALE).to(scale.dtype)
         rounded = torch.round(rows / fresh.float().unsqueeze(-1)).clamp(-127, 127).to(torch.int8)
-        codes.index_put_((self.positions,), rounded)
-        scale.index_put_((self.positions,), fresh)
+        codes.index_put_((self.places,), rounded)
+        scale.index_put_((self.places,), fresh)
         return codes.float() * scale.float().unsqueeze(-1)
 
     def layer(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,3 +67,8 @@ class CallerCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always given, so nothing may be derived from the cache."""
         return 0
+
+
+def _rows(new: torch.Tensor) -> torch.Tensor:
+    """Return `[B, kv_heads, T, head_dim]` as a row for each place that is written: `[B * T, kv_heads, head_dim]`."""
+    return new.transpose(1, 2).flatten(0, 1)

@@ -74,10 +74,10 @@ class Calibration:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 2 * config.num_hidden_layers
         cache = [torch.zeros(length, config.num_key_value_heads, head_dim) for _ in range(pair)]
-        positions = torch.arange(length)
+        positions = torch.arange(length)[None]
         self._context = {
             "attention_mask": causal_mask(positions, length),
-            "position_ids": positions[None],
+            "position_ids": positions,
             "past_key_values": CallerCache(cache, positions, torch.zeros(1, dtype=torch.int64)),
             "use_cache": True,
         }

@@ -75,7 +75,7 @@ class Matrix(nn.Module):
         raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x f32[1,T,K] times the transposed stored matrix: f32[1,T,N], without scales of rows."""
+        """Return x f32[B,T,K] times the transposed stored matrix: f32[B,T,N], without scales of rows."""
         raise NotImplementedError
 
     def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
@@ -83,7 +83,7 @@ class Matrix(nn.Module):
         raise NotImplementedError
 
     def picked(self, data: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Return what is stored of rows i64[1,T,1] and columns i64[K], without scales: [1,T,K].
+        """Return what is stored of rows i64[B,T,1] and columns i64[K], without scales: [B,T,K].
 
         By one flat index: indexing several axes with a dynamic T does not lower.
         """
@@ -91,12 +91,12 @@ class Matrix(nn.Module):
         return nibbles.picked(data, place) if self.nibbles else data[place]
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """Return x f32[1,T,K] times the transposed matrix: f32[1,T,N]."""
+        """Return x f32[B,T,K] times the transposed matrix: f32[B,T,N]."""
         out = self.product(x)
         return out if self.scale is None or self.grouped else out * self.scale
 
     def look_up(self, rows: torch.Tensor) -> torch.Tensor:
-        """Return rows i64[1,T] of the matrix: f32[1,T,K]."""
+        """Return rows i64[B,T] of the matrix: f32[B,T,K]."""
         row, column = rows.unsqueeze(-1), torch.arange(self.columns)
         found = self.picked(self.data.flatten(), row, column).float()
         if self.scale is None:
@@ -143,12 +143,13 @@ class Packed(Matrix):
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         panels = self.values()
-        if x.shape[1] == 1:  # one row: a matrix product would be padded to the tile of one
+        if x.shape[0] == 1 and x.shape[1] == 1:  # one row: a matrix product would be padded to the tile of one
             out = self._grouped_row(x[0, 0], panels) if self.grouped else (x[0, 0, None, :, None] * panels).sum(1)
             out = out.reshape(1, 1, -1)
         else:  # as one matrix product: a batch of panels ends in a transposed store, three times slower
             dense = self._scaled(panels) if self.grouped else panels
-            out = torch.einsum("tk,pkl->tpl", x[0], dense).flatten(1, 2).unsqueeze(0)
+            rows = torch.einsum("tk,pkl->tpl", x.flatten(0, 1), dense).flatten(1, 2)
+            out = rows.view(x.shape[0], x.shape[1], -1)
         return out if out.shape[-1] == self.rows else out[..., : self.rows]
 
     def _grouped_row(self, x: torch.Tensor, panels: torch.Tensor) -> torch.Tensor:

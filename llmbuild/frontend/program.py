@@ -90,6 +90,8 @@ def settle(job: ImportJob) -> dict[str, str]:
         settled[knob] = value
     if job.context < 2:
         raise InputError(f"context {job.context} is too short: at least 2 positions are needed")
+    if job.batch < 1:
+        raise InputError(f"batch {job.batch} has no sequence: at least 1 is needed")
     return settled
 
 
@@ -136,6 +138,8 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
 
 def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:
     """Refuse choices that our kernels do not go with; return what they are written in."""
+    if job.batch > 1:
+        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
     if choices["layout"] != "packed":
         raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
@@ -188,7 +192,8 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     return Abi(
         vocabulary=config.vocab_size,
         context=job.context,
-        kv=layer_buffers(choices["kv_dtype"], job.context, config.num_key_value_heads, head_dim)
+        batch=job.batch,
+        kv=layer_buffers(choices["kv_dtype"], job.batch * job.context, config.num_key_value_heads, head_dim)
         * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
@@ -208,8 +213,8 @@ def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
     length = torch.export.Dim("T", min=2, max=abi.context)
     kv = new_cache(abi)
     fixed = [None] * len(kv)
-    long = torch.zeros(1, min(8, abi.context), dtype=torch.int64)
-    one, start = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+    long = torch.zeros(abi.batch, min(8, abi.context), dtype=torch.int64)
+    one, start = torch.zeros(abi.batch, dtype=torch.int64), torch.zeros(abi.batch, dtype=torch.int64)
     calls: dict[str, tuple[nn.Module, tuple[object, ...], tuple[object, ...]]] = {
         PREFILL: (Prefill(model, abi.context), (long, start, kv), ({1: length}, None, fixed)),
         DECODE: (Decode(model, abi.context), (one, start, kv), (None, None, fixed)),
@@ -223,21 +228,24 @@ def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
 
 
 def check_data(model: Any, abi: Abi, seed: int) -> dict[str, np.ndarray]:
-    """Return `prompt` i64[P], `forced` i64[D] and `logits` f32[1+D, V] as PyTorch computes them on the same weights.
+    """Return prompts, forced tokens and logits as PyTorch computes them on the same weights: see `Program.check`.
 
-    `noise` is how far the logits move, root mean square over their own, when every token vector moves by a millionth:
-    rounding to integers inside the model can make much of little, and no artifact can be nearer than that.
+    The forced tokens of the sequences of a batch begin at positions of their own, within what was the prompt. `noise`
+    is how far the logits move, root mean square over their own, when every token vector moves by a millionth: rounding
+    to integers inside the model can make much of little, and no artifact can be nearer than that.
     """
-    drawn = np.random.default_rng(seed)
-    prompt = drawn.integers(0, abi.vocabulary, min(CHECK_PROMPT, abi.context // 2))
-    forced = drawn.integers(0, abi.vocabulary, min(CHECK_FORCED, abi.context - len(prompt)))
-    logits = run_eagerly(model, abi, prompt, forced)
+    drawn, length = np.random.default_rng(seed), min(CHECK_PROMPT, abi.context // 2)
+    prompt = drawn.integers(0, abi.vocabulary, (abi.batch, length))
+    forced = drawn.integers(0, abi.vocabulary, (abi.batch, min(CHECK_FORCED, abi.context - length)))
+    start = length - np.arange(abi.batch) % length
+    logits = run_eagerly(model, abi, prompt, forced, start)
     hook = model.get_input_embeddings().register_forward_hook(_nudge)
-    moved = run_eagerly(model, abi, prompt, forced[:2])
+    moved = run_eagerly(model, abi, prompt, forced[:, :2], start)
     hook.remove()
     same = logits[: len(moved)]
     noise = np.sqrt(np.square(moved - same, dtype=np.float64).mean() / np.square(same, dtype=np.float64).mean())
-    return {"prompt": prompt, "forced": forced, "logits": logits, "noise": np.asarray(noise, np.float32)}
+    found = {"prompt": prompt, "forced": forced, "start": start, "logits": logits}
+    return {**found, "noise": np.asarray(noise, np.float32)}
 
 
 def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
@@ -245,10 +253,10 @@ def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
     return vectors * (1 + NUDGE * signs)
 
 
-def run_eagerly(model: Any, abi: Abi, prompt: np.ndarray, forced: np.ndarray) -> np.ndarray:
-    """Return logits f32[1+D, V]: of the prompt's last token, then of each forced token."""
+def run_eagerly(model: Any, abi: Abi, prompt: np.ndarray, forced: np.ndarray, start: np.ndarray) -> np.ndarray:
+    """Return logits f32[1+D, B, V]: of the prompts' last tokens, then of each forced token from `start` i64[B] on."""
     prefill, decode, kv = Prefill(model, abi.context), Decode(model, abi.context), new_cache(abi)
-    rows = [prefill(torch.from_numpy(prompt[None]), torch.tensor([0]), kv)[1]]
-    for offset, token in enumerate(forced):
-        rows.append(decode(torch.tensor([int(token)]), torch.tensor([len(prompt) + offset]), kv)[1])
-    return torch.stack(rows).numpy()
+    rows = [prefill(torch.from_numpy(prompt), torch.zeros(abi.batch, dtype=torch.int64), kv)[1]]
+    for offset, tokens in enumerate(forced.T.copy()):
+        rows.append(decode(torch.from_numpy(tokens), torch.from_numpy(start + offset), kv)[1])
+    return torch.stack(rows).view(len(rows), abi.batch, -1).numpy()

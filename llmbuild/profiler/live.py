@@ -177,8 +177,7 @@ class Live:
 
     def answers(self, workload: Workload, seconds: float) -> list[Answer]:
         """Answer for `seconds`, once at least."""
-        asked = {"prompt": prompt_of(workload, self.subject.abi), "output": min(workload.output, self.decode_steps)}
-        told = self.child.ask("profile", "round", **asked, seconds=seconds)["answers"]
+        told = self.child.ask("profile", "round", **self._load(workload), seconds=seconds)["answers"]
         return [Answer(a["ttft_s"], a["tpot_s"], tuple(a["gap_s"])) for a in told]
 
     def visit(self, workload: Workload, seconds: float) -> tuple[dict[str, float], tuple[float, ...]]:
@@ -186,7 +185,7 @@ class Live:
         found = self.answers(workload, seconds)
         ttft, tpot = (statistics.middle([getattr(a, name) for a in found]) for name in ("ttft_s", "tpot_s"))
         full = statistics.middle([a.ttft_s + a.tpot_s * (workload.output - 1) for a in found])
-        rates = {"e2e_s": full, "output_tokens_per_s": workload.output / full}
+        rates = {"e2e_s": full, "output_tokens_per_s": workload.batch * workload.output / full}
         return {"ttft_s": ttft, "tpot_s": tpot, **rates}, tuple(gap for a in found for gap in a.gaps_s)
 
     def meter(self) -> MeterFound:
@@ -199,8 +198,10 @@ class Live:
 
     def energy(self, workload: Workload, steps: int) -> WindowTaken:
         """Answer again and again in a window of `steps` updates of the meter."""
-        asked = {"prompt": prompt_of(workload, self.subject.abi), "output": min(workload.output, self.decode_steps)}
-        return _taken(self.child.ask("profile", "energy", **asked, steps=steps))
+        return _taken(self.child.ask("profile", "energy", **self._load(workload), steps=steps))
+
+    def _load(self, workload: Workload) -> dict[str, Any]:
+        return {"prompts": prompts_of(workload, self.subject.abi), "output": min(workload.output, self.decode_steps)}
 
     def idle(self, steps: int) -> WindowTaken:
         """Wait in a window of `steps` updates of the meter."""
@@ -245,7 +246,7 @@ class Live:
         self.readings["dispatches_per_token"] = statistics.exact(dispatches(found))
 
 
-def prompt_of(workload: Workload, abi: dict[str, Any]) -> list[int]:
-    """Return the workload's prompt: random tokens of the model's vocabulary by the workload's seed."""
+def prompts_of(workload: Workload, abi: dict[str, Any]) -> list[list[int]]:
+    """Return the workload's prompts: random tokens of the model's vocabulary by the workload's seed."""
     chosen = random.Random(workload.seed)
-    return [chosen.randrange(abi["vocabulary"]) for _ in range(workload.prompt)]
+    return [[chosen.randrange(abi["vocabulary"]) for _ in range(workload.prompt)] for _ in range(workload.batch)]

@@ -159,7 +159,8 @@ def work(abi: Abi, parameter_bytes: int, workload: Workload, head_parameters: in
     filled = min(workload.prompt + workload.output / 2, abi.context)
     cached = sum(math.prod(t.shape) * _width(t.dtype) for t in abi.kv)
     layers = abi.parameters - head_parameters
-    return Work(parameter_bytes, cached * filled / abi.context, 2 * (layers * workload.prompt + head_parameters))
+    operations = 2 * abi.batch * (layers * workload.prompt + head_parameters)
+    return Work(parameter_bytes, cached * filled / abi.context, operations)
 
 
 def fractions(rates: Rates, done: Work, tpot: Reading, ttft: Reading) -> Fractions:

@@ -3,9 +3,9 @@
 open     {artifact, parameters, abi, driver, workers, times}   -> load_s samples
 check    {data}                                                -> errors against PyTorch on the same weights
 quality  {data}                                                -> KL, top-1 and perplexity against the f32 model
-round    {prompt, output, seconds}                             -> ttft_s, tpot_s, gap_s of each answer in that time
+round    {prompts, output, seconds}                            -> ttft_s, tpot_s, gap_s of each answer in that time
 meter    {}                                                    -> the energy meter's source, boundary, step_s, reason
-energy   {prompt, output, steps}                               -> joules, seconds, tokens of answers in one window
+energy   {prompts, output, steps}                              -> joules, seconds, tokens of answers in one window
 idle     {steps}                                               -> joules, seconds of waiting in one window
 memory   {}                                                    -> peak resident bytes so far
 limits   {artifact, read_bytes, functions, seconds}            -> seconds of the machine's limit kernels
@@ -16,7 +16,8 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from time import monotonic, perf_counter, sleep
@@ -39,6 +40,26 @@ LEARN_STEPS, LEARN_S = 16, 0.2
 
 COME_BACK_S = 0.05
 """Untimed work before each timed answer, in seconds, one answer at most."""
+
+
+@dataclass(frozen=True)
+class Calls:
+    """How a session is asked for the first tokens after prompts of `length`, and for the later ones at a position.
+
+    One sequence goes the way on which users go with one, a batch the way of batches.
+    """
+
+    length: int
+    first: Callable[[], Any]
+    later: Callable[[Any, int], Any]
+
+    @staticmethod
+    def of(session: Session, prompts: list[list[int]]) -> Calls:
+        """Return the calls for prompts of equal length, one for each sequence."""
+        length, batch = len(prompts[0]), np.asarray(prompts, np.int64)
+        if len(prompts) == 1:
+            return Calls(length, lambda: session.prefill(prompts[0]), session.decode)
+        return Calls(length, lambda: session.prefill_batch(batch), session.decode_batch)
 
 
 class Worker:
@@ -75,14 +96,17 @@ class Worker:
     def check(self, request: dict[str, Any]) -> dict[str, Any]:
         """Compare logits with PyTorch's on the same weights: error over the size of the logits, root mean square."""
         with np.load(request["data"]) as data:
-            prompt, forced, expected, noise = data["prompt"], data["forced"], data["logits"], float(data["noise"])
-        actual = self._forced(prompt, forced)
+            found = {name: data[name] for name in data.files}
+        batch = self.session.abi.batch
+        prompt, forced = (found[name].reshape(batch, -1) for name in ("prompt", "forced"))
+        actual = self._forced(prompt, forced, found.get("start", prompt.shape[1]))
+        expected = found["logits"].reshape(actual.shape)
         scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))) or 1.0
         error = float(np.sqrt(np.mean(np.square(actual.astype(np.float64) - expected))))
         return {
             "finite": bool(np.isfinite(actual).all()),
             "error": error / scale,
-            "noise": noise,
+            "noise": float(found["noise"]),
             "top1": float(np.mean(actual.argmax(-1) == expected.argmax(-1))),
         }
 
@@ -91,9 +115,8 @@ class Worker:
         with np.load(request["data"]) as data:
             windows, reference = data["tokens"], data["logits"]
         kl, agree, loss = [], [], []
-        for tokens, expected in zip(windows, reference, strict=True):
-            prompt, forced = tokens[:QUALITY_PROMPT], tokens[QUALITY_PROMPT:-1]
-            actual = log_softmax(self._forced(prompt, forced))
+        for tokens, expected, found in zip(windows, reference, self._windows(windows), strict=True):
+            actual = log_softmax(found)
             wanted = log_softmax(expected[QUALITY_PROMPT - 1 : -1])
             kl.append(np.sum(np.exp(wanted) * (wanted - actual), axis=-1))
             agree.append(actual.argmax(-1) == wanted.argmax(-1))
@@ -106,22 +129,22 @@ class Worker:
 
     def round(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer for `seconds`, once at least: prefill, then decode its own greedy tokens; every answer's times."""
-        prompt, output = request["prompt"], request["output"]
-        self._come_back(prompt, output)
+        calls, output = Calls.of(self.session, request["prompts"]), request["output"]
+        self._come_back(calls, output)
         end = perf_counter() + request["seconds"]
-        answers = [self._answer(prompt, output)]
+        answers = [self._answer(calls, output)]
         while perf_counter() < end:
-            answers.append(self._answer(prompt, output))
+            answers.append(self._answer(calls, output))
         return {"answers": answers}
 
-    def _answer(self, prompt: list[int], output: int) -> dict[str, Any]:
+    def _answer(self, calls: Calls, output: int) -> dict[str, Any]:
         """Answer once; seconds on a monotonic clock."""
-        session, ticks = self.session, [0.0] * output
+        ticks, position = [0.0] * output, calls.length
         begin = perf_counter()
-        token = session.prefill(prompt)
+        token = calls.first()
         ticks[0] = perf_counter()
         for step in range(output - 1):
-            token = session.decode(token, len(prompt) + step)
+            token = calls.later(token, position + step)
             ticks[step + 1] = perf_counter()
         return {
             "ttft_s": ticks[0] - begin,
@@ -145,16 +168,16 @@ class Worker:
 
     def energy(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer again and again in one window of at least `steps` updates of the meter."""
-        session, prompt, output = self.session, request["prompt"], request["output"]
-        self._come_back(prompt, output)
+        calls, output = Calls.of(self.session, request["prompts"]), request["output"]
+        self._come_back(calls, output)
         tokens = 0
 
         def answer() -> None:
             nonlocal tokens
-            token = session.prefill(prompt)
+            token = calls.first()
             for step in range(output - 1):
-                token = session.decode(token, len(prompt) + step)
-            tokens += output
+                token = calls.later(token, calls.length + step)
+            tokens += output * self.session.abi.batch
 
         return {**self._metered(request["steps"], answer), "tokens": tokens}
 
@@ -172,34 +195,45 @@ class Worker:
             window.keep()
         return _told(meter, window)
 
-    def _come_back(self, prompt: list[int], output: int) -> None:
+    def _come_back(self, calls: Calls, output: int) -> None:
         """Work untimed for a moment: others have had the caches since this process last ran.
 
         Without it a model that fits the last-level cache looks up to twice as slow in turns as it is alone; and the
         session itself has to learn how long a step takes, each time that it is opened.
         """
         begin = perf_counter()
-        token = self.session.prefill(prompt)
+        token = calls.first()
         for step in range(output - 1):
             passed = perf_counter() - begin
             if passed >= COME_BACK_S and (step >= LEARN_STEPS or passed >= LEARN_S):
                 return
-            token = self.session.decode(token, len(prompt) + step)
+            token = calls.later(token, calls.length + step)
 
     def memory(self, _: dict[str, Any]) -> dict[str, Any]:
         """Return the peak resident set of this process."""
         match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return {"peak_memory_bytes": int(match[1]) * 1024 if match else None}
 
-    def _forced(self, prompt: NDArray[Any], forced: NDArray[Any]) -> NDArray[np.float32]:
-        """Return f32[1 + len(forced), V]: the logits after the prompt and after each forced token."""
+    def _forced(
+        self, prompts: NDArray[Any], forced: NDArray[Any], start: int | NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        """Return logits f32[1+D,B,V] after prompts i64[B,P] and each of the forced tokens i64[B,D] from `start` on."""
         session = self.session
-        session.prefill(prompt)
-        rows = [session.logits()]
-        for step, token in enumerate(forced):
-            session.decode(int(token), len(prompt) + step)
-            rows.append(session.logits())
+        session.prefill_batch(prompts)
+        rows = [session.logits_batch()]
+        for step in range(forced.shape[1]):
+            session.decode_batch(forced[:, step], start + step)
+            rows.append(session.logits_batch())
         return np.stack(rows)
+
+    def _windows(self, windows: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+        """Yield the logits f32[1+D,V] of each window, as many together as the artifact takes."""
+        batch = self.session.abi.batch
+        for first in range(0, len(windows), batch):
+            taken = windows[first : first + batch]
+            filled = np.concatenate([taken, np.repeat(taken[-1:], batch - len(taken), 0)])
+            found = self._forced(filled[:, :QUALITY_PROMPT], filled[:, QUALITY_PROMPT:-1], QUALITY_PROMPT)
+            yield from found.transpose(1, 0, 2)[: len(taken)]
 
 
 def _told(meter: Meter, window: Window) -> dict[str, Any]:

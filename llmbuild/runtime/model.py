@@ -276,6 +276,29 @@ class Model:
             token = choose(session.decode(token, position))
             position += 1
 
+    def tokens_batch(
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, sampling: Sampling | None = None
+    ) -> list[list[int]]:
+        """Return the continuation of each prompt, as many together as the variant was built for.
+
+        Greedy unless `sampling` has a temperature; then each prompt has a seed of its own.
+        """
+        from llmbuild.runtime.sampling import Sampling
+        from llmbuild.runtime.together import answer
+
+        return answer(self.session, prompts, max_new_tokens, sampling or Sampling())
+
+    def generate_batch(self, prompts: Sequence[str], max_new_tokens: int = 64, **sampling: float) -> list[str]:
+        """Return the continuation of each prompt as text; `sampling` is that of `generate`."""
+        from llmbuild.runtime.sampling import Sampling
+
+        tokenizer = self.tokenizer
+        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
+        found = self.tokens_batch(ids, max_new_tokens, Sampling(**sampling))  # type: ignore[arg-type]
+        return [
+            tokenizer.decode(mine + new)[len(tokenizer.decode(mine)) :] for mine, new in zip(ids, found, strict=True)
+        ]
+
     def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: float) -> Iterator[str]:
         """Yield the continuation of `prompt` as pieces of text, each as soon as it is certain.
 

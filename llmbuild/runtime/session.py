@@ -33,10 +33,10 @@ _MOST_WORKERS = 64
 
 _RELEASED_IN_ORDER = (
     "_logits",
-    "_token",
-    "_position",
-    "_token_view",
-    "_position_view",
+    "_tokens",
+    "_positions",
+    "_tokens_view",
+    "_positions_view",
     "_kv",
     "_call",
     "_entries",
@@ -57,8 +57,9 @@ class Settings:
 class Session:
     """One opened artifact with one KV cache: `prefill` a prompt, then `decode` token by token.
 
-    The parameter archive is mapped, not copied; the cache buffers live here and are updated in place. Not for use by
-    two threads at a time.
+    An artifact of a batch of B goes on with B sequences at each call, by `prefill_batch` and `decode_batch`; `prefill`
+    and `decode` then give all of them the same. The parameter archive is mapped, not copied; the cache buffers live
+    here and are updated in place. Not for use by two threads at a time.
     """
 
     def __init__(self, artifact: Path, parameters: Path, abi: Abi, settings: Settings) -> None:
@@ -77,8 +78,8 @@ class Session:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
         self._kv = [self._zeros(t) for t in abi.kv]
         if self._shared:
-            self._token, self._token_view = self._scalar()
-            self._position, self._position_view = self._scalar()
+            self._tokens, self._tokens_view = self._steps()
+            self._positions, self._positions_view = self._steps()
         self._logits: Any = None
 
     def close(self) -> None:
@@ -112,41 +113,82 @@ class Session:
             InputError: no token, a token outside the vocabulary, or more than fits in the context.
         """
         array = np.asarray(tokens, np.int64).reshape(1, -1)
-        if array.size == 0:
+        return int(self._prefill(np.repeat(array, self.abi.batch, 0), start)[0])
+
+    def prefill_batch(self, tokens: NDArray[np.int64], start: int | NDArray[np.int64] = 0) -> NDArray[np.int64]:
+        """Run prompts i64[B,T], each from its own position `start` i64[B] on; return the next tokens i64[B].
+
+        Raises:
+            InputError: not B prompts, no token, a token outside the vocabulary, or more than fits in the context.
+        """
+        if tokens.ndim != 2 or len(tokens) != self.abi.batch:
+            raise InputError(f"prompts must be i64[{self.abi.batch},T]: the artifact answers so many together")
+        return np.array(self._prefill(np.ascontiguousarray(tokens, np.int64), start))
+
+    def _prefill(self, tokens: NDArray[np.int64], start: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        if tokens.size == 0:
             raise InputError("the prompt is empty: give at least one token")
-        if start < 0 or start + array.size > self.abi.context:
-            raise InputError(f"{start + array.size} tokens do not fit in a context of {self.abi.context}")
-        if array.min() < 0 or array.max() >= self.abi.vocabulary:
+        if np.min(start) < 0 or np.max(start) + tokens.shape[1] > self.abi.context:
+            raise InputError(f"{np.max(start) + tokens.shape[1]} tokens do not fit in a context of {self.abi.context}")
+        if tokens.min() < 0 or tokens.max() >= self.abi.vocabulary:
             raise InputError(f"a token is outside the vocabulary of {self.abi.vocabulary}")
-        return self._run(PREFILL, self._buffer(array), start)
+        return self._run(PREFILL, self._buffer(tokens), start)
 
     def decode(self, token: int, position: int) -> int:
         """Run one token at `position` and return the most likely next one. `position` is below the context."""
         if not 0 <= position < self.abi.context:
             raise InputError(f"position {position} is outside a context of {self.abi.context}")
+        return int(self._decode(token, position)[0])
+
+    def decode_batch(self, tokens: NDArray[np.int64], positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Run one token i64[B] of each sequence at its position i64[B]; return the most likely next ones i64[B].
+
+        Raises:
+            InputError: not B tokens, or a position that is not in the context.
+        """
+        if tokens.shape != (self.abi.batch,):
+            raise InputError(f"tokens must be i64[{self.abi.batch}]: the artifact answers so many sequences together")
+        if np.min(positions) < 0 or np.max(positions) >= self.abi.context:
+            raise InputError(f"a position is outside a context of {self.abi.context}")
+        return np.array(self._decode(tokens, positions))
+
+    def _decode(self, tokens: int | NDArray[np.int64], positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
         if not self._shared:
-            return self._run(DECODE, self._buffer(np.array([token], np.int64)), position)
-        self._token[0] = token
-        return self._run(DECODE, self._token_view, position)
+            return self._run(DECODE, self._buffer(self._each(tokens)), positions)
+        self._tokens[:] = tokens
+        return self._run(DECODE, self._tokens_view, positions)
 
     def logits(self) -> NDArray[np.float32]:
-        """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made."""
+        """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made.
+
+        Of a batch these are the first sequence's.
+        """
         return np.array(self.peek())
 
     def peek(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call where they lie; valid until the next call."""
-        return self._read(self._logits, np.float32).reshape(-1)
+        found: NDArray[np.float32] = self._read(self._logits, np.float32).reshape(self.abi.batch, -1)[0]
+        return found
 
-    def _run(self, entry: str, tokens: Any, position: int) -> int:
+    def logits_batch(self) -> NDArray[np.float32]:
+        """Return the f32[B,V] logits of the last call, copied."""
+        return np.array(self._read(self._logits, np.float32)).reshape(self.abi.batch, -1)
+
+    def _run(self, entry: str, tokens: Any, positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the next tokens i64[B] where they lie; valid until the next call."""
         if self._shared:
-            self._position[0] = position
-            where = self._position_view
+            self._positions[:] = positions
+            where = self._positions_view
         else:
-            where = self._buffer(np.array([position], np.int64))
+            where = self._buffer(self._each(positions))
         results = self._call(self._entries[entry], (tokens, where, *self._kv), steady=entry == DECODE)
         token = results.get_as_object(0, rt.HalBufferView)
         self._logits = results.get_as_object(1, rt.HalBufferView)
-        return int(self._read(token, np.int64)[0])
+        return self._read(token, np.int64)
+
+    def _each(self, value: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return one value for each sequence: i64[B]."""
+        return np.ascontiguousarray(np.broadcast_to(np.asarray(value, np.int64), (self.abi.batch,)))
 
     def _read(self, view: Any, kind: type[Any]) -> NDArray[Any]:
         """Return what a buffer holds: where it lies if the host sees it, else a copy."""
@@ -167,10 +209,10 @@ class Session:
     def _zeros(self, kind: TensorType) -> Any:
         return self._buffer(np.zeros(kind.shape, kind.dtype))
 
-    def _scalar(self) -> tuple[NDArray[np.int64], Any]:
-        """Return an i64[1] that the host writes and the device reads, without a copy for each call."""
-        view = self._buffer(np.zeros(1, np.int64))
-        return view.map().asarray((1,), np.dtype(np.int64)), view
+    def _steps(self) -> tuple[NDArray[np.int64], Any]:
+        """Return an i64[B] that the host writes and the device reads, without a copy for each call."""
+        view = self._buffer(np.zeros(self.abi.batch, np.int64))
+        return view.map().asarray((self.abi.batch,), np.dtype(np.int64)), view
 
 
 def _create_device(settings: Settings) -> Any:

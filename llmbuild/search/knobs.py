@@ -85,7 +85,8 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
             if str(value) in map(str, asked[name]):
                 raise InputError(f"knob {name}={value}: not on {target.backend}, where {why}")
     knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in there]
-    return Space(tuple(_narrow(_own(knob, target, asked), target, asked.get(knob.name)) for knob in knobs))
+    own = [_own(knob, target, asked, recipe.batch) for knob in knobs]
+    return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in own))
 
 
 def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[str, tuple[Value, ...]]:
@@ -145,13 +146,23 @@ def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Kn
     return replace(knob, domain=tuple(v for v in knob.domain if v != needing))
 
 
-def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]]) -> Knob:
+def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch: int) -> Knob:
     """Return the knob of our kernels for the formats that they read on a target; other knobs as they are.
 
     Raises:
-        InputError: our kernels are all that was asked for, and they read none of the formats asked for there.
+        InputError: our kernels are all that was asked for, and they read none of the formats asked for there, or
+            answer one sequence and more were asked for.
     """
-    if knob.name != "kernel" or not target.is_cpu:
+    if knob.name != "kernel":
+        return knob
+    if batch > 1:
+        if set(map(str, asked.get("kernel", ()))) == {"own"}:
+            raise InputError(
+                f"knob kernel=own: our kernels answer one sequence at a time, the workloads {batch}: choose "
+                "kernel=compiler"
+            )
+        return replace(knob, domain=COMPILER)
+    if not target.is_cpu:
         return knob
     from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
 

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 PREFILL = "prefill"
-"""`prefill(tokens i64[1,T], start i64[1], *kv) -> (next_token i64[1], logits f32[V])`, T dynamic, last logits."""
+"""`prefill(tokens i64[B,T], start i64[B], *kv) -> (next_tokens i64[B], logits f32[B,V])`, T dynamic, last logits.
+
+B sequences are answered together, each in its part of the cache. With one sequence the logits are f32[V]."""
 
 DECODE = "decode"
-"""`decode(token i64[1], position i64[1], *kv) -> (next_token i64[1], logits f32[V])`."""
+"""`decode(tokens i64[B], positions i64[B], *kv) -> (next_tokens i64[B], logits f32[B,V])`; f32[V] of one sequence."""
 
 PARAMETER_SCOPE = "model"
 """The scope under which a module names its parameters and a loader provides them."""
@@ -34,6 +36,8 @@ class Abi:
     eos_tokens: tuple[int, ...]
     parameters: int
     """Number of the model's weights, tied ones counted once."""
+    batch: int = 1
+    """Sequences that one call goes on with."""
     required_features: tuple[str, ...] = ()
     """CPU features that kernels inside the module need (`avx512vnni`), by LLVM's names."""
 
@@ -52,8 +56,9 @@ class Program:
     module: str
     parameters: str
     check: str
-    """Digest of an `.npz`: `prompt` i64[P], `forced` i64[D], `logits` f32[1+D, V] from PyTorch on the same weights,
-    `noise` f32: how far these move, relative, when the token vectors move by a millionth."""
+    """Digest of an `.npz` with what PyTorch says on the same weights: `prompt` i64[B,P], `forced` i64[B,D] tokens from
+    the positions `start` i64[B] on, `logits` f32[1+D,B,V] after the prompts and after each forced token, and `noise`
+    f32: how far these move, relative, when the token vectors move by a millionth."""
     abi: Abi
 
 
@@ -76,6 +81,8 @@ class ImportJob:
     """A Hugging Face folder, or the id of a model on the hub."""
     context: int
     """Number of positions the cache buffers hold."""
+    batch: int = 1
+    """Sequences that are answered together."""
     random_init: bool = False
     """Take only the shape from the model's configuration; weights are drawn from `seed`."""
     seed: int = 0

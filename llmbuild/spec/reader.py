@@ -28,6 +28,8 @@ _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 MAX_FILE_BYTES = 1 << 20
 """A recipe or target larger than this is refused unread: it is not one."""
+MAX_BATCH = 256
+"""Sequences that are answered together at most."""
 
 
 def seconds(text: Any) -> float:
@@ -104,7 +106,7 @@ class _Workload(_Strict):
     prompt: _Positive
     output: _Positive
     context: _Positive | None = None
-    batch: Annotated[int, Field(ge=1, le=1, strict=True)] = 1
+    batch: Annotated[int, Field(ge=1, le=MAX_BATCH, strict=True)] = 1
     seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
 
     @model_validator(mode="after")
@@ -157,6 +159,9 @@ class _Recipe(_Strict):
         names = [w.name for w in self.workloads]
         if len(set(names)) != len(names):
             raise ValueError(f"workloads share a name: {names}")
+        batches = sorted({w.batch for w in self.workloads})
+        if len(batches) > 1:
+            raise ValueError(f"workloads ask for batches of {batches}: an artifact has one; write a recipe for each")
         return self
 
 

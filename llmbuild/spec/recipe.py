@@ -70,3 +70,8 @@ class Recipe:
     def context(self) -> int:
         """Tokens of KV cache that every workload fits in."""
         return max(w.context for w in self.workloads)
+
+    @property
+    def batch(self) -> int:
+        """Sequences that every workload answers together."""
+        return self.workloads[0].batch
