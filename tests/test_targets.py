@@ -264,14 +264,19 @@ def test_a_decode_step_is_one_submission_that_moves_token_and_position_only(
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_our_cpu_kernels_are_no_choice_on_a_gpu_and_are_refused(name: str) -> None:
+def test_our_kernels_for_gpus_are_a_choice_there_and_the_knobs_of_cpus_are_not(name: str) -> None:
     space = space_for(ALL[name], recipe(), {})
     domains = {knob.name: knob.domain for knob in space.knobs}
-    assert domains["kernel"] == ("compiler",)
+    assert domains["kernel"] == ("compiler", "own")
     assert not {"work_groups", "distribution_size", "vector_width", "ukernels"} & set(domains)
-    for asked in (space_for, lambda t, r, p: space_for(t, recipe(kernel=("own",)), {})):
-        with pytest.raises(InputError, match=f"kernel=own: our kernels are for CPUs, target {name} is"):
-            asked(ALL[name], recipe(), {"kernel": "own"})
+    own = space.complete({"weight_format": "f16", "kernel": "own", "row_tile": domains["row_tile"][0]})
+    assert (own["kernel"], own["layout"]) == ("own", "row_major")
+    assert any(point["kernel"] == "own" for point in openers(space))
+    assert space.complete({"weight_format": "f32", "kernel": "own"})["kernel"] == "compiler"
+
+
+def test_knobs_of_our_gpu_kernels_are_no_choice_on_a_cpu() -> None:
+    assert not {"row_tile", "row_reads"} & {knob.name for knob in space_for(ALL["x86-64-v4"], recipe(), {}).knobs}
 
 
 @pytest.mark.parametrize("name", GPUS)

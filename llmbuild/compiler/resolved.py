@@ -37,8 +37,8 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
     try:
         known = json.loads(path.read_text())
         features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:3])
-        told = {"cpu": str(known["cpu"]), "subgroup": int(known["subgroup"])}
-        return replace(target, features=features, requires=requires, **told)
+        cpu, subgroup = str(known["cpu"]), int(known["subgroup"])
+        return replace(target, cpu=cpu, features=features, requires=requires, subgroup=subgroup)
     except (OSError, ValueError, KeyError, TypeError):
         found = iree.resolve(target)
     if answers.keep:

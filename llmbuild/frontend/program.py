@@ -45,6 +45,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "kv_dtype": ("f32", "f16", "int8"),
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
     "row_tile": matvec.ROW_TILES,
+    "row_reads": matvec.ROW_READS,
 }
 """Model-level knobs; the first value is the default."""
 
@@ -97,6 +98,8 @@ def settle(job: ImportJob) -> dict[str, str]:
 
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
+    if choices["kernel"] == "own" and job.batch > 1:
+        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
     if choices["kernel"] == "own" and job.subgroup:
         return _apply_to_rows(model, job, choices)
     units = None if choices["kernel"] == "compiler" else _check_own(model, job, choices)
@@ -125,7 +128,7 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
     if choices["layout"] != "row_major":
         raise InputError("kernel=own reads weights in layout=row_major on a GPU; choose it too")
     formats = formats_of(model, job, choices)
-    work = matvec.work(job.subgroup, choices["row_tile"])
+    work = matvec.work(job.subgroup, choices["row_tile"], choices["row_reads"])
     modules.swap(model, formats, single_row.stored_for(work), fused=choices["mixed"] == "none")
     _scale_table(model, formats)
     if kernels := single_row.kernels(model):
@@ -138,8 +141,6 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
 
 def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:
     """Refuse choices that our kernels do not go with; return what they are written in."""
-    if job.batch > 1:
-        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
     if choices["layout"] != "packed":
         raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
@@ -178,7 +179,9 @@ def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
         if mixed:
             formats = replace(formats, kept=calibration.sensitive(formats))
         if scaled:
-            formats = calibration.scaled(formats, rounded=choices["kernel"] == "own" and not job.subgroup, clipped=not fitted)
+            formats = calibration.scaled(
+                formats, rounded=choices["kernel"] == "own" and not job.subgroup, clipped=not fitted
+            )
         return calibration.fitted(formats) if fitted else formats
 
 

@@ -19,7 +19,7 @@ ELEMENTS = {torch.float16: "f16", torch.bfloat16: "bf16", torch.int8: "i8"}
 
 @torch.library.custom_op("llmbuild::matvec", mutates_args=())
 def matvec(x: torch.Tensor, data: torch.Tensor, scales: list[torch.Tensor], kernel: str) -> torch.Tensor:
-    """Return y f32[N] of x in the order of `Plan.x_shape` and a matrix as `Matrix` stores it.
+    """Return y f32[N] of x f32 in `Plan.x_shape` and a matrix as `Matrix` stores it.
 
     `scales` are its scales and zeros, as far as it has them.
     """
@@ -30,7 +30,8 @@ def matvec(x: torch.Tensor, data: torch.Tensor, scales: list[torch.Tensor], kern
         dense = dense - scales[1].float().unsqueeze(-1)
     if stored.group:
         dense = dense * scales[0].float().unsqueeze(-1)
-    y = nn.functional.linear(x.transpose(1, 2).flatten(), dense.flatten(1))
+    row = x.transpose(1, 2) if PLANS[kernel].arranged else x
+    y = nn.functional.linear(row.flatten(), dense.flatten(1))
     return y * scales[0] if stored.is_integer and not stored.group else y
 
 
@@ -56,10 +57,14 @@ class SingleRow(RowMajor):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         if self.plan is None or x.shape[0] != 1 or x.shape[1] != 1:
             return super().multiply(x)
-        steps, pieces, lanes, four = self.plan.x_shape
-        arranged = x.reshape(steps, lanes, pieces, four).transpose(1, 2).contiguous()
+        shape = self.plan.x_shape
+        if self.plan.arranged:
+            steps, pieces, lanes, four = shape
+            read = x.reshape(steps, lanes, pieces, four).transpose(1, 2).contiguous()
+        else:
+            read = x.reshape(shape)
         scales = [part for part in (self.scale, self.zero) if part is not None]
-        y: torch.Tensor = matvec(arranged, self.data, scales, self.kernel)
+        y: torch.Tensor = matvec(read, self.data, scales, self.kernel)
         return y.view(1, 1, -1)
 
 

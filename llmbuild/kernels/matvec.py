@@ -9,7 +9,7 @@ and Metal. Which matrix is shared out how is `plan`'s answer; `kernel` writes it
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import gcd, prod
 from typing import NamedTuple
 
@@ -21,6 +21,10 @@ FORMATS = tuple(form for form in WEIGHT_FORMATS if form != "f32")
 
 ROW_TILES = ("4x4", "1x4", "2x4", "8x4", "4x2", "4x8")
 """Rows that a lane sums at a time, and subgroups of a work-group; the first is the default."""
+
+WIDE = "wide"
+ROW_READS = ("narrow", WIDE)
+"""How much of a row lanes read at a time; the first is the default."""
 
 READS = (16, 8, 4)
 """Bytes that a lane may read of a row at a time."""
@@ -40,6 +44,9 @@ MOST_WORK_GROUPS = 65535
 
 IN_FLIGHT = 64
 """Bytes of weights that a lane should have asked for before it sums."""
+
+NEAR_PIECES = 2
+"""Pieces of sixteen bytes of x for each read of weights up to which lanes read them where they are."""
 
 BITS = {"f16": 16, "bf16": 16, "i8": 8, "i4": 4}
 
@@ -77,17 +84,21 @@ class Stored:
 @dataclass(frozen=True)
 class Work:
     """How a GPU's lanes are put to work: lanes of a `subgroup`, `rows` that each of them sums at a time, and
-    subgroups of a work-group."""
+    subgroups of a work-group.
+
+    Reads of weights are `wide` as far as rows allow, or as short as lets lanes read x where it is.
+    """
 
     subgroup: int
     rows: int
     groups: int
+    wide: bool = False
 
 
-def work(subgroup: int, tile: str) -> Work:
-    """Return what a tile like `4x2` says, rows by subgroups."""
+def work(subgroup: int, tile: str, reads: str) -> Work:
+    """Return what a tile like `4x2`, rows by subgroups, and one of `ROW_READS` say."""
     rows, groups = map(int, tile.split("x"))
-    return Work(subgroup, rows, groups)
+    return Work(subgroup, rows, groups, reads == WIDE)
 
 
 @dataclass(frozen=True)
@@ -130,23 +141,34 @@ class Plan:
         return max(1, min(self.steps, IN_FLIGHT // (self.work.rows * self.read)))
 
     @property
+    def arranged(self) -> bool:
+        """Whether neighbouring lanes read neighbouring sixteen bytes of x, too.
+
+        Then x is `[steps, each/4, lanes, 4]`, which is a dispatch of its own where nothing that computes x can write it
+        so. Otherwise it is `[steps, lanes, each/4, 4]`, as it was: cheap enough where it is read in few pieces.
+        """
+        return self.each // 4 > NEAR_PIECES
+
+    @property
     def x_shape(self) -> tuple[int, int, int, int]:
-        """Shape of x `[steps, each/4, lanes, 4]`: neighbouring lanes read neighbouring sixteen bytes of it, too."""
-        return self.steps, self.each // 4, self.lanes, 4
+        """Shape of x as the kernel reads it."""
+        pieces = self.each // 4
+        return (self.steps, pieces, self.lanes, 4) if self.arranged else (self.steps, self.lanes, pieces, 4)
 
 
 def plan(stored: Stored, work: Work) -> Plan | None:
     """Return how a product is shared out; nothing where rows are too short or odd to be read side by side."""
     choices = []
     for read in READS:
-        if stored.row_bits % (8 * read) or read * 8 // BITS[stored.element] % 4:
+        each = read * 8 // BITS[stored.element]
+        if stored.row_bits % (8 * read) or each % 4 or (each // 4 > NEAR_PIECES and not work.wide):
             continue
         lanes = gcd(stored.row_bits // (8 * read), work.subgroup)  # the largest power of two that divides both
         choices.append((min(lanes * read, COALESCED), read, lanes))
     side_by_side, read, lanes = max(choices, default=(0, 0, 0))
     if side_by_side < LEAST_COALESCED:
         return None
-    return Plan(stored, Work(work.subgroup, _rows(stored, work, lanes), work.groups), lanes, read)
+    return Plan(stored, replace(work, rows=_rows(stored, work, lanes)), lanes, read)
 
 
 def _rows(stored: Stored, work: Work, lanes: int) -> int:
@@ -160,7 +182,7 @@ def _rows(stored: Stored, work: Work, lanes: int) -> int:
 
 
 def kernel(name: str, plan: Plan) -> str:
-    """Return the executable and `util.func @name(x [steps, each/4, lanes, 4], weights, scales, zeros) -> y [N]`.
+    """Return the executable and `util.func @name(x, weights, scales, zeros) -> y [N]`; x has `Plan.x_shape`.
 
     Scales and zeros are taken where the matrix has them.
     """
@@ -226,9 +248,7 @@ class _Body:
         self.words = I32 if words == 1 else f"vector<{words}xi32>"
         self.data = self._bind(self.words, stored.rows, plan.steps * plan.lanes)
         if stored.is_integer:
-            self.scale = (
-                self._bind("i16", stored.rows, stored.groups) if stored.group else self._bind(F32, stored.rows)
-            )
+            self.scale = self._bind("i16", stored.rows, stored.groups) if stored.group else self._bind(F32, stored.rows)
         if stored.zeros:
             self.zero = self._bind("i8", stored.rows, stored.groups)
         self.y = self._bind(F32, stored.rows)
@@ -312,7 +332,8 @@ class _Body:
 
     def _block(self, first: str, count: int, sums: Sequence[str]) -> list[str]:
         """Add some steps to the sums of all rows; what they need of the weights is asked for before anything is
-        summed."""
+        summed.
+        """
         steps = [self._sum(first, self._index(u)) if u else first for u in range(count)]
         chunks = [self._sum(self._product(step, self.plan.lanes), self.lane) for step in steps]
         weights = [[self._load(self.data, row, chunk) for row in self.read_rows] for chunk in chunks]
@@ -326,11 +347,14 @@ class _Body:
 
     def _activations(self, step: str) -> list[str]:
         """Return what the lane's columns are multiplied by in a step."""
-        pieces = self.plan.each // 4
-        first = self._sum(self._product(step, pieces * self.plan.lanes), self.lane)
+        plan, pieces = self.plan, self.plan.each // 4
+        if plan.arranged:
+            first, apart = self._sum(self._product(step, pieces * plan.lanes), self.lane), plan.lanes
+        else:
+            first, apart = self._product(self._sum(self._product(step, plan.lanes), self.lane), pieces), 1
         x = []
         for piece in range(pieces):
-            place = self._sum(first, self._index(piece * self.plan.lanes)) if piece else first
+            place = self._sum(first, self._index(piece * apart)) if piece else first
             four = self._load(self.x, place)
             x += [self.w.let(f"vector.extract {four}[{i}] : f32 from vector<4xf32>") for i in range(4)]
         return x

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
-from llmbuild.kernels.matvec import ROW_TILES
+from llmbuild.kernels.matvec import ROW_READS, ROW_TILES
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.space import Condition, Knob
 from llmbuild.spec.target import BACKENDS, LLVM_CPU
@@ -94,6 +94,17 @@ KNOBS: tuple[Knob, ...] = (
         when=(Condition("kernel", ("own",)),),
         backends=GPUS,
         searched=ROW_TILES[:1],
+    ),
+    Knob(
+        "row_reads",
+        "model",
+        ROW_READS,
+        ROW_READS[0],
+        "bytes that lanes of our kernels read at a time: narrow is 4 of int4 and 8 of int8, wide 16 of each, for which "
+        "another dispatch arranges what they are multiplied by",
+        when=(Condition("kernel", ("own",)),),
+        backends=GPUS,
+        searched=ROW_READS[:1],
     ),
     Knob(
         "work_groups",

@@ -74,7 +74,7 @@ class ImportJob:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
     `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
     `kv_dtype` f32 | f16 | int8, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
-    kernels on a CPU; `row_tile` how many rows their subgroups take on a GPU, and how many subgroups a work-group has.
+    kernels on a CPU; `row_tile` and `row_reads` how rows are shared out on a GPU.
     """
 
     model: str
