@@ -268,7 +268,7 @@ class OnVulkan(Loaded):
     "choices",
     [
         {"weight_format": "f16"},
-        {"weight_format": "int8", "head_format": "int4_g64", "row_reads": "wide"},
+        {"weight_format": "int8", "row_reads": "wide"},
     ],
     ids=lambda choices: "-".join(choices.values()),
 )
