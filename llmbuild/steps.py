@@ -144,8 +144,10 @@ class Job:
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
         if not own:
-            choices.pop("work_groups", None)  # it says nothing then, and targets without it share the import
+            for name in ("work_groups", "row_tile", "row_reads"):
+                choices.pop(name, None)  # it says nothing then, and targets without it share the import
         features = [f for f in FEATURES if f in self.target.requires] if own else []
+        subgroup = self.target.subgroup if own else 0
         return {
             "model": self.model.digest,
             "context": self.recipe.context,
@@ -153,6 +155,7 @@ class Job:
             "choices": choices,
             "features": features,
             "importer": self.toolchain.importer,
+            **({"subgroup": subgroup} if subgroup else {}),
             **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
         }
 
@@ -230,6 +233,7 @@ class Steps:
             "batch": inputs["batch"],
             "choices": inputs["choices"],
             "features": inputs["features"],
+            "subgroup": inputs.get("subgroup", 0),
         }
         if "calibration" in inputs:
             request["calibration"] = str(self._calibration_file())

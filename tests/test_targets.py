@@ -275,13 +275,19 @@ def test_a_decode_step_is_one_submission_that_moves_token_and_position_only(
 
 
 @pytest.mark.parametrize("name", GPUS)
-def test_our_cpu_kernels_are_no_choice_on_a_gpu_and_are_refused(name: str) -> None:
+def test_our_kernels_for_gpus_are_a_choice_there_and_the_knobs_of_cpus_are_not(name: str) -> None:
     space = space_for(ALL[name], recipe(), {})
     domains = {knob.name: knob.domain for knob in space.knobs}
-    assert domains["kernel"] == ("compiler",)
+    assert domains["kernel"] == ("compiler", "own")
     assert not {"work_groups", "distribution_size", "vector_width", "ukernels"} & set(domains)
-    with pytest.raises(InputError, match=f"kernel=own: our kernels are for CPUs, target {name} is"):
-        space_for(ALL[name], recipe(), {"kernel": "own"})
+    own = space.complete({"weight_format": "f16", "kernel": "own", "row_tile": domains["row_tile"][0]})
+    assert (own["kernel"], own["layout"]) == ("own", "row_major")
+    assert any(point["kernel"] == "own" for point in openers(space))
+    assert space.complete({"weight_format": "f32", "kernel": "own"})["kernel"] == "compiler"
+
+
+def test_knobs_of_our_gpu_kernels_are_no_choice_on_a_cpu() -> None:
+    assert not {"row_tile", "row_reads"} & {knob.name for knob in space_for(ALL["x86-64-v4"], recipe(), {}).knobs}
 
 
 @pytest.mark.parametrize("name", GPUS)
@@ -290,6 +296,8 @@ def test_what_a_recipe_says_for_our_kernels_a_gpu_does_not_hear(name: str) -> No
     ours, plain = recipe(kernel=("own",), **said), recipe(opt_level=("O2",))
     assert space_for(ALL[name], ours, {}) == space_for(ALL[name], plain, {})
     assert set(for_cpus(ours, ALL[name])) == {"kernel", "layout", "weight_format", "kv_dtype"}
+    mine = recipe(kernel=("own",), layout=("row_major",))
+    assert {k.name: k.domain for k in space_for(ALL[name], mine, {}).knobs}["kernel"] == ("own",)
     either = recipe(layout=("packed",))
     assert {k.name: k.domain for k in space_for(ALL[name], either, {}).knobs}["layout"] == ("packed",)
     assert (for_cpus(either, ALL[name]), for_cpus(ours, ALL["x86-64-v4"])) == ({}, {})

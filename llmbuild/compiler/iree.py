@@ -130,7 +130,8 @@ def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
 
 
 def resolve(target: Target) -> Target:
-    """Return the target with the CPU and features that the compiler itself takes for it; no `host` stays.
+    """Return the target with the CPU and features, or the size of subgroups, that the compiler itself takes for it; no
+    `host` stays.
 
     A Vulkan target requires the size of subgroups that its code is generated for: another one computes nonsense.
 
@@ -149,10 +150,11 @@ def resolve(target: Target) -> Target:
                 f"target {target.name}: the compiler does not take it: {failure.reason}\n{failure.command}"
             )
         text = output.read_text(errors="replace")
-    if target.backend == VULKAN:
-        size = subgroups.size(text)
-        return replace(target, requires=tuple(sorted({*target.requires, *([f"subgroup-size-{size}"] if size else [])})))
-    return _resolved(target, text) if target.is_cpu else target
+    if target.is_cpu:
+        return _resolved(target, text)
+    size = subgroups.size(text)
+    required = {f"subgroup-size-{size}"} if size and target.backend == VULKAN else set()
+    return replace(target, subgroup=size, requires=tuple(sorted({*target.requires, *required})))
 
 
 def _resolved(target: Target, text: str) -> Target:

@@ -14,7 +14,7 @@ from llmbuild.compiler import iree
 from llmbuild.runtime import host
 from llmbuild.spec.target import Target
 
-FIELDS = ("cpu", "features", "requires")
+FIELDS = ("cpu", "features", "requires", "subgroup")
 FORM = 2
 """Counts up when what is made of the compiler's answer changes."""
 
@@ -38,8 +38,9 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
     path = answers.folder / f"{_key(target)}.json"
     try:
         known = json.loads(path.read_text())
-        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:])
-        return replace(target, cpu=str(known["cpu"]), features=features, requires=requires)
+        features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:3])
+        cpu, subgroup = str(known["cpu"]), int(known["subgroup"])
+        return replace(target, cpu=cpu, features=features, requires=requires, subgroup=subgroup)
     except (OSError, ValueError, KeyError, TypeError):
         found = iree.resolve(target)
     if answers.keep:

@@ -174,7 +174,10 @@ class Packed(Matrix):
         return (row // layouts.PANEL * columns + column) * layouts.PANEL + row % layouts.PANEL
 
 
-LAYOUTS: dict[str, type[Matrix]] = {"row_major": RowMajor, "packed": Packed}
+Store = Callable[[Weights], Matrix]
+"""From what is stored of a matrix to the matrix."""
+
+LAYOUTS: dict[str, Store] = {"row_major": RowMajor, "packed": Packed}
 
 
 class Linear(nn.Module):
@@ -249,11 +252,13 @@ FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one parent module that the library calls with the same input, in this order."""
 
 
-def swap(model: Any, prepare: Prepare, layout: str) -> None:
-    """Put stored matrices into the model, in place: every linear layer, the embedding, and a tied head only once."""
-    kind = LAYOUTS[layout]
+def swap(model: Any, prepare: Prepare, kind: Store, fused: bool) -> None:
+    """Put stored matrices into the model, in place: every linear layer, the embedding, and a tied head only once.
+
+    Layers of one input become one matrix if `fused`.
+    """
     names = {id(module): name for name, module in model.named_modules()}
-    if layout != "row_major":
+    if fused:
         for parent in list(model.modules()):
             for group in FUSED_GROUPS:
                 if all(isinstance(getattr(parent, name, None), nn.Linear) for name in group):
@@ -277,7 +282,7 @@ def _prepared(layer: Any, names: dict[int, str], prepare: Prepare) -> Weights:
     return prepare(names[id(layer)], layer.weight.detach().numpy())
 
 
-def _fuse(parent: nn.Module, names: tuple[str, ...], kind: type[Matrix], weights: Sequence[Weights]) -> None:
+def _fuse(parent: nn.Module, names: tuple[str, ...], kind: Store, weights: Sequence[Weights]) -> None:
     layers = [getattr(parent, name) for name in names]
     quantized = [w for w in weights if isinstance(w, Quantized)]
     together = stack(quantized) if quantized else torch.cat([w for w in weights if isinstance(w, torch.Tensor)])

@@ -13,11 +13,12 @@ from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import InputError
-from llmbuild.frontend import attention, huggingface, importer, modules, own, splice
+from llmbuild.frontend import attention, huggingface, importer, modules, own, single_row, splice
 from llmbuild.frontend.cache import layer_buffers
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
+from llmbuild.kernels import matvec
 from llmbuild.kernels.choose import required_features
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
@@ -43,6 +44,8 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16", "int8"),
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
+    "row_tile": matvec.ROW_TILES,
+    "row_reads": matvec.ROW_READS,
 }
 """Model-level knobs; the first value is the default."""
 
@@ -95,22 +98,49 @@ def settle(job: ImportJob) -> dict[str, str]:
 
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
+    if choices["kernel"] == "own" and job.batch > 1:
+        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
+    if choices["kernel"] == "own" and job.subgroup:
+        return _apply_to_rows(model, job, choices)
     units = None if choices["kernel"] == "compiler" else _check_own(model, job, choices)
     formats, kernels = formats_of(model, job, choices), {}
     if units is None:
-        modules.swap(model, formats, choices["layout"])
+        layout = choices["layout"]
+        modules.swap(model, formats, modules.LAYOUTS[layout], fused=layout != "row_major")
     else:
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
         kernels = own.put_in(model, job.model, job.context, half_cache, work_groups, formats, units)
+    _scale_table(model, formats)
+    return kernels
+
+
+def _scale_table(model: Any, formats: Formats) -> None:
     if formats.looked_up is not None:
         model.model.embed_tokens = modules.ScaledColumns(model.model.embed_tokens, formats.looked_up)
-    return kernels
+
+
+def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
+    """Put weights and our kernels for a GPU into the model, in place; return the kernels' MLIR by name.
+
+    Raises:
+        InputError: a choice that does not go with these kernels, or no matrix that they read.
+    """
+    if choices["layout"] != "row_major":
+        raise InputError("kernel=own reads weights in layout=row_major on a GPU; choose it too")
+    formats = formats_of(model, job, choices)
+    work = matvec.work(job.subgroup, choices["row_tile"], choices["row_reads"])
+    modules.swap(model, formats, single_row.stored_for(work), fused=choices["mixed"] == "none")
+    _scale_table(model, formats)
+    if kernels := single_row.kernels(model):
+        return kernels
+    raise InputError(
+        f"{job.model}: kernel=own finds no matrix to read in {' and '.join(sorted(set(stored_formats(choices))))}: "
+        f"on a GPU it takes 16, 8 or 4 bits, and rows of a multiple of {matvec.LEAST_COALESCED} bytes"
+    )
 
 
 def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:
     """Refuse choices that our kernels do not go with; return what they are written in."""
-    if job.batch > 1:
-        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
     if choices["layout"] != "packed":
         raise InputError("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
@@ -149,7 +179,9 @@ def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
         if mixed:
             formats = replace(formats, kept=calibration.sensitive(formats))
         if scaled:
-            formats = calibration.scaled(formats, rounded=choices["kernel"] == "own", clipped=not fitted)
+            formats = calibration.scaled(
+                formats, rounded=choices["kernel"] == "own" and not job.subgroup, clipped=not fitted
+            )
         return calibration.fitted(formats) if fitted else formats
 
 
@@ -169,7 +201,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),
         required_features=required_features(job.features, *stored_formats(choices))
-        if choices["kernel"] == "own"
+        if choices["kernel"] == "own" and not job.subgroup
         else (),
     )
 

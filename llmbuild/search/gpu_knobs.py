@@ -22,6 +22,11 @@ FIRST: tuple[dict[str, Value], ...] = (
     {**_HALF, "weight_format": "int8"},
     {**_HALF, "weight_format": "int8", "matvec": "8x4"},
     {**_HALF, "weight_format": "int4_g64", "head_format": "int8"},
+    {**_HALF, "weight_format": "f16", "kernel": "own"},
+    {**_HALF, "weight_format": "int8", "kernel": "own"},
+    {**_HALF, "weight_format": "int8", "kernel": "own", "row_reads": "wide"},
+    {**_HALF, "weight_format": "int4_g64", "head_format": "int8", "kernel": "own"},
+    {**_HALF, "weight_format": "int4_g64", "head_format": "int8", "kernel": "own", "row_reads": "wide"},
 )
 """Points asked about right after point 0, one for each way to store weights. None was measured on a GPU yet: they are
 what compiles, and what vendors start from. A value that a target lacks is left at its default."""

@@ -43,8 +43,7 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
     for name, _ in target.knobs:
         _check_known(name, target, {knob.name for knob in there})
     narrowed = {k.name: tuple(_value(k, v) for v in dict(target.knobs).get(k.name, ())) for k in there}
-    found = tuple(replace(k, searched=narrowed[k.name] or k.searched) for k in there)
-    return found if target.is_cpu else tuple(replace(k, domain=COMPILER) if k.name == "kernel" else k for k in found)
+    return tuple(replace(k, searched=narrowed[k.name] or k.searched) for k in there)
 
 
 COMPILER = ("compiler",)
@@ -112,12 +111,14 @@ def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[s
 
 
 def for_cpus(recipe: Recipe, target: Target) -> dict[str, tuple[Value, ...]]:
-    """Return what a recipe says for the sake of our kernels alone, which a target that is no CPU goes without.
+    """Return what a recipe says for the sake of our kernels for CPUs, which another target goes without.
 
-    A recipe that names them and nothing else as `kernel` narrows the formats, layout and cache for them.
+    A recipe that names them and nothing else as `kernel` narrows the formats, layout and cache for them, unless it asks
+    for the layout that our kernels for GPUs read.
     """
     said = dict(recipe.knobs)
-    if target.is_cpu or set(map(str, said.get("kernel", ()))) != {OWN}:
+    for_gpus = "row_major" in map(str, said.get("layout", ()))
+    if target.is_cpu or for_gpus or set(map(str, said.get("kernel", ()))) != {OWN}:
         return {}
     with_them = {"kernel", *(c.knob for k in ALL if k.name == "kernel" for c in k.when)}
     return {name: values for name, values in said.items() if name in with_them}
@@ -180,11 +181,6 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
             )
         return replace(knob, domain=COMPILER)
     if not target.is_cpu:
-        if set(map(str, asked.get("kernel", ()))) == {OWN}:
-            raise InputError(
-                f"knob kernel=own: our kernels are for CPUs, target {target.name} is {target.backend}: choose "
-                "kernel=compiler"
-            )
         return knob
     from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
 

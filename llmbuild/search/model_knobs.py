@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
+from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
+from llmbuild.kernels.matvec import ROW_READS, ROW_TILES
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.space import Condition, Knob
+from llmbuild.spec.target import BACKENDS, LLVM_CPU
+
+GPUS = tuple(backend for backend in BACKENDS if backend != LLVM_CPU)
 
 KNOBS: tuple[Knob, ...] = (
     Knob(
@@ -69,6 +74,37 @@ KNOBS: tuple[Knob, ...] = (
             Condition("kv_dtype", ("f32", "f16")),
             Condition("layout", ("packed",)),
         ),
+        backends=(LLVM_CPU,),
+    ),
+    Knob(
+        "kernel",
+        "model",
+        ("compiler", "own"),
+        "compiler",
+        "who generates the matrix products of a decode step: IREE, or our MLIR kernels",
+        when=(Condition("weight_format", GPU_FORMATS), Condition("layout", ("row_major",))),
+        backends=GPUS,
+    ),
+    Knob(
+        "row_tile",
+        "model",
+        ROW_TILES,
+        ROW_TILES[0],
+        "rows that lanes of our kernels sum at a time, and subgroups of a work-group",
+        when=(Condition("kernel", ("own",)),),
+        backends=GPUS,
+        searched=ROW_TILES[:1],
+    ),
+    Knob(
+        "row_reads",
+        "model",
+        ROW_READS,
+        ROW_READS[0],
+        "bytes that lanes of our kernels read at a time: narrow is 4 of int4 and 8 of int8, wide 16 of each, for which "
+        "another dispatch arranges what they are multiplied by",
+        when=(Condition("kernel", ("own",)),),
+        backends=GPUS,
+        searched=ROW_READS[:1],
     ),
     Knob(
         "work_groups",
@@ -77,6 +113,6 @@ KNOBS: tuple[Knob, ...] = (
         1,
         "pieces our kernels cut a layer into; one for each worker is enough",
         when=(Condition("kernel", ("own",)),),
-        backends=("llvm-cpu",),
+        backends=(LLVM_CPU,),
     ),
 )

@@ -74,7 +74,7 @@ class ImportJob:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
     `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
     `kv_dtype` f32 | f16 | int8, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
-    kernels.
+    kernels on a CPU; `row_tile` and `row_reads` how rows are shared out on a GPU.
     """
 
     model: str
@@ -89,6 +89,8 @@ class ImportJob:
     choices: tuple[tuple[str, str], ...] = ()
     features: tuple[str, ...] = ()
     """CPU features of the target by LLVM's names: a choice that needs one that is missing is refused."""
+    subgroup: int = 0
+    """Lanes of a subgroup of the target, a GPU, for `own` kernels; 0 for a CPU."""
     calibration: str = ""
     """An `.npy` of tokens i64[W,L], for `gptq`, `activation` and `sensitive`; it is read, never named, in what is
     written."""

@@ -43,6 +43,7 @@ class Target:
     `requires` are the CPU features that a host must have before an artifact of this target may be opened. `device` is
     the URI of what runs it and `meters` the sources of energy readings that are its own. `attribute` is the whole
     device attribute where the compiler has no name for the chip. `knobs` narrows what is searched for this target.
+    `subgroup` is the number of lanes that run as one where the compiler was asked for it: 0 for a CPU.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Target:
     meters: tuple[str, ...] = ()
     attribute: str = ""
     knobs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
+    subgroup: int = 0
 
     @property
     def is_cpu(self) -> bool:
