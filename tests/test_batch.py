@@ -54,7 +54,6 @@ def opened(folder: Path, driver: str = "local-task") -> Session:
     "choices",
     [
         {},
-        {"weight_format": "f16", "kv_dtype": "f16"},
         {"weight_format": "int8", "layout": "packed"},
         {"weight_format": "int4_g32", "kv_dtype": "int8"},
     ],
