@@ -224,13 +224,6 @@ def test_what_a_board_does_not_tell_is_left_out_of_its_conditions() -> None:
     assert set(counter.conditions()) == {"temperature_c", "power_w", "power_limit_w"}
 
 
-def test_a_board_is_named_with_its_driver_and_none_is_no_name() -> None:
-    assert nvml.name(FakeNvml(World())) == "NVIDIA H100, driver 550.54"
-    assert nvml.name(FakeNvml(World(), mig=1)) == "NVIDIA H100, driver 550.54"
-    assert nvml.name(FakeNvml(World(), gpus=0)) == ""
-    assert nvml.name(FakeNvml(World(), raises={"nvmlInit": NVMLError_LibraryNotFound()})) == ""
-
-
 def test_counter_and_polled_power_agree_on_a_load_that_both_see() -> None:
     world = World(lambda now: 300.0 if now % 0.5 < 0.25 else 100.0)
     fake = FakeNvml(world)

@@ -24,7 +24,7 @@ from llmbuild.fleet import seeded
 from llmbuild.fleet.peers import Peer, Versus, versus
 from llmbuild.fleet.table import Across, Line, Tables, as_json, text
 from llmbuild.process import Limits
-from llmbuild.profiler import bandwidth, nvml, wire
+from llmbuild.profiler import bandwidth, wire
 from llmbuild.profiler.bench import OPERATORS, Bench
 from llmbuild.profiler.board_operators import board_operators
 from llmbuild.profiler.child import ChildFailed
@@ -201,11 +201,13 @@ class Run:
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
             return [self._line(body, one, why) for one in body["subjects"]]
-        machine = machine_of({one["subject"]["driver"] for one in body["subjects"]})
         begin = monotonic()
         each_s = (end - begin) * (1 - RACE) / len(body["subjects"])
         bench = bench_of(
-            _within(body["bench"], RACE * (end - begin), RACERS, each_s), self._where, machine, Limits(seconds=STEP_S)
+            _within(body["bench"], RACE * (end - begin), RACERS, each_s),
+            self._where,
+            self.machine,
+            Limits(seconds=STEP_S),
         )
         known: list[Trial] = []
         left: list[Line] = []
@@ -221,12 +223,12 @@ class Run:
                     left.append(self._line(body, one, why))
                     continue
                 rate = rate or self._bandwidth(body)
-                known.append(self._trial(bench, body, one, number, scope_of(body, machine), rate))
+                known.append(self._trial(bench, body, one, number, scope_of(body, self.machine), rate))
                 last = monotonic() - now
             known = self._timed(body, self._raced(bench, body, known, end), end)
         finally:
             bench.close()
-            self._record(body, machine, known)
+            self._record(body, known)
         fronts = _fronts(known)
         return [*(self._found(body, trial, fronts.get(trial.variant, "")) for trial in known), *left]
 
@@ -333,8 +335,9 @@ class Run:
         why = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else ""
         return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None), front=front)
 
-    def _record(self, body: Body, on: Machine, known: Sequence[Trial]) -> None:
+    def _record(self, body: Body, known: Sequence[Trial]) -> None:
         """Write what was found as rows of this machine, all in one transaction."""
+        on = self.machine
         machine, scope, now = digest.of(on), scope_of(body, on), datetime.now(UTC).isoformat()
         with sqlite3.connect(self.folder / FILE) as connection:
             put = partial(_insert, connection)
@@ -415,13 +418,6 @@ def _ranked(model: str, targets: Mapping[str, str], raced: Mapping[str, Measurem
         ratio = paired_ratio([mine for mine, _ in both], [first for _, first in both])
         found.append(Across(model, targets[m.variant], m.variant, m.readings, ratio, m.energy))
     return found
-
-
-def machine_of(drivers: Collection[str]) -> Machine:
-    """Return this machine as the drivers' readings are of it: with the GPU first, where one of them uses it."""
-    here = host.machine()
-    gpu = nvml.name() if "cuda" in drivers else ""
-    return replace(here, chip=f"{gpu}; {here.chip}") if gpu else here
 
 
 def scope_of(body: Body, machine: Machine) -> str:

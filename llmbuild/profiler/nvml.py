@@ -167,28 +167,15 @@ class _PolledWindow:
             self._taken.append((self._meter.clock(), watts))
 
 
-def name(api: Any = None) -> str:
-    """Return the GPU that a process would use, and its driver's version; empty where there is none."""
-    board = _board(api, COUNTER, shared=True)
-    if isinstance(board, Absent):
-        return ""
-    try:
-        told = [board.api.nvmlDeviceGetName(board.handle), board.api.nvmlSystemGetDriverVersion()]
-    except board.api.NVMLError:
-        return ""
-    chip, driver = (text.decode() if isinstance(text, bytes) else str(text) for text in told)
-    return f"{chip}, driver {driver}"
-
-
-def _board(api: Any, source: Source, shared: bool = False) -> Board | Absent:
-    """Return the GPU that a process would use, or why it cannot be metered; one that is `shared` may be named."""
+def _board(api: Any, source: Source) -> Board | Absent:
+    """Return the GPU that a process would use, or why it cannot be metered."""
     if api is None:
         try:
             api = importlib.import_module("pynvml")
         except ImportError:
             return Absent(source, "no NVML: pip install nvidia-ml-py")
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0].strip()
-    if visible.startswith("MIG-") and not shared:
+    if visible.startswith("MIG-"):
         return Absent(source, "a MIG instance has no energy reading of its own: NVML's is the whole board's")
     try:
         api.nvmlInit()
@@ -197,7 +184,7 @@ def _board(api: Any, source: Source, shared: bool = False) -> Board | Absent:
         named = visible.startswith("GPU-")
         index = int(visible) if visible.isdigit() else 0
         handle = api.nvmlDeviceGetHandleByUUID(visible) if named else api.nvmlDeviceGetHandleByIndex(index)
-        if not shared and _mig(api, handle):
+        if _mig(api, handle):
             return Absent(source, "MIG is on: the board's energy is that of all its instances together")
     except api.NVMLError as error:
         return Absent(source, f"no NVIDIA GPU to meter: {error}")

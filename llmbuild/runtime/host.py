@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llmbuild.runtime.boards import boards
 from llmbuild.spec.machine import Machine
 
 _LLVM_NAMES = {
@@ -90,7 +91,7 @@ def machine() -> Machine:
     """Return this host as a machine record."""
     total = _meminfo("MemTotal") or 0
     return Machine(
-        chip=_chip(),
+        chip="; ".join((*boards(), _chip())),
         arch=architecture(),
         cores=cores(),
         memory_gib=round(total / (1 << 30)),

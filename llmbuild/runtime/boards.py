@@ -1,0 +1,85 @@
+"""GPUs of this host with their driver, for the machine record: readings of one board say nothing of another's.
+
+Read from what the kernel shows, which costs nothing; in containers that hide it, from the driver's own library. Both
+give the same words, so that a loader, a build and a packed folder on one host speak of one machine.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+NVIDIA = Path("/proc/driver/nvidia")
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")
+AMDGPU = Path("/sys/module/amdgpu/version")
+_NAME_BYTES, _VERSION_BYTES = 96, 80
+
+
+def boards(
+    nvidia: Path = NVIDIA, kfd: Path = KFD, amdgpu: Path = AMDGPU, library: Callable[[str], Any] = ctypes.CDLL
+) -> tuple[str, ...]:
+    """Return each kind of GPU with its driver, such as `2 x NVIDIA H200, driver 550.54.15`; empty where there is none.
+
+    GPUs that only Vulkan or Metal knows are not named.
+    """
+    found = _named(_shown(nvidia), _shown_driver(nvidia)) or _told(library)
+    return (*found, *_named(_amd(kfd), _text(amdgpu)))
+
+
+def _named(chips: Iterable[str], driver: str) -> tuple[str, ...]:
+    told = f", driver {driver}" if driver else ""
+    return tuple(f"{f'{n} x ' if n > 1 else ''}{chip}{told}" for chip, n in sorted(Counter(chips).items()))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def _shown(nvidia: Path) -> list[str]:
+    models = (re.search(r"^Model:\s*(.+?)\s*$", _text(p), re.MULTILINE) for p in nvidia.glob("gpus/*/information"))
+    return [found[1] for found in models if found]
+
+
+def _shown_driver(nvidia: Path) -> str:
+    found = re.search(r"Kernel Module\b.*?\s(\d+\.\d+(?:\.\d+)*)\s", _text(nvidia / "version"))
+    return found[1] if found else ""
+
+
+def _told(library: Callable[[str], Any]) -> tuple[str, ...]:
+    """Return what NVML says, by its C interface: the loader has no package for it."""
+    try:
+        nvml = library("libnvidia-ml.so.1")
+    except OSError:
+        return ()
+    if nvml.nvmlInit_v2():
+        return ()
+    try:
+        count, driver = ctypes.c_uint(), ctypes.create_string_buffer(_VERSION_BYTES)
+        if nvml.nvmlDeviceGetCount_v2(ctypes.byref(count)) or nvml.nvmlSystemGetDriverVersion(driver, _VERSION_BYTES):
+            return ()
+        return _named([chip for n in range(count.value) if (chip := _chip(nvml, n))], driver.value.decode())
+    finally:
+        nvml.nvmlShutdown()
+
+
+def _chip(nvml: Any, number: int) -> str:
+    handle, name = ctypes.c_void_p(), ctypes.create_string_buffer(_NAME_BYTES)
+    if nvml.nvmlDeviceGetHandleByIndex_v2(number, ctypes.byref(handle)):
+        return ""
+    return "" if nvml.nvmlDeviceGetName(handle, name, _NAME_BYTES) else name.value.decode(errors="replace")
+
+
+def _amd(kfd: Path) -> list[str]:
+    """Return AMD's chips by LLVM's names: `gfx_target_version 90402` is gfx942, 90010 is gfx90a; CPUs have 0."""
+    versions = (
+        re.search(r"^gfx_target_version (\d+)$", _text(p), re.MULTILINE) for p in sorted(kfd.glob("*/properties"))
+    )
+    numbers = [int(found[1]) for found in versions if found]
+    return [f"AMD gfx{n // 10000}{n // 100 % 100:x}{n % 100:x}" for n in numbers if n]
