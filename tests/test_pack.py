@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import subprocess
 import sys
 import zipfile
@@ -18,6 +19,9 @@ from typing import Any
 import pytest
 
 from llmbuild import digest
+from llmbuild.catalog.schema import FILE
+from llmbuild.catalog.writer import Catalog
+from llmbuild.fleet.pack import _leave_checks
 from llmbuild.process import Limits
 from llmbuild.profiler import wire
 from llmbuild.profiler.board_operators import board_operators
@@ -124,6 +128,30 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
     checked = llmbuild("verify", "-C", tmp_path / "fresh")
     assert checked.returncode == 0, checked.stdout
     assert llmbuild("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", away).returncode == 0
+
+
+def test_check_data_that_was_carried_in_part_is_not_missed_where_a_folder_is_merged(
+    packed: Path, project: Project, tmp_path: Path
+) -> None:
+    away = there(packed, tmp_path)
+    with zipfile.ZipFile(away / "blobs.zip") as file:
+        file.extractall(away)
+    with sqlite3.connect(away / FILE) as connection:
+        names = {name for (name,) in connection.execute("SELECT checks FROM program")}
+    connection.close()
+    for name in names:
+        reader.blob_path(away, name).unlink()
+    assert llmbuild("verify", "-C", away).returncode == 1, "nothing said that it would not be there"
+    catalog = Catalog(project.catalog)
+    try:
+        _leave_checks(catalog, away, names)
+        assert llmbuild("verify", "-C", away).returncode == 1, "it was said to be carried"
+        _leave_checks(catalog, away, ())
+    finally:
+        catalog.close()
+    assert llmbuild("merge", away, "-C", tmp_path / "fresh").returncode == 0
+    checked = llmbuild("verify", "-C", tmp_path / "fresh")
+    assert checked.returncode == 0, checked.stdout
 
 
 def test_random_weights_are_drawn_where_they_are_measured(project: Project, tmp_path: Path) -> None:

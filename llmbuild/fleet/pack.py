@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from llmbuild.build import Build, Tell, describe, owner
+from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.digest import plain
@@ -112,6 +113,7 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
     shutil.copyfile(RUNNER, folder / "run.py")
     variants = [one["subject"]["variant"] for body in kept for one in body["subjects"]]
     _rows(catalog, folder, [*variants, *(body["target_digest"] for body in kept)])
+    _leave_checks(catalog, folder, others)
     done.weights_bytes = sum(path.stat().st_size for path in weights.values())
     return done
 
@@ -252,6 +254,15 @@ def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
         for name, left_over in LEFT_OVER.items():
             connection.execute(f'DELETE FROM "{name}" WHERE {left_over}')
     connection.execute("VACUUM")
+    connection.close()
+
+
+def _leave_checks(catalog: Catalog, folder: Path, carried: Collection[str]) -> None:
+    """Note in the packed catalog which check data is not carried whole: where it is merged, nobody misses it then."""
+    with sqlite3.connect(folder / FILE) as connection:
+        named = connection.execute("SELECT DISTINCT checks FROM program").fetchall()
+        left = [(name, catalog.blobs.path(name).stat().st_size, now()) for (name,) in named if name not in carried]
+        connection.executemany("INSERT INTO collected (digest, size_bytes, created_at) VALUES (?, ?, ?)", left)
     connection.close()
 
 
