@@ -116,7 +116,7 @@ class RowMajor(Matrix):
         return np.ascontiguousarray(stored)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
-        if self.grouped and x.shape[0] == 1 and x.shape[1] == 1:
+        if self.grouped and x.shape[1] == 1:
             return self._grouped_row(x[0, 0]).reshape(1, 1, -1)
         dense = self.values()
         if self.grouped:

@@ -55,7 +55,7 @@ class SingleRow(RowMajor):
             PLANS[self.kernel] = self.plan
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        if self.plan is None or x.shape[0] != 1 or x.shape[1] != 1:
+        if self.plan is None or x.shape[1] != 1:
             return super().multiply(x)
         shape = self.plan.x_shape
         if self.plan.arranged:

@@ -118,10 +118,15 @@ def for_cpus(recipe: Recipe, target: Target) -> dict[str, tuple[Value, ...]]:
     """
     said = dict(recipe.knobs)
     for_gpus = "row_major" in map(str, said.get("layout", ()))
-    if target.is_cpu or for_gpus or set(map(str, said.get("kernel", ()))) != {OWN}:
+    if target.is_cpu or for_gpus or not _only_own(said):
         return {}
     with_them = {"kernel", *(c.knob for k in ALL if k.name == "kernel" for c in k.when)}
     return {name: values for name, values in said.items() if name in with_them}
+
+
+def _only_own(asked: Mapping[str, Sequence[Value]]) -> bool:
+    """Say whether our kernels and nothing else are asked for."""
+    return set(map(str, asked.get("kernel", ()))) == {OWN}
 
 
 def _has(knob: Knob, given: Value) -> bool:
@@ -174,7 +179,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
     if knob.name != "kernel":
         return knob
     if batch > 1:
-        if set(map(str, asked.get("kernel", ()))) == {"own"}:
+        if _only_own(asked):
             raise InputError(
                 f"knob kernel=own: our kernels answer one sequence at a time, the workloads {batch}: choose "
                 "kernel=compiler"
@@ -186,7 +191,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
 
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
-    if set(map(str, asked.get("kernel", ()))) == {OWN} and wanted and not set(wanted) & set(formats):
+    if _only_own(asked) and wanted and not set(wanted) & set(formats):
         raise InputError(f"knob kernel=own: target {target.name} lacks {needs(wanted[0])} for {wanted[0]}")
     if not formats:
         return replace(knob, domain=COMPILER)
