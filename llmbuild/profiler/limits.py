@@ -48,8 +48,8 @@ class Calls:
         return perf_counter() - begin
 
     def close(self) -> None:
-        """Release everything, the device last: buffers that outlive it take the process down."""
-        for name in ("_callers", "_data", "_context", "_module", "_instance", "_device"):
+        """Release everything, buffers before the device and code after it, as a `Session` does."""
+        for name in ("_callers", "_data", "_context", "_instance", "_device", "_module"):
             self.__dict__.pop(name, None)
 
 

@@ -45,7 +45,11 @@ _RELEASED_IN_ORDER = (
     "_context",
     "_keep",
     "_device",
+    "_code",
 )
+"""Buffers go before their device, or they take the process down with them. The artifact's module goes after it: freeing a
+module takes the interpreter's lock, and a worker that holds the last of it, being done with a call later than its caller
+knows, would wait for that lock while the thread that has it waits for the worker to end."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,7 @@ class Session:
         self._logits: Any = None
 
     def close(self) -> None:
-        """Release everything, the device last: buffers that outlive their device take the process down with them."""
+        """Release everything, in the only order that neither crashes nor hangs."""
         for name in _RELEASED_IN_ORDER:
             self.__dict__.pop(name, None)
 
@@ -98,16 +102,13 @@ class Session:
         index = rt.ParameterIndex()
         index.load(str(parameters), format="irpa")
         provider = index.create_provider(scope=PARAMETER_SCOPE)
-        modules = [
-            rt.create_io_parameters_module(instance, provider),
-            rt.create_hal_module(instance, self._device),
-            rt.VmModule.mmap(instance, str(artifact)),
-        ]
-        self._context = rt.VmContext(instance, modules)
+        self._code = rt.VmModule.mmap(instance, str(artifact))
+        services = [rt.create_io_parameters_module(instance, provider), rt.create_hal_module(instance, self._device)]
+        self._context = rt.VmContext(instance, [*services, self._code])
         self._call = (PolledCaller if self._threaded else PlainCaller)(self._device, self._context, 2)
         suffix = "$async" if self._threaded else ""
-        self._entries = {name: modules[-1].lookup_function(name + suffix) for name in (PREFILL, DECODE)}
-        self._keep = (instance, index, provider, modules)
+        self._entries = {name: self._code.lookup_function(name + suffix) for name in (PREFILL, DECODE)}
+        self._keep = (instance, index, provider, services)
 
     def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0) -> int:
         """Run the prompt `tokens` from position `start` on and return the most likely next token.
