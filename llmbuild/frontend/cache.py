@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -24,6 +26,11 @@ def layer_buffers(kind: str, places: int, kv_heads: int, head_dim: int) -> tuple
     if kind == "int8":
         return (TensorType(shape, "int8"), TensorType(shape[:2], "float16")) * 2
     return (TensorType(shape, FLOATS[kind]),) * 2
+
+
+def cache_name(decoder: Any) -> str:
+    """Return by which name a model of the library takes a cache: newer ones of transformers 5 say `cache`."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 class CallerCache:

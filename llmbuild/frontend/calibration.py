@@ -17,7 +17,7 @@ from torch import nn
 
 from llmbuild.errors import InputError
 from llmbuild.frontend.attention import causal_mask
-from llmbuild.frontend.cache import CallerCache
+from llmbuild.frontend.cache import CallerCache, cache_name
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import FUSED_GROUPS
 from llmbuild.frontend.scaling import Site, fitting_scale, fold, sites, spread
@@ -78,7 +78,7 @@ class Calibration:
         self._context = {
             "attention_mask": causal_mask(positions, length),
             "position_ids": positions,
-            "past_key_values": CallerCache(cache, positions, torch.zeros(1, dtype=torch.int64)),
+            cache_name(model.model): CallerCache(cache, positions, torch.zeros(1, dtype=torch.int64)),
             "use_cache": True,
         }
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmbuild.frontend.attention import causal_mask
-from llmbuild.frontend.cache import CallerCache
+from llmbuild.frontend.cache import CallerCache, cache_name
 from llmbuild.frontend.own import OwnHead
 from llmbuild.frontend.seam import apart
 
@@ -37,8 +37,8 @@ class _Entry(nn.Module):
             input_ids=tokens.view(1, -1),
             attention_mask=apart(mask) if self.model.config.num_hidden_layers == 1 else mask,
             position_ids=positions.view(1, -1),
-            past_key_values=CallerCache(kv, positions, start),
             use_cache=True,
+            **{cache_name(self.model.model): CallerCache(kv, positions, start)},
         ).last_hidden_state
         hidden = hidden[:, -1:] if batch == 1 else hidden.view(batch, length, -1)[:, -1].unsqueeze(0)
         if isinstance(self.model.lm_head, OwnHead):

@@ -54,14 +54,14 @@ class OwnLayers(nn.Module):
         hidden_states: torch.Tensor,
         *,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        past_key_values: CallerCache,
-        **_: object,
+        **named: object,
     ) -> torch.Tensor:
         """Return hidden states f32[1,T,hidden]."""
         cosine, sine = position_embeddings
-        cache = list(past_key_values.buffers[2 * self.first : 2 * (self.first + self.count)])
-        start, x = past_key_values.start, hidden_states[0]
-        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], start, self.buffer, cache, self.kernel)
+        cache = next(value for value in named.values() if isinstance(value, CallerCache))
+        buffers = list(cache.buffers[2 * self.first : 2 * (self.first + self.count)])
+        x = hidden_states[0]
+        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], cache.start, self.buffer, buffers, self.kernel)
         return new.unsqueeze(0)
 
 
