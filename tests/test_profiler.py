@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 from random import Random
 from time import sleep
+from types import SimpleNamespace
 from typing import cast
 
+import iree.runtime as rt
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,6 +28,7 @@ from llmbuild.profiler.rounds import Rounds
 from llmbuild.profiler.worker import log_softmax
 from llmbuild.remeasure import known_of, subject_of
 from llmbuild.runtime import reader
+from llmbuild.runtime.host import cores
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.search.pairs import LOOKS
 from llmbuild.spec.program import abi_from
@@ -165,6 +168,39 @@ def test_a_device_with_memory_of_its_own_is_read_by_copies_and_says_the_same(
     shared = greedy(Session(*files, abi_from(row["abi"]), settings))
     monkeypatch.setattr("llmbuild.runtime.session.shares_memory", lambda driver: False)
     assert greedy(Session(*files, abi_from(row["abi"]), settings)) == shared
+
+
+def test_each_session_has_as_many_workers_as_it_asks_for(built: Project) -> None:
+    """IREE keeps the workers of the first device of a process for all others, unless each has a driver of its own."""
+    row = next(r for r in reader.variants(built.catalog, everything=True) if r["default"])
+    files = [reader.blob_path(built.catalog, row[name]) for name in ("artifact", "parameters")]
+    for count in (1, min(2, cores()), 1):
+        before = workers()
+        session = Session(*files, abi_from(row["abi"]), Settings("local-task", count))
+        assert len(workers() - before) == count
+        session.close()
+
+
+def test_code_outlives_the_workers_that_may_still_hold_it(built: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Freeing it takes the interpreter's lock: closing would hang where a worker did so while its end is waited for."""
+    row = next(r for r in reader.variants(built.catalog, everything=True) if r["default"])
+    files = [reader.blob_path(built.catalog, row[name]) for name in ("artifact", "parameters")]
+    before, left = workers(), list[set[str]]()
+    mapped = rt.VmModule.mmap
+    told = SimpleNamespace(mmap=lambda instance, path: mapped(instance, path, lambda: left.append(workers() - before)))
+    monkeypatch.setattr(rt, "VmModule", told)
+    session = Session(*files, abi_from(row["abi"]), Settings("local-task", 2))
+    session.prefill([1, 2, 3])
+    assert left == []
+    session.close()
+    assert left == [set()]
+
+
+def workers() -> set[str]:
+    """Return the threads of IREE's executors in this process, less those that have just ended."""
+    sleep(0.05)
+    tasks = Path("/proc/self/task").iterdir()
+    return {task.name for task in tasks if (task / "comm").read_text().startswith("iree-worker")}
 
 
 def greedy(session: Session) -> tuple[list[int], bytes]:

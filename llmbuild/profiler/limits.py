@@ -10,9 +10,9 @@ from typing import Any
 
 import iree.runtime as rt
 import numpy as np
-from iree.runtime.flags import parse_flags
 
 from llmbuild.runtime.calls import PolledCaller
+from llmbuild.runtime.session import threaded_device
 
 LEAST_ROUNDS = 5
 
@@ -24,8 +24,7 @@ class Calls:
     """
 
     def __init__(self, artifact: Path, read_bytes: int) -> None:
-        parse_flags("--task_topology_group_count=0")
-        self._device = rt.get_device("local-task", cache=False)
+        self._device = threaded_device(workers=0)
         self._instance = rt.VmInstance()
         self._module = rt.VmModule.mmap(self._instance, str(artifact))
         modules = [rt.create_hal_module(self._instance, self._device), self._module]

@@ -9,6 +9,7 @@ from typing import Any
 
 import iree.runtime as rt
 import numpy as np
+from iree.runtime._binding import create_hal_driver
 from iree.runtime.flags import parse_flags
 from numpy.typing import NDArray
 
@@ -47,9 +48,9 @@ _RELEASED_IN_ORDER = (
     "_device",
     "_code",
 )
-"""Buffers go before their device, or they take the process down with them. The artifact's module goes after it: freeing a
-module takes the interpreter's lock, and a worker that holds the last of it, being done with a call later than its caller
-knows, would wait for that lock while the thread that has it waits for the worker to end."""
+"""Buffers go before their device, or they take the process down with them. The artifact's module goes after it: freeing
+a module takes the interpreter's lock, and a worker that holds the last of it, being done with a call later than its
+caller knows, would wait for that lock while the thread that has it waits for the device's workers."""
 
 
 @dataclass(frozen=True)
@@ -220,16 +221,23 @@ class Session:
 
 
 def _create_device(settings: Settings) -> Any:
-    """IREE reads worker counts from process flags at the time a device is created, so they are set just before.
-
-    One worker goes where the system puts it. Several are pinned, each to a core of its own: woken together without
-    that, Linux puts them on one core, and they take as long as one.
-    """
     if settings.driver == "local-task":
-        alone = int(settings.workers == 1)
-        most = settings.workers or _MOST_WORKERS
-        parse_flags(f"--task_topology_group_count={alone}", f"--task_topology_max_group_count={most}")
+        return threaded_device(settings.workers)
     return rt.get_device(settings.driver, cache=False)
+
+
+def threaded_device(workers: int) -> Any:
+    """Return a device with worker threads of its own, one for each physical core where `workers` is 0.
+
+    IREE makes the threads with the driver, by process flags, and keeps one driver for all devices of a process: without
+    a driver of its own, a second device would run on as many workers as the first asked for. One worker goes where the
+    system puts it. Several are pinned, each to a core of its own: woken together without that, Linux puts them on one
+    core, and they take as long as one.
+    """
+    alone, most = int(workers == 1), workers or _MOST_WORKERS
+    parse_flags(f"--task_topology_group_count={alone}", f"--task_topology_max_group_count={most}")
+    uri = "local-task"
+    return create_hal_driver(uri).create_device_by_uri(uri)
 
 
 def _first_line(error: Exception) -> str:

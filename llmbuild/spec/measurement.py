@@ -8,7 +8,7 @@ from typing import Any
 from llmbuild.digest import plain
 from llmbuild.spec.workload import Workload
 
-PROTOCOL = 2
+PROTOCOL = 3
 """Version of how things are measured; readings of different versions are never compared."""
 
 ESTIMATES = ("model",)
