@@ -19,6 +19,7 @@ from llmbuild.catalog.known import Known, known_in, looked_at, name_of
 from llmbuild.catalog.place import exists
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers, resolve
+from llmbuild.compiling import written
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.freshness import Look, Outcome
@@ -426,12 +427,11 @@ def query(options: Options) -> list[dict[str, Any]]:
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:
     """Return the story of a variant."""
     rows = reader.find_variant(catalog, prefix)
-    command = _compile_line(catalog, rows[0])
+    command, by_hand = _compile_line(catalog, rows[0]), written(target_from(rows[0]["target_body"]), rows[0]["point"])
     if as_json:
-        return json.dumps(
-            [{**public(r), "program": r["program"], "parameters": r["parameters"], "compile": command} for r in rows]
-        )
-    return explain_text(rows, command)
+        more = {"compile": command, "written": by_hand}
+        return json.dumps([{**public(r), "program": r["program"], "parameters": r["parameters"], **more} for r in rows])
+    return explain_text(rows, command, by_hand)
 
 
 def _compile_line(catalog: Path, row: dict[str, Any]) -> str:

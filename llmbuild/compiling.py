@@ -35,10 +35,10 @@ def untuned(settings: Settings) -> bool:
 def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
     """Return everything that goes into a compile of a module (its digest), by name."""
     flags = compile_flags(target, settings)
-    return {"module": module, "flags": flags, "compiler": compiler, **_written(target, settings)}
+    return {"module": module, "flags": flags, "compiler": compiler, **written(target, settings)}
 
 
-def _written(target: Target, settings: Settings) -> dict[str, Value]:
+def written(target: Target, settings: Settings) -> dict[str, Value]:
     """Return what no flag says: settings that are not at their defaults, and what is written for all of a backend."""
     chosen = {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
     return {**chosen, "subgroups": "said"} if target.backend == VULKAN else chosen
@@ -121,7 +121,7 @@ class Compiling:
     def translated(self, front: Front, settings: Settings) -> Front | Failure:
         """Return the translated dispatches of a front half: known by what was asked, or by how they are configured."""
         flags = phases.configure_flags(self.target, settings)
-        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **_written(self.target, settings)}
+        inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **written(self.target, settings)}
 
         def make() -> Front | Failure:
             made = self.translated_text(self.text(front, settings), settings)

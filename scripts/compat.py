@@ -27,6 +27,7 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target, target_names
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers
+from llmbuild.compiling import Compiling, written
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.process import Limits
 from llmbuild.profiler.child import Child, ChildFailed
@@ -102,8 +103,13 @@ def cell(job: Job, steps: Steps, target: str, form: str, point: Point) -> Cell:
 
 
 def compiled(job: Job, steps: Steps, point: Point, program: Program) -> Artifact | Failure:
-    """Compile in one go: nothing here is compiled twice, so that there is no half to keep."""
+    """Compile in one go, where that gives what a build does: nothing is compiled twice, so no half needs to be kept."""
     module, settings = steps.catalog.blobs.path(program.module), job.space.level(point, "codegen")
+    if written(job.target, settings):
+        limits = Limits(seconds=CELL_S)
+        return Compiling(steps.catalog, job.target, job.toolchain.compiler, limits, lambda _: False).compile(
+            program.module, settings
+        )
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         output = Path(folder) / "module.vmfb"
         failure = iree.compile_module(module, output, job.target, settings, Limits(seconds=CELL_S))

@@ -396,6 +396,21 @@ def test_compile_takes_a_gpu_on_the_command_line_and_build_refuses_it(project: P
     assert (told.returncode, "cannot run on this host: the installed IREE runtime" in told.stderr) == (2, True)
 
 
+@pytest.mark.parametrize(("name", "told"), [("vulkan-rdna3", {"subgroups": "said"}), ("cuda-sm80", {})])
+def test_explain_says_what_its_command_leaves_out(
+    project: Project, tmp_path: Path, name: str, told: dict[str, str]
+) -> None:
+    where = ["-C", tmp_path / "c"]
+    made = llmbuild("compile", project.recipe, "-t", name, "--trials", "1", *where)
+    assert made.returncode == 0, made.stderr
+    (row,) = json.loads(llmbuild("query", "--all", "--json", *where).stdout)
+    as_data = llmbuild("explain", row["variant"], "--json", *where)
+    assert json.loads(as_data.stdout)[0]["written"] == told
+    as_text = llmbuild("explain", row["variant"], *where)
+    less = [line for line in as_text.stdout.splitlines() if line.startswith("less ")]
+    assert [line.split()[1].rstrip(":") for line in less] == ["subgroups=said"] * len(told)
+
+
 def test_a_loader_refuses_a_gpu_row_for_want_of_a_device_and_looks_for_none_where_no_row_needs_it() -> None:
     asked: list[str] = []
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmbuild.report.rows import differences, gain, quantity
 from llmbuild.spec.slo import METRICS
 
 
-def explain(rows: list[dict[str, Any]], command: str) -> str:
-    """Return the story of a variant; `rows` are its standings, `command` compiles it again."""
+def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]) -> str:
+    """Return the story of a variant; `rows` are its standings, `command` compiles it again but for what is `written`
+    into its dispatches between phases of a compile.
+    """
     first = rows[0]
     lines = [
         f"variant    {first['variant']}",
@@ -25,6 +28,11 @@ def explain(rows: list[dict[str, Any]], command: str) -> str:
         f"point      {' '.join(f'{k}={v}' for k, v in first['point'].items())}",
         f"compile    {command or 'not known: it was never compiled'}",
     ]
+    if command and written:
+        told = " ".join(f"{name}={value}" for name, value in written.items())
+        lines.append(
+            f"less       {told}: `llmbuild compile` writes it into the code half-way; the command alone does not"
+        )
     for row in rows:
         lines += ["", f"workload {row['workload']}: {row['status']}" + (f" ({row['reason']})" if row["reason"] else "")]
         lines += [_metric_line(row, name) for name in METRICS if row.get(name) is not None]
