@@ -17,7 +17,9 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from time import monotonic
 
 from llmbuild.spec.variant import Failure, Stage
 
@@ -25,15 +27,28 @@ LOG_BYTES = 64 << 10
 """How much of a tool's output is kept with a failure: the end of it."""
 
 
+TIME_UP = "was ended when the time of the whole run was up"
+
+
 @dataclass(frozen=True)
 class Limits:
     """What a child may use: wall seconds, and bytes of address space; 0 does not bound them.
 
-    A GPU's driver reserves more addresses than any machine has memory, so what runs on one is not bounded.
+    A GPU's driver reserves more addresses than any machine has memory, so what runs on one is not bounded. `until` is
+    the moment of the monotonic clock at which whatever still runs is ended.
     """
 
     seconds: float = 600.0
     memory_bytes: int = 16 << 30
+    until: float = inf
+
+    def left_s(self) -> float:
+        """Return how long a step that begins now may take."""
+        return min(self.seconds, max(0.0, self.until - monotonic()))
+
+    def told(self) -> str:
+        """Return what became of a child that ran out of time."""
+        return TIME_UP if monotonic() >= self.until else f"ran past {self.seconds:.0f} s"
 
 
 _running: set[subprocess.Popen[bytes]] = set()
@@ -81,7 +96,7 @@ def run(
             return Failure(stage, f"cannot start {command[0]}: {error}", shlex.join(command), "", lasting=False)
         _running.add(child)
         try:
-            code: int | None = child.wait(limits.seconds)
+            code: int | None = child.wait(limits.left_s())
         except subprocess.TimeoutExpired:
             code = None
         finally:
@@ -117,7 +132,7 @@ def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int |
     """Return the failure of a child that ended with `code` (None: it ran out of time) and printed `log`."""
     name = Path(command[0]).name
     if code is None:
-        return Failure(stage, f"{name} ran past {limits.seconds:.0f} s", shlex.join(command), log, lasting=False)
+        return Failure(stage, f"{name} {limits.told()}", shlex.join(command), log, lasting=False)
     if code < 0:
         told = signal.Signals(-code).name if -code in signal.valid_signals() else str(-code)
         killed = -code == signal.SIGKILL

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from importlib.metadata import distribution
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import pytest
@@ -195,6 +196,17 @@ def test_what_does_not_fit_the_budget_is_named(packed: Path, tmp_path: Path) -> 
     done = alone(there(packed, tmp_path), "--budget", "0", "--json")
     assert done.returncode == 1
     assert [row["reason"] for row in json.loads(done.stdout)["rows"]] == ["left out: the time was up"] * 2
+
+
+def test_what_is_still_measured_when_the_time_is_up_is_ended_and_named(packed: Path, tmp_path: Path) -> None:
+    folder = there(packed, tmp_path, lambda job: job["bench"]["protocol"].update(warmup_s=120.0))
+    begin = monotonic()
+    done = alone(folder, "--budget", "4", "--json")
+    assert monotonic() - begin < 60
+    assert done.returncode == 1
+    assert [row["reason"] for row in json.loads(done.stdout)["rows"]] == ["left out: the time was up"] * 2
+    with sqlite3.connect(folder / FILE) as connection:
+        assert connection.execute("SELECT count(*) FROM failure").fetchone() == (0,)
 
 
 def test_a_cpu_that_lacks_features_is_told_before_anything_is_opened(packed: Path, tmp_path: Path) -> None:

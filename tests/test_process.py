@@ -5,13 +5,14 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from time import monotonic
 
 import pytest
 
 from llmbuild.compiler import iree
 from llmbuild.compiler.flags import compile_flags
 from llmbuild.errors import InputError
-from llmbuild.process import Limits, run
+from llmbuild.process import TIME_UP, Limits, run
 from llmbuild.search.knobs import KNOBS
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
@@ -63,6 +64,12 @@ def test_a_tool_that_never_ends_is_ended_with_what_it_started(tmp_path: Path) ->
     assert failure is not None
     assert (failure.reason.split(" ran past ")[1], failure.lasting, "begun" in failure.log) == ("1 s", False, True)
     assert "sleep 61" not in subprocess.run(["ps", "-ax", "-o", "args"], capture_output=True, text=True).stdout
+
+
+def test_a_tool_is_ended_when_the_time_of_the_whole_run_is_up(tmp_path: Path) -> None:
+    failure = python("import time; time.sleep(60)", tmp_path / "out", Limits(seconds=60, until=monotonic() + 0.2))
+    assert failure is not None
+    assert (failure.reason.partition(" ")[2], failure.lasting) == (TIME_UP, False)
 
 
 def test_a_tool_that_wants_too_much_memory_fails_alone(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ class Run:
     ) -> None:
         self.folder, self.tell, self.with_torch = folder, tell, with_torch
         self.end = monotonic() + budget_s
+        self.limits = Limits(seconds=STEP_S, until=self.end)
         self.machine = host.machine()
         self.rates: dict[str, float] = {}
         self.raced: list[Across] = []
@@ -128,9 +129,7 @@ class Run:
         self.tell(f"the best of {', '.join(best)} in the same rounds")
         bodies = {one["subject"]["variant"]: (body, one) for body in self.jobs for one in body["subjects"]}
         body = bodies[next(iter(best.values())).variant][0]
-        bench = bench_of(
-            _within(body["bench"], max(left, RACE_S), len(best)), self._where, limits=Limits(seconds=STEP_S)
-        )
+        bench = bench_of(_within(body["bench"], max(left, RACE_S), len(best)), self._where, limits=self.limits)
         try:
             subjects = [wire.subject_of(bodies[x.variant][1]["subject"], self._where) for x in best.values()]
             everyone = {s.variant for s in subjects}
@@ -184,7 +183,7 @@ class Run:
 
     def _turns(self, one: Body, shape: Path, named: Versus, end: float) -> list[Versus]:
         peer = Peer(self.folder / "torch_peer.py", shape, named.workload)
-        live = Live(wire.subject_of(one["subject"], self._where), Limits(seconds=STEP_S))
+        live = Live(wire.subject_of(one["subject"], self._where), self.limits)
         try:
             live.open(1)
             live.warm(named.workload, 0.0)
@@ -207,7 +206,7 @@ class Run:
             _within(body["bench"], RACE * (end - begin), RACERS, each_s),
             self._where,
             self.machine,
-            Limits(seconds=STEP_S),
+            self.limits,
         )
         known: list[Trial] = []
         left: list[Line] = []
@@ -223,7 +222,11 @@ class Run:
                     left.append(self._line(body, one, why))
                     continue
                 rate = rate or self._bandwidth(body)
-                known.append(self._trial(bench, body, one, number, scope_of(body, self.machine), rate))
+                trial = self._trial(bench, body, one, number, scope_of(body, self.machine), rate)
+                if trial.failure and monotonic() >= self.end:  # it was ended, which says nothing of the variant
+                    left.append(self._line(body, one, "left out: the time was up"))
+                    continue
+                known.append(trial)
                 last = monotonic() - now
             known = self._timed(body, self._raced(bench, body, known, end), end)
         finally:
@@ -256,7 +259,7 @@ class Run:
             return None
         driver = next((d for one in body["subjects"] if (d := one["subject"]["driver"]) != "local-sync"), "local-sync")
         with TemporaryDirectory(prefix="llmbuild-") as name:
-            found = bandwidth.measure(self._where(blob), driver, Path(name) / "bandwidth.json")
+            found = bandwidth.measure(self._where(blob), driver, Path(name) / "bandwidth.json", until=self.end)
         if isinstance(found, Failure):
             self.tell(f"  no bandwidth: {found.reason}")
             return None
@@ -312,7 +315,7 @@ class Run:
         if best is None or bodies[best.variant]["driver"] in CPU_DRIVERS or monotonic() > end:
             return known
         subject = wire.subject_of(bodies[best.variant], self._where)
-        found = board_operators(subject, self.folder / "torch_kernels.py", Limits(seconds=STEP_S))
+        found = board_operators(subject, self.folder / "torch_kernels.py", self.limits)
         if isinstance(found, Failure):
             self.tell(f"  operators: {found.reason}")
         return [replace(t, measurements=_with_operators(t, found)) if t is best else t for t in known]

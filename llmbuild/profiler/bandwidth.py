@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from math import inf
 from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
@@ -34,10 +35,10 @@ func.func public @read(%data: tensor<{ROWS}x{COLUMNS}xf32>) -> tensor<{ROWS}xf32
 """
 
 
-def measure(artifact: Path, driver: str, output: Path, seconds: float = 1.0) -> float | Failure:
-    """Return bytes read a second, the median of its calls, in a process of its own."""
+def measure(artifact: Path, driver: str, output: Path, seconds: float = 1.0, until: float = inf) -> float | Failure:
+    """Return bytes read a second, the median of its calls, in a process of its own that is ended at `until`."""
     command = [sys.executable, "-m", "llmbuild.profiler.bandwidth", str(artifact), driver, str(seconds), str(output)]
-    failure = run(command, "profile", Limits(seconds=60 + 4 * seconds, memory_bytes=0), output)
+    failure = run(command, "profile", Limits(60 + 4 * seconds, 0, until), output)
     return failure or float(json.loads(output.read_text())["bytes_per_s"])
 
 

@@ -54,7 +54,10 @@ def _by_timestamps(subject: Subject, limits: Limits) -> tuple[Operator, ...] | F
         if failure:
             return failure
         read = [str(tool("iree-profile")), "dispatch", "--format=jsonl", str(output)]
-        done = subprocess.run(read, capture_output=True, text=True, check=False, timeout=limits.seconds)
+        try:
+            done = subprocess.run(read, capture_output=True, text=True, check=False, timeout=limits.left_s())
+        except subprocess.TimeoutExpired:
+            return Failure("profile", f"iree-profile {limits.told()}", " ".join(read), "", lasting=False)
         if done.returncode:
             return Failure("profile", done.stderr.strip()[-200:], " ".join(read), "", lasting=False)
         return read_profile(done.stdout.splitlines())

@@ -60,7 +60,7 @@ class Child:
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._died(stage) from None
-        ready, _, _ = select.select([self._process.stdout], [], [], self.limits.seconds)
+        ready, _, _ = select.select([self._process.stdout], [], [], self.limits.left_s())
         if not ready:
             stop_group(self._process)
             raise ChildFailed(failure_of(self.command, stage, self.limits, None, self._tail()))
