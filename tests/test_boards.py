@@ -56,7 +56,19 @@ def shown(folder: Path, models: list[str], version: str) -> Path:
 
 
 def found(folder: Path, library: Callable[[str], Any] = missing) -> tuple[str, ...]:
-    return boards(folder / "nvidia", folder / "kfd", folder / "amdgpu", library)
+    return boards(folder / "nvidia", folder / "kfd", folder / "amdgpu", library, folder / "pci")
+
+
+def on_bus(folder: Path, *devices: tuple[str, str, str, str]) -> None:
+    """Write devices of a bus: their class, vendor, number and driver."""
+    for place, (kind, vendor, number, driver) in enumerate(devices):
+        device = folder / "pci" / f"0000:0{place}:00.0"
+        device.mkdir(parents=True)
+        for name, value in (("class", kind), ("vendor", vendor), ("device", number)):
+            (device / name).write_text(f"{value}\n")
+        if driver:
+            (folder / "drivers" / driver).mkdir(parents=True, exist_ok=True)
+            (device / "driver").symlink_to(folder / "drivers" / driver)
 
 
 def test_a_host_without_gpus_is_the_machine_that_it_was(tmp_path: Path) -> None:
@@ -92,6 +104,19 @@ def test_amd_gpus_have_llvms_names(tmp_path: Path) -> None:
     assert found(tmp_path) == ("AMD gfx1100", "AMD gfx90a", "AMD gfx942")
     (tmp_path / "amdgpu").write_text("6.7.0\n")
     assert found(tmp_path)[0] == "AMD gfx1100, driver 6.7.0"
+
+
+def test_gpus_that_only_vulkan_knows_are_named_by_the_bus(tmp_path: Path) -> None:
+    network, display = "0x020000", "0x030000"
+    arc = (display, "0x8086", "0x56a0", "i915")
+    on_bus(tmp_path, arc, (network, "0x8086", "0x1533", "igb"), arc, ("0x038000", "0x1002", "0x744c", ""))
+    assert found(tmp_path) == ("AMD GPU 744c", "2 x Intel GPU 56a0, driver i915")
+
+
+def test_gpus_of_a_maker_that_was_asked_are_not_named_again_and_virtual_displays_never(tmp_path: Path) -> None:
+    shown(tmp_path / "nvidia", ["NVIDIA H200"], CLOSED)
+    on_bus(tmp_path, ("0x030200", "0x10de", "0x2335", "nvidia"), ("0x030000", "0x1234", "0x1111", "bochs-drm"))
+    assert found(tmp_path) == ("NVIDIA H200, driver 550.54.15",)
 
 
 def test_another_gpu_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,25 +9,36 @@ from __future__ import annotations
 import ctypes
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 NVIDIA = Path("/proc/driver/nvidia")
 KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 AMDGPU = Path("/sys/module/amdgpu/version")
+PCI = Path("/sys/bus/pci/devices")
+_MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
+_DISPLAY = "0x03"
+"""How the class of a display controller begins, those without an output among them."""
 _NAME_BYTES, _VERSION_BYTES = 96, 80
 
 
 def boards(
-    nvidia: Path = NVIDIA, kfd: Path = KFD, amdgpu: Path = AMDGPU, library: Callable[[str], Any] = ctypes.CDLL
+    nvidia: Path = NVIDIA,
+    kfd: Path = KFD,
+    amdgpu: Path = AMDGPU,
+    library: Callable[[str], Any] = ctypes.CDLL,
+    pci: Path = PCI,
 ) -> tuple[str, ...]:
     """Return each kind of GPU with its driver, such as `2 x NVIDIA H200, driver 550.54.15`; empty where there is none.
 
-    GPUs that only Vulkan or Metal knows are not named.
+    What only Vulkan knows is named by its numbers on the bus, with the kernel's driver: `Intel GPU 56a0, driver i915`.
+    The version of that one is the system's. A GPU that is part of a chip without such a bus is not named.
     """
     found = _named(_shown(nvidia), _shown_driver(nvidia)) or _told(library)
-    return (*found, *_named(_amd(kfd), _text(amdgpu)))
+    found = (*found, *_named(_amd(kfd), _text(amdgpu)))
+    known = {words for text in found for words in text.split()}
+    return (*found, *_on_bus(pci, {maker for maker in _MAKERS.values() if maker not in known}))
 
 
 def _named(chips: Iterable[str], driver: str) -> tuple[str, ...]:
@@ -83,3 +94,15 @@ def _amd(kfd: Path) -> list[str]:
     )
     numbers = [int(found[1]) for found in versions if found]
     return [f"AMD gfx{n // 10000}{n // 100 % 100:x}{n % 100:x}" for n in numbers if n]
+
+
+def _on_bus(pci: Path, makers: Collection[str]) -> tuple[str, ...]:
+    """Return the GPUs of some makers that the bus has."""
+    drivers: dict[str, list[str]] = {}
+    for device in sorted(pci.glob("*")):
+        maker = _MAKERS.get(_text(device / "vendor"), "")
+        if maker in makers and _text(device / "class").startswith(_DISPLAY):
+            link = device / "driver"
+            driver = link.resolve().name if link.exists() else ""
+            drivers.setdefault(driver, []).append(f"{maker} GPU {_text(device / 'device').removeprefix('0x')}")
+    return tuple(text for driver in sorted(drivers) for text in _named(drivers[driver], driver))
