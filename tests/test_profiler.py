@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
-from time import sleep
+from time import monotonic, sleep
 from types import SimpleNamespace
 from typing import cast
 
@@ -107,12 +107,18 @@ def test_what_disturbed_the_rounds_is_told() -> None:
 
 
 def test_a_watch_counts_the_time_of_others_and_not_that_of_the_measured() -> None:
-    spin = [sys.executable, "-c", "import time; t = time.time() + 1.0\nwhile time.time() < t: pass"]
-    with subprocess.Popen(spin) as other:
-        blind, knowing = Watch([]), Watch([other.pid])
-        sleep(0.7)
+    spin = "import time\ninput()\nwhile time.process_time() < 0.6: pass\nprint(flush=True)\ninput()"
+    with subprocess.Popen(
+        [sys.executable, "-c", spin], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdin is not None and other.stdout is not None
+        blind, knowing, begin = Watch([]), Watch([other.pid]), monotonic()
+        print(file=other.stdin, flush=True)
+        other.stdout.readline()
         apart = blind.shares().others - knowing.shares().others
-    assert apart * (os.cpu_count() or 1) > 0.3  # most of one core, where nobody else wants it
+        cpu_s = apart * (os.cpu_count() or 1) * (monotonic() - begin)
+        other.communicate("\n")
+    assert 0.4 < cpu_s < 0.8, "0.6 s, less what it took to start, however long they lasted"
 
 
 def test_heat_and_clocks_are_read_where_the_system_tells_them(tmp_path: Path) -> None:
