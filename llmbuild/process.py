@@ -107,6 +107,18 @@ def run(
         return failure_of(command, stage, limits, code, tail(log.fileno()))
 
 
+def say(text: str) -> None:
+    """Write a line to standard output, all of it.
+
+    After a device of IREE was closed, the system ends a blocking write short (what is left of its io_uring interrupts
+    it), and an unbuffered Python (PYTHONUNBUFFERED) drops what a pipe did not take at once.
+    """
+    sys.stdout.flush()
+    left = memoryview(f"{text}\n".encode())
+    while left:
+        left = left[os.write(sys.stdout.fileno(), left) :]
+
+
 def stop_all() -> None:
     """End every child that `run` waits for in any thread."""
     for child in list(_running):

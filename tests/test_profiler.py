@@ -202,6 +202,21 @@ def test_code_outlives_the_workers_that_may_still_hold_it(built: Project, monkey
     assert left == [set()]
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_long_answer_arrives_whole_however_late_it_is_read(built: Project, unbuffered: str) -> None:
+    """A device that IREE closed lets blocking writes end short, and unbuffered Python drops the rest of a print."""
+    length = 200_000  # several times what a pipe holds
+    code = "import sys\nfrom llmbuild.process import say\nfrom llmbuild.runtime import load\n" + (
+        f"model = load(sys.argv[1])\nlist(model.tokens([1, 2], 4))\nmodel.session.close()\nsay('x' * {length})"
+    )
+    command = [sys.executable, "-c", code, str(built.catalog)]
+    env = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, env=env) as child:
+        sleep(2.5)
+        assert child.stdout is not None
+        assert len(child.stdout.read()) == length + 1
+
+
 def workers() -> set[str]:
     """Return the threads of IREE's executors in this process, less those that have just ended."""
     sleep(0.05)

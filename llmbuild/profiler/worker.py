@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmbuild.errors import LlmbuildError
+from llmbuild.process import say
 from llmbuild.profiler import limits
 from llmbuild.profiler.energy import Absent, Found, Meter, Window, find, window_s
 from llmbuild.runtime.session import Session, Settings
@@ -266,7 +267,7 @@ def main() -> None:
             answer = verbs[request.pop("verb")](request)
         except LlmbuildError as error:
             answer = {"refused": str(error)}
-        print(json.dumps(answer), flush=True)
+        say(json.dumps(answer))
 
 
 if __name__ == "__main__":

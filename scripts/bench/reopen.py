@@ -20,6 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from llmbuild.errors import LlmbuildError
+from llmbuild.process import say
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, load
 
@@ -80,7 +81,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     if asked.alone:
-        print(json.dumps(reopen(asked.catalog, asked.model, asked.variant, asked.times)))
+        say(json.dumps(reopen(asked.catalog, asked.model, asked.variant, asked.times)))
         return
     found = together(asked)
     if asked.json:
