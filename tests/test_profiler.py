@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from tempfile import TemporaryDirectory
 from time import monotonic, sleep
 from types import SimpleNamespace
 from typing import cast
@@ -192,8 +194,8 @@ def test_code_outlives_the_workers_that_may_still_hold_it(built: Project, monkey
     row = next(r for r in reader.variants(built.catalog, everything=True) if r["default"])
     files = [reader.blob_path(built.catalog, row[name]) for name in ("artifact", "parameters")]
     before, left = workers(), list[set[str]]()
-    mapped = rt.VmModule.mmap
-    told = SimpleNamespace(mmap=lambda instance, path: mapped(instance, path, lambda: left.append(workers() - before)))
+    wrap, freed = rt.VmModule.wrap_buffer, lambda: left.append(workers() - before)
+    told = SimpleNamespace(wrap_buffer=lambda instance, pages, close_buffer: wrap(instance, pages, freed, close_buffer))
     monkeypatch.setattr(rt, "VmModule", told)
     session = Session(*files, abi_from(row["abi"]), Settings("local-task", 2))
     session.prefill([1, 2, 3])
@@ -215,6 +217,31 @@ def test_a_long_answer_arrives_whole_however_late_it_is_read(built: Project, unb
         sleep(2.5)
         assert child.stdout is not None
         assert len(child.stdout.read()) == length + 1
+
+
+READING = """\
+import os, sys
+from llmbuild.runtime import load
+def written(catalog):
+    model = load(catalog)
+    made = list(model.tokens([1, 2], 4))
+    model.session.close()
+    return made
+expected = written(sys.argv[1])
+if os.getuid() == 0:  # who may write everywhere; what an installation hides from others was imported above
+    os.setgroups([]), os.setgid(65534), os.setuid(65534)
+assert not os.access(sys.argv[2], os.W_OK)
+assert written(sys.argv[2]) == expected
+"""
+
+
+def test_a_catalog_that_its_user_may_only_read_is_loaded(built: Project) -> None:
+    with TemporaryDirectory() as name:  # not pytest's folder, which is closed to other users
+        copy = shutil.copytree(built.catalog, Path(name) / "catalog")
+        subprocess.run(["chmod", "-R", "a+rX,a-w", name], check=True)
+        done = subprocess.run([sys.executable, "-c", READING, built.catalog, copy], capture_output=True, text=True)
+        subprocess.run(["chmod", "-R", "u+w", name], check=True)
+    assert done.returncode == 0, done.stderr
 
 
 def workers() -> set[str]:

@@ -46,8 +46,10 @@ def _samples(artifact: Path, driver: str, seconds: float) -> list[float]:
     import iree.runtime as rt
     import numpy as np
 
+    from llmbuild.runtime.code import mapped
+
     device, instance = rt.get_device(driver), rt.VmInstance()
-    module = rt.VmModule.mmap(instance, str(artifact))
+    module = mapped(instance, artifact)
     context = rt.VmContext(instance, [rt.create_hal_module(instance, device), module])
     data = device.allocator.allocate_buffer_copy(
         memory_type=rt.MemoryType.DEVICE_LOCAL,

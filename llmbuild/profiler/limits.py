@@ -12,6 +12,7 @@ import iree.runtime as rt
 import numpy as np
 
 from llmbuild.runtime.calls import PolledCaller
+from llmbuild.runtime.code import mapped
 from llmbuild.runtime.session import threaded_device
 
 LEAST_ROUNDS = 5
@@ -26,7 +27,7 @@ class Calls:
     def __init__(self, artifact: Path, read_bytes: int) -> None:
         self._device = threaded_device(workers=0)
         self._instance = rt.VmInstance()
-        self._module = rt.VmModule.mmap(self._instance, str(artifact))
+        self._module = mapped(self._instance, artifact)
         modules = [rt.create_hal_module(self._instance, self._device), self._module]
         self._context = rt.VmContext(self._instance, modules)
         self._data = self._device.allocator.allocate_buffer_copy(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.calls import PlainCaller, PolledCaller
+from llmbuild.runtime.code import mapped
 from llmbuild.runtime.memory import shares_memory
 from llmbuild.runtime.readback import Readback
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
@@ -82,7 +83,7 @@ class Session:
             self._shared = shares_memory(settings.driver)
             self._copied = Readback(self._device)
             self._open(artifact, parameters)
-        except (RuntimeError, ValueError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
         self._kv = [self._zeros(t) for t in abi.kv]
         if self._shared:
@@ -103,7 +104,7 @@ class Session:
         index = rt.ParameterIndex()
         index.load(str(parameters), format="irpa")
         provider = index.create_provider(scope=PARAMETER_SCOPE)
-        self._code = rt.VmModule.mmap(instance, str(artifact))
+        self._code = mapped(instance, artifact)
         services = [rt.create_io_parameters_module(instance, provider), rt.create_hal_module(instance, self._device)]
         self._context = rt.VmContext(instance, [*services, self._code])
         self._call = (PolledCaller if self._threaded else PlainCaller)(self._device, self._context, 2)

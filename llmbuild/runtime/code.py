@@ -1,0 +1,24 @@
+"""The code of an artifact, mapped for reading alone."""
+
+from __future__ import annotations
+
+import mmap
+from pathlib import Path
+from typing import Any
+
+import iree.runtime as rt
+
+_PAGES = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+
+
+def mapped(instance: Any, artifact: Path) -> Any:
+    """Return an artifact as a module of the runtime; its file is neither copied nor written to.
+
+    IREE's own `VmModule.mmap` opens a file for writing as well, which a catalog refuses that is read-only to its user.
+
+    Raises:
+        OSError, RuntimeError, ValueError: it cannot be read, or is no artifact.
+    """
+    with artifact.open("rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, flags=_PAGES, prot=mmap.PROT_READ)
+    return rt.VmModule.wrap_buffer(instance, pages, close_buffer=True)
