@@ -20,9 +20,12 @@ from hypothesis import strategies as st
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import resolve
 from llmbuild.errors import InputError
+from llmbuild.frontend import single_row
+from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.modules import RowMajor
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.single_row import SingleRow
+from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.matvec import (
     BITS,
     LEAST_COALESCED,
@@ -34,10 +37,12 @@ from llmbuild.kernels.matvec import (
     Work,
     kernel,
     plan,
+    stored_as,
     work,
 )
 from llmbuild.process import Limits
-from llmbuild.spec.formats import INTEGERS
+from llmbuild.spec.decoder import Decoder
+from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
 from llmbuild.spec.program import ImportJob
 from llmbuild.spec.reader import read_target
 from llmbuild.spec.target import VULKAN, Target
@@ -293,7 +298,7 @@ def test_a_decoder_with_our_kernels_agrees_with_torch(tmp_path: Path, choices: d
     ("choices", "changes", "told"),
     [
         ({"weight_format": "f16", "layout": "packed"}, {}, "kernel=own reads weights in layout=row_major on a GPU"),
-        ({"weight_format": "f32"}, {}, "kernel=own finds no matrix to read in f32"),
+        ({"weight_format": "f32"}, {}, "kernel=own: it finds no matrix to read in f32"),
         ({"weight_format": "f16"}, {"batch": 2}, "answers one sequence at a time, the batch is 2"),
     ],
 )
@@ -312,6 +317,22 @@ def test_a_matrix_that_does_not_fit_is_left_to_the_compiler() -> None:
     ours = SingleRow(weights, work(32, "4x4", "narrow"))
     assert ours.plan is None
     assert torch.equal(ours.multiply(x), RowMajor(weights).multiply(x))
+
+
+@given(st.sampled_from(WEIGHT_FORMATS), st.integers(1, 40).map(lambda n: 4 * n))
+def test_a_format_says_how_a_matrix_is_stored_before_it_is(form: str, columns: int) -> None:
+    weights = Formats(form, form)("any", np.ones((3, columns), np.float32))
+    assert stored_as(3, columns, form) == single_row.stored_as(RowMajor(weights))
+
+
+def test_no_matrix_for_the_kernels_is_told_from_the_facts_of_a_model() -> None:
+    fitting, odd = Decoder(128, 192, 4, 2, 32, 320), Decoder(44, 172, 4, 2, 11, 320)
+    on = work(32, "4x4", "narrow")
+    assert gpu_problem(fitting, "int8", "int8", on) == ""
+    assert gpu_problem(odd, "int8", "int4_g32", on) == (
+        "it finds no matrix to read in int4_g32 and int8: on a GPU it takes 16, 8 or 4 bits, "
+        "and rows of a multiple of 32 bytes"
+    )
 
 
 def test_rows_of_a_prompt_are_left_to_the_compiler() -> None:

@@ -14,6 +14,7 @@ from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import Embedding, RowMajor, Weights
+from llmbuild.kernels.applies import cpu_problem
 from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
@@ -21,6 +22,7 @@ from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, family
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.kernels.shared_exponent import MOVED, STEP
+from llmbuild.spec.decoder import Decoder
 from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.panels import encode, pack
 from llmbuild.transform.quantized import Quantized
@@ -177,24 +179,33 @@ def check(model: Any, name: str, features: tuple[str, ...], formats: tuple[str, 
         InputError: the kernels do not know a format on this target, or a part of the model.
     """
     units = Units(*(instructions(features, form) for form in formats))
-    config = model.config
-    odd = [part for part in ("q_norm", "k_norm") if hasattr(model.model.layers[0].self_attn, part)]
-    if config.hidden_act != "silu" or odd:
-        raise InputError(
-            f"{name}: kernel=own takes decoders with silu and plain heads, found {config.hidden_act} {odd}"
-        )
+    if problem := cpu_problem(facts(model), *formats):
+        raise InputError(f"{name}: kernel=own: {problem}")
     return units
 
 
+def facts(model: Any) -> Decoder:
+    """Return what decides whether our kernels apply to a model of the library."""
+    config, attention = model.config, model.model.layers[0].self_attn
+    return Decoder(
+        hidden=config.hidden_size,
+        inner=config.intermediate_size,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention.head_dim,
+        vocabulary=config.vocab_size,
+        activation=config.hidden_act,
+        head_norms=hasattr(attention, "q_norm"),
+    )
+
+
 def put_in(
-    model: Any, name: str, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
+    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
     shape = _shape(model, context, half_cache, work_groups, formats.layers, units.layers)
     vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
     head_shape = HeadShape(shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow)
-    if problem := shape.problem() or head_shape.layout.problem():
-        raise InputError(f"{name}: kernel=own: {problem}")
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]

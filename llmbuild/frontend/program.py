@@ -19,6 +19,7 @@ from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
 from llmbuild.kernels import matvec
+from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
 from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
@@ -109,7 +110,7 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
         modules.swap(model, formats, modules.LAYOUTS[layout], fused=layout != "row_major")
     else:
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-        kernels = own.put_in(model, job.model, job.context, half_cache, work_groups, formats, units)
+        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
     _scale_table(model, formats)
     return kernels
 
@@ -127,16 +128,13 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
     """
     if choices["layout"] != "row_major":
         raise InputError("kernel=own reads weights in layout=row_major on a GPU; choose it too")
-    formats = formats_of(model, job, choices)
     work = matvec.work(job.subgroup, choices["row_tile"], choices["row_reads"])
+    if problem := gpu_problem(own.facts(model), *stored_formats(choices), work):
+        raise InputError(f"{job.model}: kernel=own: {problem}")
+    formats = formats_of(model, job, choices)
     modules.swap(model, formats, single_row.stored_for(work), fused=choices["mixed"] == "none")
     _scale_table(model, formats)
-    if kernels := single_row.kernels(model):
-        return kernels
-    raise InputError(
-        f"{job.model}: kernel=own finds no matrix to read in {' and '.join(sorted(set(stored_formats(choices))))}: "
-        f"on a GPU it takes 16, 8 or 4 bits, and rows of a multiple of {matvec.LEAST_COALESCED} bytes"
-    )
+    return single_row.kernels(model)
 
 
 def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:

@@ -14,7 +14,7 @@ from math import gcd, prod
 from typing import NamedTuple
 
 from llmbuild.kernels.text import F32, I32, Writer
-from llmbuild.spec.formats import WEIGHT_FORMATS
+from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS, fit_group
 
 FORMATS = tuple(form for form in WEIGHT_FORMATS if form != "f32")
 """Formats that these kernels read; f12_e4m7 lies as bf16 in row-major matrices, codes of 7 bits lie as bytes."""
@@ -79,6 +79,18 @@ class Stored:
     def row_bits(self) -> int:
         """Size of a row."""
         return self.columns * BITS[self.element]
+
+
+def stored_as(rows: int, columns: int, form: str) -> Stored | None:
+    """Return how a matrix lies in a format; nothing for f32, which these kernels do not read."""
+    if form not in FORMATS:
+        return None
+    if form not in INTEGERS:
+        return Stored(rows, columns, "bf16" if form == SHARED else form)
+    of = INTEGERS[form]
+    group = fit_group(columns, of.group) if of.group else columns
+    grouped = group < columns or not of.symmetric
+    return Stored(rows, columns, "i4" if of.bits == 4 else "i8", group if grouped else 0, not of.symmetric)
 
 
 @dataclass(frozen=True)
