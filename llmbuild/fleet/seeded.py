@@ -6,7 +6,6 @@ it does is tried here; there, the digest of what was put together decides.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 from iree.runtime import ParameterIndex
 
 from llmbuild import digest
+from llmbuild.runtime import host
 from llmbuild.transform.drawn import draw, stored
 
 Body = dict[str, Any]
@@ -75,7 +75,7 @@ def put_together(made: Body, rest: Path, archive: Path) -> None:
         return {f"{name}{_MATRIX}{part}": each for part, each in found.items()}
 
     entries = _entries(rest)
-    with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(MOST_THREADS, host.cores())) as pool:
         for drawn in pool.map(parts, made["matrices"]):
             entries |= drawn
     _save(archive, entries)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmbuild import resources
 from llmbuild.catalog.known import Known, is_current
 from llmbuild.catalog.place import FILE
 from llmbuild.compiler.iree import compiler_version
@@ -34,7 +35,7 @@ def checks(catalog: Path) -> list[dict[str, Any]]:
     rows = [_row("python", "ok", sys.version.split()[0])]
     for extra, names in NEEDED.items():
         rows += [_package(name, extra) for name in names]
-    rows += [_versions(), _features(), *_energy(), _disk(catalog)]
+    rows += [_versions(), _features(), _memory(), _cpus(), *_energy(), _disk(catalog)]
     return [*rows, *_catalog(catalog)]
 
 
@@ -69,6 +70,20 @@ def _features() -> dict[str, Any]:
         if f in found
     ]
     return _row("CPU features", "ok", f"{host.machine().chip}: {' '.join(named) or 'baseline'}")
+
+
+def _memory() -> dict[str, Any]:
+    free, limit = resources.memory_available(), resources.group_memory_limit()
+    if free is None:
+        return _row("memory", "note", "this system does not tell how much is free", "picks are not held against it")
+    told = f"{free.bytes / 1e9:.1f} GB available"
+    return _row("memory", "ok", told if limit is None else f"{told}, {limit.bytes / 1e9:.1f} GB at most ({limit.file})")
+
+
+def _cpus() -> dict[str, Any]:
+    quota, cores, all_ = resources.cpu_quota(), host.cores(), len(resources.host_cpus() or ())
+    told = f"{cores} of {all_} usable" if all_ else f"{cores} usable"
+    return _row("CPUs", "ok", told if quota is None else f"{told}, a control group allows the time of {quota:g}")
 
 
 def _energy() -> list[dict[str, Any]]:

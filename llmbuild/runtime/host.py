@@ -10,6 +10,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llmbuild import resources
 from llmbuild.runtime.boards import boards
 from llmbuild.spec.machine import Machine
 
@@ -76,20 +77,37 @@ def runtime_version() -> str:
         return "absent"
 
 
-def cores() -> int:
-    """Return the number of CPUs this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+def cores(root: Path = resources.ROOT) -> int:
+    """Return the number of CPUs this process may keep busy now: those it is pinned to, and no more than its quota.
+
+    A quota of 1.5 CPUs is one: a second thread would be stopped for half of every period, and the first waits for it.
+    """
+    pinned = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return _within_quota(pinned, root)
 
 
-def available_memory_bytes() -> int | None:
-    """Return how much memory a new process could use; None where the system does not tell."""
-    return _meminfo("MemAvailable")
+def machine_cores(root: Path = resources.ROOT) -> int:
+    """Return the number of CPUs that this host, or the container around it, gives to any process: not `taskset`'s."""
+    online = resources.host_cpus(root) or frozenset(range(os.cpu_count() or 1))
+    given = resources.group_cpus(root)
+    return _within_quota(len(online & given if given else online) or 1, root)
+
+
+def _within_quota(cpus: int, root: Path) -> int:
+    quota = resources.cpu_quota(root)
+    return cpus if quota is None else max(1, min(cpus, int(quota)))
+
+
+def available_memory_bytes(root: Path = resources.ROOT) -> int | None:
+    """Return how much memory a new process could use, in the container too; None where the system does not tell."""
+    free = resources.memory_available(root)
+    return None if free is None else free.bytes
 
 
 @cache
 def machine() -> Machine:
     """Return this host as a machine record."""
-    total = _meminfo("MemTotal") or 0
+    total = resources.meminfo("MemTotal") or 0
     return Machine(
         chip="; ".join((*boards(), _chip())),
         arch=architecture(),
@@ -109,14 +127,6 @@ def _cpuinfo() -> str:
         return Path("/proc/cpuinfo").read_text()
     except OSError:
         return ""
-
-
-def _meminfo(name: str) -> int | None:
-    try:
-        match = re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(match[1]) * 1024 if match else None
 
 
 def _chip() -> str:
