@@ -1,0 +1,122 @@
+"""What a model's configuration says of its sizes and parts, read without any library: the facts that choices go by."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmbuild.errors import InputError
+from llmbuild.spec.decoder import Decoder
+
+_COMMON: dict[str, Any] = {
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {**_COMMON, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
+    "mistral": {
+        **_COMMON,
+        "vocab_size": 32000,
+        "intermediate_size": 14336,
+        "num_key_value_heads": 8,
+        "max_position_embeddings": 131072,
+    },
+    "qwen2": {
+        **_COMMON,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "max_position_embeddings": 32768,
+    },
+    "qwen3": {
+        **_COMMON,
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+    },
+}
+"""By `model_type`, which decides what is built: what the library takes for a key that config.json leaves out."""
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """Sizes and parts of a model, by its configuration; which choices it can take follows from these alone."""
+
+    kind: str
+    """`model_type`: a key of `DEFAULTS`."""
+    decoder: Decoder
+    layers: int
+    positions: int
+    """Positions that the model was made for."""
+    tied: bool
+    """Whether the head and the token table are one matrix."""
+    projection_biases: bool
+    """Whether the projections of queries, keys and values have biases."""
+    output_bias: bool
+    """Whether the projection that ends attention has one."""
+    mlp_biases: bool
+
+
+def facts_of(config: Mapping[str, Any], where: str = "config.json") -> ModelFacts:
+    """Return the facts that a parsed config.json says; `where` names the file.
+
+    Raises:
+        InputError: a model type that is not taken, or a size that is no positive integer.
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in DEFAULTS:
+        raise InputError(f"{where}: model_type {kind!r} is not supported; taken are {', '.join(DEFAULTS)}")
+    said = {**DEFAULTS[kind], **config}
+
+    def size(key: str, otherwise: int | None = None) -> int:
+        found = otherwise if said.get(key) is None else said[key]
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise InputError(f"{where}: {key} is {found!r}, which is no positive integer")
+        return found
+
+    heads, hidden = size("num_attention_heads"), size("hidden_size")
+    bias = kind == "qwen2" or (kind in ("llama", "qwen3") and bool(said.get("attention_bias", False)))
+    return ModelFacts(
+        kind,
+        Decoder(
+            hidden=hidden,
+            inner=size("intermediate_size"),
+            heads=heads,
+            kv_heads=size("num_key_value_heads", heads),
+            head_dim=size("head_dim", hidden // heads),
+            vocabulary=size("vocab_size"),
+            activation=str(said["hidden_act"]),
+            head_norms=kind == "qwen3",
+        ),
+        layers=size("num_hidden_layers"),
+        positions=size("max_position_embeddings"),
+        tied=bool(said["tie_word_embeddings"]),
+        projection_biases=bias,
+        output_bias=bias and kind != "qwen2",
+        mlp_biases=kind == "llama" and bool(said.get("mlp_bias", False)),
+    )
+
+
+def read_facts(config: Path) -> ModelFacts:
+    """Return the facts that a config.json says.
+
+    Raises:
+        InputError: it cannot be read, is no JSON object, or `facts_of` finds no facts in it.
+    """
+    try:
+        body = json.loads(config.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{config}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise InputError(f"{config}: not JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InputError(f"{config}: not a JSON object")
+    return facts_of(body, str(config))
