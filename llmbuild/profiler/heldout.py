@@ -71,12 +71,13 @@ def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArr
     """Return i64[W, L]: about `text.tokens` tokens in windows spread evenly over the text.
 
     Raises:
-        InputError: the text is shorter than one window.
+        InputError: the tokenizer cannot be read, or the text is shorter than one window.
     """
     import numpy as np
-    from tokenizers import Tokenizer
 
-    ids = np.asarray(Tokenizer.from_file(str(tokenizer)).encode(read_text(text)).ids, np.int64)
+    from llmbuild.runtime.tokenizer import Tokenizer
+
+    ids = np.asarray(Tokenizer(tokenizer).encode(read_text(text)).tokens, np.int64)
     length = min(WINDOW, context)
     count = max(1, text.tokens // length)
     if len(ids) < length:

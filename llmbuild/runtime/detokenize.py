@@ -1,0 +1,360 @@
+"""Tokens to text, piece by piece: a piece that was given never changes, and all pieces joined are the whole text.
+
+A decoder of the tokenizers library is a chain of stages. Here each stage takes parts of tokens as they come, gives on
+what is certain, and holds the rest back: the first bytes of a character, a space that the end of the text would take
+away. What comes out is the library's own text of the same tokens, with one exception: where the bytes of a
+byte-fallback tokenizer are not UTF-8, the library puts a U+FFFD for every byte of the run, also for those of whole
+characters that a reader was shown before. Here only the bad bytes do, as in the library's byte-level decoder.
+"""
+
+from __future__ import annotations
+
+import codecs
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import copy
+from typing import Any
+
+Parts = list[tuple[str, bool]]
+"""Text, and whether the token that it belongs to ends with it."""
+
+_BYTE = re.compile(r"<0x(\+[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
+
+
+def _byte_of_character() -> dict[str, int]:
+    """Return GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in plain]
+    return {chr(b): b for b in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+BYTES = _byte_of_character()
+"""The byte that each character of a byte-level token stands for."""
+
+
+class Stage:
+    """One step of a decoder. Its state is held in values that never change, so that a shallow copy is a whole one."""
+
+    def feed(self, parts: Parts) -> Parts:
+        """Take parts of tokens and return what is certain of the stage's own tokens."""
+        raise NotImplementedError
+
+    def end(self) -> Parts:
+        """Return what is held back, for the text has ended."""
+        return []
+
+
+class _Whole(Stage):
+    """Base of the stages that need a whole token to say anything."""
+
+    _held = ""
+
+    def feed(self, parts: Parts) -> Parts:
+        found: Parts = []
+        for text, ends in parts:
+            self._held += text
+            if ends:
+                token, self._held = self._held, ""
+                found += self.take(token)
+        return found
+
+    def take(self, token: str) -> Parts:
+        """Take one token and return what is certain."""
+        raise NotImplementedError
+
+
+class _Utf8(_Whole):
+    """Base of the stages that gather bytes: the first bytes of a character wait for the others."""
+
+    _bytes = b""
+
+    def text(self, data: bytes, final: bool = False) -> str:
+        """Return the characters that are whole; a byte that cannot belong to one becomes U+FFFD."""
+        data = self._bytes + data
+        found, used = codecs.utf_8_decode(data, "replace", final)
+        self._bytes = data[used:]
+        return found
+
+
+class ByteLevel(_Utf8):
+    """Each character of a token is a byte, and all tokens are one text."""
+
+    def take(self, token: str) -> Parts:
+        """Return the text of a token's bytes; a token with another character is text as it is."""
+        found = [BYTES.get(character) for character in token]
+        data = token.encode() if None in found else bytes(byte for byte in found if byte is not None)
+        return [(self.text(data), False)]
+
+    def end(self) -> Parts:
+        return [(self.text(b"", final=True), True)]
+
+
+class ByteFallback(_Utf8):
+    """Tokens such as `<0xE2>` are bytes; a run of them is one text."""
+
+    _open = False
+
+    def take(self, token: str) -> Parts:
+        """Return a token as it is, and the text of a byte."""
+        if found := _BYTE.fullmatch(token):
+            self._open = True
+            return [(self.text(bytes([int(found[1], 16)])), False)]
+        return [*self.end(), (token, True)]
+
+    def end(self) -> Parts:
+        if not self._open:
+            return []
+        self._open = False
+        return [(self.text(b"", final=True), True)]
+
+
+class Fuse(Stage):
+    """All tokens become one."""
+
+    def feed(self, parts: Parts) -> Parts:
+        return [(text, False) for text, _ in parts]
+
+    def end(self) -> Parts:
+        return [("", True)]
+
+
+class Metaspace(Stage):
+    """A sign stands for a space; in the first token it is left out where the tokenizer has put it."""
+
+    def __init__(self, sign: str, first: str) -> None:
+        self._sign, self._becomes = sign, first
+
+    def feed(self, parts: Parts) -> Parts:
+        found: Parts = []
+        for text, ends in parts:
+            found.append((text.replace(self._sign, self._becomes), ends))
+            if ends:
+                self._becomes = " "
+        return found
+
+
+class Replace(Stage):
+    """A text inside a token becomes another."""
+
+    _held = ""
+
+    def __init__(self, pattern: str, content: str) -> None:
+        self._pattern, self._content = pattern, content
+
+    def feed(self, parts: Parts) -> Parts:
+        return [(self._replaced(text, ends), ends) for text, ends in parts]
+
+    def _replaced(self, text: str, ends: bool) -> str:
+        """Return what is certain: the end of a text may be the beginning of the pattern."""
+        *before, rest = (self._held + text).split(self._pattern)
+        keep = 0 if ends else overlap(rest, self._pattern)
+        self._held = rest[len(rest) - keep :]
+        return self._content.join([*before, rest[: len(rest) - keep]])
+
+
+class Strip(Stage):
+    """A character is cut off, so many times at most at the beginning of a token and at its end."""
+
+    _held = ""
+
+    def __init__(self, content: str, start: int, stop: int) -> None:
+        self._content, self._start, self._stop = content, start, stop
+        self._left = start
+
+    def feed(self, parts: Parts) -> Parts:
+        return [(self._stripped(text, ends), ends) for text, ends in parts]
+
+    def _stripped(self, text: str, ends: bool) -> str:
+        begins = min(self._left, len(text) - len(text.lstrip(self._content)))
+        self._left = self._left - begins if begins == len(text) else 0
+        text = self._held + text[begins:]
+        tail = min(self._stop, len(text) - len(text.rstrip(self._content)))
+        certain, self._held = text[: len(text) - tail], text[len(text) - tail :]
+        if ends:
+            self._held, self._left = "", self._start
+        return certain
+
+
+class Spaced(_Whole):
+    """Tokens stand apart, as the library joins them where a tokenizer has no decoder."""
+
+    _between = ""
+
+    def take(self, token: str) -> Parts:
+        """Return a token, after a space if it is not the first."""
+        between, self._between = self._between, " "
+        return [(between + token, True)]
+
+
+class Suffixed(_Whole):
+    """The end of a word is marked; it becomes a space where another token follows."""
+
+    _due: Parts | None = None
+    _last = ""
+
+    def __init__(self, suffix: str) -> None:
+        self._suffix = suffix
+
+    def take(self, token: str) -> Parts:
+        """Return what came of the token before, and a token up to its mark."""
+        before = self._due or []
+        marked = bool(self._suffix) and token.endswith(self._suffix)
+        head = token[: len(token) - len(self._suffix)] if marked else token
+        if self._suffix in head:  # also where the mark is empty: it is replaced between all characters
+            self._due, self._last = [(token.replace(self._suffix, " "), True)], token.replace(self._suffix, "")
+            return before
+        self._due, self._last = [(" " if marked else "", True)], ""
+        return [*before, (head, False)]
+
+    def end(self) -> Parts:
+        if self._due is None:
+            return []
+        last, self._due, self._last = self._last, None, ""
+        return [(last, True)]
+
+
+class Local(_Whole):
+    """A stage of the library that sees one token at a time, and whether it is the first."""
+
+    _first = True
+
+    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
+        self._decode = decode
+
+    def take(self, token: str) -> Parts:
+        """Return what the library makes of a token."""
+        tokens = [token] if self._first else ["", token]
+        self._first = False
+        return [(self._decode(tokens), True)]
+
+
+class Collapsed(_Whole):
+    """A token that repeats the one before says nothing; one that becomes nothing is none."""
+
+    _before: str | None = None
+
+    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
+        self._decode = decode
+
+    def take(self, token: str) -> Parts:
+        """Return what the library makes of a token."""
+        repeated, self._before = token == self._before, token
+        text = "" if repeated else self._decode([token])
+        return [(text, True)] if text else []
+
+
+def overlap(text: str, pattern: str) -> int:
+    """Return how many of a text's last characters may be the beginning of `pattern`, of which it has no whole one."""
+    most = min(len(pattern) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if pattern.startswith(text[len(text) - n :])), 0)
+
+
+def stages(state: Mapping[str, Any] | None) -> list[Stage]:
+    """Return the stages of a decoder from its JSON form.
+
+    Raises:
+        KeyError: a type of decoder that is not known.
+    """
+    if state is None:
+        return [Spaced()]
+    if state["type"] == "Sequence":
+        return [stage for one in state["decoders"] for stage in stages(one)]
+    return [_STAGES[state["type"]](state)]
+
+
+def _metaspace(state: Mapping[str, Any]) -> Stage:
+    return Metaspace(state["replacement"], " " if state.get("prepend_scheme") == "never" else "")
+
+
+def _replace(state: Mapping[str, Any]) -> Stage:
+    from tokenizers import Regex, decoders
+
+    ((kind, pattern),) = state["pattern"].items()
+    if kind == "String" and pattern:
+        return Replace(pattern, state["content"])
+    matched = Regex(pattern) if kind == "Regex" else pattern
+    alone = decoders.Replace(matched, state["content"])
+    return _EachAlone(alone.decode)
+
+
+class _EachAlone(_Whole):
+    """A stage of the library that treats every token alike."""
+
+    def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
+        self._decode = decode
+
+    def take(self, token: str) -> Parts:
+        return [(self._decode([token]), True)]
+
+
+def _word_piece(state: Mapping[str, Any]) -> Stage:
+    from tokenizers import decoders
+
+    return Local(decoders.WordPiece(prefix=state["prefix"], cleanup=state["cleanup"]).decode)
+
+
+def _ctc(state: Mapping[str, Any]) -> Stage:
+    from tokenizers import decoders
+
+    words = {name: state[name] for name in ("pad_token", "word_delimiter_token", "cleanup")}
+    return Collapsed(decoders.CTC(**words).decode)
+
+
+_STAGES: Mapping[str, Callable[[Mapping[str, Any]], Stage]] = {
+    "ByteLevel": lambda _: ByteLevel(),
+    "ByteFallback": lambda _: ByteFallback(),
+    "Fuse": lambda _: Fuse(),
+    "Metaspace": _metaspace,
+    "Replace": _replace,
+    "Strip": lambda state: Strip(state["content"], state["start"], state["stop"]),
+    "WordPiece": _word_piece,
+    "BPEDecoder": lambda state: Suffixed(state["suffix"]),
+    "CTC": _ctc,
+}
+
+KNOWN = tuple(_STAGES)
+"""Types of decoders that are taken; a sequence of them is too."""
+
+
+class Decoder:
+    """The text of one sequence of tokens, as they come."""
+
+    def __init__(self, made: Iterable[Stage], text_of: Callable[[int], str | None]) -> None:
+        """Take the stages, new or copied, and what gives a token's text: None for one that is not to be shown."""
+        self._stages = [copy(stage) for stage in made]
+        self._text_of = text_of
+        self._owed = ""
+
+    def begin(self, tokens: Iterable[int]) -> None:
+        """Take the tokens that come before the text; what they say is not given."""
+        for token in tokens:
+            self.push(token)
+        self._owed = Decoder(self._stages, self._text_of).end()
+
+    def push(self, token: int) -> str:
+        """Take one token and return the text that is certain now."""
+        text = self._text_of(token)
+        return "" if text is None else self._out([(text, True)], ends=False)
+
+    def end(self) -> str:
+        """Return what is held back; what is not a whole character becomes U+FFFD."""
+        return self._out([], ends=True)
+
+    def _out(self, parts: Parts, ends: bool) -> str:
+        for stage in self._stages:
+            parts = stage.feed(parts)
+            if ends:
+                parts += stage.end()
+        return self._less_owed("".join(text for text, _ in parts))
+
+    def _less_owed(self, text: str) -> str:
+        """Leave out what the tokens before would have said at their end: it is their text, not what follows."""
+        if not self._owed or not text:
+            return text
+        if text.startswith(self._owed):
+            text, self._owed = text[len(self._owed) :], ""
+        elif self._owed.startswith(text):
+            text, self._owed = "", self._owed[len(text) :]
+        else:
+            self._owed = ""
+        return text

@@ -1,0 +1,157 @@
+"""The one door to the tokenizers library: text to tokens and back, each by one rule and with one kind of error.
+
+A `tokenizer.json` may carry settings of a training run: truncation, padding, dropout. They are no part of a text and
+are switched off. What is put before a text is what the file's post-processor puts there; what it puts behind it would
+end the prompt, and is left out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from llmbuild.errors import InputError
+from llmbuild.runtime import checks, detokenize
+
+_TEXT_ID = 2**32 - 1
+"""The largest id there is, of a text that only the post-processor sees."""
+
+
+@contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Turn every fault of the library into one error of ours; its panics are a `BaseException` of no module."""
+    try:
+        yield
+    except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # noqa: BLE001 - the library's errors have no kind of their own, a panic least of all
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what}: {said[:300]}") from None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The tokens of a text. `before` are those that the tokenizer's own rule has put before it, by name."""
+
+    tokens: tuple[int, ...]
+    before: tuple[str, ...] = ()
+
+    @property
+    def ids(self) -> list[int]:
+        """The tokens as a list."""
+        return list(self.tokens)
+
+
+class Tokenizer:
+    """A `tokenizer.json`."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Read the file.
+
+        Raises:
+            InputError: it is missing, or no tokenizer that the library or `detokenize` knows.
+        """
+        self.path = Path(path)
+        from tokenizers import Tokenizer as Library
+
+        with _told(f"{self.path}: the tokenizer cannot be read"):
+            found = Library.from_file(str(self.path))
+            found.no_truncation()
+            found.no_padding()
+            if getattr(found.model, "dropout", None) is not None:
+                found.model.dropout = None
+            self._library: Any = found
+            self._before, self.behind = _around(found.post_processor)
+            added = found.get_added_tokens_decoder().values()
+        self._special = frozenset(token.content for token in added if token.special)
+        self._shown: dict[int, str | None] = {}
+
+    @cached_property
+    def _stages(self) -> list[detokenize.Stage]:
+        with _told(f"{self.path}: the tokenizer's decoder cannot be read"):
+            decoder = self._library.decoder
+            state = None if decoder is None else json.loads(decoder.__getstate__())
+            try:
+                return detokenize.stages(state)
+            except KeyError as error:
+                known = ", ".join(detokenize.KNOWN)
+                raise InputError(f"{self.path}: decoder {error} is not supported; taken are {known}") from None
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
+        """Return the tokens of a text that a model is to continue.
+
+        With `add_special_tokens`, what the tokenizer puts before a text comes first, each token once: a text that
+        begins with one of these tokens, written out, keeps its own.
+
+        Raises:
+            InputError: it is no text, or the library cannot take it.
+        """
+        checks.text("the text", text)
+        with _told(f"{self.path}: the text cannot be tokenized"):
+            own = tuple(self._library.encode(text, add_special_tokens=False).ids)
+        if not add_special_tokens or not self._before:
+            return Encoded(own)
+        missing = self._before[: self._before.index(own[0])] if own and own[0] in self._before else self._before
+        return Encoded(missing + own, tuple(self.name(token) for token in missing))
+
+    def encode_chat(self, rendered: str) -> Encoded:
+        """Return the tokens of a chat that its template has rendered: the template writes all special tokens itself.
+
+        Raises:
+            InputError: as `encode`.
+        """
+        return self.encode(rendered, add_special_tokens=False)
+
+    def name(self, token: int) -> str:
+        """Return a token as the vocabulary writes it; `<N>` where it has none of this number."""
+        found = self._library.id_to_token(token)
+        return f"<{token}>" if found is None else str(found)
+
+    def decoder(self, before: Sequence[int] = ()) -> detokenize.Decoder:
+        """Return what makes text of the tokens that follow `before`, piece by piece; special tokens are not shown."""
+        made = detokenize.Decoder(self._stages, self._text_of)
+        made.begin(before)
+        return made
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Return the text of tokens; special ones, and those that the vocabulary does not have, are not shown.
+
+        Raises:
+            InputError: they are no tokens.
+        """
+        ids = checks.tokens("tokens", tokens)
+        with _told(f"{self.path}: the tokens cannot be made text"):
+            made = self.decoder()
+            return "".join([*map(made.push, ids), made.end()])
+
+    def _text_of(self, token: int) -> str | None:
+        if token not in self._shown:
+            with _told(f"{self.path}: token {token} cannot be made text"):
+                found = self._library.id_to_token(token)
+            self._shown[token] = None if found in self._special else found
+        return self._shown[token]
+
+
+def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """Return the tokens that a post-processor puts before a text, and the names of those that it puts behind it.
+
+    Raises:
+        InputError: it does something else with a text.
+    """
+    if post_processor is None:
+        return (), ()
+    from tokenizers import Tokenizer as Library
+    from tokenizers.models import WordLevel
+
+    probe = Library(WordLevel({"a": _TEXT_ID}, unk_token="a"))
+    probe.post_processor = post_processor
+    made = probe.encode("a")
+    if made.ids.count(_TEXT_ID) != 1:
+        raise InputError("its post-processor does not put the text once into what it makes")
+    at = made.ids.index(_TEXT_ID)
+    return tuple(made.ids[:at]), tuple(made.tokens[at + 1 :])
