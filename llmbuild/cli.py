@@ -14,8 +14,12 @@ import llmbuild
 from llmbuild import cli_catalog
 from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
 from llmbuild.options import (
+    ByOption,
+    Shared,
+    before_command,
     build_options,
     catalog_option,
+    check_heard,
     format_options,
     on_option,
     over,
@@ -23,6 +27,7 @@ from llmbuild.options import (
     print_public,
     print_rows,
     slo_options,
+    teaching,
     trust_options,
 )
 
@@ -34,8 +39,16 @@ TOLD = 200
 class Group(click.Group):
     """Turns every error of ours into one message and its exit code; a traceback is shown under `--debug` only."""
 
+    debug = False
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Add a command that takes `--debug` as well, so that the option may stand on either side of its name."""
+        cmd.params.append(_debug_option())
+        super().add_command(cmd, name)
+
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and exit with its code."""
+        self.debug = False
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         kwargs["standalone_mode"] = False
         try:
@@ -43,20 +56,20 @@ class Group(click.Group):
         except click.exceptions.Exit as done:
             code = done.exit_code
         except click.ClickException as error:
-            error.show()
+            (teaching(error) if isinstance(error, click.UsageError) else error).show()
             code = error.exit_code
         except (click.exceptions.Abort, KeyboardInterrupt):
             click.echo("interrupted; what was finished is kept", err=True)
             code = INTERRUPTED
         except LlmbuildError as error:
-            if _debug():
+            if self.debug:
                 raise
             click.echo(f"error: {error}", err=True)
             code = error.exit_code
         except BrokenPipeError:
             code = 0
         except Exception as error:  # the one broad except: a bug of ours must not look like the user's fault
-            if _debug():
+            if self.debug:
                 raise
             click.echo(
                 f"internal error: {type(error).__name__}: {error}\nrun again with --debug and report it", err=True
@@ -65,18 +78,33 @@ class Group(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
 
-def _debug() -> bool:
-    return "--debug" in sys.argv
+def _debug_option() -> click.Option:
+    def note(_: click.Context, __: click.Parameter, value: bool) -> None:
+        main.debug = main.debug or value
+
+    return click.Option(["--debug"], is_flag=True, expose_value=False, callback=note, help="Show tracebacks.")
 
 
-@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"]})
+EPILOG = """\b
+First:       llmbuild doctor; llmbuild recipes FOLDER; llmbuild build RECIPE
+Then:        llmbuild query; llmbuild run MODEL
+Exit codes:  0 done, 1 built nothing usable, 2 bad input,
+             3 no variant meets the SLO, 130 interrupted"""
+
+
+@click.group(cls=Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(llmbuild.__version__, prog_name="llmbuild")
-@click.option("--debug", is_flag=True, help="Show tracebacks.")
-def main(debug: bool) -> None:
+@before_command
+@click.pass_context
+def main(ctx: click.Context, /, **_: Any) -> None:
     """Make for LLM binaries: build, measure and pick IREE variants of a model."""
+    check_heard(ctx, main.commands[str(ctx.invoked_subcommand)])
 
 
-@main.command()
+main.params.append(_debug_option())
+
+
+@main.command(short_help="Search, measure and keep the front of each RECIPE.")
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @build_options
 @click.option(
@@ -94,7 +122,7 @@ def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
     return over(jobs, options, lambda job: commands.build(job, options), form)
 
 
-@main.command("compile")
+@main.command("compile", short_help="Compile each RECIPE for each target; nothing is run.")
 @click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
 @build_options
 @catalog_option
@@ -108,7 +136,7 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
     return over(jobs, options, lambda job: commands.compile_only(job, options), form)
 
 
-@main.command()
+@main.command(short_help="Measure what is compiled: a RECIPE, or VARIANTs by digest.")
 @click.argument("what", nargs=-1, required=True)
 @catalog_option
 @format_options
@@ -126,7 +154,7 @@ def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
     return 0
 
 
-@main.command()
+@main.command(short_help="Tune the costliest dispatches of a VARIANT on this machine.")
 @click.argument("variant")
 @catalog_option
 @format_options
@@ -137,7 +165,7 @@ def tune(variant: str, form: str | None, **options: Any) -> int:
     return print_rows(commands.tune(variant, options), form)
 
 
-@main.command()
+@main.command(cls=ByOption)
 @click.option("-m", "--model", help="Only rows of this model.")
 @slo_options
 @click.option("--all", "everything", is_flag=True, help="Dominated, infeasible and failed variants too.")
@@ -146,16 +174,17 @@ def tune(variant: str, form: str | None, **options: Any) -> int:
 def query(form: str | None, **options: Any) -> int:
     """List the variants that meet an SLO, the best first."""
     from llmbuild import commands
+    from llmbuild.report.listings import nothing_found
     from llmbuild.report.rows import front_table
 
     rows = commands.query(options)
     if form or not rows:
-        return print_public(rows, form)
+        return print_public(rows, form, "" if form else nothing_found(options))
     click.echo(front_table(rows))
     return 0
 
 
-@main.command()
+@main.command(cls=ByOption, short_help="Print the one variant a loader would open here, and why.")
 @click.option("-m", "--model", help="The model; not needed where the catalog has only one.")
 @slo_options
 @click.option("--lock", type=click.Path(path_type=Path), help="Pin the pick in this file, for `run --lock`.")
@@ -210,7 +239,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     return 0
 
 
-@main.command()
+@main.command(short_help="Pick a variant of MODEL and let it continue a text.")
 @click.argument("model")
 @click.option("--prompt", default="def main(", show_default=True, help="Text to continue.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens to add.")
@@ -253,10 +282,10 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
     return 0
 
 
-@main.command()
+@main.command(short_help="Say everything about a VARIANT.")
 @click.argument("variant")
 @catalog_option
-@click.option("--json", "form", flag_value="json", help="JSON on stdout.")
+@click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout.")
 def explain(variant: str, catalog: str, form: str | None) -> int:
     """Say everything about a VARIANT: what it is, how it was made, what was read, why it stands where it does."""
     from llmbuild import commands
@@ -270,9 +299,9 @@ def explain(variant: str, catalog: str, form: str | None) -> int:
 @click.argument("folder", default="recipes", type=click.Path(path_type=Path))
 def recipes(folder: Path, form: str | None) -> int:
     """List the recipes of FOLDER and what each asks for."""
-    from llmbuild import commands
+    from llmbuild.report import listings
 
-    return print_rows(commands.recipes(folder), form)
+    return print_rows(listings.recipes(folder), form, listings.no_recipes(folder))
 
 
 @main.command()
@@ -288,7 +317,7 @@ def targets(form: str | None, knobs: bool, **options: Any) -> int:
     return print_rows(commands.knobs(options["targets"]) if knobs else commands.targets(options), form)
 
 
-@main.command()
+@main.command(short_help="Check this installation, this host and the catalog.")
 @catalog_option
 @format_options
 def doctor(catalog: str, form: str | None) -> int:

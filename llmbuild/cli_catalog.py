@@ -12,7 +12,7 @@ import click
 from llmbuild.options import catalog_option, format_options, print_rows, slo_options, trust_options
 
 
-@click.command()
+@click.command(short_help="Read every byte of a catalog and check it.")
 @catalog_option
 @format_options
 @trust_options
@@ -36,7 +36,7 @@ def gc(catalog: str, form: str | None, size: str | None, dry_run: bool) -> int:
     return _printed(upkeep.collect(Path(catalog), size, dry_run), form)
 
 
-@click.command()
+@click.command(short_help="Compare two catalogs or publications.")
 @click.argument("before")
 @click.argument("after")
 @format_options
@@ -52,7 +52,7 @@ def diff(before: str, after: str, form: str | None, noise: float, fail_on_regres
     return code if fail_on_regression else 0
 
 
-@click.command()
+@click.command(short_help="Add catalogs or published folders to another catalog.")
 @click.argument("sources", nargs=-1, required=True)
 @catalog_option
 @format_options
@@ -63,7 +63,7 @@ def merge(sources: tuple[str, ...], catalog: str, form: str | None) -> int:
     return _printed(upkeep.join(sources, Path(catalog)), form)
 
 
-@click.command()
+@click.command(short_help="Publish the fronts of MODELs, or of all.")
 @click.argument("arguments", nargs=-1, required=True, metavar="[MODEL]... DEST")
 @catalog_option
 @format_options
@@ -76,7 +76,7 @@ def publish(arguments: tuple[str, ...], catalog: str, form: str | None, key: Pat
     return _printed(upkeep.send(Path(catalog), models, place, key, _counter("sent")), form)
 
 
-@click.command()
+@click.command(short_help="Fetch from a publication what the SLO needs on this host.")
 @click.argument("source")
 @click.option("-m", "--model", "models", multiple=True, help="Only this model; may be given again.")
 @slo_options
@@ -91,7 +91,7 @@ def pull(source: str, catalog: str, form: str | None, **options: Any) -> int:
     return _printed(upkeep.fetch(source, Path(catalog), options, _policy(options), _counter("fetched")), form)
 
 
-@click.command()
+@click.command(short_help="Make a pair of Ed25519 keys to sign and trust with.")
 @click.argument("name", type=click.Path(path_type=Path))
 @format_options
 def keys(name: Path, form: str | None) -> int:

@@ -445,29 +445,6 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
     return shlex.join(command)
 
 
-def recipes(folder: Path) -> list[dict[str, Any]]:
-    """Return what each recipe of a folder asks for; one that cannot be read is told as such."""
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of recipes")
-    return [_recipe_row(path) for path in sorted(folder.glob("*.yaml"))]
-
-
-def _recipe_row(path: Path) -> dict[str, Any]:
-    row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
-    try:
-        recipe = read_recipe(path)
-    except InputError as error:
-        return {**row, "state": str(error)}
-    loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)
-    return {
-        **row,
-        "model": recipe.name,
-        "workloads": loads,
-        "objectives": " ".join(recipe.objectives),
-        "trials": recipe.budget.trials,
-    }
-
-
 def targets(options: Options) -> list[dict[str, Any]]:
     """Return every target, or those that are named, and whether each compiles and runs here."""
     chosen = [find_target(name) for name in options["targets"]] or [find_target(HOST), *_target_files()]

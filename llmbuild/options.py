@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from llmbuild.errors import LlmbuildError, NothingUsable
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Shared(click.Option):
+    """An option that stands before the command's name, as make's do, or behind it; two that differ are refused."""
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Let the parser collect every value that is given, not the last alone."""
+        action = "append_const" if self.is_flag else "append"
+        parser.add_option(self, self.opts, self.name, action, self.nargs, self.flag_value)
+
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, Any]:
+        """Return the one value that is given before or behind the command's name."""
+        said = list(opts.get(str(self.name), ()))
+        before = ctx.parent.params.get(str(self.name)) if ctx.parent is not None else None
+        values = list(dict.fromkeys([*([] if before is None else [before]), *said]))
+        if len(values) > 1:
+            told = " and ".join(f"--{value}" if self.is_flag else f"{self.opts[0]} {value}" for value in values[:2])
+            raise click.UsageError(f"{told} are both given: keep one", ctx)
+        return (values[0], ParameterSource.COMMANDLINE) if values else super().consume_value(ctx, {})
 
 
 def catalog_option(command: F) -> F:
@@ -17,6 +37,7 @@ def catalog_option(command: F) -> F:
     return click.option(
         "-C",
         "--catalog",
+        cls=Shared,
         envvar="LLMBUILD_CATALOG",
         default="catalog",
         show_default=True,
@@ -36,8 +57,66 @@ def _folder(_: click.Context, __: click.Parameter, value: str) -> str:
 
 def format_options(command: F) -> F:
     """Add `--json` and `--csv`."""
-    command = click.option("--csv", "form", flag_value="csv", help="CSV on stdout.")(command)
-    return click.option("--json", "form", flag_value="json", help="JSON on stdout.")(command)
+    command = click.option("--csv", "form", cls=Shared, flag_value="csv", help="CSV on stdout.")(command)
+    return click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout.")(command)
+
+
+def before_command(command: F) -> F:
+    """Add what may stand before the command's name; the command itself hears it."""
+    command = click.option("-C", "--catalog", cls=Shared, help="Folder of the catalog, or postgresql://...")(command)
+    return format_options(command)
+
+
+def check_heard(group: click.Context, command: click.Command) -> None:
+    """Refuse what stands before the name of a command that has no such option.
+
+    Raises:
+        UsageError: it would be ignored.
+    """
+    heard = {(each.name, each.is_flag and each.flag_value) for each in command.params if isinstance(each, Shared)}
+    for each in group.command.params:
+        value = group.params.get(str(each.name))
+        if not isinstance(each, Shared) or value is None or (each.is_flag and value != each.flag_value):
+            continue
+        if (each.name, each.is_flag and value) not in heard:
+            raise click.UsageError(f"`llmbuild {command.name}` takes no {each.opts[0]}", group)
+
+
+LISTED_BY = {
+    "recipes": "a recipe is a YAML file; `llmbuild recipes FOLDER` lists those of a folder",
+    "what": "name a recipe's file, or variants as `llmbuild query --all` lists them",
+    "variant": "`llmbuild query --all` lists the variants of a catalog; the first digits of one are enough",
+    "model": "`llmbuild query` lists the models of a catalog",
+    "arguments": "name a folder, s3://..., gs://... or oci://HOST/NAME:TAG to publish to",
+    "source": "name what `llmbuild publish` wrote: a folder, s3://..., gs://... or oci://HOST/NAME:TAG",
+    "sources": "name catalogs or published folders; -C names the one they are added to",
+    "before": "name two catalogs or publications",
+    "after": "name a second catalog or publication to compare with",
+    "name": "NAME.key and NAME.pub are written",
+}
+"""What to give for an argument that is missing, by its name."""
+
+
+def teaching(error: click.UsageError) -> click.UsageError:
+    """Return the error with what to give for the argument that is missing."""
+    if isinstance(error, click.MissingParameter) and error.param is not None:
+        told = LISTED_BY.get(str(error.param.name))
+        if told and isinstance(error.param, click.Argument):
+            return click.UsageError(f"{error.param.human_readable_name} is missing: {told}", error.ctx)
+    return error
+
+
+class ByOption(click.Command):
+    """A command that takes no model as an argument, and says so where one is given."""
+
+    allow_extra_args = True
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Refuse arguments with the option that was meant."""
+        rest = super().parse_args(ctx, args)
+        if rest:
+            ctx.fail(f"unexpected argument {rest[0]!r}: a model is named with -m")
+        return rest
 
 
 def on_option(command: F) -> F:
@@ -150,15 +229,15 @@ def print_built(built: Any, form: str | None) -> None:
         click.echo("\n".join(footnotes(built.rows)), err=True)
 
 
-def print_public(rows: Sequence[dict[str, Any]], form: str | None) -> int:
+def print_public(rows: Sequence[dict[str, Any]], form: str | None, none: str = "nothing to list") -> int:
     """Print the columns of the contract."""
     from llmbuild.report.rows import public
 
-    return print_rows([public(row) for row in rows], form)
+    return print_rows([public(row) for row in rows], form, none)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], form: str | None) -> int:
-    """Print rows as a table, JSON or CSV."""
+def print_rows(rows: Sequence[dict[str, Any]], form: str | None, none: str = "nothing to list") -> int:
+    """Print rows as a table, JSON or CSV; where there are none, say `none` in place of a table."""
     from llmbuild.report.rows import as_csv, as_json, table
 
     if form == "json":
@@ -169,5 +248,5 @@ def print_rows(rows: Sequence[dict[str, Any]], form: str | None) -> int:
         names = list(rows[0])
         click.echo(table(names, [[str(row[n]) for n in names] for row in rows], left=range(len(names))))
     else:
-        click.echo("nothing to list", err=True)
+        click.echo(none, err=True)
     return 0

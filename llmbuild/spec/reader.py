@@ -6,7 +6,10 @@ YAML (ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (p
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -224,7 +227,9 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     Raises:
         InputError: every fault of the file at once, each with line and key path.
     """
-    raw = _read(path)
+    raw = _read(path, RECIPE_HINT)
+    if "backend" in raw and "model" not in raw:
+        raise InputError(f"{path}: a target, not a recipe: name it with -t")
     parsed = _validate(_Recipe, raw, path)
     folder = (path.parent / parsed.model.huggingface).resolve()
     looks_local = (
@@ -272,6 +277,8 @@ def read_target(path: Path) -> Target:
         InputError: every fault of the file at once.
     """
     raw = _read(path)
+    if "model" in raw and "backend" not in raw:
+        raise InputError(f"{path}: a recipe, not a target: it is built for the target that -t names")
     parsed = _validate(_Target, raw, path)
     return Target(
         name=parsed.name or path.stem,
@@ -299,15 +306,21 @@ def _knob_values(name: str, value: Any, raw: Any, path: Path) -> tuple[str, tupl
     return name, values
 
 
-def _read(path: Path) -> Any:
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe or target is")
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
+EXAMPLE = "{model: {huggingface: FOLDER}, workloads: [{name: chat, prompt: 32, output: 64}]}"
+"""The shortest recipe."""
+RECIPE_HINT = f"a recipe is a YAML file, at least {EXAMPLE}"
+
+
+def _near(path: Path) -> str:
+    """Return the recipe or target that was probably meant by a name that is no file; empty where none is like it."""
+    there = [each for folder in (path.parent, Path("recipes")) for each in sorted(folder.glob("*.y*ml"))]
+    named = {each.name: each for each in reversed(there)} | {each.stem: each for each in reversed(there)}
+    close = get_close_matches(path.name, list(named), 1, 0.75)
+    return f"; did you mean {named[close[0]]}?" if close else ""
+
+
+def _read(path: Path, hint: str = "") -> Any:
+    text, hint = _text_of(path, hint), f": {hint}" if hint else ""
     try:
         raw = YAML(typ="rt").load(text)
     except DuplicateKeyError as error:
@@ -320,8 +333,32 @@ def _read(path: Path) -> Any:
     except _YAML_FAULTS as error:
         raise InputError(f"{path}: not YAML: {error}") from None
     if not isinstance(raw, dict):
-        raise InputError(f"{path}: a mapping of keys is expected at the top")
+        raise InputError(f"{path}: a mapping of keys is expected at the top{hint}")
     return raw
+
+
+def _text_of(path: Path, hint: str) -> str:
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: {_about_folder(path)}")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file: copy it into one")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe or target is")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file{_near(path) or (hint and f': {hint}')}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _about_folder(path: Path) -> str:
+    if (path / "config.json").is_file():
+        named = EXAMPLE.replace("FOLDER", json.dumps(str(path.resolve())))
+        return f"a model's folder, not a recipe: write one that names it, at least {named}"
+    return f"a folder, not a file: `llmbuild recipes {shlex.quote(str(path))}` lists its recipes"
 
 
 def _validate(kind: type[_M], raw: Any, path: Path) -> _M:

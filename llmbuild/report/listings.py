@@ -1,0 +1,57 @@
+"""What is listed of a folder of recipes, and what to tell where a listing is empty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llmbuild.errors import InputError
+from llmbuild.runtime import reader
+from llmbuild.spec.reader import RECIPE_HINT, read_recipe
+
+
+def nothing_found(options: Mapping[str, Any]) -> str:
+    """Return why a query found nothing, and what would."""
+    folder = Path(options["catalog"])
+    rows = reader.variants(folder, everything=True)
+    if not rows:
+        return f"{folder} has no variant yet: `llmbuild build RECIPE -C {folder}` makes some"
+    for column in ("model", "target", "workload"):
+        there = sorted({row[column] for row in rows})
+        if options[column] is not None and options[column] not in there:
+            return f"no {column} {options[column]!r} in {folder}: it has {', '.join(there)}"
+    more = "" if options["everything"] else "`llmbuild query --all` lists those of no front too, "
+    return f"none of {len(rows)} variants is listed: {more}`llmbuild pick` says how near each comes to the SLO"
+
+
+def recipes(folder: Path) -> list[dict[str, Any]]:
+    """Return what each recipe of a folder asks for; one that cannot be read is told as such."""
+    if folder.is_file():
+        raise InputError(
+            f"{folder}: a file, not a folder of recipes: `llmbuild build {folder} -n` says what it asks for"
+        )
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: name one that holds recipes, `llmbuild recipes FOLDER`")
+    return [_recipe_row(path) for path in sorted(folder.glob("*.yaml"))]
+
+
+def no_recipes(folder: Path) -> str:
+    """Return what to tell of a folder that holds none."""
+    return f"no *.yaml in {folder}: {RECIPE_HINT}"
+
+
+def _recipe_row(path: Path) -> dict[str, Any]:
+    row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
+    try:
+        recipe = read_recipe(path)
+    except InputError as error:
+        return {**row, "state": str(error)}
+    loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)
+    return {
+        **row,
+        "model": recipe.name,
+        "workloads": loads,
+        "objectives": " ".join(recipe.objectives),
+        "trials": recipe.budget.trials,
+    }
