@@ -16,35 +16,71 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from math import inf
 from pathlib import Path
 from time import monotonic
 
+from llmbuild.diagnosis import AGAIN, diagnose
+from llmbuild.resources import group_memory_limit, memory_limit
 from llmbuild.spec.variant import Failure, Stage
 
 LOG_BYTES = 64 << 10
-"""How much of a tool's output is kept with a failure: the end of it."""
+"""How much of a tool's output is kept with a failure: its beginning, where a compiler says why, and its end."""
+
+ADDRESSES = 4 << 30
+"""Bytes of address space that a child may reserve beyond all memory: libraries map more than they ever fill."""
 
 
 TIME_UP = "was ended when the time of the whole run was up"
+
+
+@cache
+def address_limit() -> int:
+    """Return the bytes of address space that bound a child: what this host or container has; 0 where nothing tells."""
+    bound = memory_limit()
+    return bound.bytes + ADDRESSES if bound else 0
+
+
+def memory_told() -> str:
+    """Return how much memory there is for a child, and of what; empty where nothing tells."""
+    bound = memory_limit()
+    if bound is None:
+        return ""
+    group = group_memory_limit()
+    where = f"this container may use {gib(bound.bytes)}, says {group.file}" if group else None
+    return where or f"this host has {gib(bound.bytes)}"
+
+
+def gib(count: float) -> str:
+    """Return bytes as a person reads them."""
+    return f"{count / (1 << 30):.3g} GiB"
 
 
 @dataclass(frozen=True)
 class Limits:
     """What a child may use: wall seconds, and bytes of address space; 0 does not bound them.
 
+    Without a word on memory, a child may use what the host or the container has.
     A GPU's driver reserves more addresses than any machine has memory, so what runs on one is not bounded. `until` is
     the moment of the monotonic clock at which whatever still runs is ended.
     """
 
     seconds: float = 600.0
-    memory_bytes: int = 16 << 30
+    memory_bytes: int = field(default_factory=address_limit)
     until: float = inf
 
     def left_s(self) -> float:
         """Return how long a step that begins now may take."""
         return min(self.seconds, max(0.0, self.until - monotonic()))
+
+    def memory(self) -> str:
+        """Return the limit of memory by name, for the message of a child that met it; empty without one."""
+        if not self.memory_bytes:
+            return ""
+        there = memory_told()
+        return f"the limit of {gib(self.memory_bytes)} that llmbuild set" + (f" ({there})" if there else "")
 
     def told(self) -> str:
         """Return what became of a child that ran out of time."""
@@ -93,7 +129,13 @@ def run(
                 preexec_fn=confine(limits),
             )
         except OSError as error:
-            return Failure(stage, f"cannot start {command[0]}: {error}", shlex.join(command), "", lasting=False)
+            return Failure(
+                stage,
+                f"cannot start {command[0]}: {error.strerror or error}; mend that; {AGAIN}",
+                shlex.join(command),
+                "",
+                lasting=False,
+            )
         _running.add(child)
         try:
             code: int | None = child.wait(limits.left_s())
@@ -134,27 +176,23 @@ def stop_group(child: subprocess.Popen[bytes]) -> None:
 
 
 def tail(descriptor: int) -> str:
-    """Return the end of an open file as text."""
+    """Return the beginning and the end of an open file as text."""
     size = os.lseek(descriptor, 0, os.SEEK_END)
-    os.lseek(descriptor, max(0, size - LOG_BYTES), os.SEEK_SET)
-    return os.read(descriptor, LOG_BYTES).decode(errors="replace")
+    if size <= LOG_BYTES:
+        return os.pread(descriptor, LOG_BYTES, 0).decode(errors="replace")
+    half = LOG_BYTES // 2
+    parts = (os.pread(descriptor, half, 0), os.pread(descriptor, half, size - half))
+    head, end = (part.decode(errors="replace") for part in parts)
+    return f"{head}\n[{size - 2 * half} bytes left out]\n{end}"
 
 
 def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int | None, log: str) -> Failure:
     """Return the failure of a child that ended with `code` (None: it ran out of time) and printed `log`."""
-    name = Path(command[0]).name
+    name, again = Path(command[0]).name, shlex.join(command)
     if code is None:
-        return Failure(stage, f"{name} {limits.told()}", shlex.join(command), log, lasting=False)
-    if code < 0:
-        told = signal.Signals(-code).name if -code in signal.valid_signals() else str(-code)
-        killed = -code == signal.SIGKILL
-        return Failure(stage, f"{name} crashed with {told}", shlex.join(command), log, lasting=not killed)
+        return Failure(stage, f"{name} {limits.told()}", again, log, lasting=False)
     if code == 0:
-        return Failure(stage, f"{name} ended well but wrote no file", shlex.join(command), log, lasting=False)
-    lines = [x.strip() for x in log.splitlines() if x.strip()]
-    reason = next(
-        (x for x in lines if "error:" in x),
-        next((x for x in lines if "error" in x.lower()), f"{name} ended with {code}"),
-    )
-    passing = "No space left" in log or "bad_alloc" in log or "out of memory" in log.lower()
-    return Failure(stage, reason[:500], shlex.join(command), log, lasting=not passing)
+        return Failure(stage, f"{name} ended well but wrote no file; {AGAIN}", again, log, lasting=False)
+    found = diagnose(name, code, log, limits.memory(), memory_told())
+    # what a compiler says of its input lasts; a worker or an importer that means to refuse does so in its answer
+    return Failure(stage, found.reason, again, log, found.lasting and stage == "compile")

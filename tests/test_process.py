@@ -42,8 +42,8 @@ def test_addresses_are_bounded_as_asked_and_not_at_all_by_0(asked: int, tmp_path
 @pytest.mark.parametrize(
     ("code", "reason", "lasting"),
     [
-        ("import os; os.abort()", "crashed with SIGABRT", True),
-        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV", True),
+        ("import os; os.abort()", "crashed with SIGABRT", False),
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "crashed with SIGSEGV", False),
         ("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", "crashed with SIGKILL", False),
         ("print('x.mlir:1: error: no such op'); raise SystemExit(1)", "x.mlir:1: error: no such op", True),
         ("print('fatal: No space left on device'); raise SystemExit(1)", "ended with 1", False),
@@ -92,7 +92,7 @@ def test_mlir_that_does_not_parse_is_a_failure_with_a_pasteable_command(tmp_path
     assert "error:" in failure.reason
     again = subprocess.run(shlex.split(failure.command), capture_output=True, text=True, check=False)
     assert again.returncode != 0
-    assert failure.reason in again.stderr
+    assert failure.reason.partition("; ")[0] in again.stderr
 
 
 def test_equal_inputs_compile_to_equal_bytes_whatever_the_file_is_called(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
+from llmbuild.diagnosis import AGAIN
 from llmbuild.process import Limits, confine, failure_of, stop_group, tail
 from llmbuild.spec.variant import Failure, Stage
 
@@ -69,7 +70,9 @@ class Child:
             raise self._died(stage)
         told: dict[str, Any] = json.loads(answer)
         if "refused" in told:
-            raise ChildFailed(Failure(stage, told["refused"], self.pasteable(), self._tail(), lasting=True))
+            lasting = bool(told.get("lasting"))
+            reason = told["refused"] if lasting else f"{told['refused']}; {AGAIN}"
+            raise ChildFailed(Failure(stage, reason, self.pasteable(), self._tail(), lasting))
         return told
 
     def close(self) -> None:

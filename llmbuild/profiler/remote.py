@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 
 import llmbuild
 from llmbuild import digest
+from llmbuild.diagnosis import AGAIN
 from llmbuild.errors import InputError, NothingUsable
 from llmbuild.process import Limits, confine, stop_group, tail
 from llmbuild.profiler import roofline, wire
@@ -261,12 +262,13 @@ class Remote:
         return wire.failure_of(answer["failure"]) if "failure" in answer else roofline.from_body(answer["roofline"])
 
     def failure(self, error: Lost | Refused) -> Failure:
-        """Return what stands where the far end gave no answer; a lost connection may come back."""
+        """Return what stands where the far end gave no answer: it passes, for another day may bring one."""
         lost = isinstance(error, Lost)
         if lost:
             self.drop()
         reason = f"the connection to {self.place.destination} was lost: {error}" if lost else str(error)
-        return Failure("profile", reason, shlex.join(self.place.command("print('hello')")), "", lasting=not lost)
+        command = shlex.join(self.place.command("print('hello')"))
+        return Failure("profile", f"{reason}; {AGAIN}", command, "", lasting=False)
 
 
 class RemoteBench:

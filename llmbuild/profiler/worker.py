@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmbuild.errors import LlmbuildError
+from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.process import say
 from llmbuild.profiler import limits
 from llmbuild.profiler.energy import Absent, Found, Meter, Window, find, window_s
@@ -266,7 +266,8 @@ def main() -> None:
         try:
             answer = verbs[request.pop("verb")](request)
         except LlmbuildError as error:
-            answer = {"refused": str(error)}
+            # what this variant cannot answer lasts; that the runtime refuses to open it may pass
+            answer = {"refused": str(error), "lasting": isinstance(error, InputError)}
         say(json.dumps(answer))
 
 
