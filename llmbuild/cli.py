@@ -14,6 +14,8 @@ import llmbuild
 from llmbuild import cli_catalog
 from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
 from llmbuild.options import (
+    PATH,
+    PLACE,
     ByOption,
     Shared,
     before_command,
@@ -105,7 +107,7 @@ main.params.append(_debug_option())
 
 
 @main.command(short_help="Search, measure and keep the front of each RECIPE.")
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("recipes", nargs=-1, required=True, type=PATH)
 @build_options
 @click.option(
     "--until", type=click.Choice(["import", "compile", "profile"]), help="Stop every variant after this step."
@@ -123,7 +125,7 @@ def build(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int:
 
 
 @main.command("compile", short_help="Compile each RECIPE for each target; nothing is run.")
-@click.argument("recipes", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.argument("recipes", nargs=-1, required=True, type=PATH)
 @build_options
 @catalog_option
 @format_options
@@ -137,7 +139,7 @@ def compile_(recipes: tuple[Path, ...], form: str | None, **options: Any) -> int
 
 
 @main.command(short_help="Measure what is compiled: a RECIPE, or VARIANTs by digest.")
-@click.argument("what", nargs=-1, required=True)
+@click.argument("what", nargs=-1, required=True, type=PLACE)
 @catalog_option
 @format_options
 @on_option
@@ -187,7 +189,7 @@ def query(form: str | None, **options: Any) -> int:
 @main.command(cls=ByOption, short_help="Print the one variant a loader would open here, and why.")
 @click.option("-m", "--model", help="The model; not needed where the catalog has only one.")
 @slo_options
-@click.option("--lock", type=click.Path(path_type=Path), help="Pin the pick in this file, for `run --lock`.")
+@click.option("--lock", type=PATH, help="Pin the pick in this file, for `run --lock`.")
 @click.option("--as", "cpu", metavar="CPU", help="Pick for a host with this CPU instead, such as haswell or zen4.")
 @click.option("--why", is_flag=True, help="Give the verdict on every variant, however many there are.")
 @catalog_option
@@ -248,7 +250,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
 @click.option("--top-p", type=float, default=1.0, help="Draw from the most likely tokens that reach this share.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
 @click.option("--variant", help="Open this variant instead of picking one.")
-@click.option("--lock", type=click.Path(path_type=Path), help="Open what this lock file pins.")
+@click.option("--lock", type=PATH, help="Open what this lock file pins.")
 @click.option("--fallback", is_flag=True, help="Where a variant's files are refused, open the next that meets the SLO.")
 @slo_options
 @catalog_option
@@ -296,7 +298,7 @@ def explain(variant: str, catalog: str, form: str | None) -> int:
 
 @main.command()
 @format_options
-@click.argument("folder", default="recipes", type=click.Path(path_type=Path))
+@click.argument("folder", default="recipes", type=PATH)
 def recipes(folder: Path, form: str | None) -> int:
     """List the recipes of FOLDER and what each asks for."""
     from llmbuild.report import listings

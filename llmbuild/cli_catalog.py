@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from llmbuild.options import catalog_option, format_options, print_rows, slo_options, trust_options
+from llmbuild.options import PATH, PLACE, catalog_option, format_options, print_rows, slo_options, trust_options
 
 
 @click.command(short_help="Read every byte of a catalog and check it.")
@@ -37,8 +37,8 @@ def gc(catalog: str, form: str | None, size: str | None, dry_run: bool) -> int:
 
 
 @click.command(short_help="Compare two catalogs or publications.")
-@click.argument("before")
-@click.argument("after")
+@click.argument("before", type=PLACE)
+@click.argument("after", type=PLACE)
 @format_options
 @trust_options
 @click.option("--noise", type=click.FloatRange(0, 10), default=0.05, show_default=True, help="Relative, of timings.")
@@ -53,7 +53,7 @@ def diff(before: str, after: str, form: str | None, noise: float, fail_on_regres
 
 
 @click.command(short_help="Add catalogs or published folders to another catalog.")
-@click.argument("sources", nargs=-1, required=True)
+@click.argument("sources", nargs=-1, required=True, type=PLACE)
 @catalog_option
 @format_options
 def merge(sources: tuple[str, ...], catalog: str, form: str | None) -> int:
@@ -64,10 +64,10 @@ def merge(sources: tuple[str, ...], catalog: str, form: str | None) -> int:
 
 
 @click.command(short_help="Publish the fronts of MODELs, or of all.")
-@click.argument("arguments", nargs=-1, required=True, metavar="[MODEL]... DEST")
+@click.argument("arguments", nargs=-1, required=True, type=PLACE, metavar="[MODEL]... DEST")
 @catalog_option
 @format_options
-@click.option("--sign", "key", type=click.Path(path_type=Path), help="Sign with this Ed25519 key (PEM).")
+@click.option("--sign", "key", type=PATH, help="Sign with this Ed25519 key (PEM).")
 def publish(arguments: tuple[str, ...], catalog: str, form: str | None, key: Path | None) -> int:
     """Publish the fronts of MODELs, or of all, to a folder, an fsspec URL (s3://, gs://) or oci://HOST/NAME:TAG."""
     from llmbuild import upkeep
@@ -77,7 +77,7 @@ def publish(arguments: tuple[str, ...], catalog: str, form: str | None, key: Pat
 
 
 @click.command(short_help="Fetch from a publication what the SLO needs on this host.")
-@click.argument("source")
+@click.argument("source", type=PLACE)
 @click.option("-m", "--model", "models", multiple=True, help="Only this model; may be given again.")
 @slo_options
 @click.option("--all", "everything", is_flag=True, help="Everything, not only what the SLO picks on this host.")
@@ -92,7 +92,7 @@ def pull(source: str, catalog: str, form: str | None, **options: Any) -> int:
 
 
 @click.command(short_help="Make a pair of Ed25519 keys to sign and trust with.")
-@click.argument("name", type=click.Path(path_type=Path))
+@click.argument("name", type=PATH)
 @format_options
 def keys(name: Path, form: str | None) -> int:
     """Make a pair of Ed25519 keys, NAME.key to sign with and NAME.pub to hand out."""

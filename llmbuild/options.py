@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 from click.core import ParameterSource
 
-from llmbuild.errors import LlmbuildError, NothingUsable
+from llmbuild.errors import InputError, LlmbuildError, NothingUsable
 
+CATALOG = "LLMBUILD_CATALOG"
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Named(click.Path):
+    """A file, a folder or a place; an empty name, which a script makes of a variable that is not set, is none."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return what is named."""
+        if value == "":
+            self.fail("the name is empty; `.` is the current folder", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH, PLACE = _Named(path_type=Path), _Named(path_type=str)
 
 
 class Shared(click.Option):
@@ -38,7 +54,8 @@ def catalog_option(command: F) -> F:
         "-C",
         "--catalog",
         cls=Shared,
-        envvar="LLMBUILD_CATALOG",
+        envvar=CATALOG,
+        type=PLACE,
         default="catalog",
         show_default=True,
         callback=_folder,
@@ -46,8 +63,10 @@ def catalog_option(command: F) -> F:
     )(command)
 
 
-def _folder(_: click.Context, __: click.Parameter, value: str) -> str:
+def _folder(context: click.Context, option: click.Parameter, value: str) -> str:
     """Return the folder of a catalog; the rows of one named by URL are in a server, its blobs in a folder here."""
+    if context.get_parameter_source(str(option.name)) == ParameterSource.DEFAULT and os.environ.get(CATALOG) == "":
+        raise InputError(f"${CATALOG} is empty: unset it, or name a folder")
     if "://" not in value:
         return value
     from llmbuild.catalog.schema import folder_of
@@ -63,7 +82,9 @@ def format_options(command: F) -> F:
 
 def before_command(command: F) -> F:
     """Add what may stand before the command's name; the command itself hears it."""
-    command = click.option("-C", "--catalog", cls=Shared, help="Folder of the catalog, or postgresql://...")(command)
+    command = click.option(
+        "-C", "--catalog", cls=Shared, type=PLACE, help="Folder of the catalog, or postgresql://..."
+    )(command)
     return format_options(command)
 
 
@@ -133,7 +154,11 @@ def trust_options(command: F) -> F:
     for option in (
         click.option("--allow-unsigned", is_flag=True, help="Open an unsigned catalog although keys are trusted."),
         click.option(
-            "--trust", multiple=True, metavar="PATH", help="A public key, or a folder of them; else $LLMBUILD_TRUST."
+            "--trust",
+            multiple=True,
+            metavar="PATH",
+            type=PLACE,
+            help="A public key, or a folder of them; else $LLMBUILD_TRUST.",
         ),
     ):
         command = option(command)

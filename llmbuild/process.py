@@ -11,6 +11,7 @@ import ctypes
 import os
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,6 +33,11 @@ LOG_BYTES = 64 << 10
 ADDRESSES = 4 << 30
 """Bytes of address space that a child may reserve beyond all memory: libraries map more than they ever fill."""
 
+
+NEUTRAL = "/"
+"""Where children work: a folder that nobody but the system writes to, so that nothing is found in it by accident."""
+START = Path(__file__).with_name("start.py")
+_folders: tuple[str, ...] = ()
 
 TIME_UP = "was ended when the time of the whole run was up"
 
@@ -110,12 +116,41 @@ def confine(limits: Limits) -> Callable[[], None]:
     return prepare
 
 
+def look_in(folders: Sequence[str]) -> None:
+    """Let children import from these folders too: a packed folder brings its libraries along."""
+    global _folders
+    _folders = tuple(str(Path(name).absolute()) for name in folders)
+
+
+def python(what: str, *arguments: str) -> list[str]:
+    """Return the command that runs a module of ours, or a script, by this interpreter.
+
+    The folder it is called from, and the environment's Python variables, have no say in what it imports; it can be
+    pasted into a shell anywhere.
+    """
+    kept = [flag for flag, on in (("-s", sys.flags.no_user_site), ("-B", sys.dont_write_bytecode)) if on]
+    more = [word for name in _folders for word in ("--path", name)]
+    return [sys.executable, "-P", "-E", *kept, str(START), *more, what, *arguments]
+
+
+def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return the environment of a child: without the variables that steer Python, and with `more`."""
+    return {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")} | dict(more or {})
+
+
+def program(name: str) -> str:
+    """Return the path of a program of the system; a part of `$PATH` that depends on the folder we are in is skipped."""
+    folders = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(part).is_absolute()]
+    return shutil.which(name, path=os.pathsep.join(folders)) or name
+
+
 def run(
     command: Sequence[str], stage: Stage, limits: Limits, output: Path, env: Mapping[str, str] | None = None
 ) -> Failure | None:
     """Run `command`, which is to write `output`; return None when it did, else why not.
 
-    The child has a process group of its own, which is killed whole on a time-out or an interruption.
+    The child has a process group of its own, which is killed whole on a time-out or an interruption. It works in
+    `NEUTRAL`: every path in `command` is absolute.
     """
     with tempfile.TemporaryFile() as log:
         try:
@@ -125,7 +160,8 @@ def run(
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=None if env is None else {**os.environ, **env},
+                env=environment(env),
+                cwd=NEUTRAL,
                 preexec_fn=confine(limits),
             )
         except OSError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -22,7 +21,7 @@ from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
 from llmbuild.kernels.choose import FEATURES
-from llmbuild.process import Limits, run
+from llmbuild.process import Limits, python, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.search.knobs import CALIBRATED, space_for
@@ -226,7 +225,7 @@ class Steps:
         source = self.job.recipe.model
         request = {
             "verb": "import",
-            "model": str(self.job.model.folder),
+            "model": str(self.job.model.folder.absolute()),
             "random_init": source.random_init,
             "seed": source.seed,
             "context": inputs["context"],
@@ -260,7 +259,7 @@ class Steps:
     def _frontend(self, request: dict[str, Any], folder: Path) -> dict[str, Any] | Failure:
         job_file, result = folder / "job.json", folder / "result.json"
         job_file.write_text(json.dumps({**request, "out": str(folder)}))
-        command = [sys.executable, "-m", "llmbuild.frontend", str(job_file)]
+        command = python("llmbuild.frontend", str(job_file))
         failure = run(command, "import", self.job.limits, result)
         if result.is_file():
             told: dict[str, Any] = json.loads(result.read_text())
@@ -269,7 +268,8 @@ class Steps:
             return told
         assert failure is not None
         shown = json.dumps({**request, "out": "out"})
-        pasteable = f"echo {shlex.quote(shown)} > job.json && {sys.executable} -m llmbuild.frontend job.json"
+        again = shlex.join(python("llmbuild.frontend", "job.json"))
+        pasteable = f"echo {shlex.quote(shown)} > job.json && {again}"
         return replace(failure, command=pasteable)
 
     def _once(
@@ -310,7 +310,11 @@ class Steps:
         with TemporaryDirectory(prefix="llmbuild-") as name:
             folder = Path(name)
             np.save(folder / "windows.npy", windows)
-            request = {"verb": "reference", "model": str(self.job.model.folder), "windows": str(folder / "windows.npy")}
+            request = {
+                "verb": "reference",
+                "model": str(self.job.model.folder.absolute()),
+                "windows": str(folder / "windows.npy"),
+            }
             result = self._frontend(request, folder)
             if isinstance(result, Failure):
                 return result

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from llmbuild import digest
+from llmbuild import digest, process
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.fleet.pack import _leave_checks
@@ -278,7 +278,7 @@ def test_kernels_of_a_step_are_read_off_pytorchs_profiler(
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text(FAKE_TORCH.format(gpu=gpu))
     (tmp_path / "torch" / "profiler.py").write_text("from torch import ProfilerActivity, profile")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{Path(__file__).parents[1]}")
+    monkeypatch.setattr(process, "_folders", (str(tmp_path),))  # as `run.py` does with what a folder brings along
     (body,) = (b for b in json.loads((packed / "job.json").read_text())["jobs"] if b["target"] == "host")
     with zipfile.ZipFile(packed / "blobs.zip") as blobs:
         blobs.extractall(tmp_path)

@@ -199,3 +199,15 @@ def test_wrong_features_runtime_and_files_are_refused_with_the_command_that_mend
 
 def test_the_database_copy_for_other_clients_is_the_published_one(signed: Path) -> None:
     assert (signed / "pub" / FILE).read_bytes() == reader.database(signed / "pub").read_bytes()
+
+
+@pytest.mark.parametrize("text", ["", ":", "{0}:", ":{0}", "{0}::{0}"])
+def test_an_empty_part_of_a_list_of_keys_is_refused_and_is_not_the_current_folder(
+    signed: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(signed)  # where keys lie that nobody named
+    monkeypatch.setenv(trust.ENVIRONMENT, text.format(signed / "mine.pub"))
+    with pytest.raises(InputError, match="part of it is empty"):
+        trust.policy()
+    with pytest.raises(InputError, match="name is empty"):
+        trust.policy([""])

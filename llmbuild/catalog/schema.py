@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
 from llmbuild.catalog.place import FILE, PUBLISHED_FILE, URL_FILE
@@ -48,7 +48,9 @@ def folder_of(location: str) -> Path:
     if not location.startswith("postgresql"):
         raise CatalogError(f"-C {location.split('://')[0]}://...: a catalog is a folder or postgresql://...")
     name = location.rsplit("/", 1)[-1].split("?")[0] or "postgres"
-    folder = Path(os.environ.get("LLMBUILD_BLOBS") or f"catalog-{name}")
+    folder = Path(os.environ.get("LLMBUILD_BLOBS", f"catalog-{name}"))
+    if os.environ.get("LLMBUILD_BLOBS") == "":
+        raise CatalogError("$LLMBUILD_BLOBS is empty: unset it, or name a folder")
     with told(folder):
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / URL_FILE
@@ -110,7 +112,8 @@ def _engine(folder: Path) -> Engine:
     server = folder / URL_FILE
     if server.is_file():
         return create_engine(server.read_text().strip().replace("postgresql://", "postgresql+psycopg://", 1))
-    engine = create_engine(f"sqlite:///{folder / FILE}", connect_args={"timeout": BUSY_SECONDS})
+    file = URL.create("sqlite", database=str((folder / FILE).absolute()))  # pasted into a URL, `?` would end a path
+    engine = create_engine(file, connect_args={"timeout": BUSY_SECONDS})
     event.listen(engine, "connect", _configure)
     return engine
 
@@ -153,15 +156,11 @@ def _migrate(engine: Engine) -> None:
     from alembic.runtime.environment import EnvironmentContext
     from alembic.script import ScriptDirectory
 
-    config = Config()
-    config.set_main_option("script_location", str(MIGRATIONS))
-    config.set_main_option("version_locations", str(MIGRATIONS))
-    config.set_main_option("path_separator", "os")
-    script = ScriptDirectory.from_config(config)
+    script = ScriptDirectory(str(MIGRATIONS), version_locations=[str(MIGRATIONS)])
     with engine.connect() as connection:
         begin_writing(connection)
         if schema_version(engine) != SCHEMA_VERSION:  # another process may have been first
-            with EnvironmentContext(config, script, fn=lambda rev, _: script._upgrade_revs(HEAD, rev)) as context:
+            with EnvironmentContext(Config(), script, fn=lambda rev, _: script._upgrade_revs(HEAD, rev)) as context:
                 context.configure(connection=connection, transactional_ddl=False)
                 context.run_migrations()
             connection.execute(text("DELETE FROM info"))

@@ -26,7 +26,7 @@ class BlobStore:
     """`blobs/sha256/ab/<digest>` under a catalog's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder / "blobs" / "sha256"
+        self.root = folder.absolute() / "blobs" / "sha256"  # children that are handed a path work elsewhere
 
     def path(self, digest: str) -> Path:
         """Return where a blob is or would be."""

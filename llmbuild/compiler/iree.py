@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from llmbuild.compiler import subgroups
 from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.errors import InputError
-from llmbuild.process import Limits, run
+from llmbuild.process import NEUTRAL, Limits, environment, run
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import CUDA, VULKAN, Target
 from llmbuild.spec.variant import Failure
@@ -68,7 +68,7 @@ def binary(name: str = "iree-compile") -> Path:
     """
     spec = importlib.util.find_spec("iree")
     for folder in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(folder) / "compiler" / "_mlir_libs" / name
+        path = Path(folder).absolute() / "compiler" / "_mlir_libs" / name
         if path.is_file() and os.access(path, os.X_OK):
             return path
     raise InputError(f"{name} is not installed: pip install 'llmbuild[build]'")
@@ -84,7 +84,7 @@ def compiler_version() -> str:
 
 def compile_command(module: Path, output: Path, target: Target, point: Mapping[str, Value]) -> list[str]:
     """Return the whole command line, which can be pasted into a shell."""
-    return [str(binary()), str(module), *compile_flags(target, point), "-o", str(output)]
+    return [str(binary()), str(module.absolute()), *compile_flags(target, point), "-o", str(output)]
 
 
 def compile_module(
@@ -97,9 +97,8 @@ def compile_module(
 @cache
 def backends() -> tuple[str, ...]:
     """Return the names of the backends that the installed compiler was built with."""
-    told = subprocess.run(
-        [str(binary()), "--iree-hal-list-target-backends"], capture_output=True, text=True, check=False
-    )
+    asked = [str(binary()), "--iree-hal-list-target-backends"]
+    told = subprocess.run(asked, capture_output=True, text=True, check=False, env=environment(), cwd=NEUTRAL)
     return tuple(line.strip() for line in told.stdout.splitlines()[1:] if line.strip())
 
 

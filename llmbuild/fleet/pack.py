@@ -6,7 +6,6 @@ import json
 import shutil
 import sqlite3
 import subprocess
-import sys
 import zipfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.fleet import seeded
 from llmbuild.fleet.packed import JOB
+from llmbuild.process import NEUTRAL, environment, python
 from llmbuild.profiler import bandwidth, wire
 from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
@@ -274,15 +274,20 @@ def wheels(folder: Path, pythons: Sequence[str], platform: str) -> None:
     """
     runtime = host.runtime_version()
     wanted = [f"{name}=={runtime}" if name == "iree-base-runtime" else name for name in WHEELS]
-    for python in pythons:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--only-binary=:all:", "--python-version", python, "--platform", platform]
+    for version in pythons:
+        command = python("pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps")
+        command += ["--only-binary=:all:", "--python-version", version, "--platform", platform]
         done = subprocess.run(
-            [*command, "--dest", str(folder / "wheels"), *wanted], capture_output=True, text=True, check=False
+            [*command, "--dest", str(folder.absolute() / "wheels"), *wanted],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment(),
+            cwd=NEUTRAL,
         )
         if done.returncode:
             lines = [line for line in done.stderr.splitlines() if line.strip()] or ["pip failed"]
-            raise InputError(f"wheels for Python {python} on {platform}: {lines[-1]}")
+            raise InputError(f"wheels for Python {version} on {platform}: {lines[-1]}")
 
 
 def size(folder: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import random
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
+from llmbuild.process import NEUTRAL, environment
 from llmbuild.profiler import energy
 from llmbuild.profiler.energy import Energy
 from llmbuild.profiler.live import Live
@@ -57,16 +57,16 @@ class Peer:
     """A process of PyTorch with a model of one shape, eager and compiled, that answers when it is told to."""
 
     def __init__(self, script: Path, shape: Path, workload: Workload) -> None:
-        size = [str(shape), str(workload.prompt), str(workload.output)]
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        size = [str(shape.absolute()), str(workload.prompt), str(workload.output)]
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed by close()
         self._process = subprocess.Popen(
-            [sys.executable, str(script), *size, "--batch", str(workload.batch), "--turns"],
+            [sys.executable, "-P", "-E", str(script.absolute()), *size, "--batch", str(workload.batch), "--turns"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
-            env=clean,
+            env=environment(),
+            cwd=NEUTRAL,
         )
         self._lines: queue.Queue[Body] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)

@@ -69,9 +69,10 @@ def _main() -> int:
     _unpack_blobs()
     paths = [str(code), *_libraries()]
     sys.path[:0] = paths
-    inherited = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *([inherited] if inherited else [])])
     try:
+        from llmbuild import process
+
+        process.look_in(paths)
         from llmbuild.fleet.packed import main
     except ImportError as error:
         version = ".".join(map(str, sys.version_info[:2]))

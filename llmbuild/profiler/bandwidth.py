@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from llmbuild.process import Limits, run
+from llmbuild.process import Limits, python, run
 from llmbuild.spec.variant import Failure
 
 ROWS, COLUMNS = 16384, 4096
@@ -37,7 +37,7 @@ func.func public @read(%data: tensor<{ROWS}x{COLUMNS}xf32>) -> tensor<{ROWS}xf32
 
 def measure(artifact: Path, driver: str, output: Path, seconds: float = 1.0, until: float = inf) -> float | Failure:
     """Return bytes read a second, the median of its calls, in a process of its own that is ended at `until`."""
-    command = [sys.executable, "-m", "llmbuild.profiler.bandwidth", str(artifact), driver, str(seconds), str(output)]
+    command = python("llmbuild.profiler.bandwidth", str(artifact.absolute()), driver, str(seconds), str(output))
     failure = run(command, "profile", Limits(60 + 4 * seconds, 0, until), output)
     return failure or float(json.loads(output.read_text())["bytes_per_s"])
 

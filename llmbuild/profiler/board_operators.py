@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.digest import plain
-from llmbuild.process import Limits, run
+from llmbuild.process import NEUTRAL, Limits, environment, python, run
 from llmbuild.profiler.operators import bare_name, decode_call, tool
 from llmbuild.profiler.protocol import Subject
 from llmbuild.spec.measurement import Operator
@@ -55,7 +54,15 @@ def _by_timestamps(subject: Subject, limits: Limits) -> tuple[Operator, ...] | F
             return failure
         read = [str(tool("iree-profile")), "dispatch", "--format=jsonl", str(output)]
         try:
-            done = subprocess.run(read, capture_output=True, text=True, check=False, timeout=limits.left_s())
+            done = subprocess.run(
+                read,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=limits.left_s(),
+                env=environment(),
+                cwd=NEUTRAL,
+            )
         except subprocess.TimeoutExpired:
             return Failure("profile", f"iree-profile {limits.told()}", " ".join(read), "", lasting=False)
         if done.returncode:
@@ -79,7 +86,7 @@ def _by_torch(subject: Subject, script: Path, limits: Limits) -> tuple[Operator,
         request, output = Path(name) / "request.json", Path(name) / "operators.json"
         told = {k: str(v) if isinstance(v, Path) else plain(v) for k, v in vars(subject).items()}
         request.write_text(json.dumps({**told, "steps": STEPS, "output": str(output)}))
-        command = [sys.executable, str(script), str(request)]
+        command = python(str(script.absolute()), str(request))
         failure = run(command, "profile", limits, output)
         if failure:
             return failure

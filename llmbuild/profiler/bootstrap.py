@@ -35,7 +35,8 @@ def _main() -> None:
         found = ".".join(map(str, sys.version_info[:2]))
         _say(refused=f"its Python is {found}, 3.11 or newer is needed: name another one after the host")
         return
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmbuild"
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    cache = (named if named.is_absolute() else Path.home() / ".cache") / "llmbuild"
     folder = cache / "code" / CODE
     folder.parent.mkdir(parents=True, exist_ok=True)
     there = folder.is_dir()
@@ -43,8 +44,6 @@ def _main() -> None:
     if not there:
         _unpack(sys.stdin.buffer.read(SIZE), folder)
     sys.path.insert(0, str(folder))
-    os.environ["PYTHONPATH"] = str(folder)
-    os.chdir(str(folder))  # workers look for modules in their working directory first
     try:
         from llmbuild.profiler import serve
     except ImportError as error:

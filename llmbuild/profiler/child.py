@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import select
+import shlex
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from typing import Any
 
 from llmbuild.diagnosis import AGAIN
-from llmbuild.process import Limits, confine, failure_of, stop_group, tail
+from llmbuild.process import NEUTRAL, Limits, confine, environment, failure_of, python, stop_group, tail
 from llmbuild.spec.variant import Failure, Stage
 
 
@@ -29,7 +28,7 @@ class Child:
 
     def __init__(self, limits: Limits, env: Mapping[str, str] | None = None) -> None:
         self.limits = limits
-        self.command = [sys.executable, "-m", "llmbuild.profiler.worker"]
+        self.command = python("llmbuild.profiler.worker")
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._requests: list[str] = []
         self._process = subprocess.Popen(
@@ -38,7 +37,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=self._log,
             start_new_session=True,
-            env={**os.environ, **env} if env else None,
+            env=environment(env),
+            cwd=NEUTRAL,
             preexec_fn=confine(limits),
         )
 
@@ -92,7 +92,7 @@ class Child:
     def pasteable(self) -> str:
         """Return a shell line that repeats the last request."""
         requests = " ".join("'" + r.replace("'", "'\\''") + "'" for r in self._requests[:1] + self._requests[1:][-1:])
-        return f"printf '%s\\n' {requests} | {' '.join(self.command)}"
+        return f"printf '%s\\n' {requests} | {shlex.join(self.command)}"
 
     def _tail(self) -> str:
         return tail(self._log.fileno())

@@ -67,7 +67,7 @@ class _ModelWindow:
 
 def asked() -> bool:
     """Say whether the user asked for estimates."""
-    return bool(os.environ.get(VARIABLE))
+    return VARIABLE in os.environ
 
 
 def find() -> LinearModel:

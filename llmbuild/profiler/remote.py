@@ -24,7 +24,7 @@ import llmbuild
 from llmbuild import digest
 from llmbuild.diagnosis import AGAIN
 from llmbuild.errors import InputError, NothingUsable
-from llmbuild.process import Limits, confine, stop_group, tail
+from llmbuild.process import NEUTRAL, Limits, confine, environment, program, stop_group, tail
 from llmbuild.profiler import roofline, wire
 from llmbuild.profiler.bench import Contenders, Hopeless
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
@@ -61,8 +61,9 @@ class Place:
         """Return the command that runs a Python script there."""
         port = ["-p", str(self.port)] if self.port else []
         alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15"]
-        far = shlex.join([self.python, "-c", script])
-        return ["ssh", "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
+        # neither the folder one arrives in nor variables there say what is imported; -P is not known to an old Python
+        far = shlex.join([self.python, "-E", "-c", f"import sys; sys.path.remove(''); {script}"])
+        return [program("ssh"), "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
 
 
 def place_of(text: str) -> Place:
@@ -98,7 +99,7 @@ class Connection:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         code = archive()
         name = digest.of_bytes(code)
-        script = f"import sys; exec(sys.stdin.buffer.read({len(_bootstrap(name, len(code)))}))"
+        script = f"exec(sys.stdin.buffer.read({len(_bootstrap(name, len(code)))}))"
         try:
             self._process = subprocess.Popen(
                 place.command(script),
@@ -106,6 +107,8 @@ class Connection:
                 stdout=subprocess.PIPE,
                 stderr=self._log,
                 start_new_session=True,
+                env=environment(),
+                cwd=NEUTRAL,
                 preexec_fn=confine(Limits()),
             )
         except OSError as error:
@@ -347,7 +350,7 @@ def archive(*more: str) -> bytes:
     root = Path(llmbuild.__file__).parent
     packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
     files = [
-        *(root / f"{name}.py" for name in ("__init__", "digest", "errors", "resources", "process", *more)),
+        *(root / f"{name}.py" for name in ("__init__", "digest", "errors", "resources", "process", "start", *more)),
         *packages,
     ]
     out = io.BytesIO()

@@ -47,11 +47,6 @@ _JSON = (
 )
 
 
-def default_location() -> str:
-    """Return where the catalog is when nobody says: `$LLMBUILD_CATALOG`, then `./catalog`."""
-    return os.environ.get("LLMBUILD_CATALOG") or "catalog"
-
-
 def blob_path(catalog: Path, digest: str) -> Path:
     """Return where a blob lies."""
     return catalog / "blobs" / "sha256" / digest[:2] / digest

@@ -42,8 +42,15 @@ def policy(trust: str | Path | Sequence[str | Path] | None = None, allow_unsigne
         InputError: a file or folder that is not there, or holds no key.
     """
     asked = [trust] if isinstance(trust, (str, Path)) else list(trust or ())
-    if not asked and os.environ.get(ENVIRONMENT):
+    if not asked and ENVIRONMENT in os.environ:
         asked = list(os.environ[ENVIRONMENT].split(os.pathsep))
+        if "" in asked:  # most programs take it for the current folder, where anybody may have put a key
+            raise InputError(
+                f"${ENVIRONMENT} is {os.environ[ENVIRONMENT]!r}: a part of it is empty: name every file and folder, "
+                f"or unset it; `.` is the current folder"
+            )
+    if "" in asked:
+        raise InputError("a trusted key's name is empty: name a file or folder; `.` is the current folder")
     keys = tuple(key for name in asked for key in _keys(Path(name)))
     return Policy(keys, unsigned=allow_unsigned or not keys)
 
