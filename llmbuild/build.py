@@ -109,6 +109,8 @@ class Build:
         finally:
             stop_all()
             self.steps.close()
+            for text in self.steps.said:
+                self.tell(Event("note", f"the library says of this model: {text}"))
         return self._outcome(ended)
 
     def artifact(self, point: Point) -> tuple[Program, Artifact] | Failure:

@@ -122,9 +122,16 @@ def _job(path: Path, target: str, options: Options, remote: Remote | None = None
         named = find_target(target)
         if unheard := for_cpus(recipe, named):
             _tell_once(f"{recipe.name}: {named.name} is no CPU, so without its knobs {', '.join(sorted(unheard))}")
-        return make_job(recipe, named, pinned, host.machine(), tools, force, answers)
+        return _told(make_job(recipe, named, pinned, host.machine(), tools, force, answers))
     chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
-    return make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote)
+    return _told(make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote))
+
+
+def _told(job: Job) -> Job:
+    """Say what is worth telling of a job before anything is done, once for all targets."""
+    for note in job.notes:
+        _tell_once(f"note: {job.recipe.name}: {note}")
+    return job
 
 
 @cache

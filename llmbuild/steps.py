@@ -107,8 +107,19 @@ class Job:
         """Digest of what decides a trial's outcome but the point."""
         return digest.of(self.scope_inputs)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth telling before a build: of the model, and bounds that nothing will be held against."""
+        bounds = ", ".join(map(str, self.recipe.quality.bounds))
+        absent = self._unscored() if bounds else ""
+        return (*self.model.notes, *((f"{bounds} will not be judged: quality is {absent}",) if absent else ()))
+
     def scored(self) -> str:
-        """Return why quality is not scored; empty where it is."""
+        """Return why quality is not scored, and which bounds so are not judged; empty where it is."""
+        absent, bounds = self._unscored(), ", ".join(map(str, self.recipe.quality.bounds))
+        return f"{absent}; not judged: {bounds}" if absent and bounds else absent
+
+    def _unscored(self) -> str:
         if self.recipe.model.random_init:
             return "absent: random-init weights, speed only"
         if not (self.recipe.quality.stdlib or self.recipe.quality.file):
@@ -184,9 +195,9 @@ def make_job(
     """
     if recipe.calibration:
         heldout.check_apart(recipe.calibration, recipe.quality)
+    model = find_model(recipe.model, recipe.context)
     resolved = resolve(target, answers)
     space = space_for(resolved, recipe, pinned, machine.cores)
-    model = find_model(recipe.model)
     return Job(recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote)
 
 
@@ -202,6 +213,8 @@ class Steps:
         self.job, self.catalog = job, catalog
         self.registered = Registered(job.target, job.machine, job.toolchain)
         self._fresh: set[str] = set()
+        self.said: dict[str, None] = {}
+        """What the library said of the model while it was imported, each thing once."""
         self._bench: Bench | RemoteBench | None = None
         self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
 
@@ -241,6 +254,7 @@ class Steps:
             result = self._frontend(request, Path(folder))
             if isinstance(result, Failure):
                 return result
+            self.said.update(dict.fromkeys(result["notes"]))
             files = (Path(folder) / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
             blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))

@@ -70,13 +70,13 @@ def test_reference_job_writes_what_it_is_asked_for(model: Path, tmp_path: Path) 
 
 def test_bad_job_is_one_message_and_exit_2(tmp_path: Path) -> None:
     code, result = run_job(tmp_path, verb="import", model=str(tmp_path / "nothing"), context=32)
-    assert (code, result) == (2, {"error": f"{tmp_path / 'nothing'}: no such folder"})
+    assert (code, result) == (2, {"error": f"{tmp_path / 'nothing'}: no such model folder"})
 
 
 def test_unknown_hub_model_is_one_message(tmp_path: Path) -> None:
     code, result = run_job(tmp_path, verb="import", model="nobody/no-such-model", context=32)
     assert code == 2
-    assert result["error"].startswith("nobody/no-such-model: no usable configuration")
+    assert result["error"].startswith("model 'nobody/no-such-model': neither a folder here nor to be had from the hub")
 
 
 def refused(job: ImportJob, folder: Path) -> str:
@@ -115,14 +115,16 @@ def test_truncated_weights_are_refused(tmp_path: Path) -> None:
 def test_absent_weights_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model")
     (folder / "model.safetensors").unlink()
-    assert "weights cannot be read" in refused(ImportJob(str(folder), 32), tmp_path / "out")
+    assert "no weights in this model folder" in refused(ImportJob(str(folder), 32), tmp_path / "out")
 
 
 def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
     folder = tiny.write(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
-    assert "weights do not fit config.json: missing" in refused(ImportJob(str(folder), 32), tmp_path / "out")
+    assert "weights do not fit config.json: missing tensors: model.layers.2.input_layernorm.weight" in refused(
+        ImportJob(str(folder), 32), tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize(

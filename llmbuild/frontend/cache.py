@@ -28,6 +28,11 @@ def layer_buffers(kind: str, places: int, kv_heads: int, head_dim: int) -> tuple
     return (TensorType(shape, FLOATS[kind]),) * 2
 
 
+def new_cache(kinds: Sequence[TensorType]) -> list[torch.Tensor]:
+    """Return zeroed cache buffers."""
+    return [torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype)) for kind in kinds]
+
+
 def cache_name(decoder: Any) -> str:
     """Return by which name a model of the library takes a cache: newer ones of transformers 5 say `cache`."""
     return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"

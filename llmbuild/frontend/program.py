@@ -14,10 +14,12 @@ from torch import nn
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, single_row, splice
-from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.cache import layer_buffers, new_cache
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
+from llmbuild.frontend.reference import LIBRARY_ATTENTION
+from llmbuild.frontend.truth import CheckTokens, check_import, check_tokens, distance, library_says, run_eagerly
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
@@ -50,7 +52,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
 }
 """Model-level knobs; the first value is the default."""
 
-CHECK_PROMPT, CHECK_FORCED, NUDGE = 16, 8, 1e-6
+NUDGE = 1e-6
 
 
 def import_model(job: ImportJob, out: Path) -> ImportResult:
@@ -60,13 +62,19 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         InputError: the model cannot be taken, or a choice does not exist or does not fit the model or the target.
     """
     choices = settle(job)
-    attention.register()
-    model = huggingface.load(job.model, job.random_init, job.seed, attention.NAME)
+    loaded = huggingface.load_told(job.model, job.random_init, job.seed, LIBRARY_ATTENTION, job.context)
+    model = loaded.model
     abi = describe(model, job, choices)
+    tokens = check_tokens(abi, job.seed)
+    truth = library_says(model, tokens)
+    attention.register()
+    model.set_attn_implementation(attention.NAME)
+    check_import(model, job.model, abi, tokens, truth)
     kernels = apply(model, job, choices)
     out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        np.savez(out / CHECK_FILE, **check_data(model, abi, job.seed))  # type: ignore[arg-type]
+        data = check_data(model, abi, tokens, truth if is_exact(choices) else None)
+        np.savez(out / CHECK_FILE, **data)  # type: ignore[arg-type]
     module, parameters = importer.import_programs(export(model, abi))
     splice.splice(module, kernels)
     importer.save_module(module, out / MODULE_FILE)
@@ -78,7 +86,7 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         check=digest.of_file(out / CHECK_FILE),
         abi=abi,
     )
-    return ImportResult(program, type(model).__name__, parameters.size_bytes())
+    return ImportResult(program, type(model).__name__, parameters.size_bytes(), loaded.notes)
 
 
 def settle(job: ImportJob) -> dict[str, str]:
@@ -204,15 +212,10 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     )
 
 
-def new_cache(abi: Abi) -> list[torch.Tensor]:
-    """Return zeroed cache buffers."""
-    return [torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype)) for kind in abi.kv]
-
-
 def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
     """Trace both entry points; the prompt length stays dynamic."""
     length = torch.export.Dim("T", min=2, max=abi.context)
-    kv = new_cache(abi)
+    kv = new_cache(abi.kv)
     fixed = [None] * len(kv)
     long = torch.zeros(abi.batch, min(8, abi.context), dtype=torch.int64)
     one, start = torch.zeros(abi.batch, dtype=torch.int64), torch.zeros(abi.batch, dtype=torch.int64)
@@ -228,36 +231,27 @@ def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
         }
 
 
-def check_data(model: Any, abi: Abi, seed: int) -> dict[str, np.ndarray]:
-    """Return prompts, forced tokens and logits as PyTorch computes them on the same weights: see `Program.check`.
+def is_exact(choices: dict[str, str]) -> bool:
+    """Say whether a program computes in f32 all that the library does, so that the library's logits are its own."""
+    return {*stored_formats(choices), choices["kv_dtype"]} == {"f32"}
 
-    The forced tokens of the sequences of a batch begin at positions of their own, within what was the prompt. `noise`
-    is how far the logits move, root mean square over their own, when every token vector moves by a millionth: rounding
-    to integers inside the model can make much of little, and no artifact can be nearer than that.
+
+def check_data(model: Any, abi: Abi, tokens: CheckTokens, truth: np.ndarray | None) -> dict[str, np.ndarray]:
+    """Return prompts, forced tokens and logits: see `Program.check`.
+
+    The logits are the library's own where there is `truth`, else what PyTorch computes on the weights as they are
+    stored. `noise` is how far the logits move, root mean square over their own, when every token vector moves by a
+    millionth: rounding to integers inside the model can make much of little, and no artifact can be nearer than that.
     """
-    drawn, length = np.random.default_rng(seed), min(CHECK_PROMPT, abi.context // 2)
-    prompt = drawn.integers(0, abi.vocabulary, (abi.batch, length))
-    forced = drawn.integers(0, abi.vocabulary, (abi.batch, min(CHECK_FORCED, abi.context - length)))
-    start = length - np.arange(abi.batch) % length
-    logits = run_eagerly(model, abi, prompt, forced, start)
+    logits = run_eagerly(model, abi, tokens, tokens.forced.shape[1] if truth is None else 2)
     hook = model.get_input_embeddings().register_forward_hook(_nudge)
-    moved = run_eagerly(model, abi, prompt, forced[:, :2], start)
+    moved = run_eagerly(model, abi, tokens, 2)
     hook.remove()
-    same = logits[: len(moved)]
-    noise = np.sqrt(np.square(moved - same, dtype=np.float64).mean() / np.square(same, dtype=np.float64).mean())
-    found = {"prompt": prompt, "forced": forced, "start": start, "logits": logits}
-    return {**found, "noise": np.asarray(noise, np.float32)}
+    noise = distance(moved, logits[: len(moved)])
+    found = {"prompt": tokens.prompt, "forced": tokens.forced, "start": tokens.start}
+    return {**found, "logits": logits if truth is None else truth, "noise": np.asarray(noise, np.float32)}
 
 
 def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
     signs = torch.arange(vectors.numel()).remainder(2).mul(2).sub(1).view(vectors.shape)
     return vectors * (1 + NUDGE * signs)
-
-
-def run_eagerly(model: Any, abi: Abi, prompt: np.ndarray, forced: np.ndarray, start: np.ndarray) -> np.ndarray:
-    """Return logits f32[1+D, B, V]: of the prompts' last tokens, then of each forced token from `start` i64[B] on."""
-    prefill, decode, kv = Prefill(model, abi.context), Decode(model, abi.context), new_cache(abi)
-    rows = [prefill(torch.from_numpy(prompt), torch.zeros(abi.batch, dtype=torch.int64), kv)[1]]
-    for offset, tokens in enumerate(forced.T.copy()):
-        rows.append(decode(torch.from_numpy(tokens), torch.from_numpy(start + offset), kv)[1])
-    return torch.stack(rows).view(len(rows), abi.batch, -1).numpy()

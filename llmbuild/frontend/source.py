@@ -1,17 +1,53 @@
-"""Find a model and name it by content, without loading it: no torch here, so that an up-to-date build stays quick."""
+"""Find a model, judge it and name it by content, without loading it: no torch here, so that a build that is up to
+date, or that cannot begin, says so at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError
+from llmbuild.frontend.config import end_fault, end_tokens, judge
+from llmbuild.frontend.documents import check_file, meaning, read_json, shown
+from llmbuild.frontend.files import (
+    ADAPTER,
+    CONFIG,
+    GENERATION,
+    INDEX,
+    PICKLED_INDEX,
+    TOKENIZER,
+    Files,
+    chosen,
+    files_of,
+    parts,
+)
+from llmbuild.frontend.headers import read_header
+from llmbuild.frontend.tensors import misplaced
+from llmbuild.runtime.tokenizer import Tokenizer
+from llmbuild.spec.model import facts_of
 from llmbuild.spec.recipe import ModelSource
 
-_WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.bin")
-_SHAPE = ("config.json", "generation_config.json")
-TOKENIZER = "tokenizer.json"
+_SMALL = (CONFIG, GENERATION, TOKENIZER, ADAPTER, INDEX, PICKLED_INDEX, "tokenizer_config.json", "chat_template.jinja")
+"""What is fetched from the hub before the weights: what says which weights there are, and what texts need."""
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A model folder that can be built: its files, what its JSON says, and what is worth telling of it."""
+
+    files: Files
+    config: dict[str, Any]
+    generation: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+        return end_tokens(self.config, self.generation)
 
 
 @dataclass(frozen=True)
@@ -21,43 +57,133 @@ class FoundModel:
     folder: Path
     digest: str
     tokenizer: Path | None
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What is worth telling of it once: what lies beside and is not used, what the library does not read."""
 
 
-def find_model(source: ModelSource) -> FoundModel:
-    """Return where a model is and what its content is named.
+def find_model(source: ModelSource, context: int = 0) -> FoundModel:
+    """Return where a model is and what its content is named, for a cache of `context` positions.
 
     Raises:
-        InputError: no such folder, no configuration, no weights, or a hub that does not answer.
+        InputError: no such folder, a hub that does not answer, or a model that cannot be built as it stands.
     """
-    folder = Path(source.location)
-    if not folder.is_dir():
-        folder = _from_hub(source.location)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json in this model folder")
-    files = sorted(
-        {p for pattern in (_SHAPE if source.random_init else _SHAPE + _WEIGHTS) for p in folder.glob(pattern)}
-    )
-    if not source.random_init and not any(p.suffix in (".safetensors", ".bin") for p in files):
-        raise InputError(f"{folder}: no weights in this model folder; --random-init builds its shape without any")
-    tokenizer = folder / TOKENIZER
-    content = {p.name: digest.of_file(p) for p in files}
+    found = examine(locate(source.location, source.random_init), source.random_init, context)
     return FoundModel(
-        folder,
-        digest.of(
-            {"files": content, "random_init": source.random_init, "seed": source.seed if source.random_init else 0}
-        ),
-        tokenizer if tokenizer.is_file() else None,
+        found.files.folder, _digest(found, source.random_init, source.seed), found.files.tokenizer, found.notes
     )
 
 
-def _from_hub(location: str) -> Path:
-    if location.startswith("/"):
+def _digest(found: Examined, random_init: bool, seed: int) -> str:
+    """Name a model by what is read of it: JSON by its meaning, tensors by their bytes."""
+    return digest.of(
+        {
+            "config": meaning(found.config),
+            "generation": meaning(found.generation),
+            "weights": sorted(digest.of_file(path) for path in found.files.weights),
+            "random_init": random_init,
+            "seed": seed if random_init else 0,
+        }
+    )
+
+
+def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
+    """Return what a model folder holds, judged without reading its weights: every fault at once.
+
+    Raises:
+        InputError: a file, a key of the configuration or a tensor that cannot be taken.
+    """
+    files = files_of(folder, random_init)
+    config = read_json(files.config)
+    judged = judge(config, random_init, context)
+    faults = [f"{CONFIG}: {fault}" for fault in judged.faults]
+    generation = read_json(files.generation) if files.generation else {}
+    vocabulary = config.get("vocab_size")
+    if isinstance(vocabulary, int) and (why := end_fault(generation.get("eos_token_id"), vocabulary)):
+        faults.append(f"{GENERATION}: eos_token_id is {shown(generation['eos_token_id'])}: {why}")
+    if not faults and not files.pickled:
+        stored = [item for path in files.weights for item in read_header(path).items()]
+        faults += misplaced(stored, facts_of(config)) if files.weights else []
+    if files.tokenizer is not None:
+        check_file(files.tokenizer)
+        Tokenizer(files.tokenizer)
+    if faults:
+        raise InputError(_told(folder, faults))
+    return Examined(files, config, generation, (*judged.notes, *_beside(files)))
+
+
+def _told(folder: Path, faults: Sequence[str]) -> str:
+    if len(faults) == 1:
+        return f"{folder}: {faults[0]}"
+    return f"{folder}: this model cannot be taken:" + "".join(f"\n  {fault}" for fault in faults)
+
+
+def _beside(files: Files) -> list[str]:
+    """Return what to tell of files that lie beside those that are read."""
+    notes, others = [], [name for name in files.beside if name != ADAPTER]
+    if ADAPTER in files.beside:
+        notes.append(f"{ADAPTER} is not used: merge the adapter into the weights to build with it")
+    if others:
+        used = ", ".join(path.name for path in files.weights[:3])
+        notes.append(f"weights are read from {used}; not used: {', '.join(others[:5])}")
+    return notes
+
+
+# --- where a model is --------------------------------------------------------------------------------------------
+
+
+def at_hand(location: str, random_init: bool) -> Path | None:
+    """Return the folder of a model without asking the hub: None where the hub would have to be asked.
+
+    Raises:
+        InputError: the location is no folder, and no id of the hub either.
+    """
+    return locate(location, random_init) if _is_local(location) else None
+
+
+def locate(location: str, random_init: bool) -> Path:
+    """Return the folder of a model; what is missing of one of the hub is fetched first.
+
+    Raises:
+        InputError: neither a folder here nor to be had from the hub.
+    """
+    folder = Path(location).expanduser()
+    try:
+        if folder.is_dir():
+            return folder
+        exists = folder.exists() or folder.is_symlink()
+    except (OSError, ValueError):
+        exists = True
+    if exists:
+        raise InputError(f"{location}: no model folder: it is no folder that can be read")
+    if _is_local(location):
         raise InputError(f"{location}: no such model folder")
+    return _from_hub(location, random_init)
+
+
+def _is_local(location: str) -> bool:
+    return location.startswith(("/", ".", "~")) or location.count("/") > 1 or Path(location).is_dir()
+
+
+def _from_hub(location: str, random_init: bool) -> Path:
+    """Fetch what is read of a model and nothing else, all of it from one commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    def fetch(names: Sequence[str], revision: str | None = None) -> Path:
+        return Path(snapshot_download(location, revision=revision, allow_patterns=list(names)))
+
     try:
-        return Path(snapshot_download(location, allow_patterns=[*_SHAPE, *_WEIGHTS, TOKENIZER]))
+        folder = fetch(_SMALL)
+        if random_init or not (folder / CONFIG).exists():
+            return folder
+        config = read_json(folder / CONFIG)
+
+        def fetched(name: str) -> bool:
+            return (folder / name).exists() or (fetch([name], folder.name) / name).exists()
+
+        if (name := chosen(fetched, config)).endswith(".index.json"):
+            fetch(parts(folder / name), folder.name)
+        return folder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         told = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(f"model {location!r}: neither a folder here nor to be had from the hub: {told}") from None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.errors import InputError
+from llmbuild.frontend.source import at_hand, examine
 from llmbuild.runtime import reader
 from llmbuild.spec.reader import RECIPE_HINT, read_recipe
 
@@ -45,6 +46,9 @@ def _recipe_row(path: Path) -> dict[str, Any]:
     row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
     try:
         recipe = read_recipe(path)
+        model = recipe.model
+        if (folder := at_hand(model.location, model.random_init)) is not None:
+            examine(folder, model.random_init, recipe.context)
     except InputError as error:
         return {**row, "state": str(error)}
     loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)

@@ -21,7 +21,7 @@ class Progress:
         """Print one event."""
         clock = f"{monotonic() - self.begin:6.1f}s"
         count = f"[{event.done}/{event.total}]" if event.total else ""
-        if event.step not in ("ahead", "done", "front", "skip") and self.live:
+        if event.step not in ("ahead", "done", "front", "note", "skip") and self.live:
             self._replace(f"{clock} {count} {event.step} {event.text} ...")
             return
         if event.step in ("import", "compile", "profile"):

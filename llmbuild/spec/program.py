@@ -56,9 +56,10 @@ class Program:
     module: str
     parameters: str
     check: str
-    """Digest of an `.npz` with what PyTorch says on the same weights: `prompt` i64[B,P], `forced` i64[B,D] tokens from
-    the positions `start` i64[B] on, `logits` f32[1+D,B,V] after the prompts and after each forced token, and `noise`
-    f32: how far these move, relative, when the token vectors move by a millionth."""
+    """Digest of an `.npz` with what an artifact is held against: `prompt` i64[B,P], `forced` i64[B,D] tokens from the
+    positions `start` i64[B] on, `logits` f32[1+D,B,V] after the prompts and after each forced token, and `noise` f32:
+    how far these move, relative, when the token vectors move by a millionth. Where all is f32, the logits are those of
+    the library's own untouched model; else what PyTorch says on the weights as they are stored."""
     abi: Abi
 
 
@@ -104,3 +105,5 @@ class ImportResult:
     architecture: str
     parameter_bytes: int
     """Size of the weights as stored."""
+    notes: tuple[str, ...] = ()
+    """What the library said of the model while loading it."""
