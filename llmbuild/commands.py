@@ -22,7 +22,7 @@ from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.compiling import written
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
-from llmbuild.freshness import Look, Outcome
+from llmbuild.freshness import Look, Outcome, recognized
 from llmbuild.plan import changes, explained, plan, until
 from llmbuild.report.explain import explain as explain_text
 from llmbuild.report.progress import Progress
@@ -288,6 +288,8 @@ def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Buil
     if options.get("until") == "compile":
         return _compiled(job, doing.compile())
     talk.say(_opening(job, budget))
+    if job.remote is None and (held := host.conditions().slowed()):
+        talk.say(f"readings will be marked: {held}")
     done = doing.run(race=options.get("until") is None)
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)
@@ -301,7 +303,7 @@ def _with_winners(job: Job, catalog: Known, options: Options) -> Job:
     """Return the job with the configurations of dispatches that won before on its target, in any build."""
     asked = {*dict(job.recipe.knobs), *_pins(options["pinned"])}
     won = catalog.tunings(digest.of(job.target.identity()), job.toolchain.compiler)
-    return replace(job, space=with_tuning(job.space, name_of(won), asked))
+    return recognized(replace(job, space=with_tuning(job.space, name_of(won), asked)), catalog)
 
 
 def tune(variant: str, options: Options) -> list[dict[str, Any]]:
@@ -403,6 +405,7 @@ def _profile_recipe(job: Job, options: Options) -> Built:
     _runnable(job)
     catalog = Catalog(Path(options["catalog"]))
     try:
+        job = recognized(job, catalog)
         points = catalog.compiled(job.lineage)
         if not points:
             raise InputError(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from llmbuild import digest
 from llmbuild.catalog.known import Known
-from llmbuild.catalog.names import Registered
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.trial import Finished
 from llmbuild.steps import Job
@@ -65,9 +64,18 @@ class Look:
 
     def up_to_date(self, seconds: float) -> Outcome:
         """Return what a build came to that had nothing to do."""
-        names = Registered(self.job.target, self.job.machine, self.job.toolchain)
+        names = self.job.registered
         usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
         return Outcome(0, len(self.finished), usable, "up to date", seconds)
+
+
+def recognized(job: Job, catalog: Known) -> Job:
+    """Return the job under the digest that a catalog of an earlier llmbuild has its machine under, if it has it."""
+    names = catalog.machine_known_as(digest.of(job.machine))
+    jobs = [replace(job, known_as=name) for name in names]
+    if len(jobs) == 1:
+        return jobs[0]
+    return next((one for one in jobs if catalog.finished(one.scope)), jobs[0])
 
 
 def build_key(job: Job, seed: int) -> str:

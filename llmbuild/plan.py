@@ -84,8 +84,17 @@ def explained(job: Job, catalog: Known | None) -> dict[str, list[Any]]:
     earlier = catalog.last_inputs(job.recipe.name) if catalog else []
     if not earlier or job.scope_inputs in earlier:
         return {}
-    mine = job.scope_inputs
-    return {name: [_field(earlier[0], name), _field(mine, name)] for name in sorted(_differing(mine, earlier[0]))}
+    was, mine = _by_field(job, catalog, earlier[0])
+    return {name: [_field(was, name), _field(mine, name)] for name in sorted(_differing(mine, was))}
+
+
+def _by_field(job: Job, catalog: Known | None, earlier: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a build was keyed by and what it is keyed by, with machines by field instead of by digest."""
+    was, mine = earlier, job.scope_inputs
+    there = catalog.machine(str(earlier.get("machine"))) if catalog else None
+    if there is None or was.get("machine") == mine["machine"]:
+        return was, mine
+    return {**was, "machine": there.fields()}, {**mine, "machine": job.machine.fields()}
 
 
 def _field(inputs: dict[str, Any], name: str) -> Any:
@@ -104,7 +113,8 @@ def changes(job: Job, catalog: Known) -> str:
         return "never built"
     if any(inputs == mine for inputs in earlier):
         return ""
-    fields = sorted(_differing(mine, earlier[0]))
+    was, mine = _by_field(job, catalog, earlier[0])
+    fields = sorted(_differing(mine, was))
     return "changed: " + ", ".join(fields)
 
 

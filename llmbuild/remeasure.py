@@ -107,7 +107,8 @@ def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None
     from llmbuild.profiler.roofline import from_body
 
     machine = remote.machine if remote is not None else host.machine()
-    names = Registered(known.target, machine, known.toolchain)
+    known_as = catalog.machine_known_as(digest.of(machine))[0]
+    names = Registered(known.target, machine, known.toolchain, known_as)
     catalog.register(names)
     quality = Quality(None, "kept from the first measurement")
     with catalog.measuring():
@@ -126,7 +127,7 @@ def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None
         raise NothingUsable(f"variant {digest.short(known.row['variant'])}: {measured.stage}: {measured.reason}")
     fresh = _with_quality(measured[0], known.row)
     catalog.update_measurement(known.scope, fresh)
-    if known.row["machine_digest"] != names.machine_digest:
+    if known.row["machine_digest"] != digest.of(machine):
         reason = "measured alone on this machine"
         catalog.add_standing(
             known.row["model"],

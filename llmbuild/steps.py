@@ -68,6 +68,13 @@ class Job:
     force: bool = False
     remote: Remote | None = None
     """Where it is measured; here if left out."""
+    known_as: str = ""
+    """The digest that the catalog has the machine under, where that is not its fingerprint."""
+
+    @property
+    def registered(self) -> Registered:
+        """The records every row of its build points at."""
+        return Registered(self.target, self.machine, self.toolchain, self.known_as)
 
     @cached_property
     def lineage(self) -> str:
@@ -95,7 +102,7 @@ class Job:
             "batch": self.recipe.batch,
             "target": plain(self.target.identity()),
             "toolchain": plain(self.toolchain),
-            "machine": digest.of(self.machine),
+            "machine": self.registered.machine_digest,
             "workloads": plain(self.recipe.workloads),
             "quality text": digest.of({"text": self._text_digest(), "tokens": quality.tokens}),
             "protocol": PROTOCOL,
@@ -211,7 +218,7 @@ class Steps:
 
     def __init__(self, job: Job, catalog: Catalog) -> None:
         self.job, self.catalog = job, catalog
-        self.registered = Registered(job.target, job.machine, job.toolchain)
+        self.registered = job.registered
         self._fresh: set[str] = set()
         self.said: dict[str, None] = {}
         """What the library said of the model while it was imported, each thing once."""

@@ -119,10 +119,12 @@ def test_gpus_of_a_maker_that_was_asked_are_not_named_again_and_virtual_displays
     assert found(tmp_path) == ("NVIDIA H200, driver 550.54.15",)
 
 
-def test_another_gpu_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_gpu_or_major_driver_is_another_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     chips = []
-    for there in ((), ("NVIDIA H200, driver 550.54.15",), ("NVIDIA H200, driver 570.86.15",)):
+    drivers = ("550.54.15", "550.90.07", "570.86.15")
+    for there in ((), *((f"NVIDIA H200, driver {driver}",) for driver in drivers)):
         monkeypatch.setattr(host, "boards", lambda there=there: there)
         chips.append(host.machine.__wrapped__())
-    assert chips[1].chip == f"NVIDIA H200, driver 550.54.15; {chips[0].chip}"
+    assert chips[1].chip == f"NVIDIA H200, driver 550; {chips[0].chip}"
+    assert chips[1] == chips[2]
     assert len({digest.of(machine) for machine in chips}) == 3

@@ -157,7 +157,7 @@ def test_what_decides_something_makes_that_stale_by_name(
             "target.features",
             {"import"},
         ),
-        (lambda j: replace(j, machine=replace(j.machine, memory_gib=1)), "machine", {"import", "compile"}),
+        (lambda j: replace(j, machine=replace(j.machine, memory_gib=1)), "machine.memory_gib", {"import", "compile"}),
     ],
     ids=["compiler", "runtime", "importer", "CPU features", "machine"],
 )

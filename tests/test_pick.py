@@ -22,7 +22,7 @@ from tests.support.synthetic import Made, fill, multiply
 
 ROWS = 10
 HERE = replace(host_facts(), memory_bytes=1 << 40)
-ELSEWHERE = Machine("other", "x86_64", 1, 1, "Linux", "", "", "3.13.0", ())
+ELSEWHERE = Machine("other", "x86_64", 1, 1, "Linux", "", "3.13.0", ())
 value = st.one_of(st.none(), st.sampled_from([0.001, 0.002, 0.003]))
 
 

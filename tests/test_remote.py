@@ -111,9 +111,12 @@ def test_what_is_compiled_here_is_measured_there_as_a_row_of_that_machine(compil
     there = Remote(place_of(far.url))
     try:
         assert stored["machine_digest"] == digest.of(there.machine)
-        assert there.machine == replace(host.machine(), cores=1)
+        assert there.machine == replace(host.machine(), system="Linux 0.1")
     finally:
         there.close()
+    assert sshd.KERNEL in stored["notes"]["conditions"]
+    if host.machine_cores() > 1:
+        assert stored["notes"]["held back"].startswith("pinned to CPU 0 of ")
     sent = {path.name for path in (far.cache / "llmbuild" / "blobs").iterdir()}
     assert {row["artifact"], stored["parameters"]} <= sent
     again = llmbuild("profile", row["variant"][:12], "--on", far.url, "--json", "-C", compiled.catalog)

@@ -16,7 +16,8 @@ from llmbuild import digest
 from llmbuild.catalog.place import PUBLISHED_FILE, exists
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError
-from llmbuild.runtime import reader
+from llmbuild.runtime import machines, reader
+from llmbuild.spec.machine import Machine
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, USABLE, Finished
@@ -114,6 +115,16 @@ class Known:
         """Return how far a build has come: `seconds`, `raced`, `ended`."""
         rows = self._rows("SELECT seconds, raced, ended FROM build WHERE key = ?", key)
         return next(({"seconds": r[0], "raced": bool(r[1]), "ended": r[2]} for r in rows), None)
+
+    def machine_known_as(self, fingerprint: str) -> tuple[str, ...]:
+        """Return the digests that a machine is stored under; its fingerprint where it is not known."""
+        with reader.opened(self.folder) as connection:
+            return machines.known_as(connection, fingerprint)
+
+    def machine(self, name: str) -> Machine | None:
+        """Return the machine that is stored under a digest."""
+        with reader.opened(self.folder) as connection:
+            return machines.stored(connection, name)
 
     def last_inputs(self, model: str) -> list[dict[str, Any]]:
         """Return what the builds of a recipe were keyed by, the latest first."""

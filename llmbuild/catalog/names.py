@@ -31,6 +31,8 @@ class Registered:
     target: Target
     machine: Machine
     toolchain: Toolchain
+    known_as: str = ""
+    """The digest that the catalog has the machine under, where that is not its fingerprint."""
 
     @property
     def target_digest(self) -> str:
@@ -39,8 +41,8 @@ class Registered:
 
     @property
     def machine_digest(self) -> str:
-        """Fingerprint of the machine."""
-        return digest.of(self.machine)
+        """Fingerprint of the machine, or what a catalog of an earlier llmbuild knows it as."""
+        return self.known_as or digest.of(self.machine)
 
     @property
     def toolchain_digest(self) -> str:

@@ -62,4 +62,4 @@ def _key(target: Target) -> str:
     stat = binary.stat()
     machine = host.machine()
     compiler = [iree.compiler_version(), str(binary), stat.st_size, stat.st_mtime_ns]
-    return digest.of([FORM, compiler, machine.chip, machine.arch, machine.features, target.identity()])
+    return digest.of([FORM, compiler, machine.chip, machine.arch, sorted(host.features()), target.identity()])

@@ -20,6 +20,7 @@ from llmbuild.profiler.live import WHOLE, Answer, Live, Prepared
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
+from llmbuild.runtime import host
 from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.measurement import PROTOCOL, SCREENED, Measurement, Reading
 from llmbuild.spec.program import abi_from
@@ -112,7 +113,7 @@ class Bench:
             live.score(self.quality)
             taken = [replace(m, readings={**live.readings, **m.readings}) for m in taken]
             why = hopeless(taken, False)
-        return tuple(replace(m, notes={**live.notes, SCREENED: why}) for m in taken) if why else ()
+        return tuple(replace(m, notes={**_noted(live), SCREENED: why}) for m in taken) if why else ()
 
     def _warm(self, live: Live, baseline: Live, answer: Answer) -> Measurement:
         """Return what the warm-up's last answer says beside the baseline's pace."""
@@ -329,7 +330,7 @@ class Bench:
         return replace(
             bare,
             ratios=self._ratios(live, taken, rounds, energy),
-            notes={**live.notes, **{k: v for k, v in {**notes, "noise": noisy}.items() if v}, **absent},
+            notes={**_noted(live), **{k: v for k, v in {**notes, "noise": noisy}.items() if v}, **absent},
             energy_source=source if ENERGY in timed else None,
             energy=dict(energy.facts.get(live, {})) if ENERGY in timed else None,
             operators=live.operators[:OPERATORS],
@@ -371,6 +372,11 @@ class Bench:
         found = fractions(self.roofline.of(subject.driver, subject.workers), done, timed["tpot_s"], timed["ttft_s"])
         integer = found.prefill_of_int8 if subject.integer else None
         return {"bandwidth_fraction": found.decode_of_bandwidth, "peak_fraction": integer or found.prefill_of_f32}
+
+
+def _noted(live: Live) -> dict[str, str]:
+    """Return what is noted of a subject, and under which conditions it is read."""
+    return {**live.notes, **host.conditions().notes()}
 
 
 def measurement_key(subject: Subject, workload: Workload, machine: str) -> str:

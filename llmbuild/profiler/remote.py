@@ -241,7 +241,7 @@ class Remote:
     def facts(self) -> HostFacts:
         """What decides which artifacts may be opened there."""
         told, machine = self._facts, self.machine
-        features = frozenset(machine.features)
+        features = frozenset(told["features"])
         return HostFacts(machine.arch, features, told["runtime"], told["memory_bytes"], digest.of(machine))
 
     def put(self, files: Mapping[str, Path]) -> None:

@@ -126,6 +126,7 @@ class Server:
     def do_facts(self, _: Body) -> Body:
         return {
             "machine": plain(host.machine()),
+            "features": sorted(host.features()),
             "runtime": host.runtime_version(),
             "memory_bytes": host.available_memory_bytes(),
         }

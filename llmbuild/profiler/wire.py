@@ -8,7 +8,7 @@ from typing import Any
 
 from llmbuild.digest import plain
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
-from llmbuild.spec.machine import Machine
+from llmbuild.spec.machine import Machine, machine_from
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
@@ -82,7 +82,7 @@ def _reading(body: Mapping[str, Any]) -> Reading:
 
 def machine_of(body: Mapping[str, Any]) -> Machine:
     """Return a machine from its JSON form."""
-    return Machine(**{**body, "features": tuple(body["features"])})
+    return machine_from(body)
 
 
 def failure_of(body: Mapping[str, Any]) -> Failure:

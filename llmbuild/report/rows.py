@@ -132,7 +132,7 @@ def _front_line(row: dict[str, Any]) -> list[str]:
 def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """Return what the figures alone do not say: why something is absent, and what was noisy."""
     lines = ["* the compiler's default flags on the plain f32 export"]
-    for name in ("quality", "energy", "baseline", "noise"):
+    for name in ("quality", "energy", "baseline", "noise", "held back"):
         told = [str(row["notes"][name]) for row in rows if name in (row.get("notes") or {})]
         if not told:
             continue

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from llmbuild import resources
 from llmbuild.runtime.boards import boards
-from llmbuild.spec.machine import Machine
+from llmbuild.spec.machine import Conditions, Machine, machine_from
+
+GOVERNORS = "sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"
 
 _LLVM_NAMES = {
     "pni": "sse3",
@@ -107,18 +109,36 @@ def available_memory_bytes(root: Path = resources.ROOT) -> int | None:
 @cache
 def machine() -> Machine:
     """Return this host as a machine record."""
-    total = resources.meminfo("MemTotal") or 0
-    return Machine(
-        chip="; ".join((*boards(), _chip())),
-        arch=architecture(),
-        cores=cores(),
-        memory_gib=round(total / (1 << 30)),
-        system=f"{platform.system()} {platform.release()}",
-        hypervisor=_hypervisor(),
-        governor=_first_line(Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")),
-        runtime=runtime_version(),
-        features=tuple(sorted(features())),
+    return machine_from(
+        {
+            "chip": "; ".join((*boards(), _chip())),
+            "arch": architecture(),
+            "cores": machine_cores(),
+            "memory_gib": round((resources.meminfo("MemTotal") or 0) / (1 << 30)),
+            "system": _system(),
+            "hypervisor": _hypervisor(),
+            "runtime": runtime_version(),
+            "features": sorted(features()),
+        }
     )
+
+
+def conditions(root: Path = resources.ROOT) -> Conditions:
+    """Return what holds now and is noted beside a reading."""
+    cpus = machine_cores(root)
+    allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return Conditions(
+        system=_system(),
+        devices="; ".join(boards()),
+        memory_bytes=resources.meminfo("MemTotal", root) or 0,
+        governor=" ".join(sorted({name for path in root.glob(GOVERNORS) if (name := _first_line(path))})),
+        cpus=cpus,
+        pinned=",".join(map(str, allowed)) if 0 < len(allowed) < cpus else "",
+    )
+
+
+def _system() -> str:
+    return f"{platform.system()} {platform.release()}"
 
 
 @cache

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.errors import InputError, LoadRefused
+from llmbuild.runtime.machines import STORED
 from llmbuild.spec.pick import Pick
 from llmbuild.spec.slo import METRICS
 
@@ -70,7 +71,9 @@ def row_of(lock: Row, rows: list[Row], path: Path) -> Row:
         LoadRefused: the catalog does not have it, or has it with other files.
     """
     again = f"`llmbuild pick --lock {path}` pins what there is now"
-    row = next((r for r in rows if all(r[name] == lock[name] for name in PLACE)), None)
+    as_stored = ({**r, "machine_digest": r.get(STORED)} for r in rows)  # an earlier llmbuild pinned that digest
+    pairs = [*zip(rows, rows, strict=True), *zip(rows, as_stored, strict=True)]
+    row = next((r for r, told in pairs if all(told[name] == lock[name] for name in PLACE)), None)
     if row is None:
         raise LoadRefused(f"{path}: variant {lock['variant'][:12]} is not in this catalog: pull it, or {again}")
     for name in PINNED:

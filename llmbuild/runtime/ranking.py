@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.errors import CatalogError
-from llmbuild.runtime import reader, trust
+from llmbuild.runtime import machines, reader, trust
 from llmbuild.spec.slo import METRICS, Slo
 
 CATALOGS = 4
@@ -200,11 +200,15 @@ def _rows(connection: Any, asked: Asked) -> list[Ranked]:
     where, values = [f"s.{reader.FRONT}", "s.model = ?"], [asked.model]
     for metric in metrics:
         where.append(reader.known(connection, metric).replace(metric, _column(metric), 1))
-    here = "SELECT 1 FROM standing WHERE model = ? AND machine = ? LIMIT 1"
-    machine = asked.machine if connection.execute(here, (asked.model, asked.machine)).fetchone() else None
-    if machine is None and reader.machines(connection, asked.model) != 1:
+    names = machines.known_as(connection, asked.machine)
+    on_these = f"machine IN ({', '.join('?' * len(names))})"
+    here = f"SELECT 1 FROM standing WHERE model = ? AND {on_these} LIMIT 1"
+    if connection.execute(here, (asked.model, *names)).fetchone():
+        where.append(f"s.{on_these}")
+        values += names
+    elif reader.machines(connection, asked.model) != 1:
         return []  # readings of several machines, or of none, do not rank by value: see `choose.ladder`
-    for column, value in (("t.name", asked.target), ("s.workload", asked.workload), ("s.machine", machine)):
+    for column, value in (("t.name", asked.target), ("s.workload", asked.workload)):
         if value is not None:
             where.append(f"{column} = ?")
             values.append(value)
@@ -258,4 +262,4 @@ def _whole(connection: Any, standing: int) -> dict[str, Any] | None:
     names = ("model", "variant", "machine_digest", "target_digest", "workload")
     where = " AND ".join(f"{name} = ?" for name in names)
     row = connection.execute(f"SELECT * FROM variants WHERE {where}", [place[n] for n in range(len(names))]).fetchone()
-    return None if row is None else reader.decode(row)
+    return None if row is None else machines.named([reader.decode(row)], connection)[0]

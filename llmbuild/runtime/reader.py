@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.errors import CatalogError, InputError
+from llmbuild.runtime import machines as machines_
 from llmbuild.runtime import trust
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
@@ -175,7 +176,7 @@ def variants(
         if slo is not None:
             _bounded(connection, slo, where, values)
         found = connection.execute(f"SELECT * FROM variants WHERE {' AND '.join(where)}", values).fetchall()
-    return [decode(row) for row in found]
+        return machines_.named([decode(row) for row in found], connection)
 
 
 def candidates(
@@ -187,14 +188,15 @@ def candidates(
         there = _columns(connection)
         columns = ", ".join([*(name for name in (*NARROW, *METRICS) if name in there), CHOICES, '"default"'])
         found = connection.execute(f"SELECT {columns} FROM variants WHERE {' AND '.join(where)}", values).fetchall()
-    return [decode(row) for row in found]
+        return machines_.named([decode(row) for row in found], connection)
 
 
 def machines(connection: Any, model: str) -> int:
     """Return how many machines ranked a model's front; none where some of it was never measured."""
     query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
     found = {row[0] for row in connection.execute(query, (model,))}
-    return 0 if NOWHERE in found else len(found)
+    names = machines_.fingerprints(connection)
+    return 0 if NOWHERE in found else len({names.get(name, name) for name in found})
 
 
 def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
@@ -310,7 +312,7 @@ def find_variant(catalog: Path, prefix: str) -> list[dict[str, Any]]:
     """
     with opened(catalog) as connection:
         found = connection.execute("SELECT * FROM variants WHERE substr(variant, 1, ?) = ?", (len(prefix), prefix))
-        rows = [decode(r) for r in found]
+        rows = machines_.named([decode(r) for r in found], connection)
     names = {r["variant"] for r in rows}
     if len(prefix) < 4 or not rows:
         raise InputError(f"no variant {prefix!r} in {catalog}: `llmbuild query --all` lists them")

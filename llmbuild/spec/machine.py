@@ -1,11 +1,39 @@
-"""What a measurement ran on."""
+"""What a measurement ran on: the machine, which names its readings, and the conditions, which are noted beside them.
+
+A machine is what changes speed and stays as long as the host, or the container around us, does: the chip and its
+instruction sets, the GPUs with the major version of their driver, the CPUs that the host or the container's limits give
+to any process, the size its memory is sold in, the line of the kernel, the hypervisor, the version of the runtime.
+Readings of two machines are never compared, so whatever is in it has everything measured again when it changes.
+
+Conditions are what one command or one hour may change (the CPUs a process is pinned to, the governor of the clock), and
+what changes without changing speed (one kB of memory, a kernel's or a driver's patch level). A governor and a pinned
+process do change speed, but not the machine: were they part of its name, a laptop on battery or a build under `taskset`
+would throw away all that is known. So they are written down with each reading, and readings taken while they held
+the machine back are marked as such; `llmbuild profile` takes them anew.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 NOWHERE = "0" * 64
 """Stands where a machine's fingerprint would: the variant was compiled and never measured."""
+
+FULL_SPEED = "performance"
+"""The governor under which the clock does not lag behind the load."""
+
+_SIZES_GIB = sorted({size << shift for size in (2, 3) for shift in range(20)} | {1})
+"""Sizes that memory is sold in, and most virtual machines are given."""
+_MORE = 1.12
+"""How much more than a size still counts as that size: what is odd is put with what it is nearest to."""
+_INSTRUCTIONS = re.compile(
+    r"mmx|sse.*|ssse3|avx.*|amx-.*|fma4?|f16c|xop|bmi2?|lzcnt|popcnt|tbm|adx|v?aes|v?pclmul.*|gfni|sha.*|movbe"
+    r"|neon|fp-armv8|fullfp16|fp16fml|dotprod|i8mm|bf16|f(32|64)mm|sve.*|sme.*|lse2?|rdm|crc|jsconv|complxnum|rcpc|pmull"
+)
+"""Features that code is made of. The kernel lists many more, and each of its updates some new ones."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +46,6 @@ class Machine:
     memory_gib: int
     system: str
     hypervisor: str
-    governor: str
     runtime: str
     features: tuple[str, ...]
 
@@ -26,3 +53,68 @@ class Machine:
         """Return one line for people."""
         kind = f", VM ({self.hypervisor})" if self.hypervisor else ""
         return f"{self.chip}, {self.cores} cores, {self.memory_gib} GiB, {self.system}{kind}"
+
+    def fields(self) -> dict[str, Any]:
+        """Return what the fingerprint is made of, by name; each feature under a name of its own, to be told apart."""
+        told = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "features"}
+        return {**told, "features": dict.fromkeys(self.features, True)}
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What held while a reading was taken. `pinned` are the CPUs of the process where it may not use all `cpus`."""
+
+    system: str
+    devices: str
+    memory_bytes: int
+    governor: str
+    cpus: int
+    pinned: str
+
+    def note(self) -> str:
+        """Return what is kept beside a reading."""
+        told = [self.system, self.devices, f"{self.memory_bytes >> 10} kB of memory" if self.memory_bytes else ""]
+        told += [f"governor {self.governor}" if self.governor else "", self._pinned()]
+        return ", ".join(text for text in told if text)
+
+    def slowed(self) -> str:
+        """Return what may have kept the machine from its full speed; empty where nothing did."""
+        lazy = self.governor and self.governor != FULL_SPEED
+        told = (self._pinned(), f"the clock follows the governor {self.governor}" if lazy else "")
+        return ", ".join(text for text in told if text)
+
+    def notes(self) -> dict[str, str]:
+        """Return the notes of a reading that was taken so."""
+        held = self.slowed()
+        return {"conditions": self.note(), **({"held back": held} if held else {})}
+
+    def _pinned(self) -> str:
+        return f"pinned to CPU {self.pinned} of {self.cpus}" if self.pinned else ""
+
+
+def machine_from(body: Mapping[str, Any]) -> Machine:
+    """Return the machine that a record is of, whichever version of llmbuild wrote it: one machine has one digest.
+
+    Raises:
+        TypeError, KeyError, ValueError, AttributeError: not a record of a machine.
+    """
+    return Machine(
+        chip=re.sub(r"(, driver \d+)[\d.]*", r"\1", body["chip"]),
+        arch=body["arch"],
+        cores=int(body["cores"]),
+        memory_gib=memory_class(int(body["memory_gib"])),
+        system=re.sub(r"^(\S+ \d+\.\d+).*", r"\1", body["system"]),
+        hypervisor=body["hypervisor"],
+        runtime=body["runtime"],
+        features=instructions(body["features"]),
+    )
+
+
+def memory_class(gib: int) -> int:
+    """Return the size that memory of so many GiB was sold as; what the kernel keeps for itself is missing from it."""
+    return next((size for size in _SIZES_GIB if gib <= size * _MORE), gib) if gib > 0 else 0
+
+
+def instructions(features: Iterable[str]) -> tuple[str, ...]:
+    """Return those of a CPU's features that code is made of, sorted."""
+    return tuple(sorted({name for name in features if _INSTRUCTIONS.fullmatch(name)}))

@@ -16,6 +16,14 @@ from pathlib import Path
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 SEPARATION = Path("/run/sshd")
+KERNEL = "0.1.2-far"
+FAR = f"""
+import platform, sys
+platform.release = lambda: {KERNEL!r}
+script, sys.argv[:] = sys.argv[2], sys.argv[3:]
+exec(script, {{"__name__": "__main__"}})
+"""
+"""What stands for the Python there: it is called with `-c` and a script."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ def missing() -> str:
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Far]:
-    """Start a server whose machine has one CPU, and so is another one than this."""
+    """Start a server whose machine has another kernel, and so is another one than this; it is pinned to one CPU."""
     assert SSHD
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
@@ -80,7 +88,8 @@ def server(folder: Path) -> Iterator[Far]:
     )
     far.path.mkdir()
     _script(far.path / "ssh", f'exec {shutil.which("ssh")} -F {folder / "ssh_config"} "$@"')
-    _script(far.python, f'exec taskset -c 0 {sys.executable} "$@"')
+    (folder / "far.py").write_text(FAR)
+    _script(far.python, f'exec taskset -c 0 {sys.executable} {folder / "far.py"} "$@"')
     child = subprocess.Popen(
         [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")],
         stdout=subprocess.DEVNULL,

@@ -1,0 +1,56 @@
+"""Under which digests a catalog knows a machine: one that an earlier llmbuild wrote names it by more than it is now.
+
+Rows keep the digest that they were stored under, and are read with the fingerprint that their machine has now, so that
+nothing that is known has to be measured again.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.spec.machine import Machine, machine_from
+
+STORED = "machine_stored"
+"""The column of a row with the digest that it is stored under."""
+
+
+def fingerprints(connection: Any) -> dict[str, str]:
+    """Return the fingerprint of every machine of a catalog, by the digest that it is stored under."""
+    found = connection.execute("SELECT digest, body FROM machine").fetchall()
+    return {row[0]: _fingerprint(row[1] if isinstance(row[1], str) else json.dumps(row[1])) or row[0] for row in found}
+
+
+def known_as(connection: Any, fingerprint: str) -> tuple[str, ...]:
+    """Return the digests that a machine is stored under; its fingerprint where the catalog does not know it."""
+    return tuple(name for name, found in fingerprints(connection).items() if found == fingerprint) or (fingerprint,)
+
+
+def stored(connection: Any, name: str) -> Machine | None:
+    """Return the machine that is stored under a digest; None where there is none, or its record is damaged."""
+    row = connection.execute("SELECT body FROM machine WHERE digest = ?", (name,)).fetchone()
+    return None if row is None else _machine(row[0] if isinstance(row[0], str) else json.dumps(row[0]))
+
+
+def named(rows: list[dict[str, Any]], connection: Any) -> list[dict[str, Any]]:
+    """Return rows of a catalog with the fingerprints that their machines have now."""
+    found = fingerprints(connection)
+    return [
+        {**r, "machine_digest": found.get(r["machine_digest"], r["machine_digest"]), STORED: r["machine_digest"]}
+        for r in rows
+    ]
+
+
+@lru_cache(256)
+def _fingerprint(body: str) -> str:
+    machine = _machine(body)
+    return "" if machine is None else digest.of(machine)
+
+
+def _machine(body: str) -> Machine | None:
+    try:
+        return machine_from(json.loads(body))
+    except (TypeError, KeyError, ValueError, AttributeError):
+        return None
