@@ -92,7 +92,7 @@ def _by_field(job: Job, catalog: Known | None, earlier: dict[str, Any]) -> tuple
     """Return what a build was keyed by and what it is keyed by, with machines by field instead of by digest."""
     was, mine = earlier, job.scope_inputs
     there = catalog.machine(str(earlier.get("machine"))) if catalog else None
-    if there is None or was.get("machine") == mine["machine"]:
+    if there is None or there == job.machine:
         return was, mine
     return {**was, "machine": there.fields()}, {**mine, "machine": job.machine.fields()}
 
