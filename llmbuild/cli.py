@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from pathlib import Path
@@ -32,6 +31,8 @@ from llmbuild.options import (
     teaching,
     trust_options,
 )
+from llmbuild.shown import data, guarded
+from llmbuild.strict import dumps
 
 INTERRUPTED = 130
 TOLD = 200
@@ -47,6 +48,11 @@ class Group(click.Group):
         """Add a command that takes `--debug` as well, so that the option may stand on either side of its name."""
         cmd.params.append(_debug_option())
         super().add_command(cmd, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a command, whose output is guarded to the last word."""
+        with guarded():
+            return self.main(*args, **kwargs)
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         """Run a command and exit with its code."""
@@ -218,9 +224,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     except NoVariant as error:
         if form == "json" and error.pick is not None and error.pick.nearest:
             click.echo(
-                json.dumps(
-                    {"nearest": public(error.pick.nearest), "distance": error.pick.distance, "reason": str(error)}
-                )
+                dumps({"nearest": public(error.pick.nearest), "distance": error.pick.distance, "reason": str(error)})
             )
         raise
     assert made.chosen is not None
@@ -233,7 +237,7 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
     else:
         click.echo(f"chosen of {others + 1} variants: --why gives the verdict on each", err=True)
     if form == "json":
-        click.echo(json.dumps(public(made.chosen)))
+        click.echo(dumps(public(made.chosen)))
     elif form == "csv":
         print_public([made.chosen], form)
     else:
@@ -275,11 +279,10 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
     tpot = opened.row["tpot_s"]
     read = "never measured" if tpot is None else f"tpot {tpot:.3g} s"
     click.echo(f"variant {opened.row['variant'][:12]}, {read}", err=True)
-    click.echo(prompt, nl=False)
+    data(prompt)
     drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
     for piece in opened.generate(prompt, max_new_tokens, **drawn):
-        click.echo(piece, nl=False)
-        sys.stdout.flush()
+        data(piece)
     click.echo()
     return 0
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +39,7 @@ from llmbuild.spec.target import BACKENDS, HOST, LLVM_CPU, Target, target_from
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
+from llmbuild.strict import dumps
 
 if TYPE_CHECKING:
     from llmbuild.catalog.writer import Catalog
@@ -276,7 +276,7 @@ def _explain_to(say: Callable[[str], None], job: Job, catalog: Catalog, budget: 
     for step in until(plan(job, catalog, budget, options["seed"]), options.get("until")):
         say(f"{step.step:<8} {step.reason or 'fresh':<40} {digest.short(step.key)}")
     for name, (was, now) in explained(job, catalog).items():
-        say(f"  {name}: {json.dumps(was)} -> {json.dumps(now)}")
+        say(f"  {name}: {dumps(was)} -> {dumps(now)}")
 
 
 def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Built:
@@ -440,7 +440,7 @@ def explain(prefix: str, catalog: Path, as_json: bool) -> str:
     command, by_hand = _compile_line(catalog, rows[0]), written(target_from(rows[0]["target_body"]), rows[0]["point"])
     if as_json:
         more = {"compile": command, "written": by_hand}
-        return json.dumps([{**public(r), "program": r["program"], "parameters": r["parameters"], **more} for r in rows])
+        return dumps([{**public(r), "program": r["program"], "parameters": r["parameters"], **more} for r in rows])
     return explain_text(rows, command, by_hand)
 
 

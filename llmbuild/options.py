@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 
 from llmbuild.errors import InputError, LlmbuildError, NothingUsable
+from llmbuild.shown import data
 
 CATALOG = "LLMBUILD_CATALOG"
 F = TypeVar("F", bound=Callable[..., Any])
@@ -268,7 +269,7 @@ def print_rows(rows: Sequence[dict[str, Any]], form: str | None, none: str = "no
     if form == "json":
         click.echo(as_json(rows))
     elif form == "csv":
-        click.echo(as_csv(rows))
+        data(as_csv(rows) + "\n")
     elif rows:
         names = list(rows[0])
         click.echo(table(names, [[str(row[n]) for n in names] for row in rows], left=range(len(names))))

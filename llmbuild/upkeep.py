@@ -18,6 +18,7 @@ from llmbuild.errors import InputError
 from llmbuild.runtime import reader, trust
 from llmbuild.runtime.trust import Policy
 from llmbuild.search.front import FLOORS
+from llmbuild.shown import cell
 from llmbuild.spec.slo import parse_slo
 
 Row = dict[str, Any]
@@ -155,7 +156,7 @@ def join(sources: Sequence[str], into: Path) -> Report:
             conflicts += done.conflicts
     finally:
         catalog.close()
-    return Report(rows, "\n".join(conflicts) or "no conflicts", True)
+    return Report(rows, "\n".join(map(cell, conflicts)) or "no conflicts", True)
 
 
 def send(folder: Path, models: Sequence[str], location: str, key: Path | None, tell: publish.Tell) -> Report:

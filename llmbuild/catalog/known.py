@@ -6,7 +6,6 @@ The writer reads through this too, so that both have one answer.
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, USABLE, Finished
 from llmbuild.spec.variant import Artifact
+from llmbuild.strict import loads
 
 _FINISHED = """
 SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant = v.digest
@@ -180,12 +180,12 @@ def _listed(names: Iterable[str]) -> str:
 
 def _parsed(body: Any) -> Any:
     """Return a JSON column: SQLite's is text, a server's is parsed already."""
-    return json.loads(body) if isinstance(body, str) else body
+    return loads(body) if isinstance(body, str) else body
 
 
 @lru_cache(1 << 14)
 def _of_text(text: str) -> Point:
-    return Point.of(json.loads(text))
+    return Point.of(loads(text))
 
 
 def _point(body: Any) -> Point:

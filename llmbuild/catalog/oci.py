@@ -6,7 +6,6 @@ The manifest of the publication is the artifact's config; a signature and the ti
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from llmbuild.catalog.publication import Publication
 from llmbuild.catalog.remote import Pointer
 from llmbuild.errors import CatalogError, InputError
+from llmbuild.strict import dumps, loads
 
 if TYPE_CHECKING:
     from oras.container import Container
@@ -65,7 +65,7 @@ class Registry:
         found = {"manifest": body["config"]["digest"].removeprefix("sha256:"), "published_at": notes.get(PUBLISHED, "")}
         if SIGNATURE in notes:
             found["signature"] = notes[SIGNATURE]
-        return json.dumps(found).encode()
+        return dumps(found).encode()
 
     def has(self, digest: str, size: int) -> bool:
         """Say whether a blob was sent; a registry takes it whole or not at all."""
@@ -85,7 +85,7 @@ class Registry:
 
     def finish(self, pointer: Pointer, publication: Publication) -> None:
         """Put the tag's manifest: what it names was sent before."""
-        body = json.loads(publication.manifest)
+        body = loads(publication.manifest)
         layers = [self._layer(body["catalog"]["digest"], body["catalog"]["bytes"], DATABASE, {})]
         for name, entry in body["blobs"].items():
             layers.append(self._layer(name, entry["bytes"], BLOB, publication.annotations.get(name, {})))

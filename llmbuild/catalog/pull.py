@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from llmbuild.runtime.choose import choose, told_nothing
 from llmbuild.runtime.model import LOADED, host_facts
 from llmbuild.runtime.trust import Policy, checked, pointer_of, signer
 from llmbuild.spec.slo import Slo
+from llmbuild.strict import dumps
 
 Row = dict[str, Any]
 Tell = Callable[[str, int, int], None]
@@ -202,7 +202,7 @@ def _mirror(source: _Source, store: BlobStore, into: Path, database: Path, compl
     store.put_bytes(source.manifest)
     name = store.put_file(database)
     pointer = {**source.pointer, "source": source.place.location, "partial": not complete}
-    for file, data in ((PUBLISHED_FILE, json.dumps(pointer, indent=1).encode() + b"\n"), (FILE, None)):
+    for file, data in ((PUBLISHED_FILE, dumps(pointer, indent=1).encode() + b"\n"), (FILE, None)):
         with told(str(into)):
             renamed(into / file, store.path(name).read_bytes() if data is None else data)
 

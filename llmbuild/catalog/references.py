@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from llmbuild.catalog.place import PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
 from llmbuild.spec.space import TUNING, UNTUNED
 from llmbuild.spec.trial import FRONT
+from llmbuild.strict import loads
 
 RECORDS = "published"
 """Folder of a catalog that holds a copy of every manifest it published."""
@@ -77,7 +77,7 @@ def published_blobs(folder: Path) -> set[str]:
     """Return the blobs that a publication made from this catalog names."""
     found: set[str] = set()
     for path in sorted((folder / RECORDS).glob("*.json")):
-        manifest = json.loads(path.read_text())
+        manifest = loads(path.read_text())
         found |= {path.stem, manifest["catalog"]["digest"], *manifest["blobs"]}
     return found
 

@@ -7,7 +7,6 @@ before it. Blobs are named by their bytes, so what an interrupted upload has sen
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from llmbuild.catalog.place import FILE, PUBLISHED_FILE
 from llmbuild.catalog.publication import Publication
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError, InputError
+from llmbuild.strict import dumps, loads
 
 Pointer = dict[str, Any]
 
@@ -88,11 +88,11 @@ class Folder:
 
     def finish(self, pointer: Pointer, publication: Publication) -> None:
         """Rename the pointer into place."""
-        body = json.loads(publication.manifest)
+        body = loads(publication.manifest)
         with told(self.location):
             if (self.folder / FILE).is_file() and not (self.folder / PUBLISHED_FILE).is_file():
                 raise CatalogError(f"{self.location}: holds a catalog that is built in: publish to another folder")
-            renamed(self.folder / PUBLISHED_FILE, (json.dumps(pointer, indent=1) + "\n").encode())
+            renamed(self.folder / PUBLISHED_FILE, (dumps(pointer, indent=1) + "\n").encode())
             renamed(self.folder / FILE, self.blobs.path(body["catalog"]["digest"]).read_bytes())
 
 
@@ -168,7 +168,7 @@ class Filesystem:
 
     def finish(self, pointer: Pointer, publication: Publication) -> None:
         """Replace the pointer."""
-        data = (json.dumps(pointer, indent=1) + "\n").encode()
+        data = (dumps(pointer, indent=1) + "\n").encode()
         with told(self.location):
             if self.whole:
                 self.system.pipe_file(f"{self.root}/{PUBLISHED_FILE}", data)

@@ -13,6 +13,7 @@ from llmbuild import digest
 from llmbuild.compiler import iree
 from llmbuild.runtime import host
 from llmbuild.spec.target import Target
+from llmbuild.strict import loads
 
 FIELDS = ("cpu", "features", "requires", "subgroup")
 FORM = 2
@@ -37,7 +38,7 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
         return iree.resolve(target)
     path = answers.folder / f"{_key(target)}.json"
     try:
-        known = json.loads(path.read_text())
+        known = loads(path.read_text())
         features, requires = (tuple(map(str, known[name])) for name in FIELDS[1:3])
         cpu, subgroup = str(known["cpu"]), int(known["subgroup"])
         return replace(target, cpu=cpu, features=features, requires=requires, subgroup=subgroup)

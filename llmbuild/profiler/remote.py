@@ -38,6 +38,8 @@ from llmbuild.spec.workload import Workload
 Body = dict[str, Any]
 SHIPPED = ("spec", "runtime", "profiler", "kernels")
 """The packages that the far end runs."""
+SINGLE = ("__init__", "diagnosis", "digest", "errors", "process", "resources", "shown", "start", "strict")
+"""The modules beside them."""
 PIECE = 1 << 20
 
 
@@ -350,7 +352,10 @@ def archive(*more: str) -> bytes:
     root = Path(llmbuild.__file__).parent
     packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
     files = [
-        *(root / f"{name}.py" for name in ("__init__", "digest", "errors", "resources", "process", "start", *more)),
+        *(
+            root / f"{name}.py"
+            for name in ("__init__", "digest", "errors", "resources", "diagnosis", "process", "start", *more)
+        ),
         *packages,
     ]
     out = io.BytesIO()

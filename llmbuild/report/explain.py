@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmbuild.report.rows import differences, gain, quantity
+from llmbuild.shown import cell
 from llmbuild.spec.slo import METRICS
 
 
@@ -38,7 +39,7 @@ def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]
         lines += [_metric_line(row, name) for name in METRICS if row.get(name) is not None]
         lines += _operator_lines(row.get("operators") or [])
         lines += [f"  note {name}: {text}" for name, text in (row["notes"] or {}).items()]
-    return "\n".join(lines)
+    return "\n".join(map(cell, lines))
 
 
 def _metric_line(row: dict[str, Any], name: str) -> str:

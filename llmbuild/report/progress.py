@@ -7,6 +7,7 @@ from time import monotonic
 from typing import TextIO
 
 from llmbuild.build import Event
+from llmbuild.shown import cell, control
 
 
 class Progress:
@@ -35,9 +36,11 @@ class Progress:
         self._line(text)
 
     def _replace(self, text: str) -> None:
-        self.stream.write("\r\x1b[K" + text[:150])
+        control(self.stream, "\r\x1b[K" + cell(text)[:150])
         self.stream.flush()
 
     def _line(self, text: str) -> None:
-        self.stream.write(("\r\x1b[K" if self.live else "") + text + "\n")
+        if self.live:
+            control(self.stream, "\r\x1b[K")
+        self.stream.write(text + "\n")
         self.stream.flush()

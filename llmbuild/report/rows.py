@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Sequence
 from typing import Any
 
 from llmbuild.digest import short
 from llmbuild.search.knobs import knobs_of
+from llmbuild.shown import cell
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.target import LLVM_CPU
+from llmbuild.strict import dumps, finite
 
 COLUMNS = tuple(
     "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "
@@ -48,7 +49,7 @@ def as_json(rows: Sequence[dict[str, Any]]) -> str:
     """Return a JSON array, one row a line."""
     if not rows:
         return "[]"
-    return "[\n" + ",\n".join(json.dumps(row, sort_keys=False) for row in rows) + "\n]"
+    return "[\n" + ",\n".join(dumps(row) for row in rows) + "\n]"
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -58,12 +59,13 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(names)
     for row in rows:
-        writer.writerow([json.dumps(row[n]) if isinstance(row[n], (dict, list)) else row[n] for n in names])
+        writer.writerow([dumps(row[n]) if isinstance(row[n], (dict, list)) else finite(row[n]) for n in names])
     return out.getvalue().rstrip("\n")
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Return an aligned table; the columns in `left` are flush left, the rest flush right."""
+    """Return an aligned table; the columns in `left` are flush left, the rest flush right. A cell is one line."""
+    lines = [[cell(c) for c in line] for line in lines]
     widths = [max(len(str(line[i])) for line in (header, *lines)) for i in range(len(header))]
 
     def one(line: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.machines import STORED
 from llmbuild.spec.pick import Pick
 from llmbuild.spec.slo import METRICS
+from llmbuild.strict import dumps, loads
 
 Row = dict[str, Any]
 VERSION = 1
@@ -39,7 +39,7 @@ def write(made: Pick, path: Path) -> None:
     """
     temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(json.dumps(pinned(made), indent=1) + "\n")
+        temporary.write_text(dumps(pinned(made), indent=1) + "\n")
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: the lock cannot be written: {error.strerror or error}") from None
@@ -52,7 +52,7 @@ def read(path: Path) -> Row:
         InputError: not there, or not a lock file of ours.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}: `llmbuild pick --lock {path}` writes one") from None
     except ValueError:

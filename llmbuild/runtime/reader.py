@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from llmbuild.runtime import trust
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
+from llmbuild.strict import loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """Schemas this loader can read."""
@@ -24,6 +24,7 @@ SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
 NEVER = "1=0"
+LARGEST = "1.7976931348623157e308"
 FRONT = "status IN ('pareto', 'undecided')"
 NARROW = (
     "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
@@ -223,7 +224,7 @@ def known(connection: Any, metric: str) -> str:
         return NEVER
     estimates = ", ".join(f"'{source}'" for source in ESTIMATES)
     measured = f" AND energy_source NOT IN ({estimates})" if metric == ENERGY else ""
-    return f"{metric} IS NOT NULL{measured}"
+    return f"ABS({metric}) <= {LARGEST}{measured}"  # not NULL, and not infinite
 
 
 def _columns(connection: Any) -> frozenset[str]:
@@ -249,7 +250,7 @@ def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
     try:
         for name in _JSON:
             if isinstance(out.get(name), str):
-                out[name] = _shared(out[name]) if name in _ALIKE else json.loads(out[name])
+                out[name] = _shared(out[name]) if name in _ALIKE else loads(out[name])
     except ValueError:
         raise _damaged(out, name) from None
     if "default" in out:
@@ -289,7 +290,7 @@ _KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
 
 @functools.lru_cache(64)
 def _shared(text: str) -> Any:
-    return json.loads(text)
+    return loads(text)
 
 
 def count(catalog: Path, model: str) -> int:

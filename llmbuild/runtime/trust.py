@@ -7,7 +7,6 @@ signature over it. The manifest names every other byte. All of it is checked bef
 from __future__ import annotations
 
 import base64
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused
+from llmbuild.strict import loads
 
 POINTER = "latest.json"
 SIGNED = b"llmbuild publication\n"
@@ -73,7 +73,7 @@ def pointer_of(text: str | bytes, where: str) -> dict[str, Any]:
         LoadRefused: not a pointer of ours.
     """
     try:
-        found = json.loads(text)
+        found = loads(text)
         if len(bytes.fromhex(found["manifest"])) != 32:
             raise ValueError
     except (ValueError, TypeError, KeyError):
@@ -91,7 +91,7 @@ def checked(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) 
         raise LoadRefused(f"{where}: the manifest was changed after it was published: pull or publish it again")
     signer(pointer, manifest, rule, where)
     try:
-        body: dict[str, Any] = json.loads(manifest)
+        body: dict[str, Any] = loads(manifest)
         names = [*body["blobs"], body["catalog"]["digest"]]
         sound = all(isinstance(e["bytes"], int) and isinstance(e["kind"], str) for e in body["blobs"].values())
         if body["kind"] != "llmbuild.publication" or not sound or any(len(bytes.fromhex(n)) != 32 for n in names):
@@ -187,7 +187,7 @@ def database(folder: Path) -> Path:
     """Return the database that is current in a published folder; nothing is checked but that the pointer is one."""
     pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
     try:
-        body = json.loads(_read(_blob(folder, pointer["manifest"]), folder))
+        body = loads(_read(_blob(folder, pointer["manifest"]), folder))
         return _blob(folder, body["catalog"]["digest"])
     except (ValueError, TypeError, KeyError):
         raise LoadRefused(f"{folder}: the manifest is not one of llmbuild's: publish again") from None

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llmbuild.shown import cell
 from llmbuild.spec.slo import Slo
 
 
@@ -43,7 +44,7 @@ class Pick:
             shown = "absent" if value is None else f"{value:.4g}"
             verdict = "chosen" if self._is_chosen(c) else ("accepted" if c.accepted else "rejected")
             why = f": {c.reason}" if c.reason else ""
-            lines.append(f"{verdict:<8} {str(c.row['variant'])[:12]} {self.slo.objective}={shown}{why}")
+            lines.append(cell(f"{verdict:<8} {str(c.row['variant'])[:12]} {self.slo.objective}={shown}{why}"))
         return "\n".join(lines)
 
     def _is_chosen(self, candidate: Candidate) -> bool:

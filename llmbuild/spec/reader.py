@@ -7,6 +7,7 @@ YAML (ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (p
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from difflib import get_close_matches
@@ -44,7 +45,10 @@ def seconds(text: Any) -> float:
     match = _DURATION.fullmatch(str(text).strip())
     if not match or isinstance(text, bool):
         raise ValueError(f"{text!r} is not a duration: write 90s, 20m or 1h")
-    return float(match[1]) * _UNIT[match[2]]
+    found = float(match[1]) * _UNIT[match[2]]
+    if not math.isfinite(found):
+        raise ValueError("a duration of so many digits is not finite")
+    return found
 
 
 def _bound(text: Any) -> Bound:
@@ -95,7 +99,7 @@ _M = TypeVar("_M", bound=BaseModel)
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 class _Model(_Strict):

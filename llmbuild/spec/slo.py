@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -72,8 +73,8 @@ class Bound:
         return f"{self.metric}{self.operator}{self.limit:g}"
 
     def holds(self, value: float | None) -> bool:
-        """Say whether `value` is inside; an absent value never is."""
-        if value is None:
+        """Say whether `value` is inside; one that is absent or not finite never is."""
+        if value is None or not math.isfinite(value):
             return False
         return {
             "<=": value <= self.limit,
@@ -84,7 +85,7 @@ class Bound:
 
     def distance(self, value: float | None) -> float:
         """Return how far outside `value` is, as a share of the limit: 0 inside, infinite when absent."""
-        if value is None:
+        if value is None or not math.isfinite(value):
             return float("inf")
         if self.holds(value):
             return 0.0
@@ -114,13 +115,19 @@ class Slo:
 
 
 def measured(row: Mapping[str, Any], metric: str) -> Any:
-    """Return what `row` holds of a metric; None where that is absent, or energy that was only estimated."""
-    return None if metric == ENERGY and row.get("energy_source") in ESTIMATES else row.get(metric)
+    """Return what `row` holds of a metric; None where that is absent, not finite, or energy that was only estimated."""
+    value = row.get(metric)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return None if metric == ENERGY and row.get("energy_source") in ESTIMATES else value
 
 
 def absence(row: Mapping[str, Any], metric: str) -> str:
     """Return what is wrong with a metric that `measured` has nothing of."""
-    return "absent" if row.get(metric) is None else "only estimated"
+    value = row.get(metric)
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"{value}, which is no reading"
+    return "absent" if value is None else "only estimated"
 
 
 def metric(name: str) -> Metric:
@@ -147,6 +154,8 @@ def parse_bound(text: str) -> Bound:
         limit = float(match[3])
     except ValueError:
         raise InputError(f"cannot read the SLO {text!r}: {match[3]!r} is not a number") from None
+    if not math.isfinite(limit):
+        raise InputError(f"cannot read the SLO {text!r}: {match[3]} is too large for a number")
     return Bound(metric(match[1]).name, match[2], limit)
 
 
