@@ -27,7 +27,7 @@ def layers(
     cache: list[torch.Tensor],
     kernel: str,
 ) -> torch.Tensor:
-    """Run decoder layers; return the hidden states f32[T,hidden].
+    """Run decoder layers; return the hidden states f32[T,width].
 
     The cache is written in place, and torch is not told: an export would otherwise return a copy of it.
     """
@@ -63,13 +63,13 @@ def _(
 def head(
     x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits f32[padded vocabulary] of one hidden state f32[1,hidden], and the first largest one's index
+    """Return logits f32[padded vocabulary] of one hidden state f32[1,width], and the first largest one's index
     i64[1].
     """
     shape = HEADS[kernel]
     stored = unpack(shape.layout, data.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy())
     matrix = Matrix(*stored, np.zeros(shape.padded, np.float32), shape.layout)
-    normal = reference.normalize(x.numpy(), norm.numpy(), shape.epsilon)
+    normal = reference.normalize(x.numpy(), norm.numpy(), shape.epsilon, shape.hidden)
     logits = torch.from_numpy(reference.multiply(normal, matrix)[0])
     return logits, logits[: shape.vocabulary].argmax(-1, keepdim=True)
 

@@ -13,8 +13,8 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
-from llmbuild.frontend.modules import Embedding, RowMajor, Weights
-from llmbuild.kernels.applies import cpu_problem
+from llmbuild.frontend.modules import Embedding, RowMajor, ScaledColumns, Weights
+from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
@@ -24,8 +24,9 @@ from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
 from llmbuild.transform.decoder import layer_buffer
-from llmbuild.transform.panels import encode, pack
-from llmbuild.transform.quantized import Quantized
+from llmbuild.transform.panels import encode_for, pack
+from llmbuild.transform.quantized import Quantized, pad_columns
+from llmbuild.transform.weights import pad_width
 
 LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
 NAMES = {
@@ -39,6 +40,7 @@ NAMES = {
     "norm1": "input_layernorm",
     "norm2": "post_attention_layernorm",
 }
+HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
 """Our names of a layer's parts, and the library's."""
 
 
@@ -58,7 +60,7 @@ class OwnLayers(nn.Module):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         **named: object,
     ) -> torch.Tensor:
-        """Return hidden states f32[1,T,hidden]."""
+        """Return hidden states f32[1,T,width]."""
         cosine, sine = position_embeddings
         cache = next(value for value in named.values() if isinstance(value, CallerCache))
         buffers = list(cache.buffers[2 * self.first : 2 * (self.first + self.count)])
@@ -70,22 +72,22 @@ class OwnLayers(nn.Module):
 class OwnHead(nn.Module):
     """The final norm and the output matrix as one operator, which finds the next token as well."""
 
-    def __init__(self, shape: HeadShape, norm: torch.Tensor, weights: Weights) -> None:
+    def __init__(
+        self, shape: HeadShape, norm: torch.Tensor, weights: torch.Tensor, ready: Quantized | None = None
+    ) -> None:
+        """Take weights f32[V,hidden], and what was quantized of them before, if it was."""
         super().__init__()
         self.shape = shape
         self.norm: torch.Tensor
         self.data: torch.Tensor
         self.scale: torch.Tensor
-        if isinstance(weights, torch.Tensor):
-            data, scale = pack(shape.layout, encode(shape.weights, weights.float().numpy()))
-        else:
-            data, scale = pack(shape.layout, weights)
-        self.register_buffer("norm", norm.detach())
+        data, scale = pack(shape.layout, encode_for(shape.layout, weights.float().numpy(), ready))
+        self.register_buffer("norm", torch.from_numpy(pad_width(norm.numpy(), shape.width)))
         self.register_buffer("data", _tensor(data))
         self.register_buffer("scale", _tensor(scale))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,hidden]."""
+        """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,width]."""
         logits, token = operators.head(x[0], self.norm, self.data, self.scale, HEAD)
         return logits.narrow(0, 0, self.shape.vocabulary), token
 
@@ -107,7 +109,7 @@ class PanelEmbedding(nn.Module):
         self.register_buffer("powers", torch.tensor([0.0, *(2.0 ** (e - 22) for e in range(1, 16))]))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return f32[1,T,hidden] of tokens i64[1,T]."""
+        """Return f32[1,T,width] of tokens i64[1,T]."""
         layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
         column = torch.arange(layout.columns)
         shared = 2 if layout.is_nibble else 1
@@ -203,9 +205,11 @@ def put_in(
     model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups, formats.layers, units.layers)
+    shape = _shape(model, context, half_cache, work_groups, formats, units.layers)
     vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
-    head_shape = HeadShape(shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow)
+    head_shape = HeadShape(
+        shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow, layer_weights=formats.layers
+    )
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
     buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
@@ -216,14 +220,32 @@ def put_in(
         groups.append(OwnLayers(buffers[first : first + part], first, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)
+    _put_in_tables(model, head_shape, formats)
+    return kernels
+
+
+def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:
+    """Replace embedding, final norm and head."""
+    decoder = model.model
     embedding, output = decoder.embed_tokens.weight.detach(), model.lm_head.weight.detach()
     tied = embedding.data_ptr() == output.data_ptr()
-    model.lm_head = OwnHead(head_shape, decoder.norm.weight, formats(TABLES[1], output.numpy()))
+    model.lm_head = OwnHead(shape, decoder.norm.weight.detach(), output, formats.ready.get(TABLES[1]))
     decoder.embed_tokens = (
-        PanelEmbedding(model.lm_head) if tied else Embedding(RowMajor(formats(TABLES[0], embedding.numpy())))
+        PanelEmbedding(model.lm_head)
+        if tied
+        else Embedding(RowMajor(_padded(formats(TABLES[0], embedding.numpy()), shape.width)))
     )
     decoder.norm = nn.Identity()
-    return kernels
+    if formats.looked_up is not None:
+        factor = torch.from_numpy(pad_width(formats.looked_up.numpy(), shape.width))
+        decoder.embed_tokens = ScaledColumns(decoder.embed_tokens, factor)
+
+
+def _padded(weights: Weights, width: int) -> Weights:
+    """Return a table with zeros behind its columns."""
+    if isinstance(weights, Quantized):
+        return pad_columns(weights, width)
+    return nn.functional.pad(weights, (0, width - weights.shape[1]))
 
 
 def _ready(formats: Formats, layer: int) -> dict[str, Quantized]:
@@ -238,21 +260,26 @@ def _split(count: int) -> list[int]:
     return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
-def _shape(model: Any, context: int, half_cache: bool, workers: int, weights: str, unit: Instructions) -> DecoderShape:
-    config, attention = model.config, model.model.layers[0].self_attn
+def _shape(
+    model: Any, context: int, half_cache: bool, workers: int, formats: Formats, unit: Instructions
+) -> DecoderShape:
+    known, attention = facts(model), model.model.layers[0].self_attn
     return DecoderShape(
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        head_dim=attention.head_dim,
-        inner=config.intermediate_size,
-        epsilon=config.rms_norm_eps,
+        hidden=known.hidden,
+        heads=known.heads,
+        kv_heads=known.kv_heads,
+        head_dim=known.head_dim,
+        inner=known.inner,
+        epsilon=model.config.rms_norm_eps,
         scale=attention.scaling,
         context=context,
         half_cache=half_cache,
         workers=workers,
-        weights=weights,
-        narrow=_narrow(unit, weights),
+        weights=formats.layers,
+        narrow=_narrow(unit, formats.layers),
+        activation=ACTIVATIONS[known.activation],
+        head_norms=known.head_norms,
+        head_weights=formats.head,
     )
 
 
@@ -267,4 +294,9 @@ def _arrays(old: nn.Module) -> dict[str, np.ndarray]:
         arrays[ours] = part.weight.detach().numpy()
         if getattr(part, "bias", None) is not None:
             arrays[f"{ours}.bias"] = part.bias.detach().numpy()
-    return arrays
+    norms = dict(old.named_parameters())
+    return arrays | {
+        ours: norms[f"{theirs}.weight"].detach().numpy()
+        for ours, theirs in HEAD_NORMS.items()
+        if f"{theirs}.weight" in norms
+    }

@@ -116,10 +116,10 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]
     if units is None:
         layout = choices["layout"]
         modules.swap(model, formats, modules.LAYOUTS[layout], fused=layout != "row_major")
+        _scale_table(model, formats)
     else:
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
         kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
-    _scale_table(model, formats)
     return kernels
 
 

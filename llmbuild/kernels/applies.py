@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.matvec import LEAST_COALESCED, Work, plan, stored_as
-from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.kernels.shapes import LEAST_HEAD
 from llmbuild.spec.decoder import Decoder
 
-ACTIVATIONS = ("silu",)
-"""What the layers' kernels compute of a gate."""
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_accurate": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_python_tanh": "gelu_tanh",
+}
+"""What our kernels do with a gate (`elementwise.ACTIVATIONS`), by the library's names."""
 
 
 def cpu_problem(decoder: Decoder, layers: str, head: str) -> str:
-    """Return why our kernels for CPUs do not take a model in these formats of layers and head; '' where they do."""
+    """Return why our kernels for CPUs do not take a model in these formats of layers and head; '' where they do.
+
+    Formats themselves are a matter of the target: see `choose`. All of them take the same models.
+    """
     if decoder.activation not in ACTIVATIONS:
-        return f"its own kernels compute {' or '.join(ACTIVATIONS)}, found hidden_act {decoder.activation}"
-    if decoder.head_norms:
-        return "its own kernels take plain heads, found norms of queries and keys"
-    shape = DecoderShape(
-        decoder.hidden, decoder.heads, decoder.kv_heads, decoder.head_dim, decoder.inner, 1e-5, 1.0, 1, False, 1, layers
-    )
-    return shape.problem() or HeadShape(decoder.hidden, decoder.vocabulary, 1e-5, 1, head).layout.problem() or ""
+        return f"its own kernels compute {', '.join(ACTIVATIONS)}; found hidden_act {decoder.activation}"
+    if decoder.head_dim % LEAST_HEAD:
+        return f"its own kernels need a head size that is a multiple of {LEAST_HEAD}, found {decoder.head_dim}"
+    return ""
 
 
 def gpu_problem(decoder: Decoder, layers: str, head: str, work: Work) -> str:

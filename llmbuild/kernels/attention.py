@@ -6,8 +6,8 @@ Written for the length of registers: it holds many sums at a time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
-from llmbuild.kernels.elementwise import HALVES
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, up_to
 from llmbuild.kernels.text import F32, I32, I64, VF, Writer
@@ -36,12 +36,18 @@ class Cache:
         return w.cast("arith.extf", w.load(place, halves, 2), halves, kind)
 
 
-def store_cached(w: Writer, vector: str, pointer: str, half: bool) -> None:
-    """Write sixteen f32 values to a cache, rounded to f16 if that is its type."""
+def store_cached(w: Writer, values: str, pointer: str, half: bool, kind: str) -> None:
+    """Write a vector of f32 to a cache, rounded to f16 if that is its type."""
     if half:
-        w.store(w.cast("arith.truncf", vector, VF, HALVES), pointer, HALVES, 2)
+        halves = kind.replace(F32, "f16")
+        w.store(w.cast("arith.truncf", values, kind, halves), pointer, halves, 2)
     else:
-        w.store(vector, pointer, VF)
+        w.store(values, pointer, kind)
+
+
+def lanes_of(unit: Instructions, size: int) -> int:
+    """Return how many values of a head are taken at a time: a register of them, or the most that divide it."""
+    return gcd(unit.lanes, size)
 
 
 def attend(
@@ -60,7 +66,9 @@ def attend(
     """Attend with one head's query f32[size] to `visible` positions (i64, more than none); `scores` is room for them,
     rounded up to 16. At `outcome` the largest score and the sum of exponentials below it are left, f32 each.
     """
-    lanes, chains, vf, vi = unit.lanes, unit.mix_chains, f"vector<{unit.lanes}xf32>", f"vector<{unit.lanes}xi32>"
+    lanes = lanes_of(unit, size)
+    chains = unit.mix_chains if lanes == unit.lanes else 1  # shorter vectors are more sums as they are
+    vf, vi = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>"
     parts = range(0, size, lanes)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), vf), w.lanes(scale, vf), kind=vf) for e in parts]
     last = w.add(visible, -1)

@@ -10,6 +10,7 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable, worker
 from llmbuild.kernels.layouts import PANEL, Layout, up_to
 from llmbuild.kernels.phases import Phases, counter_bytes
+from llmbuild.kernels.shapes import multiple
 from llmbuild.kernels.text import I32, I64, VF, VI, Writer
 
 PHASES = 3
@@ -27,11 +28,18 @@ class HeadShape:
     workers: int
     weights: str = "int8"
     narrow: bool = False
+    layer_weights: str = ""
+    """Format of the layers, which leave hidden states as they lie; "" where they want nothing of their own."""
+
+    @property
+    def width(self) -> int:
+        """Hidden states as they lie in memory: zeros behind the hidden size."""
+        return up_to(self.hidden, multiple(self.weights, self.layer_weights))
 
     @property
     def layout(self) -> Layout:
         """How the matrix lies in panels."""
-        return Layout(self.weights, self.hidden, self.narrow)
+        return Layout(self.weights, self.width, self.narrow)
 
     @property
     def padded(self) -> int:
@@ -47,7 +55,7 @@ def _body(shape: HeadShape, unit: Instructions) -> str:
 
     def normalize(row: str) -> None:
         source, weight = k.vectors(w, p["x"]), k.vectors(w, p["norm"])
-        factor = w.splat(k.inverse_norm(w, source, shape.hidden, shape.epsilon))
+        factor = w.splat(k.inverse_norm(w, source, shape.hidden, shape.epsilon, shape.width))
 
         def normal(i: str) -> str:
             return w.op("arith.mulf", w.op("arith.mulf", source(i), factor), weight(i))
@@ -70,8 +78,8 @@ def _body(shape: HeadShape, unit: Instructions) -> str:
 
 def _sizes(shape: HeadShape) -> dict[str, int | str]:
     return {
-        "x": 4 * shape.hidden,
-        "norm": 4 * shape.hidden,
+        "x": 4 * shape.width,
+        "norm": 4 * shape.width,
         "data": shape.padded // PANEL * shape.layout.panel_bytes,
         "scale": shape.padded // PANEL * shape.layout.scale_bytes,
         "counters": counter_bytes(PHASES, shape.workers),
@@ -111,7 +119,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     i64[1])`.
     """
     sizes, layout = _sizes(shape), shape.layout
-    wide, norm = f"tensor<1x{shape.hidden}xf32>", f"tensor<{shape.hidden}xf32>"
+    wide, norm = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.width}xf32>"
     data = f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>"
     scale = f"tensor<{shape.padded * layout.groups}x{layout.scale_element}>"
     logits = f"tensor<{shape.padded}xf32>"

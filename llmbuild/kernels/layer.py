@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import gcd
 
 from llmbuild.kernels import attention, products
 from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, Layout, up_to
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, panels_of, sections
+from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes, panels_of, sections
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
@@ -82,8 +83,8 @@ def scratch(shape: DecoderShape) -> Scratch:
     """Return the scratch of a layer; every region is a multiple of a cache line per row."""
     per_row = {
         "qkv": 4 * shape.projected,
-        "attended": up_to(4 * shape.attended, LINE),
-        "middle": up_to(4 * shape.hidden, LINE),
+        "attended": up_to(4 * shape.attended_padded, LINE),
+        "middle": up_to(4 * shape.width, LINE),
         "inner": 4 * shape.inner_padded,
         "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
     }
@@ -131,7 +132,7 @@ class LayerWriter:
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
         cache = shape.context * shape.cached * (2 if shape.half_cache else 4)
-        row = w.mul(rows, 4 * shape.hidden)
+        row = w.mul(rows, 4 * shape.width)
         angle = w.mul(rows, 4 * shape.head_dim)
         size = scratch(shape)
         sizes: dict[str, int | str] = {
@@ -143,7 +144,7 @@ class LayerWriter:
 
     def text(self) -> str:
         """Write all phases of all layers and return the body."""
-        w, width = self.w, 4 * self.shape.hidden
+        w, width = self.w, 4 * self.shape.width
         table = w.let(f"llvm.alloca {w.integer(2 * self.layers)} x {PTR} : ({I64}) -> {PTR}")
         for i, name in enumerate(cache_names(self.layers)):
             w.store(self.p[name], w.at(table, 8 * i), PTR, 8)
@@ -170,12 +171,12 @@ class LayerWriter:
             w.store(w.load(w.at(self.p["x"], place), VF), w.at(self.p["out"], place), VF)
             return []
 
-        w.loop(0, self.shape.hidden, k.LANES, body)
+        w.loop(0, self.shape.width, k.LANES, body)
 
     def _layer(self) -> None:
         """Write one layer, from `out` through `middle` back to `out`."""
         shape, s, out = self.shape, self.s, self.p["out"]
-        hidden = 4 * shape.hidden
+        hidden = 4 * shape.width
         self.ahead = self._first_of("qkv")
         self.normalize("norm1", out, hidden, "qkv")
         self.ahead = self._first_of("out")
@@ -203,7 +204,7 @@ class LayerWriter:
 
     @property
     def _middle(self) -> int:
-        return up_to(4 * self.shape.hidden, LINE)
+        return up_to(4 * self.shape.width, LINE)
 
     def prepared(self, layout: Layout, row: str) -> str:
         """Return the pointer of a row that is ready for a product."""
@@ -211,11 +212,11 @@ class LayerWriter:
 
     def normalize(self, norm: str, source: str, stride: int, name: str) -> None:
         """Normalize rows and prepare them for a matrix."""
-        w, size, layout = self.w, self.shape.hidden, self.shape.layouts()[name]
+        w, shape, layout = self.w, self.shape, self.shape.layouts()[name]
 
         def unit(row: str) -> None:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
-            factor = w.splat(k.inverse_norm(w, x, size, self.shape.epsilon))
+            factor = w.splat(k.inverse_norm(w, x, shape.hidden, shape.epsilon, shape.width))
             weight = k.vectors(w, self.parts[norm])
 
             def normal(i: str) -> str:
@@ -258,8 +259,8 @@ class LayerWriter:
         return finish
 
     def residual(self, source: str, source_stride: int, target: str, target_stride: int) -> products.Epilogue:
-        """Add the residual; outputs past the hidden size are left out."""
-        w, size = self.w, self.shape.hidden
+        """Add the residual; outputs past the width are left out."""
+        w, size = self.w, self.shape.width
 
         def finish(row: str, first: str, blocks: list[str]) -> None:
             for b, block in enumerate(blocks):
@@ -272,15 +273,17 @@ class LayerWriter:
         return finish
 
     def gated(self, row: str, first: str, blocks: list[str]) -> None:
-        """Store `silu(gate) * up`: a panel holds 32 gate rows and their 32 up rows."""
-        w, stride = self.w, 4 * self.shape.inner_padded
+        """Store `activation(gate) * up`: a panel holds 32 gate rows and their 32 up rows."""
+        w, stride, activation = self.w, 4 * self.shape.inner_padded, k.ACTIVATIONS[self.shape.activation]
         for b in range(2):
-            value = k.sigmoid_gate(w, blocks[b], blocks[b + 2])
+            value = w.op("arith.mulf", activation(w, blocks[b]), blocks[b + 2])
             place = w.add(w.mul(first, 2), b * k.LANES * 4)
             w.store(value, w.at(self.s["inner"], w.mul(row, stride), place), VF)
 
     def rotate(self) -> None:
-        """Rotate queries in place, rotate keys into the cache, copy values into it."""
+        """Rotate queries in place, rotate keys into the cache, copy values into it; zeros go behind what is attended
+        to.
+        """
         w, shape = self.w, self.shape
 
         def unit(row: str) -> None:
@@ -292,17 +295,34 @@ class LayerWriter:
             for head in range(shape.heads + shape.kv_heads):
                 at = w.at(source, head * shape.head_dim * 4)
                 key = w.at(self.keys, slot, (head - shape.heads) * shape.head_dim * width)
+                self._normal_head(at, head)
+                kind = k.head_vector(shape.head_dim)
                 for e, vector in k.rotated(w, at, cosine, sine, shape.head_dim):
                     if head < shape.heads:
-                        w.store(vector, w.at(at, e * 4), VF)
+                        w.store(vector, w.at(at, e * 4), kind)
                     else:
-                        attention.store_cached(w, vector, w.at(key, e * width), shape.half_cache)
+                        attention.store_cached(w, vector, w.at(key, e * width), shape.half_cache, kind)
             values = w.at(source, (shape.attended + shape.cached) * 4)
-            for e in range(0, shape.cached, k.LANES):
-                vector = w.load(w.at(values, e * 4), VF)
-                attention.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache)
+            lanes = gcd(shape.cached, k.LANES)
+            for e in range(0, shape.cached, lanes):
+                vector = w.load(w.at(values, e * 4), k.vector(lanes))
+                attention.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache, k.vector(lanes))
+            self._clear_attended(row)
 
         self._run(self.rows, unit)
+
+    def _normal_head(self, pointer: str, head: int) -> None:
+        """Normalize a query or a key in place, in a model that does."""
+        if self.shape.head_norms:
+            norm = self.parts[HEAD_NORMS[head >= self.shape.heads]]
+            k.normal_head(self.w, pointer, norm, self.shape.head_dim, self.shape.epsilon)
+
+    def _clear_attended(self, row: str) -> None:
+        """Write zeros over the vectors of a row of attention in which columns without a head are."""
+        w, shape = self.w, self.shape
+        of_row = w.at(self.s["attended"], w.mul(row, self._attended)) if shape.attended < shape.attended_padded else ""
+        for e in range(shape.attended // k.LANES * k.LANES, shape.attended_padded, k.LANES):
+            w.store(w.lanes(0.0), w.at(of_row, e * 4), VF)
 
     def attend(self) -> None:
         """Attend, a row, a head and a part of the positions at a time, to those that the row may see."""
@@ -360,11 +380,12 @@ class LayerWriter:
         with w.when(self.split):
             for head in range(shape.heads):
                 found = attention.Parts(self._part(head, 0), self.parts_count, shape.head_dim)
-                found.join(w, self.unit.lanes, w.at(self.s["attended"], head * shape.head_dim * 4))
+                lanes = attention.lanes_of(self.unit, shape.head_dim)
+                found.join(w, lanes, w.at(self.s["attended"], head * shape.head_dim * 4))
 
     @property
     def _attended(self) -> int:
-        return up_to(4 * self.shape.attended, LINE)
+        return up_to(4 * self.shape.attended_padded, LINE)
 
 
 def counters_bytes(shape: DecoderShape, layers: int) -> int:
@@ -375,12 +396,12 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
 def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> str:
     """Return the executable and `util.func @name` that dispatches it.
 
-    The function takes `x [T,hidden]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
+    The function takes `x [T,width]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
     after the other, and keys and values of each layer, which it writes in place; it returns the new hidden states.
     """
     row = scratch(shape)
     cache = f"tensor<{shape.context}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
-    wide, angle = f"tensor<?x{shape.hidden}xf32>", f"tensor<?x{shape.head_dim}xf32>"
+    wide, angle = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.head_dim}xf32>"
     weights, counters = f"tensor<{count * buffer_bytes(shape)}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
     room, names = "tensor<?xi8>", cache_names(count)
     taken, caches = ", ".join(f"%{n}: {cache}" for n in names), ", ".join(f"%{n}" for n in names)

@@ -31,7 +31,7 @@ def family(form: str) -> str:
 
 @dataclass(frozen=True)
 class Layout:
-    """A matrix of so many columns, a multiple of 16, in a format.
+    """A matrix of so many columns, a multiple of 16 (for `int7` of 32), in a format.
 
     A panel's data are
 
@@ -61,12 +61,6 @@ class Layout:
     columns: int
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
-
-    def problem(self) -> str | None:
-        """Return why no matrix lies so, or nothing."""
-        if self.in_groups and self.columns % PERIOD:
-            return f"its own kernels need widths that are multiples of {PERIOD} for {self.form}, found {self.columns}"
-        return None
 
     @property
     def group(self) -> int:

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.kernels.layouts import LINE, PANEL, Layout, up_to
+from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, family, up_to
 
 HALF_PANEL, LANES = 32, 16
-
+LEAST_HEAD = 4
+"""Head sizes are multiples of this: the shortest vector that heads are taken in, of half a head where it is turned."""
 
 NORMS = {"qkv": "norm1", "gate_up": "norm2"}
 """The norm before a matrix."""
+HEAD_NORMS = ("query_norm", "key_norm")
+"""The norms of each head's query and key, where there are any."""
+
+
+def multiple(*formats: str) -> int:
+    """Return what widths are rounded up to for matrices in these formats: columns beyond a width are zero."""
+    return PERIOD if "int7" in map(family, formats) else LANES
 
 
 @dataclass(frozen=True)
@@ -32,11 +40,27 @@ class DecoderShape:
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
+    activation: str = "silu"
+    """What is done with the gate, one of `elementwise.ACTIVATIONS`."""
+    head_norms: bool = False
+    """Whether each head's query and key are normalized before they are rotated."""
+    head_weights: str = ""
+    """Format of the output matrix, which reads the hidden states as they lie; "" where it wants nothing of its own."""
+
+    @property
+    def width(self) -> int:
+        """Hidden states as they lie in memory: zeros behind the hidden size."""
+        return up_to(self.hidden, multiple(self.weights, self.head_weights))
 
     @property
     def attended(self) -> int:
         """Width of all query heads together."""
         return self.heads * self.head_dim
+
+    @property
+    def attended_padded(self) -> int:
+        """Columns of the output projection, zeros behind the heads."""
+        return up_to(self.attended, multiple(self.weights))
 
     @property
     def cached(self) -> int:
@@ -55,18 +79,9 @@ class DecoderShape:
 
     def layouts(self) -> dict[str, Layout]:
         """Return how each matrix of a layer lies in panels."""
-        columns = {"qkv": self.hidden, "out": self.attended, "gate_up": self.hidden, "down": self.inner_padded}
-        return {name: Layout(self.weights, width, self.narrow) for name, width in columns.items()}
-
-    def problem(self) -> str | None:
-        """Return why the kernels do not take this shape, or nothing."""
-        if self.hidden % LANES or self.attended % LANES:
-            return f"its own kernels need widths that are multiples of {LANES}, found {self.hidden} and {self.attended}"
-        if problem := self.layouts()["qkv"].problem():
-            return problem
-        if self.head_dim % (2 * LANES):
-            return f"its own kernels need a head size that is a multiple of {2 * LANES}, found {self.head_dim}"
-        return None
+        width = self.width
+        columns = {"qkv": width, "out": self.attended_padded, "gate_up": width, "down": self.inner_padded}
+        return {name: Layout(self.weights, size, self.narrow) for name, size in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -79,22 +94,25 @@ class Section:
 
 def panels_of(shape: DecoderShape, name: str) -> int:
     """Return how many panels a matrix of a layer has."""
-    rows = {"qkv": shape.projected, "out": shape.hidden, "gate_up": 2 * shape.inner_padded, "down": shape.hidden}
+    rows = {"qkv": shape.projected, "out": shape.width, "gate_up": 2 * shape.inner_padded, "down": shape.width}
     return up_to(rows[name], PANEL) // PANEL
 
 
 def sections(shape: DecoderShape) -> dict[str, Section]:
     """Return the parts of a layer's buffer in the order of their use, each on a cache line of its own.
 
-    `norm*` are f32[hidden]; a matrix `m` has `m.bias` f32[rows], and `m.scale` and `m.data` in panels.
+    `norm*` are f32[width], norms of heads f32[head_dim]; a matrix `m` has `m.bias` f32[rows], and `m.scale` and
+    `m.data` in panels.
     """
     sizes = {}
     for name, layout in shape.layouts().items():
         if name in NORMS:
-            sizes[NORMS[name]] = 4 * shape.hidden
+            sizes[NORMS[name]] = 4 * shape.width
         panels = panels_of(shape, name)
         sizes |= {f"{name}.scale": panels * layout.scale_bytes, f"{name}.bias": 4 * PANEL * panels}
         sizes[f"{name}.data"] = panels * layout.panel_bytes
+        if name == "qkv" and shape.head_norms:
+            sizes |= dict.fromkeys(HEAD_NORMS, 4 * shape.head_dim)
     found, offset = {}, 0
     for name, size in sizes.items():
         found[name] = Section(offset, size)

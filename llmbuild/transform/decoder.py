@@ -7,11 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from llmbuild.kernels.layouts import Layout
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes, sections
-from llmbuild.transform.panels import Matrix, encode, pack, unpack
+from llmbuild.kernels.shapes import HEAD_NORMS, NORMS, DecoderShape, buffer_bytes, sections
+from llmbuild.transform.panels import Matrix, encode_for, pack, unpack
 from llmbuild.transform.quantized import Quantized
-from llmbuild.transform.weights import Array, interleave, pad_rows
+from llmbuild.transform.weights import Array, interleave, pad_rows, pad_width
 
 PARTS = {"qkv": ("query", "key", "value"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The matrices of a layer, and those of the model that each is made of."""
@@ -22,13 +21,14 @@ def layer_buffer(
 ) -> Array:
     """Return bytes u8[buffer_bytes(shape)].
 
-    `arrays` holds `norm1`, `norm2` f32[hidden] and the matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`,
-    `up`, `down`; a bias f32[N] of one of them is `<name>.bias`. A matrix that is `ready` was quantized before; the
-    others are rounded to the nearest.
+    `arrays` holds `norm1`, `norm2` f32[hidden], the `HEAD_NORMS` f32[head_dim] of a shape that has them, and the
+    matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`, `up`, `down`; a bias f32[N] of one of them is
+    `<name>.bias`. A matrix that is `ready` was quantized before; the others are rounded to the nearest.
     """
-    parts = {"norm1": arrays["norm1"], "norm2": arrays["norm2"]}
+    parts = {name: pad_width(arrays[name], shape.width) for name in NORMS.values()}
+    parts |= {name: arrays[name] for name in HEAD_NORMS if shape.head_norms}
     for name, layout in shape.layouts().items():
-        encoded = [_encoded(layout, arrays[part], (ready or {}).get(part)) for part in PARTS[name]]
+        encoded = [encode_for(layout, arrays[part], (ready or {}).get(part)) for part in PARTS[name]]
         join = interleave if name == "gate_up" else _stack
         data, scale = pack(layout, _joined(encoded, join))
         bias = join(*[_bias(arrays, part) for part in PARTS[name]])
@@ -40,12 +40,6 @@ def layer_buffer(
             raise ValueError(f"{name}: {stored.nbytes} bytes where the layout has {section.size}")
         buffer[section.offset : section.offset + section.size] = stored.reshape(-1).view(np.uint8)
     return buffer
-
-
-def _encoded(layout: Layout, dense: Array, ready: Quantized | None) -> Quantized | Array:
-    if ready is not None and dense.shape[1] == layout.columns:
-        return ready
-    return encode(layout.form, _widen(dense, layout.columns))
 
 
 def _joined(parts: list[Quantized | Array], join: Callable[..., Array]) -> Quantized | Array:
@@ -64,12 +58,6 @@ def _stack(*parts: Array) -> Array:
 def _bias(arrays: Mapping[str, Array], name: str) -> Array:
     bias = arrays.get(f"{name}.bias")
     return np.zeros(len(arrays[name]), np.float32) if bias is None else bias
-
-
-def _widen(dense: Array, columns: int) -> Array:
-    wide = np.zeros((len(dense), columns), dense.dtype)
-    wide[:, : dense.shape[1]] = dense
-    return wide
 
 
 def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, Matrix]:

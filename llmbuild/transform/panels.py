@@ -9,8 +9,17 @@ import numpy as np
 from llmbuild.kernels.layouts import PERIOD, Layout
 from llmbuild.spec.formats import INTEGERS, SHARED
 from llmbuild.transform import shared_exponent as shared
-from llmbuild.transform.quantized import Quantized, quantize
-from llmbuild.transform.weights import PANEL, Array, from_bf16, pack_quads, pad_rows, to_bf16, unpack_quads
+from llmbuild.transform.quantized import Quantized, pad_columns, quantize, split_groups
+from llmbuild.transform.weights import (
+    PANEL,
+    Array,
+    from_bf16,
+    pack_quads,
+    pad_rows,
+    pad_width,
+    to_bf16,
+    unpack_quads,
+)
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,18 @@ def encode(form: str, dense: Array) -> Quantized | Array:
     if form == SHARED:
         return shared.nearest(dense)
     return dense.astype(np.float16) if form == "f16" else to_bf16(dense)
+
+
+def encode_for(layout: Layout, dense: Array, ready: Quantized | None = None) -> Quantized | Array:
+    """Return f32[N,K] in the format of a layout, with zeros in the columns that it has beyond K.
+
+    What is `ready` was quantized before and is kept, unless it has groups that the layout has not.
+    """
+    if ready is not None:
+        kept = split_groups(pad_columns(ready, layout.columns), layout.group)
+        if kept is not None:
+            return kept
+    return encode(layout.form, pad_width(dense, layout.columns))
 
 
 def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmbuild.spec.formats import Format, fit_group
-from llmbuild.transform.weights import Array
+from llmbuild.transform.weights import Array, from_bf16, to_bf16
 
 LEAST_WEIGHT = 2.0**-100
 """A group with nothing larger is zero: scales of it would leave the normal numbers of f32."""
@@ -104,6 +104,36 @@ def dequantize(quantized: Quantized) -> Array:
     if quantized.zero is not None:
         parts -= quantized.zero[..., None]
     return (parts * quantized.scale[..., None]).reshape(quantized.codes.shape)
+
+
+def pad_columns(quantized: Quantized, columns: int) -> Quantized:
+    """Return the matrix with zeros behind its columns, which groups divide; the scale of a whole row goes for them too.
+
+    There must be no zero points.
+    """
+    rows, own = quantized.codes.shape
+    if own == columns:
+        return quantized
+    if quantized.zero is not None:
+        raise ValueError("columns of zeros have no code of their own where there are zero points")
+    codes = np.concatenate([quantized.codes, np.zeros((rows, columns - own), np.int8)], axis=1)
+    if quantized.group == own:
+        return replace(quantized, codes=codes, group=columns)
+    added = np.ones((rows, columns // quantized.group - quantized.scale.shape[1]), np.float32)
+    return replace(quantized, codes=codes, scale=np.concatenate([quantized.scale, added], axis=1))
+
+
+def split_groups(quantized: Quantized, group: int) -> Quantized | None:
+    """Return the matrix with a scale for each `group` of columns; None where some would need more than one.
+
+    The scale of a whole row is rounded to bf16 for that.
+    """
+    if quantized.group % group or quantized.zero is not None:
+        return None
+    if quantized.group == group:
+        return quantized
+    scale = from_bf16(to_bf16(quantized.scale))
+    return replace(quantized, scale=np.repeat(scale, quantized.group // group, axis=1), group=group)
 
 
 def stack(parts: Sequence[Quantized]) -> Quantized:

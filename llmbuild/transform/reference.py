@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from llmbuild.kernels.layouts import Layout
-from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape
 from llmbuild.transform.decoder import layer_matrices, section_of
 from llmbuild.transform.panels import Matrix
-from llmbuild.transform.weights import Array, from_bf16, to_bf16
+from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
 
 def quantized_rows(x: Array) -> tuple[Array, Array]:
@@ -33,10 +35,23 @@ def rounded_rows(x: Array, layout: Layout) -> Array:
     return (from_bf16(to_bf16(x)) if layout.narrow else x).astype(np.float64)
 
 
-def normalize(x: Array, weight: Array, epsilon: float) -> Array:
-    """Return rows scaled to a root mean square of 1, times the weight."""
-    mean = np.square(x.astype(np.float64)).mean(axis=1, keepdims=True)
+def normalize(x: Array, weight: Array, epsilon: float, size: int = 0) -> Array:
+    """Return rows [...,K] scaled to a root mean square of 1, times the weight; behind `size` columns are zeros."""
+    mean = np.square(x.astype(np.float64)).sum(axis=-1, keepdims=True) / (size or x.shape[-1])
     out: Array = (x / np.sqrt(mean + epsilon) * weight).astype(np.float32)
+    return out
+
+
+def activated(kind: str, gate: Array) -> Array:
+    """Return f64 of what the kernels do with a gate, by the name they have for it."""
+    x: Array = gate.astype(np.float64)
+    if kind == "gelu":
+        factor: Array = (1 + np.vectorize(math.erf, otypes=[float])(x * math.sqrt(0.5))) / 2
+    else:
+        inner = x if kind == "silu" else 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        with np.errstate(over="ignore"):
+            factor = 1 / (1 + np.exp(-inner))
+    out: Array = x * factor
     return out
 
 
@@ -51,21 +66,25 @@ def rotated(x: Array, cosine: Array, sine: Array) -> Array:
 def layer(
     shape: DecoderShape, x: Array, cosine: Array, sine: Array, start: int, buffer: Array, keys: Array, values: Array
 ) -> tuple[Array, Array, Array]:
-    """Return the new hidden states f32[T,hidden] and the new cache; arguments are those of the kernel."""
+    """Return the new hidden states f32[T,width] and the new cache; arguments are those of the kernel."""
     matrices, rows = layer_matrices(shape, buffer), len(x)
     norms = [section_of(shape, buffer, name).view(np.float32) for name in ("norm1", "norm2")]
-    qkv = multiply(normalize(x, norms[0], shape.epsilon), matrices["qkv"])
+    qkv = multiply(normalize(x, norms[0], shape.epsilon, shape.hidden), matrices["qkv"])
     query, key, value = np.split(qkv, np.cumsum([shape.attended, shape.cached]), axis=1)
-    key = rotated(key.reshape(rows, shape.kv_heads, -1), cosine, sine)
+    query, key = query.reshape(rows, shape.heads, -1), key.reshape(rows, shape.kv_heads, -1)
+    if shape.head_norms:
+        weights = [section_of(shape, buffer, name).view(np.float32) for name in HEAD_NORMS]
+        query, key = (normalize(part, w, shape.epsilon) for part, w in zip((query, key), weights, strict=True))
+    key = rotated(key, cosine, sine)
     keys, values, seen = keys.copy(), values.copy(), slice(start, start + rows)
     keys[seen] = key
     values[seen] = value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
-    query = rotated(query.reshape(rows, shape.heads, -1), cosine, sine)
-    middle = x + multiply(_attend(shape, query, start, keys, values), matrices["out"])[:, : shape.hidden]
-    turns = multiply(normalize(middle, norms[1], shape.epsilon), matrices["gate_up"]).reshape(rows, -1, 2, 32)
-    gate, up = turns[:, :, 0].astype(np.float64), turns[:, :, 1]
-    inner = (gate / (1 + np.exp(-gate)) * up).reshape(rows, -1).astype(np.float32)
-    return middle + multiply(inner, matrices["down"])[:, : shape.hidden], keys, values
+    attended = pad_width(_attend(shape, rotated(query, cosine, sine), start, keys, values), shape.attended_padded)
+    middle = x + multiply(attended, matrices["out"])[:, : shape.width]
+    normal = normalize(middle, norms[1], shape.epsilon, shape.hidden)
+    turns = multiply(normal, matrices["gate_up"]).reshape(rows, -1, 2, 32)
+    inner = (activated(shape.activation, turns[:, :, 0]) * turns[:, :, 1]).reshape(rows, -1).astype(np.float32)
+    return middle + multiply(inner, matrices["down"])[:, : shape.width], keys, values
 
 
 def _attend(shape: DecoderShape, query: Array, start: int, keys: Array, values: Array) -> Array:

@@ -28,6 +28,12 @@ def pad_rows(weights: Array, multiple: int = PANEL) -> Array:
     return np.concatenate([weights, np.zeros((missing, *weights.shape[1:]), weights.dtype)]) if missing else weights
 
 
+def pad_width(array: Array, size: int) -> Array:
+    """Return the array with zeros behind its last axis until that is so long."""
+    missing = size - array.shape[-1]
+    return np.concatenate([array, np.zeros((*array.shape[:-1], missing), array.dtype)], -1) if missing else array
+
+
 def pack_panels(weights: Array) -> Array:
     """Return `[ceil(N/64), K, 64]`: what one step over K needs lies together, and one panel is one contiguous
     stream.

@@ -18,11 +18,13 @@ SHAPE: dict[str, Any] = {
 }
 
 
-def write(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Write a Llama of `SHAPE` with `changes` into `folder` and return it."""
+def write(folder: Path, seed: int = 0, kind: str = "Llama", **changes: Any) -> Path:
+    """Write a model of `SHAPE` with `changes` into `folder` and return it; `kind` as the library names it."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
+    library: Any = transformers
     torch.manual_seed(seed)
-    LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes})).save_pretrained(folder)
+    config = getattr(library, f"{kind}Config")(**{**SHAPE, **changes})
+    getattr(library, f"{kind}ForCausalLM")(config).save_pretrained(folder)
     return folder
