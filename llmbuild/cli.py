@@ -304,9 +304,12 @@ def explain(variant: str, catalog: str, form: str | None) -> int:
 @click.argument("folder", default="recipes", type=PATH)
 def recipes(folder: Path, form: str | None) -> int:
     """List the recipes of FOLDER and what each asks for."""
+    from llmbuild.frontend.config import TAKEN
     from llmbuild.report import listings
 
-    return print_rows(listings.recipes(folder), form, listings.no_recipes(folder))
+    print_rows(listings.recipes(folder), form, listings.no_recipes(folder))
+    click.echo(f"architectures that are taken: {TAKEN}", err=True)
+    return 0
 
 
 @main.command()

@@ -159,9 +159,22 @@ def join(sources: Sequence[str], into: Path) -> Report:
     return Report(rows, "\n".join(map(cell, conflicts)) or "no conflicts", True)
 
 
+def _check_models(folder: Path, models: Sequence[str], location: str) -> None:
+    """Refuse a model that the catalog does not have, and a model where the place to publish to is expected."""
+    there = reader.models(folder)
+    if not models and location in there and not Path(location).exists():
+        raise InputError(
+            f"{location} is a model of {folder}: name a place to publish it to as well, "
+            f"`llmbuild publish {location} DEST`, or ./{location} for a folder of that name"
+        )
+    if unknown := [model for model in models if model not in there]:
+        raise InputError(f"no model {unknown[0]} in {folder}: it has {', '.join(there) or 'none'}")
+
+
 def send(folder: Path, models: Sequence[str], location: str, key: Path | None, tell: publish.Tell) -> Report:
     """Publish the fronts of a catalog."""
     with opened(folder) as catalog:
+        _check_models(folder, models, location)
         sent = publish.publish(catalog, models, location, key, tell)
     row: Row = {
         "publication": sent.digest,

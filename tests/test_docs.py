@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.cli import main
+from llmbuild.frontend.config import KINDS
 from llmbuild.search.knobs import knobs_of
 from llmbuild.spec.reader import read_recipe, read_target
 from llmbuild.spec.slo import METRICS
@@ -177,3 +178,7 @@ def test_a_query_runs_on_the_schema(query: str, tmp_path: Path) -> None:
 def test_the_metrics_of_the_catalog_are_all_named() -> None:
     named = next(s for s in spans() if s.startswith("ttft_s tpot_s"))
     assert set(named.split()) == set(METRICS)
+
+
+def test_the_architectures_that_are_named_are_those_that_are_taken() -> None:
+    assert {kind for kind in KINDS if kind in spans()} == set(KINDS)

@@ -176,3 +176,69 @@ def test_help_names_the_exit_codes_and_the_first_commands(capsys: pytest.Capture
         True,
         False,
     )
+
+
+# --- wrong names -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def seed(elsewhere: Path) -> Path:
+    """A catalog of one model `m` for one target and workload, in the current folder."""
+    from tests.support.synthetic import Made, fill
+
+    fill(elsewhere / "seed", [Made("default", "dominated", default=True), Made("fast")])
+    return elsewhere / "seed"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("publish", "m"), "m is a model of seed: name a place"),
+        (("publish", "m", "x", "out"), "no model x in seed: it has m"),
+        (("pick", "-t", "z80"), "it has target host, workload short"),
+        (("pick", "--workload", "z80"), "it has target host, workload short"),
+        (("pick", "-m", "x"), "it has models m"),
+        (("keys", "."), "a folder, not a name"),
+        (("keys", ".."), "a folder, not a name"),
+        (("pull", "http://["), "http://["),
+    ],
+)
+def test_a_wrong_name_is_told_the_right_ones(
+    words: tuple[str, ...], told: str, seed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = () if words[0] in ("keys", "pull") else ("-C", "seed")
+    assert told in refused(capsys, *words, *more)
+    assert sorted(path.name for path in seed.parent.iterdir()) == ["seed"]
+
+
+@pytest.mark.parametrize("column", ["model", "target", "workload"])
+def test_a_query_that_finds_nothing_says_what_is_there(
+    column: str, seed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = said(capsys, "query", f"--{column}", "z80", "-C", "seed")
+    assert (code, out, f"no {column} 'z80' in seed: it has " in err) == (0, "", True)
+
+
+# --- models that cannot be taken ---------------------------------------------------------------------------------
+
+
+def test_a_model_that_cannot_be_taken_is_told_by_recipes_and_by_a_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("gpt").mkdir()
+    Path("gpt/config.json").write_text('{"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}')
+    Path("gpt/model.safetensors").write_bytes(b"")
+    Path("gpt.yaml").write_text("model: {huggingface: gpt}\nworkloads: [{name: a, prompt: 8, output: 8}]\n")
+    state = json.loads(said(capsys, "recipes", ".", "--json")[1])[0]["state"]
+    planned = refused(capsys, "build", "gpt.yaml", "-n")
+    for told in (state, planned):
+        assert "GPT2LMHeadModel" in told and "LlamaForCausalLM" in told and "qwen3" in told
+
+
+def test_recipes_and_doctor_name_the_architectures(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "qwen3 (Qwen3ForCausalLM)" in said(capsys, "recipes", ".")[2]
+    rows = {row["check"]: row["found"] for row in json.loads(said(capsys, "doctor", "--json")[1])}
+    assert "qwen3 (Qwen3ForCausalLM)" in rows["architectures"]
+
+
+def test_a_recipe_whose_file_name_is_no_text_asks_for_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("\udcff.yaml").write_text("model: {huggingface: m}\nworkloads: [{name: a, prompt: 8, output: 8}]\n")
+    assert "add `name: NAME`" in refused(capsys, "build", "\udcff.yaml", "-n")

@@ -193,6 +193,8 @@ def told(location: str) -> Iterator[None]:
         raise CatalogError(
             f"{location}: cannot be used: {error.strerror or error}; run the same command again"
         ) from None
+    except ValueError as error:  # a URL whose parts make no sense is found by the library when it is used
+        raise InputError(f"{location}: no place that can be used: {error}") from None
     except Exception as error:  # each kind of place brings its own library, which is not imported to name its errors
         if type(error).__module__.split(".")[0] not in CLIENTS:
             raise

@@ -19,6 +19,8 @@ def make_keys(name: Path) -> tuple[Path, Path]:
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
+    if name.name in ("", ".."):
+        raise InputError(f"{name}: a folder, not a name: NAME.key and NAME.pub are written, such as {name / 'release'}")
     secret, public = name.with_name(name.name + ".key"), name.with_name(name.name + ".pub")
     if secret.exists() or public.exists():
         raise InputError(f"{secret} or {public} is there already: name another")

@@ -65,6 +65,8 @@ KINDS = {
     "qwen3": Kind("Qwen3ForCausalLM", _QWEN_KEYS | {"attention_bias"}, window=4096, by_layer=True),
 }
 """By `model_type`."""
+TAKEN = ", ".join(f"{kind} ({each.name})" for kind, each in KINDS.items())
+"""The architectures that are taken, for people."""
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,7 @@ def _unknown(config: Mapping[str, Any]) -> str:
     named = config.get("architectures")
     labels = ", ".join(map(str, named)) if isinstance(named, list) else ""
     found = f"{labels or 'this architecture'} is not supported: model_type is {shown(config.get('model_type'))}"
-    taken = ", ".join(f"{kind} ({each.name})" for kind, each in KINDS.items())
-    return f"{found}; taken are {taken}"
+    return f"{found}; taken are {TAKEN}"
 
 
 class _Reading:

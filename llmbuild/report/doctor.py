@@ -14,6 +14,7 @@ from llmbuild.catalog.known import Known, is_current
 from llmbuild.catalog.place import FILE
 from llmbuild.compiler.iree import compiler_version
 from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.frontend.config import TAKEN
 from llmbuild.profiler import estimate, nvml, rapl
 from llmbuild.profiler.energy import Absent, Meter
 from llmbuild.runtime import host, reader
@@ -35,7 +36,15 @@ def checks(catalog: Path) -> list[dict[str, Any]]:
     rows = [_row("python", "ok", sys.version.split()[0])]
     for extra, names in NEEDED.items():
         rows += [_package(name, extra) for name in names]
-    rows += [_versions(), _features(), _memory(), _cpus(), *_energy(), _disk(catalog)]
+    rows += [
+        _versions(),
+        _row("architectures", "ok", TAKEN),
+        _features(),
+        _memory(),
+        _cpus(),
+        *_energy(),
+        _disk(catalog),
+    ]
     return [*rows, *_catalog(catalog)]
 
 

@@ -50,7 +50,7 @@ def _recipe_row(path: Path) -> dict[str, Any]:
         if (folder := at_hand(model.location, model.random_init)) is not None:
             examine(folder, model.random_init, recipe.context)
     except InputError as error:
-        return {**row, "state": str(error)}
+        return {**row, "state": "; ".join(line.strip() for line in str(error).splitlines())}
     loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)
     return {
         **row,

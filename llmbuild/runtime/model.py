@@ -356,4 +356,9 @@ def _only_model(catalog: Path) -> str:
 
 def _no_rows(catalog: Path, model: str, target: str | None, workload: str | None) -> str:
     asked = "".join(f", {k} {v}" for k, v in (("target", target), ("workload", workload)) if v)
-    return f"no variant of {model}{asked} in {catalog}: it has models {', '.join(reader.models(catalog)) or 'none'}"
+    models = reader.models(catalog)
+    if model not in models:
+        return f"no variant of {model}{asked} in {catalog}: it has models {', '.join(models) or 'none'}"
+    rows = reader.variants(catalog, model, everything=True)
+    there = sorted({f"target {row['target']}, workload {row['workload']}" for row in rows})
+    return f"no variant of {model}{asked} in {catalog}: it has {'; '.join(there)}"

@@ -235,6 +235,8 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     if "backend" in raw and "model" not in raw:
         raise InputError(f"{path}: a target, not a recipe: name it with -t")
     parsed = _validate(_Recipe, raw, path)
+    if parsed.name is None and not path.stem.isprintable():
+        raise InputError(f"{str(path)!a}: its name is no text to call a model by: add `name: NAME` to the recipe")
     folder = (path.parent / parsed.model.huggingface).resolve()
     looks_local = (
         folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
