@@ -140,7 +140,9 @@ def test_what_is_no_file_is_told_at_once(model: Path, name: str, what: str) -> N
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"a": NaN}', "[" * 100_000, '{"a": 1' + "0" * 9999 + "}"])
+@pytest.mark.parametrize(
+    "text", ["", "[1]", r'{"a": "\ud800"}', '{"a": NaN}', "[" * 100_000, '{"a": 1' + "0" * 9999 + "}"]
+)
 @pytest.mark.parametrize("name", ["config.json", "generation_config.json", "tokenizer.json"])
 def test_what_is_no_json_object_is_told_with_its_file(model: Path, name: str, text: str) -> None:
     (model / name).write_text(text)

@@ -49,6 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
     check_file(path)
     try:
         found = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        json.dumps(found, ensure_ascii=False).encode()  # an escape may say half a character, which is no text
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {told(error)}") from None
     except RecursionError:

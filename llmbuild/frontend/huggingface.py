@@ -85,7 +85,8 @@ def _listening() -> Iterator[list[str]]:
 
     class _Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
-            said.append(" ".join(_COLOR.sub("", record.getMessage()).split()))
+            if not record.name.startswith("transformers.generation"):  # of settings for its own sampling
+                said.append(" ".join(_COLOR.sub("", record.getMessage()).split()))
 
     handler, logger = _Handler(logging.WARNING), logging.getLogger("transformers")
     _library.logging.disable_progress_bar()

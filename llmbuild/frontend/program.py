@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,18 +62,12 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         InputError: the model cannot be taken, or a choice does not exist or does not fit the model or the target.
     """
     choices = settle(job)
-    loaded = huggingface.load_told(job.model, job.random_init, job.seed, LIBRARY_ATTENTION, job.context)
-    model = loaded.model
-    abi = describe(model, job, choices)
-    tokens = check_tokens(abi, job.seed)
-    truth = library_says(model, tokens)
-    attention.register()
-    model.set_attn_implementation(attention.NAME)
-    check_import(model, job.model, abi, tokens, truth)
+    taken = take(job, choices)
+    model, abi = taken.model, taken.abi
     kernels = apply(model, job, choices)
     out.mkdir(parents=True, exist_ok=True)
     with torch.inference_mode():
-        data = check_data(model, abi, tokens, truth if is_exact(choices) else None)
+        data = check_data(model, abi, taken.tokens, taken.truth if is_exact(choices) else None)
         np.savez(out / CHECK_FILE, **data)  # type: ignore[arg-type]
     module, parameters = importer.import_programs(export(model, abi))
     splice.splice(module, kernels)
@@ -86,7 +80,34 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         check=digest.of_file(out / CHECK_FILE),
         abi=abi,
     )
-    return ImportResult(program, type(model).__name__, parameters.size_bytes(), loaded.notes)
+    return ImportResult(program, type(model).__name__, parameters.size_bytes(), taken.notes)
+
+
+@dataclass(frozen=True)
+class Taken:
+    """A model with our attention and its own weights, and what the library said on `tokens` before: `truth`."""
+
+    model: Any
+    abi: Abi
+    tokens: CheckTokens
+    truth: np.ndarray
+    notes: tuple[str, ...]
+
+
+def take(job: ImportJob, choices: dict[str, str]) -> Taken:
+    """Load a model, ask it as the library runs it, and see that it says the same as we run it.
+
+    Raises:
+        InputError: the model cannot be taken, or says something else.
+    """
+    loaded = huggingface.load_told(job.model, job.random_init, job.seed, LIBRARY_ATTENTION, job.context)
+    abi = describe(loaded.model, job, choices)
+    tokens = check_tokens(abi, job.seed)
+    truth = library_says(loaded.model, tokens)
+    attention.register()
+    loaded.model.set_attn_implementation(attention.NAME)
+    check_import(loaded.model, job.model, abi, tokens, truth)
+    return Taken(loaded.model, abi, tokens, truth, loaded.notes)
 
 
 def settle(job: ImportJob) -> dict[str, str]:

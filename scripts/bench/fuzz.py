@@ -1,6 +1,6 @@
-"""Feed mutated and random recipes, targets, lock files, manifests and catalogs to what reads them.
+"""Feed mutated and random recipes, targets, lock files, manifests, catalogs and model folders to what reads them.
 
-python scripts/bench/fuzz.py [--cases 10000] [--seed 0] [--json]
+python scripts/bench/fuzz.py [--cases 10000] [--seed 0] [--only KIND]... [--loaded 0.01] [--json]
 
 Each case must be taken, or refused with one error of ours, within seconds, and must write nothing but where it was told
 to. A fault is anything else: a traceback, a hang, a file somewhere else. Cases are drawn by Hypothesis.
@@ -16,12 +16,13 @@ import signal
 import sqlite3
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import odd_models
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
@@ -88,8 +89,9 @@ def mutation(draw: Any) -> Callable[[bytes], bytes]:
 class Cases:
     """What is fed, and to whom; every one works in a folder of its own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, loaded: float = 0.0) -> None:
+        """Make what is mutated; `loaded` is the part of odd models that is loaded as well."""
+        self.folder, self.loaded = folder, loaded
         fill(folder / "seed", [Made("default", "dominated", default=True), Made("fast")])
         catalog = Catalog(folder / "seed")
         publish(catalog, (), str(folder / "published"), None)
@@ -148,13 +150,17 @@ class Cases:
         pull(str(work / "p"), work / "got", Wanted(ASKED), Policy())
         load(work / "got", "m", ["tpot_s<=1"])
 
+    def model(self, _: Callable[[bytes], bytes], work: Path) -> None:
+        """Judge a model folder that is odd, and load some of those that are taken."""
+        odd_models.feed(work, random.getrandbits(64), random.random() < self.loaded)
 
-KINDS = ("recipe", "target", "locked", "catalog", "cells", "publication")
+
+KINDS = ("recipe", "target", "locked", "catalog", "cells", "publication", "model")
 
 
-def run(folder: Path, cases: int, seed: int) -> dict[str, Any]:
+def run(folder: Path, cases: int, seed: int, kinds: Sequence[str] = KINDS, loaded: float = 0.0) -> dict[str, Any]:
     """Feed `cases` cases and return how many were taken, refused, and what went wrong."""
-    fed, came_to, faults = Cases(folder), Counter[str](), []
+    fed, came_to, faults = Cases(folder, loaded), Counter[str](), []
     signal.signal(signal.SIGALRM, _late)
 
     @seeded(seed)
@@ -165,7 +171,7 @@ def run(folder: Path, cases: int, seed: int) -> dict[str, Any]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.sampled_from(KINDS), mutation(), st.integers(0, 1 << 30))
+    @given(st.sampled_from(kinds), mutation(), st.integers(0, 1 << 30))
     def one(kind: str, change: Callable[[bytes], bytes], number: int) -> None:
         random.seed(number)
         work = folder / "work"
@@ -189,7 +195,7 @@ def run(folder: Path, cases: int, seed: int) -> dict[str, Any]:
     one()
     made = sum(came_to.values()) + len(faults)
     for _ in range(cases - made):  # Hypothesis may stop early where it sees no news
-        one.hypothesis.inner_test(random.choice(KINDS), mutation().example(), random.randrange(1 << 30))
+        one.hypothesis.inner_test(random.choice(kinds), mutation().example(), random.randrange(1 << 30))
     return {"cases": cases, "taken": came_to["taken"], "refused": came_to["refused"], "faults": faults}
 
 
@@ -198,10 +204,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=10000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", choices=KINDS, action="append", help="feed this kind alone; may be given again")
+    parser.add_argument("--loaded", type=float, default=0.01, help="part of odd models that is loaded as well")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with TemporaryDirectory() as name:
-        found = run(Path(name), arguments.cases, arguments.seed)
+        found = run(Path(name), arguments.cases, arguments.seed, arguments.only or KINDS, arguments.loaded)
     if arguments.json:
         print(json.dumps({"machine": host.machine().describe(), **found}))
     else:
