@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from safetensors.numpy import load_file, save_file
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, examine, find_model
 from llmbuild.spec.recipe import ModelSource
+from tests.conftest import llmbuild
 from tests.support import folders
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
@@ -324,3 +326,64 @@ def test_what_the_library_does_not_read_is_told(tmp_path: Path) -> None:
         "architectures says MyForCausalLM, but model_type llama builds LlamaForCausalLM",
         "LlamaForCausalLM does not read rope_interleaved",
     )
+
+
+# --- said at once --------------------------------------------------------------------------------------------------
+
+RECIPE = """\
+name: {name}
+model: {{huggingface: ./{name}}}
+workloads:
+  - {{name: short, prompt: 8, output: 8, context: 64}}
+quality: {{bounds: ['quality_kl<=0.1']}}
+"""
+
+
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three recipes whose models cannot be built, and one whose model can."""
+    folder = tmp_path_factory.mktemp("recipes")
+    labels = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    folders.configure(folders.write(folder / "a"), folders.shape(**labels))
+    folders.write(folder / "b", max_position_embeddings=32)
+    folders.configure(folders.write(folder / "c"), folders.shape(intermediate_size=45))
+    folders.write(folder / "d")
+    for name in "abcd":
+        (folder / f"{name}.yaml").write_text(RECIPE.format(name=name))
+    return folder
+
+
+FAULTS = {
+    "a": 'config.json: GPT2LMHeadModel is not supported: model_type is "gpt2"',
+    "b": "config.json: context 64 is longer than the 32 positions that the model was made for",
+    "c": "model.layers.0.mlp.gate_proj.weight is 44x32, config.json makes it 45x32",
+}
+
+
+def test_recipes_lists_what_cannot_be_built(recipes: Path) -> None:
+    done = llmbuild("recipes", recipes, "--json")
+    states = {Path(row["recipe"]).stem: row["state"] for row in json.loads(done.stdout)}
+    assert states.pop("d") == "ok"
+    assert {name: FAULTS[name] in state for name, state in states.items()} == dict.fromkeys("abc", True)
+
+
+@pytest.mark.parametrize("name", "abc")
+def test_a_dry_run_says_what_cannot_be_built_before_anything_heavy_is_loaded(recipes: Path, name: str) -> None:
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    options = ["-n", recipes / f"{name}.yaml", "-C", recipes / "catalog"]
+    done = llmbuild("build", *options, PYTHONPROFILEIMPORTTIME="1")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 2
+    loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    (told,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
+    assert FAULTS[name] in told
+    assert "llmbuild.frontend.source" in loaded
+    assert {"torch", "transformers", "huggingface_hub"} & loaded == set()
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+
+
+def test_bounds_that_cannot_be_judged_are_told_before_a_build(recipes: Path) -> None:
+    done = llmbuild("build", "-n", recipes / "d.yaml", "-C", recipes / "catalog")
+    assert done.returncode == 0, done.stderr
+    told = "note: d: quality_kl<=0.1 will not be judged: quality is absent: the recipe names no held-out text"
+    assert told in done.stderr.splitlines()
