@@ -10,8 +10,8 @@ from typing import Any
 import click
 
 import llmbuild
-from llmbuild import cli_catalog
-from llmbuild.errors import LlmbuildError, NothingUsable, NoVariant
+from llmbuild import cli_catalog, edge
+from llmbuild.errors import InputError, LlmbuildError, NothingUsable, NoVariant
 from llmbuild.options import (
     PATH,
     PLACE,
@@ -60,7 +60,9 @@ class Group(click.Group):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         kwargs["standalone_mode"] = False
         try:
+            edge.prepare()
             code = super().main(*args, **kwargs)
+            sys.stdout.flush()
         except click.exceptions.Exit as done:
             code = done.exit_code
         except click.ClickException as error:
@@ -74,8 +76,15 @@ class Group(click.Group):
                 raise
             click.echo(f"error: {error}", err=True)
             code = error.exit_code
-        except BrokenPipeError:
-            code = 0
+        except (edge.PipeClosed, BrokenPipeError):
+            edge.quiet()
+            code = edge.CLOSED_PIPE
+        except OSError as error:
+            if self.debug:
+                raise
+            told = edge.refusal(error)
+            click.echo(f"error: {told}", err=True)
+            code = InputError.exit_code
         except Exception as error:  # the one broad except: a bug of ours must not look like the user's fault
             if self.debug:
                 raise
@@ -84,6 +93,16 @@ class Group(click.Group):
             )
             code = 1
         sys.exit(code if isinstance(code, int) else 0)
+
+    def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
+        """Read the command line; help may be printed to a pipe that is closed."""
+        with edge.piped():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command; what it prints may go to a pipe that is closed."""
+        with edge.piped():
+            return super().invoke(ctx)
 
 
 def _debug_option() -> click.Option:

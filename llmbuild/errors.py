@@ -10,7 +10,20 @@ LlmbuildError            anything a command reports in one message, without a tr
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
 from typing import Any
+
+_TODO = {
+    errno.EACCES: "its owner can give access, or name another place",
+    errno.EPERM: "its owner can give access, or name another place",
+    errno.EROFS: "name a place that can be written",
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some space and run the same command again",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 class LlmbuildError(Exception):
@@ -51,3 +64,22 @@ class NoVariant(LlmbuildError):
     def __init__(self, message: str, pick: Any = None) -> None:
         super().__init__(message)
         self.pick = pick
+
+
+def sentence(error: OSError) -> str:
+    """Return what the system refused, as one sentence: the path, the cause, and what to do where that is known."""
+    paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, (str, bytes, os.PathLike))]
+    cause = error.strerror or str(error) or type(error).__name__
+    todo = _TODO.get(error.errno or 0, "")
+    if "temporary directory" in cause:
+        todo = "set TMPDIR to a folder that can be written"
+    return ": ".join(text for text in (" -> ".join(paths), cause, todo) if text)
+
+
+@contextlib.contextmanager
+def telling(kind: type[LlmbuildError] = InputError) -> Iterator[None]:
+    """Turn what the system refuses into an error of ours, for who calls us as a library."""
+    try:
+        yield
+    except OSError as error:
+        raise kind(sentence(error)) from error

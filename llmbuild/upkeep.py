@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 
 from llmbuild.catalog import diff as differences
 from llmbuild.catalog import garbage, merge, publish, pull, signing, verify
-from llmbuild.catalog.place import exists
-from llmbuild.catalog.references import is_published
+from llmbuild.catalog.place import FILE, URL_FILE, exists
+from llmbuild.catalog.references import RECORDS, is_published
+from llmbuild.catalog.schema import migrated_copy
+from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.runtime import reader, trust
@@ -48,11 +52,34 @@ def opened(folder: Path, alone: bool = False) -> Iterator[Catalog]:
         return
     if not exists(folder):
         raise InputError(f"no catalog in {folder}: build one with `llmbuild build`, or name one with -C")
+    if not alone and not _writable(folder):
+        with _read_only(folder) as catalog:
+            yield catalog
+        return
     catalog = Catalog(folder, alone)
     try:
         yield catalog
     finally:
         catalog.close()
+
+
+def _writable(folder: Path) -> bool:
+    """Say whether a catalog can be written; whether a server's rows can is for the server to say."""
+    return os.access(folder, os.W_OK) and ((folder / URL_FILE).is_file() or os.access(folder / FILE, os.W_OK))
+
+
+@contextlib.contextmanager
+def _read_only(folder: Path) -> Iterator[Catalog]:
+    """Open a private copy of the rows of a catalog that cannot be written; the blobs are its own."""
+    with migrated_copy(folder) as copy:
+        if (folder / RECORDS).is_dir():
+            shutil.copytree(folder / RECORDS, copy / RECORDS)
+        catalog = Catalog(copy)
+        catalog.blobs = BlobStore(folder)
+        try:
+            yield catalog
+        finally:
+            catalog.close()
 
 
 def check(folder: Path, rule: Policy, progress: Callable[[int, int], None]) -> Report:
@@ -186,6 +213,8 @@ def send(folder: Path, models: Sequence[str], location: str, key: Path | None, t
         "signed": sent.signed,
     }
     told = "published" if sent.changed else "nothing to do: this very publication is there already"
+    if not is_published(folder) and not _writable(folder):
+        told += f"; {folder} cannot be written, so its `llmbuild gc` does not know of this publication"
     return Report([row], f"{told}; {sent.sent_bytes / 1e6:.1f} of {sent.bytes / 1e6:.1f} MB sent", True)
 
 

@@ -118,11 +118,17 @@ class BlobStore:
         return whole
 
     def digests(self) -> Iterator[tuple[str, int]]:
-        """Yield the name and the size in bytes of every blob."""
-        for path in sorted(self.root.glob("??/*")):
-            if not path.name.startswith("."):
-                with contextlib.suppress(FileNotFoundError):
-                    yield path.name, path.stat().st_size
+        """Yield the name and the size in bytes of every blob.
+
+        Raises:
+            OSError: a folder cannot be read, whose blobs would look lost.
+        """
+        folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
+        for folder in (path for path in folders if len(path.name) == 2 and path.is_dir()):
+            for path in sorted(folder.iterdir()):
+                if not path.name.startswith("."):
+                    with contextlib.suppress(FileNotFoundError):
+                        yield path.name, path.stat().st_size
 
     def leftovers(self) -> Iterator[Path]:
         """Yield the temporary files that a killed process left behind."""

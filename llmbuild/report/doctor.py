@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 import sys
@@ -13,7 +14,7 @@ from llmbuild import resources
 from llmbuild.catalog.known import Known, is_current
 from llmbuild.catalog.place import FILE
 from llmbuild.compiler.iree import compiler_version
-from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.errors import InputError, LlmbuildError, telling
 from llmbuild.frontend.config import TAKEN
 from llmbuild.profiler import estimate, nvml, rapl
 from llmbuild.profiler.energy import Absent, Meter
@@ -119,7 +120,8 @@ def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
 
 
 def _disk(catalog: Path) -> dict[str, Any]:
-    existing = next(p for p in (catalog.resolve(), *catalog.resolve().parents) if p.exists())
+    whole = catalog.resolve()
+    existing = next(p for p in (whole, *whole.parents) if os.path.exists(p))  # noqa: PTH110 - false where not allowed
     free = shutil.disk_usage(existing).free
     if free < 1 << 30:
         return _row(
@@ -132,9 +134,11 @@ def _disk(catalog: Path) -> dict[str, Any]:
 
 
 def _catalog(catalog: Path) -> list[dict[str, Any]]:
-    if not (catalog / FILE).is_file():
-        return [_row("catalog", "note", f"none at {catalog}", "llmbuild build RECIPE makes one")]
     try:
+        with telling():
+            there = (catalog / FILE).is_file()
+        if not there:
+            return [_row("catalog", "note", f"none at {catalog}", "llmbuild build RECIPE makes one")]
         with reader.opened(catalog) as connection:
             found = connection.execute("PRAGMA integrity_check").fetchone()[0]
         lost = len(Known(catalog).lost()) if is_current(catalog) else 0

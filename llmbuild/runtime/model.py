@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
-from llmbuild.errors import InputError, LoadRefused, NoVariant
+from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, telling
 from llmbuild.runtime import devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
 from llmbuild.spec.pick import Candidate, Pick
@@ -40,6 +40,7 @@ def host_facts() -> HostFacts:
     )
 
 
+@telling(CatalogError)
 def pick(
     catalog: str | Path,
     model: str | None = None,
@@ -142,6 +143,7 @@ class Judged(Sequence[Any]):
         return self._tuple()[index]
 
 
+@telling(CatalogError)
 def load(
     catalog: str | Path,
     model: str | None = None,
@@ -213,9 +215,11 @@ def verify(catalog: Path, row: dict[str, Any]) -> None:
         if not name:
             continue
         path = reader.blob_path(catalog, name)
-        if not path.is_file():
+        with telling(LoadRefused):
+            there = digest.of_file(path) if path.is_file() else None
+        if there is None:
             raise LoadRefused(f"{path}: the {kind} is missing: run `llmbuild build` to make it again")
-        if digest.of_file(path) != name:
+        if there != name:
             raise LoadRefused(f"{path}: the {kind} was changed after it was built: delete it and run `llmbuild build`")
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shutil
 import sqlite3
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from llmbuild.errors import CatalogError, InputError
+from llmbuild.errors import CatalogError, InputError, sentence
 from llmbuild.runtime import machines as machines_
 from llmbuild.runtime import trust
 from llmbuild.spec.machine import NOWHERE
@@ -20,6 +22,9 @@ from llmbuild.strict import loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
 """Schemas this loader can read."""
+
+COPIES = 3
+"""How often a database that is being written to is copied, until it is told."""
 
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
@@ -85,26 +90,82 @@ def database(catalog: Path) -> Path:
 
 def tells_of_writers(file: Path) -> bool:
     """Say whether a database can be opened as one that others write to: a WAL needs a folder that can be written."""
-    return os.access(file.parent, os.W_OK) or Path(f"{file}-shm").exists()
+    return os.access(file.parent, os.W_OK) or (_log(file).exists() and os.access(f"{file}-shm", os.R_OK))
 
 
 def connected(file: Path) -> sqlite3.Connection:
     """Return a connection to a database that is only read; any thread may use it, one at a time.
 
-    One in a folder that cannot be written needs `immutable`; elsewhere that would miss a writer.
+    A folder that cannot be written takes no index of a write-ahead log. Without a log the database is opened as one
+    that nobody changes; with one, a private copy of both is read, for the database alone lacks the latest rows.
 
     Raises:
         CatalogError: it cannot be opened.
     """
-    mode = "mode=ro" if tells_of_writers(file) else "mode=ro&immutable=1"
-    name = f"{file.resolve().as_uri()}?{mode}"
     try:
-        connection = sqlite3.connect(name, uri=True, timeout=60, check_same_thread=False)
+        if os.access(file.parent, os.W_OK):
+            return _connection(file, "mode=ro")
+        if tells_of_writers(file):
+            with contextlib.suppress(sqlite3.OperationalError):  # such as an index that is no match for the log
+                return _connection(file, "mode=ro")
+        if not _log(file).exists() or not _log(file).stat().st_size:
+            return _connection(file, "mode=ro&immutable=1")
+        return _copied(file)
+    except sqlite3.Error as error:
+        raise CatalogError(_why_unreadable(file) or f"{file}: cannot be opened: {error}") from None
+    except OSError as error:
+        raise CatalogError(f"{sentence(error)}: without it, rows would be missing from {file}") from None
+
+
+def _log(file: Path) -> Path:
+    return file.with_name(f"{file.name}-wal")
+
+
+def _why_unreadable(file: Path) -> str:
+    try:
+        with open(file, "rb"):
+            return ""
+    except OSError as error:
+        return sentence(error)
+
+
+def _connection(file: Path, mode: str) -> sqlite3.Connection:
+    name = f"{file.resolve().as_uri()}?{mode}"
+    connection = sqlite3.connect(name, uri=True, timeout=60, check_same_thread=False)
+    try:
         connection.row_factory = sqlite3.Row
         connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
-        return connection
-    except sqlite3.Error as error:
-        raise CatalogError(f"{file}: cannot be opened: {error}") from None
+        connection.execute("SELECT count(*) FROM sqlite_master")  # opens the log, which `connect` does not
+    except sqlite3.OperationalError:
+        connection.close()
+        raise
+    except sqlite3.DatabaseError:
+        pass  # not a database: who looks for a schema says so
+    return connection
+
+
+def _copied(file: Path) -> sqlite3.Connection:
+    """Return a connection to a private copy of a database and its log; its folder is gone, its bytes go with it.
+
+    Raises:
+        OSError: there is no room for a copy, or something cannot be read.
+        CatalogError: somebody wrote to it whenever it was copied.
+    """
+    for _ in range(COPIES):
+        with tempfile.TemporaryDirectory(prefix="llmbuild-") as name:
+            copy, before = Path(name) / file.name, _state(file)
+            shutil.copyfile(file, copy)
+            shutil.copyfile(_log(file), _log(copy))
+            if _state(file) != before:
+                continue
+            with contextlib.closing(sqlite3.connect(copy)) as merging:
+                merging.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            return _connection(copy, "mode=ro&immutable=1")
+    raise CatalogError(f"{file}: is being written to, and its folder cannot be: run this where the writer runs")
+
+
+def _state(file: Path) -> list[tuple[int, int, int]]:
+    return [(s.st_ino, s.st_size, s.st_mtime_ns) for s in (file.stat(), _log(file).stat())]
 
 
 @contextlib.contextmanager
