@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,12 +61,20 @@ def test_inner_loops_are_the_instructions_and_spill_nothing(
 
 
 @pytest.mark.skipif(not EMULATOR, reason="LLMBUILD_AARCH64_RUN names no emulator")
-@pytest.mark.parametrize(("name", "form"), [("i8mm", "int8"), ("dotprod", "int4_g64"), ("dotprod", "f16")])
-def test_a_model_for_aarch64_agrees_with_torch(tmp_path: Path, name: str, form: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "form", "shape"),
+    [
+        ("i8mm", "int8", {"kind": "Qwen3", "hidden_size": 60, "head_dim": 24, "hidden_act": "gelu"}),
+        ("dotprod", "int4_g64", {}),
+        ("dotprod", "f16", {"hidden_size": 36, "intermediate_size": 43, "head_dim": 8, "hidden_act": "gelu_new"}),
+    ],
+)
+def test_a_model_for_aarch64_agrees_with_torch(tmp_path: Path, name: str, form: str, shape: dict[str, Any]) -> None:
     features = {"i8mm": ("+dotprod", "+i8mm"), "dotprod": ("+dotprod",)}[name]
     assert choose(features, form) is UNITS[name]
     choices = {"weight_format": form, "layout": "packed", "kernel": "own"}
-    job = ImportJob(str(tiny.write(tmp_path / "model")), 64, choices=tuple(choices.items()), features=features)
+    model = tiny.write(tmp_path / "model", **shape)
+    job = ImportJob(str(model), 64, choices=tuple(choices.items()), features=features)
     abi = import_model(job, tmp_path).program.abi
     artifact = MACHINES[name].compile(tmp_path / "module.mlirbc")
     with np.load(tmp_path / "check.npz") as check:

@@ -199,25 +199,6 @@ def test_biases_and_untied_heads_are_taken(tmp_path: Path) -> None:
         assert relative_error(actual, check["logits"]) < 1e-5
 
 
-@needs_vnni
-@pytest.mark.parametrize("form", ["int8", "int4_g64", "bf16", "f12_e4m7"])
-def test_own_kernels_take_odd_sizes_biases_and_untied_heads(tmp_path: Path, form: str) -> None:
-    shape = {
-        "hidden_size": 112,
-        "intermediate_size": 75,
-        "num_attention_heads": 7,
-        "num_key_value_heads": 1,
-        "head_dim": 32,
-    }
-    folder = tiny.write(tmp_path / "model", **shape, vocab_size=333, attention_bias=True, tie_word_embeddings=False)
-    choices = tuple({**OWN, "weight_format": form}.items())
-    job = ImportJob(str(folder), CONTEXT, choices=choices, features=FEATURES)
-    import_model(job, tmp_path / "a")
-    with np.load(tmp_path / "a" / "check.npz") as check:
-        actual = Built(tmp_path / "a").at("O2").forced(check["prompt"][0], check["forced"][0])[:, None]
-        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
-
-
 def test_random_init_depends_on_the_seed_alone(model: Path) -> None:
     window = np.array([[1, 2, 3]])
     one, same, other = (reference_logits(str(model), True, seed, window) for seed in (1, 1, 2))

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from llmbuild.frontend import attention, modules, own, single_row
 from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.program import apply, describe, import_model, run_eagerly, settle
+from llmbuild.frontend.program import apply, describe, formats_of, import_model, settle
+from llmbuild.frontend.truth import CheckTokens, run_eagerly
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem, gpu_problem
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.layouts import FORMATS
@@ -72,7 +73,7 @@ def drawn(kind: str, shape: dict[str, Any]) -> Any:
     return model
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(shapes(), st.sampled_from(("f32", "f16")))
 def test_arithmetic_on_packed_weights_is_that_of_the_library(shape: tuple[str, dict[str, Any]], cache: str) -> None:
     library, model = drawn(*shape), drawn(*shape)
@@ -80,12 +81,29 @@ def test_arithmetic_on_packed_weights_is_that_of_the_library(shape: tuple[str, d
     job = ImportJob("drawn", CONTEXT, choices=tuple({**OWN, "kv_dtype": cache}.items()), features=features)
     assert cpu_problem(own.facts(model), "f16", "f16") == ""
     drawing, vocabulary = np.random.default_rng(0), shape[1]["vocab_size"]
-    prompt, forced = drawing.integers(0, vocabulary, (1, 7)), drawing.integers(0, vocabulary, (1, 2))
+    tokens = CheckTokens(*(drawing.integers(0, vocabulary, (1, n)) for n in (7, 2)), np.array([7]))
     with torch.inference_mode():
         abi = describe(model, job, settle(job))
         apply(model, job, settle(job))
-        expected, actual = (run_eagerly(each, abi, prompt, forced, np.array([7])) for each in (library, model))
+        expected, actual = (run_eagerly(each, abi, tokens, 2) for each in (library, model))
     assert relative_error(actual, expected) < (1e-5 if cache == "f32" else 1e-2)
+
+
+@pytest.mark.parametrize("form", ["int8", "int4_g64"])
+def test_calibrated_weights_are_kept_in_widths_that_are_padded(tmp_path: Path, form: str) -> None:
+    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 99, (2, CONTEXT)))
+    shape = {**tiny.SHAPE, "hidden_size": 60, "intermediate_size": 172, "head_dim": 24, "num_hidden_layers": 1}
+    calibrated = {"weight_format": form, "head_format": "int8", "quantization": "gptq", "scaling": "activation"}
+    features = UNITS["avx2"].kernels["int8"].features
+    job = ImportJob("drawn", CONTEXT, choices=tuple({**OWN, **calibrated}.items()), features=features)
+    job, model = replace(job, calibration=str(tmp_path / "tokens.npy")), drawn("Qwen3", shape)
+    tokens = CheckTokens(np.arange(9)[None], np.array([[5, 7]]), np.array([9]))
+    with torch.inference_mode():
+        abi = describe(model, job, settle(job))
+        formats = formats_of(model, job, settle(job))
+        expected = run_eagerly(model, abi, tokens, 2)
+        own.put_in(model, CONTEXT, False, 1, formats, own.check(model, "drawn", features, (form, "int8")))
+        assert relative_error(run_eagerly(model, abi, tokens, 2), expected) < 0.03
 
 
 ODD = {"hidden_size": 60, "intermediate_size": 172, "num_hidden_layers": 1, "vocab_size": 333}
