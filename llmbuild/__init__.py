@@ -17,3 +17,8 @@ def __getattr__(name: str) -> "Any":
 
         return load
     raise AttributeError(f"module 'llmbuild' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Name the loader too, which is not imported yet."""
+    return sorted({*globals(), *__all__})

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -33,6 +34,9 @@ from llmbuild.options import (
 )
 from llmbuild.shown import data, guarded
 from llmbuild.strict import dumps
+
+if TYPE_CHECKING:
+    from llmbuild.runtime.model import Model
 
 INTERRUPTED = 130
 TOLD = 200
@@ -266,20 +270,30 @@ def pick(form: str | None, lock: Path | None, why: bool, **options: Any) -> int:
 
 @main.command(short_help="Pick a variant of MODEL and let it continue a text.")
 @click.argument("model")
-@click.option("--prompt", default="def main(", show_default=True, help="Text to continue.")
+@click.option("--prompt", metavar="TEXT", help="Text to continue; -: standard input, as also where that is redirected.")
 @click.option("--max-new-tokens", type=click.IntRange(1, 1 << 20), default=64, show_default=True, help="Tokens to add.")
 @click.option("--temperature", type=float, default=0.0, show_default=True, help="Above 0: draw tokens; 0 is greedy.")
 @click.option("--top-k", type=int, default=0, help="Draw from the k most likely tokens only.")
 @click.option("--top-p", type=float, default=1.0, help="Draw from the most likely tokens that reach this share.")
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Seed of the draws.")
+@click.option("--stop", multiple=True, metavar="TEXT", help="End the answer before this text; may be given again.")
+@click.option(
+    "--add-special-tokens/--no-add-special-tokens",
+    default=True,
+    show_default=True,
+    help="Put before the prompt what the tokenizer puts before a text; a rendered chat has it already.",
+)
 @click.option("--variant", help="Open this variant instead of picking one.")
 @click.option("--lock", type=PATH, help="Open what this lock file pins.")
 @click.option("--fallback", is_flag=True, help="Where a variant's files are refused, open the next that meets the SLO.")
 @slo_options
 @catalog_option
 @trust_options
-def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
-    """Pick a variant of MODEL and let it continue a text, token by token."""
+def run(model: str, prompt: str | None, max_new_tokens: int, **options: Any) -> int:
+    """Pick a variant of MODEL and let it continue a text, token by token.
+
+    Without --prompt the text is what standard input holds; where that is a terminal or empty, the model begins itself.
+    """
     from llmbuild.runtime.model import load
 
     opened = load(
@@ -295,14 +309,42 @@ def run(model: str, prompt: str, max_new_tokens: int, **options: Any) -> int:
         allow_unsigned=options["allow_unsigned"],
         fallback=options["fallback"],
     )
+    with opened:
+        return _say(opened, _given(prompt), max_new_tokens, options)
+
+
+def _given(prompt: str | None) -> str | None:
+    """Return the prompt: as it is given, or else what standard input holds; None where there is none."""
+    if prompt not in (None, "-"):
+        return prompt
+    if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
+        if prompt == "-":
+            raise InputError("--prompt -: standard input is closed")
+        return None
+    try:
+        text = sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input is not UTF-8 text: byte {error.start} cannot be read") from None
+    return text if text or prompt else None
+
+
+def _say(opened: Model, prompt: str | None, max_new_tokens: int, options: Mapping[str, Any]) -> int:
+    """Print the prompt and what the model makes of it; what is to be known about it goes to stderr."""
+    asked = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed", "stop", "add_special_tokens")}
+    answer = opened.generate(prompt, max_new_tokens, **asked)
     tpot = opened.row["tpot_s"]
     read = "never measured" if tpot is None else f"tpot {tpot:.3g} s"
     click.echo(f"variant {opened.row['variant'][:12]}, {read}", err=True)
-    data(prompt)
-    drawn = {name: options[name] for name in ("temperature", "top_k", "top_p", "seed")}
-    for piece in opened.generate(prompt, max_new_tokens, **drawn):
+    begun = f", {' '.join(answer.before)} put first" if answer.before else ""
+    left = opened.tokenizer.behind if options["add_special_tokens"] else ()
+    ends = f", the tokenizer's {' '.join(left)} at the end left out" if left else ""
+    click.echo(f"prompt of {len(answer.prompt)} tokens{begun}{ends}", err=True)
+    data(prompt or "")
+    for piece in answer:
         data(piece)
     click.echo()
+    if answer.finish_reason == "context":
+        click.echo(f"the context of {opened.session.abi.context} tokens is full: the answer ends here", err=True)
     return 0
 
 

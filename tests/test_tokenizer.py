@@ -173,6 +173,17 @@ def test_a_panic_of_the_library_is_an_error_of_ours(opened: dict[str, Tokenizer]
         tokenizer.decode([1])
 
 
+def test_a_panic_while_a_file_is_read_says_one_sentence(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    byte_level().save(str(tmp_path / "t.json"))
+    body = json.loads((tmp_path / "t.json").read_text())
+    (tmp_path / "t.json").write_text(
+        json.dumps({**body, "normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}})
+    )
+    with pytest.raises(InputError, match="cannot be read: Precompiled: Error"):
+        Tokenizer(tmp_path / "t.json")
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("text", "told"),
     [("a\ud800", r"U\+D800 alone at character 1"), (3, "int 3"), (b"a", "a bytes"), (None, "None"), (["a"], "a list")],

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 from numbers import Integral, Real
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from llmbuild.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 LARGEST = 2**32 - 1
 """No token has a greater id in any tokenizer."""
@@ -49,7 +50,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     Raises:
         InputError: it is none, or outside the range.
     """
-    if type(value) is not int and (isinstance(value, (bool, np.bool_)) or not isinstance(value, Integral)):
+    if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise InputError(f"{name} is {_kind(value)}; it must be an integer")
     found = int(value)
     if found < low or (high is not None and found > high):
@@ -64,7 +65,7 @@ def number(name: str, value: Any) -> float:
     Raises:
         InputError: it is none.
     """
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} is {_kind(value)}; it must be a number")
     if not isfinite(value):
         raise InputError(f"{name} is {value}; it must be finite")
@@ -102,6 +103,8 @@ def integers(name: str, value: Any) -> NDArray[np.int64]:
     Raises:
         InputError: it is none: text, fractions, truth values, rows of several lengths, integers past 64 bits.
     """
+    import numpy as np
+
     if isinstance(value, (str, bytes, set, frozenset, dict)):
         raise InputError(f"{name} is {_kind(value)}; it must be integers")
     try:

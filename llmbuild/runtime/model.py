@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, telling
-from llmbuild.runtime import devices, host, lock, ranking, reader, trust
+from llmbuild.runtime import checks, devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
+    from llmbuild.runtime.answers import Answer, Completion
     from llmbuild.runtime.sampling import Sampling
     from llmbuild.runtime.session import Session
+    from llmbuild.runtime.tokenizer import Encoded, Tokenizer
 
 
 LOADED = ("artifact", "parameters", "tokenizer")
@@ -59,8 +62,8 @@ def pick(
         InputError: the SLO cannot be read, or the catalog has no such model.
         NoVariant: nothing meets the SLO here; the error carries the pick with the nearest row and its distance.
     """
-    asked = parse_slo(list(slo), objective)
-    folder = Path(catalog)
+    folder, bounds = _asked(catalog, slo, model=model, objective=objective, target=target, workload=workload)
+    asked = parse_slo(bounds, objective)
     name = model or _only_model(folder)
     facts, absent = facts or host_facts(), _absent(folder)
     found = ranking.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
@@ -82,6 +85,20 @@ def pick(
     if made.chosen is None:
         raise NoVariant(told_nothing(made, asked, name), made)
     return replace(made, candidates=tuple(_with(c, made.chosen) for c in made.candidates))
+
+
+def _asked(catalog: object, slo: object, **names: object) -> tuple[Path, list[str]]:
+    """Return where the catalog is and the bounds of an SLO, of which one string is one.
+
+    Raises:
+        InputError: something is of another type, or no Unicode text.
+    """
+    if not isinstance(catalog, (str, Path)):
+        raise InputError(f"catalog is a {type(catalog).__name__}; it must be a path")
+    for name, value in names.items():
+        if value is not None:
+            checks.text(name, value)
+    return Path(catalog), [checks.text("slo", slo)] if isinstance(slo, str) else checks.texts("slo", slo)
 
 
 def _with(candidate: Candidate, chosen: dict[str, Any]) -> Candidate:
@@ -169,7 +186,9 @@ def load(
     Raises:
         CatalogError, InputError, NoVariant, LoadRefused: what is wrong, where, and what to do.
     """
-    folder = Path(catalog)
+    folder, slo = _asked(
+        catalog, slo, model=model, objective=objective, target=target, workload=workload, variant=variant
+    )
     trust.require(folder, trust.policy(trust_keys, allow_unsigned))
     if locked is not None:
         made = _locked(folder, Path(locked))
@@ -224,19 +243,43 @@ def verify(catalog: Path, row: dict[str, Any]) -> None:
 
 
 class Model:
-    """An opened variant. `pick` says why this one; `session` is opened on first use."""
+    """An opened variant. `pick` says why this one; `session` is opened on first use.
+
+    It makes several answers at a time, in turns: each has keys and values of its own until it ends or is closed.
+    """
 
     def __init__(self, catalog: Path, made: Pick) -> None:
         assert made.chosen is not None
         self.catalog = catalog
         self.pick = made
         self.row = made.chosen
+        self._turn = Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Release the artifact, its parameters and its device; answers that go on are ended by an error."""
+        self._closed = True
+        with self._turn:
+            if session := self.__dict__.pop("session", None):
+                session.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @cached_property
     def session(self) -> Session:
-        """The opened artifact."""
+        """The opened artifact.
+
+        Raises:
+            InputError: the model was closed.
+        """
         from llmbuild.runtime.session import Session, Settings
 
+        if self._closed:
+            raise InputError(f"model {self.row['model']} is closed: load it again")
         point = self.row["point"]
         return Session(
             reader.blob_path(self.catalog, self.row["artifact"]),
@@ -246,7 +289,7 @@ class Model:
         )
 
     @cached_property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> Tokenizer:
         """The model's tokenizer.
 
         Raises:
@@ -254,83 +297,116 @@ class Model:
         """
         if not self.row.get("tokenizer"):
             raise InputError(f"model {self.row['model']} has no tokenizer: pass token ids to `tokens`")
-        from tokenizers import Tokenizer
+        from llmbuild.runtime.tokenizer import Tokenizer
 
-        path = reader.blob_path(self.catalog, self.row["tokenizer"])
         try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # noqa: BLE001 - the library has no kind of its own
-            raise LoadRefused(f"{path}: the tokenizer cannot be read: {error}: build with one that can") from None
+            return Tokenizer(reader.blob_path(self.catalog, self.row["tokenizer"]))
+        except InputError as error:
+            raise LoadRefused(f"{error}: build with one that can") from None
 
-    def tokens(
-        self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None
-    ) -> Iterator[int]:
+    def tokens(self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None) -> Answer[int]:
         """Yield the continuation of `prompt` token by token, up to an end token or the end of the context.
 
-        Greedy unless `sampling` has a temperature.
+        Greedy unless `sampling` has a temperature. The answer's `finish_reason` says why it ended.
+
+        Raises:
+            InputError: at once, where the prompt is empty, has a token outside the vocabulary or does not fit.
         """
-        session = self.session
-        choose = _chooser(session, sampling)
-        position = len(prompt)
-        token = choose(session.prefill(prompt))
-        for left in range(max_new_tokens - 1, -1, -1):
-            yield token
-            if left == 0 or token in session.abi.eos_tokens or position >= session.abi.context:
-                return
-            token = choose(session.decode(token, position))
-            position += 1
+        from llmbuild.runtime import answers
+
+        asked = answers.Asked.of(self.session, "the prompt", prompt, max_new_tokens, sampling)
+        return answers.tokens(self.session, self._turn, asked)
 
     def tokens_batch(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> list[list[int]]:
         """Return the continuation of each prompt, as many together as the variant was built for.
 
-        Greedy unless `sampling` has a temperature; then each prompt has a seed of its own.
+        Greedy unless `sampling` has a temperature; then each prompt has draws of its own.
         """
+        from llmbuild.runtime.together import continued
+
+        with self._turn:
+            return [list(one.tokens) for one in continued(self.session, prompts, max_new_tokens, sampling)]
+
+    def generate_batch(self, prompts: Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
+        """Return the continuation of each prompt as text; `options` are those of `generate`."""
+        return [one.text for one in self.complete(prompts, max_new_tokens, **options)]
+
+    def complete(
+        self,
+        prompts: Sequence[str],
+        max_new_tokens: int = 64,
+        *,
+        stop: str | Sequence[str] = (),
+        add_special_tokens: bool = True,
+        **sampling: float,
+    ) -> list[Completion]:
+        """Return the continuation of each prompt: its text, its tokens and why it ended.
+
+        The text is that of `generate` with the same options.
+        """
+        from llmbuild.runtime import answers
         from llmbuild.runtime.sampling import Sampling
-        from llmbuild.runtime.together import answer
+        from llmbuild.runtime.together import continued
 
-        return answer(self.session, prompts, max_new_tokens, sampling or Sampling())
+        tokenizer, stops, drawn = self.tokenizer, answers.stop_strings(stop), Sampling.of(sampling)
+        ids = [self._encode(text, add_special_tokens).ids for text in checks.texts("prompts", prompts)]
+        read = [answers.Reading(tokenizer.decoder(mine), self.session.abi.eos_tokens, stops) for mine in ids]
+        with self._turn:
+            found = continued(self.session, ids, max_new_tokens, drawn, [one.push for one in read])
+        return [one.whole(new.tokens, new.finish_reason) for one, new in zip(read, found, strict=True)]
 
-    def generate_batch(self, prompts: Sequence[str], max_new_tokens: int = 64, **sampling: float) -> list[str]:
-        """Return the continuation of each prompt as text; `sampling` is that of `generate`."""
-        from llmbuild.runtime.sampling import Sampling
-
-        tokenizer = self.tokenizer
-        ids = [tokenizer.encode(prompt).ids for prompt in prompts]
-        found = self.tokens_batch(ids, max_new_tokens, Sampling(**sampling))  # type: ignore[arg-type]
-        return [
-            tokenizer.decode(mine + new)[len(tokenizer.decode(mine)) :] for mine, new in zip(ids, found, strict=True)
-        ]
-
-    def generate(self, prompt: str, max_new_tokens: int = 64, **sampling: float) -> Iterator[str]:
+    def generate(
+        self,
+        prompt: str | None,
+        max_new_tokens: int = 64,
+        *,
+        stop: str | Sequence[str] = (),
+        add_special_tokens: bool = True,
+        **sampling: float,
+    ) -> Answer[str]:
         """Yield the continuation of `prompt` as pieces of text, each as soon as it is certain.
 
-        `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`; without them the text is greedy.
-        """
-        from tokenizers.decoders import DecodeStream
+        `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`; without them the text is greedy. The text
+        ends before the first of the `stop` strings. Without `add_special_tokens`, nothing is put before the prompt: so
+        for a chat that its template has rendered. A prompt of None stands for what the model's texts begin with. The
+        answer's `finish_reason` says why it ended.
 
+        Raises:
+            InputError: at once, where an argument makes no sense or the prompt does not fit in the context.
+        """
+        from llmbuild.runtime import answers
         from llmbuild.runtime.sampling import Sampling
 
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(prompt).ids
-        if not ids:
-            raise InputError("the prompt is empty: give at least one character")
-        stream = DecodeStream(ids=ids, skip_special_tokens=True)
-        for token in self.tokens(ids, max_new_tokens, Sampling(**sampling)):  # type: ignore[arg-type]
-            piece = stream.step(tokenizer, token)
-            if piece:
-                yield piece
+        stops, drawn = answers.stop_strings(stop), Sampling.of(sampling)
+        begun = self.beginning() if prompt is None else self._encode(prompt, add_special_tokens)
+        asked = answers.Asked.of(self.session, "the prompt", begun.ids, max_new_tokens, drawn)
+        text = answers.Text(self.tokenizer.decoder(begun.tokens), self.session.abi.eos_tokens, stops)
+        return answers.pieces(answers.tokens(self.session, self._turn, asked), text, begun.before)
 
+    def beginning(self) -> Encoded:
+        """Return what a text begins with where there is no prompt: the tokenizer's first tokens, or an end token.
 
-def _chooser(session: Session, sampling: Sampling | None) -> Callable[[int], int]:
-    """Return what turns the device's greedy token into the one to take."""
-    if sampling is None or sampling.greedy:
-        return lambda greedy: greedy
-    from llmbuild.runtime.sampling import Sampler
+        Raises:
+            InputError: the model has neither.
+        """
+        from llmbuild.runtime.tokenizer import Encoded
 
-    sampler = Sampler(sampling)
-    return lambda _: sampler.choose(session.peek())
+        begun = self.tokenizer.encode("")
+        if begun.tokens:
+            return begun
+        ends = self.session.abi.eos_tokens
+        if not ends:
+            raise InputError(f"model {self.row['model']} has no token that a text begins with: give a prompt")
+        return Encoded(ends[:1], (self.tokenizer.name(ends[0]),))
+
+    def _encode(self, prompt: str, add_special_tokens: bool) -> Encoded:
+        begun = self.tokenizer.encode(prompt, add_special_tokens)
+        if not begun.tokens:
+            told = "is empty: give at least one character" if not prompt else "has no token in this vocabulary"
+            raise InputError(f"the prompt {told}")
+        return begun
 
 
 def _named(catalog: Path, prefix: str) -> Pick:

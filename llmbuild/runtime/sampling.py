@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmbuild.errors import InputError
+from llmbuild.runtime import checks
+
+LARGEST_SEED = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -26,14 +31,26 @@ class Sampling:
         """Refuse what makes no sense.
 
         Raises:
-            InputError: a negative temperature or k, or a p outside 0 to 1.
+            InputError: something is no number of its kind, a negative temperature, k or seed, or a p outside 0 to 1.
         """
-        if self.temperature < 0 or not np.isfinite(self.temperature):
+        if checks.number("temperature", self.temperature) < 0:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
-        if self.top_k < 0:
-            raise InputError(f"top_k is {self.top_k}; it must be 0 (all tokens) or positive")
-        if not 0 < self.top_p <= 1:
+        checks.integer("top_k", self.top_k, 0)
+        if not 0 < checks.number("top_p", self.top_p) <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be above 0 and at most 1")
+        checks.integer("seed", self.seed, 0, LARGEST_SEED)
+
+    @staticmethod
+    def of(options: Mapping[str, Any]) -> Sampling:
+        """Return the sampling that keyword arguments ask for.
+
+        Raises:
+            InputError: one is not known or makes no sense.
+        """
+        known = [field.name for field in fields(Sampling)]
+        if unknown := sorted(set(options) - set(known)):
+            raise InputError(f"{', '.join(unknown)}: no such option of sampling; it has {', '.join(known)}")
+        return Sampling(**options)
 
     @property
     def greedy(self) -> bool:
@@ -42,17 +59,34 @@ class Sampling:
 
 
 class Sampler:
-    """Draws tokens one after another from one seed."""
+    """Draws the tokens of one sequence, one after another.
 
-    def __init__(self, sampling: Sampling) -> None:
+    The draws of sequences that are answered in one call come from one seed and differ; those of another seed differ
+    from all of them. The first sequence draws what it would draw alone.
+    """
+
+    def __init__(self, sampling: Sampling, sequence: int = 0) -> None:
         self.sampling = sampling
-        self._random = np.random.default_rng(sampling.seed)
+        key = (sequence,) if sequence else ()
+        self._random = np.random.default_rng(np.random.SeedSequence(sampling.seed, spawn_key=key))
 
     def choose(self, logits: NDArray[np.float32]) -> int:
-        """Return a token drawn from f32[V]; the logits are only read."""
+        """Return a token drawn from f32[V]; the logits are only read.
+
+        Raises:
+            InputError: the logits are no row of numbers, or one is not a number or infinitely likely.
+        """
+        if not isinstance(logits, np.ndarray) or logits.ndim != 1 or not logits.size or logits.dtype.kind != "f":
+            raise InputError("logits must be a row of floating-point numbers, one for each token")
         kept = self._kept(logits)
-        scaled = logits[kept].astype(np.float64) / self.sampling.temperature
-        weights = np.exp(scaled - scaled.max())
+        scaled = logits[kept].astype(np.float64)
+        most = scaled.max()
+        if not np.isfinite(most):
+            raise InputError(
+                f"the largest logit is {most}: the variant computes no probabilities, nothing can be drawn"
+            )
+        with np.errstate(over="ignore"):  # of a tiny temperature: what is less likely is then out of reach
+            weights = np.exp((scaled - most) / self.sampling.temperature)
         weights /= weights.sum()
         if self.sampling.top_p < 1:
             kept, weights = _nucleus(kept, weights, self.sampling.top_p)

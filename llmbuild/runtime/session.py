@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from iree.runtime.flags import parse_flags
 from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LoadRefused
+from llmbuild.runtime import checks
 from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.runtime.code import mapped
 from llmbuild.runtime.memory import shares_memory
@@ -34,13 +36,17 @@ _SHARED_USAGE = rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING
 _MOST_WORKERS = 64
 """IREE's own bound where nobody names a number of workers."""
 
+_LARGEST_WORKERS = 2**16
+"""More threads than any host has."""
+
 _RELEASED_IN_ORDER = (
     "_logits",
     "_tokens",
     "_positions",
     "_tokens_view",
     "_positions_view",
-    "_kv",
+    "_own",
+    "_spare",
     "_copied",
     "_call",
     "_entries",
@@ -61,13 +67,27 @@ class Settings:
     driver: str = "local-task"
     workers: int = 0
 
+    def __post_init__(self) -> None:
+        """Refuse what makes no sense.
+
+        Raises:
+            InputError: the driver is no name, or the workers are no number of threads.
+        """
+        checks.text("driver", self.driver)
+        checks.integer("workers", self.workers, 0, _LARGEST_WORKERS)
+
+
+Cache = list[Any]
+"""The keys and values of one answer, as views of the device's buffers; empty once its session is closed."""
+
 
 class Session:
-    """One opened artifact with one KV cache: `prefill` a prompt, then `decode` token by token.
+    """One opened artifact: `prefill` a prompt, then `decode` token by token.
 
     An artifact of a batch of B goes on with B sequences at each call, by `prefill_batch` and `decode_batch`; `prefill`
-    and `decode` then give all of them the same. The parameter archive is mapped, not copied; the cache buffers live
-    here and are updated in place. Not for use by two threads at a time.
+    and `decode` then give all of them the same. The parameter archive is mapped, not copied. Keys and values are those
+    of the session itself, or of the answer whose `cache` is given; they are updated in place. Not for use by two
+    threads at a time.
     """
 
     def __init__(self, artifact: Path, parameters: Path, abi: Abi, settings: Settings) -> None:
@@ -85,7 +105,9 @@ class Session:
             self._open(artifact, parameters)
         except (OSError, RuntimeError, ValueError) as error:
             raise LoadRefused(f"{artifact}: the IREE runtime refuses it: {_first_line(error)}") from error
-        self._kv = [self._zeros(t) for t in abi.kv]
+        self._taken: list[Cache] = []
+        self._own: Cache | None = None
+        self._spare: list[Cache] = [self._new_cache()]
         if self._shared:
             self._tokens, self._tokens_view = self._steps()
             self._positions, self._positions_view = self._steps()
@@ -93,6 +115,8 @@ class Session:
 
     def close(self) -> None:
         """Release everything, in the only order that neither crashes nor hangs."""
+        for cache in self.__dict__.pop("_taken", ()):
+            cache.clear()
         for name in _RELEASED_IN_ORDER:
             self.__dict__.pop(name, None)
 
@@ -112,57 +136,128 @@ class Session:
         self._entries = {name: self._code.lookup_function(name + suffix) for name in (PREFILL, DECODE)}
         self._keep = (instance, index, provider, services)
 
-    def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0) -> int:
+    @contextmanager
+    def cache(self) -> Iterator[Cache]:
+        """Give keys and values to an answer, of its own until it is over: so answers may be made in turns.
+
+        Raises:
+            InputError: the device has no memory for another answer, or the session is closed.
+        """
+        self._check_open()
+        made = self._spare.pop() if self._spare else self._new_cache()
+        self._taken.append(made)
+        try:
+            yield made
+        finally:
+            if made:  # else the session was closed before
+                self._taken = [one for one in self._taken if one is not made]
+                if not self._spare:
+                    self._spare.append(made)
+
+    def _new_cache(self) -> Cache:
+        try:
+            return [self._zeros(kind) for kind in self.abi.kv]
+        except (RuntimeError, MemoryError, ValueError) as error:
+            told = f"no memory for the keys and values of one more answer: {_first_line(error)}"
+            raise InputError(f"{told}: end or close another first") from None
+
+    def _check_open(self) -> None:
+        if "_context" not in self.__dict__:
+            raise InputError("the session is closed: open the variant again")
+
+    def prompt(self, name: str, tokens: Any) -> list[int]:
+        """Return the tokens of a prompt that the artifact takes.
+
+        Raises:
+            InputError: they are none, or a token is outside the vocabulary, or more than fits in the context.
+        """
+        ids = checks.tokens(name, tokens, self.abi.vocabulary)
+        if not ids:
+            told = "the prompt is empty" if name == "the prompt" else f"{name}: a prompt is empty"
+            raise InputError(f"{told}: give at least one token")
+        if len(ids) > self.abi.context:
+            raise InputError(f"{name}: {len(ids)} tokens do not fit in a context of {self.abi.context}")
+        return ids
+
+    def prefill(self, tokens: Sequence[int] | NDArray[np.int64], start: int = 0, cache: Cache | None = None) -> int:
         """Run the prompt `tokens` from position `start` on and return the most likely next token.
 
         Raises:
             InputError: no token, a token outside the vocabulary, or more than fits in the context.
         """
-        array = np.asarray(tokens, np.int64).reshape(1, -1)
-        return int(self._prefill(np.repeat(array, self.abi.batch, 0), start)[0])
+        row = np.array([self.prompt("the prompt", tokens)], np.int64)
+        return int(self._prefill(np.repeat(row, self.abi.batch, 0), start, cache)[0])
 
-    def prefill_batch(self, tokens: NDArray[np.int64], start: int | NDArray[np.int64] = 0) -> NDArray[np.int64]:
+    def prefill_batch(
+        self, tokens: NDArray[np.int64], start: int | NDArray[np.int64] = 0, cache: Cache | None = None
+    ) -> NDArray[np.int64]:
         """Run prompts i64[B,T], each from its own position `start` i64[B] on; return the next tokens i64[B].
 
         Raises:
             InputError: not B prompts, no token, a token outside the vocabulary, or more than fits in the context.
         """
-        if tokens.ndim != 2 or len(tokens) != self.abi.batch:
+        found = checks.integers("prompts", tokens)
+        if found.ndim != 2 or len(found) != self.abi.batch:
             raise InputError(f"prompts must be i64[{self.abi.batch},T]: the artifact answers so many together")
-        return np.array(self._prefill(np.ascontiguousarray(tokens, np.int64), start))
+        if found.size == 0:
+            raise InputError("the prompts are empty: give at least one token")
+        checks.inside("prompts", found, self.abi.vocabulary)
+        return np.array(self._prefill(np.ascontiguousarray(found), start, cache))
 
-    def _prefill(self, tokens: NDArray[np.int64], start: int | NDArray[np.int64]) -> NDArray[np.int64]:
-        if tokens.size == 0:
-            raise InputError("the prompt is empty: give at least one token")
-        if np.min(start) < 0 or np.max(start) + tokens.shape[1] > self.abi.context:
-            raise InputError(f"{np.max(start) + tokens.shape[1]} tokens do not fit in a context of {self.abi.context}")
-        if tokens.min() < 0 or tokens.max() >= self.abi.vocabulary:
-            raise InputError(f"a token is outside the vocabulary of {self.abi.vocabulary}")
-        return self._run(PREFILL, self._buffer(tokens), start)
+    def _prefill(
+        self, tokens: NDArray[np.int64], start: int | NDArray[np.int64], cache: Cache | None
+    ) -> NDArray[np.int64]:
+        starts, length = self._places("start", start), tokens.shape[1]
+        if starts.min() < 0:
+            raise InputError(f"start is {starts.min()}; it must be 0 or more")
+        if starts.max() > self.abi.context - length:
+            told = f"{length} tokens from position {starts.max()} on" if starts.max() else f"{length} tokens"
+            raise InputError(f"{told} do not fit in a context of {self.abi.context}")
+        self._check_open()
+        return self._run(PREFILL, self._buffer(tokens), starts, cache)
 
-    def decode(self, token: int, position: int) -> int:
-        """Run one token at `position` and return the most likely next one. `position` is below the context."""
-        if not 0 <= position < self.abi.context:
-            raise InputError(f"position {position} is outside a context of {self.abi.context}")
-        return int(self._decode(token, position)[0])
+    def decode(self, token: int, position: int, cache: Cache | None = None) -> int:
+        """Run one token at `position` and return the most likely next one.
 
-    def decode_batch(self, tokens: NDArray[np.int64], positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
+        Raises:
+            InputError: the token is outside the vocabulary, or the position outside the context.
+        """
+        checks.integer("token", token, 0, self.abi.vocabulary - 1)
+        checks.integer("position", position, 0, self.abi.context - 1)
+        return int(self._decode(token, position, cache)[0])
+
+    def decode_batch(
+        self, tokens: NDArray[np.int64], positions: int | NDArray[np.int64], cache: Cache | None = None
+    ) -> NDArray[np.int64]:
         """Run one token i64[B] of each sequence at its position i64[B]; return the most likely next ones i64[B].
 
         Raises:
-            InputError: not B tokens, or a position that is not in the context.
+            InputError: not B tokens, one outside the vocabulary, or a position that is not in the context.
         """
-        if tokens.shape != (self.abi.batch,):
+        found = checks.integers("tokens", tokens)
+        if found.shape != (self.abi.batch,):
             raise InputError(f"tokens must be i64[{self.abi.batch}]: the artifact answers so many sequences together")
-        if np.min(positions) < 0 or np.max(positions) >= self.abi.context:
+        checks.inside("tokens", found, self.abi.vocabulary)
+        places = self._places("positions", positions)
+        if places.min() < 0 or places.max() >= self.abi.context:
             raise InputError(f"a position is outside a context of {self.abi.context}")
-        return np.array(self._decode(tokens, positions))
+        return np.array(self._decode(found, places, cache))
 
-    def _decode(self, tokens: int | NDArray[np.int64], positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    def _places(self, name: str, value: Any) -> NDArray[np.int64]:
+        """Return one position for all sequences, or one for each."""
+        found = checks.integers(name, value)
+        if found.shape not in ((), (self.abi.batch,)):
+            raise InputError(f"{name} must be one integer or i64[{self.abi.batch}]; its shape is {list(found.shape)}")
+        return found
+
+    def _decode(
+        self, tokens: int | NDArray[np.int64], positions: int | NDArray[np.int64], cache: Cache | None
+    ) -> NDArray[np.int64]:
+        self._check_open()
         if not self._shared:
-            return self._run(DECODE, self._buffer(self._each(tokens)), positions)
+            return self._run(DECODE, self._buffer(self._each(tokens)), positions, cache)
         self._tokens[:] = tokens
-        return self._run(DECODE, self._tokens_view, positions)
+        return self._run(DECODE, self._tokens_view, positions, cache)
 
     def logits(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made.
@@ -173,21 +268,34 @@ class Session:
 
     def peek(self) -> NDArray[np.float32]:
         """Return the f32[V] logits of the last call where they lie; valid until the next call."""
-        found: NDArray[np.float32] = self._read(self._logits, np.float32).reshape(self.abi.batch, -1)[0]
+        found: NDArray[np.float32] = self._rows()[0]
         return found
 
     def logits_batch(self) -> NDArray[np.float32]:
         """Return the f32[B,V] logits of the last call, copied."""
-        return np.array(self._read(self._logits, np.float32)).reshape(self.abi.batch, -1)
+        return np.array(self._rows())
 
-    def _run(self, entry: str, tokens: Any, positions: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    def _rows(self) -> NDArray[np.float32]:
+        self._check_open()
+        if self._logits is None:
+            raise InputError("there are no logits yet: call `prefill` first")
+        found: NDArray[np.float32] = self._read(self._logits, np.float32).reshape(self.abi.batch, -1)
+        return found
+
+    def _run(
+        self, entry: str, tokens: Any, positions: int | NDArray[np.int64], cache: Cache | None
+    ) -> NDArray[np.int64]:
         """Return the next tokens i64[B] where they lie; valid until the next call."""
+        if cache is None:
+            cache = self._own = self._own or (self._spare.pop() if self._spare else self._new_cache())
+        if not isinstance(cache, list) or len(cache) != len(self.abi.kv):
+            raise InputError("cache must be what `Session.cache` gives")
         if self._shared:
             self._positions[:] = positions
             where = self._positions_view
         else:
             where = self._buffer(self._each(positions))
-        results = self._call(self._entries[entry], (tokens, where, *self._kv), steady=entry == DECODE)
+        results = self._call(self._entries[entry], (tokens, where, *cache), steady=entry == DECODE)
         token = results.get_as_object(0, rt.HalBufferView)
         self._logits = results.get_as_object(1, rt.HalBufferView)
         return self._read(token, np.int64)

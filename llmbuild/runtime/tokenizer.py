@@ -8,11 +8,14 @@ end the prompt, and is left out.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryFile
+from threading import Lock
 from typing import Any
 
 from llmbuild.errors import InputError
@@ -32,6 +35,30 @@ def _told(what: str) -> Iterator[None]:
     except BaseException as error:  # noqa: BLE001 - the library's errors have no kind of their own, a panic least of all
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what}: {said[:300]}") from None
+
+
+_alone = Lock()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep a panic's own report off the terminal: its sentence is in our error. What others print is passed on."""
+    with _alone, TemporaryFile() as place:
+        try:
+            kept = os.dup(2)
+        except OSError:  # there is no standard error to keep quiet
+            yield
+            return
+        try:
+            os.dup2(place.fileno(), 2)
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            place.seek(0)
+            said = place.read()
+            if said and b"panicked at" not in said:
+                os.write(2, said)
 
 
 @dataclass(frozen=True)
@@ -59,7 +86,7 @@ class Tokenizer:
         self.path = Path(path)
         from tokenizers import Tokenizer as Library
 
-        with _told(f"{self.path}: the tokenizer cannot be read"):
+        with _told(f"{self.path}: the tokenizer cannot be read"), _quiet():
             found = Library.from_file(str(self.path))
             found.no_truncation()
             found.no_padding()
@@ -67,6 +94,7 @@ class Tokenizer:
                 found.model.dropout = None
             self._library: Any = found
             self._before, self.behind = _around(found.post_processor)
+            found.encode("a", add_special_tokens=False)  # some faults of a file show at the first text
             added = found.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._shown: dict[int, str | None] = {}

@@ -1,4 +1,4 @@
-"""Feed mutated and random recipes, targets, lock files, manifests, catalogs and model folders to what reads them.
+"""Feed mutated and odd recipes, targets, locks, catalogs, model folders, tokenizers and texts to what reads them.
 
 python scripts/bench/fuzz.py [--cases 10000] [--seed 0] [--only KIND]... [--loaded 0.01] [--json]
 
@@ -26,6 +26,7 @@ import odd_models
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 from hypothesis import strategies as st
+from odd_texts import Texts
 from synthetic import Made, fill
 
 from llmbuild.catalog.publish import publish
@@ -99,6 +100,9 @@ class Cases:
         lock.write(pick(folder / "seed", "m"), folder / "seed.lock")
         self.recipes = [p.read_bytes() for p in sorted((ROOT / "recipes").glob("*.yaml"))]
         self.targets = [p.read_bytes() for p in sorted((ROOT / "targets").glob("*.yaml"))]
+        texts = Texts(ROOT / "recipes/pystdlib/tokenizer.json")
+        self.tokenizer_bytes, self.tokenizer_values = texts.bytes, texts.values
+        self.text, self.ids = texts.text, texts.ids
 
     def recipe(self, change: Callable[[bytes], bytes], work: Path) -> None:
         """Read a mutated recipe."""
@@ -155,7 +159,10 @@ class Cases:
         odd_models.feed(work, random.getrandbits(64), random.random() < self.loaded)
 
 
-KINDS = ("recipe", "target", "locked", "catalog", "cells", "publication", "model")
+KINDS = (
+    *("recipe", "target", "locked", "catalog", "cells", "publication", "model"),
+    *("tokenizer_bytes", "tokenizer_values", "text", "ids"),
+)
 
 
 def run(folder: Path, cases: int, seed: int, kinds: Sequence[str] = KINDS, loaded: float = 0.0) -> dict[str, Any]:
@@ -185,7 +192,9 @@ def run(folder: Path, cases: int, seed: int, kinds: Sequence[str] = KINDS, loade
             came_to["refused"] += 1
         except Hang:
             faults.append(f"{kind}: hung")
-        except Exception as error:  # noqa: BLE001 - this is what is looked for
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # noqa: BLE001 - this is what is looked for; a library's panic is no Exception
             faults.append(f"{kind}: {type(error).__name__}: {error}"[:300])
         finally:
             signal.alarm(0)
