@@ -6,28 +6,26 @@ build goes on where it stopped and a finished one does nothing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Container, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from llmbuild import digest
-from llmbuild.catalog.names import Owner
+from llmbuild.catalog.names import Ranking
 from llmbuild.freshness import Look, Outcome, build_key
 from llmbuild.process import stop_all
 from llmbuild.profiler.protocol import Subject
-from llmbuild.search.front import contenders, hopeless, standings, value_of
+from llmbuild.search.front import contenders, hopeless
 from llmbuild.spec.measurement import SCREENED, Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
-from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, USABLE, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
-from llmbuild.steps import Job, Steps
+from llmbuild.steps import Steps
+from llmbuild.trials import best_of, describe, finished_trials, owner, rank, scoped, stand, trial_of, unique
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
@@ -68,7 +66,9 @@ class Build:
         self.known: list[Trial] = []
         """The finished trials of the job's space; under `-B`, those that were made again."""
         self.beside: list[Trial] = []
-        """Every other finished trial of the scope, such as those of other pins: ranked with them, not searched."""
+        """The finished trials of the scope that only the recipe without its pins asks for: ranked, not searched."""
+        self.again: list[Point] = []
+        """Points whose files came out with other bytes than those that were lost."""
         self.made = 0
         self._begin = monotonic()
 
@@ -77,21 +77,64 @@ class Build:
         trials = [t for t in finished_trials(self.steps) if t.variant not in missing]
         mine = [t for t in trials if not forget and (t.is_default or self.job.space.contains(t.point))]
         points = {t.point for t in mine}
-        self.known, self.beside = mine, [t for t in trials if t.point not in points]
+        self.known, self.beside = mine, self._beside(trials, points)
+
+    def _beside(self, trials: Iterable[Trial], points: Container[Point]) -> list[Trial]:
+        return [t for t in trials if t.point not in points and self.job.ranks(t)]
 
     def run(self, race: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
 
         Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
         """
-        if not self.look.reason():
+        if not self.look.reason() and not self.look.displaced:
             return self.look.up_to_date(monotonic() - self._begin)
         with self.catalog.making(f"build-{self.job.scope}", self._waiting):
             self.look = self._look()
+            if self.look.displaced:
+                self._stand_again()
+            if self.look.missing and not self.job.force:
+                self._mend()
             if not self.look.reason():
                 return self.look.up_to_date(monotonic() - self._begin)
             self._remember(self.look.lost, self.job.force)
             return self._run(race)
+
+    def _stand_again(self) -> None:
+        """Let what is known of these inputs stand in place of what does: nothing is made or measured for it."""
+        self._remember()
+        if not self.known:
+            return
+        other = self.look.stands != {None}
+        self.catalog.register(self.steps.registered)
+        found = self._stand()
+        self.look = self._look()  # what `gc` took from the other one's shadow is missed from now on
+        if other:
+            front = len({s.variant for s in found if s.status in FRONT})
+            self.tell(Event("front", f"{front} variants of these inputs stand again: nothing was made or measured"))
+
+    def _mend(self) -> None:
+        """Make the files again that are missing or damaged; what was measured of them stays, if the bytes are the same.
+
+        What comes out with other bytes, or not at all, is another variant: it is evaluated again.
+        """
+        missing = self.look.missing
+        self.tell(Event("mend", self.look.reason()))
+        self.catalog.register(self.steps.registered)
+        owner(self.steps)  # the tokenizer is copied
+        try:
+            for trial in finished_trials(self.steps):
+                lost = self.look.lost.get(trial.variant, ())
+                if self._spoken(trial) and not all(map(self.catalog.blobs.intact, lost)):
+                    self._artifact(trial.point)
+        finally:
+            stop_all()
+        self.catalog.found_again(filter(self.catalog.blobs.intact, missing))
+        self.look = self._look()
+        again = {f.point for f in self.look.finished if f.variant in self.look.lost}
+        self.again = [point for point in again if self.job.space.contains(point) or point == self.job.space.default()]
+        if not self.look.missing:
+            self.tell(Event("done", f"{len(missing)} files are there again: nothing was measured for it"))
 
     def _waiting(self) -> None:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
@@ -102,6 +145,9 @@ class Build:
     def _run(self, race: bool) -> Outcome:
         self.catalog.register(self.steps.registered)
         try:
+            for point in self.again:
+                self._evaluate([point])
+            self._stand()
             ended = self._search()
             if race:
                 self._race()
@@ -262,7 +308,7 @@ class Build:
         self.tell(Event("profile", describe(self.job, point), unique(self.known) + 1, self.budget.trials))
         measured = self._measure(self.steps.subject(point, program, artifact), point, artifact.size_bytes)
         failure = measured if isinstance(measured, Failure) else None
-        readings = () if isinstance(measured, Failure) else measured
+        readings = () if isinstance(measured, Failure) else tuple(scoped(m, self.job.scope) for m in measured)
         return trial_of(self.steps, point, program, artifact, readings, failure, len(self.known), monotonic() - begin)
 
     def _measure(self, subject: Subject, point: Point, size: int) -> tuple[Measurement, ...] | Failure:
@@ -335,12 +381,15 @@ class Build:
                 return
             if not bench.has_baseline:
                 self._open_baseline(bench)
+            keys = {(m.variant, m.workload.name): m.key for trial in able for m in trial.measurements}
             for measured in bench.race(subjects, self._contenders):
-                for measurement in measured:
-                    self.catalog.update_measurement(self.job.scope, measurement)
+                for one in measured:
+                    known = keys.get((one.variant, one.workload.name))
+                    kept = replace(one, key=known) if known else scoped(one, self.job.scope)
+                    self.catalog.update_measurement(self.job.scope, kept)
         raced, points = finished_trials(self.steps), {t.point for t in self.known}
         self.known = [t for t in raced if t.point in points]
-        self.beside = [t for t in raced if t.point not in points]
+        self.beside = self._beside(raced, points)
         self._stand()
         self.tell(Event("front", "kept", unique(self.known), self.budget.trials, monotonic() - begin))
 
@@ -354,8 +403,11 @@ class Build:
     def _stand(self) -> list[Standing]:
         """Rank all that is measured and still fresh: a pinned build adds to a front, it does not replace it."""
         found = stand(self.job, [*self.known, *self.beside])
-        names = self.steps.registered
-        self.catalog.record_standings(self.job.recipe.name, names.target_digest, names.machine_digest, found)
+        if found:
+            job, names = self.job, self.steps.registered
+            place = (job.recipe.name, names.target_digest, names.machine_digest)
+            by = Ranking(job.ranking, job.source, owner(self.steps).tokenizer, self.key)
+            self.catalog.record_standings(*place, found, by)
         return found
 
     # --- book-keeping --------------------------------------------------------------------------------------------
@@ -388,81 +440,3 @@ class Build:
             text = f"{text}: screened: {by}"
         best = best_of(self.known, self.job.recipe.objectives[0])
         self.tell(Event("done", text, unique(self.known), self.budget.trials, trial.seconds, best))
-
-
-# --- plain functions over a job ----------------------------------------------------------------------------------
-
-
-def finished_trials(steps: Steps) -> list[Trial]:
-    """Return the finished trials of the job's scope; one whose failure may pass is not finished."""
-    return [t for t in steps.catalog.trials(steps.job.scope) if not (t.failure and not t.failure.lasting)]
-
-
-def unique(trials: Sequence[Trial]) -> int:
-    """Return how many evaluations trials came to: an executable that was measured before costs none."""
-    return sum(1 for t in trials if not any("reused" in m.notes for m in t.measurements))
-
-
-def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:
-    """Return where every trial stands, on every workload."""
-    recipe = job.recipe
-    bounds = (*recipe.constraints, *recipe.quality.bounds)
-    found = list(trials)
-    return [s for w in recipe.workloads for s in standings(found, w.name, recipe.objectives, bounds)]
-
-
-def owner(steps: Steps) -> Owner:
-    """Return what every variant of a job shares; the tokenizer goes into the store."""
-    tokenizer = steps.job.model.tokenizer
-    blob = steps.catalog.blobs.put_file(tokenizer) if tokenizer else None
-    names = steps.registered
-    return Owner(steps.job.recipe.name, names.target_digest, names.toolchain_digest, steps.job.lineage, blob)
-
-
-def trial_of(
-    steps: Steps,
-    point: Point,
-    program: Program | None,
-    artifact: Artifact | None,
-    measured: tuple[Measurement, ...],
-    failure: Failure | None,
-    number: int,
-    seconds: float,
-) -> Trial:
-    """Return the record of one evaluated point; without a program, the variant is named by what was asked for."""
-    asked = {"lineage": steps.job.lineage, "point": point.as_dict()}
-    return Trial(
-        scope=steps.job.scope,
-        number=number,
-        point=point,
-        variant=steps.job.variant(program, point).digest if program else digest.of(asked),
-        is_default=point == steps.job.space.default(),
-        program=digest.of(program) if program else None,
-        artifact=artifact.digest if artifact else None,
-        artifact_bytes=artifact.size_bytes if artifact else None,
-        parameter_bytes=steps.catalog.blobs.path(program.parameters).stat().st_size if program else None,
-        measurements=measured,
-        failure=failure,
-        seconds=seconds,
-    )
-
-
-def describe(job: Job, point: Point) -> str:
-    """Return what a point changes from the compiler's defaults."""
-    default = job.space.default()
-    return " ".join(f"{k}={v}" for k, v in point.values if v != default[k]) or "the compiler's defaults"
-
-
-def rank(trial: Trial, objective: str) -> float:
-    """Return what sorts the better trial first; a trial without the objective comes last."""
-    value = value_of(trial, trial.measurements[0], objective) if trial.measurements else None
-    if value is None:
-        return math.inf
-    return value if METRICS[objective].direction == "min" else -value
-
-
-def best_of(trials: Sequence[Trial], objective: str) -> str:
-    """Return the best median of an objective so far, for people."""
-    best = min(trials, key=lambda t: rank(t, objective))
-    value = value_of(best, best.measurements[0], objective) if best.measurements else None
-    return "" if value is None else f"{objective} {value:.3g}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import llmbuild
 from llmbuild import digest, toolchain
-from llmbuild.build import Build, describe
+from llmbuild.build import Build
 from llmbuild.catalog.known import Known, known_in, looked_at, name_of
 from llmbuild.catalog.place import exists
 from llmbuild.compiler import iree
@@ -40,6 +40,7 @@ from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
 from llmbuild.strict import dumps
+from llmbuild.trials import describe
 
 if TYPE_CHECKING:
     from llmbuild.catalog.writer import Catalog
@@ -254,7 +255,7 @@ def _nothing_to_do(job: Job, known: Known, budget: Budget, options: Options) -> 
         return None
     begin = monotonic()
     look = Look(_with_winners(job, known, options), known, budget, options["seed"])
-    if look.reason():
+    if look.reason() or look.displaced:
         return None
     done = look.up_to_date(monotonic() - begin)
     talk = Progress()
@@ -290,6 +291,8 @@ def _build(job: Job, catalog: Catalog, budget: Budget, options: Options) -> Buil
     talk.say(_opening(job, budget))
     if job.remote is None and (held := host.conditions().slowed()):
         talk.say(f"readings will be marked: {held}")
+    if catalog.sources(job.recipe.name) - {job.source}:
+        talk.say(f"{job.recipe.name} names another model than before: its weights or its tokenizer are new here")
     done = doing.run(race=options.get("until") is None)
     talk.say(_closing(done, reason))
     return _built(job, catalog.folder, done)

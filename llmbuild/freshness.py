@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -13,6 +14,7 @@ from llmbuild.spec.trial import Finished
 from llmbuild.steps import Job
 
 NEVER = "never built"
+DISPLACED = "other inputs of this name stand: these are ranked again, and nothing is made"
 
 
 @dataclass(frozen=True)
@@ -49,13 +51,34 @@ class Look:
         """The variants, of this job or not, with artifacts or parameters that are missing or damaged, and which."""
         return self.catalog.lost_blobs()
 
+    @cached_property
+    def missing(self) -> set[str]:
+        """The files of the job's own variants that are missing or damaged."""
+        return {name for f in self.finished for name in self.lost.get(f.variant, ())}
+
+    @cached_property
+    def stands(self) -> set[str | None]:
+        """What decided the standings of the recipe's name on its target and machine."""
+        names = self.job.registered
+        return self.catalog.rankings(self.job.recipe.name, names.target_digest, names.machine_digest)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether what stands was ranked for other inputs than these, which are known: nothing need be made for it."""
+        return bool(self.finished) and self.stands != {self.job.ranking}
+
+    def plan(self) -> str:
+        """Return why a build has something to do, if only to let its own standings be the present ones."""
+        other = self.displaced and self.stands != {None}  # those of an earlier schema do not say what decided them
+        return self.reason() or (DISPLACED if other else "")
+
     def reason(self) -> str:
         """Return why the build has something to do; empty when it is up to date."""
         if self.state["ended"] == NEVER:
             return "changed: knobs, objectives, bounds or seed" if self.finished else NEVER
-        missing = {name for f in self.finished for name in self.lost.get(f.variant, ())}
-        if missing:
-            return f"{len(missing)} artifacts are missing or damaged"
+        if missing := self.missing:
+            counts = Counter(self.catalog.kinds(missing).values())
+            return f"{', '.join(f'{n} {_many(kind)}' for kind, n in sorted(counts.items()))} are missing or damaged"
         spent_up = self.state["seconds"] >= self.budget.seconds or self.state["ended"].startswith("every point")
         done = sum(not f.reused for f in self.finished)
         if done < self.budget.trials and not spent_up:
@@ -67,6 +90,10 @@ class Look:
         names = self.job.registered
         usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
         return Outcome(0, len(self.finished), usable, "up to date", seconds)
+
+
+def _many(kind: str) -> str:
+    return kind if kind.endswith("s") else f"{kind}s"
 
 
 def recognized(job: Job, catalog: Known) -> Job:

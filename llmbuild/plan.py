@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import describe
 from llmbuild.catalog.known import Known
 from llmbuild.freshness import Look
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.variant import Artifact
 from llmbuild.steps import Job
+from llmbuild.trials import describe
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def plan(job: Job, catalog: Known | None, budget: Budget, seed: int) -> list[Pla
     if job.force:
         return [Planned(s, zero, FORCED) for s in STEPS[:3]] + [_search(0, budget, FORCED)]
     look = Look(job, catalog, budget, seed)
-    search, known = look.reason(), look.finished
+    search, known = look.plan(), look.finished
     if changed and not known:
         search = changed
     return [

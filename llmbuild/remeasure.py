@@ -24,6 +24,7 @@ from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
 from llmbuild.spec.workload import Workload
 from llmbuild.steps import TOLERANCE
+from llmbuild.trials import scoped
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
@@ -40,6 +41,8 @@ class Known:
 
     row: Row
     scope: str
+    key: str
+    """Name of the measurement that is known."""
     workload: Workload
     checks: str
     target: Target
@@ -85,8 +88,9 @@ def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
     verify(folder, row)
     with reader.opened(folder) as connection:
         measured = connection.execute(
-            "SELECT scope, workload_body FROM measurement WHERE variant = ? AND workload = ?",
-            (row["variant"], row["workload"]),
+            "SELECT m.scope, m.key, m.workload_body FROM measurement m LEFT JOIN standing s ON s.measurement = m.key "
+            "AND s.model = ? AND s.machine = ? WHERE m.variant = ? AND m.workload = ? ORDER BY s.id IS NULL, m.key",
+            (row["model"], row["machine_digest"], row["variant"], row["workload"]),
         ).fetchone()
         checks = connection.execute("SELECT checks FROM program WHERE digest = ?", (row["program"],)).fetchone()
         body = connection.execute("SELECT body FROM toolchain WHERE digest = ?", (row["toolchain"],)).fetchone()
@@ -96,6 +100,7 @@ def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
     return Known(
         row=row,
         scope=measured["scope"],
+        key=measured["key"],
         workload=Workload(**decoded["workload_body"]),
         checks=checks["checks"],
         target=target_from(row["target_body"]),
@@ -126,8 +131,10 @@ def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None
         catalog.record_failure(known.row["model"], known.row["variant"], measured)
         raise NothingUsable(f"variant {digest.short(known.row['variant'])}: {measured.stage}: {measured.reason}")
     fresh = _with_quality(measured[0], known.row)
+    here = known.row["machine_digest"] == digest.of(machine)
+    fresh = replace(fresh, key=known.key) if here else scoped(fresh, known.scope)
     catalog.update_measurement(known.scope, fresh)
-    if known.row["machine_digest"] != digest.of(machine):
+    if not here:
         reason = "measured alone on this machine"
         catalog.add_standing(
             known.row["model"],

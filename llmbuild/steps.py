@@ -30,7 +30,7 @@ from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
 from llmbuild.spec.recipe import Recipe
-from llmbuild.spec.space import Point, Space
+from llmbuild.spec.space import TUNING, UNTUNED, Point, Space
 from llmbuild.spec.target import Target
 from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Artifact, Failure, Toolchain, Variant
@@ -68,6 +68,8 @@ class Job:
     force: bool = False
     remote: Remote | None = None
     """Where it is measured; here if left out."""
+    declared: Space | None = None
+    """The space of the recipe alone, without what the command line pins; the searched one if left out."""
     known_as: str = ""
     """The digest that the catalog has the machine under, where that is not its fingerprint."""
 
@@ -120,6 +122,36 @@ class Job:
         bounds = ", ".join(map(str, self.recipe.quality.bounds))
         absent = self._unscored() if bounds else ""
         return (*self.model.notes, *((f"{bounds} will not be judged: quality is {absent}",) if absent else ()))
+
+    @cached_property
+    def source(self) -> str:
+        """Digest of what the recipe's name stands for: the weights and the tokenizer."""
+        return digest.of({name: self.scope_inputs[name] for name in ("model", "tokenizer")})
+
+    @cached_property
+    def ranking(self) -> str:
+        """Digest of what decides where variants stand, but for the trials that were made."""
+        recipe = self.recipe
+        return digest.of(
+            {
+                "scope": self.scope,
+                "objectives": recipe.objectives,
+                "bounds": (*recipe.constraints, *recipe.quality.bounds),
+                "spaces": (self.space, self.declared or self.space),
+            }
+        )
+
+    def ranks(self, trial: Trial) -> bool:
+        """Say whether a trial stands among those of this job: a default, or a point that its inputs ask for.
+
+        A build with pins adds to what the recipe asks for. Configurations that a tuning found have no name there.
+        """
+        if trial.is_default:
+            return True
+        values = trial.point.as_dict()
+        plainly = Point.of({**values, TUNING: UNTUNED}) if TUNING in values else trial.point
+        spaces = (self.space, self.declared or self.space)
+        return any(space.contains(point) for space in spaces for point in (trial.point, plainly))
 
     def scored(self) -> str:
         """Return why quality is not scored, and which bounds so are not judged; empty where it is."""
@@ -205,7 +237,10 @@ def make_job(
     model = find_model(recipe.model, recipe.context)
     resolved = resolve(target, answers)
     space = space_for(resolved, recipe, pinned, machine.cores)
-    return Job(recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote)
+    declared = space_for(resolved, recipe, {}, machine.cores) if pinned else space
+    return Job(
+        recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote, declared=declared
+    )
 
 
 def _calibrated(choices: Mapping[str, str]) -> bool:

@@ -40,10 +40,11 @@ class Swept:
 def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) -> Swept:
     """Remove blobs that nothing needs, or, with a `budget` in bytes, only as many as it takes to get below it.
 
-    `catalog` must be open alone. Blobs are marked as collected before they are removed, so that a killed collection
+    `catalog` must be open alone. What is missing already and no front needs is noted as collected: nothing waits for it
+    any more. Blobs are marked as collected before they are removed, so that a killed collection
     leaves nothing that looks lost.
     """
-    plan, total = _plan(catalog)
+    plan, absent, total = _plan(catalog)
     chosen, left = [], total
     for removal in plan:
         if budget is not None and left <= budget and removal.kind != "orphan":
@@ -51,7 +52,7 @@ def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) 
         chosen.append(removal)
         left -= removal.size_bytes
     if not dry_run:
-        _mark(catalog, chosen)
+        _mark(catalog, [*chosen, *absent])
         for removal in chosen:
             catalog.blobs.remove(removal.digest)
         _tidy(catalog)
@@ -59,10 +60,12 @@ def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) 
     return Swept(tuple(chosen), total - left, left, over)
 
 
-def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
+def _plan(catalog: Catalog) -> tuple[list[Removal], list[Removal], int]:
+    """Return what may go, what is gone already that no front needs, and the bytes of all there is."""
     with catalog.session() as session:
         named = {r.digest: r for r in references(session, catalog.blobs)}
-        keep = blobs_of(session, front_variants(session)) | published_blobs(catalog.folder)
+        needed = blobs_of(session, front_variants(session))
+        keep = needed | published_blobs(catalog.folder)
         keep |= {r.digest for r in named.values() if r.kind in ("reference", "tuning")}
     sizes = dict(catalog.blobs.digests())
     free = [
@@ -70,9 +73,13 @@ def _plan(catalog: Catalog) -> tuple[list[Removal], int]:
         for name, size in sizes.items()
         if name not in keep
     ]
-    return sorted(
-        free, key=lambda r: (ORDER.index(r.kind) if r.kind in ORDER else len(ORDER), _age(named, r.digest), r.digest)
-    ), sum(sizes.values())
+    absent = [Removal(name, r.kind, 0) for name, r in named.items() if name not in sizes and name not in needed]
+
+    def order(removal: Removal) -> tuple[int, str, str]:
+        at = ORDER.index(removal.kind) if removal.kind in ORDER else len(ORDER)
+        return at, _age(named, removal.digest), removal.digest
+
+    return sorted(free, key=order), absent, sum(sizes.values())
 
 
 def _age(named: Mapping[str, object], digest: str) -> str:

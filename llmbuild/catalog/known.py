@@ -28,7 +28,9 @@ SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant 
 LEFT JOIN failure f ON f.id = t.failure WHERE t.scope = ? AND (t.failure IS NULL OR f.lasting)
 """
 _MADE = """
-SELECT v.digest, v.artifact, p.parameters FROM variant v JOIN program p ON p.digest = v.program
+SELECT v.digest, v.artifact, p.parameters, p.module, p.checks,
+CASE WHEN s.source IS NULL THEN v.tokenizer ELSE s.tokenizer END
+FROM variant v JOIN program p ON p.digest = v.program LEFT JOIN standing s ON s.variant = v.digest
 WHERE v.artifact IS NOT NULL
 """
 
@@ -71,11 +73,11 @@ class Known:
         return {i["signature"]: c for i, c in found if (i["target"], i["compiler"]) == (target, compiler)}
 
     def lost(self) -> set[str]:
-        """Return the variants whose artifact or parameters should be there and are not, or not whole."""
+        """Return the variants with a file that should be there and is not, or not whole."""
         return set(self.lost_blobs())
 
     def lost_blobs(self) -> dict[str, set[str]]:
-        """Return, by variant, the artifact and parameters that should be there and are not, or not whole.
+        """Return, by variant, the files that some command needs of it and that are not there, or not whole.
 
         What `gc` removed is missed only while its variant stands on a front, or is a default that others are paired
         with.
@@ -86,7 +88,7 @@ class Known:
         whole: dict[str, bool] = {}
         found: dict[str, set[str]] = {}
         for variant, *names in map(tuple, self._rows(_MADE)):
-            for name in names:
+            for name in filter(None, names):
                 needed = name not in gone or variant in alive
                 if needed and name not in whole:
                     whole[name] = self.blobs.intact(name)
@@ -110,6 +112,21 @@ class Known:
             f"AND status IN ({_listed(USABLE)})"
         )
         return int(self._rows(query, model, target, machine)[0][0])
+
+    def rankings(self, model: str, target: str, machine: str) -> set[str | None]:
+        """Return the digests of what decided the standings of a recipe on a target and machine."""
+        query = "SELECT DISTINCT ranking FROM standing WHERE model = ? AND target = ? AND machine = ?"
+        return {row[0] for row in self._rows(query, model, target, machine)}
+
+    def sources(self, model: str) -> set[str]:
+        """Return the digests of the models that a name stands for: one, unless rows are older than the digests."""
+        return self._names("SELECT DISTINCT source FROM standing WHERE model = ? AND source IS NOT NULL", model)
+
+    def kinds(self, blobs: Iterable[str]) -> dict[str, str]:
+        """Return what each of these blobs is to the variants that need it."""
+        asked, kinds = set(blobs), ("artifact", "parameters", "module", "checks", "tokenizer")
+        rows = [tuple(row)[1:] for row in self._rows(_MADE)] if asked else []
+        return {name: kind for row in rows for kind, name in zip(kinds, row, strict=True) if name in asked}
 
     def build_state(self, key: str) -> dict[str, Any] | None:
         """Return how far a build has come: `seconds`, `raced`, `ended`."""

@@ -2,7 +2,7 @@
 
 Rows are named by content, so most are the same or new. Where both know a measurement, the later one stays; where one
 compile key made different bytes, ours stays and it is told; where both ranked the same fronts, no rank is trusted
-until the next build ranks them all.
+until the next build ranks them all. A name that stands for another model there is told, and its front stays behind.
 """
 
 from __future__ import annotations
@@ -129,6 +129,7 @@ def _standings(session: Session, rows: list[Row], done: Merged) -> None:
     """Add standings; what both sides ranked apart is undecided and marked to be ranked again."""
     table = t.StandingRow.__table__
     names = ("model", "target", "machine", "workload")
+    rows = _of_our_models(session, rows, done)
     ours = {tuple(row) for row in session.execute(select(*(table.c[n] for n in names)).distinct())}
     known = {tuple(row) for row in session.execute(select(*(table.c[n] for n in (*names, "variant"))))}
     mixed = set()
@@ -146,6 +147,19 @@ def _standings(session: Session, rows: list[Row], done: Merged) -> None:
     if mixed:
         session.execute(update(t.BuildRow).where(t.BuildRow.model.in_(mixed)).values(raced=False))
         done.conflicts.append(f"{', '.join(sorted(mixed))}: ranked apart: `llmbuild build` ranks them together")
+
+
+def _of_our_models(session: Session, rows: list[Row], done: Merged) -> list[Row]:
+    """Return the standings whose name stands for the same model here, and tell the names that do not."""
+    known = select(t.StandingRow.model, t.StandingRow.source).where(t.StandingRow.source.is_not(None)).distinct()
+    ours = {row[0]: row[1] for row in session.execute(known)}
+    other = {r["model"] for r in rows if r["source"] and ours.get(r["model"], r["source"]) != r["source"]}
+    done.conflicts += [
+        f"{name}: is another model there, with other weights or another tokenizer: its front is left behind; give one "
+        f"of the two recipes another `name:`, or merge with `-C` into another catalog"
+        for name in sorted(other)
+    ]
+    return [row for row in rows if row["model"] not in other]
 
 
 def _collected(session: Session, into: Catalog, rows: list[Row]) -> None:

@@ -14,7 +14,7 @@ from llmbuild.spec.variant import Toolchain
 class Owner:
     """What every variant of one build shares: the recipe's name, and digests of target, toolchain and lineage.
 
-    `tokenizer` is a blob, absent for a model without one.
+    `tokenizer` is a blob, absent for a model without one; `source` is the digest of what the name stands for.
     """
 
     model: str
@@ -22,6 +22,20 @@ class Owner:
     toolchain: str
     lineage: str
     tokenizer: str | None
+    source: str | None = None
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What the standings of one build share, by digest: all that decided them, what the name stands for, and the build.
+
+    Nothing is known of it where rows are written that no recipe asked for.
+    """
+
+    ranking: str | None = None
+    source: str | None = None
+    tokenizer: str | None = None
+    build: str | None = None
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,9 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
         names = table.primary_key.columns.keys()
         rows[table.name] = sorted(found, key=partial(_order, names))
         _want(wanted, table, rows[table.name])
+    told = {r["variant"]: r["tokenizer"] for r in rows["standing"] if r["source"]}
+    for row in rows["variant"]:  # another recipe, which is not published, may have written its own there
+        row["tokenizer"] = told.get(row["digest"], row["tokenizer"])
     return rows
 
 
@@ -161,7 +164,7 @@ def _latest(rows: dict[str, list[Row]]) -> str:
 def _named(rows: dict[str, list[Row]]) -> set[str]:
     found = {row["digest"] for row in rows["artifact"]}
     found |= {row[name] for row in rows["program"] for name in ("module", "parameters", "checks")}
-    return found | {row["tokenizer"] for row in rows["variant"] if row["tokenizer"]}
+    return found | {row["tokenizer"] for name in ("standing", "variant") for row in rows[name] if row["tokenizer"]}
 
 
 def _manifest(rows: dict[str, list[Row]], database: Path, paths: dict[str, Path], kinds: dict[str, str]) -> Row:
@@ -194,7 +197,7 @@ def _variant(row: Row, rows: dict[str, list[Row]]) -> Row:
         "status": row["status"],
         "artifact": variant["artifact"],
         "parameters": found["program"][variant["program"]]["parameters"],
-        "tokenizer": variant["tokenizer"],
+        "tokenizer": row["tokenizer"] if row["source"] else variant["tokenizer"],
         "runtime": found["artifact"][variant["artifact"]]["runtime"],
         "point": variant["point"],
         "protocol": measured.get("protocol"),

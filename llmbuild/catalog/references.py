@@ -41,8 +41,9 @@ def references(session: Session, blobs: BlobStore) -> list[Reference]:
             found.append(Reference(name, kind, f"program {program.digest[:12]}", ""))
     for artifact in session.scalars(select(t.ArtifactRow)):
         found.append(Reference(artifact.digest, "artifact", f"artifact {artifact.digest[:12]}", artifact.created_at))
-    tokenizers = select(t.VariantRow.tokenizer).where(t.VariantRow.tokenizer.is_not(None)).distinct()
-    found += [Reference(str(name), "tokenizer", "variants", "") for name in session.scalars(tokenizers)]
+    for column in (t.VariantRow.tokenizer, t.StandingRow.tokenizer):
+        tokenizers = session.scalars(select(column).where(column.is_not(None)).distinct())
+        found += [Reference(str(name), "tokenizer", "variants", "") for name in tokenizers]
     for table in t.Base.metadata.sorted_tables:
         if "blob" in table.c:  # every cache of something that takes long: references, front halves of compiles
             for row in session.execute(select(table)).mappings():
@@ -70,7 +71,9 @@ def blobs_of(session: Session, variants: set[str]) -> set[str]:
             t.ProgramRow.checks,
         ).join(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
     )
-    return {name for row in rows if row[0] in variants for name in row[1:] if name}
+    stand = select(t.StandingRow.variant, t.StandingRow.tokenizer).where(t.StandingRow.tokenizer.is_not(None))
+    found = [tuple(row) for row in rows] + [tuple(row) for row in session.execute(stand)]
+    return {name for row in found if row[0] in variants for name in row[1:] if name}
 
 
 def published_blobs(folder: Path) -> set[str]:

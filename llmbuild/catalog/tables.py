@@ -240,7 +240,13 @@ class FailureRow(Base):
 
 
 class StandingRow(Base):
-    """Where a variant stands among a recipe's variants on one target, machine and workload."""
+    """Where a variant stands among a recipe's variants on one target, machine and workload.
+
+    `ranking` is the digest of all that decided it, and `source` that of the weights and the tokenizer: what stands is
+    of one ranking, and a name stands for one source. Both are absent in rows from before they were kept, and `ranking`
+    in those that were ranked elsewhere. Recipes that differ in the tokenizer share variants, so it stands here too; a
+    row without a source has that of its variant.
+    """
 
     __tablename__ = "standing"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -254,6 +260,9 @@ class StandingRow(Base):
     status: Mapped[str] = mapped_column(String(16))
     confidence: Mapped[float | None] = mapped_column(Float)
     reason: Mapped[str] = mapped_column(Text)
+    ranking: Mapped[str | None] = mapped_column(Digest)
+    source: Mapped[str | None] = mapped_column(Digest)
+    tokenizer: Mapped[str | None] = mapped_column(Digest)
     __table_args__ = (
         UniqueConstraint("model", "target", "machine", "workload", "variant"),
         Index("standing_by_model", "model", "status"),

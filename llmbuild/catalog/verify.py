@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import collected, published_blobs, references
+from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references
 from llmbuild.catalog.writer import Catalog
 
 REBUILD = "run `llmbuild build` with its recipe: it is made again"
+FORGET = "run `llmbuild gc`: no front needs it, and the next build that does makes it again"
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,17 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
         rows = [*_database(session), *_dangling(session)]
         named = {r.digest: r for r in references(session, catalog.blobs)}
         gone = collected(session)
+        needed = blobs_of(session, front_variants(session))
     missed = {name for names in catalog.lost_blobs().values() for name in names}
     kept = published_blobs(catalog.folder)
     sizes = dict(catalog.blobs.digests())
     return [
         *rows,
-        *_bytes(catalog, named, sizes, progress),
+        *_bytes(catalog, named, needed, sizes, progress),
         *(
-            Finding("missing", f"{r.kind} {name[:12]}", f"named by {r.owner}", REBUILD, True)
+            Finding(
+                "missing", f"{r.kind} {name[:12]}", f"named by {r.owner}", REBUILD if name in needed else FORGET, True
+            )
             for name, r in named.items()
             if name not in sizes and (name in missed or name not in gone)
         ),
@@ -61,14 +66,19 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
 
 
 def _bytes(
-    catalog: Catalog, named: dict[str, Any], sizes: dict[str, int], progress: Callable[[int, int], None]
+    catalog: Catalog,
+    named: dict[str, Any],
+    needed: set[str],
+    sizes: dict[str, int],
+    progress: Callable[[int, int], None],
 ) -> Iterator[Finding]:
     total, done = sum(sizes.values()), 0
     for name, size in sizes.items():
         if not catalog.blobs.verify(name):
             kind = named[name].kind if name in named else "blob"
             path = catalog.blobs.path(name)
-            remedy = f"rm -f {path} and {REBUILD}"
+            after = f" and {REBUILD if name in needed else FORGET}" if name in named else ""
+            remedy = f"rm -f {shlex.quote(str(path))}{after}"
             yield Finding(
                 "corrupt", f"{kind} {name[:12]}", f"{path}: its bytes are not those of its name", remedy, True
             )

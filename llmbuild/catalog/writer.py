@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
@@ -17,7 +17,7 @@ from llmbuild import digest
 from llmbuild.catalog import history, locks
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.known import Known
-from llmbuild.catalog.names import Owner, Registered
+from llmbuild.catalog.names import Owner, Ranking, Registered
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
 from llmbuild.digest import plain
 from llmbuild.spec.machine import NOWHERE
@@ -27,6 +27,7 @@ from llmbuild.spec.space import Point
 from llmbuild.spec.trial import UNDECIDED, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 
+NOT_TOLD = Ranking()
 COMPILED = "compiled, and never measured"
 _NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
@@ -105,6 +106,11 @@ class Catalog(Known):
         with self.session(write=True) as session:
             _replace(session, t.ReferenceRow, values)
 
+    def found_again(self, blobs: Iterable[str]) -> None:
+        """Note that blobs which were missing are there again."""
+        with self.session(write=True) as session:
+            _made(session, *blobs)
+
     # --- artifacts -----------------------------------------------------------------------------------------------
 
     def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
@@ -177,10 +183,16 @@ class Catalog(Known):
         return row.id
 
     def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str]) -> None:
-        """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is."""
+        """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is.
+
+        What was compiled of earlier inputs, or of another model by this name, stands no more.
+        """
         row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
+        row |= {"source": owner.source, "tokenizer": owner.tokenizer if owner.source else None}
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
+            _retire(session, owner.model, owner.source)
+            _retire_compiled(session, owner.model, owner.target, {owner.lineage})
             same = (t.StandingRow.variant == trial.variant, t.StandingRow.model == owner.model)
             known = set(session.scalars(select(t.StandingRow.workload).where(*same)))
             session.execute(upsert(t.MachineRow).values(_NOWHERE).on_conflict_do_nothing())
@@ -243,19 +255,54 @@ class Catalog(Known):
         """Add or replace one standing, beside those of other machines."""
         row = {"model": model, "target": names.target_digest, "machine": names.machine_digest, **plain(standing)}
         keys = ["model", "target", "machine", "workload", "variant"]
+        same = (t.StandingRow.model == model, t.StandingRow.variant == standing.variant)
         with self.session(write=True) as session:
+            known = select(t.StandingRow.source, t.StandingRow.tokenizer).where(
+                *same, t.StandingRow.source.is_not(None)
+            )
+            row["source"], row["tokenizer"] = session.execute(known).first() or (None, None)
             session.execute(upsert(t.StandingRow).values(row).on_conflict_do_update(index_elements=keys, set_=row))
 
-    def record_standings(self, model: str, target: str, machine: str, standings: list[Standing]) -> None:
-        """Replace the standings of a recipe on a target and machine, all at once."""
-        rows = [{"model": model, "target": target, "machine": machine, **plain(s), "failure": None} for s in standings]
+    def record_standings(
+        self,
+        model: str,
+        target: str,
+        machine: str,
+        standings: list[Standing],
+        by: Ranking = NOT_TOLD,
+    ) -> None:
+        """Replace the standings of a recipe on a target and machine, all at once: these are the present ones.
+
+        Those of another source by this name stand nowhere any more. The build becomes the latest one.
+        """
+        place = {"model": model, "target": target, "machine": machine}
+        told = {"ranking": by.ranking, "source": by.source, "tokenizer": by.tokenizer}
+        rows = [{**place, **told, **plain(s), "failure": None} for s in standings]
         where = (t.StandingRow.model == model, t.StandingRow.target == target)
         known = t.StandingRow.variant.in_({s.variant for s in standings})
         with self.session(write=True) as session:
             session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == machine))
             session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == NOWHERE, known))
+            _retire(session, model, by.source)
+            of = select(t.VariantRow.lineage).where(t.VariantRow.digest.in_({s.variant for s in standings}))
+            _retire_compiled(session, model, target, set(session.scalars(of)))
+            session.execute(update(t.BuildRow).where(t.BuildRow.key == by.build).values(created_at=now()))
             for row in rows:
                 session.add(t.StandingRow(**row))
+
+
+def _retire(session: Session, model: str, source: str | None) -> None:
+    """Let no row stand that is of another model by this name."""
+    if source is not None:
+        session.execute(delete(t.StandingRow).where(t.StandingRow.model == model, t.StandingRow.source != source))
+
+
+def _retire_compiled(session: Session, model: str, target: str, lineages: set[str]) -> None:
+    """Let nothing stand that was only compiled, of inputs that are not those of these `lineages`."""
+    mine = select(t.VariantRow.digest).where(t.VariantRow.lineage.in_(lineages))
+    where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == NOWHERE)
+    if lineages:
+        session.execute(delete(t.StandingRow).where(*where, t.StandingRow.variant.not_in(mine)))
 
 
 def _made(session: Session, *blobs: str) -> None:

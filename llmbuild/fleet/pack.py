@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from llmbuild.build import Build, Tell, describe, owner
+from llmbuild.build import Build, Tell
 from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
@@ -34,6 +34,7 @@ from llmbuild.spec.recipe import Budget
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps
+from llmbuild.trials import describe, owner
 
 Body = dict[str, Any]
 MOST_BYTES = 60 << 20

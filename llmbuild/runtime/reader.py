@@ -20,7 +20,7 @@ from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
 from llmbuild.strict import loads
 
-SCHEMA_VERSIONS = (1, 2, 3, 4, 5)
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
 """Schemas this loader can read."""
 
 COPIES = 3

@@ -20,7 +20,7 @@ from typing import Any
 from comparison.script import end
 
 from llmbuild import toolchain
-from llmbuild.build import Build, finished_trials, stand
+from llmbuild.build import Build
 from llmbuild.catalog.writer import Catalog
 from llmbuild.commands import find_target
 from llmbuild.errors import LlmbuildError
@@ -41,6 +41,7 @@ from llmbuild.spec.target import HOST
 from llmbuild.spec.trial import FRONT, Trial
 from llmbuild.spec.variant import Failure
 from llmbuild.steps import Job, Steps, make_job
+from llmbuild.trials import finished_trials, stand
 
 ROOT = Path(__file__).parent.parent.parent
 PLAIN = {"the compiler's defaults": {}, "-O3": {"opt_level": "O3"}}

@@ -24,7 +24,7 @@ from typing import Any
 from synthetic import ABI, Made, fill, measurement, multiply
 
 from llmbuild import commands, digest
-from llmbuild.build import owner, stand, trial_of
+from llmbuild.catalog.names import Ranking
 from llmbuild.catalog.place import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.freshness import build_key
@@ -35,6 +35,7 @@ from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Artifact
 from llmbuild.steps import Job, Steps
+from llmbuild.trials import owner, stand, trial_of
 
 RECIPE = """\
 name: shape
@@ -91,7 +92,8 @@ def _record(job: Job, folder: Path, variants: int) -> None:
         catalog.record_trial(trial, owner(steps))
         known.append(trial)
     names = steps.registered
-    catalog.record_standings(job.recipe.name, names.target_digest, names.machine_digest, stand(job, known))
+    by = Ranking(job.ranking, job.source, owner(steps).tokenizer)
+    catalog.record_standings(job.recipe.name, names.target_digest, names.machine_digest, stand(job, known), by)
     state = {"seconds": 1.0, "raced": True, "ended": f"{variants} trials done"}
     catalog.record_build(build_key(job, 0), job.recipe.name, job.scope, job.scope_inputs, **state)
     catalog.close()
