@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
-from llmbuild.profiler import energy, estimate, nvml, rapl
+from llmbuild.profiler import energy, estimate, noise, nvml, rapl
 from llmbuild.profiler.energy import Absent, Counter, Energy, Meter
 from tests.conftest import Project, llmbuild
 from tests.support.meters import FakeNvml, NVMLError_LibraryNotFound, NVMLError_NoPermission, World, Zones
@@ -270,15 +270,65 @@ def test_a_counter_that_starts_over_adds_up_whatever_its_range(span: int, steps:
     assert found.joules == sum(steps)
 
 
-def test_parts_of_a_package_are_not_counted_twice(tmp_path: Path) -> None:
+def zone(root: Path, folder: str, name: str, joules: float = 260.0) -> None:
+    made = root / folder
+    made.mkdir(parents=True)
+    for file, text in (("name", name), ("energy_uj", f"{joules * 1e6:.0f}"), ("max_energy_range_uj", "1000000000000")):
+        (made / file).write_text(f"{text}\n")
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("intel-rapl:0:0", "core"),
+        ("intel-rapl:0:1", "uncore"),
+        ("intel-rapl:0:2", "dram"),
+        ("intel-rapl:2", "psys"),
+        ("intel-rapl:3", "board"),
+        ("intel-rapl-mmio:0", "package-0"),
+        ("intel-rapl-mmio:0:0", "dram"),
+    ],
+)
+def test_packages_alone_are_counted_and_once(tmp_path: Path, folder: str, name: str) -> None:
     world = World()
+    zone(tmp_path, folder, name)
     Zones(world, tmp_path, packages=2)
-    part = tmp_path / "intel-rapl:0:0"
-    part.mkdir()
-    (part / "energy_uj").write_text("5")
+    world.moved.append(lambda: (tmp_path / folder / "energy_uj").write_text(f"{2e6 * world.joules:.0f}\n") and None)
     meter = rapl.find(tmp_path, world.clock, in_vm=False)
     assert isinstance(meter, Counter)
     assert metered(meter, world, 1.0).joules == pytest.approx(100.0)
+    assert meter.conditions()["zones"] == "package-0 package-1"
+
+
+@pytest.mark.parametrize(("folder", "told"), [("intel-rapl:0:2", "a zone of its own"), ("intel-rapl:2", "no zone")])
+def test_a_package_says_that_memory_is_not_inside(tmp_path: Path, folder: str, told: str) -> None:
+    Zones(World(), tmp_path)
+    zone(tmp_path, folder, "dram" if folder.count(":") == 2 else "psys")
+    meter = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(meter, Counter)
+    memory = str(meter.conditions()["memory"])
+    assert memory.startswith("without DRAM") and told in memory
+
+
+@pytest.mark.parametrize("name", ["psys", "board", "dram"])
+def test_a_top_level_zone_of_another_name_is_no_package(tmp_path: Path, name: str) -> None:
+    zone(tmp_path, "intel-rapl:0", name)
+    found = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(found, Absent) and f"has only {name}" in found.reason
+
+
+def test_dies_of_a_package_are_counted_each(tmp_path: Path) -> None:
+    zone(tmp_path, "intel-rapl:0", "package-0-die-0")
+    zone(tmp_path, "intel-rapl:1", "package-0-die-1")
+    meter = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(meter, Counter) and len(meter.ranges) == 2
+
+
+def test_a_range_that_is_not_told_is_no_meter(tmp_path: Path) -> None:
+    Zones(World(), tmp_path)
+    (tmp_path / "intel-rapl:0" / "max_energy_range_uj").unlink()
+    found = rapl.find(tmp_path, in_vm=False)
+    assert isinstance(found, Absent) and "starts over" in found.reason
 
 
 def test_without_a_counter_energy_is_absent_with_its_reason(tmp_path: Path) -> None:
@@ -317,6 +367,27 @@ def test_a_power_model_that_cannot_be_read_is_told(text: str, monkeypatch: pytes
     monkeypatch.setenv(estimate.VARIABLE, text)
     with pytest.raises(InputError, match="IDLE_WATTS:FULL_LOAD_WATTS"):
         estimate.find()
+
+
+def test_an_estimate_counts_the_cpus_whose_time_it_counts_whatever_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stat = tmp_path / "stat"
+    stat.write_text("cpu  0 0 0 0 0 0 0 0\n" + "".join(f"cpu{n} 0 0 0 0 0 0 0 0\n" for n in range(8)) + "intr 1\n")
+    assert noise.cpus(stat) == 8
+    monkeypatch.setenv(estimate.VARIABLE, "20:65")
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: {0})
+    assert estimate.find().cpus == noise.cpus()
+
+
+@given(st.floats(0, 64), st.floats(0.1, 10))
+def test_an_estimate_is_between_idle_and_full_load(busy: float, seconds: float) -> None:
+    world, taken = World(), [0.0]
+    window = estimate.LinearModel(20.0, 65.0, 8, lambda: taken[0], world.clock).window()
+    world.now, taken[0] = seconds, busy
+    found = window.close()
+    assert isinstance(found, Energy)
+    assert 20.0 - 1e-9 <= found.watts <= 65.0 + 1e-9
 
 
 def test_an_estimate_is_made_only_when_asked_for_and_says_that_it_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

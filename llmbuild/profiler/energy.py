@@ -1,7 +1,8 @@
 """Energy meters behind one interface: open a window, do the work, close it, get joules or why there are none.
 
 Absent is absent: a reading is never 0 for want of a counter. A meter belongs to what runs the code: the CPU's packages
-for IREE's CPU drivers, the board for a GPU's, so that an idle GPU is never held to account for a CPU's work.
+(never the memory beside them) for IREE's CPU drivers, the board for a GPU's, so that an idle GPU is never held to
+account for a CPU's work.
 """
 
 from __future__ import annotations

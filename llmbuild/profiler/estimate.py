@@ -15,7 +15,6 @@ from time import monotonic
 from llmbuild.errors import InputError
 from llmbuild.profiler import noise
 from llmbuild.profiler.energy import Boundary, Clock, Energy, Source, Window
-from llmbuild.runtime import host
 
 VARIABLE = "LLMBUILD_ENERGY_ESTIMATE"
 STEP_S = 0.01
@@ -26,7 +25,10 @@ _SHAPE = re.compile(r"(\d+(?:\.\d+)?):(\d+(?:\.\d+)?)")
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Power that grows with the busy share of the CPUs, from `idle_w` to `max_w`; `busy_s` counts CPU seconds."""
+    """Power that grows with the busy share of the CPUs, from `idle_w` to `max_w`; `busy_s` counts CPU seconds.
+
+    Watts, `cpus` and `busy_s` are of the whole machine, whichever of its CPUs this process may use.
+    """
 
     idle_w: float
     max_w: float
@@ -61,7 +63,7 @@ class _ModelWindow:
     def close(self) -> Energy:
         model = self._model
         seconds, busy = model.clock() - self._begin, model.busy_s() - self._busy
-        share = busy / model.cpus
+        share = min(busy / model.cpus, seconds)
         return Energy(model.idle_w * seconds + (model.max_w - model.idle_w) * share, seconds)
 
 
@@ -80,7 +82,7 @@ def find() -> LinearModel:
     match = _SHAPE.fullmatch(text.strip())
     if not match or float(match[1]) >= float(match[2]):
         raise InputError(f"{VARIABLE}={text!r}: write IDLE_WATTS:FULL_LOAD_WATTS, such as 20:65")
-    return LinearModel(float(match[1]), float(match[2]), host.cores(), _busy_s)
+    return LinearModel(float(match[1]), float(match[2]), noise.cpus(), _busy_s)
 
 
 def _busy_s() -> float:

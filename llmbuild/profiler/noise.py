@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +29,21 @@ class Snapshot:
     busy: int = 0
 
 
-def snapshot() -> Snapshot:
+STAT = Path("/proc/stat")
+
+
+def cpus(stat: Path = STAT) -> int:
+    """Return the number of CPUs whose time the counters add up: all that are online, not those of this process."""
+    try:
+        return len(re.findall(r"^cpu\d+ ", stat.read_text(), re.MULTILINE)) or os.cpu_count() or 1
+    except OSError:
+        return os.cpu_count() or 1
+
+
+def snapshot(stat: Path = STAT) -> Snapshot:
     """Return the counters now."""
     try:
-        ticks = [int(x) for x in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+        ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
         return Snapshot(0, 0)
     stolen = ticks[7] if len(ticks) > 7 else 0

@@ -243,6 +243,8 @@ def _told(meter: Meter, window: Window) -> dict[str, Any]:
     found = window.close()
     if isinstance(found, Absent):
         return {"absent": found.reason}
+    if not found.joules:  # of windows that span many updates: nothing draws no power at all
+        return {"absent": f"the counter did not move in {found.seconds:.2g} s"}
     return {"joules": found.joules, "seconds": found.seconds, **meter.conditions()}
 
 

@@ -115,7 +115,9 @@ def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
     found = next((one for one in tried if not isinstance(one, Absent)), None)
     if found is None:
         return _row(check, "note", "no meter, energy stays absent", "; ".join(why))
-    told = f"{found.source} of the {found.boundary}, updated every {found.step_s:g} s"
+    memory = found.conditions().get("memory")
+    whose = f"{found.boundary} {memory}" if memory else found.boundary
+    told = f"{found.source} of the {whose}, updated every {found.step_s:g} s"
     return _row(check, "ok", told, "; ".join(why))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from llmbuild.report.rows import differences, gain, quantity
 from llmbuild.shown import cell
-from llmbuild.spec.slo import METRICS
+from llmbuild.spec.slo import ENERGY, METRICS
 
 
 def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]) -> str:
@@ -48,7 +48,14 @@ def _metric_line(row: dict[str, Any], name: str) -> str:
     interval = f"  95 % [{quantity(low, unit)}, {quantity(high, unit)}]" if low != high else ""
     better = gain(row, name)
     against = f"  {better} over the default" if better else ""
-    return f"  {name:<20} {quantity(row[name], unit):>10}{interval}{against}"
+    return f"  {name:<20} {quantity(row[name], unit):>10}{interval}{against}{_boundary(row) if name == ENERGY else ''}"
+
+
+def _boundary(row: dict[str, Any]) -> str:
+    """Return what the joules are of, and by which source."""
+    facts = row.get("energy") or {}
+    told = [f"{row.get('energy_source') or 'no source'} of the {facts.get('boundary', 'device')}"]
+    return f"  ({', '.join([*told, *(str(facts[n]) for n in ('memory',) if n in facts)])})"
 
 
 def _operator_lines(operators: list[dict[str, Any]]) -> list[str]:

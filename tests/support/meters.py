@@ -38,6 +38,7 @@ class Zones:
         for number in range(packages):
             zone = root / f"intel-rapl:{number}"
             zone.mkdir(parents=True)
+            (zone / "name").write_text(f"package-{number}\n")
             (zone / "max_energy_range_uj").write_text(f"{range_uj}\n")
             self.counters.append(zone / "energy_uj")
         self.write()
