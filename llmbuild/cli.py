@@ -32,7 +32,7 @@ from llmbuild.options import (
     teaching,
     trust_options,
 )
-from llmbuild.shown import data, guarded
+from llmbuild.shown import clear_line, data, guarded
 from llmbuild.strict import dumps
 
 if TYPE_CHECKING:
@@ -65,7 +65,10 @@ class Group(click.Group):
         kwargs["standalone_mode"] = False
         try:
             edge.prepare()
-            code = super().main(*args, **kwargs)
+            try:
+                code = super().main(*args, **kwargs)
+            finally:
+                clear_line()
             sys.stdout.flush()
         except click.exceptions.Exit as done:
             code = done.exit_code

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from llmbuild.options import PATH, PLACE, catalog_option, format_options, print_rows, slo_options, trust_options
-from llmbuild.shown import control
+from llmbuild.shown import replace_line
 
 
 @click.command(short_help="Read every byte of a catalog and check it.")
@@ -125,8 +125,6 @@ def _counter(done: str) -> Callable[..., None]:
 
     def tell(*told: Any) -> None:
         some, total = told[-2:]
-        end = "\n" if some >= total else ""
-        control(sys.stderr, f"\r\x1b[K{some / 1e6:.1f} of {total / 1e6:.1f} MB {done}{end}")
-        sys.stderr.flush()
+        replace_line(sys.stderr, f"{some / 1e6:.1f} of {total / 1e6:.1f} MB {done}")
 
     return tell

@@ -454,7 +454,8 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
     with reader.opened(catalog) as connection:
         module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
     target = target_from(row["target_body"])
-    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), target, row["point"])
+    tool = "iree-compile" if iree.compiler_version() == "absent" else ""  # what is only told needs no compiler
+    command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), target, row["point"], tool)
     return shlex.join(command)
 
 

@@ -264,7 +264,8 @@ def print_public(rows: Sequence[dict[str, Any]], form: str | None, none: str = "
 
 def print_rows(rows: Sequence[dict[str, Any]], form: str | None, none: str = "nothing to list") -> int:
     """Print rows as a table, JSON or CSV; where there are none, say `none` in place of a table."""
-    from llmbuild.report.rows import as_csv, as_json, table
+    from llmbuild.report.rows import as_csv, as_json
+    from llmbuild.report.table import table, terminal
 
     if form == "json":
         click.echo(as_json(rows))
@@ -272,7 +273,7 @@ def print_rows(rows: Sequence[dict[str, Any]], form: str | None, none: str = "no
         data(as_csv(rows) + "\n")
     elif rows:
         names = list(rows[0])
-        click.echo(table(names, [[str(row[n]) for n in names] for row in rows], left=range(len(names))))
+        click.echo(table(names, [[str(row[n]) for n in names] for row in rows], range(len(names)), terminal()))
     else:
         click.echo(none, err=True)
     return 0

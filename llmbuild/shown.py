@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -84,6 +85,26 @@ def guarded() -> Iterator[None]:
 def control(stream: TextIO, text: str) -> None:
     """Write our own text with what steers a terminal; whatever of it came from outside went through `cell`."""
     stream.as_is(text) if isinstance(stream, _Guarded) else stream.write(text)
+
+
+_live: list[TextIO] = []
+"""The terminal whose last line is one that the next replaces."""
+
+
+def replace_line(stream: TextIO, text: str) -> None:
+    """Write a line that the next one replaces, no wider than the terminal, which would break it into two."""
+    control(stream, "\r\x1b[K" + cell(text)[: shutil.get_terminal_size().columns - 1])
+    stream.flush()
+    _live[:] = [stream]
+
+
+def clear_line() -> None:
+    """Take back a line that was to be replaced, so that nothing else is written behind it."""
+    for stream in _live:
+        with contextlib.suppress(OSError, ValueError):  # the terminal is gone: nobody sees the line
+            control(stream, "\r\x1b[K")
+            stream.flush()
+    _live.clear()
 
 
 def data(text: str) -> None:

@@ -82,9 +82,11 @@ def compiler_version() -> str:
         return "absent"
 
 
-def compile_command(module: Path, output: Path, target: Target, point: Mapping[str, Value]) -> list[str]:
-    """Return the whole command line, which can be pasted into a shell."""
-    return [str(binary()), str(module.absolute()), *compile_flags(target, point), "-o", str(output)]
+def compile_command(
+    module: Path, output: Path, target: Target, point: Mapping[str, Value], tool: str = ""
+) -> list[str]:
+    """Return the whole command line, which can be pasted into a shell; of another `tool` than the installed one."""
+    return [tool or str(binary()), str(module.absolute()), *compile_flags(target, point), "-o", str(output)]
 
 
 def compile_module(

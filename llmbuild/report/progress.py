@@ -7,7 +7,7 @@ from time import monotonic
 from typing import TextIO
 
 from llmbuild.build import Event
-from llmbuild.shown import cell, control
+from llmbuild.shown import clear_line, replace_line
 
 
 class Progress:
@@ -36,11 +36,9 @@ class Progress:
         self._line(text)
 
     def _replace(self, text: str) -> None:
-        control(self.stream, "\r\x1b[K" + cell(text)[:150])
-        self.stream.flush()
+        replace_line(self.stream, text)
 
     def _line(self, text: str) -> None:
-        if self.live:
-            control(self.stream, "\r\x1b[K")
+        clear_line()
         self.stream.write(text + "\n")
         self.stream.flush()

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmbuild.digest import short
+from llmbuild.report.table import table, terminal
 from llmbuild.search.knobs import knobs_of
-from llmbuild.shown import cell
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.target import LLVM_CPU
 from llmbuild.strict import dumps, finite
@@ -37,6 +37,9 @@ MORE = (
     "notes",
 )
 
+SPARE = (10, 5, 8, 9, 7, 4, 3, 6)
+"""Columns of a front's table that a narrow terminal goes without: load first, then the gain of ttft, weights."""
+
 Cell = str | float | int | bool | None
 
 
@@ -61,18 +64,6 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         writer.writerow([dumps(row[n]) if isinstance(row[n], (dict, list)) else finite(row[n]) for n in names])
     return out.getvalue().rstrip("\n")
-
-
-def table(header: Sequence[str], lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> str:
-    """Return an aligned table; the columns in `left` are flush left, the rest flush right. A cell is one line."""
-    lines = [[cell(c) for c in line] for line in lines]
-    widths = [max(len(str(line[i])) for line in (header, *lines)) for i in range(len(header))]
-
-    def one(line: Sequence[str]) -> str:
-        cells = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        return "  ".join(cells).rstrip()
-
-    return "\n".join(one([str(c) for c in line]) for line in (header, *lines))
 
 
 def quantity(value: float | None, unit: str) -> str:
@@ -110,7 +101,7 @@ def differences(row: dict[str, Any]) -> str:
 def front_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return the table of a front: figures, and each variant's gain over the compiler's default."""
     header = ["variant", "status", "tpot", "gain", "ttft", "gain", "kl", "top1", "weights", "memory", "load", "choices"]
-    return table(header, [_front_line(row) for row in rows], left=(0, 1, 11))
+    return table(header, [_front_line(row) for row in rows], (0, 1, 11), terminal(), SPARE)
 
 
 def _front_line(row: dict[str, Any]) -> list[str]:
