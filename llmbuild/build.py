@@ -155,8 +155,7 @@ class Build:
         finally:
             stop_all()
             self.steps.close()
-            for text in self.steps.said:
-                self.tell(Event("note", f"the library says of this model: {text}"))
+            self._pass_on()
         return self._outcome(ended)
 
     def artifact(self, point: Point) -> tuple[Program, Artifact] | Failure:
@@ -171,6 +170,7 @@ class Build:
                 return list(zip(points, pool.map(self.steps.import_, points), strict=True))
             finally:
                 stop_all()
+                self._pass_on()
 
     def openers(self) -> list[Point]:
         """Return the points that are tried first, up to the budget."""
@@ -191,7 +191,13 @@ class Build:
                     self._compiled(point, made, len(done), len(points))
         finally:
             stop_all()
+            self._pass_on()
         return done
+
+    def _pass_on(self) -> None:
+        """Tell what the library said of the model while it was imported now."""
+        for text in self.steps.said:
+            self.tell(Event("note", f"the library says of this model: {text}"))
 
     def _compiled(self, point: Point, made: tuple[Program, Artifact] | Failure, done: int, total: int) -> None:
         if isinstance(made, Failure):

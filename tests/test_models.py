@@ -153,6 +153,22 @@ def test_what_is_no_json_object_is_told_with_its_file(model: Path, name: str, te
     assert len(message) < 400
 
 
+@pytest.mark.parametrize("text", ["{}", '{"model": {"type": "New"}}'])
+def test_a_tokenizer_that_cannot_be_read_is_told_before_any_work(model: Path, text: str) -> None:
+    (model / "tokenizer.json").write_text(text)
+    assert refused(model).startswith(f"{model / 'tokenizer.json'}: the tokenizer cannot be read: ")
+
+
+def test_weights_that_the_configuration_names_are_the_ones_that_are_read(model: Path) -> None:
+    before = found(model).digest
+    (model / "model.safetensors").rename(model / "named.safetensors")
+    folders.write(model, seed=1, transformers_weights="named.safetensors")
+    assert examine(model, False).files.weights == (model / "named.safetensors",)
+    assert found(model).digest != before  # the key itself is a value that changed
+    folders.configure(model, folders.shape(transformers_weights="../named.safetensors"))
+    assert "no safetensors file in this folder" in refused(model)
+
+
 @pytest.mark.parametrize("size", [0, 7, 100, 5000, -1])
 def test_cut_weights_are_told_with_their_file(model: Path, size: int) -> None:
     weights = model / "model.safetensors"

@@ -93,6 +93,8 @@ class Cases:
     def __init__(self, folder: Path, loaded: float = 0.0) -> None:
         """Make what is mutated; `loaded` is the part of odd models that is loaded as well."""
         self.folder, self.loaded = folder, loaded
+        if loaded:
+            import llmbuild.frontend.program  # noqa: F401 - now, since a case has seconds
         fill(folder / "seed", [Made("default", "dominated", default=True), Made("fast")])
         catalog = Catalog(folder / "seed")
         publish(catalog, (), str(folder / "published"), None)
