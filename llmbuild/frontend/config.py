@@ -12,6 +12,7 @@ from typing import Any
 
 from llmbuild.frontend import rope
 from llmbuild.frontend.documents import shown
+from llmbuild.kernels import applies
 from llmbuild.spec.model import DEFAULTS
 
 _LLAMA_KEYS = frozenset(
@@ -34,7 +35,8 @@ _GENERAL_KEYS = frozenset(
 )
 """Keys that say nothing about what is computed, or that are checked apart."""
 
-ACTIVATIONS = ("silu", "swish", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "quick_gelu", "relu", "relu2")
+ACTIVATIONS = (*applies.ACTIVATIONS, "quick_gelu", "relu", "relu2")
+"""Those of our kernels, and more that the compiler takes."""
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 FULL, SLIDING = "full_attention", "sliding_attention"
 _SIZES = (
