@@ -16,6 +16,7 @@ from llmbuild.errors import InputError, LlmbuildError, NothingUsable, NoVariant
 from llmbuild.options import (
     PATH,
     PLACE,
+    TEXT,
     ByOption,
     Shared,
     before_command,
@@ -49,7 +50,10 @@ class Group(click.Group):
     debug = False
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command that takes `--debug` as well, so that the option may stand on either side of its name."""
+        """Add a command, whose texts must be UTF-8, and that takes `--debug` as `llmbuild` itself does."""
+        for parameter in cmd.params:
+            if parameter.type is click.STRING:
+                parameter.type = TEXT
         cmd.params.append(_debug_option())
         super().add_command(cmd, name)
 

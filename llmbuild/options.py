@@ -27,7 +27,20 @@ class _Named(click.Path):
         return super().convert(value, param, ctx)
 
 
-PATH, PLACE = _Named(path_type=Path), _Named(path_type=str)
+class _Text(click.types.StringParamType):
+    """A text that is no path: only names of files may hold bytes that are no UTF-8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the text."""
+        text = super().convert(value, param, ctx)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            self.fail(f"{text!a} is no UTF-8 text", param, ctx)
+        return text
+
+
+PATH, PLACE, TEXT = _Named(path_type=Path), _Named(path_type=str), _Text()
 
 
 class Shared(click.Option):

@@ -1,7 +1,9 @@
-"""Short versions of `scripts/bench/endurance.py` and `scripts/bench/fuzz.py`."""
+"""Short versions of `scripts/bench/endurance.py`, `fuzz.py` and `fuzz_cli.py`."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -28,3 +30,13 @@ def test_mutated_recipes_targets_locks_pointers_and_catalogs_are_one_message_eac
     assert found["faults"] == []
     assert found["refused"] + found["taken"] == 200
     assert found["refused"] > 50
+
+
+def test_odd_command_lines_in_odd_places_are_one_message_each() -> None:
+    script = str(Path(fuzz.__file__).with_name("fuzz_cli.py"))
+    command = [sys.executable, script, "--cases", "80", "--seed", "3", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    found = json.loads(done.stdout)
+    assert found["faults"] == []
+    assert sum(found["ended"].values()) == 80
+    assert set(found["ended"]) >= {"0", "2"}

@@ -242,3 +242,12 @@ def test_recipes_and_doctor_name_the_architectures(capsys: pytest.CaptureFixture
 def test_a_recipe_whose_file_name_is_no_text_asks_for_a_name(capsys: pytest.CaptureFixture[str]) -> None:
     Path("\udcff.yaml").write_text("model: {huggingface: m}\nworkloads: [{name: a, prompt: 8, output: 8}]\n")
     assert "add `name: NAME`" in refused(capsys, "build", "\udcff.yaml", "-n")
+
+
+@pytest.mark.parametrize(
+    "words", [("run", "\udcff"), ("pick", "-m", "\udcff"), ("explain", "\udcff"), ("query", "--slo", "\udcff<=1")]
+)
+def test_a_text_that_is_no_utf_8_is_refused(
+    words: tuple[str, ...], seed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is no UTF-8 text" in refused(capsys, *words, "-C", "seed")

@@ -312,7 +312,7 @@ def set_up(work: Path, variables: dict[str, str]) -> Iterator[tuple[io.BytesIO, 
     out, err = io.BytesIO(), io.BytesIO()
     os.chdir(work)
     special(work)
-    os.environ.update({"HOME": str(work), "HF_HUB_OFFLINE": "1", "AWS_MAX_ATTEMPTS": "1", **variables})
+    os.environ.update({"HOME": str(work), "HF_HUB_OFFLINE": "1", "AWS_EC2_METADATA_DISABLED": "true", **variables})
     sys.stdout = io.TextIOWrapper(out, encoding="utf-8", write_through=True)
     sys.stderr = io.TextIOWrapper(err, encoding="utf-8", errors="backslashreplace", write_through=True)
     signal.alarm(HANG_S)
