@@ -36,7 +36,7 @@ SHAPES = {
     "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
     "int7 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int7_g32", activation="gelu"),
     "int7 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int7_g64"),
-    "f16": DecoderShape(37, 3, 1, 12, 86, 1e-5, 0.3, 40, False, 2, "f16", head_norms=True),
+    "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, False, 2, "f16", head_norms=True),
     "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, True, 2, "bf16", activation="gelu_tanh"),
     "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
     "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, False, 2, activation="gelu", head_norms=True),

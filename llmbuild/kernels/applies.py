@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from llmbuild.kernels.matvec import LEAST_COALESCED, Work, plan, stored_as
-from llmbuild.kernels.shapes import LEAST_HEAD
 from llmbuild.spec.decoder import Decoder
 
 ACTIVATIONS = {
@@ -16,6 +15,9 @@ ACTIVATIONS = {
     "gelu_accurate": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_python_tanh": "gelu_tanh",
+    "quick_gelu": "gelu_quick",
+    "relu": "relu",
+    "relu2": "relu_squared",
 }
 """What our kernels do with a gate (`elementwise.ACTIVATIONS`), by the library's names."""
 
@@ -27,8 +29,8 @@ def cpu_problem(decoder: Decoder, layers: str, head: str) -> str:
     """
     if decoder.activation not in ACTIVATIONS:
         return f"its own kernels compute {', '.join(ACTIVATIONS)}; found hidden_act {decoder.activation}"
-    if decoder.head_dim % LEAST_HEAD:
-        return f"its own kernels need a head size that is a multiple of {LEAST_HEAD}, found {decoder.head_dim}"
+    if decoder.head_dim % 2:
+        return f"its own kernels rotate halves of a head: its size must be even, found {decoder.head_dim}"
     return ""
 
 

@@ -14,7 +14,7 @@ from llmbuild.kernels.text import F32, I32, I64, VF, Writer
 
 MASKED = -1e30
 MIX_STEP = 4
-"""Positions per turn of the weighted sum of values."""
+"""Positions per turn of the weighted sum of values, at most."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def attend(
 
     def mix(first: str, *sums: str) -> list[str]:
         new = list(sums)
-        for step in range(MIX_STEP):
+        for step in range(turn):
             place, chain = w.add(first, step), step % chains * len(parts)
             weight = w.splat(w.load(w.at(scores, w.mul(place, 4)), F32), vf)
             position = w.integers("minsi", place, last)
@@ -103,7 +103,8 @@ def attend(
                 new[chain + i] = w.op("math.fma", weight, value, new[chain + i], kind=vf)
         return new
 
-    mixed = w.loop(0, visible, MIX_STEP, mix, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
+    turn = min(MIX_STEP, lanes)  # scores are known up to a multiple of the lanes
+    mixed = w.loop(0, visible, turn, mix, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
     inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32), vf)
     for i, e in enumerate(parts):
         whole = mixed[i]

@@ -62,10 +62,25 @@ def _gelu_tanh(w: Writer, gate: str) -> str:
     return _sigmoid(w, gate, w.op("arith.mulf", gate, factor))
 
 
+def _relu(w: Writer, gate: str) -> str:
+    return w.larger(gate, w.lanes(0.0))
+
+
+def _relu_squared(w: Writer, gate: str) -> str:
+    positive = _relu(w, gate)
+    return w.op("arith.mulf", positive, positive)
+
+
+QUICK = 1.702
+"""What a sigmoid's input is multiplied by to be near GELU."""
+
 ACTIVATIONS: dict[str, Callable[[Writer, str], str]] = {
     "silu": lambda w, gate: _sigmoid(w, gate, gate),
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
+    "gelu_quick": lambda w, gate: _sigmoid(w, gate, w.op("arith.mulf", gate, w.lanes(QUICK))),
+    "relu": _relu,
+    "relu_squared": _relu_squared,
 }
 """What is done with sixteen values of a gate, before they are multiplied by those of `up`."""
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass
 from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, family, up_to
 
 HALF_PANEL, LANES = 32, 16
-LEAST_HEAD = 4
-"""Head sizes are multiples of this: the shortest vector that heads are taken in, of half a head where it is turned."""
-
 NORMS = {"qkv": "norm1", "gate_up": "norm2"}
 """The norm before a matrix."""
 HEAD_NORMS = ("query_norm", "key_norm")

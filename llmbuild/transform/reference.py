@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from llmbuild.kernels.elementwise import QUICK
 from llmbuild.kernels.layouts import Layout
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape
 from llmbuild.transform.decoder import layer_matrices, section_of
@@ -45,10 +46,17 @@ def normalize(x: Array, weight: Array, epsilon: float, size: int = 0) -> Array:
 def activated(kind: str, gate: Array) -> Array:
     """Return f64 of what the kernels do with a gate, by the name they have for it."""
     x: Array = gate.astype(np.float64)
+    if kind in ("relu", "relu_squared"):
+        positive: Array = np.maximum(x, 0)
+        return positive if kind == "relu" else np.square(positive)
     if kind == "gelu":
         factor: Array = (1 + np.vectorize(math.erf, otypes=[float])(x * math.sqrt(0.5))) / 2
     else:
-        inner = x if kind == "silu" else 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        inner = {
+            "silu": x,
+            "gelu_quick": QUICK * x,
+            "gelu_tanh": 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3),
+        }[kind]
         with np.errstate(over="ignore"):
             factor = 1 / (1 + np.exp(-inner))
     out: Array = x * factor
