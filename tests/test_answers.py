@@ -244,14 +244,16 @@ def test_run_without_a_prompt_lets_the_model_begin(built: Project, model: Model)
     assert "put first" in done.stderr
 
 
-def test_run_checks_before_it_prints_and_says_when_the_context_is_full(built: Project) -> None:
+def test_run_checks_before_it_prints_and_says_when_the_context_is_full(built: Project, model: Model) -> None:
     refused = [
         (run(built, "--prompt", "self." * 200), "do not fit in a context of 32"),
         (run(built, "--prompt", "-", stdin=b"\xff"), "standard input is not UTF-8"),
         (run(built, "--prompt", "a", "--temperature", "nan"), "temperature is nan"),
     ]
     assert [(r.returncode, r.stdout, told in r.stderr) for r, told in refused] == [(2, "", True)] * 3
-    full = run(built, "--prompt", "self.items", "--max-new-tokens", "99")
+    streams = {text: model.generate(text, 99) for n in range(16, 10, -1) for text in ["self." * n]}
+    prompt = next(text for text, stream in streams.items() if list(stream) and stream.finish_reason == "context")
+    full = run(built, "--prompt", prompt, "--max-new-tokens", "99")
     assert (full.returncode, "the context of 32 tokens is full" in full.stderr) == (0, True), full.stderr
 
 
