@@ -25,6 +25,10 @@ _TEXT_ID = 2**32 - 1
 """The largest id there is, of a text that only the post-processor sees."""
 
 
+_PROBE = "aB 1.é€"
+"""Characters of several kinds and lengths."""
+
+
 @contextmanager
 def _told(what: str) -> Iterator[None]:
     """Turn every fault of the library into one error of ours; its panics are a `BaseException` of no module."""
@@ -94,7 +98,7 @@ class Tokenizer:
                 found.model.dropout = None
             self._library: Any = found
             self._before, self.behind = _around(found.post_processor)
-            found.encode("a", add_special_tokens=False)  # some faults of a file show at the first text
+            found.encode(_PROBE, add_special_tokens=False)  # some faults of a file show at the first text
             added = found.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._shown: dict[int, str | None] = {}
