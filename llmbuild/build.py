@@ -25,7 +25,7 @@ from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, USABLE, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.steps import Steps
-from llmbuild.trials import best_of, describe, finished_trials, owner, rank, scoped, stand, trial_of, unique
+from llmbuild.trials import best_of, describe, finished_trials, owner, rank, scoped, stand, trial_of, unique, unmade
 
 if TYPE_CHECKING:
     from llmbuild.profiler.bench import Bench
@@ -200,13 +200,13 @@ class Build:
             self.tell(Event("note", f"the library says of this model: {text}"))
 
     def _compiled(self, point: Point, made: tuple[Program, Artifact] | Failure, done: int, total: int) -> None:
-        if isinstance(made, Failure):
-            self.catalog.record_failure(self.job.recipe.name, None, made)
-            self.tell(Event("done", f"{describe(self.job, point)}: {made.stage} failed: {made.reason}", done, total))
-            return
-        trial = trial_of(self.steps, point, *made, (), None, done, 0.0)
-        self.catalog.record_compiled(trial, owner(self.steps), [w.name for w in self.job.recipe.workloads])
-        self.tell(Event("done", describe(self.job, point), done, total))
+        failure = made if isinstance(made, Failure) else None
+        program, artifact = (None, None) if isinstance(made, Failure) else made
+        trial = trial_of(self.steps, point, program, artifact, (), failure, done, 0.0)
+        workloads = [w.name for w in self.job.recipe.workloads]
+        self.catalog.record_compiled(trial, owner(self.steps), workloads, unmade(self.job, point))
+        told = f": {failure.stage} failed: {failure.reason}" if failure else ""
+        self.tell(Event("done", describe(self.job, point) + told, done, total))
 
     def measure(self, points: Sequence[Point]) -> Outcome:
         """Measure points that were compiled before, without a search."""

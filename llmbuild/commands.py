@@ -22,8 +22,9 @@ from llmbuild.compiling import written
 from llmbuild.digest import plain
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.freshness import Look, Outcome, recognized
-from llmbuild.plan import changes, explained, plan, until
+from llmbuild.plan import changes, explained, left_out, plan, until
 from llmbuild.report.explain import explain as explain_text
+from llmbuild.report.knobs import knob_rows
 from llmbuild.report.progress import Progress
 from llmbuild.report.rows import public
 from llmbuild.report.targets import rows as target_rows
@@ -227,6 +228,8 @@ def build(job: Job, options: Options) -> Built:
     if options.get("until") in (None, "profile"):
         _runnable(job)
     budget, folder = budget_of(job.recipe, options), Path(options["catalog"])
+    for refusal in left_out(job.recipe, job.refused):
+        _tell_once(f"{job.recipe.name} on {job.target.name}: left out for this model: {refusal}")
     if options["dry_run"]:
         with looked_at(folder) as known:
             return Built([], True, "", _planned(job, known, budget, options))
@@ -467,8 +470,6 @@ def targets(options: Options) -> list[dict[str, Any]]:
 
 def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
     """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
-    from llmbuild.report.knobs import knob_rows
-
     if len(names) > 1:
         raise InputError("--knobs lists all knobs, or with one -t those of that target")
     return knob_rows(find_target(names[0]) if names else None)

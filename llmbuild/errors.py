@@ -2,6 +2,7 @@
 
 LlmbuildError            anything a command reports in one message, without a traceback
 ├── InputError           a recipe, target, option or model that cannot be taken        exit 2
+│   └── ChoiceRefused    choices that do not go with a model or with each other: to a search one point's `Failure`
 ├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
 ├── LoadRefused          an artifact that must not be opened on this host              exit 2
 ├── NothingUsable        a build that ended without one usable variant                 exit 1
@@ -36,6 +37,10 @@ class InputError(LlmbuildError):
     """Bad input: the message names the file, the line and the key."""
 
     exit_code = 2
+
+
+class ChoiceRefused(InputError):
+    """Choices that do not go with a model, a target or with each other; another point of the space may go well."""
 
 
 class CatalogError(LlmbuildError):

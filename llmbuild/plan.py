@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmbuild import digest
 from llmbuild.catalog.known import Known
 from llmbuild.freshness import Look
+from llmbuild.search.refusals import Refusal
 from llmbuild.spec.program import Program
-from llmbuild.spec.recipe import Budget
+from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.variant import Artifact
 from llmbuild.steps import Job
 from llmbuild.trials import describe
@@ -71,6 +73,13 @@ def plan(job: Job, catalog: Known | None, budget: Budget, seed: int) -> list[Pla
 
 
 FORCED = "-B asks for it"
+
+
+def left_out(recipe: Recipe, refused: Sequence[Refusal]) -> list[Refusal]:
+    """Return what a model rules out of what a recipe leaves open."""
+    said = dict(recipe.knobs)
+    open_ = [r for r in refused if r.value in said.get(r.knob, (r.value,))]
+    return [r for r in open_ if all(value in said.get(knob, (value,)) for knob, value in r.beside)]
 
 
 def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:

@@ -24,10 +24,12 @@ from llmbuild.kernels.choose import FEATURES
 from llmbuild.process import Limits, python, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
-from llmbuild.search.knobs import CALIBRATED, space_for
+from llmbuild.search.knobs import space_for
+from llmbuild.search.refusals import CALIBRATED, Refusal, refusals
 from llmbuild.spec.formats import INTEGERS, SAME, SHARED
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL, Measurement
+from llmbuild.spec.model import read_facts
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import TUNING, UNTUNED, Point, Space
@@ -72,6 +74,8 @@ class Job:
     """The space of the recipe alone, without what the command line pins; the searched one if left out."""
     known_as: str = ""
     """The digest that the catalog has the machine under, where that is not its fingerprint."""
+    refused: tuple[Refusal, ...] = ()
+    """Values of knobs that the model rules out on this target: they are not in the space."""
 
     @property
     def registered(self) -> Registered:
@@ -236,10 +240,23 @@ def make_job(
         heldout.check_apart(recipe.calibration, recipe.quality)
     model = find_model(recipe.model, recipe.context)
     resolved = resolve(target, answers)
-    space = space_for(resolved, recipe, pinned, machine.cores)
-    declared = space_for(resolved, recipe, {}, machine.cores) if pinned else space
+    readable = model.tokenizer is not None or not recipe.calibration
+    refused = refusals(resolved, read_facts(model.folder / "config.json"), readable)
+    space = space_for(resolved, recipe, pinned, machine.cores, refused)
+    declared = space_for(resolved, recipe, {}, machine.cores, refused) if pinned else space
+    limits = Limits()
     return Job(
-        recipe, resolved, space, model, machine, toolchain, Limits(), force=force, remote=remote, declared=declared
+        recipe,
+        resolved,
+        space,
+        model,
+        machine,
+        toolchain,
+        limits,
+        force=force,
+        remote=remote,
+        declared=declared,
+        refused=refused,
     )
 
 
@@ -268,6 +285,8 @@ class Steps:
 
     def import_(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
+
+        What does not go with the model at this point alone is a failure.
 
         Raises:
             InputError: the model itself cannot be taken.
@@ -321,7 +340,9 @@ class Steps:
             told: dict[str, Any] = json.loads(result.read_text())
             if "error" in told:
                 raise InputError(told["error"])
-            return told
+            if "refused" not in told:
+                return told
+            failure = Failure("import", told["refused"], "", "", lasting=True)
         assert failure is not None
         shown = json.dumps({**request, "out": "out"})
         again = shlex.join(python("llmbuild.frontend", "job.json"))

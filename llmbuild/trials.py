@@ -56,12 +56,11 @@ def trial_of(
     seconds: float,
 ) -> Trial:
     """Return the record of one evaluated point; without a program, the variant is named by what was asked for."""
-    asked = {"lineage": steps.job.lineage, "point": point.as_dict()}
     return Trial(
         scope=steps.job.scope,
         number=number,
         point=point,
-        variant=steps.job.variant(program, point).digest if program else digest.of(asked),
+        variant=steps.job.variant(program, point).digest if program else unmade(steps.job, point),
         is_default=point == steps.job.space.default(),
         program=digest.of(program) if program else None,
         artifact=artifact.digest if artifact else None,
@@ -71,6 +70,11 @@ def trial_of(
         failure=failure,
         seconds=seconds,
     )
+
+
+def unmade(job: Job, point: Point) -> str:
+    """Return the name of a variant without a program, by what was asked for."""
+    return digest.of({"lineage": job.lineage, "point": point.as_dict()})
 
 
 def describe(job: Job, point: Point) -> str:

@@ -24,7 +24,7 @@ from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, row_of
 from llmbuild.spec.program import Program
 from llmbuild.spec.space import Point
-from llmbuild.spec.trial import UNDECIDED, Standing, Trial
+from llmbuild.spec.trial import FAILED, UNDECIDED, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
 
 NOT_TOLD = Ranking()
@@ -182,22 +182,30 @@ class Catalog(Known):
         session.flush()
         return row.id
 
-    def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str]) -> None:
+    def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str], unmade: str = "") -> None:
         """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is.
 
-        What was compiled of earlier inputs, or of another model by this name, stands no more.
+        One that could not be made stands as failed. `unmade` is what this one was called when it could not be. What was
+        compiled of earlier inputs, or of another model by this name, stands no more.
         """
         row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
         row |= {"source": owner.source, "tokenizer": owner.tokenizer if owner.source else None}
+        told = {"status": UNDECIDED, "reason": COMPILED}
+        if trial.failure:
+            told = {"status": FAILED, "reason": f"{trial.failure.stage}: {trial.failure.reason}"}
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
+            failure = self._add_failure(session, trial, owner.model) if trial.failure else None
             _retire(session, owner.model, owner.source)
             _retire_compiled(session, owner.model, owner.target, {owner.lineage})
+            nowhere = (t.StandingRow.machine == NOWHERE, t.StandingRow.status == FAILED)
+            gone = t.StandingRow.variant.in_({unmade, trial.variant})
+            session.execute(delete(t.StandingRow).where(t.StandingRow.model == owner.model, *nowhere, gone))
             same = (t.StandingRow.variant == trial.variant, t.StandingRow.model == owner.model)
             known = set(session.scalars(select(t.StandingRow.workload).where(*same)))
             session.execute(upsert(t.MachineRow).values(_NOWHERE).on_conflict_do_nothing())
             for workload in sorted(set(workloads) - known):
-                session.add(t.StandingRow(**row, workload=workload, machine=NOWHERE, status=UNDECIDED, reason=COMPILED))
+                session.add(t.StandingRow(**row, **told, workload=workload, machine=NOWHERE, failure=failure))
 
     def compiled(self, lineage: str) -> list[Point]:
         """Return the points of a lineage that have an artifact, oldest first."""

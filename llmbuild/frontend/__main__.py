@@ -3,7 +3,7 @@
 The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference`
 takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and
 `count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it,
-and exit code 2.
+and exit code 2; choices that the model does not go with become {"refused": message}.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.spec.program import ImportJob
 
 RESULT_FILE, LOGITS_FILE, GREEDY_FILE = "result.json", "logits.npy", "greedy.npy"
@@ -73,6 +73,8 @@ def main(arguments: list[str]) -> int:
         if verb is None:
             raise InputError(f"job: verb must be one of {', '.join(VERBS)}")
         result, code = verb(job, out), 0
+    except ChoiceRefused as error:
+        result, code = {"refused": str(error)}, error.exit_code
     except InputError as error:
         result, code = {"error": str(error)}, error.exit_code
     _write_last(out / RESULT_FILE, result)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache, cache_name
 from llmbuild.frontend.formats import TABLES, Formats
@@ -39,18 +39,18 @@ def read_tokens(path: str) -> np.ndarray:
     """Return the calibration tokens i64[W,L] of an `.npy`.
 
     Raises:
-        InputError: there is no such file, or it holds something else.
+        ChoiceRefused: there is no such file, or it holds something else.
     """
     if not path:
-        raise InputError(
+        raise ChoiceRefused(
             "quantization=gptq, scaling=activation and mixed=sensitive need calibration text: name some in the recipe"
         )
     try:
         tokens = np.load(path)
     except (OSError, ValueError, EOFError) as error:
-        raise InputError(f"calibration {path}: cannot be read: {error}") from None
+        raise ChoiceRefused(f"calibration {path}: cannot be read: {error}") from None
     if not isinstance(tokens, np.ndarray) or tokens.dtype != np.int64:
-        raise InputError(f"calibration {path}: tokens must be i64[W,L]")
+        raise ChoiceRefused(f"calibration {path}: tokens must be i64[W,L]")
     return tokens
 
 
@@ -61,16 +61,18 @@ class Calibration:
         """Take both.
 
         Raises:
-            InputError: the tokens are not of this model, or a window is longer than the model can read.
+            ChoiceRefused: the tokens are not of this model, or a window is longer than the model can read.
         """
         vocabulary = model.config.vocab_size
         if tokens.ndim != 2 or tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
-            raise InputError(f"calibration tokens must be i64[W,L] with values from 0 to {vocabulary - 1}")
+            raise ChoiceRefused(f"calibration tokens must be i64[W,L] with values from 0 to {vocabulary - 1}")
         self.model, self.tokens = model, torch.from_numpy(tokens)
         config, length = model.config, tokens.shape[1]
         limit = getattr(config, "max_position_embeddings", length)
         if length > limit:
-            raise InputError(f"calibration windows of {length} tokens are longer than the {limit} that the model reads")
+            raise ChoiceRefused(
+                f"calibration windows of {length} tokens are longer than the {limit} that the model reads"
+            )
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         pair = 2 * config.num_hidden_layers
         cache = [torch.zeros(length, config.num_key_value_heads, head_dim) for _ in range(pair)]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
@@ -178,11 +178,11 @@ def check(model: Any, name: str, features: tuple[str, ...], formats: tuple[str, 
     """Refuse what our kernels do not take; return what they are written in for formats of layers and head.
 
     Raises:
-        InputError: the kernels do not know a format on this target, or a part of the model.
+        ChoiceRefused: the kernels do not know a format on this target, or a part of the model.
     """
     units = Units(*(instructions(features, form) for form in formats))
     if problem := cpu_problem(facts(model), *formats):
-        raise InputError(f"{name}: kernel=own: {problem}")
+        raise ChoiceRefused(f"{name}: kernel=own: {problem}")
     return units
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from llmbuild import digest
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.frontend import attention, huggingface, importer, modules, own, single_row, splice
 from llmbuild.frontend.cache import layer_buffers, new_cache
 from llmbuild.frontend.calibration import Calibration, read_tokens
@@ -59,7 +59,8 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     """Import `job.model` into the folder `out`; the same job writes the same bytes.
 
     Raises:
-        InputError: the model cannot be taken, or a choice does not exist or does not fit the model or the target.
+        ChoiceRefused: a choice does not exist, or does not fit the model, the target or another choice.
+        InputError: the model cannot be taken.
     """
     choices = settle(job)
     taken = take(job, choices)
@@ -115,9 +116,9 @@ def settle(job: ImportJob) -> dict[str, str]:
     settled = {knob: values[0] for knob, values in KNOBS.items()}
     for knob, value in job.choices:
         if knob not in KNOBS:
-            raise InputError(f"no model-level knob {knob!r}; there are {', '.join(KNOBS)}")
+            raise ChoiceRefused(f"no model-level knob {knob!r}; there are {', '.join(KNOBS)}")
         if value not in KNOBS[knob]:
-            raise InputError(f"{knob} cannot be {value!r}; it is one of {', '.join(KNOBS[knob])}")
+            raise ChoiceRefused(f"{knob} cannot be {value!r}; it is one of {', '.join(KNOBS[knob])}")
         settled[knob] = value
     if job.context < 2:
         raise InputError(f"context {job.context} is too short: at least 2 positions are needed")
@@ -129,7 +130,9 @@ def settle(job: ImportJob) -> dict[str, str]:
 def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
     """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "own" and job.batch > 1:
-        raise InputError(f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler")
+        raise ChoiceRefused(
+            f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler"
+        )
     if choices["kernel"] == "own" and job.subgroup:
         return _apply_to_rows(model, job, choices)
     units = None if choices["kernel"] == "compiler" else _check_own(model, job, choices)
@@ -153,13 +156,13 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
     """Put weights and our kernels for a GPU into the model, in place; return the kernels' MLIR by name.
 
     Raises:
-        InputError: a choice that does not go with these kernels, or no matrix that they read.
+        ChoiceRefused: a choice that does not go with these kernels, or no matrix that they read.
     """
     if choices["layout"] != "row_major":
-        raise InputError("kernel=own reads weights in layout=row_major on a GPU; choose it too")
+        raise ChoiceRefused("kernel=own reads weights in layout=row_major on a GPU; choose it too")
     work = matvec.work(job.subgroup, choices["row_tile"], choices["row_reads"])
     if problem := gpu_problem(own.facts(model), *stored_formats(choices), work):
-        raise InputError(f"{job.model}: kernel=own: {problem}")
+        raise ChoiceRefused(f"{job.model}: kernel=own: {problem}")
     formats = formats_of(model, job, choices)
     modules.swap(model, formats, single_row.stored_for(work), fused=choices["mixed"] == "none")
     _scale_table(model, formats)
@@ -169,11 +172,11 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
 def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units:
     """Refuse choices that our kernels do not go with; return what they are written in."""
     if choices["layout"] != "packed":
-        raise InputError("kernel=own reads weights in layout=packed; choose it too")
+        raise ChoiceRefused("kernel=own reads weights in layout=packed; choose it too")
     if choices["kv_dtype"] == "int8":
-        raise InputError("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
+        raise ChoiceRefused("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     if choices["mixed"] != "none":
-        raise InputError("kernel=own reads one format in all layers; choose mixed=none")
+        raise ChoiceRefused("kernel=own reads one format in all layers; choose mixed=none")
     return own.check(model, job.model, job.features, stored_formats(choices))
 
 
@@ -187,18 +190,20 @@ def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
     """Return the stored weights that the choices ask for; calibration replaces the model's by what is stored of them.
 
     Raises:
-        InputError: a choice that does not go with the format, or calibration tokens that are missing or unfit.
+        ChoiceRefused: a choice that does not go with the format, or calibration tokens that are missing or unfit.
     """
     layers, head = stored_formats(choices)
     formats = Formats(layers, head)
     fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
     scaled = choices["scaling"] == "activation"
     if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
-        raise InputError(f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}")
+        raise ChoiceRefused(
+            f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}"
+        )
     if fitted and not {layers, formats.head} & set(INTEGERS):
-        raise InputError(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
+        raise ChoiceRefused(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
     if scaled and not {layers, formats.head} & set(INTEGERS):
-        raise InputError(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
+        raise ChoiceRefused(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
     if not (fitted or mixed or scaled):
         return formats
     with torch.no_grad():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused
 from llmbuild.kernels import avx2, neon, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
@@ -71,15 +71,15 @@ def instructions(features: Iterable[str], form: str) -> Instructions:
     """Return what `choose` does.
 
     Raises:
-        InputError: the target has no instruction set that there is a kernel for the format in.
+        ChoiceRefused: the target has no instruction set that there is a kernel for the format in.
     """
     given = tuple(features)
     if unit := choose(given, form):
         return unit
     if form not in FORMATS:
-        raise InputError(f"kernel=own reads {', '.join(FORMATS)}; found {form}")
+        raise ChoiceRefused(f"kernel=own reads {', '.join(FORMATS)}; found {form}")
     told = " ".join(f for f in given if f.lstrip("+") in FEATURES) or "none of these"
-    raise InputError(
+    raise ChoiceRefused(
         f"kernel=own needs CPU features that the target does not have, {needs(form)} for {form}; found {told}"
     )
 

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from llmbuild.plan import left_out
+from llmbuild.runtime import host
 from llmbuild.search.knobs import ALL, target_knobs
+from llmbuild.search.refusals import ASKED_OF_MODELS, Refusal, refusals
 from llmbuild.search.traps import BROKEN, TRAPS, Trap
+from llmbuild.spec.model import read_facts
+from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import Knob
-from llmbuild.spec.target import Target
+from llmbuild.spec.target import HOST, LLVM_CPU, Target
 
 
 def knob_rows(target: Target | None) -> list[dict[str, Any]]:
@@ -31,9 +37,21 @@ def _knob_row(k: Knob) -> dict[str, Any]:
         "backends": " ".join(k.backends) or "all",
         "default": k.default,
         "domain": _words(k.domain) + searched,
-        "when": "; ".join(f"{c.knob} in {_words(c.values)}" for c in k.when),
+        "when": "; ".join([*(f"{c.knob} in {_words(c.values)}" for c in k.when), *_asked_of_models(k)]),
         "meaning": k.meaning,
     }
+
+
+def left_out_here(recipe: Recipe, folder: Path) -> list[Refusal]:
+    """Return what a recipe's model, which lies in a folder, rules out on this host."""
+    here = Target(HOST, LLVM_CPU, host.architecture(), HOST, requires=tuple(sorted(host.features())))
+    readable = (folder / "tokenizer.json").is_file() or not recipe.calibration
+    return left_out(recipe, refusals(here, read_facts(folder / "config.json"), readable))
+
+
+def _asked_of_models(k: Knob) -> list[str]:
+    asked = ((v, ASKED_OF_MODELS.get((k.name, v))) for v in k.domain)
+    return [f"{value} asks of a model {what}" for value, what in asked if what]
 
 
 def _trap_row(trap: Trap) -> dict[str, Any]:

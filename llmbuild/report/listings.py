@@ -8,6 +8,7 @@ from typing import Any
 
 from llmbuild.errors import InputError
 from llmbuild.frontend.source import at_hand, examine
+from llmbuild.report.knobs import left_out_here
 from llmbuild.runtime import reader
 from llmbuild.spec.reader import RECIPE_HINT, read_recipe
 
@@ -44,11 +45,13 @@ def no_recipes(folder: Path) -> str:
 
 def _recipe_row(path: Path) -> dict[str, Any]:
     row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
+    row["left_out"] = ""
     try:
         recipe = read_recipe(path)
         model = recipe.model
         if (folder := at_hand(model.location, model.random_init)) is not None:
             examine(folder, model.random_init, recipe.context)
+            row["left_out"] = "; ".join(map(str, left_out_here(recipe, folder)))
     except InputError as error:
         return {**row, "state": "; ".join(line.strip() for line in str(error).splitlines())}
     loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)

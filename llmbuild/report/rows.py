@@ -98,16 +98,27 @@ def differences(row: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in point.items() if defaults.get(k) != v) or "(compiler's defaults)"
 
 
+TOLD_APART = ("model", "target", "workload")
+"""What rows of one front share: a column where they do not."""
+
+
 def front_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Return the table of a front: figures, and each variant's gain over the compiler's default."""
-    header = ["variant", "status", "tpot", "gain", "ttft", "gain", "kl", "top1", "weights", "memory", "load", "choices"]
-    return table(header, [_front_line(row) for row in rows], (0, 1, 11), terminal(), SPARE)
+    """Return the table of fronts: figures, and each variant's gain over the compiler's default.
+
+    Rows of several models, targets or workloads say which each belongs to.
+    """
+    apart = [name for name in TOLD_APART if len({row.get(name) for row in rows}) > 1]
+    figures = ["status", "tpot", "gain", "ttft", "gain", "kl", "top1", "weights", "memory", "load", "choices"]
+    header = ["variant", *apart, *figures]
+    lines = [[short(row["variant"]), *(str(row.get(name)) for name in apart), *_figures(row)] for row in rows]
+    return table(
+        header, lines, (*range(len(apart) + 2), len(header) - 1), terminal(), tuple(n + len(apart) for n in SPARE)
+    )
 
 
-def _front_line(row: dict[str, Any]) -> list[str]:
+def _figures(row: dict[str, Any]) -> list[str]:
     kl = row["quality_kl"]
     return [
-        short(row["variant"]),
         row["status"] + ("*" if row["default"] else ""),
         quantity(row["tpot_s"], "s"),
         gain(row, "tpot_s"),

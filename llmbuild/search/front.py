@@ -14,7 +14,7 @@ from llmbuild.search import pairs
 from llmbuild.search.pairs import TIE
 from llmbuild.spec.measurement import ESTIMATES, SCREENED, Measurement, Reading
 from llmbuild.spec.slo import ENERGY, METRICS, Bound
-from llmbuild.spec.trial import Standing, Trial
+from llmbuild.spec.trial import FAILED, Standing, Trial
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
 """Absolute differences that held-out text of some hundred tokens cannot tell apart."""
@@ -57,7 +57,7 @@ def standings(
         found = next((m for m in trial.measurements if m.workload.name == workload), None)
         if trial.failure is not None or found is None:
             reason = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else "not measured"
-            out.append(Standing(trial.variant, workload, "failed", None, reason, None))
+            out.append(Standing(trial.variant, workload, FAILED, None, reason, None))
             continue
         by = hopeless(trial, found, trials, objectives, bounds, True, 1.0) if SCREENED in found.notes else ""
         if by:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from llmbuild.errors import InputError
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.search import cpu_knobs, gpu_knobs, model_knobs, program_knobs
+from llmbuild.search.refusals import CALIBRATED, OWN, Refusal
 from llmbuild.search.traps import broken
 from llmbuild.spec.formats import SAME
 from llmbuild.spec.recipe import Recipe
@@ -48,7 +49,6 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
 
 COMPILER = ("compiler",)
 """Who generates the products where none of our kernels can."""
-OWN = "own"
 
 
 def _unbroken(knob: Knob, target: Target) -> Knob:
@@ -62,17 +62,18 @@ DESCRIBED = ("ptx", "dispatch_abi")
 KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")
 """Those of this host's backend."""
 
-CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive"}
-"""Values that need calibration text."""
 
-
-def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: int = 2) -> Space:
+def space_for(
+    target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: int = 2, refused: Sequence[Refusal] = ()
+) -> Space:
     """Return the space of a recipe on a target; `pinned` holds the `--set KNOB=VALUE` options, which win.
 
     `cores` is how many workers are expected where the artifacts will run: our kernels are cut into that many pieces.
+    `refused` is what the model rules out.
 
     Raises:
-        InputError: an unknown knob, a value outside its domain, or one the target cannot do.
+        InputError: an unknown knob, a value outside its domain, one that the target or the model cannot do, or a pin
+            whose conditions another one rules out.
     """
     there = target_knobs(target)
     names = {knob.name for knob in there}
@@ -87,7 +88,74 @@ def space_for(target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: 
                 raise InputError(f"knob {name}={value}: not on {target.backend}, where {why}")
     knobs = [_calibrated(knob, recipe, asked.get(knob.name)) for knob in there]
     own = [_own(knob, target, asked, recipe.batch) for knob in knobs]
-    return Space(tuple(_narrow(knob, target, asked.get(knob.name)) for knob in own))
+    fitting = [_fitting(knob, refused, asked) for knob in own]
+    able = {knob.name: _able(knob, target) for knob in fitting}
+    narrowed = {knob.name: _narrow(knob, target, asked.get(knob.name)) for knob in fitting}
+    said = {name: False for name, values in asked.items() if len(values) == 1 and name in dict(recipe.knobs)}
+    said |= dict.fromkeys(pinned, True)
+    for name in reversed(narrowed):  # a condition names an earlier knob, which may have conditions of its own
+        if name in said:
+            held = _hold(narrowed[name], narrowed, able, asked, said[name])
+            said |= {other: said.get(other, False) or said[name] for other in held}
+    return Space(tuple(narrowed.values()))
+
+
+def _fitting(knob: Knob, refused: Sequence[Refusal], asked: dict[str, tuple[Value, ...]]) -> Knob:
+    """Return the knob without the values that the model rules out, and with conditions for those it takes in part.
+
+    Such values are taken out of what was asked, too, where others were asked for beside them.
+
+    Raises:
+        InputError: such a value, or nothing but such values beside it, is all that was asked for.
+    """
+    mine = [refusal for refusal in refused if refusal.knob == knob.name and refusal.value in knob.domain]
+    if not mine:
+        return knob
+    out = {refusal.value for refusal in mine if not refusal.beside}
+    only = {v.lower() for v in map(str, asked.get(knob.name, ()))} - {EVERYTHING}
+    for refusal in mine:
+        named = only and only <= {*(str(v).lower() for v in out), str(refusal.value).lower()}
+        if named and all(set(map(str, asked.get(other, ()))) == {value} for other, value in refusal.beside):
+            raise InputError(f"knob {refusal}")
+    if only:  # of several values that a recipe names, the others are left
+        asked[knob.name] = tuple(v for v in asked[knob.name] if str(v).lower() not in {str(o).lower() for o in out})
+    beside = {pair for refusal in mine for pair in refusal.beside}
+    when = (replace(c, values=tuple(v for v in c.values if (c.knob, v) not in beside)) for c in knob.when)
+    return replace(knob, domain=tuple(v for v in knob.domain if v not in out), when=tuple(when))
+
+
+def _hold(
+    knob: Knob,
+    knobs: dict[str, Knob],
+    able: Mapping[str, Sequence[Value]],
+    asked: Mapping[str, Sequence[Value]],
+    pinned: bool,
+) -> list[str]:
+    """Narrow the knobs that the conditions of a knob name, in place, so that every point has what was asked of it;
+    return which.
+
+    What a recipe says of those knobs itself stays where only the recipe asks, as long as some of it meets the
+    condition. `able` is what a target and a model can do of each knob.
+
+    Raises:
+        InputError: nothing that was asked of them meets the condition.
+    """
+    held = []
+    for condition in () if knob.default in knob.domain else knob.when:
+        other = knobs[condition.knob]
+        domain = other.domain if other.name in asked else (*other.domain, *able[other.name])
+        meets = tuple(dict.fromkeys(v for v in domain if v in condition.values))
+        searched = tuple(v for v in meets if v in other.domain)
+        if not meets:
+            told, wanted = ", ".join(map(str, knob.domain)), " or ".join(map(str, condition.values))
+            found = ", ".join(map(str, other.domain))
+            raise InputError(
+                f"knob {knob.name}={told} needs {other.name} to be {wanted or 'something else'}, not {found}"
+            )
+        if pinned or other.name not in asked:
+            knobs[other.name] = replace(other, domain=searched or meets)
+            held.append(other.name)
+    return held
 
 
 def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[str, tuple[Value, ...]]:
@@ -199,9 +267,13 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
     return replace(knob, when=tuple(Condition(c.knob, allowed.get(c.knob, c.values)) for c in knob.when))
 
 
-def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
+def _able(knob: Knob, target: Target) -> tuple[Value, ...]:
     needs = dict(knob.features)
-    able = tuple(v for v in knob.domain if set(needs.get(v, ())) <= set(target.requires))
+    return tuple(v for v in knob.domain if set(needs.get(v, ())) <= set(target.requires))
+
+
+def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
+    needs, able = dict(knob.features), _able(knob, target)
     if asked is None:
         return replace(knob, domain=tuple(v for v in able if v in knob.searched) if knob.searched else able)
     chosen = able if tuple(asked) == (EVERYTHING,) and EVERYTHING not in able else tuple(_value(knob, v) for v in asked)

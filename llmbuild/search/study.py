@@ -48,6 +48,9 @@ WITHOUT_OWN: tuple[dict[str, Value], ...] = (
 DISPENSABLE = ("scaling",)
 """Knobs whose value a point of experience goes without where the space lacks it."""
 
+STORED = ("weight_format", "head_format", "quantization", "kv_dtype")
+"""Knobs that are pinned for what is to be stored: a point of experience takes a pin of them in place of its own."""
+
 
 class Opened:
     """A sampler behind points that are asked about first."""
@@ -191,14 +194,18 @@ def _experience(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Va
 
 def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
     """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
-    then experience, as far as the space allows each.
+    then experience, as far as the space allows each, and what the space itself says where it is narrowed.
+
+    All but point 0 have every pin of the space.
     """
     default = space.default()
     domains = {k.name: k.domain for k in space.knobs}
     settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
+    pinned = {name: settled[name] for name in STORED if name in domains and default[name] not in domains[name]}
     points = [default]
-    for values in (*related[:RELATED], *_experience(domains)):
-        wanted = {k: v for k, v in values.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
+    for values in (*related[:RELATED], *_experience(domains), {}):
+        said = {k: v if v in domains.get(k, ()) else pinned.get(k, v) for k, v in values.items()}
+        wanted = {k: v for k, v in said.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
         point = space.complete({**settled, **wanted})
         if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
             points.append(point)

@@ -13,6 +13,8 @@ FRONT = ("pareto", UNDECIDED)
 """Where a variant stands that belongs to a front: nothing is proven to beat it."""
 USABLE = (*FRONT, "dominated")
 """Where a variant stands that meets the recipe's bounds."""
+FAILED = "failed"
+"""Where a variant stands that could not be made or measured."""
 
 
 @dataclass(frozen=True)
