@@ -95,7 +95,7 @@ def space_for(
     said |= dict.fromkeys(pinned, True)
     for name in reversed(narrowed):  # a condition names an earlier knob, which may have conditions of its own
         if name in said:
-            held = _hold(narrowed[name], narrowed, able, asked, said[name])
+            held = _hold(narrowed[name], narrowed, able, {*asked, *said}, said[name])
             said |= {other: said.get(other, False) or said[name] for other in held}
     return Space(tuple(narrowed.values()))
 
@@ -128,7 +128,7 @@ def _hold(
     knob: Knob,
     knobs: dict[str, Knob],
     able: Mapping[str, Sequence[Value]],
-    asked: Mapping[str, Sequence[Value]],
+    asked: Collection[str],
     pinned: bool,
 ) -> list[str]:
     """Narrow the knobs that the conditions of a knob name, in place, so that every point has what was asked of it;
