@@ -66,10 +66,26 @@ class Built:
 
 
 def each(recipes: Sequence[Path], options: Options) -> list[Callable[[], Job]]:
-    """Return one way to make a job for each recipe on each target; what is wrong is told when it is called."""
+    """Return one way to make a job for each recipe on each target; what is wrong is told when it is called.
+
+    Of two recipes of one name that ask for different things, the second is refused: one would take the other's place.
+    """
     remote = _remote(options)
     names = options["targets"] or (HOST,)
-    return [partial(_job, path, name, options, remote) for path in recipes for name in names]
+    taken: dict[tuple[str, str], tuple[Path, str]] = {}
+
+    def make(path: Path, target: str) -> Job:
+        job = _job(path, target, options, remote)
+        place = (job.recipe.name, job.registered.target_digest)
+        other, asked = taken.setdefault(place, (path, job.ranking))
+        if other != path and asked != job.ranking:
+            raise InputError(
+                f"{path}: `name: {job.recipe.name}` is that of {other} too, which asks for other things: "
+                "give one of them another name"
+            )
+        return job
+
+    return [partial(make, path, name) for path in recipes for name in names]
 
 
 def ahead(jobs: Sequence[Callable[[], Job]], options: Options) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -237,9 +238,22 @@ def verify(catalog: Path, row: dict[str, Any]) -> None:
         with telling(LoadRefused):
             there = digest.of_file(path) if path.is_file() else None
         if there is None:
-            raise LoadRefused(f"{path}: the {kind} is missing: run `llmbuild build` to make it again")
+            again = _again(catalog) or "run `llmbuild build` to make it again"
+            raise LoadRefused(f"{path}: the {kind} is missing: {again}")
         if there != name:
-            raise LoadRefused(f"{path}: the {kind} was changed after it was built: delete it and run `llmbuild build`")
+            again = _again(catalog) or "delete it and run `llmbuild build`"
+            raise LoadRefused(f"{path}: the {kind} was changed after it was built: {again}")
+
+
+def _again(catalog: Path) -> str:
+    """Return how a file comes back into a folder that nothing is built in; empty for one that something is."""
+    pointer = catalog / trust.POINTER
+    if not pointer.is_file():
+        return ""
+    source = trust.pointer_of(pointer.read_bytes(), str(catalog)).get("source")
+    if not source:
+        return "publish it again from the catalog that it was built in"
+    return f"`llmbuild pull {shlex.quote(str(source))} -C {shlex.quote(str(catalog))} --all` fetches it again"
 
 
 class Model:
