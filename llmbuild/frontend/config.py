@@ -139,6 +139,7 @@ class _Reading:
         """Look at what applies to all classes, and at keys that none of them reads."""
         self._quantization()
         self._labels()
+        self._bookkeeping()
         for key in ("return_dict", "output_hidden_states", "output_attentions", "is_encoder_decoder"):
             if self.config.get(key) is not None:
                 self.flag(key)
@@ -155,6 +156,29 @@ class _Reading:
         unread = sorted(k for k, v in self.config.items() if v and k not in self.kind.keys | _GENERAL_KEYS)
         if unread:
             self.notes.append(f"{self.kind.name} does not read {', '.join(shown(key)[1:-1] for key in unread)}")
+
+    def _bookkeeping(self) -> None:
+        """Look at keys that say nothing here, but that the library cannot load a model with in another form."""
+        objects = {
+            "id2label": lambda key, value: key.isdecimal() and isinstance(value, str),
+            "label2id": lambda _, value: type(value) is int,
+            "auto_map": lambda _, value: isinstance(value, (str, list)),
+        }
+        for key, fits in objects.items():
+            found = self.config.get(key, {} if key == "auto_map" else None)
+            whole = isinstance(found, dict) and all(fits(name, value) for name, value in found.items())
+            if not whole and (found is not None or key == "auto_map"):
+                self.fault(key, "it must be an object of names; leave it out")
+        if (labels := self.config.get("num_labels")) is not None and (type(labels) is not int or labels > 10_000):
+            self.fault("num_labels", "it must be null or a number; leave it out")
+        if not isinstance(self.config.get("transformers_version", ""), str | None):
+            self.fault("transformers_version", "it must be null or a text; leave it out")
+        for key in ("chunk_size_feed_forward", "pretraining_tp"):
+            null = key == "pretraining_tp" and self.config.get(key) is None
+            if key in self.config and type(self.config[key]) is not int and not null:
+                self.fault(key, "it must be a whole number; leave it out")
+        if self.config.get("problem_type") is not None:
+            self.fault("problem_type", "only models that continue a text are taken; leave it out")
 
     def _quantization(self) -> None:
         for key in ("quantization_config", "compression_config"):
