@@ -331,6 +331,15 @@ def test_a_window_that_no_position_leaves_is_none(tmp_path: Path, kind: str, cha
     assert found(folders.write(tmp_path, kind, **changes)).notes == ()
 
 
+def test_quantization_is_no_matter_of_random_weights(model: Path) -> None:
+    folders.configure(model, folders.shape(quantization_config={"quant_method": "fp8"}))
+    assert found(model, random_init=True).notes == (
+        "quantization_config (fp8) is not used: random weights are drawn in f32",
+    )
+    folders.configure(model, folders.shape(quantization_config="fp8"))
+    assert "quantization_config: weights quantized by of no named method" in refused(model, random_init=True)
+
+
 def test_every_fault_is_told_at_once(model: Path) -> None:
     folders.configure(model, folders.shape(rms_norm_eps=0, pad_token_id=99, hidden_act="prelu"))
     (model / "generation_config.json").write_text('{"eos_token_id": 64}')

@@ -187,7 +187,7 @@ class _Reading:
                 continue
             method = found.get("quant_method") if isinstance(found, dict) else None
             named = method if isinstance(method, str) else "of no named method"
-            if self.random_init:
+            if self.random_init and isinstance(found, dict):
                 self.notes.append(f"{key} ({named}) is not used: random weights are drawn in f32")
             else:
                 self.faults.append(
