@@ -264,8 +264,8 @@ def test_an_untied_head_is_needed(model: Path) -> None:
     [
         ("llama", {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel is not supported"),
         ("llama", {"model_type": ...}, "LlamaForCausalLM is not supported: model_type is null"),
-        ("llama", {"quantization_config": {"quant_method": "new"}}, "weights quantized by new are not supported"),
-        ("llama", {"quantization_config": {}}, "weights quantized by of no named method are not supported"),
+        ("llama", {"quantization_config": {"quant_method": "new"}}, "quantized weights (new) are not supported"),
+        ("llama", {"quantization_config": {}}, "quantized weights (no method is named) are not supported"),
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama", {"pad_token_id": 64}, "pad_token_id is 64"),
@@ -337,7 +337,7 @@ def test_quantization_is_no_matter_of_random_weights(model: Path) -> None:
         "quantization_config (fp8) is not used: random weights are drawn in f32",
     )
     folders.configure(model, folders.shape(quantization_config="fp8"))
-    assert "quantization_config: weights quantized by of no named method" in refused(model, random_init=True)
+    assert "quantization_config: quantized weights (no method is named)" in refused(model, random_init=True)
 
 
 def test_every_fault_is_told_at_once(model: Path) -> None:

@@ -186,12 +186,12 @@ class _Reading:
             if found is None:
                 continue
             method = found.get("quant_method") if isinstance(found, dict) else None
-            named = method if isinstance(method, str) else "of no named method"
+            named = method if isinstance(method, str) else "no method is named"
             if self.random_init and isinstance(found, dict):
                 self.notes.append(f"{key} ({named}) is not used: random weights are drawn in f32")
             else:
                 self.faults.append(
-                    f"{key}: weights quantized by {named} are not supported; take the model's floating-point weights"
+                    f"{key}: quantized weights ({named}) are not supported; take the model's floating-point weights"
                 )
 
     def _labels(self) -> None:
