@@ -92,7 +92,10 @@ def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
     Raises:
         InputError: a file, a key of the configuration or a tensor that cannot be taken.
     """
-    files = files_of(folder, random_init)
+    try:
+        files = files_of(folder, random_init)
+    except InputError as error:
+        raise InputError(_with_configuration(str(error), folder, random_init, context)) from None
     config = read_json(files.config)
     judged = judge(config, random_init, context)
     faults = [f"{CONFIG}: {fault}" for fault in judged.faults]
@@ -109,6 +112,16 @@ def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
     if faults:
         raise InputError(_told(folder, faults))
     return Examined(files, config, generation, (*judged.notes, *_beside(files)))
+
+
+def _with_configuration(fault: str, folder: Path, random_init: bool, context: int) -> str:
+    """Return what is wrong with a folder's files, and with its configuration, where that can be read."""
+    try:
+        judged = judge(read_json(folder / CONFIG), random_init, context)
+    except InputError:
+        return fault
+    faults = [f"{CONFIG}: {each}" for each in judged.faults]
+    return _told(folder, [*faults, fault]) if faults else fault
 
 
 def _told(folder: Path, faults: Sequence[str]) -> str:
