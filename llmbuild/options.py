@@ -81,7 +81,9 @@ def _folder(context: click.Context, option: click.Parameter, value: str) -> str:
     """Return the folder of a catalog; the rows of one named by URL are in a server, its blobs in a folder here."""
     if context.get_parameter_source(str(option.name)) == ParameterSource.DEFAULT and os.environ.get(CATALOG) == "":
         raise InputError(f"${CATALOG} is empty: unset it, or name a folder")
-    if "://" not in value:
+    from llmbuild.catalog.location import is_url
+
+    if not is_url(value):
         return value
     from llmbuild.catalog.schema import folder_of
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmbuild.catalog import diff as differences
 from llmbuild.catalog import garbage, merge, publish, pull, signing, verify
+from llmbuild.catalog.location import is_url
 from llmbuild.catalog.place import FILE, URL_FILE, exists
 from llmbuild.catalog.references import RECORDS, is_published
 from llmbuild.catalog.schema import migrated_copy
@@ -26,6 +27,8 @@ from llmbuild.shown import cell
 from llmbuild.spec.slo import parse_slo
 
 Row = dict[str, Any]
+PRIVATE = ("orphan", "stranger")
+"""Findings on what a publication does not promise: its database names no manifest, and it keeps the one before."""
 Say = Callable[[str], None]
 UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 
@@ -89,7 +92,8 @@ def check(folder: Path, rule: Policy, progress: Callable[[int, int], None]) -> R
         found = verify.verify(catalog, progress)
         if is_published(folder):
             some = trust.partial(folder) is not None
-            found = [f for f in found if not (some and f.problem == "missing") and f.problem != "orphan"]
+            found = [f for f in found if not (some and f.problem == "missing") and f.problem not in PRIVATE]
+            found += verify.promised(folder, catalog)
         count, size = _amount(catalog)
     wrong = sum(f.wrong for f in found)
     told = f"{wrong} wrong, {len(found) - wrong} to clean up" if found else "all is as it should be"
@@ -150,9 +154,9 @@ def diff(before: str, after: str, noise: float, rule: Policy) -> Report:
 def looked_into(location: str, rule: Policy) -> Iterator[Path]:
     """Yield a folder whose rows are those of a catalog or publication; blobs are not fetched."""
     folder = Path(location)
-    if "://" not in location and folder.exists() and not (exists(folder) or is_published(folder)):
+    if not is_url(location) and folder.exists() and not (exists(folder) or is_published(folder)):
         raise InputError(f"{folder}: neither a catalog nor a publication: `llmbuild build -C {folder}` makes one")
-    if "://" not in location and (exists(folder) or is_published(folder) or not folder.exists()):
+    if not is_url(location) and (exists(folder) or is_published(folder) or not folder.exists()):
         trust.require(folder, rule) if is_published(folder) else None
         yield folder
         return

@@ -10,9 +10,11 @@ from sqlalchemy.dialects.postgresql import insert as upsert
 
 from llmbuild.catalog import locks
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import blobs_of, front_variants, published_blobs, references
+from llmbuild.catalog.place import FILE
+from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references, stranger
 from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import CatalogError
 
 ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
 """What goes first under a size budget; a reference, which takes the longest to make again, goes last."""
@@ -40,9 +42,14 @@ class Swept:
 def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) -> Swept:
     """Remove blobs that nothing needs, or, with a `budget` in bytes, only as many as it takes to get below it.
 
+    Nothing is removed where rows and blobs are not of one catalog: what no row names can be anybody's then.
+
     `catalog` must be open alone. What is missing already and no front needs is noted as collected: nothing waits for it
     any more. Blobs are marked as collected before they are removed, so that a killed collection
     leaves nothing that looks lost.
+
+    Raises:
+        CatalogError: the database is not the one of these blobs.
     """
     plan, absent, total = _plan(catalog)
     chosen, left = [], total
@@ -67,7 +74,13 @@ def _plan(catalog: Catalog) -> tuple[list[Removal], list[Removal], int]:
         needed = blobs_of(session, front_variants(session))
         keep = needed | published_blobs(catalog.folder)
         keep |= {r.digest for r in named.values() if r.kind in ("reference", "tuning")}
+        gone, published = collected(session), published_blobs(catalog.folder)
     sizes = dict(catalog.blobs.digests())
+    if why := stranger(named, gone, published, sizes):
+        raise CatalogError(
+            f"{catalog.folder}: nothing is freed: {why}: bring {FILE} and blobs of one catalog together, or remove the "
+            "folder"
+        )
     free = [
         Removal(name, named[name].kind if name in named else "orphan", size)
         for name, size in sizes.items()

@@ -12,6 +12,8 @@ from time import monotonic, sleep
 from llmbuild.errors import CatalogError
 
 FOLDER = "locks"
+PUBLISHING = ".publishing"
+"""Held by whoever changes a published folder."""
 POLL_S = 0.05
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmbuild.catalog.location import reference
 from llmbuild.catalog.publication import Publication
 from llmbuild.catalog.remote import Pointer
-from llmbuild.errors import CatalogError, InputError
+from llmbuild.digest import of_bytes
+from llmbuild.errors import CatalogError, InputError, LoadRefused
 from llmbuild.strict import dumps, loads
 
 if TYPE_CHECKING:
@@ -26,7 +28,8 @@ MANIFEST = "application/vnd.oci.image.manifest.v1+json"
 SIGNATURE = "dev.llmbuild.signature"
 PUBLISHED = "dev.llmbuild.published"
 CONNECT_S = 20
-LOCAL = ("localhost", "127.0.0.1", "[::1]")
+LOCAL = ("localhost", "127.0.0.1")
+LOCAL_6 = "[::1]"
 
 
 class Registry:
@@ -38,17 +41,25 @@ class Registry:
             from oras.provider import Registry as Oras
         except ImportError:
             raise InputError(f"{location}: needs oras: pip install 'llmbuild[publish]'") from None
-        name = location.removeprefix("oci://")
-        host = name.split("/")[0]
-        if "/" not in name or not host or name.endswith("/"):
-            raise InputError(f"{location}: write oci://HOST/NAME or oci://HOST/NAME:TAG")
-        self.location = location
-        self.client: Any = Oras(hostname=host, insecure=host.rsplit(":", 1)[0] in LOCAL)
-        self.container: Container = Container(name, registry=host)
+        self.location, self.named = location, reference(location)
+        host, name = self.named.host, self.named.name
+        self.client: Any = Oras(hostname=host, insecure=is_local(host))
+        self.container: Container = Container(name.rpartition("/")[2], registry=host)
+        self.container.registry, self.container.namespace = host, name.rpartition("/")[0] or None
+        self.container.tag, self.container.digest = self.named.tag, self.named.digest or None
         with told(location):
             self.client.auth.load_configs(self.container)
             # oras tries for two minutes: right for a hiccup, not for a name that is wrong
             self.client.session.get(f"{self.client.prefix}://{host}/v2/", timeout=CONNECT_S)
+
+    def ready(self) -> None:
+        """Refuse a digest, which names what is there already."""
+        if self.named.digest:
+            raise InputError(f"{self.location}: a digest names what was published: publish to a tag")
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hold nothing: a registry frees what no tag names by rules of its own."""
+        return contextlib.nullcontext()
 
     def pointer(self) -> bytes | None:
         """Return the pointer that the tag's manifest amounts to."""
@@ -58,7 +69,9 @@ class Registry:
             if answer.status_code == 404:
                 return None
             _good(answer, self.location)
-            body = answer.json()
+            if self.named.digest and f"sha256:{of_bytes(answer.content)}" != self.named.digest:
+                raise LoadRefused(f"{self.location}: the registry's manifest has other bytes than the digest says")
+            body = loads(answer.content)
         if body.get("artifactType") != ARTIFACT and body.get("config", {}).get("mediaType") != CONFIG:
             raise CatalogError(f"{self.location}: is not a catalog of llmbuild")
         notes = body.get("annotations") or {}
@@ -106,6 +119,11 @@ class Registry:
     def _layer(self, digest: str, size: int, media: str, notes: dict[str, str]) -> dict[str, Any]:
         layer: dict[str, Any] = {"mediaType": media, "digest": f"sha256:{digest}", "size": size}
         return {**layer, "annotations": notes} if notes else layer
+
+
+def is_local(host: str) -> bool:
+    """Say whether a registry is on this machine."""
+    return host.startswith(LOCAL_6) or host.partition(":")[0] in LOCAL
 
 
 def _good(answer: Any, location: str) -> None:

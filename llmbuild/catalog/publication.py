@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,7 @@ from llmbuild import digest
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.place import FILE
 from llmbuild.catalog.references import front_variants, references
-from llmbuild.catalog.schema import SCHEMA_VERSION
+from llmbuild.catalog.schema import SCHEMA_VERSION, copied
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.spec.slo import METRICS
@@ -148,12 +147,7 @@ def _export(rows: dict[str, list[Row]], folder: Path) -> Path:
     finally:
         scratch.close()
     database = folder / FILE
-    with sqlite3.connect(folder / EXPORT / FILE) as connection:
-        connection.execute("VACUUM INTO ?", (str(database),))
-    connection.close()
-    with sqlite3.connect(database) as connection:  # a reader of a write-ahead log would write beside it
-        connection.execute("PRAGMA journal_mode=DELETE")
-    connection.close()
+    copied(folder / EXPORT / FILE, database)
     return database
 
 

@@ -47,10 +47,18 @@ def publish(
         CatalogError, InputError: what is wrong with the catalog, the place or the key.
     """
     place = remote(location)
+    place.ready()
     with TemporaryDirectory(prefix="llmbuild-") as name:
         folder = Path(name)
         publication = prepare(catalog, models, folder)
         signature = sign(publication.manifest, key) if key else None
+        done = _published(place, publication, signature, folder, tell)
+    _record(catalog, publication)
+    return done
+
+
+def _published(place: Remote, publication: Publication, signature: str | None, folder: Path, tell: Tell) -> Sent:
+    with place.alone():
         sent = _send(place, publication, folder, tell)
         pointer: Pointer = {"manifest": publication.digest, "published_at": now()}
         if signature:
@@ -58,7 +66,6 @@ def publish(
         changed = not _same(place, pointer)
         if changed:
             place.finish(pointer, publication)
-    _record(catalog, publication)
     return Sent(publication.digest, len(publication.blobs), *sent, changed, signature is not None)
 
 

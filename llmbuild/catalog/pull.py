@@ -10,9 +10,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from llmbuild.catalog import locks
+from llmbuild.catalog.location import folder as folder_of
+from llmbuild.catalog.location import is_url, resolved
 from llmbuild.catalog.merge import merge
 from llmbuild.catalog.place import FILE, PUBLISHED_FILE, exists
-from llmbuild.catalog.remote import Remote, remote, renamed, told
+from llmbuild.catalog.remote import Remote, remote, renamed, replaced, told
 from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant
@@ -67,7 +70,8 @@ def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = l
     Raises:
         CatalogError, InputError, LoadRefused, NoVariant: what is wrong, where, and what to do.
     """
-    if "://" not in location and Path(location).resolve() == into.resolve():
+    local = not is_url(location) or location.lower().startswith("file://")
+    if local and folder_of(location).resolve() == into.resolve():
         raise InputError(f"{location}: is where it would be pulled into: name another folder with -C")
     source = _source(location, rule)
     built = exists(into) and not (into / PUBLISHED_FILE).is_file()
@@ -78,11 +82,13 @@ def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = l
         complete = wanted.everything or built
         blobs = _needed(source.body, rows, complete)
         before = sum(store.intact(b) for b in blobs)
-        fetched = _fetch(source, store, blobs, tell)
         if built:
+            fetched = _fetch(source, store, blobs, tell)
             _merge(Path(name), into)
         else:
-            _mirror(source, store, into, database, complete)
+            with told(str(into)), locks.held(into / locks.PUBLISHING), replaced(into):
+                fetched = _fetch(source, store, blobs, tell)
+                _mirror(source, store, into, database, complete)
     total = sum(entry["bytes"] for entry in source.body["blobs"].values())
     who = signer(source.pointer, source.manifest, rule, location)
     return Pulled(
@@ -201,7 +207,7 @@ def _mirror(source: _Source, store: BlobStore, into: Path, database: Path, compl
     """Make `into` a publication of its own, with what was fetched; the pointer moves last."""
     store.put_bytes(source.manifest)
     name = store.put_file(database)
-    pointer = {**source.pointer, "source": source.place.location, "partial": not complete}
+    pointer = {**source.pointer, "source": resolved(source.place.location), "partial": not complete}
     for file, data in ((PUBLISHED_FILE, dumps(pointer, indent=1).encode() + b"\n"), (FILE, None)):
         with told(str(into)):
             renamed(into / file, store.path(name).read_bytes() if data is None else data)

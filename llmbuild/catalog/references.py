@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,6 +89,22 @@ def published_blobs(folder: Path) -> set[str]:
 def collected(session: Session) -> set[str]:
     """Return the blobs that `gc` removed on purpose."""
     return set(session.scalars(select(t.CollectedRow.digest)))
+
+
+def stranger(named: Collection[str], gone: Collection[str], kept: Collection[str], there: Collection[str]) -> str:
+    """Return why rows and blobs cannot be of one catalog; empty where they can be.
+
+    A build that was killed leaves a few blobs that no row names, and a lost file a row without its blob. Where most of
+    what rows name is missing while most of what is there is named by none, the database is another one's.
+    """
+    orphans = [name for name in there if name not in named and name not in kept]
+    missing = [name for name in named if name not in there and name not in gone]
+    if not orphans or not (2 * len(orphans) > len(there) and 2 * len(missing) >= len(named)):
+        return ""
+    lacks = (
+        f"and {len(missing)} of the {len(named)} that its rows name are not there" if named else "and it has no rows"
+    )
+    return f"its database names {len(there) - len(orphans)} of the {len(there)} blobs that are there, {lacks}"
 
 
 def is_published(folder: Path) -> bool:

@@ -13,10 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from llmbuild.catalog.place import FILE, PUBLISHED_FILE
+from llmbuild.catalog import locks
+from llmbuild.catalog.location import OCI, bucket, folder, is_url
+from llmbuild.catalog.place import FILE, PUBLISHED_FILE, exists
 from llmbuild.catalog.publication import Publication
 from llmbuild.catalog.store import BlobStore
-from llmbuild.errors import CatalogError, InputError
+from llmbuild.errors import CatalogError, InputError, LoadRefused
+from llmbuild.runtime.trust import published
 from llmbuild.strict import dumps, loads
 
 Pointer = dict[str, Any]
@@ -26,6 +29,12 @@ class Remote(Protocol):
     """What publishing and pulling need of a place; every error is a `CatalogError`."""
 
     location: str
+
+    def ready(self) -> None:
+        """Refuse a place that cannot be published to, before anything is sent."""
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Keep others from publishing there meanwhile, as far as the place can."""
 
     def pointer(self) -> bytes | None:
         """Return the pointer as it stands; None where nothing is published yet."""
@@ -49,13 +58,13 @@ def remote(location: str) -> Remote:
     Raises:
         InputError: a URL whose library is not installed, or of an unknown kind.
     """
-    if location.startswith("oci://"):
+    if location.startswith(OCI):
         from llmbuild.catalog.oci import Registry
 
         return Registry(location)
-    if "://" in location and not location.startswith("file://"):
+    if is_url(location) and not location.lower().startswith("file://"):
         return Filesystem(location)
-    return Folder(location.removeprefix("file://"))
+    return Folder(location)
 
 
 class Folder:
@@ -63,8 +72,20 @@ class Folder:
 
     def __init__(self, location: str) -> None:
         self.location = location
-        self.folder = Path(location)
+        self.folder = folder(location)
         self.blobs = BlobStore(self.folder)
+
+    def ready(self) -> None:
+        """Refuse a folder in which a catalog is built."""
+        with told(self.location):
+            if exists(self.folder) and not (self.folder / PUBLISHED_FILE).is_file():
+                raise CatalogError(f"{self.location}: holds a catalog that is built in: publish to another folder")
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder: what another one sends there would look as if no publication needed it."""
+        with told(self.location), locks.held(self.folder / locks.PUBLISHING):
+            yield
 
     def pointer(self) -> bytes | None:
         """Return the pointer as it stands."""
@@ -89,11 +110,37 @@ class Folder:
     def finish(self, pointer: Pointer, publication: Publication) -> None:
         """Rename the pointer into place."""
         body = loads(publication.manifest)
-        with told(self.location):
-            if (self.folder / FILE).is_file() and not (self.folder / PUBLISHED_FILE).is_file():
-                raise CatalogError(f"{self.location}: holds a catalog that is built in: publish to another folder")
+        with told(self.location), replaced(self.folder):
             renamed(self.folder / PUBLISHED_FILE, (dumps(pointer, indent=1) + "\n").encode())
             renamed(self.folder / FILE, self.blobs.path(body["catalog"]["digest"]).read_bytes())
+
+
+@contextlib.contextmanager
+def replaced(folder: Path) -> Iterator[None]:
+    """Remove, once the pointer has moved, the blobs that neither the new publication nor the one before it names.
+
+    The one before stays, for whoever read its pointer and has not opened its files yet; open files outlive their names.
+    Where what was published before cannot be told, nothing is removed.
+    """
+    before = _named(folder)
+    yield
+    now = _named(folder)
+    if not before or not now:
+        return
+    store = BlobStore(folder)
+    for name in [name for name, _ in store.digests() if name not in before | now]:
+        store.remove(name)
+    for path in store.leftovers():
+        path.unlink(missing_ok=True)
+
+
+def _named(folder: Path) -> frozenset[str]:
+    """Return the blobs of the publication that is current in a folder, its manifest too; none where nothing is."""
+    try:
+        pointer, body = published(folder)
+    except LoadRefused:
+        return frozenset()
+    return frozenset((pointer["manifest"], body["catalog"]["digest"], *body["blobs"]))
 
 
 def renamed(path: Path, data: bytes) -> None:
@@ -118,7 +165,7 @@ class Filesystem:
             import fsspec
         except ImportError:
             raise InputError(f"{location}: needs fsspec: pip install 'llmbuild[publish]'") from None
-        self.location = location.rstrip("/")
+        self.location = bucket(location)
         try:
             with told(location):
                 self.system, self.root = fsspec.core.url_to_fs(self.location)
@@ -126,6 +173,13 @@ class Filesystem:
             raise InputError(f"{location}: {error}") from None
         protocol = self.system.protocol
         self.whole = bool(set([protocol] if isinstance(protocol, str) else protocol) & set(self.OBJECTS))
+
+    def ready(self) -> None:
+        """Take any place: nothing is built in one."""
+
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Hold nothing: no blob is ever removed there."""
+        return contextlib.nullcontext()
 
     def _path(self, digest: str) -> str:
         return f"{self.root}/blobs/sha256/{digest[:2]}/{digest}"
@@ -159,7 +213,16 @@ class Filesystem:
         temporary = f"{name}.{uuid.uuid4().hex}.part"
         self.system.makedirs(name.rsplit("/", 1)[0], exist_ok=True)
         self.system.put_file(str(path), temporary)
-        self.system.mv(temporary, name)
+        self._rename(temporary, name)
+
+    def _rename(self, source: str, name: str) -> None:
+        from fsspec.spec import AbstractFileSystem
+
+        if type(self.system).mv is AbstractFileSystem.mv:  # it takes `?`, `*` and `[` of a path for a pattern
+            self.system.cp_file(source, name)
+            self.system.rm_file(source)
+        else:
+            self.system.mv(source, name)
 
     def fetch(self, digest: str, path: Path) -> None:
         """Write a blob to a file."""
@@ -175,7 +238,7 @@ class Filesystem:
                 return
             temporary = f"{self.root}/.{uuid.uuid4().hex}.part"
             self.system.pipe_file(temporary, data)
-            self.system.mv(temporary, f"{self.root}/{PUBLISHED_FILE}")
+            self._rename(temporary, f"{self.root}/{PUBLISHED_FILE}")
 
 
 CLIENTS = ("botocore", "aiobotocore", "google", "gcsfs", "aiohttp", "requests")

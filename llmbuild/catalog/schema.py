@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import URL, Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.exc import DatabaseError, OperationalError
 
+from llmbuild.catalog.location import is_url
 from llmbuild.catalog.place import FILE, PUBLISHED_FILE, URL_FILE
 from llmbuild.errors import CatalogError
 from llmbuild.runtime.reader import connected
@@ -30,11 +31,6 @@ MIGRATIONS = Path(__file__).parent / "migrations"
 def now() -> str:
     """Return the time in UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def is_url(location: str) -> bool:
-    """Say whether a catalog is named by a database URL instead of a folder."""
-    return "://" in location
 
 
 def folder_of(location: str) -> Path:
@@ -106,6 +102,17 @@ def migrated_copy(folder: Path) -> Iterator[Path]:
         except CatalogError as error:
             raise CatalogError(str(error).replace(name, str(folder))) from None
         yield copy
+
+
+def copied(source: Path, database: Path) -> None:
+    """Copy a database without its free pages into a new file that is whole in itself: its readers write nothing.
+
+    `VACUUM INTO` takes no name that is not UTF-8.
+    """
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(database)) as new:
+        old.backup(new)
+        new.execute("PRAGMA journal_mode=DELETE")
+        new.execute("VACUUM")
 
 
 def _engine(folder: Path) -> Engine:

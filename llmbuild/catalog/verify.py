@@ -5,15 +5,22 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from sqlalchemy import text
+from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references
+from llmbuild.catalog.place import FILE
+from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references, stranger
+from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
+from llmbuild.digest import of_file
+from llmbuild.runtime import trust
 
+PLACE = ("model", "target", "machine", "workload", "variant")
+"""What names a standing."""
 REBUILD = "run `llmbuild build` with its recipe: it is made again"
 FORGET = "run `llmbuild gc`: no front needs it, and the next build that does makes it again"
 
@@ -43,8 +50,10 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
     missed = {name for names in catalog.lost_blobs().values() for name in names}
     kept = published_blobs(catalog.folder)
     sizes = dict(catalog.blobs.digests())
+    why = stranger(named, gone, kept, sizes)
     return [
         *rows,
+        *([Finding("stranger", FILE, why, f"bring {FILE} and blobs of one catalog together", True)] if why else []),
         *_bytes(catalog, named, needed, sizes, progress),
         *(
             Finding(
@@ -56,13 +65,45 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
         *(
             Finding("orphan", f"blob {name[:12]}", f"{size} bytes that no row names", "llmbuild gc frees them", False)
             for name, size in sizes.items()
-            if name not in named and name not in kept
+            if name not in named and name not in kept and not why
         ),
         *(
             Finding("leftover", path.name, "half-written by a process that was killed", "llmbuild gc removes it", False)
             for path in catalog.blobs.leftovers()
         ),
     ]
+
+
+def promised(folder: Path, catalog: Catalog) -> list[Finding]:
+    """Return what of the publication in a folder is not as its pointer promises; `catalog` is its database, opened."""
+    pointer, body = trust.published(folder)
+    store, again = BlobStore(folder), "pull or publish it again"
+    entries = {**body["blobs"], body["catalog"]["digest"]: {"kind": "database", **body["catalog"]}}
+    found = []
+    for name, entry in entries.items():
+        path = store.path(name)
+        if not path.is_file():
+            if not pointer.get("partial"):
+                found.append(Finding("missing", f"{entry['kind']} {name[:12]}", "named by the manifest", again, True))
+        elif path.stat().st_size != entry["bytes"]:
+            told = f"{path.stat().st_size} bytes, the manifest says {entry['bytes']}"
+            found.append(Finding("corrupt", f"{entry['kind']} {name[:12]}", told, again, True))
+    with catalog.session() as session:
+        rows = {tuple(row) for row in session.execute(select(*(getattr(t.StandingRow, name) for name in PLACE)))}
+        named = {r.digest for r in references(session, catalog.blobs)}
+    said = {tuple(each.get(name) for name in PLACE) for each in body.get("variants", ())}
+    if not said or not rows:
+        found.append(Finding("empty", "publication", "there is no variant in it", "publish it again", True))
+    elif rows != said:
+        told = f"{len(rows)} rows in the database, {len(said)} in the manifest, {len(rows & said)} in both"
+        found.append(Finding("rows", "publication", told, "publish it again", True))
+    if unnamed := sorted(named - set(entries)):
+        told = f"{len(unnamed)} blobs that rows name are not in the manifest, {unnamed[0][:12]} is one"
+        found.append(Finding("rows", "manifest", told, "publish it again", True))
+    copy = folder / FILE
+    if not copy.is_file() or of_file(copy) != body["catalog"]["digest"]:
+        found.append(Finding("copy", FILE, "is not the database that was published", again, True))
+    return found
 
 
 def _bytes(

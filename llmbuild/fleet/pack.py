@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmbuild.build import Build, Tell
-from llmbuild.catalog.schema import now
+from llmbuild.catalog.schema import copied, now
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree
 from llmbuild.digest import plain
@@ -244,9 +244,7 @@ def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
 
     Targets of equal code share a variant, whose row names one of them.
     """
-    with sqlite3.connect(catalog.folder / FILE) as connection:
-        connection.execute("VACUUM INTO ?", (str(folder / FILE),))
-    connection.close()
+    copied(catalog.folder / FILE, folder / FILE)
     with sqlite3.connect(folder / FILE) as connection:
         connection.execute("CREATE TEMP TABLE packed (digest)")
         connection.executemany("INSERT INTO temp.packed VALUES (?)", [(name,) for name in named])

@@ -183,6 +183,17 @@ def partial(folder: Path) -> str | None:
     return str(pointer.get("source", "SOURCE")) if pointer.get("partial") else None
 
 
+def published(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the pointer and the manifest that are current in a published folder, the manifest's digest checked.
+
+    Raises:
+        LoadRefused: one of them is missing, was changed, or is not ours.
+    """
+    pointer = pointer_of(_read(folder / POINTER, folder), str(folder))
+    manifest = _read(_blob(folder, pointer["manifest"]), folder)
+    return pointer, checked(pointer, manifest, Policy(), str(folder))
+
+
 def database(folder: Path) -> Path:
     """Return the database that is current in a published folder; nothing is checked but that the pointer is one."""
     pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
