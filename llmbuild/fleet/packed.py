@@ -37,6 +37,7 @@ from llmbuild.profiler.statistics import paired_ratio
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
 from llmbuild.search.front import contenders, standings
+from llmbuild.shown import guarded
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import ESTIMATES, Measurement, Operator, Reading, row_of
 from llmbuild.spec.program import abi_from
@@ -44,6 +45,7 @@ from llmbuild.spec.slo import ENERGY, parse_bound
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, Standing, Trial
 from llmbuild.spec.variant import Failure
+from llmbuild.strict import loads
 
 Body = dict[str, Any]
 Tell = Callable[[str], None]
@@ -82,7 +84,7 @@ class Run:
         self.raced: list[Across] = []
         self.versus: list[Versus] = []
         try:
-            jobs: list[Body] = json.loads((folder / JOB).read_text())["jobs"]
+            jobs: list[Body] = loads((folder / JOB).read_text())["jobs"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder / JOB}: not a job of a packed folder: {error}") from None
         models = list(dict.fromkeys(body["model"] for body in jobs))
@@ -467,7 +469,8 @@ def main(
     lines = run.all()
     done = [line for line in lines if line.measurement is not None]
     found = Tables(run.machine, lines, run.raced, run.versus, run.rates)
-    print(as_json(found) if as_document else text(found))
+    with guarded():
+        print(as_json(found) if as_document else text(found))
     for told in sorted({m.notes["energy"] for line in done if (m := line.measurement) and "energy" in m.notes}):
         tell(f"energy: {told}")
     tell(f"{len(done)} of {len(lines)} variants measured in {monotonic() - begin:.0f} s; {budget_s:.0f} s were given")

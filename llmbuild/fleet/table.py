@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -10,6 +9,7 @@ from llmbuild.digest import plain
 from llmbuild.fleet.peers import Versus
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement, Operator, Reading
+from llmbuild.strict import dumps
 
 HEADER = (
     *(
@@ -222,7 +222,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 def as_json(found: Tables) -> str:
     """Return everything as one JSON document."""
-    return json.dumps(
+    return dumps(
         {
             "machine": plain(found.machine),
             "rows": plain(list(found.lines)),

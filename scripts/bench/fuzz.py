@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -29,6 +30,8 @@ from hypothesis import strategies as st
 from odd_texts import Texts
 from synthetic import Made, fill
 
+from llmbuild import upkeep
+from llmbuild.catalog.location import resolved
 from llmbuild.catalog.publish import publish
 from llmbuild.catalog.pull import Wanted, pull
 from llmbuild.catalog.schema import FILE, PUBLISHED_FILE
@@ -156,13 +159,33 @@ class Cases:
         pull(str(work / "p"), work / "got", Wanted(ASKED), Policy())
         load(work / "got", "m", ["tpot_s<=1"])
 
+    def place(self, change: Callable[[bytes], bytes], work: Path) -> None:
+        """Publish, check and tidy a catalog in a folder of any name: nothing of it may be lost."""
+        name = os.fsdecode(change(b"a?b#c%20d e").replace(b"/", b"").replace(b"\0", b"")[:80]).strip(".") or "x"
+        shutil.copytree(self.folder / "seed", work / name)
+        before = sorted(p.name for p in (work / name / "blobs").rglob("*"))
+        with closing(Catalog(work / name)) as catalog:
+            publish(catalog, (), str(work / f"{name}-out"), None)
+        for folder in (work / name, work / f"{name}-out"):
+            assert upkeep.check(folder, Policy(), lambda *_: None).rows == [], "a sound catalog is called wrong"
+        upkeep.collect(work / name, None, False)
+        assert sorted(p.name for p in (work / name / "blobs").rglob("*")) == before, "a blob was freed"
+
+    def reference(self, change: Callable[[bytes], bytes], _: Path) -> None:
+        """Read a mutated reference; what is taken means the same when it is read again."""
+        written = random.choice(
+            [f"oci://localhost:5000/team/tiny:v1@sha256:{'a' * 64}", "s3://shelf/a/b", "file:///a%20b"]
+        )
+        found = resolved(change(written.encode()).decode(errors="surrogateescape"))
+        assert resolved(found) == found, "it means another place the second time"
+
     def model(self, _: Callable[[bytes], bytes], work: Path) -> None:
         """Judge a model folder that is odd, and load some of those that are taken."""
         odd_models.feed(work, random.getrandbits(64), random.random() < self.loaded)
 
 
 KINDS = (
-    *("recipe", "target", "locked", "catalog", "cells", "publication", "model"),
+    *("recipe", "target", "locked", "catalog", "cells", "publication", "place", "reference", "model"),
     *("tokenizer_bytes", "tokenizer_values", "text", "ids"),
 )
 
