@@ -251,3 +251,21 @@ def test_a_text_that_is_no_utf_8_is_refused(
     words: tuple[str, ...], seed: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert "is no UTF-8 text" in refused(capsys, *words, "-C", "seed")
+
+
+def test_a_trusted_key_is_a_regular_file(capsys: pytest.CaptureFixture[str]) -> None:
+    import os
+
+    os.mkfifo("pipe")
+    Path("endless").symlink_to("/dev/zero")
+    Path("folder/odd.pub").mkdir(parents=True)
+    Path("large").write_bytes(b"x" * 100_000)
+    told = {
+        name: refused(capsys, "pull", "nowhere", "--trust", name) for name in ("pipe", "endless", "folder", "large")
+    }
+    assert {name: text.split(": ", 1)[1].strip() for name, text in told.items()} == {
+        "pipe": "trusted key pipe: not a regular file",
+        "endless": "trusted key endless: not a regular file",
+        "folder": "folder: no trusted key there: public keys are files that end in .pub",
+        "large": "trusted key large: larger than 65536 bytes, which no key is",
+    }

@@ -55,15 +55,27 @@ def policy(trust: str | Path | Sequence[str | Path] | None = None, allow_unsigne
     return Policy(keys, unsigned=allow_unsigned or not keys)
 
 
+MAX_KEY_BYTES = 1 << 16
+"""A file larger than this is no key and is not read."""
+
+
 def _keys(path: Path) -> list[tuple[str, bytes]]:
-    files = sorted(path.glob("*.pub")) if path.is_dir() else [path]
-    try:
-        found = [(file.name, file.read_bytes()) for file in files]
-    except OSError as error:
-        raise InputError(f"trusted key {path}: {error.strerror or error}") from None
-    if not found:
+    files = sorted(each for each in path.glob("*.pub") if each.is_file()) if path.is_dir() else [path]
+    if not files:
         raise InputError(f"{path}: no trusted key there: public keys are files that end in .pub")
-    return found
+    return [(file.name, _key(file)) for file in files]
+
+
+def _key(file: Path) -> bytes:
+    """Return the bytes of a key; a pipe or a device has no end that can be waited for."""
+    try:
+        if file.exists() and not file.is_file():
+            raise InputError(f"trusted key {file}: not a regular file")
+        if file.stat().st_size > MAX_KEY_BYTES:
+            raise InputError(f"trusted key {file}: larger than {MAX_KEY_BYTES} bytes, which no key is")
+        return file.read_bytes()
+    except OSError as error:
+        raise InputError(f"trusted key {file}: {error.strerror or error}") from None
 
 
 def pointer_of(text: str | bytes, where: str) -> dict[str, Any]:
