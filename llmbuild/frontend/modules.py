@@ -109,13 +109,28 @@ class Matrix(nn.Module):
         return found * self.scale.flatten()[shared].float()
 
 
+I4_MULTIPLE = 64
+"""Rows and columns that matrices of the compiler's `i4` have a multiple of: with others it has loads of parts of a
+vector of them, which it cannot make code of (IREE 3.13: "failed to legalize operation 'vector.maskedload'")."""
+
+
 class RowMajor(Matrix):
-    """`[N, K]` as torch keeps it; scales `[N, K/group]`."""
+    """`[N, K]` as torch keeps it; scales `[N, K/group]`. Rows of an odd number of 4-bit codes end in half a byte."""
 
     def lay_out(self, stored: np.ndarray) -> np.ndarray:
         return np.ascontiguousarray(stored)
 
+    def _stored(self, codes: np.ndarray) -> np.ndarray:
+        return super()._stored(np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))) if self.nibbles else codes)
+
+    @property
+    def apart(self) -> bool:
+        """Whether the two codes of a byte are taken apart by shifts."""
+        return self.nibbles and bool(self.rows % I4_MULTIPLE or self.columns % I4_MULTIPLE)
+
     def product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.apart:
+            return self._by_halves(x)
         if self.grouped and x.shape[1] == 1:
             return self._grouped_row(x[0, 0]).reshape(1, 1, -1)
         dense = self.values()
@@ -140,14 +155,46 @@ class RowMajor(Matrix):
             sums = sums - x.sum(1)[None] * self.zero.float()
         return (sums * self.scale.float()).sum(1)
 
+    def _by_halves(self, x: torch.Tensor) -> torch.Tensor:
+        """Return f32[1,T,N] for x f32[1,T,K]: even columns meet the low halves of the bytes, odd ones the high halves.
+
+        So no code is ever moved to where it stands among the columns.
+        """
+        pairs = nn.functional.pad(x, (0, self.columns % 2)).unflatten(-1, (-1, 2))
+        bytes_ = self.data.to(torch.int32)
+        halves = [(pairs[..., 0], nibbles.low(bytes_).float()), (pairs[..., 1], nibbles.high(bytes_).float())]
+        if not self.grouped:
+            return nn.functional.linear(*halves[0]) + nn.functional.linear(*halves[1])
+        if x.shape[1] == 1:
+            return self._grouped_halves([(part[0, 0], codes) for part, codes in halves]).reshape(1, 1, -1)
+        assert self.scale is not None
+        dense = [codes.unflatten(1, (self.groups, -1)) for _, codes in halves]
+        if self.zero is not None:
+            dense = [codes - self.zero.float().unsqueeze(-1) for codes in dense]
+        scaled = [(codes * self.scale.float().unsqueeze(-1)).flatten(1) for codes in dense]
+        return nn.functional.linear(halves[0][0], scaled[0]) + nn.functional.linear(halves[1][0], scaled[1])
+
+    def _grouped_halves(self, halves: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
+        """Return f32[N] for one row: a sum for each group, then the scaled sum of these.
+
+        `halves` are every other of the row's columns f32[K/2] with their codes f32[N,K/2].
+        """
+        assert self.scale is not None
+        grouped = [(x.unflatten(0, (self.groups, -1)), codes.unflatten(1, (self.groups, -1))) for x, codes in halves]
+        sums = sum(((x[None] * codes).sum(2) for x, codes in grouped), torch.zeros(()))
+        if self.zero is not None:
+            sums = sums - sum((x.sum(1)[None] for x, _ in grouped), torch.zeros(())) * self.zero.float()
+        return (sums * self.scale.float()).sum(1)
+
     def place(self, row: torch.Tensor, column: torch.Tensor, columns: int) -> torch.Tensor:
         return row * columns + column
 
     def picked(self, data: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         if not self.nibbles:
             return super().picked(data, row, column)
-        pairs = data[row * (self.columns // 2) + column[: self.columns // 2]].to(torch.int32)
-        return torch.stack((nibbles.low(pairs), nibbles.high(pairs)), -1).flatten(-2)
+        half = (self.columns + 1) // 2
+        pairs = data[row * half + column[:half]].to(torch.int32)
+        return torch.stack((nibbles.low(pairs), nibbles.high(pairs)), -1).flatten(-2)[..., : self.columns]
 
 
 class Packed(Matrix):
@@ -155,6 +202,12 @@ class Packed(Matrix):
 
     def lay_out(self, stored: np.ndarray) -> np.ndarray:
         return layouts.pack_panels(stored)
+
+    def values(self) -> torch.Tensor:
+        if not self.nibbles or self.columns % I4_MULTIPLE == 0:
+            return super().values()
+        bytes_ = self.data.to(torch.int32)
+        return torch.stack((nibbles.low(bytes_), nibbles.high(bytes_)), -1).flatten(-2).float()
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         panels = self.values()

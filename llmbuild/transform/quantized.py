@@ -20,7 +20,7 @@ class Quantized:
 
     `codes` are int8[N,K] in -8..7 for 4 bits and in -128..127 for 8; `scale` is f32[N,K/group], positive. `zero` is f32
     of the same shape, integers within the range of the codes, or None where it is 0 throughout. Scales of groups
-    smaller than a row are numbers that bf16 holds exactly, and are stored so.
+    smaller than a row, and those beside zeros, are numbers that bf16 holds exactly, and are stored so.
     """
 
     codes: Array
@@ -73,7 +73,7 @@ def full_range(dense: Array, form: Format, shrink: float = 1.0) -> tuple[Array, 
         wanted = np.maximum(high / top, low / bottom)
     empty = np.maximum(high, -low) <= LEAST_WEIGHT
     scale = np.where(empty, 1.0, wanted).astype(np.float32)
-    if group < dense.shape[1]:
+    if group < dense.shape[1] or not form.symmetric:
         scale = round_up_to_bf16(scale)
     if form.symmetric:
         return scale, None
