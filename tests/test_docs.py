@@ -1,4 +1,4 @@
-"""What README.md and catalog/README.md tell a reader to write, checked against what is there."""
+"""What README.md, catalog/README.md and docs/ tell a reader to write, checked against what is there."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ from llmbuild.spec.target import BACKENDS
 from tests.conftest import Project
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "catalog/README.md")
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TUTORIAL = "docs/tutorial.md"
+"""Followed from end to end by `test_tutorial.py`."""
+PAGES = (
+    "README.md",
+    "catalog/README.md",
+    *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").rglob("*.md")) if "generated" not in path.parts),
+)
+BLOCK = re.compile(r"^```([^\n]*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 OPTION = re.compile(r"(?<![\w-])--?[A-Za-z][\w-]*")
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
     """Return the blocks of a language, each with its page."""
-    found = [(page, *match) for page in PAGES for match in BLOCK.findall((ROOT / page).read_text())]
+    found = [(page, *match) for page in PAGES if page != TUTORIAL for match in BLOCK.findall((ROOT / page).read_text())]
     return [(page, text) for page, kind, text in found if kind == language]
 
 
@@ -64,7 +70,8 @@ def ours(command: str) -> click.Command:
 def options_of(command: click.Command) -> set[str]:
     """Return the options of a command, and those that stand before its name."""
     parameters = [*command.params, *main.params]
-    names = {name for each in parameters if isinstance(each, click.Option) for name in each.opts}
+    options = [each for each in parameters if isinstance(each, click.Option)]
+    names = {name for each in options for name in (*each.opts, *each.secondary_opts)}
     return names | {"-h", "--help"}
 
 
@@ -92,7 +99,8 @@ def test_a_recipe_or_target_is_read_as_it_stands(page: str, text: str, tmp_path:
 
 def test_every_kind_of_block_is_there_and_known() -> None:
     kinds = {kind for page in PAGES for kind, _ in BLOCK.findall((ROOT / page).read_text())}
-    assert kinds == {"", "sh", "python", "yaml", "sql"}
+    directives = {"{toctree}", "{include} ../../catalog/README.md", "{eval-rst}"}
+    assert kinds == {"", "sh", "python", "yaml", "sql"} | directives
 
 
 @pytest.mark.parametrize("line", [c for line in shell_lines() for c in commands_in(line) if c.startswith("llmbuild ")])
