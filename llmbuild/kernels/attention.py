@@ -5,6 +5,7 @@ Written for the length of registers: it holds many sums at a time.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -107,12 +108,18 @@ def attend(
     mixed = w.loop(0, visible, turn, mix, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
     inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32), vf)
     for i, e in enumerate(parts):
-        whole = mixed[i]
-        for chain in range(1, chains):
-            whole = w.op("arith.addf", whole, mixed[chain * len(parts) + i], kind=vf)
+        whole = _added(w, mixed[i :: len(parts)], vf)
         w.store(w.op("arith.mulf", whole, inverse, kind=vf), w.at(out, e * 4), vf)
     w.store(top, outcome, F32)
     w.store(total, w.at(outcome, 4), F32)
+
+
+def _added(w: Writer, values: Sequence[str], kind: str) -> str:
+    """Return the sum of vectors, added up in order."""
+    whole = values[0]
+    for value in values[1:]:
+        whole = w.op("arith.addf", whole, value, kind=kind)
+    return whole
 
 
 @dataclass(frozen=True)
