@@ -106,20 +106,19 @@ def attend(
 
     turn = min(MIX_STEP, lanes)  # scores are known up to a multiple of the lanes
     mixed = w.loop(0, visible, turn, mix, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
-    inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32), vf)
-    for i, e in enumerate(parts):
-        whole = _added(w, mixed[i :: len(parts)], vf)
-        w.store(w.op("arith.mulf", whole, inverse, kind=vf), w.at(out, e * 4), vf)
+    _store_mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, out, lanes)
     w.store(top, outcome, F32)
     w.store(total, w.at(outcome, 4), F32)
 
 
-def _added(w: Writer, values: Sequence[str], kind: str) -> str:
-    """Return the sum of vectors, added up in order."""
-    whole = values[0]
-    for value in values[1:]:
-        whole = w.op("arith.addf", whole, value, kind=kind)
-    return whole
+def _store_mean(w: Writer, sums: Sequence[Sequence[str]], total: str, out: str, lanes: int) -> None:
+    """Write weighted sums over their total weight; those of one place are added up in order."""
+    kind = f"vector<{lanes}xf32>"
+    inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32), kind)
+    for i, (whole, *more) in enumerate(sums):
+        for value in more:
+            whole = w.op("arith.addf", whole, value, kind=kind)
+        w.store(w.op("arith.mulf", whole, inverse, kind=kind), w.at(out, i * lanes * 4), kind)
 
 
 @dataclass(frozen=True)
