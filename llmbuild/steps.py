@@ -124,8 +124,10 @@ class Job:
     def notes(self) -> tuple[str, ...]:
         """What is worth telling before a build: of the model, and bounds that nothing will be held against."""
         bounds = ", ".join(map(str, self.recipe.quality.bounds))
-        absent = self._unscored() if bounds else ""
-        return (*self.model.notes, *((f"{bounds} will not be judged: quality is {absent}",) if absent else ()))
+        quality = self.recipe.quality
+        absent = self._unscored if bounds or quality.stdlib or quality.file else ""
+        judged = f"{bounds} will not be judged: " if bounds else ""
+        return (*self.model.notes, *((f"{judged}quality is {absent}",) if absent else ()))
 
     @cached_property
     def source(self) -> str:
@@ -159,17 +161,19 @@ class Job:
 
     def scored(self) -> str:
         """Return why quality is not scored, and which bounds so are not judged; empty where it is."""
-        absent, bounds = self._unscored(), ", ".join(map(str, self.recipe.quality.bounds))
+        absent, bounds = self._unscored, ", ".join(map(str, self.recipe.quality.bounds))
         return f"{absent}; not judged: {bounds}" if absent and bounds else absent
 
+    @cached_property
     def _unscored(self) -> str:
         if self.recipe.model.random_init:
             return "absent: random-init weights, speed only"
-        if not (self.recipe.quality.stdlib or self.recipe.quality.file):
+        text = self.recipe.quality
+        if not (text.stdlib or text.file):
             return "absent: the recipe names no held-out text"
-        if self.model.tokenizer is None:
-            return "absent: the model has no tokenizer.json to read the held-out text with"
-        return ""
+        vocabulary = read_facts(self.model.folder / "config.json").decoder.vocabulary
+        why = heldout.unfit(text, self.model.tokenizer, self.recipe.context, vocabulary)
+        return f"absent: {why}" if why else ""
 
     @cached_property
     def calibration(self) -> NDArray[np.int64]:
@@ -240,8 +244,8 @@ def make_job(
         heldout.check_apart(recipe.calibration, recipe.quality)
     model = find_model(recipe.model, recipe.context)
     resolved = resolve(target, answers)
-    readable = model.tokenizer is not None or not recipe.calibration
-    refused = refusals(resolved, read_facts(model.folder / "config.json"), readable)
+    facts = read_facts(model.folder / "config.json")
+    refused = refusals(resolved, facts, heldout.uncalibrated(recipe, model.tokenizer, facts.decoder.vocabulary))
     space = space_for(resolved, recipe, pinned, machine.cores, refused)
     declared = space_for(resolved, recipe, {}, machine.cores, refused) if pinned else space
     limits = Limits()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from llmbuild.catalog.writer import Catalog, Owner
 from llmbuild.errors import InputError
 from llmbuild.kernels.applies import cpu_problem
 from llmbuild.kernels.choose import readable
+from llmbuild.profiler import heldout
 from llmbuild.report.rows import front_table
 from llmbuild.runtime import reader
+from llmbuild.runtime.tokenizer import Tokenizer
 from llmbuild.search import refusals as judging
 from llmbuild.search.knobs import KNOBS, space_for
 from llmbuild.search.refusals import Refusal, refusals
@@ -33,7 +36,7 @@ from tests.test_space import AVX2, recipe
 
 OURS = ("avx512f", "avx512bw", "avx512vl", "avx512vnni")
 TARGETS = (AVX2, replace(AVX2, requires=OURS), replace(AVX2, requires=("dotprod",)), replace(AVX2, requires=()))
-ODD: dict[str, Any] = {"hidden_act": "relu"}
+ODD: dict[str, Any] = {"hidden_act": "mish"}
 """What no kernel of ours computes."""
 
 FEW: dict[str, Any] = {"opt_level": ("O2",), "workers": (0,), "driver": ("local-sync",), "data_tiling": ("off",)}
@@ -48,7 +51,7 @@ def test_the_space_of_a_model_is_no_exception_and_has_our_kernels_where_they_app
 ) -> None:
     facts = facts_of(config)
     asked = replace(recipe(**FEW), calibration=Calibration(("ast",)) if calibrated else None)
-    space = space_for(target, asked, {}, 2, refusals(target, facts, tokenizer))
+    space = space_for(target, asked, {}, 2, refusals(target, facts, "" if tokenizer else "no tokenizer"))
     points = list(space.points())
     formats = {(p["weight_format"], p["head_format"]) for p in points if p["kernel"] == "own"}
     assert all(not cpu_problem(facts.decoder, form, form if head == "same" else head) for form, head in formats)
@@ -83,16 +86,49 @@ def test_pins_that_rule_each_other_out_are_told_by_name() -> None:
 
 
 def test_a_pin_that_a_model_rules_out_is_told_with_the_reason() -> None:
-    refused = refusals(AVX2, facts_of({"model_type": "llama", "vocab_size": 320, **ODD}), True)
+    refused = refusals(AVX2, facts_of({"model_type": "llama", "vocab_size": 320, **ODD}))
     assert [(r.knob, r.value, r.beside) for r in refused] == [("kernel", "own", ())]
     with pytest.raises(InputError, match=r"knob kernel=own: its own kernels compute"):
         space_for(AVX2, recipe(), {"kernel": "own"}, refused=refused)
     domains = {k.name: k.domain for k in space_for(AVX2, recipe(kernel=("own", "compiler")), {}, 2, refused).knobs}
     assert domains["kernel"] == ("compiler",)
-    mute = refusals(AVX2, facts_of({"model_type": "llama"}), tokenizer=False)
+    mute = refusals(AVX2, facts_of({"model_type": "llama"}), heldout.unfit(Calibration(("ast",)), None, 64, 320))
     calibrated = replace(recipe(), calibration=Calibration(("ast",)))
     with pytest.raises(InputError, match=r"knob quantization=gptq: the model has no tokenizer.json"):
         space_for(AVX2, calibrated, {"quantization": "gptq"}, refused=mute)
+
+
+def test_text_that_makes_no_window_is_told_before_anything_is_made(project: Project, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("def pop(self):")
+    where, asked = tmp_path / "short.yaml", project.recipe.read_text()
+    texts = f"file: {tmp_path / 'short.txt'}"
+    asked = asked.replace("./model", str(project.model)).replace("./heldout.txt", str(project.folder / "heldout.txt"))
+    where.write_text(f"{asked}calibration: {{text: {{{texts}}}}}\n")
+    told = r"calibration text: \d+ tokens are fewer than one window of 32"
+    dry = llmbuild("build", where, "-n", "-C", tmp_path / "catalog")
+    left_out = re.findall(rf"left out for this model: (\w+=\w+): {told}", dry.stderr)
+    assert (dry.returncode, left_out) == (0, [f"{knob}={value}" for knob, value in judging.CALIBRATED.items()])
+    listed = json.loads(llmbuild("recipes", tmp_path, "--json").stdout)
+    assert [bool(re.search(told, row["left_out"])) for row in listed] == [True]
+    pinned = llmbuild("build", where, "-n", "--set", "quantization=gptq", "-C", tmp_path / "catalog")
+    assert (pinned.returncode, bool(re.match(f"error: knob quantization=gptq: {told}", pinned.stderr))) == (2, True)
+    where.write_text(asked.replace(str(project.folder / "heldout.txt"), str(tmp_path / "short.txt")))
+    unscored = llmbuild("build", where, "-n", "-C", tmp_path / "catalog")
+    told = r"note: tiny: quality is absent: the held-out text: \d+ tokens are fewer than one window of 32"
+    assert (unscored.returncode, len(re.findall(told, unscored.stderr))) == (0, 1)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 40), st.integers(1, 64), st.integers(250, 330))
+def test_text_fits_where_windows_can_be_cut_of_it(project: Project, words: int, context: int, vocabulary: int) -> None:
+    path, tokenizer = project.folder / "drawn.txt", project.model / "tokenizer.json"
+    path.write_text("def push " * words)
+    text = Calibration(file=str(path))
+    ids = Tokenizer(tokenizer).encode(path.read_text()).ids
+    fits = len(ids) >= min(heldout.WINDOW, context) and max(ids) < vocabulary
+    assert (heldout.unfit(text, tokenizer, context, vocabulary) == "") == fits
+    if fits:
+        assert heldout.windows(text, tokenizer, context).max() < vocabulary
 
 
 def test_a_format_that_our_kernels_do_not_read_of_a_model_is_left_to_the_compiler() -> None:
@@ -123,18 +159,19 @@ def test_a_point_that_the_import_refuses_is_its_failure_and_no_end(project: Proj
 
 
 def test_what_a_model_rules_out_is_told_before_anything_is_made(tmp_path: Path) -> None:
-    tiny.write(tmp_path / "model", **ODD)
-    where = tmp_path / "odd.yaml"
+    tiny.write(tmp_path / "model")
+    where = tmp_path / "mute.yaml"
     where.write_text(
-        "name: odd\nmodel:\n  huggingface: ./model\nworkloads:\n  - {name: short, prompt: 8, output: 8, context: 32}\n"
-        "objectives: [tpot_s]\n"
+        "name: mute\nmodel:\n  huggingface: ./model\nworkloads:\n  - {name: short, prompt: 8, output: 8, context: 32}\n"
+        "objectives: [tpot_s]\ncalibration: {text: {stdlib: [ast]}}\n"
     )
     dry = llmbuild("build", where, "-n", "--json", "-C", tmp_path / "catalog")
-    assert (dry.returncode, dry.stderr.count("left out for this model: kernel=own: its own kernels compute")) == (0, 1)
+    told = "quantization=gptq: the model has no tokenizer.json to read calibration text with"
+    assert (dry.returncode, dry.stderr.count(f"left out for this model: {told}")) == (0, 1)
     listed = json.loads(llmbuild("recipes", tmp_path, "--json").stdout)
-    assert [r["left_out"].partition(" compute")[0] for r in listed] == ["kernel=own: its own kernels"]
-    pinned = llmbuild("build", where, "-n", "--set", "kernel=own", "-C", tmp_path / "catalog")
-    assert (pinned.returncode, pinned.stderr.startswith("error: knob kernel=own: its own kernels compute")) == (2, True)
+    assert [told in r["left_out"] for r in listed] == [True]
+    pinned = llmbuild("build", where, "-n", "--set", "quantization=gptq", "-C", tmp_path / "catalog")
+    assert (pinned.returncode, pinned.stderr.startswith(f"error: knob {told}")) == (2, True)
 
 
 def test_the_knobs_say_what_they_ask_of_a_model() -> None:
@@ -142,7 +179,7 @@ def test_the_knobs_say_what_they_ask_of_a_model() -> None:
 
     when = {row["knob"]: row["when"] for row in knob_rows(AVX2)}
     assert "own asks of a model sizes, activation and norms that our kernels take" in when["kernel"]
-    assert "gptq asks of a model a tokenizer.json" in when["quantization"]
+    assert "gptq asks of a model a tokenizer.json that makes enough tokens" in when["quantization"]
     assert {knob for knob, _ in judging.ASKED_OF_MODELS} == {k for k, text in when.items() if "asks of a model" in text}
 
 

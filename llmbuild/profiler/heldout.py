@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmbuild.errors import InputError
-from llmbuild.spec.recipe import Calibration, Quality
+from llmbuild.spec.recipe import Calibration, Quality, Recipe
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,6 +19,9 @@ WINDOW = 128
 
 COPIED = 0.1
 """Part of the held-out text's lines that calibration text may share with it: licences and idioms, not content."""
+
+GLANCE = 1 << 15
+"""Characters that are tokenized to see that a text fills a window; all of it only where these do not."""
 
 LONG_LINE = 30
 """Characters of a line that says something of its own."""
@@ -67,6 +70,51 @@ def _module(name: str, purpose: str) -> str:
     raise InputError(f"{purpose} text: this Python's standard library has no module {name!r}")
 
 
+def unfit(text: Quality | Calibration, tokenizer: Path | None, context: int, vocabulary: int) -> str:
+    """Return why a text makes no windows of tokens for a model; '' where it does.
+
+    Raises:
+        InputError: a module or the file is not there.
+    """
+    if tokenizer is None:
+        return f"the model has no tokenizer.json to read {_called(text)} with"
+    from llmbuild.runtime.tokenizer import Tokenizer
+
+    whole, length, ids = read_text(text), min(WINDOW, context), list[int]()
+    try:
+        door = Tokenizer(tokenizer)
+        begin = () if door.largest >= vocabulary else (whole[:GLANCE],)
+        for part in (*begin, whole):
+            ids = door.encode(part).ids
+            if len(ids) >= length:
+                break
+    except InputError as error:
+        return f"{_called(text)}: {error}"
+    if len(ids) < length:
+        return _too_short(text, len(ids), length)
+    if max(ids) >= vocabulary:
+        return f"{_called(text)}: {tokenizer} makes token {max(ids)} of it, and the model has {vocabulary}"
+    return ""
+
+
+def uncalibrated(recipe: Recipe, tokenizer: Path | None, vocabulary: int) -> str:
+    """Return why a model cannot be calibrated on the text that a recipe names; '' where it can, or none is named.
+
+    Raises:
+        InputError: a module or the file is not there.
+    """
+    text = recipe.calibration
+    return unfit(text, tokenizer, recipe.context, vocabulary) if text and not recipe.model.random_init else ""
+
+
+def _called(text: Quality | Calibration) -> str:
+    return "calibration text" if isinstance(text, Calibration) else "the held-out text"
+
+
+def _too_short(text: Quality | Calibration, found: int, length: int) -> str:
+    return f"{_called(text)}: {found} tokens are fewer than one window of {length}"
+
+
 def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArray[np.int64]:
     """Return i64[W, L]: about `text.tokens` tokens in windows spread evenly over the text.
 
@@ -81,7 +129,7 @@ def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArr
     length = min(WINDOW, context)
     count = max(1, text.tokens // length)
     if len(ids) < length:
-        raise InputError(f"{_named(text)} text: {len(ids)} tokens are fewer than one window of {length}")
+        raise InputError(_too_short(text, len(ids), length))
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
     cut: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
     return cut

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llmbuild.plan import left_out
+from llmbuild.profiler import heldout
 from llmbuild.runtime import host
 from llmbuild.search.knobs import ALL, target_knobs
 from llmbuild.search.refusals import ASKED_OF_MODELS, Refusal, refusals
@@ -45,8 +46,9 @@ def _knob_row(k: Knob) -> dict[str, Any]:
 def left_out_here(recipe: Recipe, folder: Path) -> list[Refusal]:
     """Return what a recipe's model, which lies in a folder, rules out on this host."""
     here = Target(HOST, LLVM_CPU, host.architecture(), HOST, requires=tuple(sorted(host.features())))
-    readable = (folder / "tokenizer.json").is_file() or not recipe.calibration
-    return left_out(recipe, refusals(here, read_facts(folder / "config.json"), readable))
+    facts, tokenizer = read_facts(folder / "config.json"), folder / "tokenizer.json"
+    why = heldout.uncalibrated(recipe, tokenizer if tokenizer.is_file() else None, facts.decoder.vocabulary)
+    return left_out(recipe, refusals(here, facts, why))
 
 
 def _asked_of_models(k: Knob) -> list[str]:

@@ -114,6 +114,11 @@ class Tokenizer:
                 known = ", ".join(detokenize.KNOWN)
                 raise InputError(f"{self.path}: decoder {error} is not supported; taken are {known}") from None
 
+    @property
+    def largest(self) -> int:
+        """The largest token that a text can become; -1 where there is none."""
+        return max(self._library.get_vocab().values(), default=-1)
+
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
         """Return the tokens of a text that a model is to continue.
 

@@ -16,7 +16,7 @@ OWN = "own"
 
 ASKED_OF_MODELS: Mapping[tuple[str, Value], str] = {
     ("kernel", OWN): "sizes, activation and norms that our kernels take",
-    **dict.fromkeys(CALIBRATED.items(), "a tokenizer.json"),
+    **dict.fromkeys(CALIBRATED.items(), "a tokenizer.json that makes enough tokens of the calibration text"),
 }
 """What values ask of a model, in words; `refusals` judges a model by it."""
 
@@ -35,12 +35,11 @@ class Refusal:
         return f"{self.knob}={self.value}{f' with {others}' if others else ''}: {self.reason}"
 
 
-def refusals(target: Target, facts: ModelFacts, tokenizer: bool) -> tuple[Refusal, ...]:
-    """Return what a model rules out on a target; `tokenizer` says whether it has one."""
+def refusals(target: Target, facts: ModelFacts, uncalibrated: str = "") -> tuple[Refusal, ...]:
+    """Return what a model rules out on a target; `uncalibrated` is why it cannot read the calibration text, if so."""
     told = _own_kernels(target, facts)
-    if not tokenizer:
-        why = "the model has no tokenizer.json to read calibration text with"
-        told += [Refusal(knob, value, why) for knob, value in CALIBRATED.items()]
+    if uncalibrated:
+        told += [Refusal(knob, value, uncalibrated) for knob, value in CALIBRATED.items()]
     return tuple(told)
 
 
