@@ -14,8 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmbuild.frontend import attention, modules, own, single_row
+from llmbuild.frontend.config import judge
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.program import apply, describe, formats_of, import_model, settle
+from llmbuild.frontend.source import find_model
 from llmbuild.frontend.truth import CheckTokens, run_eagerly
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem, gpu_problem
 from llmbuild.kernels.choose import KNOWN
@@ -23,8 +25,11 @@ from llmbuild.kernels.layouts import FORMATS
 from llmbuild.kernels.matvec import ROW_READS, ROW_TILES, work
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
+from llmbuild.spec.model import facts_of
 from llmbuild.spec.program import ImportJob
+from llmbuild.spec.recipe import ModelSource
 from llmbuild.transform.quantized import dequantize, pad_columns, quantize, split_groups
+from scripts.bench import shapes as shapes_to_build
 from tests.support import tiny
 from tests.support.artifact import Loaded, compile_file, relative_error
 from tests.support.machines import MACHINES
@@ -182,3 +187,22 @@ def test_columns_of_zeros_and_shorter_groups_keep_quantized_weights(columns: int
     assert split.group == 8
     assert relative_error(dequantize(split), dequantize(padded)) < 2**-8
     assert split_groups(split, 16) is None
+
+
+def test_every_shape_that_is_drawn_to_be_built_is_taken(tmp_path: Path) -> None:
+    for seed in range(200):
+        config = shapes_to_build.drawn(seed).config
+        assert list(judge(config, False, CONTEXT).faults) == [], config
+        assert cpu_problem(facts_of(config).decoder, "int8", "int4_g64") == ""
+    small = shapes_to_build.Shape("small", shapes_to_build.SMALL, tokenizer=True)
+    shapes_to_build.write(tmp_path / "model", small)
+    found = find_model(ModelSource("huggingface", str(tmp_path / "model")), CONTEXT)
+    assert found.tokenizer is not None
+    assert small.parameters == 260_032
+
+
+def test_a_shape_is_wrong_where_any_promise_is_broken() -> None:
+    right: dict[str, Any] = {"exit": [0, 0], "front": 1, "f32": True, "int8": {"own": (0.01, 0.03)}, "int4": {}}
+    broken = [{"exit": [0, 2]}, {"front": 0}, {"f32": None}, {"f32": False}, {"int4": {"compiler": (0.04, 0.03)}}]
+    assert not shapes_to_build.wrong(right)
+    assert [change for change in broken if not shapes_to_build.wrong({**right, **change})] == []

@@ -155,14 +155,10 @@ def write(folder: Path, shape: Shape) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True)
-    draw, hidden = np.random.default_rng(shape.seed), shape.config["hidden_size"]
-    weights = {}
+    draw, weights = np.random.default_rng(shape.seed), {}
     for name, size in stored(shape.config):
         if len(size) == 2:
-            table_ = "embed" in name or name == HEAD
-            spread = np.exp(0.3 * draw.standard_normal((size[0], 1))) * (3 if table_ else 1.2) / (hidden or 1) ** 0.5
-            if not table_:
-                spread *= (hidden / size[1]) ** 0.5
+            spread = np.exp(0.3 * draw.standard_normal((size[0], 1))) * _gain(name) / size[1] ** 0.5
             weights[name] = (spread * draw.standard_normal(size)).astype(np.float32)
         else:
             weights[name] = (0.2 * draw.standard_normal(size) + ("norm" in name)).astype(np.float32)
@@ -171,6 +167,16 @@ def write(folder: Path, shape: Shape) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     if shape.tokenizer:
         _write_tokenizer(folder / "tokenizer.json")
+
+
+def _gain(name: str) -> float:
+    """Return how much larger than its input a matrix's output is.
+
+    What layers add outweighs what the table puts in, or a tied head would only tell the latest token again.
+    """
+    if name == HEAD or "embed" in name:
+        return 3.0
+    return 5.0 if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.2
 
 
 def _write_tokenizer(path: Path) -> None:
@@ -187,7 +193,9 @@ def library_tokens(folder: Path) -> list[int]:
     """Return the tokens that the library's own model generates greedily, in f32, each step on the whole text."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     tokens = prompt(model.config.vocab_size)
     begin = len(tokens)
