@@ -214,7 +214,7 @@ def main() -> int:
         with TemporaryDirectory(prefix="llmbuild-history-") as folder:
             rows.append(play(name, Path(folder) / str(number), nothing))
         print(f"{name}: {rows[-1]}", file=sys.stderr)
-    print(json.dumps(rows, indent=1) if options.json else table(rows))
+    print(json.dumps(rows, indent=1) if options.json else table(list(rows[0]), [list(row.values()) for row in rows]))
     return 0 if all(row["as_from_nothing"] for row in rows) else 1
 
 
