@@ -54,6 +54,18 @@ _JSON = (
 )
 
 
+def default_location() -> str:
+    """Return where the catalog is when nobody says: `$LLMBUILD_CATALOG`, then `./catalog`.
+
+    Raises:
+        InputError: the variable is empty.
+    """
+    named = os.environ.get("LLMBUILD_CATALOG")
+    if named == "":
+        raise InputError("$LLMBUILD_CATALOG is empty: unset it, or name a folder")
+    return named or "catalog"
+
+
 def blob_path(catalog: Path, digest: str) -> Path:
     """Return where a blob lies."""
     return catalog / "blobs" / "sha256" / digest[:2] / digest
