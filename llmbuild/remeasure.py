@@ -163,8 +163,8 @@ def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> 
 
 
 def subject_of(folder: Path, known: Known) -> Subject:
-    """Return what the profiler opens of a variant."""
-    row, point = known.row, known.row["point"]
+    """Return what the profiler opens of a variant: it works in another folder, where a relative path means nothing."""
+    row, point, folder = known.row, known.row["point"], folder.absolute()
     return Subject(
         variant=row["variant"],
         artifact=row["artifact"],

@@ -277,7 +277,7 @@ def test_profiling_a_variant_again_keeps_its_quality_and_renews_its_times(built:
     moved = tmp_path / "again"
     subprocess.run(["cp", "-r", built.catalog, moved], check=True)
     row = next(r for r in rows_of(built) if not r["default"])
-    done = llmbuild("profile", row["variant"][:16], "--json", "-C", moved)
+    done = llmbuild("profile", row["variant"][:16], "--json", "-C", moved.name, cwd=tmp_path)
     fresh = json.loads(done.stdout)
     assert [r["variant"] for r in fresh] == [row["variant"]], done.stderr
     assert fresh[0]["quality_kl"] == row["quality_kl"]
