@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +18,7 @@ import pytest
 
 from llmbuild import digest
 from llmbuild.errors import InputError, NothingUsable
+from llmbuild.fleet.pack import MORE_CODE
 from llmbuild.profiler import serve, wire
 from llmbuild.profiler.protocol import Protocol, Quality
 from llmbuild.profiler.remote import Place, Remote, RemoteBench, archive, place_of
@@ -258,3 +260,16 @@ def wait_for(happened: Callable[[], bool], seconds: float = 60.0) -> None:
     while not happened():
         assert time.monotonic() < end, "it never came"
         time.sleep(0.05)
+
+
+def test_the_code_that_is_sent_needs_nothing_that_stays_here(tmp_path: Path) -> None:
+    (tmp_path / "code.zip").write_bytes(archive(*MORE_CODE))
+    with zipfile.ZipFile(tmp_path / "code.zip") as code:
+        code.extractall(tmp_path / "code")
+    names = ("profiler.serve", "profiler.worker", "profiler.operators", "fleet.packed", "fleet.table", "fleet.seeded")
+    script = f"import sys; sys.path[0] = {str(tmp_path / 'code')!r}\n" + "".join(
+        f"import llmbuild.{n}\n" for n in names
+    )
+    script += "import llmbuild; print(llmbuild.__file__)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.stdout.strip(), done.stderr) == (str(tmp_path / "code" / "llmbuild" / "__init__.py"), "")

@@ -351,13 +351,7 @@ def archive(*more: str) -> bytes:
     """Return the code that the far end runs, and `more` modules, as a zip with the same bytes for the same code."""
     root = Path(llmbuild.__file__).parent
     packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
-    files = [
-        *(
-            root / f"{name}.py"
-            for name in ("__init__", "digest", "errors", "resources", "diagnosis", "process", "start", *more)
-        ),
-        *packages,
-    ]
+    files = [*(root / f"{name}.py" for name in (*SINGLE, *more)), *packages]
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as made:
         for path in files:
