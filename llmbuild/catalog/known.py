@@ -27,6 +27,7 @@ _FINISHED = """
 SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant = v.digest
 LEFT JOIN failure f ON f.id = t.failure WHERE t.scope = ? AND (t.failure IS NULL OR f.lasting)
 """
+_DEFAULTS = "SELECT digest FROM variant WHERE is_default AND digest IN (SELECT variant FROM standing)"
 _MADE = """
 SELECT v.digest, v.artifact, p.parameters, p.module, p.checks,
 CASE WHEN s.source IS NULL THEN v.tokenizer ELSE s.tokenizer END
@@ -79,12 +80,12 @@ class Known:
     def lost_blobs(self) -> dict[str, set[str]]:
         """Return, by variant, the files that some command needs of it and that are not there, or not whole.
 
-        What `gc` removed is missed only while its variant stands on a front, or is a default that others are paired
-        with.
+        What `gc` removed, or a carried folder left behind, is missed only while its variant stands on a front, or is a
+        default that others are ranked and paired with.
         """
         gone = self._names("SELECT digest FROM collected")
         alive = self._names(f"SELECT variant FROM standing WHERE status IN ({_listed(FRONT)})") if gone else set()
-        alive |= self._names("SELECT digest FROM variant WHERE is_default") if gone else set()
+        alive |= self._names(_DEFAULTS) if gone else set()
         whole: dict[str, bool] = {}
         found: dict[str, set[str]] = {}
         for variant, *names in map(tuple, self._rows(_MADE)):

@@ -20,7 +20,8 @@ KERNEL = "0.1.2-far"
 FAR = f"""
 import platform, sys
 platform.release = lambda: {KERNEL!r}
-script, sys.argv[:] = sys.argv[2], sys.argv[3:]
+at = sys.argv.index("-c")
+script, sys.argv[:], sys.path[0] = sys.argv[at + 1], sys.argv[at + 2 :], ""
 exec(script, {{"__name__": "__main__"}})
 """
 """What stands for the Python there: it is called with `-c` and a script."""
