@@ -25,7 +25,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import importer
 from llmbuild.frontend.modules import RowMajor
 from llmbuild.frontend.program import import_model
-from llmbuild.frontend.seam import apart
+from llmbuild.frontend.fusion_barrier import fusion_barrier
 from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
 from llmbuild.runtime.choose import HostFacts, refusal
@@ -180,7 +180,7 @@ class Int8Head(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.matrix.multiply(x)[0, -1]
-        return apart(logits).argmax(-1, keepdim=True), logits
+        return fusion_barrier(logits).argmax(-1, keepdim=True), logits
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)

@@ -11,7 +11,7 @@ from torch import nn
 from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache, cache_name
 from llmbuild.frontend.own import OwnHead
-from llmbuild.frontend.seam import apart
+from llmbuild.frontend.fusion_barrier import fusion_barrier
 
 
 class _Entry(nn.Module):
@@ -35,7 +35,7 @@ class _Entry(nn.Module):
         mask = causal_mask(positions, self.context)
         hidden = self.model.model(
             input_ids=tokens.view(1, -1),
-            attention_mask=apart(mask) if self.model.config.num_hidden_layers == 1 else mask,
+            attention_mask=fusion_barrier(mask) if self.model.config.num_hidden_layers == 1 else mask,
             position_ids=positions.view(1, -1),
             use_cache=True,
             **{cache_name(self.model.model): CallerCache(kv, positions, start)},
@@ -46,8 +46,8 @@ class _Entry(nn.Module):
             return token, logits
         logits = self.model.lm_head(hidden)[0]
         if batch == 1:
-            return apart(logits[-1]).argmax(-1, keepdim=True), logits[-1]
-        return largest(apart(logits)), logits
+            return fusion_barrier(logits[-1]).argmax(-1, keepdim=True), logits[-1]
+        return largest(fusion_barrier(logits)), logits
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from iree.compiler.extras import fx_importer
 from iree.runtime import ParameterIndex
 from torch.export.graph_signature import OutputKind
 
-from llmbuild.frontend import nibbles, seam
+from llmbuild.frontend import fusion_barrier, nibbles
 from llmbuild.spec.program import PARAMETER_SCOPE
 
 BUILTIN_TYPES = {
@@ -106,7 +106,7 @@ def import_programs(programs: dict[str, torch.export.ExportedProgram]) -> tuple[
         _write_in_place(program)
         importer.import_program(program, func_name=name)
     nibbles.lower(importer.module)
-    seam.lower(importer.module)
+    fusion_barrier.lower(importer.module)
     importer.module.operation.verify()
     return importer.module, parameters
 

@@ -1,4 +1,4 @@
-"""A seam between what computes a tensor and what reads it: a torch operator that the compiler does not fuse across.
+"""A fusion barrier between the producer of a tensor and its readers: an operator that the compiler does not fuse across.
 
 Without one, the product with the scales of an int8 head is fused with the choice of the largest logit, which GPU
 backends do as one work-group: the product is then unrolled over the whole vocabulary. With 49152 tokens LLVM aborts
@@ -17,22 +17,22 @@ from iree.compiler import ir
 
 from llmbuild.frontend.splice import operators
 
-_NAME = "torch.llmbuild_seam.apart"
+_NAME = "torch.llmbuild_barrier.fusion"
 
 
-@torch.library.custom_op("llmbuild_seam::apart", mutates_args=())
-def apart(x: torch.Tensor) -> torch.Tensor:
+@torch.library.custom_op("llmbuild_barrier::fusion", mutates_args=())
+def fusion_barrier(x: torch.Tensor) -> torch.Tensor:
     """Return x f32, as it is."""
     return x.clone()
 
 
-@apart.register_fake
+@fusion_barrier.register_fake
 def _(x: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(x)
 
 
 def lower(module: ir.Module) -> None:
-    """Replace every `apart` in a module by the compiler's barrier of fusion."""
+    """Replace every `fusion_barrier` in a module by the compiler's barrier of fusion."""
     with module.context, ir.Location.unknown():
         for operator in operators(module.operation, _NAME):
             _replace(operator)
