@@ -1,4 +1,5 @@
-"""A fusion barrier between the producer of a tensor and its readers: an operator that the compiler does not fuse across.
+"""A fusion barrier between the producer of a tensor and its readers: a torch operator that the compiler does not
+fuse across.
 
 Without one, the product with the scales of an int8 head is fused with the choice of the largest logit, which GPU
 backends do as one work-group: the product is then unrolled over the whole vocabulary. With 49152 tokens LLVM aborts
