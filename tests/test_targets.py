@@ -23,9 +23,9 @@ from llmbuild.compiling import Compiling
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend import importer
+from llmbuild.frontend.fusion_barrier import fusion_barrier
 from llmbuild.frontend.modules import RowMajor
 from llmbuild.frontend.program import import_model
-from llmbuild.frontend.fusion_barrier import fusion_barrier
 from llmbuild.process import Limits
 from llmbuild.report.targets import rows, runs_here
 from llmbuild.runtime.choose import HostFacts, refusal

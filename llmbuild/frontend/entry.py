@@ -10,8 +10,8 @@ from torch import nn
 
 from llmbuild.frontend.attention import causal_mask
 from llmbuild.frontend.cache import CallerCache, cache_name
-from llmbuild.frontend.own import OwnHead
 from llmbuild.frontend.fusion_barrier import fusion_barrier
+from llmbuild.frontend.own import OwnHead
 
 
 class _Entry(nn.Module):
