@@ -165,7 +165,7 @@ def test_a_damaged_record_of_a_machine_is_another_machine(earlier: Path) -> None
 @pytest.fixture
 def written_before(project: Project, tmp_path: Path) -> Project:
     """A project whose one trial was made and raced by an earlier version: another digest of the machine, and scope."""
-    folder = shutil.copytree(project.folder, tmp_path / "p")
+    folder = shutil.copytree(project.folder, tmp_path / "p", ignore=shutil.ignore_patterns("catalog"))
     made = Project(folder, folder / project.recipe.name, folder / "catalog", folder / "model")
     here = host.machine()
     body = {**digest.plain(here), "system": f"{here.system}.1-old", "governor": "performance"}

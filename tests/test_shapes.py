@@ -146,7 +146,13 @@ def test_compiled_models_of_odd_shapes_agree_with_torch(tmp_path: Path, unit: st
     features = UNITS[unit].kernels[form.partition("_g")[0]].features
     result = import_model(ImportJob(str(folder), CONTEXT, choices=choices, features=features), tmp_path)
     assert result.program.abi.required_features == features
-    compile_file(tmp_path / "module.mlirbc", tmp_path / "m.vmfb", "--iree-opt-level=O2", cpu=MACHINES[unit].cpu)
+    compile_file(
+        tmp_path / "module.mlirbc",
+        tmp_path / "m.vmfb",
+        "--iree-opt-level=O2",
+        *MACHINES[unit].flags,
+        cpu=MACHINES[unit].cpu,
+    )
     with np.load(tmp_path / "check.npz") as check:
         actual = Loaded(tmp_path, tmp_path / "m.vmfb").forced(check["prompt"][0], check["forced"][0])[:, None]
         assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
