@@ -14,6 +14,7 @@ from safetensors.torch import save_file as save_torch
 from llmbuild.errors import InputError
 from llmbuild.frontend import huggingface, program, truth
 from llmbuild.frontend.program import import_model
+from llmbuild.frontend.reference import reference_greedy, reference_logits
 from llmbuild.frontend.source import find_model
 from llmbuild.frontend.tensors import places
 from llmbuild.spec.model import facts_of
@@ -66,6 +67,20 @@ def test_places_are_those_of_the_class_and_its_import_says_what_the_library_says
     expected = places(facts_of(config), config["num_hidden_layers"])
     assert {name: tuple(tensor.shape) for name, tensor in taken.model.state_dict().items()} == expected
     assert taken.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"), [("mistral", {}), ("qwen3", {"use_sliding_window": True, "max_window_layers": 0})]
+)
+def test_the_reference_of_a_model_whose_window_the_context_fits_in_is_taken(
+    tmp_path: Path, kind: str, more: dict[str, Any]
+) -> None:
+    folder = folders.write(tmp_path / "model", kind, sliding_window=8, **more)
+    windows = np.arange(16).reshape(2, 8)
+    assert reference_logits(str(folder), False, 0, windows).shape[:2] == (2, 8)
+    assert reference_greedy(str(folder), False, 0, windows[0, :4], 4).shape == (4,)
+    with pytest.raises(InputError, match="sliding_window 8: .* shorter than the context of 9"):
+        reference_greedy(str(folder), False, 0, windows[0, :4], 5)
 
 
 def test_check_data_of_f32_is_what_the_untouched_library_says(model: Path, tmp_path: Path) -> None:

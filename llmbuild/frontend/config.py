@@ -271,11 +271,10 @@ class _Reading:
             self.fault("sliding_window", "it must be null or a whole number, at least 1")
             return
         windowed = self._windowed(types if isinstance(types, list) else None)
-        if windowed and window is not None and 0 < window < (self.context or MOST):
-            told = f"shorter than the context of {self.context}" if self.context else "shorter than any context"
+        if windowed and window is not None and window < self.context:
             self.faults.append(
-                f"sliding_window {window}: sliding-window attention is not supported, and this window is {told}; "
-                "ask for a context that fits into it"
+                f"sliding_window {window}: sliding-window attention is not supported, and this window is shorter than "
+                f"the context of {self.context}; ask for a context that fits into it"
             )
 
     def _windowed(self, types: list[Any] | None) -> bool:
