@@ -49,14 +49,14 @@ def metrics() -> str:
 
 def recipe() -> str:
     """Return the page of a recipe's keys, read from the models that parse it."""
-    from llmbuild.spec.reader import _Recipe
+    from llmbuild.spec.files.reader import _Recipe
 
     return f"# Keys of a recipe\n\n{keys(_Recipe)}\n"
 
 
 def target() -> str:
     """Return the page of a target file's keys, read from the model that parses it."""
-    from llmbuild.spec.reader import _Target
+    from llmbuild.spec.files.reader import _Target
 
     return f"# Keys of a target file\n\n{keys(_Target)}\n"
 

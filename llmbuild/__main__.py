@@ -6,7 +6,7 @@ import sys
 if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109 - pathlib is not loaded yet
     del sys.path[0]  # as the script has it: what lies in the caller's folder is not what we import
 
-from llmbuild.cli import main
+from llmbuild.cli.main import main
 
 if __name__ == "__main__":
     main()

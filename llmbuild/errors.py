@@ -82,7 +82,7 @@ def sentence(error: OSError) -> str:
 
 
 @contextlib.contextmanager
-def telling(kind: type[LlmbuildError] = InputError) -> Iterator[None]:
+def as_our_errors(kind: type[LlmbuildError] = InputError) -> Iterator[None]:
     """Turn what the system refuses into an error of ours, for who calls us as a library."""
     try:
         yield

@@ -15,7 +15,7 @@ import numpy as np
 from llmbuild.errors import LlmbuildError
 from llmbuild.frontend.reference import reference_greedy
 from llmbuild.runtime import load, reader
-from llmbuild.spec.reader import read_recipe
+from llmbuild.spec.files.reader import read_recipe
 
 PROMPTS = ("def main(", "import os", "class Stack:\n    def __init__(self")
 

@@ -22,26 +22,28 @@ from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import Any
 
-from llmbuild import digest, toolchain
+from llmbuild import digest
+from llmbuild.build import toolchain
+from llmbuild.build.compiling import Compiling, written
+from llmbuild.build.job import Job, make_job
+from llmbuild.build.steps import Steps
+from llmbuild.build.targets import find_target, target_names
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import find_target, target_names
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers
-from llmbuild.compiling import Compiling, written
 from llmbuild.errors import InputError, LlmbuildError
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.report.rows import table
 from llmbuild.report.targets import YES, runs_here
 from llmbuild.runtime import host
 from llmbuild.runtime.memory import shares_memory
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import WEIGHT_FORMATS
 from llmbuild.spec.program import Program
-from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Artifact, Failure
-from llmbuild.steps import Job, Steps, make_job
 
 FORMATS = ("f16", "int8", "int4_g64", "f32", "bf16")
 FILE = "compat.json"

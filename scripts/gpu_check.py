@@ -17,10 +17,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from llmbuild import commands
+from llmbuild.build.jobs import jobs_of
+from llmbuild.build.request import BuildRequest, pins_of
+from llmbuild.carry.pack import closing, pack, wheels
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import LlmbuildError
-from llmbuild.fleet.pack import closing, pack, wheels
 from llmbuild.report.progress import Progress
 
 
@@ -48,14 +49,14 @@ def main() -> int:
 
 
 def _pack(asked: argparse.Namespace) -> int:
-    options = {
-        "targets": tuple(asked.target),
-        "pinned": tuple(asked.pinned),
-        "random_init": asked.random_init,
-        "force": False,
-        "catalog": str(asked.catalog),
-    }
-    jobs = [job() for job in commands.each(asked.recipe, options)]
+    request = BuildRequest(
+        recipes=tuple(asked.recipe),
+        targets=tuple(asked.target),
+        catalog=asked.catalog,
+        pins=pins_of(asked.pinned),
+        random_init=asked.random_init,
+    )
+    jobs = [job() for job in jobs_of(request)]
     catalog = Catalog(asked.catalog)
     try:
         done = pack(jobs, catalog, asked.output, asked.trials, Progress())

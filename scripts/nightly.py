@@ -22,7 +22,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from llmbuild.catalog.diff import FAILING
+from llmbuild.catalog.exchange.diff import FAILING
 from llmbuild.runtime import host
 
 Row = dict[str, Any]

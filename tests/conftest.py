@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +35,28 @@ knobs:
 """
 
 TEXT = "def push(self, item):\n    self.items.append(item)\n\n" * 40
+
+
+SLOW = (
+    "build/build build/freshness build/tuning carry/drawn carry/pack catalog/postgres catalog/publish cli/cli "
+    "cli/endurance cli/isolated cli/study compiler/phases compiler/targets frontend/batch frontend/formats "
+    "frontend/frontend frontend/frontend_job frontend/hub frontend/loading frontend/odd_widths "
+    "frontend/pystdlib_model frontend/scaling frontend/shapes kernels/aarch64 kernels/kernels kernels/matvec "
+    "kernels/shared_exponent kernels/vulkan profiler/energy profiler/profiler profiler/remote profiler/roofline "
+    "repository/docs repository/nightly repository/scripts repository/tutorial repository/wheel runtime/answers "
+    "runtime/ladder system/odd_hosts"
+).split()
+"""Modules that compile or build models, or wait for servers: `scripts/test --fast` goes without them."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of slow modules."""
+    here = Path(__file__).parent
+    slow = {here / folder / f"test_{name}.py" for folder, _, name in (each.partition("/") for each in SLOW)}
+    assert all(path.is_file() for path in slow), sorted(path for path in slow if not path.is_file())
+    for item in items:
+        if item.path in slow:
+            item.add_marker(pytest.mark.slow)
 
 
 @dataclass(frozen=True)
@@ -74,18 +98,42 @@ def make_project(folder: Path) -> Project:
     return Project(folder, recipe, folder / "catalog", model)
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that one of the workers of a test run makes, and all of them use."""
+    base = factory.getbasetemp()
+    root = base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base
+    folder, done = root / name, root / f"{name}.done"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the kernel, whatever ends its holder
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            make(folder)
+            done.touch()
+    return folder
+
+
+def project_in(folder: Path) -> Project:
+    """Return the project that `make_project` wrote to a folder."""
+    return Project(folder, folder / "tiny.yaml", folder / "catalog", folder / "model")
+
+
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """A tiny project that nothing was built from yet."""
-    return make_project(tmp_path_factory.mktemp("project"))
+    """A tiny project that nothing is built from; not to be written to."""
+    return project_in(shared(tmp_path_factory, "project", make_project))
 
 
 @pytest.fixture(scope="session")
-def built(project: Project) -> Project:
+def built(tmp_path_factory: pytest.TempPathFactory, project: Project) -> Project:
     """The tiny project with three variants built, through the command line."""
-    done = llmbuild("build", project.recipe, "-C", project.catalog)
-    assert done.returncode == 0, done.stderr
-    return project
+
+    def make(folder: Path) -> None:
+        shutil.copytree(project.folder, folder)
+        made = project_in(folder)
+        done = llmbuild("build", made.recipe, "-C", made.catalog)
+        assert done.returncode == 0, done.stderr
+
+    return project_in(shared(tmp_path_factory, "built", make))
 
 
 TIERS = ("v2", "v3", "v4", "arm")
@@ -95,7 +143,12 @@ TIERS = ("v2", "v3", "v4", "arm")
 @pytest.fixture(scope="session")
 def tiers(tmp_path_factory: pytest.TempPathFactory) -> Project:
     """A tiny project whose default is compiled for every one of `TIERS`, and never measured; not to be written to."""
-    made = make_project(tmp_path_factory.mktemp("tiers"))
+    return project_in(shared(tmp_path_factory, "tiers", make_tiers))
+
+
+def make_tiers(folder: Path) -> None:
+    """Make the project of `tiers`."""
+    made = make_project(folder)
     for tier in TIERS[:3]:
         (made.folder / f"{tier}.yaml").write_text(f"backend: llvm-cpu\narch: x86_64\ncpu: x86-64-{tier}\n")
     arm = "backend: llvm-cpu\narch: aarch64\ncpu: generic\nfeatures: [+dotprod]\n"
@@ -103,7 +156,6 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Project:
     targets = [word for tier in TIERS for word in ("-t", made.folder / f"{tier}.yaml")]
     done = llmbuild("compile", made.recipe, *targets, "--trials", "1", "-j", "2", "-C", made.catalog)
     assert done.returncode == 0, done.stderr
-    return made
 
 
 def low_copy(tiers: Project, folder: Path) -> Project:

@@ -46,6 +46,20 @@ def scopes(session: Session, backend: str, at_most: int) -> list[str]:
     return list(session.scalars(rows.limit(at_most)))
 
 
+def scopes_of(session: Session, model: str) -> dict[str, str]:
+    """Return the scopes of a model's builds, the latest first, each with the name of its target."""
+    rows = session.execute(
+        select(t.BuildRow.scope, t.TargetRow.name, func.max(t.BuildRow.created_at).label("latest"))
+        .join(t.TrialRow, t.TrialRow.scope == t.BuildRow.scope)
+        .join(t.VariantRow, t.VariantRow.digest == t.TrialRow.variant)
+        .join(t.TargetRow, t.TargetRow.digest == t.VariantRow.target)
+        .where(t.BuildRow.model == model)
+        .group_by(t.BuildRow.scope, t.TargetRow.name)
+        .order_by(func.max(t.BuildRow.created_at).desc(), t.BuildRow.scope)
+    )
+    return {scope: target for scope, target, _ in rows}
+
+
 def fronts_elsewhere(session: Session, model: str, target: str) -> list[Point]:
     """Return the points of other models' and targets' fronts, those of this target and of many fronts first."""
     rows = session.execute(

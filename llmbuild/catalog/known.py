@@ -21,7 +21,7 @@ from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, USABLE, Finished
 from llmbuild.spec.variant import Artifact
-from llmbuild.strict import loads
+from llmbuild.system.strict_json import loads
 
 _FINISHED = """
 SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant = v.digest

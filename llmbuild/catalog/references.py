@@ -14,7 +14,7 @@ from llmbuild.catalog.place import PUBLISHED_FILE
 from llmbuild.catalog.store import BlobStore
 from llmbuild.spec.space import TUNING, UNTUNED
 from llmbuild.spec.trial import FRONT
-from llmbuild.strict import loads
+from llmbuild.system.strict_json import loads
 
 RECORDS = "published"
 """Folder of a catalog that holds a copy of every manifest it published."""

@@ -47,7 +47,7 @@ def folder_of(location: str) -> Path:
     folder = Path(os.environ.get("LLMBUILD_BLOBS", f"catalog-{name}"))
     if os.environ.get("LLMBUILD_BLOBS") == "":
         raise CatalogError("$LLMBUILD_BLOBS is empty: unset it, or name a folder")
-    with told(folder):
+    with database_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         known = folder / URL_FILE
         if (known.is_file() and known.read_text().strip() != location) or (folder / FILE).is_file():
@@ -64,7 +64,7 @@ def open_engine(folder: Path) -> Engine:
     Raises:
         CatalogError: not writable, not a catalog, corrupt, published, or of a newer schema.
     """
-    with told(folder):
+    with database_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         if (folder / PUBLISHED_FILE).is_file():
             raise CatalogError(
@@ -95,7 +95,11 @@ def migrated_copy(folder: Path) -> Iterator[Path]:
         open_engine(folder)
     with TemporaryDirectory(prefix="llmbuild-") as name:
         copy = Path(name)
-        with told(folder), closing(connected(folder / FILE)) as source, closing(sqlite3.connect(copy / FILE)) as target:
+        with (
+            database_errors(folder),
+            closing(connected(folder / FILE)) as source,
+            closing(sqlite3.connect(copy / FILE)) as target,
+        ):
             source.backup(target)
         try:
             open_engine(copy).dispose()
@@ -179,7 +183,7 @@ def _migrate(engine: Engine) -> None:
 
 
 @contextlib.contextmanager
-def told(folder: Path) -> Iterator[None]:
+def database_errors(folder: Path) -> Iterator[None]:
     """Turn what a database or a file system says into one message."""
     try:
         yield

@@ -75,7 +75,7 @@ class BlobStore:
     @contextlib.contextmanager
     def _arriving(self, final: Path) -> Iterator[Path]:
         """Give an empty temporary file to fill; it is synced, sealed and renamed, or removed where that fails."""
-        with _told(self.root):
+        with _storage_errors(self.root):
             final.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
             os.close(handle)
@@ -93,7 +93,7 @@ class BlobStore:
 
     def put_bytes(self, data: bytes) -> str:
         """Store bytes and return their digest."""
-        with _told(self.root), tempfile.NamedTemporaryFile() as file:
+        with _storage_errors(self.root), tempfile.NamedTemporaryFile() as file:
             file.write(data)
             file.flush()
             return self.put_file(Path(file.name))
@@ -172,7 +172,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(root: Path) -> Iterator[None]:
+def _storage_errors(root: Path) -> Iterator[None]:
     try:
         yield
     except NotADirectoryError:

@@ -18,7 +18,7 @@ from llmbuild.catalog import history, locks
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.known import Known
 from llmbuild.catalog.names import Owner, Ranking, Registered
-from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, now, open_engine, told
+from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, database_errors, now, open_engine
 from llmbuild.digest import plain
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, row_of
@@ -36,19 +36,20 @@ class Catalog(Known):
     """A catalog open for writing. Blobs go in first, then the row that names them.
 
     All who have it open share a lock, so that `gc`, which opens it `alone`, never takes a blob from under a build.
+    One class: it is all that may write to a catalog, a method for each kind of row; what reads many rows is `history`.
     """
 
     def __init__(self, folder: Path, alone: bool = False) -> None:
         super().__init__(folder)
         self.engine = open_engine(folder)
-        with told(folder):
+        with database_errors(folder):
             using = locks.take(folder / ".using", alone, BUSY_SECONDS)
         self._release = weakref.finalize(self, os.close, using)
 
     @contextlib.contextmanager
     def session(self, write: bool = False) -> Iterator[Session]:
         """Open a transaction; one that writes is the only one that does, and is kept whole or not at all."""
-        with told(self.folder), Session(self.engine) as session:
+        with database_errors(self.folder), Session(self.engine) as session:
             if write:
                 begin_writing(session.connection())
             yield session
@@ -227,6 +228,11 @@ class Catalog(Known):
         with self.session() as session:
             others = [other for other in history.scopes(session, backend, at_most + 1) if other != scope][:at_most]
             return [history.trials(session, other) for other in others]
+
+    def scopes_of(self, model: str) -> dict[str, str]:
+        """Return the scopes of a model's builds, the latest first, each with the name of its target."""
+        with self.session() as session:
+            return history.scopes_of(session, model)
 
     def find_limits(self, machine: str) -> dict[str, Any] | None:
         """Return what was measured of a machine's limits."""

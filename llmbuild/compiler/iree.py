@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from llmbuild.compiler import subgroups
 from llmbuild.compiler.flags import compile_flags, target_flags
 from llmbuild.errors import InputError
-from llmbuild.process import NEUTRAL, Limits, environment, run
+from llmbuild.process.child import NEUTRAL, Limits, environment, run
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import CUDA, VULKAN, Target
 from llmbuild.spec.variant import Failure

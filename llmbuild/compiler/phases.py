@@ -21,7 +21,7 @@ from typing import Any
 
 from llmbuild.compiler.flags import HYGIENE, Phase, attributes, point_flags, target_flags
 from llmbuild.compiler.iree import binary
-from llmbuild.process import Limits, run
+from llmbuild.process.child import Limits, run
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure

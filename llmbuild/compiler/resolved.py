@@ -13,7 +13,7 @@ from llmbuild import digest
 from llmbuild.compiler import iree
 from llmbuild.runtime import host
 from llmbuild.spec.target import Target
-from llmbuild.strict import loads
+from llmbuild.system.strict_json import loads
 
 FIELDS = ("cpu", "features", "requires", "subgroup")
 FORM = 2

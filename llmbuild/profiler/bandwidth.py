@@ -12,7 +12,7 @@ from pathlib import Path
 from time import monotonic, perf_counter
 from typing import Any
 
-from llmbuild.process import Limits, python, run
+from llmbuild.process.child import Limits, python, run
 from llmbuild.spec.variant import Failure
 
 ROWS, COLUMNS = 16384, 4096

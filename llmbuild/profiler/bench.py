@@ -11,12 +11,13 @@ from dataclasses import replace
 from time import monotonic
 
 from llmbuild import digest
-from llmbuild.process import Limits
-from llmbuild.profiler import estimate, statistics
+from llmbuild.process.child import Limits
+from llmbuild.profiler import statistics
 from llmbuild.profiler.budget import LEAST_TOKENS, Pace, Plan, baseline_tokens, plan
 from llmbuild.profiler.child import ChildFailed
-from llmbuild.profiler.energy import RANK_STEPS, SCREEN_STEPS
 from llmbuild.profiler.live import WHOLE, Answer, Live, Prepared
+from llmbuild.profiler.meters import estimate
+from llmbuild.profiler.meters.meter import RANK_STEPS, SCREEN_STEPS
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.profiler.roofline import Roofline, fractions, work
 from llmbuild.profiler.rounds import EnergyRounds, Rounds, Samples
@@ -34,7 +35,7 @@ OPERATORS = 12
 Contenders = Callable[[Sequence[Measurement], float], set[str]]
 """Says which variants of a race are undecided against another one, and can be decided within so many rounds in all."""
 
-Hopeless = Callable[[Sequence[Measurement], bool], str]
+Dominated = Callable[[Sequence[Measurement], bool], str]
 """Says who beats a variant beyond doubt, from a brief measurement for each workload; empty for nobody. The flag says
 whether quality that is not scored yet counts as perfect, or else as the worst."""
 
@@ -43,7 +44,10 @@ BRIEF = 3
 
 
 class Bench:
-    """The meter of one build: keeps the baseline's worker alive, so that every candidate is paired with it."""
+    """The meter of one build: keeps the baseline's worker alive, so that every candidate is paired with it.
+
+    One class: all of its steps (check, screen, rounds, race) speak to the same live workers.
+    """
 
     def __init__(
         self,
@@ -69,16 +73,16 @@ class Bench:
         return self._baseline is not None
 
     def measure(
-        self, subject: Subject, baseline: bool = False, hopeless: Hopeless | None = None
+        self, subject: Subject, baseline: bool = False, dominated: Dominated | None = None
     ) -> tuple[Measurement, ...] | Failure:
         """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it.
 
-        Who is `hopeless` after a few rounds has those alone, with a note and wide intervals.
+        Who is `dominated` after a few rounds has those alone, with a note and wide intervals.
         """
         live = Live(subject, self.limits)
         try:
             live.begin(self.workloads[0], self.protocol.warmup_s)
-            brief = () if baseline or hopeless is None else self._brief(live, hopeless)
+            brief = () if baseline or dominated is None else self._brief(live, dominated)
             if brief:
                 return brief
             live.score(self.quality)
@@ -95,24 +99,24 @@ class Bench:
                 live.child.close()
         return measured
 
-    def _brief(self, live: Live, hopeless: Hopeless) -> tuple[Measurement, ...]:
+    def _brief(self, live: Live, dominated: Dominated) -> tuple[Measurement, ...]:
         """Return brief measurements where they leave no doubt, else nothing.
 
         The warm-up's last answer decides whether rounds are worth it, and those whether quality has to be scored.
         """
         if self._baseline is None or live.last is None:
             return ()
-        if not hopeless([self._warm(live, self._baseline, live.last)], False):
+        if not dominated([self._warm(live, self._baseline, live.last)], False):
             return ()
         taken = [self._short(live, w) for w in self.workloads]
-        why = hopeless(taken, True)
+        why = dominated(taken, True)
         if why:
             unscored = "absent: not scored, since nothing it could be would have mattered"
             live.notes["quality"] = self.quality.reason if self.quality.data is None else unscored
-        if not why and hopeless(taken, False):
+        if not why and dominated(taken, False):
             live.score(self.quality)
             taken = [replace(m, readings={**live.readings, **m.readings}) for m in taken]
-            why = hopeless(taken, False)
+            why = dominated(taken, False)
         return tuple(replace(m, notes={**_noted(live), SCREENED: why}) for m in taken) if why else ()
 
     def _warm(self, live: Live, baseline: Live, answer: Answer) -> Measurement:

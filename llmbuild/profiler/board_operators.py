@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.digest import plain
-from llmbuild.process import NEUTRAL, Limits, environment, python, run
+from llmbuild.process.child import NEUTRAL, Limits, environment, python, run
 from llmbuild.profiler.operators import bare_name, decode_call, tool
 from llmbuild.profiler.protocol import Subject
 from llmbuild.spec.measurement import Operator
@@ -64,7 +64,7 @@ def _by_timestamps(subject: Subject, limits: Limits) -> tuple[Operator, ...] | F
                 cwd=NEUTRAL,
             )
         except subprocess.TimeoutExpired:
-            return Failure("profile", f"iree-profile {limits.told()}", " ".join(read), "", lasting=False)
+            return Failure("profile", f"iree-profile {limits.exceeded()}", " ".join(read), "", lasting=False)
         if done.returncode:
             return Failure("profile", done.stderr.strip()[-200:], " ".join(read), "", lasting=False)
         return read_profile(done.stdout.splitlines())

@@ -10,8 +10,8 @@ import tempfile
 from collections.abc import Mapping
 from typing import Any
 
-from llmbuild.diagnosis import AGAIN
-from llmbuild.process import NEUTRAL, Limits, confine, environment, failure_of, python, stop_group, tail
+from llmbuild.process.child import NEUTRAL, Limits, confine, environment, failure_of, python, stop_group, tail
+from llmbuild.process.diagnosis import AGAIN
 from llmbuild.spec.variant import Failure, Stage
 
 

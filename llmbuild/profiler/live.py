@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Any
 
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.operators import decode_operators, dispatches

@@ -116,7 +116,7 @@ def _number(path: Path) -> int:
         return 0
 
 
-def told(spans: Sequence[Shares], clocks_khz: Sequence[int] = ()) -> str:
+def description(spans: Sequence[Shares], clocks_khz: Sequence[int] = ()) -> str:
     """Return what disturbed a measurement of several spans; empty when nothing did.
 
     The shares are means over the spans; `clocks_khz` are readings of the clock between them.
@@ -145,7 +145,7 @@ def verdict(before: Snapshot, after: Snapshot, own_threads: int, own_ticks: int 
     `own_ticks` is the CPU time that the measured processes took between them: what is busy beyond it was others.
     """
     own = after.busy - before.busy if own_ticks is None else own_ticks
-    found = [told([_shares(before, after, own)])]
+    found = [description([_shares(before, after, own)])]
     load = os.getloadavg()[0]
     if load > own_threads + 1.5:
         found.append(f"load average {load:.1f}")

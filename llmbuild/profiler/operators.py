@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.errors import InputError
-from llmbuild.process import Limits, run
+from llmbuild.process.child import Limits, run
 from llmbuild.spec.measurement import Operator
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, Abi, TensorType
 from llmbuild.spec.variant import Failure

@@ -22,11 +22,11 @@ from urllib.parse import urlsplit
 
 import llmbuild
 from llmbuild import digest
-from llmbuild.diagnosis import AGAIN
 from llmbuild.errors import InputError, NothingUsable
-from llmbuild.process import NEUTRAL, Limits, confine, environment, program, stop_group, tail
+from llmbuild.process.child import NEUTRAL, Limits, confine, environment, program, stop_group, tail
+from llmbuild.process.diagnosis import AGAIN
 from llmbuild.profiler import roofline, wire
-from llmbuild.profiler.bench import Contenders, Hopeless
+from llmbuild.profiler.bench import Contenders, Dominated
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.machine import Machine
@@ -36,9 +36,9 @@ from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 
 Body = dict[str, Any]
-SHIPPED = ("spec", "runtime", "profiler", "kernels")
+SHIPPED = ("kernels", "process", "profiler", "runtime", "spec", "system")
 """The packages that the far end runs."""
-SINGLE = ("__init__", "diagnosis", "digest", "errors", "process", "resources", "shown", "start", "strict")
+SINGLE = ("__init__", "digest", "errors")
 """The modules beside them."""
 PIECE = 1 << 20
 
@@ -126,7 +126,7 @@ class Connection:
             raise
 
     def ask(self, verb: str, decide: Any = None, **request: Any) -> Body:
-        """Return the answer; `decide` says who is left of the measurements that a race asks about, or who is hopeless.
+        """Return the answer; `decide` says who is left of the measurements that a race asks about, or who is dominated.
 
         Raises:
             Lost, Refused: there is no answer, or it is no.
@@ -135,7 +135,7 @@ class Connection:
         while {"contenders", "brief"} & (told := self._answer()).keys():
             measured = [wire.measurement_of(body) for body in told["contenders" if "contenders" in told else "brief"]]
             if "brief" in told:
-                self._send(_line({"verb": "hopeless", "why": decide(measured, told["perfect"])}))
+                self._send(_line({"verb": "dominated", "why": decide(measured, told["perfect"])}))
             else:
                 self._send(_line({"verb": "left", "left": sorted(decide(measured, told["reach"]))}))
         return told
@@ -300,13 +300,13 @@ class RemoteBench:
         return self._baseline and self._standing is not None and self._standing is self.remote._connection
 
     def measure(
-        self, subject: Subject, baseline: bool = False, hopeless: Hopeless | None = None
+        self, subject: Subject, baseline: bool = False, dominated: Dominated | None = None
     ) -> tuple[Measurement, ...] | Failure:
         """Return a measurement for each workload, as `Bench.measure` does, or why there is none."""
         try:
             self._ready([subject])
-            asked = {"subject": wire.subject_body(subject), "baseline": baseline, "screen": hopeless is not None}
-            told = self.remote.connection.ask("measure", hopeless, **asked)
+            asked = {"subject": wire.subject_body(subject), "baseline": baseline, "screen": dominated is not None}
+            told = self.remote.connection.ask("measure", dominated, **asked)
         except (Lost, Refused) as error:
             return self.remote.failure(error)
         if "failure" in told:
@@ -350,7 +350,7 @@ class RemoteBench:
 def archive(*more: str) -> bytes:
     """Return the code that the far end runs, and `more` modules, as a zip with the same bytes for the same code."""
     root = Path(llmbuild.__file__).parent
-    packages = [path for name in SHIPPED for path in sorted((root / name).glob("*.py"))]
+    packages = [path for name in SHIPPED for path in sorted((root / name).rglob("*.py"))]
     files = [*(root / f"{name}.py" for name in (*SINGLE, *more)), *packages]
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as made:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from llmbuild.kernels import limits
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import noise, statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.runtime import host

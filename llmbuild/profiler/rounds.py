@@ -71,7 +71,7 @@ class Rounds:
 
     def noisy(self, baseline: Live | None) -> str:
         """Return what disturbed the rounds or made the baseline drift; empty when nothing did."""
-        told = [noise.told(self.shares, self.clocks_khz)]
+        told = [noise.description(self.shares, self.clocks_khz)]
         if baseline is not None and baseline in self.taken:
             moved = statistics.drift([*self.taken[baseline]["e2e_s"], *self._last])
             if moved is not None:

@@ -28,7 +28,7 @@ from typing import Any
 from llmbuild import digest
 from llmbuild.digest import plain
 from llmbuild.errors import LlmbuildError, LoadRefused
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import roofline, wire
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.protocol import Protocol
@@ -158,7 +158,7 @@ class Server:
 
     def do_measure(self, request: Body) -> Body:
         subject = wire.subject_of(request["subject"], self.blobs.path)
-        found = self._opened.measure(subject, request["baseline"], self._hopeless if request["screen"] else None)
+        found = self._opened.measure(subject, request["baseline"], self._dominated if request["screen"] else None)
         return {"failure": plain(found)} if isinstance(found, Failure) else {"measurements": plain(found)}
 
     def do_race(self, request: Body) -> Body:
@@ -170,7 +170,7 @@ class Server:
         self.say(contenders=plain(list(measured)), reach=reach)
         return set(self.requests.next()["left"])
 
-    def _hopeless(self, brief: Sequence[Measurement], perfect: bool) -> str:
+    def _dominated(self, brief: Sequence[Measurement], perfect: bool) -> str:
         """Ask the near end, which knows all trials, who beats a variant beyond doubt."""
         self.say(brief=plain(list(brief)), perfect=perfect)
         return str(self.requests.next()["why"])

@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LlmbuildError
-from llmbuild.process import say
+from llmbuild.process.child import say
 from llmbuild.profiler import limits
-from llmbuild.profiler.energy import Absent, Found, Meter, Window, find, window_s
+from llmbuild.profiler.meters.energy import Found, find
+from llmbuild.profiler.meters.meter import Absent, Meter, Window, window_s
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import abi_from
 
@@ -196,7 +197,7 @@ class Worker:
         while monotonic() < end:
             work()
             window.keep()
-        return _told(meter, window)
+        return _energy_reading(meter, window)
 
     def _come_back(self, calls: Calls, output: int) -> None:
         """Work untimed for a moment: others have had the caches since this process last ran.
@@ -239,7 +240,7 @@ class Worker:
             yield from found.transpose(1, 0, 2)[: len(taken)]
 
 
-def _told(meter: Meter, window: Window) -> dict[str, Any]:
+def _energy_reading(meter: Meter, window: Window) -> dict[str, Any]:
     found = window.close()
     if isinstance(found, Absent):
         return {"absent": found.reason}

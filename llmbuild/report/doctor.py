@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmbuild import resources
+from llmbuild.build.toolchain import package_version
 from llmbuild.catalog.known import Known, is_current
 from llmbuild.catalog.place import FILE
 from llmbuild.compiler.iree import compiler_version
-from llmbuild.errors import InputError, LlmbuildError, telling
+from llmbuild.errors import InputError, LlmbuildError, as_our_errors
 from llmbuild.frontend.config import TAKEN
-from llmbuild.profiler import estimate, nvml, rapl
-from llmbuild.profiler.energy import Absent, Meter
+from llmbuild.profiler.meters import estimate, nvml, rapl
+from llmbuild.profiler.meters.meter import Absent, Meter
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import same_minor
-from llmbuild.toolchain import package_version
+from llmbuild.system import resources
 
 NEEDED = {
     "runtime": ("iree-base-runtime", "numpy", "tokenizers"),
@@ -137,7 +137,7 @@ def _disk(catalog: Path) -> dict[str, Any]:
 
 def _catalog(catalog: Path) -> list[dict[str, Any]]:
     try:
-        with telling():
+        with as_our_errors():
             there = (catalog / FILE).is_file()
         if not there:
             return [_row("catalog", "note", f"none at {catalog}", "llmbuild build RECIPE makes one")]

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmbuild.report.rows import differences, gain, quantity
-from llmbuild.shown import cell
 from llmbuild.spec.slo import ENERGY, METRICS
+from llmbuild.system.terminal import cell
 
 
 def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]) -> str:

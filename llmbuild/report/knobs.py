@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmbuild.plan import left_out
+from llmbuild.build.plan import left_out
 from llmbuild.profiler import heldout
 from llmbuild.runtime import host
-from llmbuild.search.knobs import ALL, target_knobs
-from llmbuild.search.refusals import ASKED_OF_MODELS, Refusal, refusals
-from llmbuild.search.traps import BROKEN, TRAPS, Trap
+from llmbuild.search.knobs.refusals import ASKED_OF_MODELS, Refusal, refusals
+from llmbuild.search.knobs.space import ALL, target_knobs
+from llmbuild.search.knobs.traps import BROKEN, TRAPS, Trap
 from llmbuild.spec.model import read_facts
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import Knob

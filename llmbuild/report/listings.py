@@ -6,25 +6,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import llmbuild
 from llmbuild.errors import InputError
-from llmbuild.frontend.source import at_hand, examine
-from llmbuild.report.knobs import left_out_here
 from llmbuild.runtime import reader
-from llmbuild.spec.reader import RECIPE_HINT, read_recipe
 
 
-def nothing_found(options: Mapping[str, Any]) -> str:
-    """Return why a query found nothing, and what would."""
-    folder = Path(options["catalog"])
+def nothing_found(folder: Path, asked: Mapping[str, str | None], everything: bool) -> str:
+    """Return why a query of these columns found nothing, and what would."""
     rows = reader.variants(folder, everything=True)
     if not rows:
         return f"{folder} has no variant yet: `llmbuild build RECIPE -C {folder}` makes some"
     for column in ("model", "target", "workload"):
         there = sorted({row[column] for row in rows})
-        if options[column] is not None and options[column] not in there:
-            return f"no {column} {options[column]!r} in {folder}: it has {', '.join(there)}"
-    more = "" if options["everything"] else "`llmbuild query --all` lists those of no front too, "
+        if asked[column] is not None and asked[column] not in there:
+            return f"no {column} {asked[column]!r} in {folder}: it has {', '.join(there)}"
+    more = "" if everything else "`llmbuild query --all` lists those of no front too, "
     return f"none of {len(rows)} variants is listed: {more}`llmbuild pick` says how near each comes to the SLO"
+
+
+def recipe_folder() -> Path:
+    """Return the folder of recipes that is listed where none is named: the caller's, or the shapes of the package."""
+    shipped = Path(llmbuild.__file__).parent / "recipes"
+    here = Path("recipes")
+    return shipped if shipped.is_dir() and not here.exists() else here
 
 
 def recipes(folder: Path) -> list[dict[str, Any]]:
@@ -40,10 +44,16 @@ def recipes(folder: Path) -> list[dict[str, Any]]:
 
 def no_recipes(folder: Path) -> str:
     """Return what to tell of a folder that holds none."""
+    from llmbuild.spec.files.reader import RECIPE_HINT
+
     return f"no *.yaml in {folder}: {RECIPE_HINT}"
 
 
 def _recipe_row(path: Path) -> dict[str, Any]:
+    from llmbuild.frontend.source import at_hand, examine
+    from llmbuild.report.knobs import left_out_here
+    from llmbuild.spec.files.reader import read_recipe
+
     row = {"recipe": str(path), "model": "", "workloads": "", "objectives": "", "trials": "", "state": "ok"}
     row["left_out"] = ""
     try:

@@ -6,8 +6,8 @@ import sys
 from time import monotonic
 from typing import TextIO
 
-from llmbuild.build import Event
-from llmbuild.shown import clear_line, replace_line
+from llmbuild.build.events import Event
+from llmbuild.system.terminal import clear_line, replace_line
 
 
 class Progress:
@@ -22,7 +22,7 @@ class Progress:
         """Print one event."""
         clock = f"{monotonic() - self.begin:6.1f}s"
         count = f"[{event.done}/{event.total}]" if event.total else ""
-        if event.step not in ("ahead", "done", "front", "note", "skip") and self.live:
+        if event.step not in ("prefetch", "done", "front", "note", "skip") and self.live:
             self._replace(f"{clock} {count} {event.step} {event.text} ...")
             return
         if event.step in ("import", "compile", "profile"):

@@ -9,10 +9,10 @@ from typing import Any
 
 from llmbuild.digest import short
 from llmbuild.report.table import table, terminal
-from llmbuild.search.knobs import knobs_of
+from llmbuild.search.knobs.space import knobs_of
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.target import LLVM_CPU
-from llmbuild.strict import dumps, finite
+from llmbuild.system.strict_json import dumps, finite
 
 COLUMNS = tuple(
     "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from llmbuild.shown import cell
+from llmbuild.system.terminal import cell
 
 GAP = "  "
 LEAST = 16

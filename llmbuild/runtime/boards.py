@@ -35,7 +35,7 @@ def boards(
     What only Vulkan knows is named by its numbers on the bus, with the kernel's driver: `Intel GPU 56a0, driver i915`.
     The version of that one is the system's. A GPU that is part of a chip without such a bus is not named.
     """
-    found = _named(_shown(nvidia), _shown_driver(nvidia)) or _told(library)
+    found = _named(_shown(nvidia), _shown_driver(nvidia)) or _from_driver(library)
     found = (*found, *_named(_amd(kfd), _text(amdgpu)))
     known = {words for text in found for words in text.split()}
     return (*found, *_on_bus(pci, {maker for maker in _MAKERS.values() if maker not in known}))
@@ -63,7 +63,7 @@ def _shown_driver(nvidia: Path) -> str:
     return found[1] if found else ""
 
 
-def _told(library: Callable[[str], Any]) -> tuple[str, ...]:
+def _from_driver(library: Callable[[str], Any]) -> tuple[str, ...]:
     """Return what NVML says, by its C interface: the loader has no package for it."""
     try:
         nvml = library("libnvidia-ml.so.1")

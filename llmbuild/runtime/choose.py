@@ -95,7 +95,7 @@ def choose(
     accepted = ladder([c.row for c in candidates if c.accepted], slo)
     chosen = accepted[0] if accepted else None
     nearest = None if chosen else min(usable, key=slo.distance, default=None)
-    done = tuple(_told(c, chosen, slo, here) for c in candidates)
+    done = tuple(_with_reason(c, chosen, slo, here) for c in candidates)
     return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf, tuple(accepted[1:]))
 
 
@@ -147,7 +147,7 @@ def _unread_rank(row: dict[str, Any]) -> tuple[int, bool, float, str]:
     return (-tier(row), not row.get("default"), float(row.get("parameter_bytes") or math.inf), str(row["variant"]))
 
 
-def told_nothing(made: Pick, slo: Slo, model: str) -> str:
+def nothing_chosen(made: Pick, slo: Slo, model: str) -> str:
     """Return why nothing was chosen: the nearest row and what it misses, or why none can be used here."""
     bounds = ", ".join(str(b) for b in slo.bounds)
     if made.nearest is None:
@@ -172,7 +172,7 @@ def _rank(row: dict[str, Any], slo: Slo) -> tuple[float, float, float, str]:
     )
 
 
-def _told(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo, here: bool) -> Candidate:
+def _with_reason(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo, here: bool) -> Candidate:
     """Return an accepted candidate with why it was not chosen, or on what grounds it was where nothing is read here."""
     row = candidate.row
     if not candidate.accepted or chosen is None or (row is chosen and here):

@@ -10,9 +10,9 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from llmbuild import resources
 from llmbuild.runtime.boards import boards
 from llmbuild.spec.machine import Conditions, Machine, machine_from
+from llmbuild.system import resources
 
 GOVERNORS = "sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_governor"
 

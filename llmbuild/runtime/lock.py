@@ -9,7 +9,7 @@ from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.machines import STORED
 from llmbuild.spec.pick import Pick
 from llmbuild.spec.slo import METRICS
-from llmbuild.strict import dumps, loads
+from llmbuild.system.strict_json import dumps, loads
 
 Row = dict[str, Any]
 VERSION = 1

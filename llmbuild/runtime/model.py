@@ -11,9 +11,9 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from llmbuild import digest
-from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, telling
+from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, as_our_errors
 from llmbuild.runtime import checks, devices, host, lock, ranking, reader, trust
-from llmbuild.runtime.choose import HostFacts, choose, refusal, told_nothing
+from llmbuild.runtime.choose import HostFacts, choose, nothing_chosen, refusal
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.slo import Slo, parse_slo
@@ -44,7 +44,7 @@ def host_facts() -> HostFacts:
     )
 
 
-@telling(CatalogError)
+@as_our_errors(CatalogError)
 def pick(
     catalog: str | Path,
     model: str | None = None,
@@ -84,7 +84,7 @@ def pick(
     made = choose(rows, facts, asked, absent)
     made = replace(made, chosen=_whole(folder, made.chosen), nearest=_whole(folder, made.nearest))
     if made.chosen is None:
-        raise NoVariant(told_nothing(made, asked, name), made)
+        raise NoVariant(nothing_chosen(made, asked, name), made)
     return replace(made, candidates=tuple(_with(c, made.chosen) for c in made.candidates))
 
 
@@ -161,7 +161,7 @@ class Judged(Sequence[Any]):
         return self._tuple()[index]
 
 
-@telling(CatalogError)
+@as_our_errors(CatalogError)
 def load(
     catalog: str | Path,
     model: str | None = None,
@@ -235,7 +235,7 @@ def verify(catalog: Path, row: dict[str, Any]) -> None:
         if not name:
             continue
         path = reader.blob_path(catalog, name)
-        with telling(LoadRefused):
+        with as_our_errors(LoadRefused):
             there = digest.of_file(path) if path.is_file() else None
         if there is None:
             again = _again(catalog) or "run `llmbuild build` to make it again"

@@ -141,7 +141,7 @@ def _keepable(catalog: Path, file: Path) -> bool:
     return (
         not (catalog / reader.URL_FILE).is_file()
         and file.is_file()
-        and (reader.tells_of_writers(file) or (catalog / trust.POINTER).is_file())
+        and (reader.may_have_writers(file) or (catalog / trust.POINTER).is_file())
     )
 
 

@@ -18,7 +18,7 @@ from llmbuild.runtime import trust
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
-from llmbuild.strict import loads
+from llmbuild.system.strict_json import loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
 """Schemas this loader can read."""
@@ -100,7 +100,7 @@ def database(catalog: Path) -> Path:
     return trust.database(catalog) if (catalog / trust.POINTER).is_file() else catalog / FILE
 
 
-def tells_of_writers(file: Path) -> bool:
+def may_have_writers(file: Path) -> bool:
     """Say whether a database can be opened as one that others write to: a WAL needs a folder that can be written."""
     return os.access(file.parent, os.W_OK) or (_log(file).exists() and os.access(f"{file}-shm", os.R_OK))
 
@@ -117,7 +117,7 @@ def connected(file: Path) -> sqlite3.Connection:
     try:
         if os.access(file.parent, os.W_OK):
             return _connection(file, "mode=ro")
-        if tells_of_writers(file):
+        if may_have_writers(file):
             with contextlib.suppress(sqlite3.OperationalError):  # such as an index that is no match for the log
                 return _connection(file, "mode=ro")
         if not _log(file).exists() or not _log(file).stat().st_size:

@@ -87,7 +87,7 @@ class Session:
     An artifact of a batch of B goes on with B sequences at each call, by `prefill_batch` and `decode_batch`; `prefill`
     and `decode` then give all of them the same. The parameter archive is mapped, not copied. Keys and values are those
     of the session itself, or of the answer whose `cache` is given; they are updated in place. Not for use by two
-    threads at a time.
+    threads at a time. One class: everything it does is on one opened context of IREE, which is closed in one order.
     """
 
     def __init__(self, artifact: Path, parameters: Path, abi: Abi, settings: Settings) -> None:

@@ -30,7 +30,7 @@ _PROBE = "aB 1.é€"
 
 
 @contextmanager
-def _told(what: str) -> Iterator[None]:
+def _library_errors(what: str) -> Iterator[None]:
     """Turn every fault of the library into one error of ours; its panics are a `BaseException` of no module."""
     try:
         yield
@@ -90,7 +90,7 @@ class Tokenizer:
         self.path = Path(path)
         from tokenizers import Tokenizer as Library
 
-        with _told(f"{self.path}: the tokenizer cannot be read"), _quiet():
+        with _library_errors(f"{self.path}: the tokenizer cannot be read"), _quiet():
             found = Library.from_file(str(self.path))
             found.no_truncation()
             found.no_padding()
@@ -105,7 +105,7 @@ class Tokenizer:
 
     @cached_property
     def _stages(self) -> list[detokenize.Stage]:
-        with _told(f"{self.path}: the tokenizer's decoder cannot be read"):
+        with _library_errors(f"{self.path}: the tokenizer's decoder cannot be read"):
             decoder = self._library.decoder
             state = None if decoder is None else json.loads(decoder.__getstate__())
             try:
@@ -129,7 +129,7 @@ class Tokenizer:
             InputError: it is no text, or the library cannot take it.
         """
         checks.text("the text", text)
-        with _told(f"{self.path}: the text cannot be tokenized"):
+        with _library_errors(f"{self.path}: the text cannot be tokenized"):
             own = tuple(self._library.encode(text, add_special_tokens=False).ids)
         if not add_special_tokens or not self._before:
             return Encoded(own)
@@ -162,13 +162,13 @@ class Tokenizer:
             InputError: they are no tokens.
         """
         ids = checks.tokens("tokens", tokens)
-        with _told(f"{self.path}: the tokens cannot be made text"):
+        with _library_errors(f"{self.path}: the tokens cannot be made text"):
             made = self.decoder()
             return "".join([*map(made.push, ids), made.end()])
 
     def _text_of(self, token: int) -> str | None:
         if token not in self._shown:
-            with _told(f"{self.path}: token {token} cannot be made text"):
+            with _library_errors(f"{self.path}: token {token} cannot be made text"):
                 found = self._library.id_to_token(token)
             self._shown[token] = None if found in self._special else found
         return self._shown[token]

@@ -15,7 +15,7 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused
-from llmbuild.strict import loads
+from llmbuild.system.strict_json import loads
 
 POINTER = "latest.json"
 SIGNED = b"llmbuild publication\n"

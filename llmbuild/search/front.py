@@ -59,7 +59,7 @@ def standings(
             reason = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else "not measured"
             out.append(Standing(trial.variant, workload, FAILED, None, reason, None))
             continue
-        by = hopeless(trial, found, trials, objectives, bounds, True, 1.0) if SCREENED in found.notes else ""
+        by = dominated(trial, found, trials, objectives, bounds, True, 1.0) if SCREENED in found.notes else ""
         if by:
             out.append(Standing(trial.variant, workload, "dominated", 0.95, f"screened: {by}", found.key))
             continue
@@ -83,7 +83,7 @@ def _unscored(found: Measurement, objectives: Sequence[str], bounds: Sequence[Bo
     return [f"quality was not scored, since {found.notes[SCREENED]}; `llmbuild build -B` measures it whole"]
 
 
-def hopeless(
+def dominated(
     trial: Trial,
     brief: Measurement,
     known: Sequence[Trial],

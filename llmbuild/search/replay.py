@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from llmbuild.search.hypervolume import hypervolume, nondominated
-from llmbuild.search.samplers import Interest, Losses, Sampler
-from llmbuild.search.study import interest, loss
+from llmbuild.search.losses import Interest, Losses, interest, loss
+from llmbuild.search.study import Study
 from llmbuild.search.transfer import Lesson
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
@@ -190,8 +190,8 @@ class Run:
         return None if reached is None else self.seconds[reached - 1]
 
 
-def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2.0, known: bool = True) -> Run:
-    """Let a sampler search a recorded study for at most `budget` evaluations, or until a share is reached.
+def replay(study: RecordedStudy, search: Study, budget: int, until: float = 2.0, known: bool = True) -> Run:
+    """Let a search run on a recorded study for at most `budget` evaluations, or until a share is reached.
 
     What was recorded answers; each import and each compile is paid for by the first point that needs it. A point whose
     executable was measured under the same settings is answered with that reading and is no evaluation, as in a build;
@@ -205,25 +205,25 @@ def replay(study: RecordedStudy, sampler: Sampler, budget: int, until: float = 2
     seconds: list[float] = []
     spent, reached = 0.0, 0.0
     while len(shares) < budget and reached < until:
-        point = sampler.ask()
+        point = search.ask()
         if point is None:
             break
         row = study.rows.get(point)
         if row is None:  # a point of the grid that the recording never came to
-            sampler.tell(point, None)
+            search.tell(point, None)
             continue
         spent += 0.0 if row.program in paid else row.import_s
         spent += 0.0 if row.build in paid else row.compile_s
         paid |= {row.program, row.build}
         if known and row.run in measured:
-            sampler.tell(point, measured[row.run])
+            search.tell(point, measured[row.run])
             continue
         measured[row.run] = row.losses
         spent += row.measure_s
         if row.losses is not None and not (front <= np.array(row.losses)).all(-1).any():
             front = nondominated(np.vstack([front, row.losses]))
             reached = hypervolume(front, reference) / whole
-        sampler.tell(point, row.losses)
+        search.tell(point, row.losses)
         shares.append(reached)
         seconds.append(spent)
     return Run(tuple(shares), tuple(seconds))

@@ -1,88 +1,175 @@
-"""Which point to try next. The catalog is the one memory: a study is rebuilt from its trials each time."""
+"""The search as a study of Optuna, run by ask and tell; the catalog is the one memory, a study is rebuilt from it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+import random
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
-from llmbuild.search.front import FLOORS, missed, value_of
-from llmbuild.search.gpu_knobs import FIRST, GPU_DRIVERS
-from llmbuild.search.samplers import Interest, Losses, Model, Reach, Sampler
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial
+
+from llmbuild.search.candidates import Candidates
+from llmbuild.search.losses import Interest, Losses, interest, losses_of
+from llmbuild.search.sampler import FEASIBLE, POINT, FrontSampler
 from llmbuild.search.transfer import Lesson, prior
-from llmbuild.spec.measurement import SCREENED
-from llmbuild.spec.slo import METRICS, Bound
-from llmbuild.spec.space import Point, Space, Value
+from llmbuild.search.warm_start import initial_points
+from llmbuild.spec.slo import Bound
+from llmbuild.spec.space import Knob, Point, Space, Value
 from llmbuild.spec.trial import Trial
 
-_OWN: dict[str, Value] = {
-    "weight_format": "int8",
-    "scaling": "activation",
-    "layout": "packed",
-    "kernel": "own",
-    "opt_level": "O2",
-}
+FAILED = 20.0
+"""What a failure is told as beside its constraint, for samplers that rank values alone: worse than any logarithm."""
 
-_OWN_INT4: dict[str, Value] = {**_OWN, "weight_format": "int4_g128", "head_format": "int8", "quantization": "gptq"}
-_SYNC: dict[str, Value] = {"driver": "local-sync"}
+REPEATS = 25
+"""Asks in a row that name a known point, after which an unknown one is drawn at random instead."""
 
-EXPERIENCE: tuple[dict[str, Value], ...] = (
-    _OWN,
-    {**_OWN, **_SYNC},
-    {**_OWN, "weight_format": "f16", **_SYNC},
-    {**_OWN, "weight_format": "f16"},
-    _OWN_INT4,
-    {**_OWN_INT4, **_SYNC},
-)
-"""Points that did well on other models and hosts, asked about right after point 0.
-
-Neighbours that share an import follow each other, for an import costs the most.
-"""
-
-WITHOUT_OWN: tuple[dict[str, Value], ...] = (
-    {},
-    {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
-    {"opt_level": "O2", "data_tiling": "dispatch"},
-)
-"""The same where there is no kernel of ours."""
-
-DISPENSABLE = ("scaling",)
-"""Knobs whose value a point of experience goes without where the space lacks it."""
-
-STORED = ("weight_format", "head_format", "quantization", "kv_dtype")
-"""Knobs that are pinned for what is to be stored: a point of experience takes a pin of them in place of its own."""
-
-
-class Opened:
-    """A sampler behind points that are asked about first."""
-
-    def __init__(self, openers: Iterable[Point], sampler: Sampler) -> None:
-        self._first, self._sampler = iter(openers), sampler
-        self._known: set[Point] = set()
-
-    def ask(self) -> Point | None:
-        """Return the next opener that is not known, then what the sampler asks about."""
-        for point in self._first:
-            if point not in self._known:
-                self._known.add(point)
-                return point
-        while (asked := self._sampler.ask()) is not None:
-            if asked not in self._known:
-                self._known.add(asked)
-                return asked
-        return None
-
-    def tell(self, point: Point, losses: Losses | None) -> None:
-        """Take in what came of a point."""
-        self._known.add(point)
-        self._sampler.tell(point, losses)
+optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Study:
-    """Ask for points that are not known yet; tell what came of them.
+    """Points of a space by a sampler of Optuna; what it asks twice is answered from memory and costs nothing.
+
+    `initial` points are tried first. The study's values are losses, minimized.
+    """
+
+    def __init__(
+        self, space: Space, objectives: Sequence[str], sampler: BaseSampler, seed: int, initial: Sequence[Point] = ()
+    ) -> None:
+        self.space, self.objectives = space, tuple(objectives)
+        self.study = optuna.create_study(directions=["minimize"] * len(self.objectives), sampler=sampler)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self.study.set_metric_names(list(self.objectives))
+        self._candidates = Candidates(space, random.Random(seed))
+        self._told: dict[Point, Losses | None] = {}
+        self._under_way: dict[Point, optuna.Trial] = {}
+        for point in initial:
+            self.study.enqueue_trial(params_of(space, point), {POINT: point.as_dict()})
+
+    def ask(self) -> Point | None:
+        """Return a point never tried: an initial point, then the sampler's; None when every one is known."""
+        asked = 0
+        while asked < REPEATS:
+            trial = self.study.ask()
+            initial = POINT in trial.user_attrs
+            point = self._suggested(trial)
+            if point not in self._told and point not in self._under_way:
+                return self._started(point, trial)
+            if initial:
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # it was told of before
+            else:
+                self._answer(trial, point)
+                asked += 1
+        found = self._candidates.any({*self._told, *self._under_way})
+        if found is None:
+            return None
+        self.study.enqueue_trial(params_of(self.space, found), {POINT: found.as_dict()})
+        trial = self.study.ask()
+        return self._started(self._suggested(trial), trial)
+
+    def tell(self, point: Point, losses: Losses | None) -> None:
+        """Take in what came of a point; None, a failure or a broken bound, is a constraint, never a bad number."""
+        self._told[point] = losses
+        values = [FAILED] * len(self.objectives) if losses is None else list(losses)
+        trial = self._under_way.pop(point, None)
+        if trial is None:
+            self.study.add_trial(_known(self.space, point, values, losses is not None))
+            return
+        trial.set_constraint(FEASIBLE, _constraint(losses))
+        self.study.tell(trial, values)
+
+    def _started(self, point: Point, trial: optuna.Trial) -> Point:
+        trial.set_user_attr(POINT, point.as_dict())
+        self._under_way[point] = trial
+        return point
+
+    def _suggested(self, trial: optuna.Trial) -> Point:
+        """Return the point of a trial, each active knob that varies suggested by the sampler."""
+        fixed = trial.user_attrs.get(POINT)
+        chosen: dict[str, Value] = {}
+        for knob in self.space.knobs:
+            active = self.space.active(knob, fixed or chosen)
+            if fixed and fixed[knob.name] not in knob.domain:
+                chosen[knob.name] = fixed[knob.name]  # point 0 may lie outside of what is pinned
+            elif len(knob.domain) == 1 or not active:
+                chosen[knob.name] = knob.domain[0] if active else knob.default
+            else:
+                chosen[knob.name] = cast(Value, trial.suggest_categorical(knob.name, knob.domain))
+        return Point.of(fixed) if fixed else self.space.complete(chosen)
+
+    def _answer(self, trial: optuna.Trial, point: Point) -> None:
+        """Answer a repeated ask from what is known; a point still under way counts as failed for the sampler."""
+        if point not in self._told:
+            self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
+            return
+        losses = self._told[point]
+        trial.set_user_attr(POINT, point.as_dict())
+        trial.set_constraint(FEASIBLE, _constraint(losses))
+        self.study.tell(trial, [FAILED] * len(self.objectives) if losses is None else list(losses))
+
+
+def _constraint(losses: Losses | None) -> float:
+    return 1.0 if losses is None else -1.0
+
+
+def params_of(space: Space, point: Point) -> dict[str, Value]:
+    """Return the values of a point that its trial has as parameters: those of active knobs that vary."""
+    values = point.as_dict()
+    return {k.name: values[k.name] for k in _varying(space, values)}
+
+
+def _varying(space: Space, values: Mapping[str, Value]) -> list[Knob]:
+    varying = [k for k in space.knobs if len(k.domain) > 1 and space.active(k, values)]
+    return [k for k in varying if values[k.name] in k.domain]
+
+
+def _known(space: Space, point: Point, values: Sequence[float], feasible: bool) -> FrozenTrial:
+    names: dict[str, BaseDistribution] = {
+        k.name: CategoricalDistribution(k.domain) for k in _varying(space, point.as_dict())
+    }
+    return optuna.trial.create_trial(
+        params=params_of(space, point),
+        distributions=names,
+        values=values,
+        user_attrs={POINT: point.as_dict()},
+        constraints={FEASIBLE: -1.0 if feasible else 1.0},
+    )
+
+
+def sampler_of(
+    name: str, space: Space, objectives: Sequence[str], reach: Interest, seed: int, lessons: Sequence[Lesson] = ()
+) -> BaseSampler:
+    """Return a sampler by the name that recipes and `--sampler` give it.
+
+    `gp` is ours, a Gaussian process over choices; the others are Optuna's. `auto` takes `gp`, which did best on
+    recorded studies (`scripts/bench/search.py`): before it has seen any point it expects what the lessons and the sizes
+    of formats say.
+    """
+    made: dict[str, Callable[[], BaseSampler]] = {
+        "gp": lambda: FrontSampler(space, reach, seed, prior(lessons, objectives)),
+        "tpe": lambda: _tpe(seed),
+        "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
+        "random": lambda: optuna.samplers.RandomSampler(seed=seed),
+    }
+    return made["gp" if name == "auto" else name]()
+
+
+def _tpe(seed: int) -> BaseSampler:
+    with warnings.catch_warnings():  # `group` is marked experimental; it is what makes conditional knobs joint
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=8)
+
+
+class TrialStudy:
+    """The study of a job: ask for points that are not known yet; tell what came of them.
 
     `bounds` are what a variant must meet: one that breaks a bound is as infeasible as one that failed. `related` are
-    points of the fronts of other models and targets, asked about right after point 0; `lessons` are what was measured
-    there, which the model of this one's points starts from.
+    points of the fronts of other models and targets, tried right after point 0; `lessons` are what was measured there,
+    which the sampler starts from.
     """
 
     def __init__(
@@ -94,119 +181,24 @@ class Study:
         bounds: Sequence[Bound] = (),
         related: Sequence[Point] = (),
         lessons: Sequence[Lesson] = (),
+        sampler: str = "auto",
     ) -> None:
         self.space, self.objectives, self.bounds = space, tuple(objectives), tuple(bounds)
         reach = interest(self.objectives, self.bounds)
-        self._sampler = best(space, self.objectives, reach, seed, lessons, [p.as_dict() for p in related])
+        chosen = sampler_of(sampler, space, self.objectives, reach, seed, lessons)
+        initial = initial_points(space, [p.as_dict() for p in related])
+        self.points = Study(space, self.objectives, chosen, seed, initial)
         for trial in known:
             self.tell(trial)
 
     def ask(self) -> Point | None:
         """Return a point never tried: point 0, what did well elsewhere, then the sampler's; None when all are known."""
-        return self._sampler.ask()
+        return self.points.ask()
 
     def tell(self, trial: Trial) -> None:
-        """Take in what came of a point; a failure or a broken bound is a constraint, never a bad number."""
-        self._sampler.tell(trial.point, losses_of(trial, self.objectives, self.bounds))
+        """Take in what came of a point."""
+        self.points.tell(trial.point, losses_of(trial, self.objectives, self.bounds))
 
     def refuse(self, point: Point) -> None:
         """Take in that a point cannot meet the bounds, which its sizes alone told."""
-        self._sampler.tell(point, None)
-
-
-def best(
-    space: Space,
-    objectives: Sequence[str],
-    reach: Interest,
-    seed: int,
-    lessons: Sequence[Lesson] = (),
-    related: Sequence[dict[str, Value]] = (),
-) -> Sampler:
-    """Return the search that did best on recorded studies (`scripts/bench/search.py`).
-
-    After point 0 and what did well elsewhere, a model of the points so far asks; before it has seen any it expects what
-    the lessons and the sizes of formats say.
-    """
-    return Opened(openers(space, related), Model(space, reach, seed, prior(lessons, objectives)))
-
-
-def lesson(trials: Sequence[Trial], objectives: Sequence[str]) -> Lesson | None:
-    """Return what trials of another model or target teach about these objectives; None without a point 0."""
-    zero = next((t.point for t in trials if t.is_default), None)
-    told = [t for t in trials if t.measurements]
-    names = tuple(n for n in objectives if all(value_of(t, t.measurements[0], n) is not None for t in told))
-    return None if zero is None or not names else Lesson(names, zero, {t.point: losses_of(t, names) for t in trials})
-
-
-def interest(objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Interest:
-    """Return how bad each objective may be to be of interest: up to its bound, else half as bad again as point 0.
-
-    Quality without a bound may go as far as `POOR`, for point 0 has the best there is.
-    """
-    limits = {**POOR, **{bound.metric: bound.limit for bound in bounds}}
-    return tuple(
-        Reach(value=loss(name, limits[name])) if name in limits and name in POOR else Reach(beyond=math.log(WORSE))
-        for name in objectives
-    )
-
-
-def loss(metric: str, value: float) -> float:
-    """Return a metric as something to minimize, on a log scale; below its floor nothing can be told apart."""
-    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
-    return sign * math.log(max(value, FLOORS.get(metric, 1e-9)))
-
-
-def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
-    """Return the objectives, minimized and on a log scale where positive; None for what failed or breaks a bound.
-
-    A metric that is absent counts the same everywhere, so that it decides nothing; where only the short screen left it
-    out, the point is told as one that leads nowhere.
-    """
-    if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
-        return None
-    unscored = "quality" in trial.measurements[0].notes and any(name.startswith("quality_") for name in objectives)
-    if unscored and SCREENED in trial.measurements[0].notes:
-        return None
-    losses = []
-    for name in objectives:
-        found = value_of(trial, trial.measurements[0], name)
-        losses.append(0.0 if found is None else loss(name, found))
-    return tuple(losses)
-
-
-WORSE = 1.5
-"""How many times a metric of point 0 is still of interest; what is worse is no trade anyone asked for."""
-
-POOR = {"quality_kl": 0.5, "quality_top1": 0.5}
-"""Where quality ends to be of interest when no bound says so."""
-
-RELATED = 6
-"""Points of related fronts that are asked about first, at most."""
-
-
-def _experience(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Value]]:
-    """Return the points to begin with where a space has these domains."""
-    if set(domains.get("driver", ())) & set(GPU_DRIVERS):
-        there = [{k: v for k, v in values.items() if v in domains.get(k, ())} for values in FIRST]
-        return [values for values in there if "weight_format" in values]
-    return EXPERIENCE if "own" in domains.get("kernel", ()) else WITHOUT_OWN
-
-
-def openers(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
-    """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
-    then experience, as far as the space allows each, and what the space itself says where it is narrowed.
-
-    All but point 0 have every pin of the space.
-    """
-    default = space.default()
-    domains = {k.name: k.domain for k in space.knobs}
-    settled = {name: default[name] if default[name] in domain else domain[0] for name, domain in domains.items()}
-    pinned = {name: settled[name] for name in STORED if name in domains and default[name] not in domains[name]}
-    points = [default]
-    for values in (*related[:RELATED], *_experience(domains), {}):
-        said = {k: v if v in domains.get(k, ()) else pinned.get(k, v) for k, v in values.items()}
-        wanted = {k: v for k, v in said.items() if k in domains and (k not in DISPENSABLE or v in domains[k])}
-        point = space.complete({**settled, **wanted})
-        if all(point[name] in domain or point[name] == default[name] for name, domain in domains.items()):
-            points.append(point)
-    return list(dict.fromkeys(points))
+        self.points.tell(point, None)

@@ -1,7 +1,7 @@
 """A learned cost model: what other models' studies say about points of this one, before they are compiled.
 
 A build learns from the other models and targets in its catalog, and from studies that ship with the package
-(`experience.json.gz`, written by `scripts/bench/record.py teach`).
+(`warm_start.json.gz`, written by `scripts/bench/record.py teach`).
 Losses are told relative to those of point 0, so that models of different size speak of the same thing: how much a
 choice wins. The model is the process of `surrogate` over the knobs, on the points of all other studies together.
 """
@@ -18,14 +18,14 @@ from typing import Any
 import numpy as np
 
 from llmbuild.search import surrogate
-from llmbuild.search.front import FLOORS
+from llmbuild.search.front import FLOORS, value_of
+from llmbuild.search.losses import Losses, losses_of
 from llmbuild.search.surrogate import Array, Process
 from llmbuild.spec.formats import bits
 from llmbuild.spec.space import Point, Value
+from llmbuild.spec.trial import Trial
 
-Losses = tuple[float, ...]
-
-SHIPPED = "experience.json.gz"
+SHIPPED = "warm_start.json.gz"
 
 LEAST = 8
 """Feasible points below which nothing is learned."""
@@ -41,6 +41,14 @@ class Lesson:
     objectives: tuple[str, ...]
     zero: Point
     losses: Mapping[Point, Losses | None]
+
+
+def lesson(trials: Sequence[Trial], objectives: Sequence[str]) -> Lesson | None:
+    """Return what trials of another model or target teach about these objectives; None without a point 0."""
+    zero = next((t.point for t in trials if t.is_default), None)
+    told = [t for t in trials if t.measurements]
+    names = tuple(n for n in objectives if all(value_of(t, t.measurements[0], n) is not None for t in told))
+    return None if zero is None or not names else Lesson(names, zero, {t.point: losses_of(t, names) for t in trials})
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmbuild.shown import cell
 from llmbuild.spec.slo import Slo
+from llmbuild.system.terminal import cell
 
 
 @dataclass(frozen=True)

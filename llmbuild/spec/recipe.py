@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from llmbuild.spec.slo import Bound
 from llmbuild.spec.space import Value
 from llmbuild.spec.workload import Workload
+
+Sampler = Literal["auto", "gp", "tpe", "nsga2", "random"]
+SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Recipe:
     budget: Budget
     knobs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     calibration: Calibration | None = None
+    sampler: Sampler = "auto"
+    """What chooses the next point: our own (`gp`, which `auto` takes), or one of Optuna's."""
 
     @property
     def context(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -164,3 +164,9 @@ def parse_slo(bounds: tuple[str, ...] | list[str], objective: str | None) -> Slo
     parsed = tuple(parse_bound(text) for text in bounds)
     chosen = objective or (parsed[0].metric if parsed else "tpot_s")
     return Slo(parsed, metric(chosen).name)
+
+
+def order(metric: str) -> Callable[[Mapping[str, Any]], tuple[bool, float]]:
+    """Return the key that sorts rows by a metric, the best first; rows without a reading come last."""
+    sign = 1.0 if METRICS[metric].direction == "min" else -1.0
+    return lambda row: (row.get(metric) is None, sign * (row.get(metric) or 0.0))

@@ -30,18 +30,18 @@ from hypothesis import strategies as st
 from odd_texts import Texts
 from synthetic import Made, fill
 
-from llmbuild import upkeep
+from llmbuild.catalog.exchange.publish import publish
+from llmbuild.catalog.exchange.pull import Wanted, pull
 from llmbuild.catalog.location import resolved
-from llmbuild.catalog.publish import publish
-from llmbuild.catalog.pull import Wanted, pull
 from llmbuild.catalog.schema import FILE, PUBLISHED_FILE
 from llmbuild.catalog.writer import Catalog
+from llmbuild.cli import maintenance
 from llmbuild.errors import LlmbuildError
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, lock, reader
 from llmbuild.runtime.model import load, pick
 from llmbuild.runtime.trust import Policy
-from llmbuild.spec.reader import read_recipe, read_target
+from llmbuild.spec.files.reader import read_recipe, read_target
 from llmbuild.spec.slo import parse_slo
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -97,7 +97,7 @@ class Cases:
         """Make what is mutated; `loaded` is the part of odd models that is loaded as well."""
         self.folder, self.loaded = folder, loaded
         if loaded:
-            import llmbuild.frontend.program  # noqa: F401 - now, since a case has seconds
+            pass
         fill(folder / "seed", [Made("default", "dominated", default=True), Made("fast")])
         catalog = Catalog(folder / "seed")
         publish(catalog, (), str(folder / "published"), None)
@@ -167,8 +167,8 @@ class Cases:
         with closing(Catalog(work / name)) as catalog:
             publish(catalog, (), str(work / f"{name}-out"), None)
         for folder in (work / name, work / f"{name}-out"):
-            assert upkeep.check(folder, Policy(), lambda *_: None).rows == [], "a sound catalog is called wrong"
-        upkeep.collect(work / name, None, False)
+            assert maintenance.check(folder, Policy(), lambda *_: None).rows == [], "a sound catalog is called wrong"
+        maintenance.collect(work / name, None, False)
         assert sorted(p.name for p in (work / name / "blobs").rglob("*")) == before, "a blob was freed"
 
     def reference(self, change: Callable[[bytes], bytes], _: Path) -> None:

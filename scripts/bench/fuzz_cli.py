@@ -34,10 +34,10 @@ from fuzz import Hang, _late
 from safetensors.numpy import save_file
 from synthetic import Made, fill
 
-from llmbuild.catalog.publish import publish
-from llmbuild.catalog.signing import make_keys
+from llmbuild.catalog.exchange.publish import publish
+from llmbuild.catalog.exchange.signing import make_keys
 from llmbuild.catalog.writer import Catalog
-from llmbuild.cli import main as command_line
+from llmbuild.cli.main import main as command_line
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, lock
 from llmbuild.runtime.model import pick

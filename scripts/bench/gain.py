@@ -19,10 +19,13 @@ from typing import Any
 
 from comparison.script import end
 
-from llmbuild import toolchain
-from llmbuild.build import Build
+from llmbuild.build import toolchain
+from llmbuild.build.build import Build
+from llmbuild.build.job import Job, make_job
+from llmbuild.build.steps import Steps
+from llmbuild.build.targets import find_target
+from llmbuild.build.trials import finished_trials, stand
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import find_target
 from llmbuild.errors import LlmbuildError
 from llmbuild.profiler import statistics
 from llmbuild.profiler.live import Live
@@ -32,16 +35,14 @@ from llmbuild.report.progress import Progress
 from llmbuild.report.rows import quantity, table
 from llmbuild.runtime import host, reader
 from llmbuild.search.front import value_of
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.measurement import Reading
-from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import HOST
 from llmbuild.spec.trial import FRONT, Trial
 from llmbuild.spec.variant import Failure
-from llmbuild.steps import Job, Steps, make_job
-from llmbuild.trials import finished_trials, stand
 
 ROOT = Path(__file__).parent.parent.parent
 PLAIN = {"the compiler's defaults": {}, "-O3": {"opt_level": "O3"}}

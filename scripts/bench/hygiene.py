@@ -23,19 +23,24 @@ from typing import Any
 
 from synthetic import ABI, Made, fill, measurement, multiply
 
-from llmbuild import commands, digest
+from llmbuild import digest
+from llmbuild.build.freshness import build_key
+from llmbuild.build.job import Job
+from llmbuild.build.jobs import jobs_of
+from llmbuild.build.request import BuildRequest
+from llmbuild.build.steps import Steps
+from llmbuild.build.trials import owner, stand, trial_of
 from llmbuild.catalog.names import Ranking
 from llmbuild.catalog.place import FILE
 from llmbuild.catalog.writer import Catalog
-from llmbuild.freshness import build_key
+from llmbuild.cli import reading
+from llmbuild.cli.requests import QueryRequest, Selection
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
 from llmbuild.runtime.model import pick
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Artifact
-from llmbuild.steps import Job, Steps
-from llmbuild.trials import owner, stand, trial_of
 
 RECIPE = """\
 name: shape
@@ -57,7 +62,6 @@ CONFIG = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-OPTIONS = {"pinned": (), "random_init": False, "force": False, "targets": ()}
 
 
 def project(folder: Path, variants: int) -> Path:
@@ -66,7 +70,7 @@ def project(folder: Path, variants: int) -> Path:
     (folder / "model" / "config.json").write_text(json.dumps(CONFIG))
     recipe = folder / "shape.yaml"
     recipe.write_text(RECIPE % variants)
-    (job,) = (one() for one in commands.each([recipe], OPTIONS))
+    (job,) = (one() for one in jobs_of(BuildRequest(recipes=(recipe,))))
     _record(job, folder / "catalog", variants)
     return recipe
 
@@ -143,7 +147,7 @@ def rows(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
     fill(folder / "front", [Made("default", "dominated", 0.2, 2.0, default=True)])
     multiply(folder / "front", arguments.rows, 1.0)
     many, slo = folder / "many", ["ttft_s<=0.5"]
-    asked = {"model": "m", "slo": slo, "objective": "tpot_s", "target": None, "workload": None, "everything": False}
+    asked = QueryRequest(many, "m", Selection(tuple(slo), "tpot_s"))
     known, shown, front = f"{arguments.variants} variants", f"{arguments.rows} rows", folder / "front"
     timed: list[tuple[Any, ...]] = [
         ("null build", known, 1.0, command("build", recipe, "-C", folder / "catalog")),
@@ -153,7 +157,7 @@ def rows(folder: Path, arguments: argparse.Namespace) -> list[dict[str, Any]]:
         ("pick after a commit", shown, 0.0, lambda: pick(many, "m", slo, "tpot_s"), commit(many)),
         ("pick after a commit, all on the front", shown, 0.0, lambda: pick(front, "m", slo, "tpot_s"), commit(front)),
         ("pick, command", shown, 0.3, command("pick", "--slo", slo[0], "-C", many)),
-        ("query --slo, in process", shown, 0.05, lambda: commands.query({**asked, "catalog": str(many)})),
+        ("query --slo, in process", shown, 0.05, lambda: reading.query(asked)),
         ("pick with every verdict, in process", shown, 0.0, lambda: pick(many, "m", slo, "tpot_s").explain()),
     ]
     return [_row(what, size, bound, seconds(act, arguments.rounds, *more)) for what, size, bound, act, *more in timed]

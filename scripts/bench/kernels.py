@@ -22,18 +22,20 @@ from comparison.script import end
 from comparison.setup import OWN_WORKER
 from comparison.table import SECONDS, ratio
 
+from llmbuild.build.job import Job
+from llmbuild.build.jobs import jobs_of
+from llmbuild.build.request import BuildRequest
+from llmbuild.build.steps import Steps
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import each
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.kernels.choose import instructions
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
 from llmbuild.report.rows import quantity, table
 from llmbuild.runtime import host, reader
 from llmbuild.spec.space import Value
 from llmbuild.spec.variant import Failure
-from llmbuild.steps import Job, Steps
 
 ROOT = Path(__file__).parent.parent.parent
 OWN = "own kernels"
@@ -120,7 +122,7 @@ def report(asked: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: our kernels do not read the format on the target, or this host cannot run it.
     """
-    (make,) = each([asked.recipe], {"targets": [asked.target], "pinned": (), "random_init": False, "force": False})
+    (make,) = jobs_of(BuildRequest(recipes=(asked.recipe,), targets=(asked.target,)))
     job = make()
     if missing := sorted(set(job.target.requires) - host.features()):
         raise InputError(f"this host cannot run target {job.target.name}: it lacks {' '.join(missing)}")

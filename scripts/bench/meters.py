@@ -16,8 +16,8 @@ from typing import Any
 
 from comparison.script import end
 
-from llmbuild.profiler import energy, estimate, nvml, rapl
-from llmbuild.profiler.energy import Absent, Counter, Energy, Meter
+from llmbuild.profiler.meters import energy, estimate, nvml, rapl
+from llmbuild.profiler.meters.meter import Absent, Counter, Energy, Meter, with_measured_step
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
 
@@ -70,7 +70,7 @@ def rows(seconds: float) -> list[dict[str, Any]]:
         if isinstance(found, Absent):
             out.append({"meter": name, "absent": found.reason})
             continue
-        meter: Meter = energy.with_measured_step(found) if isinstance(found, Counter) else found
+        meter: Meter = with_measured_step(found) if isinstance(found, Counter) else found
         row = {"meter": name, "source": meter.source, "boundary": meter.boundary, "step_s": meter.step_s}
         idle, busy = watts(meter, wait(seconds)), watts(meter, spin(seconds))
         out.append({**row, "idle_w": idle, "busy_w": busy, "conditions": meter.conditions()})

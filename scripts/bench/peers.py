@@ -25,9 +25,9 @@ from comparison.rounds import Participant, Plan, compare
 from comparison.script import end
 
 from llmbuild.errors import InputError
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.runtime import host, reader
-from llmbuild.spec.reader import read_recipe
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent.parent

@@ -22,20 +22,21 @@ from typing import Any
 
 from comparison.script import end
 
-from llmbuild import toolchain
+from llmbuild.build import toolchain
+from llmbuild.build.job import make_job
+from llmbuild.build.steps import Steps
+from llmbuild.build.targets import find_target
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import find_target
 from llmbuild.compiler import iree, phases
 from llmbuild.compiler.flags import FLAGS
 from llmbuild.digest import of_file
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
-from llmbuild.search.knobs import KNOBS
-from llmbuild.spec.reader import read_recipe
+from llmbuild.search.knobs.space import KNOBS
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import HOST
 from llmbuild.spec.variant import Failure
-from llmbuild.steps import Steps, make_job
 
 ROOT = Path(__file__).parent.parent.parent
 PHASES = {

@@ -29,9 +29,9 @@ from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.layouts import Layout
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS
 from llmbuild.spec.formats import bits as bits_of
-from llmbuild.spec.reader import read_recipe
 from llmbuild.transform.quantized import Quantized, dequantize
 from llmbuild.transform.reference import rounded_rows
 from llmbuild.transform.shared_exponent import nearest

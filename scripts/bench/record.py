@@ -10,7 +10,7 @@ have the machine to itself: it screens the points in random order, point 0 first
 equal executables and settings as one, `--passes` times each, a whole pass between two screens of a point. Both go on
 where they stopped, and stop after `--seconds`. `pack` writes `NAME.jsonl.gz` beside the recipe, which
 `llmbuild.search.replay` reads: a header, then one line for each point, with the samples of all its screens. `teach`
-writes what the studies say to `llmbuild/search/experience.json.gz`, which every search starts from.
+writes what the studies say to `llmbuild/search/warm_start.json.gz`, which every search starts from.
 """
 
 from __future__ import annotations
@@ -31,9 +31,12 @@ from typing import Any
 from comparison.script import end
 
 import llmbuild.search
-from llmbuild import digest, toolchain
+from llmbuild import digest
+from llmbuild.build import toolchain
+from llmbuild.build.job import Job, make_job
+from llmbuild.build.steps import Steps
+from llmbuild.build.targets import find_target
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import find_target
 from llmbuild.digest import plain
 from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.live import Live
@@ -41,12 +44,11 @@ from llmbuild.profiler.protocol import Quality, Subject
 from llmbuild.runtime import host
 from llmbuild.search import transfer
 from llmbuild.search.replay import read
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.program import Program
-from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.space import Point
 from llmbuild.spec.target import HOST
 from llmbuild.spec.variant import Artifact, Failure
-from llmbuild.steps import Job, Steps, make_job
 
 WARM_S, SCREEN_S, LEAST, MOST = 0.1, 0.4, 5, 11
 """A screen: seconds of warm-up, seconds of rounds, and how many rounds at least and at most."""

@@ -24,7 +24,7 @@ from typing import Any
 from comparison.script import end
 
 from llmbuild.errors import InputError
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import noise
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.protocol import Subject

@@ -20,7 +20,7 @@ from time import perf_counter
 from typing import Any
 
 from llmbuild.errors import LlmbuildError
-from llmbuild.process import say
+from llmbuild.process.child import say
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, load
 

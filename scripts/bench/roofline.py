@@ -24,9 +24,9 @@ from llmbuild.errors import InputError
 from llmbuild.profiler import roofline
 from llmbuild.report.rows import differences, quantity, table
 from llmbuild.runtime import host, reader
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.measurement import Reading
 from llmbuild.spec.program import abi_from
-from llmbuild.spec.reader import read_recipe
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
 

@@ -11,11 +11,11 @@ once. Medians over the seeds, in brackets the quartiles; a search that never get
 
     ours             as `llmbuild build` searches: point 0, then a model that starts from what the other studies tell
     ours-cold        the same without the other studies
-    ours-opened      without them, but with a list of points that did well elsewhere right after point 0
+    ours-warm        without them, but with a list of points that did well elsewhere right after point 0
     ours-related     the same with the fronts of the other studies as the list
-    tpe-multivariate Optuna's TPE, multivariate in groups      gp    Optuna's GPSampler
+    tpe              Optuna's TPE, multivariate in groups
     default          Optuna's default for several objectives   nsga2 its NSGA-II
-    random           every unknown point is as likely     random-plain  and equal executables are measured again
+    random           Optuna's RandomSampler               random-plain  and equal executables are measured again
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from optuna.samplers import BaseSampler, TPESampler
 
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, Run, read, replay
-from llmbuild.search.samplers import Model, Optuna, Random, Sampler
-from llmbuild.search.study import Opened, best
+from llmbuild.search.sampler import FrontSampler
+from llmbuild.search.study import Study, sampler_of
+from llmbuild.search.warm_start import initial_points
 
 STUDIES = Path(__file__).parent / "studies"
 MARKS = (0.05, 0.1, 0.15, 0.25, 0.5)
@@ -41,9 +43,9 @@ PLAIN = "random-plain"
 SAMPLERS = (
     "ours",
     "ours-cold",
-    "ours-opened",
+    "ours-warm",
     "ours-related",
-    "tpe-multivariate",
+    "tpe",
     "default",
     "nsga2",
     "random",
@@ -51,19 +53,23 @@ SAMPLERS = (
 )
 
 
-def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], seed: int) -> Sampler:
-    """Return a sampler by name; every one is given point 0 first, as a build does."""
-    space = study.space
-    zero = [space.default()]
-    made: dict[str, Callable[[], Sampler]] = {
-        "ours": lambda: best(space, study.objectives, study.interest, seed, [o.lesson for o in others]),
-        "ours-cold": lambda: Opened(zero, Model(space, study.interest, seed)),
-        "ours-opened": lambda: best(space, study.objectives, study.interest, seed),
-        "ours-related": lambda: Opened(related(study, others), Model(space, study.interest, seed)),
-        "random": lambda: Opened(zero, Random(space, seed)),
-        PLAIN: lambda: Opened(zero, Random(space, seed)),
+def make(name: str, study: RecordedStudy, others: tuple[RecordedStudy, ...], seed: int) -> Study:
+    """Return a search by name; every one is given point 0 first, as a build does."""
+    space, objectives, reach = study.space, study.objectives, study.interest
+    zero, warm = [space.default()], initial_points(space)
+
+    def of(chosen: BaseSampler, initial: list[Any]) -> Study:
+        return Study(space, objectives, chosen, seed, initial)
+
+    made: dict[str, Callable[[], Study]] = {
+        "ours": lambda: of(sampler_of("auto", space, objectives, reach, seed, [o.lesson for o in others]), warm),
+        "ours-cold": lambda: of(FrontSampler(space, reach, seed), zero),
+        "ours-warm": lambda: of(sampler_of("auto", space, objectives, reach, seed), warm),
+        "ours-related": lambda: of(FrontSampler(space, reach, seed), related(study, others)),
+        "default": lambda: of(TPESampler(seed=seed), zero),
     }
-    return made[name]() if name in made else Opened(zero, Optuna(space, len(study.objectives), seed, name))
+    plain = name.removesuffix("-plain")
+    return made[name]() if name in made else of(sampler_of(plain, space, objectives, reach, seed), zero)
 
 
 def related(study: RecordedStudy, others: tuple[RecordedStudy, ...]) -> list[Any]:

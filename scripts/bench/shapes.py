@@ -28,6 +28,7 @@ from typing import Any
 import numpy as np
 
 import llmbuild
+from llmbuild.build.steps import TOLERANCE
 from llmbuild.frontend.tensors import HEAD, places
 from llmbuild.kernels.applies import cpu_problem
 from llmbuild.report.rows import table
@@ -35,7 +36,6 @@ from llmbuild.runtime import reader
 from llmbuild.spec.formats import SAME
 from llmbuild.spec.model import facts_of
 from llmbuild.spec.trial import FRONT
-from llmbuild.steps import TOLERANCE
 
 MAIN = [sys.executable, "-m", "llmbuild"]
 PROMPT = [3, 1, 4, 1, 5, 9, 2, 6]

@@ -21,18 +21,20 @@ from comparison.script import end
 from comparison.setup import OWN_WORKER
 from comparison.table import SECONDS, ratio
 
+from llmbuild.build.job import Job
+from llmbuild.build.jobs import jobs_of
+from llmbuild.build.request import BuildRequest
+from llmbuild.build.steps import Steps
 from llmbuild.catalog.writer import Catalog
-from llmbuild.commands import each
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.kernels.choose import choose
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
 from llmbuild.report.rows import quantity, table
 from llmbuild.runtime import host, reader
 from llmbuild.spec.space import Value
 from llmbuild.spec.variant import Failure
-from llmbuild.steps import Job, Steps
 
 ROOT = Path(__file__).parent.parent.parent
 TARGETS = ("x86-64-v2", "x86-64-v3", "x86-64-v4", "host")
@@ -113,8 +115,8 @@ def _participant(asked: argparse.Namespace, job: Job, steps: Steps, form: str) -
 
 def report(asked: argparse.Namespace) -> dict[str, Any]:
     """Run the comparison and return it as one document."""
-    wanted = {"targets": asked.target or TARGETS, "pinned": (), "random_init": False, "force": False}
-    jobs = [make() for make in each([asked.recipe], wanted)]
+    request = BuildRequest(recipes=(asked.recipe,), targets=tuple(asked.target or TARGETS))
+    jobs = [make() for make in jobs_of(request)]
     entering = [p for job in jobs for p in participants(asked, job)]
     drawn = random.Random(0)
     tokens = [drawn.randrange(256) for _ in range(asked.prompt + asked.decode)]

@@ -25,12 +25,12 @@ from typing import Any
 import numpy as np
 from comparison.script import end
 
+from llmbuild.build.remeasure import find_default, known_of, subject_of
 from llmbuild.errors import InputError
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler import noise
 from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.protocol import Protocol, Quality
-from llmbuild.remeasure import find_default, known_of, subject_of
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, reader
 from llmbuild.search import front, pairs, transfer
@@ -192,7 +192,7 @@ def of_rankings(starts: Sequence[Start], chance: random.Random) -> list[dict[str
         ranked = [ranking(start, names, chance) for _ in range(REPEATS)]
         taus = [kendall(a, b) for a, b in combinations(ranked, 2)]
         row = {"busy": start.busy, "variants": len(names), "repeats": REPEATS, "rounds": RACED}
-        rows.append({**row, "tau_mean": fmean(taus), "tau_least": min(taus), "noisy": noise.told(start.shares)})
+        rows.append({**row, "tau_mean": fmean(taus), "tau_least": min(taus), "noisy": noise.description(start.shares)})
     return rows
 
 

@@ -15,12 +15,15 @@ from tempfile import mkdtemp
 from typing import Any
 
 from llmbuild import digest
-from llmbuild.build import Build
+from llmbuild.build.build import Build
+from llmbuild.build.compiling import once
+from llmbuild.build.freshness import Outcome
+from llmbuild.build.imports import Imports
+from llmbuild.build.job import Job
+from llmbuild.build.steps import Steps
 from llmbuild.catalog.writer import Catalog
-from llmbuild.compiling import once
-from llmbuild.freshness import Outcome
 from llmbuild.frontend.source import FoundModel
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.profiler.bench import measurement_key
 from llmbuild.profiler.protocol import Quality, Subject
 from llmbuild.runtime import host
@@ -34,7 +37,6 @@ from llmbuild.spec.space import Knob, Point, Space
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Artifact, Failure, Toolchain
 from llmbuild.spec.workload import Workload
-from llmbuild.steps import Job, Steps
 
 ABI: dict[str, Any] = {"vocabulary": 320, "context": 32, "kv": [], "eos_tokens": [], "parameters": 10}
 TARGET = Target("host", "llvm-cpu", host.architecture(), "generic", (), ())
@@ -134,7 +136,7 @@ class QuickBench:
     def __init__(self, job: Job) -> None:
         self.job, self.measured = job, 0
 
-    def measure(self, subject: Subject, baseline: bool = False, hopeless: Any = None) -> tuple[Measurement, ...]:
+    def measure(self, subject: Subject, baseline: bool = False, dominated: Any = None) -> tuple[Measurement, ...]:
         """Return readings that are a function of the variant, the workload and the held-out text."""
         self.measured += not baseline
         return tuple(self._read(subject, w) for w in self.job.recipe.workloads)
@@ -160,21 +162,13 @@ class QuickBench:
         """Nothing is open."""
 
 
-class QuickSteps(Steps):
-    """The stages of one job, without a child process."""
+class QuickImports(Imports):
+    """Makes small files of what goes into an import."""
 
-    def __init__(self, job: Job, catalog: Catalog) -> None:
-        super().__init__(job, catalog)
-        self.compiling, self.imported = Compiler(self), 0  # type: ignore[assignment]
-        self._bench = QuickBench(job)  # type: ignore[assignment]
-
-    @property
-    def measured(self) -> int:
-        """How many variants were measured, not counting baselines."""
-        return self._bench.measured  # type: ignore[union-attr]
+    made = 0
 
     def _import(self, key: str, inputs: dict[str, Any]) -> Program | Failure:
-        self.imported += 1
+        self.made += 1
         put, weights = self.catalog.blobs.put_bytes, inputs["choices"]["weight_format"]
         data = [f"{kind} of {inputs['model']} {weights}".encode() for kind in ("module", "checks")]
         parameters = f"weights {inputs['model']} {weights}".encode() * (FORMATS[::-1].index(weights) + 1)
@@ -185,6 +179,26 @@ class QuickSteps(Steps):
     def reference(self) -> Quality | Failure:
         """Return no reference: readings need none."""
         return Quality(None, "")
+
+
+class QuickSteps(Steps):
+    """The stages of one job, without a child process."""
+
+    def __init__(self, job: Job, catalog: Catalog) -> None:
+        super().__init__(job, catalog)
+        self.imports = QuickImports(job, catalog, self._forced)
+        self.compiling = Compiler(self)  # type: ignore[assignment]
+        self._bench = QuickBench(job)  # type: ignore[assignment]
+
+    @property
+    def imported(self) -> int:
+        """How many programs were made."""
+        return self.imports.made  # type: ignore[attr-defined]
+
+    @property
+    def measured(self) -> int:
+        """How many variants were measured, not counting baselines."""
+        return self._bench.measured  # type: ignore[union-attr]
 
     def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
         """Return what is measured of a variant."""
@@ -197,10 +211,10 @@ class QuickBuild(Build):
     """A build that tries every point of its space in their order, without a study."""
 
     def _search(self) -> str:
-        space, known = self.job.space, {t.point for t in self.known}
+        space, known = self.job.space, {t.point for t in self.results.known}
         for point in dict.fromkeys((space.default(), *space.points())):
             if point not in known:
-                self._evaluate([point])
+                self.evaluator.evaluate([point])
         return "every point of the space is known"
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmbuild.commands import find_target
+from llmbuild.build.targets import find_target
 from llmbuild.compiler import iree
-from llmbuild.process import Limits
-from llmbuild.search.knobs import KNOBS
+from llmbuild.process.child import Limits
+from llmbuild.search.knobs.space import KNOBS
 from llmbuild.spec.target import HOST
 from llmbuild.spec.variant import Failure
 

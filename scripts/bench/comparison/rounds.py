@@ -14,7 +14,7 @@ from statistics import median
 from time import monotonic
 from typing import Any
 
-from llmbuild.process import Limits, confine, failure_of, stop_group, tail
+from llmbuild.process.child import Limits, confine, failure_of, stop_group, tail
 from llmbuild.profiler import noise
 
 FIRST_PROMPT = 16

@@ -18,7 +18,7 @@ from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.kernels import limits
 from llmbuild.kernels.layouts import up_to
-from llmbuild.process import Limits
+from llmbuild.process.child import Limits
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import refusal
 from llmbuild.runtime.model import host_facts

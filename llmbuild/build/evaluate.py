@@ -1,0 +1,174 @@
+"""The evaluation of points: make their artifacts side by side, measure them one at a time, record each as it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from llmbuild.build.events import Event, Tell
+from llmbuild.build.results import Results
+from llmbuild.build.trials import best_of, describe, scoped, trial_of
+from llmbuild.process.child import stop_all
+from llmbuild.profiler.protocol import Subject
+from llmbuild.search.front import dominated
+from llmbuild.spec.measurement import SCREENED, Measurement
+from llmbuild.spec.program import Program
+from llmbuild.spec.recipe import Budget
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Artifact, Failure
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+
+Made = tuple[Program, Artifact]
+
+
+class Evaluator:
+    """Turns the points of one job into trials; `recorded` is called after each of them."""
+
+    def __init__(self, results: Results, budget: Budget, jobs: int, tell: Tell, recorded: Callable[[], None]) -> None:
+        self.results, self.steps, self.job, self.catalog = results, results.steps, results.job, results.catalog
+        self.budget, self.jobs, self.tell, self.recorded = budget, jobs, tell, recorded
+        self.made = 0
+
+    # --- make ----------------------------------------------------------------------------------------------------
+
+    def artifact(self, point: Point, quietly: bool = False) -> Made | Failure:
+        """Return what a point is made of, from the catalog or made now."""
+        if not quietly:
+            self._progress("import", point)
+        program = self.steps.import_(point)
+        if isinstance(program, Failure):
+            return program
+        if not quietly:
+            self._progress("compile", point)
+        artifact = self.steps.compile(program, point)
+        return artifact if isinstance(artifact, Failure) else (program, artifact)
+
+    def artifacts(self, points: Sequence[Point]) -> list[Made | Failure]:
+        """Return what points are made of, made side by side."""
+        if len(points) == 1:
+            return [self.artifact(points[0])]
+        with ThreadPoolExecutor(self.jobs) as pool:
+            try:
+                return list(pool.map(self.artifact, points))
+            except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can
+                stop_all()
+                raise
+
+    def subject(self, trial: Trial) -> Subject | None:
+        """Return what is measured of a trial's variant; None where it cannot be made again."""
+        made = self.artifact(trial.point, quietly=True)
+        return None if isinstance(made, Failure) else self.steps.subject(trial.point, *made)
+
+    # --- evaluate ------------------------------------------------------------------------------------------------
+
+    def evaluate(self, points: Sequence[Point]) -> list[Trial]:
+        """Return the trials of a batch; what is too large for the recipe's bounds is left out."""
+        done = []
+        begin = monotonic()
+        for point, made in zip(points, self.artifacts(points), strict=True):
+            broken = [] if isinstance(made, Failure) or point == self.job.space.default() else self._too_large(*made)
+            if broken:
+                told = f"{describe(self.job, point)}: {'; '.join(broken)}"
+                self.tell(Event("skip", told, len(self.results.known)))
+                continue
+            trial = self._trial(point, made, begin)
+            self.results.add(trial)
+            self.made += 1
+            self.recorded()
+            self._report(trial)
+            done.append(trial)
+            begin = monotonic()
+        return done
+
+    def _too_large(self, program: Program, artifact: Artifact) -> list[str]:
+        """Return the bounds that sizes alone break: nothing is measured then, and nothing recorded."""
+        parameters = self.catalog.blobs.path(program.parameters).stat().st_size
+        sizes = {"artifact_bytes": float(artifact.size_bytes), "parameter_bytes": float(parameters)}
+        static = [b for b in self.job.recipe.constraints if b.metric in sizes]
+        return [f"{b.metric} is {sizes[b.metric]:.4g}, {b} asked" for b in static if not b.holds(sizes[b.metric])]
+
+    def _trial(self, point: Point, made: Made | Failure, begin: float) -> Trial:
+        number = len(self.results.known)
+        if isinstance(made, Failure):
+            return trial_of(self.steps, point, None, None, (), made, number, monotonic() - begin)
+        program, artifact = made
+        self._progress("profile", point)
+        measured = self._measure(self.steps.subject(point, program, artifact), point, artifact.size_bytes)
+        failure = measured if isinstance(measured, Failure) else None
+        readings = () if isinstance(measured, Failure) else tuple(scoped(m, self.job.scope) for m in measured)
+        return trial_of(self.steps, point, program, artifact, readings, failure, number, monotonic() - begin)
+
+    def _progress(self, step: str, point: Point) -> None:
+        self.tell(Event(step, describe(self.job, point), self.results.evaluations + 1, self.budget.trials))
+
+    def _report(self, trial: Trial) -> None:
+        text = describe(self.job, trial.point)
+        if trial.failure:
+            text = f"{text}: {trial.failure.stage} failed: {trial.failure.reason}"
+        by = trial.measurements[0].notes.get(SCREENED) if trial.measurements else None
+        if by:
+            text = f"{text}: screened: {by}"
+        best = best_of(self.results.known, self.job.recipe.objectives[0])
+        self.tell(Event("done", text, self.results.evaluations, self.budget.trials, trial.seconds, best))
+
+    # --- measure -------------------------------------------------------------------------------------------------
+
+    def _measure(self, subject: Subject, point: Point, size: int) -> tuple[Measurement, ...] | Failure:
+        equal = self.steps.equal(subject, self.results.known)
+        if equal:
+            return equal
+        with self.catalog.measuring():
+            default = point == self.job.space.default()
+            bench = self.bench(baseline=not default)
+            if isinstance(bench, Failure):
+                return bench
+            unmeasured = self._unmeasured(subject, point, size)
+            return bench.measure(subject, default, None if default else partial(self._dominated, unmeasured))
+
+    def _unmeasured(self, subject: Subject, point: Point, size: int) -> Trial:
+        """Return a trial of which the sizes alone are known."""
+        return Trial(
+            scope=self.job.scope,
+            number=len(self.results.known),
+            point=point,
+            variant=subject.variant,
+            is_default=point == self.job.space.default(),
+            program=None,
+            artifact=subject.artifact,
+            artifact_bytes=size,
+            parameter_bytes=subject.parameter_bytes,
+            measurements=(),
+            failure=None,
+            seconds=0.0,
+        )
+
+    def _dominated(self, unmeasured: Trial, brief: Sequence[Measurement], perfect: bool) -> str:
+        """Say who beats a variant beyond doubt, on every workload that was looked at; empty where nobody does."""
+        recipe, everyone = self.job.recipe, self.results.all
+        bounds = (*recipe.constraints, *recipe.quality.bounds)
+        found = [dominated(unmeasured, m, everyone, recipe.objectives, bounds, perfect) for m in brief]
+        return found[0] if all(found) else ""
+
+    def bench(self, baseline: bool) -> Bench | RemoteBench | Failure:
+        """Return the meter; with `baseline`, with point 0 alive in it, that others are paired with."""
+        quality = self.steps.reference()
+        if isinstance(quality, Failure):
+            return quality
+        bench = self.steps.bench(quality)
+        if baseline and not bench.has_baseline:
+            self._open_baseline(bench)
+        return bench
+
+    def _open_baseline(self, bench: Bench | RemoteBench) -> None:
+        """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
+        zero = self.results.default
+        subject = self.subject(zero) if zero else None
+        if subject:
+            bench.measure(subject, baseline=True)

@@ -1,0 +1,121 @@
+"""Whether a job has anything to do, and why: what it is keyed by, against what a catalog knows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.build.job import Job
+from llmbuild.catalog.known import Known
+from llmbuild.spec.recipe import Budget
+from llmbuild.spec.trial import Finished
+
+NEVER = "never built"
+DISPLACED = "other inputs of this name stand: these are ranked again, and nothing is made"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a build came to: how many trials it made now, how many are known, and why it ended."""
+
+    made: int
+    known: int
+    usable: int
+    ended: str
+    seconds: float
+
+
+class Freshness:
+    """One look at what a catalog knows of a job's build; each thing is read when it is first asked for."""
+
+    def __init__(self, job: Job, catalog: Known, budget: Budget, seed: int) -> None:
+        self.job, self.catalog, self.budget = job, catalog, budget
+        self.key = build_key(job, seed)
+
+    @cached_property
+    def state(self) -> dict[str, Any]:
+        """How far the build has come: `seconds`, `raced`, `ended`."""
+        return self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": NEVER}
+
+    @cached_property
+    def finished(self) -> list[Finished]:
+        """The finished trials of the job's space, without what was measured."""
+        space = self.job.space
+        return [f for f in self.catalog.finished(self.job.scope) if f.is_default or space.contains(f.point)]
+
+    @cached_property
+    def lost(self) -> dict[str, set[str]]:
+        """The variants, of this job or not, with artifacts or parameters that are missing or damaged, and which."""
+        return self.catalog.lost_blobs()
+
+    @cached_property
+    def missing(self) -> set[str]:
+        """The files of the job's own variants that are missing or damaged."""
+        return {name for f in self.finished for name in self.lost.get(f.variant, ())}
+
+    @cached_property
+    def stands(self) -> set[str | None]:
+        """What decided the standings of the recipe's name on its target and machine."""
+        names = self.job.registered
+        return self.catalog.rankings(self.job.recipe.name, names.target_digest, names.machine_digest)
+
+    @property
+    def displaced(self) -> bool:
+        """Whether what stands was ranked for other inputs than these, which are known: nothing need be made for it."""
+        return bool(self.finished) and self.stands != {self.job.ranking}
+
+    def plan(self) -> str:
+        """Return why a build has something to do, if only to let its own standings be the present ones."""
+        other = self.displaced and self.stands != {None}  # those of an earlier schema do not say what decided them
+        return self.reason() or (DISPLACED if other else "")
+
+    def reason(self) -> str:
+        """Return why the build has something to do; empty when it is up to date."""
+        if self.state["ended"] == NEVER:
+            return "changed: knobs, objectives, bounds, seed or sampler" if self.finished else NEVER
+        if missing := self.missing:
+            counts = Counter(self.catalog.kinds(missing).values())
+            return f"{', '.join(f'{n} {_many(kind)}' for kind, n in sorted(counts.items()))} are missing or damaged"
+        spent_up = self.state["seconds"] >= self.budget.seconds or self.state["ended"].startswith("every point")
+        done = sum(not f.reused for f in self.finished)
+        if done < self.budget.trials and not spent_up:
+            return f"{self.budget.trials - done} of {self.budget.trials} trials to go"
+        return "" if self.state["raced"] else "survivors have not been raced"
+
+    def up_to_date(self, seconds: float) -> Outcome:
+        """Return what a build came to that had nothing to do."""
+        names = self.job.registered
+        usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
+        return Outcome(0, len(self.finished), usable, "up to date", seconds)
+
+
+def _many(kind: str) -> str:
+    return kind if kind.endswith("s") else f"{kind}s"
+
+
+def recognized(job: Job, catalog: Known) -> Job:
+    """Return the job under the digest that a catalog of an earlier llmbuild has its machine under, if it has it."""
+    names = catalog.machine_known_as(digest.of(job.machine))
+    jobs = [replace(job, known_as=name) for name in names]
+    if len(jobs) == 1:
+        return jobs[0]
+    return next((one for one in jobs if catalog.finished(one.scope)), jobs[0])
+
+
+def build_key(job: Job, seed: int) -> str:
+    """Return the name of a build: the scope and what of the recipe steers the search."""
+    recipe = job.recipe
+    return digest.of(
+        {
+            "recipe": recipe.name,
+            "scope": job.scope,
+            "space": job.space,
+            "objectives": recipe.objectives,
+            "bounds": (*recipe.constraints, *recipe.quality.bounds),
+            "seed": seed,
+            **({} if recipe.sampler == "auto" else {"sampler": recipe.sampler}),
+        }
+    )

@@ -1,0 +1,152 @@
+"""Programs and references of a job: from its catalog, or made by a child process that loads the model."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from llmbuild import digest
+from llmbuild.build.compiling import once
+from llmbuild.build.job import Job
+from llmbuild.errors import InputError
+from llmbuild.process.child import python, run
+from llmbuild.profiler import heldout
+from llmbuild.profiler.protocol import Quality
+from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
+from llmbuild.spec.space import Point
+from llmbuild.spec.variant import Failure
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llmbuild.catalog.writer import Catalog
+
+
+class Imports:
+    """What the frontend makes of a job's model.
+
+    `forced` says once for each thing whether it is to be made again though it is known.
+    """
+
+    def __init__(self, job: Job, catalog: Catalog, forced: Callable[[str], bool]) -> None:
+        self.job, self.catalog, self._forced = job, catalog, forced
+        self.notes: dict[str, None] = {}
+        """What the library said of the model while it was imported, each thing once."""
+
+    def program(self, point: Point) -> Program | Failure:
+        """Return the program of a point, from the catalog or a child process.
+
+        What does not go with the model at this point alone is a failure.
+
+        Raises:
+            InputError: the model itself cannot be taken.
+        """
+        inputs = self.job.import_inputs(point)
+        key = digest.of(inputs)
+        return once(
+            self.catalog, self._forced, "import", key, self.catalog.find_import, lambda: self._import(key, inputs)
+        )
+
+    def _import(self, key: str, inputs: dict[str, Any]) -> Program | Failure:
+        source = self.job.recipe.model
+        request = {
+            "verb": "import",
+            "model": str(self.job.model.folder.absolute()),
+            "random_init": source.random_init,
+            "seed": source.seed,
+            "context": inputs["context"],
+            "batch": inputs["batch"],
+            "choices": inputs["choices"],
+            "features": inputs["features"],
+            "subgroup": inputs.get("subgroup", 0),
+        }
+        if "calibration" in inputs:
+            request["calibration"] = str(self._calibration_file())
+        begin = monotonic()
+        with TemporaryDirectory(prefix="llmbuild-") as folder:
+            result = self._frontend(request, Path(folder))
+            if isinstance(result, Failure):
+                return result
+            self.notes.update(dict.fromkeys(result["notes"]))
+            files = (Path(folder) / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
+            blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
+        program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
+        self.catalog.record_import(key, inputs, program, monotonic() - begin)
+        return program
+
+    def _calibration_file(self) -> Path:
+        """Return an `.npy` of the calibration tokens in the store, where a pasted command finds it too."""
+        import numpy as np
+
+        with TemporaryDirectory(prefix="llmbuild-") as folder:
+            path = Path(folder) / "calibration.npy"
+            np.save(path, self.job.calibration)
+            return self.catalog.blobs.path(self.catalog.blobs.put_file(path))
+
+    def _frontend(self, request: dict[str, Any], folder: Path) -> dict[str, Any] | Failure:
+        job_file, result = folder / "job.json", folder / "result.json"
+        job_file.write_text(json.dumps({**request, "out": str(folder)}))
+        command = python("llmbuild.frontend", str(job_file))
+        failure = run(command, "import", self.job.limits, result)
+        if result.is_file():
+            told: dict[str, Any] = json.loads(result.read_text())
+            if "error" in told:
+                raise InputError(told["error"])
+            if "refused" not in told:
+                return told
+            failure = Failure("import", told["refused"], "", "", lasting=True)
+        assert failure is not None
+        shown = json.dumps({**request, "out": "out"})
+        again = shlex.join(python("llmbuild.frontend", "job.json"))
+        pasteable = f"echo {shlex.quote(shown)} > job.json && {again}"
+        return replace(failure, command=pasteable)
+
+    def reference(self) -> Quality | Failure:
+        """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
+        job = self.job
+        absent = job.scored()
+        if absent or job.model.tokenizer is None:
+            return Quality(None, absent)
+        windows = heldout.windows(job.recipe.quality, job.model.tokenizer, job.recipe.context)
+        inputs = {
+            "model": job.model.digest,
+            "windows": digest.of_bytes(windows.tobytes()),
+            "shape": list(windows.shape),
+            "importer": job.toolchain.importer,
+        }
+        key = digest.of(inputs)
+        made = once(
+            self.catalog,
+            self._forced,
+            "reference",
+            key,
+            self.catalog.find_reference,
+            lambda: self._reference(key, inputs, windows),
+        )
+        return made if isinstance(made, Failure) else Quality(self.catalog.blobs.path(made), "")
+
+    def _reference(self, key: str, inputs: dict[str, Any], windows: NDArray[np.int64]) -> str | Failure:
+        import numpy as np
+
+        with TemporaryDirectory(prefix="llmbuild-") as name:
+            folder = Path(name)
+            np.save(folder / "windows.npy", windows)
+            request = {
+                "verb": "reference",
+                "model": str(self.job.model.folder.absolute()),
+                "windows": str(folder / "windows.npy"),
+            }
+            result = self._frontend(request, folder)
+            if isinstance(result, Failure):
+                return result
+            np.savez(folder / "reference.npz", tokens=windows, logits=np.load(folder / result["logits"]))
+            blob = self.catalog.blobs.put_file(folder / "reference.npz")
+        self.catalog.record_reference(key, inputs, blob)
+        return blob

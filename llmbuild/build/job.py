@@ -1,0 +1,251 @@
+"""A job: one recipe on one target with one toolchain, and what it is keyed by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llmbuild import digest
+from llmbuild.build.compiling import compile_inputs
+from llmbuild.catalog.names import Registered
+from llmbuild.compiler.resolved import Answers, resolve
+from llmbuild.digest import plain
+from llmbuild.errors import InputError
+from llmbuild.frontend.source import FoundModel, find_model
+from llmbuild.kernels.choose import FEATURES
+from llmbuild.process.child import Limits
+from llmbuild.profiler import heldout
+from llmbuild.profiler.protocol import Protocol
+from llmbuild.search.knobs.refusals import CALIBRATED, Refusal, refusals
+from llmbuild.search.knobs.space import space_for
+from llmbuild.spec.machine import Machine
+from llmbuild.spec.measurement import PROTOCOL
+from llmbuild.spec.model import read_facts
+from llmbuild.spec.program import Program
+from llmbuild.spec.recipe import Recipe
+from llmbuild.spec.space import TUNING, UNTUNED, Point, Space
+from llmbuild.spec.target import Target
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Toolchain, Variant
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from llmbuild.profiler.remote import Remote
+
+
+@dataclass(frozen=True)
+class Job:
+    """One recipe on one resolved target: everything that decides its results, found once."""
+
+    recipe: Recipe
+    target: Target
+    space: Space
+    model: FoundModel
+    machine: Machine
+    toolchain: Toolchain
+    limits: Limits
+    protocol: Protocol = field(default_factory=Protocol)
+    force: bool = False
+    remote: Remote | None = None
+    """Where it is measured; here if left out."""
+    declared: Space | None = None
+    """The space of the recipe alone, without what the command line pins; the searched one if left out."""
+    known_as: str = ""
+    """The digest that the catalog has the machine under, where that is not its fingerprint."""
+    refused: tuple[Refusal, ...] = ()
+    """Values of knobs that the model rules out on this target: they are not in the space."""
+
+    @property
+    def registered(self) -> Registered:
+        """The records every row of its build points at."""
+        return Registered(self.target, self.machine, self.toolchain, self.known_as)
+
+    @cached_property
+    def lineage(self) -> str:
+        """Digest of what decides an artifact but the point."""
+        return digest.of(
+            {
+                "model": self.model.digest,
+                "context": self.recipe.context,
+                "batch": self.recipe.batch,
+                "target": self.target.identity(),
+                "toolchain": self.toolchain,
+                **self._calibration_inputs(),
+            }
+        )
+
+    @cached_property
+    def scope_inputs(self) -> dict[str, Any]:
+        """What decides a trial's outcome but the point, by name, so that a change can be told by name."""
+        tokenizer = digest.of_file(self.model.tokenizer) if self.model.tokenizer else None
+        quality = self.recipe.quality
+        return {
+            "model": self.model.digest,
+            "tokenizer": tokenizer,
+            "context": self.recipe.context,
+            "batch": self.recipe.batch,
+            "target": plain(self.target.identity()),
+            "toolchain": plain(self.toolchain),
+            "machine": self.registered.machine_digest,
+            "workloads": plain(self.recipe.workloads),
+            "quality text": digest.of({"text": self._text_digest(), "tokens": quality.tokens}),
+            "protocol": PROTOCOL,
+            **self._calibration_inputs(),
+        }
+
+    @cached_property
+    def scope(self) -> str:
+        """Digest of what decides a trial's outcome but the point."""
+        return digest.of(self.scope_inputs)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth telling before a build: of the model, and bounds that nothing will be held against."""
+        bounds = ", ".join(map(str, self.recipe.quality.bounds))
+        quality = self.recipe.quality
+        absent = self._unscored if bounds or quality.stdlib or quality.file else ""
+        judged = f"{bounds} will not be judged: " if bounds else ""
+        return (*self.model.notes, *((f"{judged}quality is {absent}",) if absent else ()))
+
+    @cached_property
+    def source(self) -> str:
+        """Digest of what the recipe's name stands for: the weights and the tokenizer."""
+        return digest.of({name: self.scope_inputs[name] for name in ("model", "tokenizer")})
+
+    @cached_property
+    def ranking(self) -> str:
+        """Digest of what decides where variants stand, but for the trials that were made."""
+        recipe = self.recipe
+        return digest.of(
+            {
+                "scope": self.scope,
+                "objectives": recipe.objectives,
+                "bounds": (*recipe.constraints, *recipe.quality.bounds),
+                "spaces": (self.space, self.declared or self.space),
+            }
+        )
+
+    def ranks(self, trial: Trial) -> bool:
+        """Say whether a trial stands among those of this job: a default, or a point that its inputs ask for.
+
+        A build with pins adds to what the recipe asks for. Configurations that a tuning found have no name there.
+        """
+        if trial.is_default:
+            return True
+        values = trial.point.as_dict()
+        plainly = Point.of({**values, TUNING: UNTUNED}) if TUNING in values else trial.point
+        spaces = (self.space, self.declared or self.space)
+        return any(space.contains(point) for space in spaces for point in (trial.point, plainly))
+
+    def scored(self) -> str:
+        """Return why quality is not scored, and which bounds so are not judged; empty where it is."""
+        absent, bounds = self._unscored, ", ".join(map(str, self.recipe.quality.bounds))
+        return f"{absent}; not judged: {bounds}" if absent and bounds else absent
+
+    @cached_property
+    def _unscored(self) -> str:
+        if self.recipe.model.random_init:
+            return "absent: random-init weights, speed only"
+        text = self.recipe.quality
+        if not (text.stdlib or text.file):
+            return "absent: the recipe names no held-out text"
+        vocabulary = read_facts(self.model.folder / "config.json").decoder.vocabulary
+        why = heldout.unfit(text, self.model.tokenizer, self.recipe.context, vocabulary)
+        return f"absent: {why}" if why else ""
+
+    @cached_property
+    def calibration(self) -> NDArray[np.int64]:
+        """Tokens i64[W,L] of the calibration text.
+
+        Raises:
+            InputError: the model has no tokenizer, or the text is too short.
+        """
+        text = self.recipe.calibration
+        if text is None or self.model.tokenizer is None:
+            raise InputError("calibration: the model has no tokenizer.json to read the text with")
+        return heldout.windows(text, self.model.tokenizer, self.recipe.context)
+
+    def _calibration_inputs(self) -> dict[str, str]:
+        text = self.recipe.calibration
+        if text is None:
+            return {}
+        return {"calibration text": digest.of({"text": heldout.read_text(text), "tokens": text.tokens})}
+
+    def _text_digest(self) -> str:
+        return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
+
+    def import_inputs(self, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the import of a point, by name."""
+        choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
+        own = choices.get("kernel") == "own"
+        if not own:
+            for name in ("work_groups", "row_tile", "row_reads"):
+                choices.pop(name, None)  # it says nothing then, and targets without it share the import
+        features = [f for f in FEATURES if f in self.target.requires] if own else []
+        subgroup = self.target.subgroup if own else 0
+        return {
+            "model": self.model.digest,
+            "context": self.recipe.context,
+            "batch": self.recipe.batch,
+            "choices": choices,
+            "features": features,
+            "importer": self.toolchain.importer,
+            **({"subgroup": subgroup} if subgroup else {}),
+            **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
+        }
+
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the compile of a program at a point, by name."""
+        return compile_inputs(program.module, self.target, self.space.level(point, "codegen"), self.toolchain.compiler)
+
+    def variant(self, program: Program, point: Point) -> Variant:
+        """Return the variant a point makes of a program."""
+        return Variant(program, self.target, point, self.toolchain)
+
+
+def make_job(
+    recipe: Recipe,
+    target: Target,
+    pinned: dict[str, str],
+    machine: Machine,
+    toolchain: Toolchain,
+    force: bool,
+    answers: Answers | None = None,
+    remote: Remote | None = None,
+) -> Job:
+    """Return the job of a recipe on a target that may still be called `host`.
+
+    Raises:
+        InputError: what is wrong with the model, the target, a knob or the calibration text.
+    """
+    if recipe.calibration:
+        heldout.check_apart(recipe.calibration, recipe.quality)
+    model = find_model(recipe.model, recipe.context)
+    resolved = resolve(target, answers)
+    facts = read_facts(model.folder / "config.json")
+    refused = refusals(resolved, facts, heldout.uncalibrated(recipe, model.tokenizer, facts.decoder.vocabulary))
+    space = space_for(resolved, recipe, pinned, machine.cores, refused)
+    declared = space_for(resolved, recipe, {}, machine.cores, refused) if pinned else space
+    limits = Limits()
+    return Job(
+        recipe,
+        resolved,
+        space,
+        model,
+        machine,
+        toolchain,
+        limits,
+        force=force,
+        remote=remote,
+        declared=declared,
+        refused=refused,
+    )
+
+
+def _calibrated(choices: Mapping[str, str]) -> bool:
+    """Say whether an import needs calibration text."""
+    return any(choices.get(knob) == value for knob, value in CALIBRATED.items())

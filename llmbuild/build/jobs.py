@@ -1,0 +1,116 @@
+"""The jobs of a request: each recipe on each target, checked and told of before anything is done."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmbuild import digest
+from llmbuild.build import toolchain
+from llmbuild.build.freshness import recognized
+from llmbuild.build.job import Job, make_job
+from llmbuild.build.request import BuildRequest
+from llmbuild.build.targets import find_target, highest_target
+from llmbuild.catalog.known import Known, name_of
+from llmbuild.catalog.place import exists
+from llmbuild.compiler.resolved import Answers
+from llmbuild.errors import InputError
+from llmbuild.runtime import host
+from llmbuild.search.knobs.space import for_cpus, with_tuning
+from llmbuild.spec.files.reader import read_recipe
+from llmbuild.spec.recipe import Budget, Recipe
+from llmbuild.spec.target import HOST
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.remote import Remote
+
+
+def jobs_of(request: BuildRequest) -> list[Callable[[], Job]]:
+    """Return one way to make a job for each recipe on each target; what is wrong is told when it is called.
+
+    Of two recipes of one name that ask for different things, the second is refused: one would take the other's place.
+    """
+    remote = remote_of(request)
+    names = request.targets or (HOST,)
+    taken: dict[tuple[str, str], tuple[Path, str]] = {}
+
+    def make(path: Path, target: str) -> Job:
+        job = job_of(path, target, request, remote)
+        place = (job.recipe.name, job.registered.target_digest)
+        other, asked = taken.setdefault(place, (path, job.ranking))
+        if other != path and asked != job.ranking:
+            raise InputError(
+                f"{path}: `name: {job.recipe.name}` is that of {other} too, which asks for other things: "
+                "give one of them another name"
+            )
+        return job
+
+    return [partial(make, path, name) for path in request.recipes for name in names]
+
+
+def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None = None) -> Job:
+    """Return the job of a recipe on a target.
+
+    Raises:
+        InputError: what is wrong with the recipe, the target, the model or a pin.
+    """
+    pinned = dict(request.pins)
+    recipe = read_recipe(path)
+    if request.random_init and not recipe.model.random_init:
+        # another name, so that a shape's speed never takes the place of a real model's front
+        recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
+    recipe = replace(recipe, sampler=request.sampler or recipe.sampler)
+    answers, tools, force = answers_of(request), toolchain.current(), request.force
+    if remote is None:
+        named = find_target(target)
+        if left_out := for_cpus(recipe, named):
+            tell_once(f"{recipe.name}: {named.name} is no CPU, so without its knobs {', '.join(sorted(left_out))}")
+        return _with_notes(make_job(recipe, named, pinned, host.machine(), tools, force, answers))
+    chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
+    return _with_notes(make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote))
+
+
+def remote_of(request: BuildRequest) -> Remote | None:
+    """Return the machine that is measured on; None for this one."""
+    if not request.on:
+        return None
+    from llmbuild.profiler.remote import Remote, place_of
+
+    return Remote(place_of(request.on))
+
+
+def answers_of(request: BuildRequest) -> Answers | None:
+    """Return where the compiler's answers on targets are kept: in the catalog, where there is one."""
+    folder = request.catalog
+    return Answers(folder / "targets", not request.dry_run) if folder and exists(folder) else None
+
+
+def budget_of(recipe: Recipe, request: BuildRequest) -> Budget:
+    """Return the recipe's budget, as far as the request does not say otherwise."""
+    budget = recipe.budget
+    seconds = budget.seconds if request.budget_s is None else request.budget_s
+    return replace(budget, seconds=seconds, trials=request.trials or budget.trials)
+
+
+def with_tunings(job: Job, catalog: Known, request: BuildRequest) -> Job:
+    """Return the job with the configurations of dispatches that won before on its target, in any build."""
+    asked = {*dict(job.recipe.knobs), *dict(request.pins)}
+    won = catalog.tunings(digest.of(job.target.identity()), job.toolchain.compiler)
+    return recognized(replace(job, space=with_tuning(job.space, name_of(won), asked)), catalog)
+
+
+def _with_notes(job: Job) -> Job:
+    """Say what is worth telling of a job before anything is done, once for all targets."""
+    for note in job.notes:
+        tell_once(f"note: {job.recipe.name}: {note}")
+    return job
+
+
+@cache
+def tell_once(text: str) -> None:
+    """Print a line of talk that was not printed yet."""
+    print(text, file=sys.stderr)

@@ -1,0 +1,142 @@
+"""What a build would do and why, without doing it: each step with Fresh, or Stale and the reason by field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmbuild import digest
+from llmbuild.build.freshness import Freshness
+from llmbuild.build.job import Job
+from llmbuild.build.trials import describe
+from llmbuild.catalog.known import Known
+from llmbuild.search.knobs.refusals import Refusal
+from llmbuild.spec.program import Program
+from llmbuild.spec.recipe import Budget, Recipe
+from llmbuild.spec.variant import Artifact
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One step, what it is about, and why it is stale; an empty reason means fresh."""
+
+    step: str
+    what: str
+    reason: str
+    key: str = ""
+
+    def row(self) -> dict[str, Any]:
+        """Return what `-n` prints."""
+        return {
+            "step": self.step,
+            "what": self.what,
+            "state": "stale" if self.reason else "fresh",
+            "reason": self.reason,
+        }
+
+
+STEPS = ("import", "compile", "profile", "search")
+
+
+def until(planned: list[Planned], step: str | None) -> list[Planned]:
+    """Return a plan up to and with a step; the profiling of point 0 stands for that of all."""
+    last = {"profile": "search"}.get(step or "", step or "search")
+    return planned[: STEPS.index(last) + 1]
+
+
+def plan(job: Job, catalog: Known | None, budget: Budget, seed: int) -> list[Planned]:
+    """Return the steps of a build in order; without a catalog yet, all of them are to be done."""
+    zero = describe(job, job.space.default())
+    if catalog is None:
+        reason = "no catalog yet"
+        return [Planned(s, zero, reason) for s in ("import", "compile", "profile")] + [_search(0, budget, reason)]
+    default = job.space.default()
+    changed = changes(job, catalog)
+    import_key, compile_key = digest.of(job.import_inputs(default)), ""
+    program = catalog.find_import(import_key)
+    if program:
+        compile_key = digest.of(job.compile_inputs(program, default))
+    artifact = catalog.find_compile(compile_key) if program else None
+    if job.force:
+        return [Planned(s, zero, FORCED) for s in STEPS[:3]] + [_search(0, budget, FORCED)]
+    look = Freshness(job, catalog, budget, seed)
+    search, known = look.plan(), look.finished
+    if changed and not known:
+        search = changed
+    return [
+        Planned("import", zero, "" if program else changed or "never imported", import_key),
+        Planned("compile", zero, _compile_reason(program, artifact), compile_key),
+        Planned("profile", zero, "" if any(f.is_default for f in known) else changed or "never measured", job.scope),
+        _search(sum(not f.reused for f in known), budget, search),
+    ]
+
+
+FORCED = "-B asks for it"
+
+
+def left_out(recipe: Recipe, refused: Sequence[Refusal]) -> list[Refusal]:
+    """Return what a model rules out of what a recipe leaves open."""
+    said = dict(recipe.knobs)
+    open_ = [r for r in refused if r.value in said.get(r.knob, (r.value,))]
+    return [r for r in open_ if all(value in said.get(knob, (value,)) for knob, value in r.beside)]
+
+
+def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:
+    if program is None:
+        return "its program is stale"
+    return "" if artifact else "never compiled with these flags and this compiler"
+
+
+def explained(job: Job, catalog: Known | None) -> dict[str, list[Any]]:
+    """Return each field of the key that differs from the latest build of this recipe: what it was and what it is."""
+    earlier = catalog.last_inputs(job.recipe.name) if catalog else []
+    if not earlier or job.scope_inputs in earlier:
+        return {}
+    was, mine = _by_field(job, catalog, earlier[0])
+    return {name: [_field(was, name), _field(mine, name)] for name in sorted(_differing(mine, was))}
+
+
+def _by_field(job: Job, catalog: Known | None, earlier: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a build was keyed by and what it is keyed by, with machines by field instead of by digest."""
+    was, mine = earlier, job.scope_inputs
+    there = catalog.machine(str(earlier.get("machine"))) if catalog else None
+    if there is None or there == job.machine:
+        return was, mine
+    return {**was, "machine": there.fields()}, {**mine, "machine": job.machine.fields()}
+
+
+def _field(inputs: dict[str, Any], name: str) -> Any:
+    """Return a field by its dotted name; field names themselves hold no dots."""
+    found: Any = inputs
+    for part in name.split("."):
+        found = found.get(part) if isinstance(found, dict) else None
+    return found
+
+
+def changes(job: Job, catalog: Known) -> str:
+    """Return which fields differ from the latest build of this recipe; empty when one had the very same."""
+    mine = job.scope_inputs
+    earlier = catalog.last_inputs(job.recipe.name)
+    if not earlier:
+        return "never built"
+    if any(inputs == mine for inputs in earlier):
+        return ""
+    was, mine = _by_field(job, catalog, earlier[0])
+    fields = sorted(_differing(mine, was))
+    return "changed: " + ", ".join(fields)
+
+
+def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+    found = []
+    for name in {*a, *b}:
+        left, right = a.get(name), b.get(name)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found += _differing(left, right, f"{prefix}{name}.")
+        elif left != right:
+            found.append(prefix + name)
+    return found
+
+
+def _search(known: int, budget: Budget, reason: str) -> Planned:
+    return Planned("search", f"{known} of {budget.trials} trials known", reason)

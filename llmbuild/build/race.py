@@ -1,0 +1,61 @@
+"""The race: the survivors of a search are measured once more, all of them and the baseline in every round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from llmbuild.build.evaluate import Evaluator
+from llmbuild.build.events import Event
+from llmbuild.build.trials import rank, scoped
+from llmbuild.profiler.protocol import Subject
+from llmbuild.search.front import contenders
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.trial import FRONT, Trial
+from llmbuild.spec.variant import Failure
+
+if TYPE_CHECKING:
+    from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+
+RACERS = 8
+"""Survivors in the final race at most: each one is a live process."""
+
+
+def race(evaluator: Evaluator) -> None:
+    """Measure the survivors in interleaved rounds, and let the new readings take the place of the old ones."""
+    results, tell = evaluator.results, evaluator.tell
+    alive = {s.variant for s in results.stand() if s.status in FRONT}
+    able = [*results.known, *filter(results.reproducible, results.other_trials)]
+    ranked = sorted(able, key=lambda t: rank(t, results.job.recipe.objectives[0]))
+    racers = [t for t in ranked if t.variant in alive][:RACERS]
+    subjects = [s for s in map(evaluator.subject, racers) if s]
+    if len(subjects) < 2:
+        return
+    total = evaluator.budget.trials
+    tell(Event("race", f"{len(subjects)} survivors in interleaved rounds", results.evaluations, total))
+    begin = monotonic()
+    with results.catalog.measuring():
+        bench = evaluator.bench(baseline=True)
+        if isinstance(bench, Failure):
+            return
+        _run(evaluator, bench, subjects, able)
+    results.read_again()
+    results.stand()
+    tell(Event("front", "kept", results.evaluations, total, monotonic() - begin))
+
+
+def _run(evaluator: Evaluator, bench: Bench | RemoteBench, subjects: Sequence[Subject], able: Sequence[Trial]) -> None:
+    results, job = evaluator.results, evaluator.job
+    keys = {(m.variant, m.workload.name): m.key for trial in able for m in trial.measurements}
+
+    def left(measured: Sequence[Measurement], reach: float) -> set[str]:
+        return contenders(results.all, measured, job.recipe.objectives, reach)
+
+    for measured in bench.race(subjects, left):
+        for one in measured:
+            known = keys.get((one.variant, one.workload.name))
+            kept = replace(one, key=known) if known else scoped(one, job.scope)
+            results.catalog.update_measurement(job.scope, kept)

@@ -1,0 +1,171 @@
+"""The stages wired to a catalog: each step looks for what was made before, makes it if need be, and records it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from llmbuild.build.compiling import Compiling
+from llmbuild.build.imports import Imports
+from llmbuild.build.job import Job
+from llmbuild.compiler import iree
+from llmbuild.digest import plain
+from llmbuild.profiler.protocol import Quality, Subject
+from llmbuild.spec.formats import INTEGERS, SAME, SHARED
+from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.program import Program
+from llmbuild.spec.space import Point
+from llmbuild.spec.trial import Trial
+from llmbuild.spec.variant import Artifact, Failure
+
+if TYPE_CHECKING:
+    from llmbuild.catalog.writer import Catalog
+    from llmbuild.profiler.bench import Bench
+    from llmbuild.profiler.remote import RemoteBench
+    from llmbuild.profiler.roofline import Roofline
+
+T = TypeVar("T")
+
+ROOFLINE_S = 3.0
+"""Seconds spent on measuring a machine's limits, once."""
+
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
+"""Allowed error of logits against PyTorch on the same weights, over their root mean square."""
+
+
+class Steps:
+    """The steps of one job on one catalog."""
+
+    def __init__(self, job: Job, catalog: Catalog) -> None:
+        self.job, self.catalog = job, catalog
+        self.registered = job.registered
+        self._fresh: set[str] = set()
+        self._bench: Bench | RemoteBench | None = None
+        self.imports = Imports(job, catalog, self._forced)
+        self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
+
+    # --- import --------------------------------------------------------------------------------------------------
+
+    def import_inputs(self, point: Point) -> dict[str, Any]:
+        """Return everything that goes into the import of a point, by name."""
+        return self.job.import_inputs(point)
+
+    def import_(self, point: Point) -> Program | Failure:
+        """Return the program of a point, from the catalog or a child process.
+
+        What does not go with the model at this point alone is a failure.
+
+        Raises:
+            InputError: the model itself cannot be taken.
+        """
+        return self.imports.program(point)
+
+    def reference(self) -> Quality | Failure:
+        """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
+        return self.imports.reference()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the library said of the model while it was imported, each thing once."""
+        return tuple(self.imports.notes)
+
+    def _forced(self, name: str) -> bool:
+        """Under `-B`, say yes once for each thing, so that a rebuild makes it again but only once."""
+        if not self.job.force or name in self._fresh:
+            return False
+        self._fresh.add(name)
+        return True
+
+    # --- compile -------------------------------------------------------------------------------------------------
+
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+        """Return everything that goes into a compile, by name."""
+        return self.job.compile_inputs(program, point)
+
+    def compile(self, program: Program, point: Point) -> Artifact | Failure:
+        """Return the artifact of a point, from the catalog or the compiler."""
+        return self.compiling.compile(program.module, self.job.space.level(point, "codegen"))
+
+    # --- profile -------------------------------------------------------------------------------------------------
+
+    def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
+        """Return what the profiler needs to know of a variant."""
+        job, blobs, values = self.job, self.catalog.blobs, point.as_dict()
+        formats = (str(values[knob]) for knob in ("weight_format", "head_format", "kv_dtype"))
+        loosest = max(TOLERANCE[name] for name in formats if name != SAME)
+        return Subject(
+            variant=job.variant(program, point).digest,
+            artifact=artifact.digest,
+            artifact_path=blobs.path(artifact.digest),
+            parameters_path=blobs.path(program.parameters),
+            check_path=blobs.path(program.check),
+            abi=plain(program.abi),
+            driver=str(values["driver"]),
+            workers=int(values["workers"]),
+            tolerance=loosest,
+            parameter_bytes=blobs.path(program.parameters).stat().st_size,
+            meters=job.target.meters,
+            integer=str(values["weight_format"]).startswith("int"),
+        )
+
+    def bench(self, quality: Quality) -> Bench | RemoteBench:
+        """Return the meter, made on first use."""
+        if self._bench is None:
+            self._bench = self._meter(quality)
+        return self._bench
+
+    def _meter(self, quality: Quality) -> Bench | RemoteBench:
+        from llmbuild.profiler.bench import Bench
+        from llmbuild.profiler.remote import RemoteBench
+
+        job, limits = self.job, self.roofline()
+        if job.remote is not None:
+            compiler = job.toolchain.compiler
+            return RemoteBench(job.remote, job.recipe.workloads, quality, job.protocol, limits, job.target, compiler)
+        return Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol, limits)
+
+    def roofline(self) -> Roofline | None:
+        """Return what this machine's CPU can do at most, measured once; None where that failed or it was busy.
+
+        Of a GPU it is not known: the kernels that reach a limit are written for CPUs.
+        """
+        from llmbuild.profiler import roofline
+
+        if not self.job.target.is_cpu:
+            return None
+        machine = self.registered.machine_digest
+        known = self.catalog.find_limits(machine)
+        if known is not None:
+            return roofline.from_body(known)
+        measure = self.job.remote.roofline if self.job.remote is not None else roofline.measure
+        found = measure(self._compile_limits, ROOFLINE_S)
+        if isinstance(found, Failure):
+            self.catalog.record_failure(self.job.recipe.name, None, found)
+            return None
+        if any(note.startswith("noise") for note in found.notes):
+            return None  # a limit read on a busy machine would flatter every variant; the next build tries again
+        self.catalog.record_limits(machine, found)
+        return found
+
+    def _compile_limits(self, source: Path, output: Path) -> Failure | None:
+        plainly = {**self.job.space.level(self.job.space.default(), "codegen"), "opt_level": "O2"}
+        return iree.compile_module(source, output, self.job.target, plainly, self.job.limits)
+
+    def close(self) -> None:
+        """End what still runs."""
+        if self._bench is not None:
+            self._bench.close()
+
+    def equal(self, subject: Subject, known: list[Trial]) -> tuple[Measurement, ...] | None:
+        """Return the measurements of a known variant with the same bytes and settings, adopted for this one."""
+        from llmbuild.profiler.bench import adopt
+
+        for trial in known:
+            same = trial.artifact == subject.artifact and trial.measurements and trial.variant != subject.variant
+            settings = (trial.point["driver"], trial.point["workers"])
+            if same and settings == (subject.driver, subject.workers) and self._same_weights(trial, subject):
+                return tuple(adopt(m, subject) for m in trial.measurements)
+        return None
+
+    def _same_weights(self, trial: Trial, subject: Subject) -> bool:
+        return bool(trial.program) and self.catalog.parameters_of(str(trial.program)) == subject.parameters_path.name

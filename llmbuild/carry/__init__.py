@@ -1,0 +1,1 @@
+"""Measuring elsewhere: variants packed into a folder here, and measured there."""

@@ -1,0 +1,95 @@
+"""What the commands that read, run and pull are asked for; `build/request.py` has what a build is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What decides which variant is taken: bounds such as `tpot_s<=0.02`, what to improve, and of which rows."""
+
+    slo: tuple[str, ...] = ()
+    objective: str | None = None
+    target: str | None = None
+    workload: str | None = None
+
+
+@dataclass(frozen=True)
+class Trust:
+    """Whose publications are opened: public keys or folders of them, and whether unsigned ones are."""
+
+    keys: tuple[str, ...] = ()
+    allow_unsigned: bool = False
+
+
+@dataclass(frozen=True)
+class QueryRequest:
+    """Rows of a catalog; with `everything` those that are on no front too."""
+
+    catalog: Path
+    model: str | None = None
+    selection: Selection = Selection()
+    everything: bool = False
+
+
+@dataclass(frozen=True)
+class PickRequest:
+    """One variant for this host, or for a host with another CPU."""
+
+    catalog: Path
+    model: str | None = None
+    selection: Selection = Selection()
+    cpu: str | None = None
+    lock: Path | None = None
+    trust: Trust = Trust()
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """The variant to open: the one that a lock or a digest names, or else the one that is picked."""
+
+    catalog: Path
+    model: str
+    selection: Selection = Selection()
+    variant: str | None = None
+    lock: Path | None = None
+    fallback: bool = False
+    trust: Trust = Trust()
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer is drawn from a model, and where it ends."""
+
+    max_new_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
+    stop: tuple[str, ...]
+    add_special_tokens: bool
+
+
+@dataclass(frozen=True)
+class StudyRequest:
+    """The searches of a model, of one target if it is named, and the storage of Optuna's that they are added to."""
+
+    catalog: Path
+    model: str
+    storage: str
+    target: str | None = None
+    objectives: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class PullRequest:
+    """What to fetch of a publication: what is picked on this host, of these models, or everything."""
+
+    source: str
+    catalog: Path
+    models: tuple[str, ...] = ()
+    selection: Selection = Selection()
+    everything: bool = False
+    trust: Trust = Trust()

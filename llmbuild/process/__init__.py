@@ -1,0 +1,1 @@
+"""Tools in child processes: started apart from the caller, limited, and why they failed."""

@@ -1,0 +1,166 @@
+"""Our sampler, as Optuna takes one: the point that is expected to add most to the volume of the front.
+
+It reads the trials of a study: their point (`POINT` of the user attributes), values and constraints. Values are losses,
+logarithms where the metric is positive; lower is better.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution
+from optuna.samplers import BaseSampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+
+from llmbuild.search import surrogate
+from llmbuild.search.candidates import Candidates
+from llmbuild.search.hypervolume import expected_gain, nondominated
+from llmbuild.search.losses import Interest, Losses
+from llmbuild.spec.space import Point, Space
+
+Prior = Callable[[Sequence[Point]], Any]
+
+POINT = "point"
+"""The user attribute of a trial that has every knob of its point, those too that no distribution has."""
+
+FEASIBLE = "feasible"
+"""The constraint of a trial: above 0 where its point failed or breaks a bound."""
+
+
+class FrontSampler(BaseSampler):
+    """The point that is expected to add most to the front's volume, by a Gaussian process over choices.
+
+    Independent processes predict the losses, and one more whether a point will be feasible. Points under way count as
+    if they had come out as expected. With a `prior`, which predicts losses f64[P,D] relative to point 0's from other
+    studies, the processes are about what it gets wrong.
+    """
+
+    MARGIN = 0.1
+    """How far beyond the worst loss of the front the volume reaches, in logarithms."""
+
+    LEAST = 2
+    """Feasible points below which one is drawn at random: a process through fewer says nothing."""
+
+    def __init__(self, space: Space, interest: Interest, seed: int, prior: Prior | None = None) -> None:
+        self.space, self.interest, self.objectives, self.prior = space, interest, len(interest), prior
+        self._random = random.Random(seed)
+        self._candidates = Candidates(space, self._random)
+        values = {k.name: dict.fromkeys((*k.domain, k.default)) for k in space.knobs}
+        self._codes = {name: {v: i for i, v in enumerate(of)} for name, of in values.items() if len(of) > 1}
+        self._parameters: dict[int, Any] = {}
+
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        """Return the knobs that vary: all of them are chosen together."""
+        return {k.name: CategoricalDistribution(k.domain) for k in self.space.knobs if len(k.domain) > 1}
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        """Return the most promising point that no trial of the study has; nothing where every one was tried."""
+        if POINT in trial.user_attrs:  # an initial point: its values are fixed
+            return {}
+        told, under_way = _trials_of(study)
+        point = self.choose(told, under_way)
+        return {} if point is None else {name: value for name, value in point.values if name in search_space}
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        """Return a value at random: only asked for where nothing is left to choose."""
+        assert isinstance(param_distribution, CategoricalDistribution)
+        return self._random.choice(param_distribution.choices)
+
+    def choose(self, told: Mapping[Point, Losses | None], under_way: Sequence[Point]) -> Point | None:
+        """Return the most promising unknown point, given the losses of those that are known, None for infeasible."""
+        good = {p: losses for p, losses in told.items() if losses is not None}
+        least = 1 if self.prior else self.LEAST
+        if len(good) < least:
+            return self._candidates.any({*told, *under_way})
+        return self._best(good, told, under_way)
+
+    def _best(
+        self, good: Mapping[Point, Losses], told: Mapping[Point, Losses | None], under_way: Sequence[Point]
+    ) -> Point | None:
+        known = {*told, *under_way}
+        losses = np.array(list(good.values()))
+        front = nondominated(losses)
+        rows = {tuple(row) for row in front}
+        unknown = self._candidates.unknown(known, [p for p, y in good.items() if y in rows])
+        if not unknown:
+            return self._candidates.any(known)
+        mean, spread = self._predict(list(good), losses, [*unknown, *under_way])
+        reference = self._reference(front, good.get(self.space.default()))
+        reached = thinned(np.vstack([front, mean[len(unknown) :]]))
+        gain = expected_gain(mean[: len(unknown)], spread[: len(unknown)], reached, reference)
+        gain = gain * self._feasible(told, self._coded(unknown))
+        best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
+        return unknown[self._random.choice(best.tolist())]
+
+    def _predict(self, known: Sequence[Point], losses: Any, asked: Sequence[Point]) -> tuple[Any, Any]:
+        means, spreads = [], []
+        every = [*known, *asked]
+        expected = self.prior(every) if self.prior else np.zeros((len(every), self.objectives))
+        codes, rows = self._coded(asked), self._coded(known)
+        for d in range(self.objectives):
+            wrong = losses[:, d] - expected[: len(known), d]
+            process, self._parameters[d] = surrogate.fit(rows, wrong, self._parameters.get(d))
+            mean, spread = process.predict(codes)
+            means.append(mean + expected[len(known) :, d])
+            spreads.append(spread)
+        return np.stack(means, -1), np.stack(spreads, -1)
+
+    def _reference(self, front: Any, zero: Losses | None) -> Any:
+        """Return where the volume ends, f64[D]: at what is of interest; without a point 0, a bit beyond the front."""
+        if zero is None:
+            return front.max(0) + self.MARGIN
+        return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
+
+    def _feasible(self, told: Mapping[Point, Losses | None], asked: Any) -> Any:
+        """Return the probability f64[P] that a point can be made and breaks no bound."""
+        labels = np.array([1.0 if losses is not None else 0.0 for losses in told.values()])
+        if labels.all():
+            return np.ones(len(asked))
+        process, self._parameters[-1] = surrogate.fit(self._coded(list(told)), labels, self._parameters.get(-1))
+        return np.clip(process.predict(asked)[0], 0.01, 1.0)
+
+    def _coded(self, points: Sequence[Point]) -> Any:
+        """Return i64[P,K]: a number for each value of each knob that has several; one from elsewhere gets its own."""
+        rows = []
+        for point in points:
+            values = point.as_dict()
+            rows.append([code.setdefault(values[name], len(code)) for name, code in self._codes.items()])
+        return np.array(rows, dtype=np.int64).reshape(len(points), len(self._codes))
+
+
+def _trials_of(study: Study) -> tuple[dict[Point, Losses | None], list[Point]]:
+    """Return the losses of the points that are known, None for infeasible ones, and the points under way."""
+    told: dict[Point, Losses | None] = {}
+    under_way = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
+        if POINT not in trial.user_attrs:
+            continue  # the trial that is being asked for
+        point = Point.of(trial.user_attrs[POINT])
+        if trial.state == TrialState.RUNNING:
+            under_way.append(point)
+        elif trial.constraints.get(FEASIBLE, 0.0) > 0:
+            told[point] = None
+        else:
+            told[point] = tuple(trial.values)
+    return told, under_way
+
+
+CELLS = 6000
+"""Boxes that the room beside a front is cut into, at most."""
+
+
+def thinned(front: Any) -> Any:
+    """Return a front f64[N,D] with so few rows that the room beside it can be cut up: its ends, and evenly between."""
+    most = max(2, int(CELLS ** (1 / max(1, front.shape[1] - 1))))
+    if len(front) <= most:
+        return front
+    ordered = front[np.argsort(front[:, 0])]
+    return ordered[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))]

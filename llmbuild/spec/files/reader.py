@@ -1,0 +1,405 @@
+"""Strict YAML into Recipe and Target: unknown and duplicate keys refused, every error with file, line and key path.
+
+The only module of `spec` that reads files; only `build` and `cli` reach it, so that the loader needs neither
+YAML (ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (pydantic: every error at once).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.constructor import DuplicateKeyError
+from ruamel.yaml.error import MarkedYAMLError, YAMLError
+
+from llmbuild.errors import InputError
+from llmbuild.spec import recipe as nouns
+from llmbuild.spec.slo import METRICS, Bound, parse_bound
+from llmbuild.spec.space import Value
+from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, VULKAN, Backend, Target
+from llmbuild.spec.workload import Workload
+
+_DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
+_UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+
+MAX_FILE_BYTES = 1 << 20
+"""A recipe or target larger than this is refused unread: it is not one."""
+MAX_BATCH = 256
+"""Sequences that are answered together at most."""
+
+
+def seconds(text: Any) -> float:
+    """Return the seconds in `90`, `90s`, `20m` or `1h`.
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = _DURATION.fullmatch(str(text).strip())
+    if not match or isinstance(text, bool):
+        raise ValueError(f"{text!r} is not a duration: write 90s, 20m or 1h")
+    found = float(match[1]) * _UNIT[match[2]]
+    if not math.isfinite(found):
+        raise ValueError("a duration of so many digits is not finite")
+    return found
+
+
+def _bound(text: Any) -> Bound:
+    if not isinstance(text, str):
+        raise ValueError(f"{text!r} is not a bound: write METRIC<=NUMBER")
+    try:
+        return parse_bound(text)
+    except InputError as error:
+        raise ValueError(str(error)) from error
+
+
+def _metric(name: Any) -> str:
+    if name not in METRICS:
+        raise ValueError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
+    return str(name)
+
+
+def _backend(name: Any) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
+    return str(name)
+
+
+_ALSO = {**dict.fromkeys(BACKENDS, ()), LLVM_CPU: ("local-sync",)}
+"""Devices of a backend that are not its first choice."""
+
+_Bound = Annotated[Bound, BeforeValidator(_bound)]
+_Seconds = Annotated[float, BeforeValidator(seconds)]
+_MetricName = Annotated[str, BeforeValidator(_metric)]
+_BackendName = Annotated[str, BeforeValidator(_backend)]
+_Feature = Annotated[str, Field(pattern=r"^[+-][A-Za-z0-9._-]+$")]
+_Positive = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
+
+
+_YAML_FAULTS = (
+    YAMLError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RecursionError,
+)
+"""What ruamel.yaml raises on text that is not YAML: its own errors, and on odd tags and merges the builtin ones."""
+
+_M = TypeVar("_M", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
+
+
+class _Model(_Strict):
+    huggingface: str = Field(min_length=1)
+    random_init: Annotated[bool, Field(strict=True)] = False
+    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
+
+
+class _Workload(_Strict):
+    name: str = Field(pattern=f"^{_NAME}$")
+    prompt: _Positive
+    output: _Positive
+    context: _Positive | None = None
+    batch: Annotated[int, Field(ge=1, le=MAX_BATCH, strict=True)] = 1
+    seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Workload:
+        if self.context is not None and self.context < self.prompt + self.output:
+            raise ValueError(f"context {self.context} is smaller than prompt + output = {self.prompt + self.output}")
+        return self
+
+
+class _Text(_Strict):
+    stdlib: tuple[str, ...] = ()
+    file: str = ""
+
+    @model_validator(mode="after")
+    def _one(self) -> _Text:
+        if bool(self.stdlib) == bool(self.file):
+            raise ValueError("name either `stdlib` modules or one `file`")
+        return self
+
+
+class _Quality(_Strict):
+    text: _Text | None = None
+    tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 512
+    bounds: tuple[_Bound, ...] = ()
+
+
+class _Calibration(_Strict):
+    text: _Text
+    tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 4096
+
+
+class _Budget(_Strict):
+    trials: _Positive = 12
+    time: _Seconds = 1200.0
+
+
+class _Recipe(_Strict):
+    name: str | None = Field(default=None, pattern=f"^{_NAME}$")
+    model: _Model
+    workloads: tuple[_Workload, ...] = Field(min_length=1)
+    objectives: tuple[_MetricName, ...] = Field(default=("tpot_s", "ttft_s", "quality_kl"), min_length=1)
+    constraints: tuple[_Bound, ...] = ()
+    quality: _Quality = _Quality()
+    calibration: _Calibration | None = None
+    budget: _Budget = _Budget()
+    sampler: nouns.Sampler = "auto"
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> _Recipe:
+        names = [w.name for w in self.workloads]
+        if len(set(names)) != len(names):
+            raise ValueError(f"workloads share a name: {names}")
+        batches = sorted({w.batch for w in self.workloads})
+        if len(batches) > 1:
+            raise ValueError(f"workloads ask for batches of {batches}: an artifact has one; write a recipe for each")
+        return self
+
+
+class _Target(_Strict):
+    name: str | None = Field(default=None, pattern=f"^{_NAME}$")
+    backend: _BackendName
+    arch: str | None = None
+    cpu: str = Field(pattern=f"^{_NAME}$")
+    features: tuple[_Feature, ...] = ()
+    requires: tuple[str, ...] = ()
+    description: str = ""
+    device: str | None = None
+    meters: tuple[str, ...] | None = None
+    attribute: str = ""
+    knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def kind(self) -> Backend:
+        return BACKENDS[self.backend]
+
+    @property
+    def own_meters(self) -> tuple[str, ...]:
+        return () if self.arch == "aarch64" else self.kind.meters  # RAPL is in x86 processors alone
+
+    @field_validator("attribute")
+    @classmethod
+    def _one_line(cls, text: str) -> str:
+        return " ".join(text.split())
+
+    @model_validator(mode="after")
+    def _fits(self) -> _Target:
+        if (self.arch or self.kind.arches[0]) not in self.kind.arches or (self.backend == LLVM_CPU and not self.arch):
+            raise ValueError(f"arch of a {self.backend} target is {' or '.join(self.kind.arches)}")
+        if self.device is not None and self.device.partition("://")[0] not in (self.kind.device, *_ALSO[self.backend]):
+            raise ValueError(f"device {self.device!r} runs no {self.backend} code: name {self.kind.device}")
+        foreign = [m for m in self.meters or () if m not in self.own_meters]
+        if foreign:
+            there = ", ".join(self.own_meters) or "none"
+            raise ValueError(f"meters {', '.join(foreign)} do not read what runs this; those that do: {there}")
+        if self.features and self.backend == CUDA:
+            raise ValueError("features of a cuda target are the knob `ptx`")
+        self._check_attribute()
+        return self
+
+    def _check_attribute(self) -> None:
+        if not self.attribute:
+            return
+        if self.backend not in (CUDA, VULKAN):
+            raise ValueError("attribute is for cuda and vulkan-spirv targets: the compiler names all other chips")
+        start = f'#hal.device.target<"{self.kind.device}", [#hal.executable.target<"{self.backend}", '
+        if not self.attribute.startswith(start):
+            raise ValueError(f"attribute must be a #hal.device.target of one {self.backend} #hal.executable.target")
+        if f'arch = "{self.cpu}"' not in self.attribute:
+            raise ValueError(f'attribute must name the cpu: arch = "{self.cpu}"')
+
+
+def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
+    """Return the recipe in a YAML file; a model location that is a path is taken from the recipe's folder.
+
+    Raises:
+        InputError: every fault of the file at once, each with line and key path.
+    """
+    raw = _read(path, RECIPE_HINT)
+    if "backend" in raw and "model" not in raw:
+        raise InputError(f"{path}: a target, not a recipe: name it with -t")
+    parsed = _validate(_Recipe, raw, path)
+    if parsed.name is None and not path.stem.isprintable():
+        raise InputError(f"{str(path)!a}: its name is no text to call a model by: add `name: NAME` to the recipe")
+    folder = (path.parent / parsed.model.huggingface).resolve()
+    looks_local = (
+        folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
+    )
+    text = parsed.quality.text
+    return nouns.Recipe(
+        name=parsed.name or path.stem,
+        model=nouns.ModelSource(
+            "huggingface",
+            str(folder) if looks_local else parsed.model.huggingface,
+            parsed.model.random_init or random_init,
+            parsed.model.seed,
+        ),
+        workloads=tuple(_workload(w) for w in parsed.workloads),
+        objectives=tuple(parsed.objectives),
+        constraints=tuple(parsed.constraints),
+        quality=nouns.Quality(
+            stdlib=text.stdlib if text else (),
+            file=_relative_to(path, text.file) if text else "",
+            tokens=parsed.quality.tokens,
+            bounds=tuple(parsed.quality.bounds),
+        ),
+        budget=nouns.Budget(parsed.budget.trials, parsed.budget.time),
+        knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
+        calibration=_calibration(parsed.calibration, path),
+        sampler=parsed.sampler,
+    )
+
+
+def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
+    if parsed is None:
+        return None
+    return nouns.Calibration(parsed.text.stdlib, _relative_to(path, parsed.text.file), parsed.tokens)
+
+
+def _relative_to(path: Path, file: str) -> str:
+    """Return the file that a recipe names, taken from the recipe's folder."""
+    return str((path.parent / file).resolve()) if file else ""
+
+
+def read_target(path: Path) -> Target:
+    """Return the target in a YAML file, not yet resolved.
+
+    Raises:
+        InputError: every fault of the file at once.
+    """
+    raw = _read(path)
+    if "model" in raw and "backend" not in raw:
+        raise InputError(f"{path}: a recipe, not a target: it is built for the target that -t names")
+    parsed = _validate(_Target, raw, path)
+    return Target(
+        name=parsed.name or path.stem,
+        backend=parsed.backend,
+        arch=parsed.arch or parsed.kind.arches[0],
+        cpu=parsed.cpu,
+        features=tuple(sorted(parsed.features)),
+        requires=tuple(sorted(parsed.requires)),
+        description=parsed.description,
+        device=parsed.device or parsed.kind.device,
+        meters=parsed.own_meters if parsed.meters is None else parsed.meters,
+        attribute=parsed.attribute,
+        knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
+    )
+
+
+def _workload(w: _Workload) -> Workload:
+    return Workload(w.name, w.prompt, w.output, w.context or w.prompt + w.output, w.batch, w.seed)
+
+
+def _knob_values(name: str, value: Any, raw: Any, path: Path) -> tuple[str, tuple[Value, ...]]:
+    values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not values or any(not isinstance(v, (str, int, bool)) for v in values):
+        raise InputError(f"{path}:{_line(raw, ('knobs', name))} $.knobs.{name}: give one value or a list of values")
+    return name, values
+
+
+EXAMPLE = "{model: {huggingface: FOLDER}, workloads: [{name: chat, prompt: 32, output: 64}]}"
+"""The shortest recipe."""
+RECIPE_HINT = f"a recipe is a YAML file, at least {EXAMPLE}"
+
+
+def _near(path: Path) -> str:
+    """Return the recipe or target that was probably meant by a name that is no file; empty where none is like it."""
+    there = [each for folder in (path.parent, Path("recipes")) for each in sorted(folder.glob("*.y*ml"))]
+    named = {each.name: each for each in reversed(there)} | {each.stem: each for each in reversed(there)}
+    close = get_close_matches(path.name, list(named), 1, 0.75)
+    return f"; did you mean {named[close[0]]}?" if close else ""
+
+
+def _read(path: Path, hint: str = "") -> Any:
+    text, hint = _text_of(path, hint), f": {hint}" if hint else ""
+    try:
+        raw = YAML(typ="rt").load(text)
+    except DuplicateKeyError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else "?"
+        key = str(error.problem or "").split('"')[1:2]
+        raise InputError(f"{path}:{line} duplicate key {key[0] if key else ''!r}: keep one of the two") from None
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        raise InputError(f"{path}:{mark.line + 1 if mark else '?'} not YAML: {error.problem}") from None
+    except _YAML_FAULTS as error:
+        raise InputError(f"{path}: not YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"{path}: a mapping of keys is expected at the top{hint}")
+    return raw
+
+
+def _text_of(path: Path, hint: str) -> str:
+    try:
+        if path.is_dir():
+            raise InputError(f"{path}: {_about_folder(path)}")
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: not a regular file: copy it into one")
+        if path.stat().st_size > MAX_FILE_BYTES:
+            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe or target is")
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such file{_near(path) or (hint and f': {hint}')}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text: {error}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}") from None
+
+
+def _about_folder(path: Path) -> str:
+    if (path / "config.json").is_file():
+        named = EXAMPLE.replace("FOLDER", json.dumps(str(path.resolve())))
+        return f"a model's folder, not a recipe: write one that names it, at least {named}"
+    return f"a folder, not a file: `llmbuild recipes {shlex.quote(str(path))}` lists its recipes"
+
+
+def _validate(kind: type[_M], raw: Any, path: Path) -> _M:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        faults = error.errors()
+        inner = [f["loc"] for f in faults]
+        # a list whose items are all bad is also told as too short: say only what is wrong with the items
+        told = [f for f in faults if not any(len(x) > len(f["loc"]) and x[: len(f["loc"])] == f["loc"] for x in inner)]
+        lines = [_fault_line(fault, raw, path) for fault in told]
+        raise InputError("\n".join(lines)) from None
+
+
+def _fault_line(fault: Any, raw: Any, path: Path) -> str:
+    where = tuple(fault["loc"])
+    text = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "extra_forbidden":
+        text = "unknown key"
+    elif fault["type"] == "missing":
+        text = "this key is missing"
+    dotted = "$" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where)
+    return f"{path}:{_line(raw, where)} {dotted}: {text}"
+
+
+def _line(raw: Any, where: tuple[int | str, ...]) -> int:
+    """Return the 1-based line of the deepest key of `where` that the file has."""
+    node, line = raw, 1
+    for part in where:
+        marks = getattr(node, "lc", None)
+        try:
+            line = int((marks.key(part) if isinstance(node, dict) else marks.item(part))[0]) + 1  # type: ignore[union-attr]
+            node = node[part]
+        except (KeyError, IndexError, TypeError, AttributeError):
+            break
+    return line

@@ -1,0 +1,184 @@
+"""Formats and calibration: imports of a tiny model compiled with IREE, and quality of the model that ships."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmbuild.errors import InputError
+from llmbuild.frontend import attention, huggingface
+from llmbuild.frontend.calibration import Calibration, read_tokens
+from llmbuild.frontend.formats import Formats
+from llmbuild.frontend.own import OwnHead, PanelEmbedding
+from llmbuild.frontend.program import import_model
+from llmbuild.kernels.head import HeadShape
+from llmbuild.kernels.layouts import FORMATS
+from llmbuild.profiler.heldout import check_apart, windows
+from llmbuild.spec.files.reader import read_recipe
+from llmbuild.spec.formats import INTEGERS
+from llmbuild.spec.program import ImportJob, ImportResult
+from llmbuild.spec.recipe import Calibration as Text
+from llmbuild.spec.recipe import Quality
+from llmbuild.transform.gptq import gptq
+from llmbuild.transform.panels import encode
+from llmbuild.transform.quantized import Quantized, dequantize, quantize
+from llmbuild.transform.weights import from_bf16
+from tests.support import tiny
+from tests.support.artifact import Loaded, compile_file, relative_error
+
+HIDDEN = 64
+"""Columns that every format's layout takes."""
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "pystdlib.yaml"
+CONTEXT = 32
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1, vocab_size=323, intermediate_size=200)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_packed_token_table_is_read_as_the_weights_it_was_made_from(form: str) -> None:
+    shape = HeadShape(HIDDEN, 323, 1e-5, 1, form)
+    dense = np.random.default_rng(0).standard_normal((323, HIDDEN)).astype(np.float32)
+    rounded = encode(form, dense)
+    table = PanelEmbedding(OwnHead(shape, torch.ones(HIDDEN), torch.from_numpy(dense)))
+    if isinstance(rounded, Quantized):
+        expected = dequantize(rounded)
+    else:
+        expected = from_bf16(rounded) if form == "bf16" else rounded.astype(np.float32)
+    assert np.array_equal(expected, table(torch.arange(323)[None])[0].numpy())
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("calibration") / "tokens.npy"
+    np.save(path, np.random.default_rng(0).integers(0, 320, (4, CONTEXT)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def imported(model: Path, tokens: Path) -> Callable[..., ImportResult]:
+    def get(out: Path, **choices: str) -> ImportResult:
+        return import_model(
+            ImportJob(str(model), CONTEXT, choices=tuple(choices.items()), calibration=str(tokens)), out
+        )
+
+    return get
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"weight_format": "int4_g32", "layout": "packed", "head_format": "int4a_g32", "mixed": "sensitive"},
+        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int4_g32"},
+        {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"},
+        {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
+    ],
+    ids=lambda c: "-".join(c.values()),
+)
+def test_an_artifact_computes_what_pytorch_does(
+    imported: Callable[..., ImportResult], tmp_path: Path, choices: dict[str, str]
+) -> None:
+    imported(tmp_path, **choices)
+    loaded = Loaded(tmp_path, compile_file(tmp_path / "module.mlirbc", tmp_path / "m.vmfb", "--iree-opt-level=O2"))
+    with np.load(tmp_path / "check.npz") as data:
+        actual = loaded.forced(data["prompt"][0].tolist(), data["forced"][0].tolist())[:, None]
+        tolerance = 1e-2 if choices.get("kv_dtype") == "int8" else 1e-4  # a code of the cache may round the other way
+        assert relative_error(actual, data["logits"]) < tolerance
+
+
+def test_the_same_calibration_gives_the_same_bytes_and_four_bits_take_half_a_byte(
+    imported: Callable[..., ImportResult], tmp_path: Path
+) -> None:
+    choices = {"weight_format": "int4_g32", "quantization": "gptq", "mixed": "sensitive"}
+    first, again = (imported(tmp_path / name, **choices) for name in ("a", "b"))
+    assert first.program == again.program
+    nearest = imported(tmp_path / "c", weight_format="int4_g32")
+    assert nearest.program.parameters != first.program.parameters
+    assert nearest.parameter_bytes < 0.7 * nearest.program.abi.parameters
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        ({"weight_format": "f16", "quantization": "gptq"}, "rounds weights to integers"),
+        ({"weight_format": "int8", "mixed": "sensitive"}, "weight_format is int8"),
+        ({"weight_format": "int4_g32", "quantization": "gptq"}, "need calibration text"),
+    ],
+)
+def test_choices_that_do_not_go_together_are_refused(
+    model: Path, tmp_path: Path, choices: dict[str, str], told: str
+) -> None:
+    with pytest.raises(InputError, match=told):
+        import_model(ImportJob(str(model), CONTEXT, choices=tuple(choices.items())), tmp_path)
+
+
+def test_calibration_tokens_are_checked(tmp_path: Path) -> None:
+    np.save(tmp_path / "floats.npy", np.ones((2, 4)))
+    (tmp_path / "text.npy").write_text("no array")
+    for name, told in (("floats.npy", "must be i64"), ("text.npy", "cannot be read"), ("none.npy", "cannot be read")):
+        with pytest.raises(InputError, match=told):
+            read_tokens(str(tmp_path / name))
+
+
+def test_calibration_text_must_not_be_the_quality_text(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="heapq is quality text too"):
+        check_apart(Text(("ast", "heapq")), Quality(("heapq",)))
+    copy = tmp_path / "copy.py"
+    copy.write_text(Path(np.__file__).read_text())
+    with pytest.raises(InputError, match="100% of the quality text's lines"):
+        check_apart(Text(file=str(copy)), Quality(file=np.__file__))
+    check_apart(Text(("ast",)), Quality(("heapq",)))
+
+
+@pytest.mark.parametrize("name", ["int8", "int4_g32", "int4a_g64"])
+def test_outputs_are_nearer_than_with_rounding_to_nearest(name: str) -> None:
+    drawn = np.random.default_rng(0)
+    inputs = (drawn.standard_normal((400, 16)) @ drawn.standard_normal((16, 96))).astype(np.float32)
+    dense = drawn.standard_normal((40, 96)).astype(np.float32)
+    fitted, nearest = gptq(dense, inputs.T @ inputs, INTEGERS[name]), quantize(dense, INTEGERS[name])
+    errors = [np.square(inputs @ (dequantize(q) - dense).T).sum() for q in (fitted, nearest)]
+    assert errors[0] < 0.5 * errors[1]
+    assert fitted.scale.shape == nearest.scale.shape
+
+
+def test_inputs_that_never_occur_are_rounded_all_the_same() -> None:
+    dense = np.random.default_rng(0).standard_normal((3, 64)).astype(np.float32)
+    for hessian in (np.zeros((64, 64), np.float32), np.diag(np.repeat([1.0, 0.0], 32)).astype(np.float32)):
+        fitted = gptq(dense, hessian, INTEGERS["int4_g32"])
+        assert np.isfinite(dequantize(fitted)).all()
+        assert np.abs(dequantize(fitted) - dense).max() < 0.7
+
+
+@pytest.mark.skipif(not (RECIPE.parent / "pystdlib" / "model.safetensors").exists(), reason="the model is not here")
+def test_calibration_wins_back_a_good_part_of_what_four_bits_cost() -> None:
+    recipe = read_recipe(RECIPE)
+    assert recipe.calibration
+    attention.register()
+    tokenizer = Path(recipe.model.location) / "tokenizer.json"
+    scored = windows(recipe.quality, tokenizer, 128)
+    calibration = windows(recipe.calibration, tokenizer, 128)
+
+    def fresh() -> torch.nn.Module:
+        return huggingface.load(recipe.model.location, False, 0, attention.NAME)
+
+    kl = {}
+    with torch.inference_mode():
+        exact = Calibration(fresh(), scored).logits(len(scored))
+        for method in ("rtn", "gptq"):
+            model, formats = fresh(), Formats("int4_g64", "int8")
+            formats = Calibration(model, calibration).fitted(formats) if method == "gptq" else formats
+            for name, part in model.named_modules():
+                if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
+                    stored = formats(name, part.weight.numpy())
+                    assert isinstance(stored, Quantized)
+                    part.weight.copy_(torch.from_numpy(dequantize(stored)))
+            now = Calibration(model, scored).logits(len(scored))
+            kl[method] = float((exact.exp() * (exact - now)).sum(-1).mean())
+    assert kl["gptq"] < 0.65 * kl["rtn"]
