@@ -21,6 +21,7 @@ from llmbuild.profiler.meters.meter import Absent, Meter
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import same_minor
 from llmbuild.system import resources
+from llmbuild.system.paths import real
 
 NEEDED = {
     "runtime": ("iree-base-runtime", "numpy", "tokenizers"),
@@ -122,7 +123,7 @@ def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
 
 
 def _disk(catalog: Path) -> dict[str, Any]:
-    whole = catalog.resolve()
+    whole = real(catalog)
     existing = next(p for p in (whole, *whole.parents) if os.path.exists(p))  # noqa: PTH110 - false where not allowed
     free = shutil.disk_usage(existing).free
     if free < 1 << 30:

@@ -23,6 +23,7 @@ from typing import Any
 from llmbuild.errors import CatalogError
 from llmbuild.runtime import machines, reader, trust
 from llmbuild.spec.slo import METRICS, Slo
+from llmbuild.system.paths import real
 
 CATALOGS = 4
 """Catalogs that are kept open for reading at most."""
@@ -122,7 +123,7 @@ def _open(catalog: Path) -> Iterator[_Kept]:
         with reader.opened(catalog) as connection:
             yield _Kept(connection)
         return
-    name = file.resolve()
+    name = real(file)
     try:
         connection = _connection(name)
         connection.execute("BEGIN")  # all of a pick is read from one commit

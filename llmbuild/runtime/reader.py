@@ -18,6 +18,7 @@ from llmbuild.runtime import trust
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
+from llmbuild.system.paths import real
 from llmbuild.system.strict_json import loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
@@ -142,7 +143,7 @@ def _why_unreadable(file: Path) -> str:
 
 
 def _connection(file: Path, mode: str) -> sqlite3.Connection:
-    name = f"{file.resolve().as_uri()}?{mode}"
+    name = f"{real(file).as_uri()}?{mode}"
     connection = sqlite3.connect(name, uri=True, timeout=60, check_same_thread=False)
     try:
         connection.row_factory = sqlite3.Row

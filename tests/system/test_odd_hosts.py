@@ -18,6 +18,7 @@ import pytest
 from llmbuild.catalog.place import FILE
 from llmbuild.errors import CatalogError, InputError, as_our_errors, sentence
 from llmbuild.runtime import reader
+from tests.conftest import llmbuild
 from tests.support.synthetic import THREE, fill
 
 ROOT = Path(__file__).parents[2]
@@ -241,3 +242,13 @@ def test_what_the_system_refuses_is_one_sentence(error: OSError, told: str) -> N
     with pytest.raises(InputError) as raised, as_our_errors():
         raise error
     assert str(raised.value) == sentence(error)
+
+
+@pytest.mark.parametrize(
+    "command", [("doctor",), ("query",), ("verify",), ("pull", "loop"), ("build", "loop"), ("recipes", "loop")]
+)
+def test_a_link_that_leads_to_itself_is_one_message(tmp_path: Path, command: tuple[str, ...]) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    done = llmbuild(*command, *(() if command[0] == "recipes" else ("-C", "loop")), cwd=tmp_path)
+    assert "internal error" not in done.stderr
+    assert done.returncode in ((0,) if command[0] == "doctor" else (1, 2)), done.stdout + done.stderr

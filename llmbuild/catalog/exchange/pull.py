@@ -23,6 +23,7 @@ from llmbuild.runtime.choose import choose, nothing_chosen
 from llmbuild.runtime.model import LOADED, host_facts
 from llmbuild.runtime.trust import Policy, checked, pointer_of, signer
 from llmbuild.spec.slo import Slo
+from llmbuild.system.paths import real
 from llmbuild.system.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = l
         CatalogError, InputError, LoadRefused, NoVariant: what is wrong, where, and what to do.
     """
     local = not is_url(location) or location.lower().startswith("file://")
-    if local and folder_of(location).resolve() == into.resolve():
+    if local and real(folder_of(location)) == real(into):
         raise InputError(f"{location}: is where it would be pulled into: name another folder with -C")
     source = _source(location, rule)
     built = exists(into) and not (into / PUBLISHED_FILE).is_file()

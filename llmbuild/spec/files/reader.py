@@ -25,6 +25,7 @@ from llmbuild.spec.slo import METRICS, Bound, parse_bound
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, VULKAN, Backend, Target
 from llmbuild.spec.workload import Workload
+from llmbuild.system.paths import real
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
 _UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
@@ -238,7 +239,7 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     parsed = _validate(_Recipe, raw, path)
     if parsed.name is None and not path.stem.isprintable():
         raise InputError(f"{str(path)!a}: its name is no text to call a model by: add `name: NAME` to the recipe")
-    folder = (path.parent / parsed.model.huggingface).resolve()
+    folder = real(path.parent / parsed.model.huggingface)
     looks_local = (
         folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
     )
@@ -275,7 +276,7 @@ def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration |
 
 def _relative_to(path: Path, file: str) -> str:
     """Return the file that a recipe names, taken from the recipe's folder."""
-    return str((path.parent / file).resolve()) if file else ""
+    return str(real(path.parent / file)) if file else ""
 
 
 def read_target(path: Path) -> Target:
@@ -364,7 +365,7 @@ def _text_of(path: Path, hint: str) -> str:
 
 def _about_folder(path: Path) -> str:
     if (path / "config.json").is_file():
-        named = EXAMPLE.replace("FOLDER", json.dumps(str(path.resolve())))
+        named = EXAMPLE.replace("FOLDER", json.dumps(str(real(path))))
         return f"a model's folder, not a recipe: write one that names it, at least {named}"
     return f"a folder, not a file: `llmbuild recipes {shlex.quote(str(path))}` lists its recipes"
 
