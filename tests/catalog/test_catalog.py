@@ -143,6 +143,7 @@ def test_documented_queries_run(built: Project) -> None:
     results = [connection.execute(query.replace("pystdlib", "tiny")).fetchall() for query in queries]
     assert len(results) >= 3
     assert results[0]
+    assert f"FROM info`, now {SCHEMA_VERSION})" in text
 
 
 def test_integrity_after_a_build(built: Project) -> None:
