@@ -12,7 +12,7 @@ SHOWN = 12
 """How many of a digest's 64 hex digits people are shown."""
 
 
-def canonical(value: Any) -> str:
+def canonical(value: object) -> str:
     """Return `value` as JSON with sorted keys and no spaces; dataclasses become objects, tuples become lists.
 
     Raises:
@@ -24,7 +24,7 @@ def canonical(value: Any) -> str:
         raise TypeError(f"not canonical: {error}") from error
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> Any:
     """Return `value` in terms of dict, list, str, int, float, bool and None."""
     if is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
@@ -39,7 +39,7 @@ def plain(value: Any) -> Any:
     raise TypeError(f"not canonical: {type(value).__name__}")
 
 
-def of(value: Any) -> str:
+def of(value: object) -> str:
     """Return the digest of a value, 64 hex digits; equal values have equal digests whatever their key order."""
     return of_bytes(canonical(value).encode())
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import isfinite
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild.errors import InputError
 
@@ -17,7 +17,7 @@ LARGEST = 2**32 - 1
 """No token has a greater id in any tokenizer."""
 
 
-def text(name: str, value: Any) -> str:
+def text(name: str, value: object) -> str:
     """Return a text that can be written as UTF-8.
 
     Raises:
@@ -33,7 +33,7 @@ def text(name: str, value: Any) -> str:
     return value
 
 
-def texts(name: str, value: Any) -> list[str]:
+def texts(name: str, value: object) -> list[str]:
     """Return a list of texts.
 
     Raises:
@@ -44,7 +44,7 @@ def texts(name: str, value: Any) -> list[str]:
     return [text(f"{name}[{i}]", one) for i, one in enumerate(value)]
 
 
-def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
+def integer(name: str, value: object, low: int, high: int | None = None) -> int:
     """Return an integer of a range.
 
     Raises:
@@ -59,7 +59,7 @@ def integer(name: str, value: Any, low: int, high: int | None = None) -> int:
     return found
 
 
-def number(name: str, value: Any) -> float:
+def number(name: str, value: object) -> float:
     """Return a finite number.
 
     Raises:
@@ -72,7 +72,7 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
-def tokens(name: str, value: Any, vocabulary: int = LARGEST + 1) -> list[int]:
+def tokens(name: str, value: object, vocabulary: int = LARGEST + 1) -> list[int]:
     """Return a list of token ids.
 
     Raises:
@@ -97,7 +97,7 @@ def inside(name: str, found: NDArray[np.int64], vocabulary: int) -> NDArray[np.i
     return found
 
 
-def integers(name: str, value: Any) -> NDArray[np.int64]:
+def integers(name: str, value: object) -> NDArray[np.int64]:
     """Return an array of integers as i64.
 
     Raises:
@@ -118,7 +118,7 @@ def integers(name: str, value: Any) -> NDArray[np.int64]:
     return found.astype(np.int64, copy=False)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     """Return a value's type by name, and a short one itself."""
     kind = type(value).__name__
     if isinstance(value, (int, float, str, type(None))) and len(repr(value)) <= 40:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
+
+JsonObject = dict[str, Any]
+"""An object that was read: what its names hold, its reader knows from who wrote it, or has to check."""
 
 
 def loads(text: str | bytes) -> Any:
@@ -23,7 +26,7 @@ def loads(text: str | bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
-def _refused(name: str) -> Any:
+def _refused(name: str) -> NoReturn:
     raise ValueError(f"{name} is no JSON")
 
 
@@ -34,16 +37,16 @@ def _finite(text: str) -> float:
     return number
 
 
-def dumps(value: Any, **form: Any) -> str:
+def dumps(value: object, indent: int | None = None) -> str:
     """Return a JSON document in printable ASCII; a number that is not finite is null in it, as what is absent is."""
     try:
-        text = json.dumps(value, allow_nan=False, **form)
+        text = json.dumps(value, allow_nan=False, indent=indent)
     except ValueError:
-        text = json.dumps(finite(value), allow_nan=False, **form)
+        text = json.dumps(finite(value), allow_nan=False, indent=indent)
     return text.replace("\x7f", "\\u007f")  # the one control that JSON lets pass
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> object:
     """Return plain data with None in the place of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None

@@ -12,7 +12,7 @@ import re
 import shlex
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 from ruamel.yaml import YAML
@@ -27,6 +27,9 @@ from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, VULKAN, Backend, Targ
 from llmbuild.spec.workload import Workload
 from llmbuild.system.paths import real
 
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
 _UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -37,7 +40,7 @@ MAX_BATCH = 256
 """Sequences that are answered together at most."""
 
 
-def seconds(text: Any) -> float:
+def seconds(text: object) -> float:
     """Return the seconds in `90`, `90s`, `20m` or `1h`.
 
     Raises:
@@ -52,7 +55,7 @@ def seconds(text: Any) -> float:
     return found
 
 
-def _bound(text: Any) -> Bound:
+def _bound(text: object) -> Bound:
     if not isinstance(text, str):
         raise ValueError(f"{text!r} is not a bound: write METRIC<=NUMBER")
     try:
@@ -61,13 +64,13 @@ def _bound(text: Any) -> Bound:
         raise ValueError(str(error)) from error
 
 
-def _metric(name: Any) -> str:
+def _metric(name: object) -> str:
     if name not in METRICS:
         raise ValueError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
     return str(name)
 
 
-def _backend(name: Any) -> str:
+def _backend(name: object) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
     return str(name)
@@ -161,7 +164,7 @@ class _Recipe(_Strict):
     calibration: _Calibration | None = None
     budget: _Budget = _Budget()
     sampler: nouns.Sampler = "auto"
-    knobs: dict[str, Any] = Field(default_factory=dict)
+    knobs: dict[str, object] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _distinct(self) -> _Recipe:
@@ -185,7 +188,7 @@ class _Target(_Strict):
     device: str | None = None
     meters: tuple[str, ...] | None = None
     attribute: str = ""
-    knobs: dict[str, Any] = Field(default_factory=dict)
+    knobs: dict[str, object] = Field(default_factory=dict)
 
     @property
     def kind(self) -> Backend:
@@ -308,7 +311,7 @@ def _workload(w: _Workload) -> Workload:
     return Workload(w.name, w.prompt, w.output, w.context or w.prompt + w.output, w.batch, w.seed)
 
 
-def _knob_values(name: str, value: Any, raw: Any, path: Path) -> tuple[str, tuple[Value, ...]]:
+def _knob_values(name: str, value: object, raw: object, path: Path) -> tuple[str, tuple[Value, ...]]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values or any(not isinstance(v, (str, int, bool)) for v in values):
         raise InputError(f"{path}:{_line(raw, ('knobs', name))} $.knobs.{name}: give one value or a list of values")
@@ -328,7 +331,7 @@ def _near(path: Path) -> str:
     return f"; did you mean {named[close[0]]}?" if close else ""
 
 
-def _read(path: Path, hint: str = "") -> Any:
+def _read(path: Path, hint: str = "") -> dict[object, object]:
     text, hint = _text_of(path, hint), f": {hint}" if hint else ""
     try:
         raw = YAML(typ="rt").load(text)
@@ -370,7 +373,7 @@ def _about_folder(path: Path) -> str:
     return f"a folder, not a file: `llmbuild recipes {shlex.quote(str(path))}` lists its recipes"
 
 
-def _validate(kind: type[_M], raw: Any, path: Path) -> _M:
+def _validate(kind: type[_M], raw: object, path: Path) -> _M:
     try:
         return kind.model_validate(raw)
     except ValidationError as error:
@@ -382,7 +385,7 @@ def _validate(kind: type[_M], raw: Any, path: Path) -> _M:
         raise InputError("\n".join(lines)) from None
 
 
-def _fault_line(fault: Any, raw: Any, path: Path) -> str:
+def _fault_line(fault: ErrorDetails, raw: object, path: Path) -> str:
     where = tuple(fault["loc"])
     text = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "extra_forbidden":
@@ -393,9 +396,10 @@ def _fault_line(fault: Any, raw: Any, path: Path) -> str:
     return f"{path}:{_line(raw, where)} {dotted}: {text}"
 
 
-def _line(raw: Any, where: tuple[int | str, ...]) -> int:
+def _line(raw: object, where: tuple[int | str, ...]) -> int:
     """Return the 1-based line of the deepest key of `where` that the file has."""
-    node, line = raw, 1
+    node: Any = raw
+    line = 1
     for part in where:
         marks = getattr(node, "lc", None)
         try:
