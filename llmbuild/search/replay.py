@@ -13,16 +13,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 
 from llmbuild.search.hypervolume import hypervolume, nondominated
 from llmbuild.search.losses import Interest, Losses, interest, loss
 from llmbuild.search.study import Study
+from llmbuild.search.surrogate import Array
 from llmbuild.search.transfer import Lesson
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
+from llmbuild.system.strict_json import JsonObject
 
 RUN_TIME = ("driver", "workers")
 
@@ -60,7 +61,7 @@ class RecordedStudy:
     repeats: tuple[Mapping[str, tuple[float, ...]], ...]
 
     @property
-    def reference(self) -> Any:
+    def reference(self) -> Array:
         """Where the volume ends, f64[D]: at losses half as much again as those of point 0, for quality at its bound."""
         zero = self.rows[self.space.default()].losses
         assert zero is not None
@@ -88,7 +89,7 @@ class RecordedStudy:
         return [p for p, losses in feasible.items() if losses in best]
 
 
-def volume(losses: Sequence[Losses | None], reference: Any) -> float:
+def volume(losses: Sequence[Losses | None], reference: Array) -> float:
     """Return the volume of the front of what is feasible."""
     rows = np.array([y for y in losses if y is not None], dtype=np.float64).reshape(-1, len(reference))
     return hypervolume(rows, reference)
@@ -104,7 +105,7 @@ def read(path: Path) -> RecordedStudy:
     head, bodies = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
     space = Space(_knobs(head["knobs"]))
     objectives, bounds = tuple(head["objectives"]), [parse_bound(text) for text in head["bounds"]]
-    runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    runs: dict[str, list[JsonObject]] = defaultdict(list)
     for body in bodies:
         runs[_run(body)].append(body)
     rows = {}
@@ -119,13 +120,13 @@ def read(path: Path) -> RecordedStudy:
     return RecordedStudy(head["study"], head["machine"], objectives, interest(objectives, bounds), space, rows, repeats)
 
 
-def _run(body: dict[str, Any]) -> str:
+def _run(body: JsonObject) -> str:
     """Return what is measured: an artifact under its settings; a point without one is a case of its own."""
     made = [body["artifact"], body["import"]] if body["artifact"] else [body["point"]]
     return json.dumps([*made, *(body["point"].get(k) for k in RUN_TIME)], sort_keys=True)
 
 
-def _pooled(equal: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _pooled(equal: Sequence[JsonObject]) -> JsonObject:
     """Return the readings of points with equal executables and settings: medians over the samples of all of them."""
     samples: dict[str, list[float]] = defaultdict(list)
     for body in equal:
@@ -134,7 +135,7 @@ def _pooled(equal: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {**equal[0], **{name: median(values) for name, values in samples.items()}}
 
 
-def _recorded(run: str, losses: Losses | None, body: dict[str, Any]) -> Recorded:
+def _recorded(run: str, losses: Losses | None, body: JsonObject) -> Recorded:
     sizes = {k: float(body[k] or 0) for k in ("artifact_bytes", "parameter_bytes")}
     return Recorded(
         point=Point.of(body["point"]),
@@ -154,7 +155,7 @@ def _samples(body: Mapping[str, Sequence[float]]) -> dict[str, tuple[float, ...]
     return {name: tuple(values) for name, values in body.items()}
 
 
-def _knobs(bodies: Sequence[dict[str, Any]]) -> tuple[Knob, ...]:
+def _knobs(bodies: Sequence[JsonObject]) -> tuple[Knob, ...]:
     """Return the knobs of a header; a condition on a knob that does not vary always holds and is left out."""
     names = {body["name"] for body in bodies}
     return tuple(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -20,9 +19,10 @@ from llmbuild.search import surrogate
 from llmbuild.search.candidates import Candidates
 from llmbuild.search.hypervolume import expected_gain, nondominated
 from llmbuild.search.losses import Interest, Losses
-from llmbuild.spec.space import Point, Space
+from llmbuild.search.surrogate import Array, Codes
+from llmbuild.spec.space import Point, Space, Value
 
-Prior = Callable[[Sequence[Point]], Any]
+Prior = Callable[[Sequence[Point]], Array]
 
 POINT = "point"
 """The user attribute of a trial that has every knob of its point, those too that no distribution has."""
@@ -51,7 +51,7 @@ class FrontSampler(BaseSampler):
         self._candidates = Candidates(space, self._random)
         values = {k.name: dict.fromkeys((*k.domain, k.default)) for k in space.knobs}
         self._codes = {name: {v: i for i, v in enumerate(of)} for name, of in values.items() if len(of) > 1}
-        self._parameters: dict[int, Any] = {}
+        self._parameters: dict[int, Array] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         """Return the knobs that vary: all of them are chosen together."""
@@ -59,7 +59,7 @@ class FrontSampler(BaseSampler):
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
+    ) -> dict[str, Value]:
         """Return the most promising point that no trial of the study has; nothing where every one was tried."""
         if POINT in trial.user_attrs:  # an initial point: its values are fixed
             return {}
@@ -69,7 +69,7 @@ class FrontSampler(BaseSampler):
 
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
+    ) -> object:
         """Return a value at random: only asked for where nothing is left to choose."""
         assert isinstance(param_distribution, CategoricalDistribution)
         return self._random.choice(param_distribution.choices)
@@ -100,7 +100,7 @@ class FrontSampler(BaseSampler):
         best = np.flatnonzero(gain >= gain.max() * (1 - 1e-9))
         return unknown[self._random.choice(best.tolist())]
 
-    def _predict(self, known: Sequence[Point], losses: Any, asked: Sequence[Point]) -> tuple[Any, Any]:
+    def _predict(self, known: Sequence[Point], losses: Array, asked: Sequence[Point]) -> tuple[Array, Array]:
         means, spreads = [], []
         every = [*known, *asked]
         expected = self.prior(every) if self.prior else np.zeros((len(every), self.objectives))
@@ -113,13 +113,13 @@ class FrontSampler(BaseSampler):
             spreads.append(spread)
         return np.stack(means, -1), np.stack(spreads, -1)
 
-    def _reference(self, front: Any, zero: Losses | None) -> Any:
+    def _reference(self, front: Array, zero: Losses | None) -> Array:
         """Return where the volume ends, f64[D]: at what is of interest; without a point 0, a bit beyond the front."""
         if zero is None:
-            return front.max(0) + self.MARGIN
+            return np.asarray(front.max(0) + self.MARGIN)
         return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
 
-    def _feasible(self, told: Mapping[Point, Losses | None], asked: Any) -> Any:
+    def _feasible(self, told: Mapping[Point, Losses | None], asked: Codes) -> Array:
         """Return the probability f64[P] that a point can be made and breaks no bound."""
         labels = np.array([1.0 if losses is not None else 0.0 for losses in told.values()])
         if labels.all():
@@ -127,7 +127,7 @@ class FrontSampler(BaseSampler):
         process, self._parameters[-1] = surrogate.fit(self._coded(list(told)), labels, self._parameters.get(-1))
         return np.clip(process.predict(asked)[0], 0.01, 1.0)
 
-    def _coded(self, points: Sequence[Point]) -> Any:
+    def _coded(self, points: Sequence[Point]) -> Codes:
         """Return i64[P,K]: a number for each value of each knob that has several; one from elsewhere gets its own."""
         rows = []
         for point in points:
@@ -157,10 +157,10 @@ CELLS = 6000
 """Boxes that the room beside a front is cut into, at most."""
 
 
-def thinned(front: Any) -> Any:
+def thinned(front: Array) -> Array:
     """Return a front f64[N,D] with so few rows that the room beside it can be cut up: its ends, and evenly between."""
     most = max(2, int(CELLS ** (1 / max(1, front.shape[1] - 1))))
     if len(front) <= most:
         return front
     ordered = front[np.argsort(front[:, 0])]
-    return ordered[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))]
+    return np.asarray(ordered[np.unique(np.linspace(0, len(front) - 1, most).round().astype(int))])

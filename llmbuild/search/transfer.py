@@ -20,7 +20,7 @@ import numpy as np
 from llmbuild.search import surrogate
 from llmbuild.search.front import FLOORS, value_of
 from llmbuild.search.losses import Losses, losses_of
-from llmbuild.search.surrogate import Array, Process
+from llmbuild.search.surrogate import Array, Codes, Process
 from llmbuild.spec.formats import bits
 from llmbuild.spec.space import Point, Value
 from llmbuild.spec.trial import Trial
@@ -99,7 +99,7 @@ def shipped(backend: str) -> list[Lesson]:
     return [unpacked(body) for body in json.loads(gzip.decompress(data))]
 
 
-def packed(name: str, lesson: Lesson) -> dict[str, Any]:
+def packed(name: str, lesson: Lesson) -> dict[str, object]:
     """Return a lesson as JSON: choices as rows over the names of the knobs, losses in five digits."""
     names = sorted({name for point in lesson.losses for name in point.as_dict()})
     points = [
@@ -165,7 +165,7 @@ def _relative(lesson: Lesson) -> list[tuple[dict[str, Value], dict[str, float]]]
     ]
 
 
-def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Mapping[Value, int]]]) -> Any:
+def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Mapping[Value, int]]]) -> Codes:
     """Return i64[P,K]; a value that was never seen, or a knob that is absent, differs from all that were."""
     rows = [[of.get(point[name], -1) if name in point else -1 for name, of in codes] for point in points]
     return np.array(rows, dtype=np.int64).reshape(len(points), len(codes))
