@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build.events import Event
@@ -21,6 +21,7 @@ from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.model import host_facts, verify
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, Reading
+from llmbuild.spec.rows import Row, held, number
 from llmbuild.spec.target import Target, target_from
 from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from llmbuild.profiler.remote import Remote, RemoteBench
     from llmbuild.profiler.roofline import Roofline
 
-Row = dict[str, Any]
 KEPT = "quality"
 
 
@@ -104,7 +104,7 @@ def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
         workload=Workload(**decoded["workload_body"]),
         checks=checks["checks"],
         target=target_from(row["target_body"]),
-        toolchain=Toolchain(**decoded["notes"]),
+        toolchain=Toolchain(**held(decoded["notes"])),
     )
 
 
@@ -151,7 +151,7 @@ def _bench(
 
     if remote is None:
         return Bench([known.workload], quality, machine, Limits(), Protocol(), limits)
-    return RemoteBench(remote, [known.workload], quality, Protocol(), limits, known.target, known.row["runtime"])
+    return RemoteBench(remote, [known.workload], quality, Protocol(), limits, known.target, held(known.row["runtime"]))
 
 
 def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> Known | None:
@@ -167,22 +167,23 @@ def subject_of(folder: Path, known: Known) -> Subject:
     row, point, folder = known.row, known.row["point"], folder.absolute()
     return Subject(
         variant=row["variant"],
-        artifact=row["artifact"],
-        artifact_path=reader.blob_path(folder, row["artifact"]),
-        parameters_path=reader.blob_path(folder, row["parameters"]),
+        artifact=held(row["artifact"]),
+        artifact_path=reader.blob_path(folder, held(row["artifact"])),
+        parameters_path=reader.blob_path(folder, held(row["parameters"])),
         check_path=reader.blob_path(folder, known.checks),
-        abi=row["abi"],
+        abi=held(row["abi"]),
         driver=str(point["driver"]),
         workers=int(point["workers"]),
-        parameter_bytes=int(row["parameter_bytes"]),
+        parameter_bytes=held(row["parameter_bytes"]),
         meters=known.target.meters,
         integer=str(point["weight_format"]).startswith("int"),
-        tolerance=max(TOLERANCE[point["weight_format"]], TOLERANCE[point["kv_dtype"]]),
+        tolerance=max(TOLERANCE[str(point["weight_format"])], TOLERANCE[str(point["kv_dtype"])]),
     )
 
 
 def _with_quality(measured: Measurement, row: Row) -> Measurement:
-    kept = {n: Reading(row[n], row[n], row[n], ()) for n in row if n.startswith("quality_") and row[n] is not None}
+    scored = {n: number(row, n) for n, cell in row.items() if n.startswith("quality_") and cell is not None}
+    kept = {n: Reading(found, found, found, ()) for n, found in scored.items()}
     notes = {k: v for k, v in measured.notes.items() if k != KEPT}
     absent = (row["notes"] or {}).get(KEPT)
     return replace(

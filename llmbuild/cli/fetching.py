@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from llmbuild.catalog.exchange import pull
 from llmbuild.cli.output import Report
 from llmbuild.cli.requests import PullRequest
 from llmbuild.runtime.trust import Policy
+from llmbuild.spec.rows import cells
 from llmbuild.spec.slo import parse_slo
 
 
@@ -17,9 +16,8 @@ def fetch(request: PullRequest, rule: Policy, tell: pull.Tell) -> Report:
     slo = parse_slo(asked.slo, asked.objective)
     wanted = pull.Wanted(slo, request.models, asked.target, asked.workload, request.everything)
     done = pull.pull(request.source, request.catalog, wanted, rule, tell)
-    rows: list[dict[str, Any]] = [
-        {name: row[name] for name in ("model", "variant", "target", "workload", wanted.slo.objective, "artifact")}
-        for row in done.rows
+    rows: list[dict[str, object]] = [
+        cells(row, ("model", "variant", "target", "workload", wanted.slo.objective, "artifact")) for row in done.rows
     ]
     signed = f"signed by {done.signed_by}" if done.signed_by else "no signature was asked for"
     told = f"{done.fetched_bytes / 1e6:.1f} MB fetched, {done.left_bytes / 1e6:.1f} MB not needed here; {signed}"

@@ -5,19 +5,19 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmbuild.cli.requests import PickRequest, QueryRequest
 from llmbuild.errors import InputError
 from llmbuild.report.rows import public
 from llmbuild.runtime import reader
 from llmbuild.spec.pick import Pick
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import order, parse_slo
 from llmbuild.spec.target import HOST, target_from
 from llmbuild.system.strict_json import dumps
 
 
-def query(request: QueryRequest) -> list[dict[str, Any]]:
+def query(request: QueryRequest) -> list[Row]:
     """Return the rows that meet an SLO, the best first."""
     asked = request.selection
     slo = parse_slo(asked.slo, asked.objective)
@@ -68,7 +68,7 @@ def explain(prefix: str, catalog: Path, as_json: bool) -> str:
     return explain_text(rows, command, by_hand)
 
 
-def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
+def _compile_line(catalog: Path, row: Row) -> str:
     """Return the command that compiles a variant again from the blobs of its catalog."""
     from llmbuild.compiler import iree
 
@@ -82,7 +82,7 @@ def _compile_line(catalog: Path, row: dict[str, Any]) -> str:
     return shlex.join(command)
 
 
-def targets(names: Sequence[str], catalog: Path, probed: bool) -> list[dict[str, Any]]:
+def targets(names: Sequence[str], catalog: Path, probed: bool) -> list[dict[str, object]]:
     """Return every target, or those that are named, and whether each compiles and runs here."""
     from llmbuild.build.jobs import answers_of
     from llmbuild.build.request import BuildRequest
@@ -93,7 +93,7 @@ def targets(names: Sequence[str], catalog: Path, probed: bool) -> list[dict[str,
     return target_rows(chosen, answers_of(BuildRequest(catalog=catalog)), probed)
 
 
-def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
+def knobs(names: Sequence[str]) -> list[dict[str, object]]:
     """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
     from llmbuild.build.targets import find_target
     from llmbuild.report.knobs import knob_rows
@@ -103,7 +103,7 @@ def knobs(names: Sequence[str]) -> list[dict[str, Any]]:
     return knob_rows(find_target(names[0]) if names else None)
 
 
-def doctor(catalog: Path) -> list[dict[str, Any]]:
+def doctor(catalog: Path) -> list[dict[str, object]]:
     """Return what was checked, what was found, and what to do about it."""
     from llmbuild.report.doctor import checks
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from llmbuild.report.rows import differences, gain, quantity
+from llmbuild.spec.rows import Row, number
 from llmbuild.spec.slo import ENERGY, METRICS
+from llmbuild.system.strict_json import JsonObject
 from llmbuild.system.terminal import cell
 
 
-def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]) -> str:
+def explain(rows: list[Row], command: str, written: Mapping[str, object]) -> str:
     """Return the story of a variant; `rows` are its standings, `command` compiles it again but for what is `written`
     into its dispatches between phases of a compile.
     """
@@ -42,23 +43,24 @@ def explain(rows: list[dict[str, Any]], command: str, written: Mapping[str, Any]
     return "\n".join(map(cell, lines))
 
 
-def _metric_line(row: dict[str, Any], name: str) -> str:
+def _metric_line(row: Row, name: str) -> str:
     unit = METRICS[name].unit
     low, high = (row.get("intervals") or {}).get(name, (None, None))
     interval = f"  95 % [{quantity(low, unit)}, {quantity(high, unit)}]" if low != high else ""
     better = gain(row, name)
     against = f"  {better} over the default" if better else ""
-    return f"  {name:<20} {quantity(row[name], unit):>10}{interval}{against}{_boundary(row) if name == ENERGY else ''}"
+    found, of = quantity(number(row, name), unit), _boundary(row) if name == ENERGY else ""
+    return f"  {name:<20} {found:>10}{interval}{against}{of}"
 
 
-def _boundary(row: dict[str, Any]) -> str:
+def _boundary(row: Row) -> str:
     """Return what the joules are of, and by which source."""
     facts = row.get("energy") or {}
     told = [f"{row.get('energy_source') or 'no source'} of the {facts.get('boundary', 'device')}"]
     return f"  ({', '.join([*told, *(str(facts[n]) for n in ('memory',) if n in facts)])})"
 
 
-def _operator_lines(operators: list[dict[str, Any]]) -> list[str]:
+def _operator_lines(operators: list[JsonObject]) -> list[str]:
     """Return where a decode step spends its time, on one thread."""
     if not operators:
         return []

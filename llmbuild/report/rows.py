@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from llmbuild.digest import short
 from llmbuild.report.table import table, terminal
 from llmbuild.search.knobs.space import knobs_of
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.target import LLVM_CPU
 from llmbuild.system.strict_json import dumps, finite
@@ -43,19 +43,19 @@ SPARE = (10, 5, 8, 9, 7, 4, 3, 6)
 Cell = str | float | int | bool | None
 
 
-def public(row: dict[str, Any]) -> dict[str, Any]:
+def public(row: Mapping[str, object]) -> dict[str, object]:
     """Return the columns of the contract, then those that are ours."""
     return {name: row.get(name) for name in (*COLUMNS, *MORE)}
 
 
-def as_json(rows: Sequence[dict[str, Any]]) -> str:
+def as_json(rows: Sequence[Mapping[str, object]]) -> str:
     """Return a JSON array, one row a line."""
     if not rows:
         return "[]"
     return "[\n" + ",\n".join(dumps(row) for row in rows) + "\n]"
 
 
-def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
     """Return CSV with a header; what is not a plain value is JSON in its cell, what is absent is empty."""
     out = io.StringIO()
     names = list(rows[0]) if rows else COLUMNS
@@ -79,7 +79,7 @@ def quantity(value: float | None, unit: str) -> str:
     return f"{value:.3g}"
 
 
-def gain(row: dict[str, Any], metric: str) -> str:
+def gain(row: Row, metric: str) -> str:
     """Return how many times better than the compiler's default, paired in the same rounds, with its 95 % interval."""
     ratio = (row.get("ratios") or {}).get(metric)
     if not ratio or row.get("default"):
@@ -90,7 +90,7 @@ def gain(row: dict[str, Any], metric: str) -> str:
     return f"{middle:.2f}x [{low:.2f}, {high:.2f}]"
 
 
-def differences(row: dict[str, Any]) -> str:
+def differences(row: Row) -> str:
     """Return what a variant's point changes from the compiler's defaults."""
     backend = (row.get("target_body") or {}).get("backend", LLVM_CPU)
     defaults = {k.name: k.default for k in knobs_of(backend)}
@@ -102,7 +102,7 @@ TOLD_APART = ("model", "target", "workload")
 """What rows of one front share: a column where they do not."""
 
 
-def front_table(rows: Sequence[dict[str, Any]]) -> str:
+def front_table(rows: Sequence[Row]) -> str:
     """Return the table of fronts: figures, and each variant's gain over the compiler's default.
 
     Rows of several models, targets or workloads say which each belongs to.
@@ -116,7 +116,7 @@ def front_table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def _figures(row: dict[str, Any]) -> list[str]:
+def _figures(row: Row) -> list[str]:
     kl = row["quality_kl"]
     return [
         row["status"] + ("*" if row["default"] else ""),
@@ -133,11 +133,11 @@ def _figures(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def footnotes(rows: Sequence[dict[str, Any]]) -> list[str]:
+def footnotes(rows: Sequence[Row]) -> list[str]:
     """Return what the figures alone do not say: why something is absent, and what was noisy."""
     lines = ["* the compiler's default flags on the plain f32 export"]
     for name in ("quality", "energy", "baseline", "noise", "held back"):
-        told = [str(row["notes"][name]) for row in rows if name in (row.get("notes") or {})]
+        told = [str(notes[name]) for row in rows if name in (notes := row.get("notes") or {})]
         if not told:
             continue
         most = max(told, key=lambda text: (told.count(text), text))

@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.pick import Candidate, Pick
+from llmbuild.spec.rows import Row, number, reading
 from llmbuild.spec.slo import METRICS, Slo, absence, measured
 from llmbuild.spec.target import BACKENDS, LLVM_CPU
 from llmbuild.spec.trial import FRONT
+from llmbuild.system.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,15 @@ UNMEASURED = "never measured: `llmbuild profile` on this host does"
 _MEND = "`llmbuild build RECIPE` here makes one that fits"
 
 
-def refusal(row: dict[str, Any], host: HostFacts) -> str:
+def refusal(row: Row, host: HostFacts) -> str:
     """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty when it may."""
     if not row.get("artifact"):
         return row.get("reason") or "has no artifact"
-    if not row.get("runtime"):
+    runtime = row.get("runtime")
+    if not runtime:
         return "names an artifact that the catalog does not describe: `llmbuild verify` says what is damaged"
-    if not same_minor(row["runtime"], host.runtime):
-        need = minor(row["runtime"])
+    if not same_minor(runtime, host.runtime):
+        need = minor(runtime)
         return f"needs IREE runtime {need}, installed is {host.runtime}: pip install 'iree-base-runtime~={need}.0'"
     why = _unfit(row["target_body"], host)
     if why:
@@ -55,7 +57,7 @@ def refusal(row: dict[str, Any], host: HostFacts) -> str:
     return ""
 
 
-def _unfit(target: dict[str, Any], host: HostFacts) -> str:
+def _unfit(target: JsonObject, host: HostFacts) -> str:
     """Return what of a target the host does not have.
 
     Which chip is behind a GPU's driver is the driver's to check, but for what none checks: a target's `requires`.
@@ -70,9 +72,7 @@ def _unfit(target: dict[str, Any], host: HostFacts) -> str:
     return f"needs CPU features this host lacks: {' '.join(missing)}" if missing else ""
 
 
-def choose(
-    rows: Sequence[dict[str, Any]], host: HostFacts, slo: Slo, absent: Callable[[dict[str, Any]], str] | None = None
-) -> Pick:
+def choose(rows: Sequence[Row], host: HostFacts, slo: Slo, absent: Callable[[Row], str] | None = None) -> Pick:
     """Return the pick: what runs here, meets every bound and is best in the objective.
 
     Where rows measured on this very machine can be opened, rows of other machines are passed over: another
@@ -82,7 +82,7 @@ def choose(
     runnable = [(row, refusal(row, host) or (absent(row) if absent else "")) for row in rows]
     here = any(not why and row["machine_digest"] == host.machine for row, why in runnable)
     candidates: list[Candidate] = []
-    usable: list[dict[str, Any]] = []
+    usable: list[Row] = []
     for row, why in runnable:
         if not why and here and row["machine_digest"] != host.machine:
             why = f"was measured on another machine ({row['machine']})" if is_measured(row) else UNMEASURED
@@ -99,17 +99,17 @@ def choose(
     return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf, tuple(accepted[1:]))
 
 
-def is_measured(row: dict[str, Any]) -> bool:
+def is_measured(row: Row) -> bool:
     """Say whether a row has readings of any machine."""
     return bool(row["machine_digest"] != NOWHERE)
 
 
-def tier(row: dict[str, Any]) -> int:
+def tier(row: Row) -> int:
     """Return the height of a row's target on the ladder: a target that asks for more of a host stands above."""
     return len(row["target_body"]["requires"])
 
 
-def _missed(row: dict[str, Any], slo: Slo) -> str:
+def _missed(row: Row, slo: Slo) -> str:
     """Return what of an SLO a row misses; an objective that nobody has read bars no row that nobody has measured."""
     why = "; ".join(slo.misses(row))
     if why and not is_measured(row):
@@ -119,14 +119,14 @@ def _missed(row: dict[str, Any], slo: Slo) -> str:
     return why
 
 
-def ladder(rows: Sequence[dict[str, Any]], slo: Slo) -> list[dict[str, Any]]:
+def ladder(rows: Sequence[Row], slo: Slo) -> list[Row]:
     """Return rows that may be opened here and meet the bounds, the best first.
 
     Rows of one machine are ranked by their readings. Of several machines, whose readings are no match for each other,
     the one with the highest tier at its head goes first. A row that nobody has measured goes to the front where its
     choices are those of the best row and its tier is higher, else to the end, the higher tier first.
     """
-    by_machine: dict[str, list[dict[str, Any]]] = {}
+    by_machine: dict[str, list[Row]] = {}
     for row in sorted((r for r in rows if is_measured(r)), key=lambda r: _rank(r, slo)):
         by_machine.setdefault(row["machine_digest"], []).append(row)
     groups = sorted(by_machine.values(), key=lambda found: (-tier(found[0]), _rank(found[0], slo)))
@@ -137,12 +137,12 @@ def ladder(rows: Sequence[dict[str, Any]], slo: Slo) -> list[dict[str, Any]]:
     return [*above, *read, *(r for r in unread if r not in above)]
 
 
-def _choices(row: dict[str, Any]) -> Any:
+def _choices(row: Row) -> object:
     stored = row.get("choices")
     return json.loads(stored) if isinstance(stored, str) else stored or row.get("point")
 
 
-def _unread_rank(row: dict[str, Any]) -> tuple[int, bool, float, str]:
+def _unread_rank(row: Row) -> tuple[int, bool, float, str]:
     """Sort by tier; where no reading speaks for another choice, the compiler's defaults go first."""
     return (-tier(row), not row.get("default"), float(row.get("parameter_bytes") or math.inf), str(row["variant"]))
 
@@ -161,23 +161,23 @@ def nothing_chosen(made: Pick, slo: Slo, model: str) -> str:
     )
 
 
-def _rank(row: dict[str, Any], slo: Slo) -> tuple[float, float, float, str]:
+def _rank(row: Row, slo: Slo) -> tuple[float, float, float, str]:
     """Sort by the objective; ties go to less memory, then to the smaller artifact, then to the name."""
     sign = 1.0 if METRICS[slo.objective].direction == "min" else -1.0
     return (
-        sign * float(row[slo.objective]),
+        sign * float(number(row, slo.objective)),
         float(row.get("peak_memory_bytes") or math.inf),
         float(row.get("artifact_bytes") or math.inf),
         str(row["variant"]),
     )
 
 
-def _with_reason(candidate: Candidate, chosen: dict[str, Any] | None, slo: Slo, here: bool) -> Candidate:
+def _with_reason(candidate: Candidate, chosen: Row | None, slo: Slo, here: bool) -> Candidate:
     """Return an accepted candidate with why it was not chosen, or on what grounds it was where nothing is read here."""
     row = candidate.row
     if not candidate.accepted or chosen is None or (row is chosen and here):
         return candidate
-    mine, best = row[slo.objective], chosen[slo.objective]
+    mine, best = reading(row, slo.objective), reading(chosen, slo.objective)
     if row is chosen:
         why = f"read on another machine ({row['machine']})" if is_measured(row) else f"the highest tier; {UNMEASURED}"
     elif not is_measured(row):

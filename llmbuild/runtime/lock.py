@@ -2,32 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from llmbuild.errors import InputError, LoadRefused
 from llmbuild.runtime.machines import STORED
 from llmbuild.spec.pick import Pick
+from llmbuild.spec.rows import Row, cells
 from llmbuild.spec.slo import METRICS
-from llmbuild.system.strict_json import dumps, loads
+from llmbuild.system.strict_json import JsonObject, dumps, loads
 
-Row = dict[str, Any]
 VERSION = 1
 PINNED = ("artifact", "parameters", "tokenizer", "runtime")
 PLACE = ("model", "variant", "target_digest", "machine_digest", "workload")
 
 
-def pinned(made: Pick) -> Row:
+def pinned(made: Pick) -> dict[str, object]:
     """Return what a lock file says of a pick: the variant, its files, what was asked, and what was read of it."""
     row = made.chosen
     assert row is not None
     return {
         "version": VERSION,
-        **{name: row[name] for name in (*PLACE, "target", "machine", *PINNED)},
+        **cells(row, (*PLACE, "target", "machine", *PINNED)),
         "requires": row["target_body"]["requires"],
         "slo": [str(bound) for bound in made.slo.bounds],
         "objective": made.slo.objective,
-        "metrics": {name: row[name] for name in METRICS if row.get(name) is not None},
+        "metrics": cells(row, (name for name in METRICS if row.get(name) is not None)),
     }
 
 
@@ -45,7 +45,7 @@ def write(made: Pick, path: Path) -> None:
         raise InputError(f"{path}: the lock cannot be written: {error.strerror or error}") from None
 
 
-def read(path: Path) -> Row:
+def read(path: Path) -> JsonObject:
     """Return what a lock file pins.
 
     Raises:
@@ -64,19 +64,20 @@ def read(path: Path) -> Row:
     return found
 
 
-def row_of(lock: Row, rows: list[Row], path: Path) -> Row:
+def row_of(lock: JsonObject, rows: list[Row], path: Path) -> Row:
     """Return the row of a catalog that a lock pins.
 
     Raises:
         LoadRefused: the catalog does not have it, or has it with other files.
     """
     again = f"`llmbuild pick --lock {path}` pins what there is now"
-    as_stored = ({**r, "machine_digest": r.get(STORED)} for r in rows)  # an earlier llmbuild pinned that digest
+    # an earlier llmbuild pinned the digest that a machine is stored under
+    as_stored: Iterator[Mapping[str, object]] = ({**r, "machine_digest": r.get(STORED)} for r in rows)
     pairs = [*zip(rows, rows, strict=True), *zip(rows, as_stored, strict=True)]
-    row = next((r for r, told in pairs if all(told[name] == lock[name] for name in PLACE)), None)
+    row = next((r for r, told in pairs if cells(told, PLACE) == cells(lock, PLACE)), None)
     if row is None:
         raise LoadRefused(f"{path}: variant {lock['variant'][:12]} is not in this catalog: pull it, or {again}")
-    for name in PINNED:
-        if row[name] != lock.get(name):
-            raise LoadRefused(f"{path}: pins {name} {lock.get(name)}, this catalog has {row[name]}: {again}")
+    for name, there in cells(row, PINNED).items():
+        if there != lock.get(name):
+            raise LoadRefused(f"{path}: pins {name} {lock.get(name)}, this catalog has {there}: {again}")
     return row

@@ -8,33 +8,35 @@ from __future__ import annotations
 
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Final
 
 from llmbuild import digest
+from llmbuild.runtime.connection import Connection
 from llmbuild.spec.machine import Machine, machine_from
+from llmbuild.spec.rows import Row
 
-STORED = "machine_stored"
+STORED: Final = "machine_stored"
 """The column of a row with the digest that it is stored under."""
 
 
-def fingerprints(connection: Any) -> dict[str, str]:
+def fingerprints(connection: Connection) -> dict[str, str]:
     """Return the fingerprint of every machine of a catalog, by the digest that it is stored under."""
     found = connection.execute("SELECT digest, body FROM machine").fetchall()
     return {row[0]: _fingerprint(row[1] if isinstance(row[1], str) else json.dumps(row[1])) or row[0] for row in found}
 
 
-def known_as(connection: Any, fingerprint: str) -> tuple[str, ...]:
+def known_as(connection: Connection, fingerprint: str) -> tuple[str, ...]:
     """Return the digests that a machine is stored under; its fingerprint where the catalog does not know it."""
     return tuple(name for name, found in fingerprints(connection).items() if found == fingerprint) or (fingerprint,)
 
 
-def stored(connection: Any, name: str) -> Machine | None:
+def stored(connection: Connection, name: str) -> Machine | None:
     """Return the machine that is stored under a digest; None where there is none, or its record is damaged."""
     row = connection.execute("SELECT body FROM machine WHERE digest = ?", (name,)).fetchone()
     return None if row is None else _machine(row[0] if isinstance(row[0], str) else json.dumps(row[0]))
 
 
-def named(rows: list[dict[str, Any]], connection: Any) -> list[dict[str, Any]]:
+def named(rows: list[Row], connection: Connection) -> list[Row]:
     """Return rows of a catalog with the fingerprints that their machines have now."""
     found = fingerprints(connection)
     return [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from llmbuild.runtime import checks, devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, nothing_chosen, refusal
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
+from llmbuild.spec.rows import File, Row, held
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from llmbuild.runtime.tokenizer import Encoded, Tokenizer
 
 
-LOADED = ("artifact", "parameters", "tokenizer")
+LOADED: tuple[File, ...] = ("artifact", "parameters", "tokenizer")
 """The files of a variant that opening it reads."""
 
 LEADERS = 8
@@ -102,30 +103,30 @@ def _asked(catalog: object, slo: object, **names: object) -> tuple[Path, list[st
     return Path(catalog), [checks.text("slo", slo)] if isinstance(slo, str) else checks.texts("slo", slo)
 
 
-def _with(candidate: Candidate, chosen: dict[str, Any]) -> Candidate:
+def _with(candidate: Candidate, chosen: Row) -> Candidate:
     return replace(candidate, row=chosen) if same_place(candidate.row, chosen) else candidate
 
 
-def same_place(a: dict[str, Any], b: dict[str, Any]) -> bool:
+def same_place(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
     """Say whether two rows are the same standing."""
     return all(a[name] == b[name] for name in lock.PLACE)
 
 
-def _whole(folder: Path, row: dict[str, Any] | None) -> dict[str, Any] | None:
+def _whole(folder: Path, row: Row | None) -> Row | None:
     """Return all columns of a row that was read narrowly."""
     if row is None:
         return None
     return next(r for r in reader.find_variant(folder, row["variant"]) if same_place(r, row))
 
 
-def _absent(folder: Path) -> Callable[[dict[str, Any]], str]:
+def _absent(folder: Path) -> Callable[[Row], str]:
     """Return what says why a row's files are not here: only a folder that was pulled in part may lack some."""
     source = trust.partial(folder)
     if source is None:
         return lambda row: ""
 
-    def absent(row: dict[str, Any]) -> str:
-        names = [row[kind] for kind in LOADED if row.get(kind)]
+    def absent(row: Row) -> str:
+        names = [name for kind in LOADED if (name := row.get(kind))]
         if all(reader.blob_path(folder, name).is_file() for name in names):
             return ""
         return f"was not pulled: `llmbuild pull {source} -C {folder} --all` fetches it, or `--slo` what you need"
@@ -224,7 +225,7 @@ def _verified(folder: Path, made: Pick, fallback: bool) -> Pick:
     raise first
 
 
-def verify(catalog: Path, row: dict[str, Any]) -> None:
+def verify(catalog: Path, row: Row) -> None:
     """Check that every file of a variant is there and is what its digest says.
 
     Raises:
@@ -296,9 +297,9 @@ class Model:
             raise InputError(f"model {self.row['model']} is closed: load it again")
         point = self.row["point"]
         return Session(
-            reader.blob_path(self.catalog, self.row["artifact"]),
-            reader.blob_path(self.catalog, self.row["parameters"]),
-            abi_from(self.row["abi"]),
+            reader.blob_path(self.catalog, held(self.row["artifact"])),
+            reader.blob_path(self.catalog, held(self.row["parameters"])),
+            abi_from(held(self.row["abi"])),
             Settings(str(point["driver"]), int(point["workers"])),
         )
 
@@ -309,12 +310,13 @@ class Model:
         Raises:
             InputError: the model has none: it is a bare shape.
         """
-        if not self.row.get("tokenizer"):
+        name = self.row.get("tokenizer")
+        if not name:
             raise InputError(f"model {self.row['model']} has no tokenizer: pass token ids to `tokens`")
         from llmbuild.runtime.tokenizer import Tokenizer
 
         try:
-            return Tokenizer(reader.blob_path(self.catalog, self.row["tokenizer"]))
+            return Tokenizer(reader.blob_path(self.catalog, name))
         except InputError as error:
             raise LoadRefused(f"{error}: build with one that can") from None
 

@@ -22,6 +22,8 @@ from typing import Any
 
 from llmbuild.errors import CatalogError
 from llmbuild.runtime import machines, reader, trust
+from llmbuild.runtime.connection import Connection
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import METRICS, Slo
 from llmbuild.system.paths import real
 
@@ -62,7 +64,7 @@ Ranked = tuple[Any, ...]
 class _Kept:
     """A catalog that stays open."""
 
-    connection: Any
+    connection: Connection
     identity: tuple[int, ...] = ()
     version: int | None = None
     rankings: OrderedDict[Asked, list[Ranked]] = field(default_factory=OrderedDict)
@@ -76,7 +78,7 @@ _inherited: list[_Kept] = []
 
 def leaders(
     catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
     asked = Asked(model, target, workload, machine, slo.objective, tuple(sorted({b.metric for b in slo.bounds})))
     with _lock, _open(catalog) as kept:
@@ -146,7 +148,7 @@ def _keepable(catalog: Path, file: Path) -> bool:
     )
 
 
-def _connection(name: Path) -> Any:
+def _connection(name: Path) -> Connection:
     """Return the connection to a database, another one where the file was replaced or written over."""
     found = name.stat()
     identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
@@ -190,7 +192,7 @@ def _ranking(kept: _Kept, asked: Asked) -> list[Ranked]:
     return found
 
 
-def _rows(connection: Any, asked: Asked) -> list[Ranked]:
+def _rows(connection: Connection, asked: Asked) -> list[Ranked]:
     """Return the rows of a front that have every metric asked about, from as few tables as hold them."""
     metrics = (asked.objective, *asked.bounded)
     if any(reader.known(connection, metric) == reader.NEVER for metric in metrics):
@@ -234,14 +236,14 @@ def _inside(rows: list[Ranked], asked: Asked, slo: Slo) -> Iterator[Ranked]:
     return (row for row in rows if all(holds(row[at], limit) for at, holds, limit in bounds))
 
 
-def _untied(connection: Any, rows: Iterator[Ranked]) -> Iterator[int]:
+def _untied(connection: Connection, rows: Iterator[Ranked]) -> Iterator[int]:
     """Yield standings in order; those of one rank by the size of the artifact, then by name."""
     for _, group in groupby(rows, key=lambda row: row[:2]):
         tied = [row[2] for row in group]
         yield from tied if len(tied) == 1 else _by_size(connection, tied)
 
 
-def _by_size(connection: Any, standings: list[int]) -> list[int]:
+def _by_size(connection: Connection, standings: list[int]) -> list[int]:
     query = (
         "SELECT a.size_bytes, s.variant, s.id FROM standing s JOIN variant v ON v.digest = s.variant "
         "LEFT JOIN artifact a ON a.digest = v.artifact WHERE s.id IN"
@@ -254,7 +256,7 @@ def _by_size(connection: Any, standings: list[int]) -> list[int]:
     return [standing for _, _, standing in sorted(found)]
 
 
-def _whole(connection: Any, standing: int) -> dict[str, Any] | None:
+def _whole(connection: Connection, standing: int) -> Row | None:
     place = connection.execute(
         "SELECT model, variant, machine, target, workload FROM standing WHERE id = ?", (standing,)
     ).fetchone()

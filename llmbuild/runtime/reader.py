@@ -8,18 +8,20 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from llmbuild.errors import CatalogError, InputError, sentence
 from llmbuild.runtime import machines as machines_
 from llmbuild.runtime import trust
+from llmbuild.runtime.connection import Connection
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
 from llmbuild.system.paths import real
-from llmbuild.system.strict_json import loads
+from llmbuild.system.strict_json import JsonObject, loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
 """Schemas this loader can read."""
@@ -73,7 +75,7 @@ def blob_path(catalog: Path, digest: str) -> Path:
 
 
 @contextlib.contextmanager
-def opened(catalog: Path) -> Iterator[Any]:
+def opened(catalog: Path) -> Iterator[Connection]:
     """Open a catalog for reading, after its schema version was found to be one we know.
 
     Raises:
@@ -182,7 +184,7 @@ def _state(file: Path) -> list[tuple[int, int, int]]:
 
 
 @contextlib.contextmanager
-def _served(file: Path) -> Iterator[Any]:
+def _served(file: Path) -> Iterator[Connection]:
     """Open a catalog whose rows are in Postgres."""
     try:
         import psycopg
@@ -197,10 +199,10 @@ def _served(file: Path) -> Iterator[Any]:
         raise CatalogError(f"{file}: the server cannot be read: {str(error).strip()}") from None
 
 
-class _Row(dict[str, Any]):
+class _Row(dict[str, object]):
     """A row by name, and by number as sqlite3's."""
 
-    def __getitem__(self, key: Any) -> Any:
+    def __getitem__(self, key: str | int) -> object:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
 
 
@@ -215,11 +217,14 @@ class _Server:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def execute(self, query: str, values: Any = ()) -> Any:
+    def execute(self, query: str, values: Sequence[object] = ()) -> Any:
         return self.connection.execute(query.replace("?", "%s"), values)
 
+    def close(self) -> None:
+        self.connection.close()
 
-def check_schema(connection: Any, file: Path) -> None:
+
+def check_schema(connection: Connection, file: Path) -> None:
     """Raise a `CatalogError` unless a catalog's schema is one we know."""
     try:
         row = connection.execute("SELECT schema_version FROM info").fetchone()
@@ -242,7 +247,7 @@ def variants(
     everything: bool = False,
     slo: Slo | None = None,
     default: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """Return rows of the view `variants`: the front, or `everything`; only those inside `slo`; `default` rows too."""
     where, values = _where(model, target, workload)
     if not everything:
@@ -254,9 +259,7 @@ def variants(
         return machines_.named([decode(row) for row in found], connection)
 
 
-def candidates(
-    catalog: Path, model: str, target: str | None = None, workload: str | None = None
-) -> list[dict[str, Any]]:
+def candidates(catalog: Path, model: str, target: str | None = None, workload: str | None = None) -> list[Row]:
     """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
@@ -266,7 +269,7 @@ def candidates(
         return machines_.named([decode(row) for row in found], connection)
 
 
-def machines(connection: Any, model: str) -> int:
+def machines(connection: Connection, model: str) -> int:
     """Return how many machines ranked a model's front; none where some of it was never measured."""
     query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
     found = {row[0] for row in connection.execute(query, (model,))}
@@ -274,8 +277,9 @@ def machines(connection: Any, model: str) -> int:
     return 0 if NOWHERE in found else len({names.get(name, name) for name in found})
 
 
-def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[Any]]:
-    where, values = ["1=1"], []
+def _where(model: str | None, target: str | None, workload: str | None) -> tuple[list[str], list[object]]:
+    where: list[str] = ["1=1"]
+    values: list[object] = []
     for column, value in (("model", model), ("target", target), ("workload", workload)):
         if value is not None:
             where.append(f"{column} = ?")
@@ -283,7 +287,7 @@ def _where(model: str | None, target: str | None, workload: str | None) -> tuple
     return where, values
 
 
-def _bounded(connection: Any, slo: Slo, where: list[str], values: list[Any]) -> None:
+def _bounded(connection: Connection, slo: Slo, where: list[str], values: list[object]) -> None:
     for bound in slo.bounds:
         there = known(connection, bound.metric)
         where.append(there)
@@ -292,7 +296,7 @@ def _bounded(connection: Any, slo: Slo, where: list[str], values: list[Any]) -> 
             values.append(bound.limit)
 
 
-def known(connection: Any, metric: str) -> str:
+def known(connection: Connection, metric: str) -> str:
     """Return the condition that a metric is there: never in a catalog from before it, nor where it is an estimate."""
     if metric not in _columns(connection):
         return NEVER
@@ -301,7 +305,7 @@ def known(connection: Any, metric: str) -> str:
     return f"ABS({metric}) <= {LARGEST}{measured}"  # not NULL, and not infinite
 
 
-def _columns(connection: Any) -> frozenset[str]:
+def _columns(connection: Connection) -> frozenset[str]:
     """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
     version = connection.execute("SELECT schema_version FROM info").fetchone()[0]
     if version not in _COLUMNS:
@@ -314,7 +318,7 @@ _COLUMNS: dict[int, frozenset[str]] = {}
 """Columns of the view `variants` by schema version, once asked for."""
 
 
-def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
+def decode(row: sqlite3.Row | dict[str, object]) -> Row:
     """Return a row as a dict, its JSON columns parsed.
 
     Raises:
@@ -332,7 +336,7 @@ def decode(row: sqlite3.Row | dict[str, Any]) -> dict[str, Any]:
     return _sound(out)
 
 
-def _sound(row: dict[str, Any]) -> dict[str, Any]:
+def _sound(row: JsonObject) -> Row:
     """Return a row whose cells are of the types that their columns hold; SQLite itself holds anything anywhere."""
     for names, kinds in _KINDS:
         for name in names:
@@ -341,19 +345,19 @@ def _sound(row: dict[str, Any]) -> dict[str, Any]:
     target = row.get("target_body")
     if target is not None and not (isinstance(target.get("arch"), str) and _texts(target.get("requires"))):
         raise _damaged(row, "target_body")
-    return row
+    return cast(Row, row)
 
 
-def _texts(value: Any) -> bool:
+def _texts(value: object) -> bool:
     return isinstance(value, (list, tuple)) and all(isinstance(text, str) for text in value)
 
 
-def _damaged(row: dict[str, Any], name: str) -> CatalogError:
+def _damaged(row: JsonObject, name: str) -> CatalogError:
     whose = str(row.get("variant"))[:12]
     return CatalogError(f"variant {whose}: its {name} is damaged in the catalog: restore catalog.sqlite from a copy")
 
 
-_KINDS: tuple[tuple[tuple[str, ...], Any], ...] = (
+_KINDS: tuple[tuple[tuple[str, ...], type | tuple[type, ...]], ...] = (
     (tuple(METRICS), (int, float, type(None))),
     (("variant", "model", "target", "machine", "workload", "status", "machine_digest", "target_digest"), str),
     (("artifact", "parameters", "tokenizer", "runtime", "reason", "program"), (str, type(None))),
@@ -379,7 +383,7 @@ def models(catalog: Path) -> list[str]:
         return [r[0] for r in connection.execute("SELECT DISTINCT model FROM standing ORDER BY model")]
 
 
-def find_variant(catalog: Path, prefix: str) -> list[dict[str, Any]]:
+def find_variant(catalog: Path, prefix: str) -> list[Row]:
     """Return the rows of the one variant whose digest starts with `prefix`.
 
     Raises:

@@ -11,11 +11,10 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused
-from llmbuild.system.strict_json import loads
+from llmbuild.system.strict_json import JsonObject, loads
 
 POINTER = "latest.json"
 SIGNED = b"llmbuild publication\n"
@@ -78,7 +77,7 @@ def _key(file: Path) -> bytes:
         raise InputError(f"trusted key {file}: {error.strerror or error}") from None
 
 
-def pointer_of(text: str | bytes, where: str) -> dict[str, Any]:
+def pointer_of(text: str | bytes, where: str) -> JsonObject:
     """Return what a `latest.json` says.
 
     Raises:
@@ -93,7 +92,7 @@ def pointer_of(text: str | bytes, where: str) -> dict[str, Any]:
     return dict(found)
 
 
-def checked(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) -> dict[str, Any]:
+def checked(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> JsonObject:
     """Return a manifest after its digest, and its signature where one is asked for, were found good.
 
     Raises:
@@ -103,7 +102,7 @@ def checked(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) 
         raise LoadRefused(f"{where}: the manifest was changed after it was published: pull or publish it again")
     signer(pointer, manifest, rule, where)
     try:
-        body: dict[str, Any] = loads(manifest)
+        body: JsonObject = loads(manifest)
         names = [*body["blobs"], body["catalog"]["digest"]]
         sound = all(isinstance(e["bytes"], int) and isinstance(e["kind"], str) for e in body["blobs"].values())
         if body["kind"] != "llmbuild.publication" or not sound or any(len(bytes.fromhex(n)) != 32 for n in names):
@@ -113,7 +112,7 @@ def checked(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) 
     return body
 
 
-def signer(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) -> str:
+def signer(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> str:
     """Return the file name of the trusted key that signed a manifest; empty where no signature is asked for.
 
     Raises:
@@ -139,7 +138,7 @@ def signer(pointer: dict[str, Any], manifest: bytes, rule: Policy, where: str) -
     )
 
 
-def _verifies(pem: bytes, name: str, signature: Any, manifest: bytes) -> bool:
+def _verifies(pem: bytes, name: str, signature: object, manifest: bytes) -> bool:
     from cryptography.exceptions import InvalidSignature
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
@@ -195,7 +194,7 @@ def partial(folder: Path) -> str | None:
     return str(pointer.get("source", "SOURCE")) if pointer.get("partial") else None
 
 
-def published(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def published(folder: Path) -> tuple[JsonObject, JsonObject]:
     """Return the pointer and the manifest that are current in a published folder, the manifest's digest checked.
 
     Raises:

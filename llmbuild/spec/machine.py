@@ -54,7 +54,7 @@ class Machine:
         kind = f", VM ({self.hypervisor})" if self.hypervisor else ""
         return f"{self.chip}, {self.cores} cores, {self.memory_gib} GiB, {self.system}{kind}"
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, object]:
         """Return what the fingerprint is made of, by name; each feature under a name of its own, to be told apart."""
         told = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "features"}
         return {**told, "features": dict.fromkeys(self.features, True)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from llmbuild.digest import plain
 from llmbuild.spec.workload import Workload
@@ -80,7 +79,7 @@ class Measurement:
     protocol: int = PROTOCOL
 
 
-def row_of(scope: str, m: Measurement) -> dict[str, Any]:
+def row_of(scope: str, m: Measurement) -> dict[str, object]:
     """Return the cells of a catalog's `measurement`, but for `created_at`: medians as columns, the rest as JSON."""
     return {
         "key": m.key,

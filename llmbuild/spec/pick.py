@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from llmbuild.spec.rows import Row, reading
 from llmbuild.spec.slo import Slo
 from llmbuild.system.terminal import cell
 
@@ -14,7 +14,7 @@ from llmbuild.system.terminal import cell
 class Candidate:
     """One row of the catalog and the verdict on it; `reason` is empty for the one that was chosen."""
 
-    row: dict[str, Any]
+    row: Row
     accepted: bool
     reason: str
 
@@ -28,11 +28,11 @@ class Pick:
     """
 
     slo: Slo
-    chosen: dict[str, Any] | None
+    chosen: Row | None
     candidates: Sequence[Candidate]
-    nearest: dict[str, Any] | None = None
+    nearest: Row | None = None
     distance: float = 0.0
-    fallbacks: Sequence[dict[str, Any]] = ()
+    fallbacks: Sequence[Row] = ()
 
     def explain(self, limit: int | None = None) -> str:
         """Return the choice and the reasons, one line for each variant, or for the first `limit` of them."""
@@ -40,7 +40,7 @@ class Pick:
         lines = [f"asked: {bounds}; best {self.slo.objective}"]
         told = sorted(self.candidates, key=lambda c: (not self._is_chosen(c), not c.accepted))
         for c in told[:limit]:
-            value = c.row.get(self.slo.objective)
+            value = reading(c.row, self.slo.objective)
             shown = "absent" if value is None else f"{value:.4g}"
             verdict = "chosen" if self._is_chosen(c) else ("accepted" if c.accepted else "rejected")
             why = f": {c.reason}" if c.reason else ""

@@ -6,10 +6,11 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from llmbuild.errors import InputError
 from llmbuild.spec.measurement import ESTIMATES
+from llmbuild.spec.rows import reading
 
 Direction = Literal["min", "max"]
 
@@ -99,7 +100,7 @@ class Slo:
     bounds: tuple[Bound, ...]
     objective: str
 
-    def misses(self, row: Mapping[str, Any]) -> list[str]:
+    def misses(self, row: Mapping[str, object]) -> list[str]:
         """Return, for each bound that `row` breaks, what was found and what was asked."""
         found = []
         for bound in self.bounds:
@@ -109,20 +110,20 @@ class Slo:
                 found.append(f"{bound.metric} is {have}, {bound} asked")
         return found
 
-    def distance(self, row: Mapping[str, Any]) -> float:
+    def distance(self, row: Mapping[str, object]) -> float:
         """Return the sum of the bounds' distances; 0 where all hold."""
         return sum(bound.distance(measured(row, bound.metric)) for bound in self.bounds)
 
 
-def measured(row: Mapping[str, Any], metric: str) -> Any:
+def measured(row: Mapping[str, object], metric: str) -> float | None:
     """Return what `row` holds of a metric; None where that is absent, not finite, or energy that was only estimated."""
-    value = row.get(metric)
+    value = reading(row, metric)
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return None if metric == ENERGY and row.get("energy_source") in ESTIMATES else value
 
 
-def absence(row: Mapping[str, Any], metric: str) -> str:
+def absence(row: Mapping[str, object], metric: str) -> str:
     """Return what is wrong with a metric that `measured` has nothing of."""
     value = row.get(metric)
     if isinstance(value, float) and not math.isfinite(value):
@@ -166,7 +167,7 @@ def parse_slo(bounds: tuple[str, ...] | list[str], objective: str | None) -> Slo
     return Slo(parsed, metric(chosen).name)
 
 
-def order(metric: str) -> Callable[[Mapping[str, Any]], tuple[bool, float]]:
+def order(metric: str) -> Callable[[Mapping[str, object]], tuple[bool, float]]:
     """Return the key that sorts rows by a metric, the best first; rows without a reading come last."""
     sign = 1.0 if METRICS[metric].direction == "min" else -1.0
-    return lambda row: (row.get(metric) is None, sign * (row.get(metric) or 0.0))
+    return lambda row: (row.get(metric) is None, sign * (reading(row, metric) or 0.0))

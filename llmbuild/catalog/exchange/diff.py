@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from llmbuild.digest import canonical, short
 from llmbuild.spec.machine import NOWHERE
+from llmbuild.spec.rows import Row, number
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.trial import FRONT
 
-Row = Mapping[str, Any]
 Group = tuple[str, str, str, str]
 FAILING = ("regression", "gone", "bytes")
 """Kinds of change that `--fail-on-regression` fails on."""
@@ -43,11 +42,11 @@ class Change:
     workload: str
     variant: str
     what: str
-    before: Any
-    after: Any
+    before: object
+    after: object
     detail: str
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return what the command prints."""
         return asdict(self)
 
@@ -120,7 +119,8 @@ def _readings(group: Group, a: Row, b: Row, ruler: Ruler) -> Iterator[Change]:
             continue
         verdict = _verdict(name, a, b, ruler)
         if verdict:
-            yield _change(verdict, group, b["variant"], name, a[name], b[name], _explanation(name, a, b))
+            moved = number(a, name), number(b, name)
+            yield _change(verdict, group, b["variant"], name, *moved, _explanation(name, a, b))
 
 
 def _best(group: Group, old: Mapping[str, Row], new: Mapping[str, Row], ruler: Ruler) -> Iterator[Change]:
@@ -130,35 +130,38 @@ def _best(group: Group, old: Mapping[str, Row], new: Mapping[str, Row], ruler: R
         if a is None or b is None:
             continue
         if canonical(a["point"]) != canonical(b["point"]) and _verdict(name, a, b, ruler) == "regression":
-            yield _change("regression", group, b["variant"], f"best {name}", a[name], b[name], _explanation(name, a, b))
+            moved = number(a, name), number(b, name)
+            yield _change("regression", group, b["variant"], f"best {name}", *moved, _explanation(name, a, b))
 
 
 def _champion(rows: Mapping[str, Row], name: str) -> Row | None:
     sign = 1.0 if METRICS[name].direction == "min" else -1.0
     there = [r for r in rows.values() if r["status"] in FRONT and r.get(name) is not None]
-    return min(there, key=lambda r: sign * r[name], default=None)
+    return min(there, key=lambda r: sign * number(r, name), default=None)
 
 
 def _verdict(name: str, a: Row, b: Row, ruler: Ruler) -> str:
     """Return `regression` or `improvement` where the medians differ beyond noise and the intervals do not touch."""
     (a_low, a_high), (b_low, b_high) = _interval(a, name), _interval(b, name)
     noiseless = a_low == a_high and b_low == b_high
+    was, now = number(a, name), number(b, name)
     floor = (ruler.floors or {}).get(name, 0.0)
-    allowed = max(floor, 0.0 if noiseless else ruler.noise * abs(a[name]))
-    if abs(b[name] - a[name]) <= allowed or (a_low <= b_high and b_low <= a_high):
+    allowed = max(floor, 0.0 if noiseless else ruler.noise * abs(was))
+    if abs(now - was) <= allowed or (a_low <= b_high and b_low <= a_high):
         return ""
-    worse = (b[name] > a[name]) == (METRICS[name].direction == "min")
+    worse = (now > was) == (METRICS[name].direction == "min")
     return "regression" if worse else "improvement"
 
 
 def _interval(row: Row, name: str) -> tuple[float, float]:
-    low, high = (row.get("intervals") or {}).get(name) or (row[name], row[name])
+    low, high = (row.get("intervals") or {}).get(name) or (number(row, name),) * 2
     return float(low), float(high)
 
 
 def _explanation(name: str, a: Row, b: Row) -> str:
     (a_low, a_high), (b_low, b_high) = _interval(a, name), _interval(b, name)
-    factor = f"{b[name] / a[name]:.3g}x" if a[name] else "from 0"
+    was = number(a, name)
+    factor = f"{number(b, name) / was:.3g}x" if was else "from 0"
     if a_low == a_high and b_low == b_high:
         return factor
     return f"{factor}, 95 % [{a_low:.3g}, {a_high:.3g}] then [{b_low:.3g}, {b_high:.3g}]"
@@ -168,6 +171,6 @@ def _choices(row: Row) -> str:
     return " ".join(f"{name}={value}" for name, value in row["point"].items())
 
 
-def _change(kind: str, group: Group, variant: str, what: str, before: Any, after: Any, detail: str) -> Change:
+def _change(kind: str, group: Group, variant: str, what: str, before: object, after: object, detail: str) -> Change:
     model, target, _, workload = group
     return Change(kind, model, target, workload, short(variant), what, before, after, detail)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
+
+from llmbuild.system.strict_json import JsonObject
 
 if TYPE_CHECKING:
     from llmbuild.catalog.exchange.publication import Publication
 
 
-Pointer = dict[str, Any]
+Pointer = JsonObject
 
 
 class Remote(Protocol):

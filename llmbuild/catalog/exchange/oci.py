@@ -117,8 +117,8 @@ class Registry:
         with reported_by_place(self.location):
             _good(self.client.upload_manifest(manifest, self.container), self.location)
 
-    def _layer(self, digest: str, size: int, media: str, notes: dict[str, str]) -> dict[str, Any]:
-        layer: dict[str, Any] = {"mediaType": media, "digest": f"sha256:{digest}", "size": size}
+    def _layer(self, digest: str, size: int, media: str, notes: dict[str, str]) -> dict[str, object]:
+        layer: dict[str, object] = {"mediaType": media, "digest": f"sha256:{digest}", "size": size}
         return {**layer, "annotations": notes} if notes else layer
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild.catalog import locks
 from llmbuild.catalog.exchange.interface import Remote
@@ -22,14 +22,14 @@ from llmbuild.runtime import reader
 from llmbuild.runtime.choose import choose, nothing_chosen
 from llmbuild.runtime.model import LOADED, host_facts
 from llmbuild.runtime.trust import Policy, checked, pointer_of, signer
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import Slo
 from llmbuild.system.paths import real
-from llmbuild.system.strict_json import dumps
+from llmbuild.system.strict_json import JsonObject, dumps
 
 if TYPE_CHECKING:
     from llmbuild.catalog.writer import Catalog
 
-Row = dict[str, Any]
 Tell = Callable[[str, int, int], None]
 
 
@@ -59,9 +59,9 @@ class Pulled:
 @dataclass(frozen=True)
 class _Source:
     place: Remote
-    pointer: Row
+    pointer: JsonObject
     manifest: bytes
-    body: Row
+    body: JsonObject
 
 
 def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = lambda w, d, t: None) -> Pulled:
@@ -183,16 +183,16 @@ def _picked(folder: Path, wanted: Wanted) -> list[Row]:
     return picked
 
 
-def _needed(body: Row, rows: Sequence[Row], complete: bool) -> list[str]:
+def _needed(body: JsonObject, rows: Sequence[Row], complete: bool) -> list[str]:
     if complete:
         return sorted(body["blobs"])
-    named = {row[kind] for row in rows for kind in LOADED if row.get(kind)}
+    named = {name for row in rows for kind in LOADED if (name := row.get(kind))}
     if named - set(body["blobs"]):
         raise LoadRefused("the published database names blobs that its manifest does not: have it published again")
     return sorted(named)
 
 
-def _size(body: Row, blobs: Sequence[str]) -> int:
+def _size(body: JsonObject, blobs: Sequence[str]) -> int:
     return sum(int(body["blobs"][name]["bytes"]) for name in blobs)
 
 
