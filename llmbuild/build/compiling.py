@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llmbuild import digest
 from llmbuild.compiler import dispatches, iree, matvec, phases, subgroups
@@ -32,7 +32,7 @@ def untuned(settings: Settings) -> bool:
     return settings.get(TUNING, UNTUNED) == UNTUNED
 
 
-def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, Any]:
+def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, object]:
     """Return everything that goes into a compile of a module (its digest), by name."""
     flags = compile_flags(target, settings)
     return {"module": module, "flags": flags, "compiler": compiler, **written(target, settings)}
@@ -63,7 +63,7 @@ class Compiling:
             "compile", key, self.catalog.find_compile, lambda: self._recorded(key, inputs, module, settings)
         )
 
-    def _recorded(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Artifact | Failure:
+    def _recorded(self, key: str, inputs: Mapping[str, object], module: str, settings: Settings) -> Artifact | Failure:
         begin = monotonic()
         made = self._compile(module, settings)
         if isinstance(made, Failure):
@@ -90,7 +90,7 @@ class Compiling:
         key = digest.of(inputs)
         return self._once("front", key, self._find_half, lambda: self._front(key, inputs, module, settings))
 
-    def _front(self, key: str, inputs: dict[str, Any], module: str, settings: Settings) -> Front | Failure:
+    def _front(self, key: str, inputs: Mapping[str, object], module: str, settings: Settings) -> Front | Failure:
         from llmbuild.catalog.phases import Front
 
         begin = monotonic()
@@ -152,7 +152,7 @@ class Compiling:
             )
 
     def _translate(
-        self, key: str, inputs: dict[str, Any], configured: Path, settings: Settings, folder: Path
+        self, key: str, inputs: Mapping[str, object], configured: Path, settings: Settings, folder: Path
     ) -> Front | Failure:
         from llmbuild.catalog.phases import Front
 
@@ -170,7 +170,7 @@ class Compiling:
 
         return find_front(self.catalog, key)
 
-    def _record_half(self, key: str, inputs: dict[str, Any], made: Front) -> None:
+    def _record_half(self, key: str, inputs: Mapping[str, object], made: Front) -> None:
         from llmbuild.catalog.phases import record_front
 
         record_front(self.catalog, key, inputs, made)
@@ -182,7 +182,9 @@ class Compiling:
         key = digest.of(inputs)
         return self._once("emit", key, self.catalog.find_compile, lambda: self._emit(key, inputs, translated, settings))
 
-    def _emit(self, key: str, inputs: dict[str, Any], translated: Front, settings: Settings) -> Artifact | Failure:
+    def _emit(
+        self, key: str, inputs: Mapping[str, object], translated: Front, settings: Settings
+    ) -> Artifact | Failure:
         begin = monotonic()
         with TemporaryDirectory(prefix="llmbuild-") as name:
             source, output = Path(name) / "translated.mlirbc", Path(name) / "module.vmfb"

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.build.job import Job
-from llmbuild.catalog.known import Known
+from llmbuild.catalog.known import Known, State
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.trial import Finished
 
@@ -36,7 +35,7 @@ class Freshness:
         self.key = build_key(job, seed)
 
     @cached_property
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """How far the build has come: `seconds`, `raced`, `ended`."""
         return self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": NEVER}
 

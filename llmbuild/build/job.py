@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build.compiling import compile_inputs
@@ -79,7 +79,7 @@ class Job:
         )
 
     @cached_property
-    def scope_inputs(self) -> dict[str, Any]:
+    def scope_inputs(self) -> dict[str, object]:
         """What decides a trial's outcome but the point, by name, so that a change can be told by name."""
         tokenizer = digest.of_file(self.model.tokenizer) if self.model.tokenizer else None
         quality = self.recipe.quality
@@ -178,7 +178,7 @@ class Job:
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
 
-    def import_inputs(self, point: Point) -> dict[str, Any]:
+    def import_inputs(self, point: Point) -> dict[str, object]:
         """Return everything that goes into the import of a point, by name."""
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
@@ -198,7 +198,7 @@ class Job:
             **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
         }
 
-    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, object]:
         """Return everything that goes into the compile of a program at a point, by name."""
         return compile_inputs(program.module, self.target, self.space.level(point, "codegen"), self.toolchain.compiler)
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.build.freshness import Freshness
@@ -16,6 +15,8 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget, Recipe
 from llmbuild.spec.variant import Artifact
 
+Inputs = Mapping[str, object]
+
 
 @dataclass(frozen=True)
 class Planned:
@@ -26,7 +27,7 @@ class Planned:
     reason: str
     key: str = ""
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return what `-n` prints."""
         return {
             "step": self.step,
@@ -88,7 +89,7 @@ def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:
     return "" if artifact else "never compiled with these flags and this compiler"
 
 
-def explained(job: Job, catalog: Known | None) -> dict[str, list[Any]]:
+def explained(job: Job, catalog: Known | None) -> dict[str, list[object]]:
     """Return each field of the key that differs from the latest build of this recipe: what it was and what it is."""
     earlier = catalog.last_inputs(job.recipe.name) if catalog else []
     if not earlier or job.scope_inputs in earlier:
@@ -97,7 +98,7 @@ def explained(job: Job, catalog: Known | None) -> dict[str, list[Any]]:
     return {name: [_field(was, name), _field(mine, name)] for name in sorted(_differing(mine, was))}
 
 
-def _by_field(job: Job, catalog: Known | None, earlier: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _by_field(job: Job, catalog: Known | None, earlier: Inputs) -> tuple[Inputs, Inputs]:
     """Return what a build was keyed by and what it is keyed by, with machines by field instead of by digest."""
     was, mine = earlier, job.scope_inputs
     there = catalog.machine(str(earlier.get("machine"))) if catalog else None
@@ -106,9 +107,9 @@ def _by_field(job: Job, catalog: Known | None, earlier: dict[str, Any]) -> tuple
     return {**was, "machine": there.fields()}, {**mine, "machine": job.machine.fields()}
 
 
-def _field(inputs: dict[str, Any], name: str) -> Any:
+def _field(inputs: Inputs, name: str) -> object:
     """Return a field by its dotted name; field names themselves hold no dots."""
-    found: Any = inputs
+    found: object = inputs
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
     return found
@@ -116,7 +117,7 @@ def _field(inputs: dict[str, Any], name: str) -> Any:
 
 def changes(job: Job, catalog: Known) -> str:
     """Return which fields differ from the latest build of this recipe; empty when one had the very same."""
-    mine = job.scope_inputs
+    mine: Inputs = job.scope_inputs
     earlier = catalog.last_inputs(job.recipe.name)
     if not earlier:
         return "never built"
@@ -127,7 +128,7 @@ def changes(job: Job, catalog: Known) -> str:
     return "changed: " + ", ".join(fields)
 
 
-def _differing(a: dict[str, Any], b: dict[str, Any], prefix: str = "") -> list[str]:
+def _differing(a: Inputs, b: Inputs, prefix: str = "") -> list[str]:
     found = []
     for name in {*a, *b}:
         left, right = a.get(name), b.get(name)

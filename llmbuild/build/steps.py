@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from llmbuild.build.compiling import Compiling
 from llmbuild.build.imports import Imports
@@ -46,7 +46,7 @@ class Steps:
 
     # --- import --------------------------------------------------------------------------------------------------
 
-    def import_inputs(self, point: Point) -> dict[str, Any]:
+    def import_inputs(self, point: Point) -> dict[str, object]:
         """Return everything that goes into the import of a point, by name."""
         return self.job.import_inputs(point)
 
@@ -78,7 +78,7 @@ class Steps:
 
     # --- compile -------------------------------------------------------------------------------------------------
 
-    def compile_inputs(self, program: Program, point: Point) -> dict[str, Any]:
+    def compile_inputs(self, program: Program, point: Point) -> dict[str, object]:
         """Return everything that goes into a compile, by name."""
         return self.job.compile_inputs(program, point)
 

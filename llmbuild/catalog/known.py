@@ -9,13 +9,14 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from llmbuild import digest
 from llmbuild.catalog.place import PUBLISHED_FILE, exists
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError
 from llmbuild.runtime import machines, reader
+from llmbuild.runtime.connection import Cells
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point
@@ -36,6 +37,14 @@ WHERE v.artifact IS NOT NULL
 """
 
 
+class State(TypedDict):
+    """How far a build has come."""
+
+    seconds: float
+    raced: bool
+    ended: str
+
+
 class Known:
     """A catalog that is only read. It has the newest schema: opening it as a `Catalog` would change nothing."""
 
@@ -43,11 +52,11 @@ class Known:
         self.folder = folder
         self.blobs = BlobStore(folder)
 
-    def _rows(self, query: str, *values: Any) -> list[Any]:
+    def _rows(self, query: str, *values: object) -> list[Cells]:
         with reader.opened(self.folder) as connection:
             return list(connection.execute(query, values).fetchall())
 
-    def _names(self, query: str, *values: Any) -> set[str]:
+    def _names(self, query: str, *values: object) -> set[str]:
         return {row[0] for row in self._rows(query, *values)}
 
     # --- what was made -------------------------------------------------------------------------------------------
@@ -129,10 +138,10 @@ class Known:
         rows = [tuple(row)[1:] for row in self._rows(_MADE)] if asked else []
         return {name: kind for row in rows for kind, name in zip(kinds, row, strict=True) if name in asked}
 
-    def build_state(self, key: str) -> dict[str, Any] | None:
+    def build_state(self, key: str) -> State | None:
         """Return how far a build has come: `seconds`, `raced`, `ended`."""
         rows = self._rows("SELECT seconds, raced, ended FROM build WHERE key = ?", key)
-        return next(({"seconds": r[0], "raced": bool(r[1]), "ended": r[2]} for r in rows), None)
+        return next((State(seconds=r[0], raced=bool(r[1]), ended=r[2]) for r in rows), None)
 
     def machine_known_as(self, fingerprint: str) -> tuple[str, ...]:
         """Return the digests that a machine is stored under; its fingerprint where it is not known."""
@@ -144,7 +153,7 @@ class Known:
         with reader.opened(self.folder) as connection:
             return machines.stored(connection, name)
 
-    def last_inputs(self, model: str) -> list[dict[str, Any]]:
+    def last_inputs(self, model: str) -> list[dict[str, object]]:
         """Return what the builds of a recipe were keyed by, the latest first."""
         rows = self._rows("SELECT inputs FROM build WHERE model = ? ORDER BY created_at DESC", model)
         return [dict(_parsed(row[0])) for row in rows]
@@ -196,7 +205,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _parsed(body: Any) -> Any:
+def _parsed(body: object) -> Any:
     """Return a JSON column: SQLite's is text, a server's is parsed already."""
     return loads(body) if isinstance(body, str) else body
 

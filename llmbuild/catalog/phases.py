@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from sqlalchemy import select
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -25,7 +25,7 @@ class Front:
     """
 
     blob: str
-    features: dict[str, Any]
+    features: dict[str, object]
     seconds: float
 
 
@@ -35,7 +35,7 @@ class Tuned:
 
     configuration: str
     gain: float
-    tried: tuple[dict[str, Any], ...]
+    tried: tuple[dict[str, object], ...]
 
 
 def find_front(catalog: Catalog, key: str) -> Front | None:
@@ -46,7 +46,7 @@ def find_front(catalog: Catalog, key: str) -> Front | None:
     return found if found and catalog.blobs.intact(found.blob) else None
 
 
-def record_front(catalog: Catalog, key: str, inputs: dict[str, Any], front: Front) -> None:
+def record_front(catalog: Catalog, key: str, inputs: Mapping[str, object], front: Front) -> None:
     """Keep a compile half done."""
     _replace(catalog, t.FrontHalfRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)})
 
@@ -58,7 +58,7 @@ def find_tuning(catalog: Catalog, key: str) -> Tuned | None:
         return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
 
 
-def record_tuning(catalog: Catalog, key: str, inputs: dict[str, Any], tuned: Tuned) -> None:
+def record_tuning(catalog: Catalog, key: str, inputs: Mapping[str, object], tuned: Tuned) -> None:
     """Keep what won for a kind of dispatch."""
     _replace(catalog, t.TuningRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)})
 
@@ -89,6 +89,6 @@ def winners(catalog: Catalog, name: str) -> dict[str, str]:
         return dict(row.inputs["winners"])
 
 
-def _replace(catalog: Catalog, table: type[t.Base], values: dict[str, Any]) -> None:
+def _replace(catalog: Catalog, table: type[t.Base], values: dict[str, object]) -> None:
     with catalog.session(write=True) as session:
         session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from llmbuild.system.strict_json import JsonObject
 
 Digest = String(64)
 
@@ -13,7 +15,7 @@ Digest = String(64)
 class Base(DeclarativeBase):
     """Everything a catalog holds; digests are 64 hex digits, times are UTC in ISO 8601."""
 
-    type_annotation_map: ClassVar[dict[Any, Any]] = {dict[str, Any]: JSON, list[Any]: JSON}
+    type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON, list[JsonObject]: JSON}
 
 
 class Info(Base):
@@ -31,7 +33,7 @@ class TargetRow(Base):
     __tablename__ = "target"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
     name: Mapped[str] = mapped_column(String(64), index=True)
-    body: Mapped[dict[str, Any]]
+    body: Mapped[JsonObject]
 
 
 class MachineRow(Base):
@@ -40,7 +42,7 @@ class MachineRow(Base):
     __tablename__ = "machine"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
     name: Mapped[str]
-    body: Mapped[dict[str, Any]]
+    body: Mapped[JsonObject]
 
 
 class LimitRow(Base):
@@ -48,7 +50,7 @@ class LimitRow(Base):
 
     __tablename__ = "machine_limit"
     machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"), primary_key=True)
-    body: Mapped[dict[str, Any]]
+    body: Mapped[JsonObject]
     created_at: Mapped[str]
 
 
@@ -57,7 +59,7 @@ class ToolchainRow(Base):
 
     __tablename__ = "toolchain"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
-    body: Mapped[dict[str, Any]]
+    body: Mapped[JsonObject]
 
 
 class ProgramRow(Base):
@@ -69,7 +71,7 @@ class ProgramRow(Base):
     parameters: Mapped[str] = mapped_column(Digest)
     checks: Mapped[str] = mapped_column(Digest)
     parameter_bytes: Mapped[int] = mapped_column(BigInteger)
-    abi: Mapped[dict[str, Any]]
+    abi: Mapped[JsonObject]
 
 
 class ImportRow(Base):
@@ -77,7 +79,7 @@ class ImportRow(Base):
 
     __tablename__ = "import"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     program: Mapped[str] = mapped_column(ForeignKey("program.digest"))
     seconds: Mapped[float]
     created_at: Mapped[str]
@@ -89,7 +91,7 @@ class ReferenceRow(Base):
     __tablename__ = "reference"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
     blob: Mapped[str] = mapped_column(Digest)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     created_at: Mapped[str]
 
 
@@ -108,7 +110,7 @@ class CompileRow(Base):
 
     __tablename__ = "compile"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"), index=True)
     seconds: Mapped[float]
     created_at: Mapped[str]
@@ -119,9 +121,9 @@ class FrontHalfRow(Base):
 
     __tablename__ = "front_half"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     blob: Mapped[str] = mapped_column(Digest)
-    features: Mapped[dict[str, Any]]
+    features: Mapped[JsonObject]
     seconds: Mapped[float]
     created_at: Mapped[str]
 
@@ -135,10 +137,10 @@ class TuningRow(Base):
 
     __tablename__ = "dispatch_tuning"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     configuration: Mapped[str] = mapped_column(Text)
     gain: Mapped[float] = mapped_column(Float)
-    tried: Mapped[list[Any]]
+    tried: Mapped[list[JsonObject]]
     created_at: Mapped[str]
 
 
@@ -153,7 +155,7 @@ class VariantRow(Base):
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     tokenizer: Mapped[str | None] = mapped_column(Digest)
     lineage: Mapped[str] = mapped_column(Digest, index=True)
-    point: Mapped[dict[str, Any]]
+    point: Mapped[JsonObject]
     is_default: Mapped[bool] = mapped_column(Boolean)
     created_at: Mapped[str]
 
@@ -181,7 +183,7 @@ class MeasurementRow(Base):
     artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"))
     machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"))
     workload: Mapped[str] = mapped_column(String(64))
-    workload_body: Mapped[dict[str, Any]]
+    workload_body: Mapped[JsonObject]
     protocol: Mapped[int]
     ttft_s: Mapped[float | None] = mapped_column(Float)
     tpot_s: Mapped[float | None] = mapped_column(Float)
@@ -189,7 +191,7 @@ class MeasurementRow(Base):
     output_tokens_per_s: Mapped[float | None] = mapped_column(Float)
     energy_j_per_token: Mapped[float | None] = mapped_column(Float)
     energy_source: Mapped[str | None]
-    energy: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    energy: Mapped[JsonObject | None] = mapped_column(JSON(none_as_null=True))
     itl_p99_s: Mapped[float | None] = mapped_column(Float)
     session: Mapped[str | None]
     peak_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
@@ -200,11 +202,11 @@ class MeasurementRow(Base):
     dispatches_per_token: Mapped[float | None] = mapped_column(Float)
     bandwidth_fraction: Mapped[float | None] = mapped_column(Float)
     peak_fraction: Mapped[float | None] = mapped_column(Float)
-    operators: Mapped[list[Any]]
-    intervals: Mapped[dict[str, Any]]
-    ratios: Mapped[dict[str, Any]]
-    samples: Mapped[dict[str, Any]]
-    notes: Mapped[dict[str, Any]]
+    operators: Mapped[list[JsonObject]]
+    intervals: Mapped[JsonObject]
+    ratios: Mapped[JsonObject]
+    samples: Mapped[JsonObject]
+    notes: Mapped[JsonObject]
     created_at: Mapped[str]
     __table_args__ = (
         Index(
@@ -276,7 +278,7 @@ class BuildRow(Base):
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
     model: Mapped[str] = mapped_column(String(64))
     scope: Mapped[str] = mapped_column(Digest)
-    inputs: Mapped[dict[str, Any]]
+    inputs: Mapped[JsonObject]
     seconds: Mapped[float]
     raced: Mapped[bool] = mapped_column(Boolean)
     ended: Mapped[str]

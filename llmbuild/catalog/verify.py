@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.place import FILE
-from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references, stranger
+from llmbuild.catalog.references import (
+    Reference,
+    blobs_of,
+    collected,
+    front_variants,
+    published_blobs,
+    references,
+    stranger,
+)
 from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
 from llmbuild.digest import of_file
@@ -35,7 +42,7 @@ class Finding:
     remedy: str
     wrong: bool
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, object]:
         """Return what the command prints."""
         return asdict(self)
 
@@ -108,7 +115,7 @@ def promised(folder: Path, catalog: Catalog) -> list[Finding]:
 
 def _bytes(
     catalog: Catalog,
-    named: dict[str, Any],
+    named: Mapping[str, Reference],
     needed: set[str],
     sizes: dict[str, int],
     progress: Callable[[int, int], None],

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from llmbuild import digest
 from llmbuild.catalog import history, locks
 from llmbuild.catalog import tables as t
-from llmbuild.catalog.known import Known
+from llmbuild.catalog.known import Known, State
 from llmbuild.catalog.names import Owner, Ranking, Registered
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, database_errors, now, open_engine
 from llmbuild.digest import plain
@@ -26,6 +26,7 @@ from llmbuild.spec.program import Program
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FAILED, UNDECIDED, Standing, Trial
 from llmbuild.spec.variant import Artifact, Failure
+from llmbuild.system.strict_json import JsonObject
 
 NOT_TOLD = Ranking()
 COMPILED = "compiled, and never measured"
@@ -73,7 +74,7 @@ class Catalog(Known):
 
     # --- programs ------------------------------------------------------------------------------------------------
 
-    def record_import(self, key: str, inputs: dict[str, Any], program: Program, seconds: float) -> None:
+    def record_import(self, key: str, inputs: Mapping[str, object], program: Program, seconds: float) -> None:
         """Keep what an import made."""
         name = digest.of(program)
         row = {
@@ -101,7 +102,7 @@ class Catalog(Known):
             blob = session.execute(select(t.ReferenceRow.blob).where(t.ReferenceRow.key == key)).scalar()
         return blob if blob and self.blobs.intact(blob) else None
 
-    def record_reference(self, key: str, inputs: dict[str, Any], blob: str) -> None:
+    def record_reference(self, key: str, inputs: Mapping[str, object], blob: str) -> None:
         """Keep what the library's own model says."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
         with self.session(write=True) as session:
@@ -114,7 +115,7 @@ class Catalog(Known):
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
-    def record_compile(self, key: str, inputs: dict[str, Any], artifact: Artifact, seconds: float) -> None:
+    def record_compile(self, key: str, inputs: Mapping[str, object], artifact: Artifact, seconds: float) -> None:
         """Keep what a compile made."""
         with self.session(write=True) as session:
             row = {
@@ -144,7 +145,7 @@ class Catalog(Known):
         )
         self._keep(t.ToolchainRow, {"digest": job.toolchain_digest, "body": plain(job.toolchain)})
 
-    def _keep(self, table: type[t.Base], row: dict[str, Any]) -> None:
+    def _keep(self, table: type[t.Base], row: Mapping[str, object]) -> None:
         with self.session() as session:
             known = session.get(table, row["digest"]) is not None
         if not known:
@@ -234,12 +235,12 @@ class Catalog(Known):
         with self.session() as session:
             return history.scopes_of(session, model)
 
-    def find_limits(self, machine: str) -> dict[str, Any] | None:
+    def find_limits(self, machine: str) -> JsonObject | None:
         """Return what was measured of a machine's limits."""
         with self.session() as session:
             return session.execute(select(t.LimitRow.body).where(t.LimitRow.machine == machine)).scalar()
 
-    def record_limits(self, machine: str, body: Any) -> None:
+    def record_limits(self, machine: str, body: object) -> None:
         """Keep a machine's limits."""
         values = {"machine": machine, "body": plain(body), "created_at": now()}
         with self.session(write=True) as session:
@@ -249,7 +250,9 @@ class Catalog(Known):
 
     # --- builds and standings ------------------------------------------------------------------------------------
 
-    def record_build(self, key: str, model: str, scope: str, inputs: dict[str, Any], **state: Any) -> None:
+    def record_build(
+        self, key: str, model: str, scope: str, inputs: Mapping[str, object], **state: Unpack[State]
+    ) -> None:
         """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
         with self.session(write=True) as session:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build.build import Build
@@ -23,11 +23,13 @@ from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.report.progress import Progress
 from llmbuild.report.targets import runs_here
 from llmbuild.runtime import host, reader
+from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
+from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import order
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT
-from llmbuild.spec.variant import Failure
+from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.system.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -38,12 +40,12 @@ if TYPE_CHECKING:
 class Built:
     """What a build has to show: rows of the front and the default, or the plan of a dry run."""
 
-    rows: list[dict[str, Any]]
+    rows: list[Row]
     usable: bool
     advice: str
-    plan: list[dict[str, Any]] | None = None
-    plain: bool = False
-    """Rows are not those of the contract: print them as they are."""
+    plan: list[dict[str, object]] | None = None
+    made: list[dict[str, object]] | None = None
+    """What an import or a compile made, in place of rows: printed as it is."""
 
 
 def prefetch(jobs: Sequence[Callable[[], Job]], request: BuildRequest) -> None:
@@ -122,7 +124,7 @@ def _nothing_to_do(job: Job, known: Known, budget: Budget, request: BuildRequest
     return _built(job, known.folder, done)
 
 
-def _planned(job: Job, known: Known | None, budget: Budget, request: BuildRequest) -> list[dict[str, Any]]:
+def _planned(job: Job, known: Known | None, budget: Budget, request: BuildRequest) -> list[dict[str, object]]:
     job = with_tunings(job, known, request) if known else job
     steps = until(plan(job, known, budget, request.seed), request.until)
     fields = explained(job, known) if request.explain else {}
@@ -160,7 +162,7 @@ def _opening(job: Job, budget: Budget) -> str:
     return f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials"
 
 
-def tune(variant: str, catalog: Path) -> list[dict[str, Any]]:
+def tune(variant: str, catalog: Path) -> list[dict[str, object]]:
     """Tune the dispatches of a variant and return one row for each kind that matters."""
     from llmbuild.build.tune import Tuner
 
@@ -178,17 +180,17 @@ def tune(variant: str, catalog: Path) -> list[dict[str, Any]]:
     return [plain(kind) for kind in done.kinds]
 
 
-def _imported(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+def _imported(job: Job, done: Sequence[tuple[Point, Program | Failure]]) -> Built:
     rows = [_made_row(job, point, made, "program") for point, made in done]
-    return Built(rows, any(r["program"] for r in rows), f"nothing imported: {_first_failure(rows)}", plain=True)
+    return Built([], any(r["program"] for r in rows), f"nothing imported: {_first_failure(rows)}", made=rows)
 
 
-def _compiled(job: Job, done: Sequence[tuple[Point, Any]]) -> Built:
+def _compiled(job: Job, done: Sequence[tuple[Point, Artifact | Failure]]) -> Built:
     rows = [_made_row(job, point, made, "artifact") for point, made in done]
-    return Built(rows, any(r["artifact"] for r in rows), f"nothing compiled: {_first_failure(rows)}", plain=True)
+    return Built([], any(r["artifact"] for r in rows), f"nothing compiled: {_first_failure(rows)}", made=rows)
 
 
-def _first_failure(rows: Sequence[dict[str, Any]]) -> str:
+def _first_failure(rows: Sequence[dict[str, object]]) -> str:
     return next((str(r["failure"]) for r in rows if r["failure"]), "no point to try")
 
 
@@ -229,13 +231,12 @@ def compile_only(job: Job, request: BuildRequest) -> Built:
     return build(job, replace(request, until="compile"))
 
 
-def _made_row(job: Job, point: Point, made: Any, kind: str) -> dict[str, Any]:
-    failed = isinstance(made, Failure)
-    row: dict[str, Any] = {"model": job.recipe.name, "target": job.target.name, "choices": describe(job, point)}
-    row[kind] = "" if failed else digest.of(made) if kind == "program" else made.digest
+def _made_row(job: Job, point: Point, made: Program | Artifact | Failure, kind: str) -> dict[str, object]:
+    row: dict[str, object] = {"model": job.recipe.name, "target": job.target.name, "choices": describe(job, point)}
+    row[kind] = "" if isinstance(made, Failure) else made.digest if isinstance(made, Artifact) else digest.of(made)
     if kind == "artifact":
-        row["artifact_bytes"] = None if failed else made.size_bytes
-    return {**row, "failure": f"{made.stage}: {made.reason}" if failed else ""}
+        row["artifact_bytes"] = made.size_bytes if isinstance(made, Artifact) else None
+    return {**row, "failure": f"{made.stage}: {made.reason}" if isinstance(made, Failure) else ""}
 
 
 def profile(what: Sequence[str], request: BuildRequest) -> Built:

@@ -153,7 +153,7 @@ def _counter(done: str) -> Callable[..., None]:
     if not sys.stderr.isatty():
         return lambda *_: None
 
-    def tell(*told: Any) -> None:
+    def tell(*told: int) -> None:
         some, total = told[-2:]
         replace_line(sys.stderr, f"{some / 1e6:.1f} of {total / 1e6:.1f} MB {done}")
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Report:
     """Rows for stdout, one closing line of talk, and whether all is well."""
 
-    rows: list[dict[str, Any]]
+    rows: Sequence[Mapping[str, object]]
     closing: str
     well: bool
 
@@ -57,15 +57,15 @@ def _print_all(done: Sequence[Built], form: str | None) -> None:
     elif form and done:
         from llmbuild.report.rows import public
 
-        print_rows([row if built.plain else public(row) for built in done for row in built.rows], form)
+        print_rows([row for built in done for row in built.made or map(public, built.rows)], form)
 
 
 def print_built(built: Built, form: str | None) -> None:
     """Print the rows of a build."""
     from llmbuild.report.rows import footnotes, front_table
 
-    if built.plain:
-        print_rows(built.rows, form)
+    if built.made is not None:
+        print_rows(built.made, form)
     elif form:
         print_public(built.rows, form)
     elif built.rows:
@@ -73,14 +73,14 @@ def print_built(built: Built, form: str | None) -> None:
         click.echo("\n".join(footnotes(built.rows)), err=True)
 
 
-def print_public(rows: Sequence[dict[str, Any]], form: str | None, none: str = "nothing to list") -> int:
+def print_public(rows: Sequence[Mapping[str, object]], form: str | None, none: str = "nothing to list") -> int:
     """Print the columns of the contract."""
     from llmbuild.report.rows import public
 
     return print_rows([public(row) for row in rows], form, none)
 
 
-def print_rows(rows: Sequence[dict[str, Any]], form: str | None, none: str = "nothing to list") -> int:
+def print_rows(rows: Sequence[Mapping[str, object]], form: str | None, none: str = "nothing to list") -> int:
     """Print rows as a table, JSON or CSV; where there are none, say `none` in place of a table."""
     from llmbuild.report.rows import as_csv, as_json
     from llmbuild.report.table import table, terminal

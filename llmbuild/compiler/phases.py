@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from llmbuild.compiler.flags import HYGIENE, Phase, attributes, point_flags, target_flags
 from llmbuild.compiler.iree import binary
@@ -121,7 +120,7 @@ def _attribute(value: Value) -> str:
     return f"{value} : i64" if isinstance(value, int) else f'"{value}"'
 
 
-def features(statistics: Path) -> dict[str, Any]:
+def features(statistics: Path) -> dict[str, object]:
     """Return what the front half schedules: dispatches, executables, transient and constant bytes; empty if unknown."""
     try:
         told = json.loads(statistics.read_text())["stream-aggregate"]

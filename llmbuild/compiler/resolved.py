@@ -7,7 +7,6 @@ import json
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.compiler import iree
@@ -49,7 +48,7 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
     return found
 
 
-def _write(path: Path, answer: dict[str, Any]) -> None:
+def _write(path: Path, answer: dict[str, object]) -> None:
     with contextlib.suppress(OSError):  # a folder that cannot be written costs a quarter of a second, no more
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:

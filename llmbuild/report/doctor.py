@@ -8,7 +8,6 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmbuild.build.toolchain import package_version
 from llmbuild.catalog.known import Known, is_current
@@ -29,11 +28,11 @@ NEEDED = {
 }
 
 
-def _row(check: str, state: str, found: str, todo: str = "") -> dict[str, Any]:
+def _row(check: str, state: str, found: str, todo: str = "") -> dict[str, object]:
     return {"check": check, "state": state, "found": found, "todo": todo}
 
 
-def checks(catalog: Path) -> list[dict[str, Any]]:
+def checks(catalog: Path) -> list[dict[str, object]]:
     """Return every check as a row; `state` is ok, note or wrong."""
     rows = [_row("python", "ok", sys.version.split()[0])]
     for extra, names in NEEDED.items():
@@ -50,7 +49,7 @@ def checks(catalog: Path) -> list[dict[str, Any]]:
     return [*rows, *_catalog(catalog)]
 
 
-def _package(name: str, extra: str) -> dict[str, Any]:
+def _package(name: str, extra: str) -> dict[str, object]:
     found = package_version(name)
     if found != "absent":
         return _row(name, "ok", found)
@@ -60,7 +59,7 @@ def _package(name: str, extra: str) -> dict[str, Any]:
     )
 
 
-def _versions() -> dict[str, Any]:
+def _versions() -> dict[str, object]:
     compiler, runtime = compiler_version(), host.runtime_version()
     if "absent" in (compiler, runtime) or same_minor(compiler, runtime):
         return _row("compiler and runtime", "ok", f"{compiler} and {runtime}")
@@ -69,7 +68,7 @@ def _versions() -> dict[str, Any]:
     )
 
 
-def _features() -> dict[str, Any]:
+def _features() -> dict[str, object]:
     found = host.features()
     if not found:
         return _row(
@@ -83,7 +82,7 @@ def _features() -> dict[str, Any]:
     return _row("CPU features", "ok", f"{host.machine().chip}: {' '.join(named) or 'baseline'}")
 
 
-def _memory() -> dict[str, Any]:
+def _memory() -> dict[str, object]:
     free, limit = resources.memory_available(), resources.group_memory_limit()
     if free is None:
         return _row("memory", "note", "this system does not tell how much is free", "picks are not held against it")
@@ -91,13 +90,13 @@ def _memory() -> dict[str, Any]:
     return _row("memory", "ok", told if limit is None else f"{told}, {limit.bytes / 1e9:.1f} GB at most ({limit.file})")
 
 
-def _cpus() -> dict[str, Any]:
+def _cpus() -> dict[str, object]:
     quota, cores, all_ = resources.cpu_quota(), host.cores(), len(resources.host_cpus() or ())
     told = f"{cores} of {all_} usable" if all_ else f"{cores} usable"
     return _row("CPUs", "ok", told if quota is None else f"{told}, a control group allows the time of {quota:g}")
 
 
-def _energy() -> list[dict[str, Any]]:
+def _energy() -> list[dict[str, object]]:
     """Return a row for the CPU's meter, one for the GPU's, and one for the estimate where it was asked for."""
     counter = nvml.find_counter()
     board = [counter] if not isinstance(counter, Absent) else [counter, nvml.find_polled()]
@@ -110,7 +109,7 @@ def _energy() -> list[dict[str, Any]]:
         return [*rows, _row("energy estimate", "wrong", str(error), f"unset {estimate.VARIABLE}, or correct it")]
 
 
-def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
+def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, object]:
     """Return the meter that is found, and why the better ones are not it."""
     why = [f"{one.source}: {one.reason}" for one in tried if isinstance(one, Absent)]
     found = next((one for one in tried if not isinstance(one, Absent)), None)
@@ -122,7 +121,7 @@ def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, Any]:
     return _row(check, "ok", told, "; ".join(why))
 
 
-def _disk(catalog: Path) -> dict[str, Any]:
+def _disk(catalog: Path) -> dict[str, object]:
     whole = real(catalog)
     existing = next(p for p in (whole, *whole.parents) if os.path.exists(p))  # noqa: PTH110 - false where not allowed
     free = shutil.disk_usage(existing).free
@@ -136,7 +135,7 @@ def _disk(catalog: Path) -> dict[str, Any]:
     return _row("disk", "ok", f"{free / 1e9:.0f} GB free at {existing}")
 
 
-def _catalog(catalog: Path) -> list[dict[str, Any]]:
+def _catalog(catalog: Path) -> list[dict[str, object]]:
     try:
         with as_our_errors():
             there = (catalog / FILE).is_file()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from llmbuild.build.plan import left_out
 from llmbuild.profiler import heldout
@@ -18,7 +17,7 @@ from llmbuild.spec.space import Knob
 from llmbuild.spec.target import HOST, LLVM_CPU, Target
 
 
-def knob_rows(target: Target | None) -> list[dict[str, Any]]:
+def knob_rows(target: Target | None) -> list[dict[str, object]]:
     """Return the knobs, of one target if it is named, then what is left out of the space on purpose."""
     traps = (*TRAPS, *(Trap(f"{b.knob}={b.value}", b.backends, b.reason) for b in BROKEN))
     if target is None:
@@ -30,7 +29,7 @@ def knob_rows(target: Target | None) -> list[dict[str, Any]]:
 _LEVELS = {"model": "A model", "codegen": "B code generation", "runtime": "C run time"}
 
 
-def _knob_row(k: Knob) -> dict[str, Any]:
+def _knob_row(k: Knob) -> dict[str, object]:
     searched = f" (searched: {_words(k.searched)})" if k.searched and k.searched != k.domain else ""
     return {
         "knob": k.name,
@@ -56,10 +55,10 @@ def _asked_of_models(k: Knob) -> list[str]:
     return [f"{value} asks of a model {what}" for value, what in asked if what]
 
 
-def _trap_row(trap: Trap) -> dict[str, Any]:
+def _trap_row(trap: Trap) -> dict[str, object]:
     excluded = {"knob": trap.choice, "level": "excluded", "backends": " ".join(trap.backends) or "all"}
     return {**excluded, "default": "", "domain": "", "when": "", "meaning": trap.reason}
 
 
-def _words(values: Sequence[Any]) -> str:
+def _words(values: Sequence[object]) -> str:
     return " ".join(str(v) for v in values)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import llmbuild
 from llmbuild.errors import InputError
@@ -31,7 +30,7 @@ def recipe_folder() -> Path:
     return shipped if shipped.is_dir() and not here.exists() else here
 
 
-def recipes(folder: Path) -> list[dict[str, Any]]:
+def recipes(folder: Path) -> list[dict[str, object]]:
     """Return what each recipe of a folder asks for; one that cannot be read is told as such."""
     if folder.is_file():
         raise InputError(
@@ -49,7 +48,7 @@ def no_recipes(folder: Path) -> str:
     return f"no *.yaml in {folder}: {RECIPE_HINT}"
 
 
-def _recipe_row(path: Path) -> dict[str, Any]:
+def _recipe_row(path: Path) -> dict[str, object]:
     from llmbuild.frontend.source import at_hand, examine
     from llmbuild.report.knobs import left_out_here
     from llmbuild.spec.files.reader import read_recipe

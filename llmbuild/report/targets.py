@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import Answers, resolve
@@ -16,13 +15,13 @@ from llmbuild.spec.target import Target
 YES = "yes"
 
 
-def rows(targets: Sequence[Target], answers: Answers | None, probed: bool) -> list[dict[str, Any]]:
+def rows(targets: Sequence[Target], answers: Answers | None, probed: bool) -> list[dict[str, object]]:
     """Return a row for each target; with `probed`, code is generated for a matrix-vector product, too."""
     with ThreadPoolExecutor(host.cores()) as pool:
         return list(pool.map(lambda target: _row(target, answers, probed), targets))
 
 
-def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, Any]:
+def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, object]:
     resolved, compiles = target, YES
     try:
         resolved = resolve(target, answers)
