@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build.compiling import once
@@ -21,6 +21,7 @@ from llmbuild.profiler.protocol import Quality
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
+from llmbuild.system.strict_json import JsonObject
 
 if TYPE_CHECKING:
     import numpy as np
@@ -54,9 +55,9 @@ class Imports:
             self.catalog, self._forced, "import", key, self.catalog.find_import, lambda: self._import(key, inputs)
         )
 
-    def _import(self, key: str, inputs: dict[str, Any]) -> Program | Failure:
+    def _import(self, key: str, inputs: Mapping[str, object]) -> Program | Failure:
         source = self.job.recipe.model
-        request = {
+        request: dict[str, object] = {
             "verb": "import",
             "model": str(self.job.model.folder.absolute()),
             "random_init": source.random_init,
@@ -90,13 +91,13 @@ class Imports:
             np.save(path, self.job.calibration)
             return self.catalog.blobs.path(self.catalog.blobs.put_file(path))
 
-    def _frontend(self, request: dict[str, Any], folder: Path) -> dict[str, Any] | Failure:
+    def _frontend(self, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
         job_file, result = folder / "job.json", folder / "result.json"
         job_file.write_text(json.dumps({**request, "out": str(folder)}))
         command = python("llmbuild.frontend", str(job_file))
         failure = run(command, "import", self.job.limits, result)
         if result.is_file():
-            told: dict[str, Any] = json.loads(result.read_text())
+            told: JsonObject = json.loads(result.read_text())
             if "error" in told:
                 raise InputError(told["error"])
             if "refused" not in told:
@@ -132,7 +133,7 @@ class Imports:
         )
         return made if isinstance(made, Failure) else Quality(self.catalog.blobs.path(made), "")
 
-    def _reference(self, key: str, inputs: dict[str, Any], windows: NDArray[np.int64]) -> str | Failure:
+    def _reference(self, key: str, inputs: Mapping[str, object], windows: NDArray[np.int64]) -> str | Failure:
         import numpy as np
 
         with TemporaryDirectory(prefix="llmbuild-") as name:

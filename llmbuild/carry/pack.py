@@ -11,7 +11,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 import numpy as np
 
@@ -33,12 +32,12 @@ from llmbuild.profiler.remote import archive
 from llmbuild.runtime import host
 from llmbuild.runtime.reader import FILE, blob_path
 from llmbuild.spec.formats import SAME
-from llmbuild.spec.program import CHECK_FILE
+from llmbuild.spec.program import CHECK_FILE, Program
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
+from llmbuild.system.strict_json import JsonObject
 
-Body = dict[str, Any]
 MOST_BYTES = 60 << 20
 """Bytes of a packed folder beside the weights."""
 MORE_CODE = (
@@ -86,7 +85,7 @@ class Packed:
     weights_bytes: int = 0
     drawn_bytes: int = 0
     """Of weights that are drawn from their seed there."""
-    drawn: dict[str, Body | None] = field(default_factory=dict)
+    drawn: dict[str, JsonObject | None] = field(default_factory=dict)
     """How these are drawn, by archive; None for one that has to be carried."""
     other_bytes: int = 0
 
@@ -123,7 +122,7 @@ def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell:
 
 def _job(
     job: Job, catalog: Catalog, trials: int, tell: Tell, done: Packed, weights: dict[str, Path], others: dict[str, Path]
-) -> Body:
+) -> JsonObject:
     steps = Steps(job, catalog)
     made = Build(steps, Budget(trials, job.recipe.budget.seconds), 0, 1, tell).compile()
     quality = steps.reference()
@@ -133,7 +132,7 @@ def _job(
         others[quality.data.name] = quality.data
     if tokenizer := owner(steps).tokenizer:
         others[tokenizer] = catalog.blobs.path(tokenizer)
-    subjects: list[Body] = []
+    subjects: list[JsonObject] = []
     names = set()
     for point, artifact in made:
         program = steps.import_(point)
@@ -187,7 +186,7 @@ def _sampled(check: Path, catalog: Catalog) -> Path:
         return catalog.blobs.path(catalog.blobs.put_file(path))
 
 
-def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict[str, Path]) -> Body | None:
+def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict[str, Path]) -> JsonObject | None:
     """Return how random weights are drawn again; None where they are not random, or not drawn to the last byte."""
     config = _shape(job)
     if not job.recipe.model.random_init or config is None:
@@ -218,13 +217,13 @@ def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed
     return blob
 
 
-def _shape(job: Job) -> Body | None:
+def _shape(job: Job) -> JsonObject | None:
     """Return the model's configuration, for another runtime to make the same shape; None where it is no plain Llama."""
-    config: Body = json.loads((job.model.folder / "config.json").read_text())
+    config: JsonObject = json.loads((job.model.folder / "config.json").read_text())
     return config if config.get("model_type") == "llama" else None
 
 
-def _subject(job: Job, point: Point, body: Body, steps: Steps, program: Any) -> Body:
+def _subject(job: Job, point: Point, body: JsonObject, steps: Steps, program: Program) -> JsonObject:
     from llmbuild import digest
 
     return {

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import monotonic
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.carry import seeded
@@ -44,10 +43,9 @@ from llmbuild.spec.slo import ENERGY, parse_bound
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import FRONT, Standing, Trial
 from llmbuild.spec.variant import Failure
-from llmbuild.system.strict_json import loads
+from llmbuild.system.strict_json import JsonObject, loads
 from llmbuild.system.terminal import guarded
 
-Body = dict[str, Any]
 Tell = Callable[[str], None]
 
 JOB = "job.json"
@@ -87,7 +85,7 @@ class Run:
         self.raced: list[Across] = []
         self.versus: list[Versus] = []
         try:
-            jobs: list[Body] = loads((folder / JOB).read_text())["jobs"]
+            jobs: list[JsonObject] = loads((folder / JOB).read_text())["jobs"]
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"{folder / JOB}: not a job of a packed folder: {error}") from None
         models = list(dict.fromkeys(body["model"] for body in jobs))
@@ -108,7 +106,7 @@ class Run:
             lines += self._model(bodies, monotonic() + (self.end - monotonic()) / left)
         return lines
 
-    def _model(self, bodies: Sequence[Body], end: float) -> list[Line]:
+    def _model(self, bodies: Sequence[JsonObject], end: float) -> list[Line]:
         begin, shares = monotonic(), LEADING + len(bodies) - 1
         compared = len(bodies) > 1 or self.with_torch or self._on_board(bodies)
         last = end - AFTER * (end - begin) if compared else end
@@ -145,7 +143,7 @@ class Run:
         return _ranked(body["model"], targets, raced)
 
     @staticmethod
-    def _on_board(bodies: Sequence[Body]) -> bool:
+    def _on_board(bodies: Sequence[JsonObject]) -> bool:
         """Say whether any of the variants is for a GPU."""
         return any(one["subject"]["driver"] not in CPU_DRIVERS for body in bodies for one in body["subjects"])
 
@@ -186,7 +184,7 @@ class Run:
             self.tell(f"{best.model}, {load.name}: PyTorch in turns with {named.choices}")
             self.versus += self._turns(one, shape, named, monotonic() + (end - monotonic()) / left)
 
-    def _turns(self, one: Body, shape: Path, named: Versus, end: float) -> list[Versus]:
+    def _turns(self, one: JsonObject, shape: Path, named: Versus, end: float) -> list[Versus]:
         peer = Peer(self.folder / "torch_peer.py", shape, named.workload)
         live = Live(wire.subject_of(one["subject"], self._where), self.limits)
         try:
@@ -200,7 +198,7 @@ class Run:
             live.child.close()
             peer.close()
 
-    def _job(self, body: Body, end: float) -> list[Line]:
+    def _job(self, body: JsonObject, end: float) -> list[Line]:
         why = unfit(body["bench"]["target"], body["bench"]["runtime"])
         if why:
             self.tell(f"{body['model']} on {body['target']}: left out: {why}")
@@ -240,7 +238,7 @@ class Run:
         fronts = _fronts(known)
         return [*(self._found(body, trial, fronts.get(trial.variant, "")) for trial in known), *left]
 
-    def _draw(self, body: Body, one: Body) -> str:
+    def _draw(self, body: JsonObject, one: JsonObject) -> str:
         """Draw a variant's weights from their seed where they were not carried here; return why they cannot be used."""
         name = one["subject"]["parameters_path"]
         made, path = body.get("seeded", {}).get(name), self._where(name)
@@ -257,7 +255,7 @@ class Run:
         self.tell(f"{body['model']}: weights {digest.short(name)} drawn from their seed in {monotonic() - begin:.0f} s")
         return ""
 
-    def _bandwidth(self, body: Body) -> float | None:
+    def _bandwidth(self, body: JsonObject) -> float | None:
         """Measure how fast code for a target reads the memory of what it runs on; None where that failed."""
         blob = body.get("bandwidth")
         if not blob or monotonic() > self.end:
@@ -272,7 +270,9 @@ class Run:
         self.rates[body["target"]] = found
         return found
 
-    def _trial(self, bench: Bench, body: Body, one: Body, number: int, scope: str, rate: float | None) -> Trial:
+    def _trial(
+        self, bench: Bench, body: JsonObject, one: JsonObject, number: int, scope: str, rate: float | None
+    ) -> Trial:
         self.tell(f"{body['model']} on {body['target']}: {one['choices']}")
         begin, subject = monotonic(), wire.subject_of(one["subject"], self._where)
         found = bench.measure(subject, baseline=one["default"])
@@ -293,7 +293,7 @@ class Run:
             seconds=monotonic() - begin,
         )
 
-    def _raced(self, bench: Bench, body: Body, known: list[Trial], end: float) -> list[Trial]:
+    def _raced(self, bench: Bench, body: JsonObject, known: list[Trial], end: float) -> list[Trial]:
         """Measure the best again in common rounds, where there is time for it."""
         alive = {s.variant for s in self._standings(body, known) if s.status in FRONT}
         leader = body["objectives"][0]
@@ -313,7 +313,7 @@ class Run:
         rate = self.rates.get(body["target"])
         return [replace(t, measurements=_again(t, again.get(t.variant), bodies[t.variant], rate)) for t in known]
 
-    def _timed(self, body: Body, known: list[Trial], end: float) -> list[Trial]:
+    def _timed(self, body: JsonObject, known: list[Trial], end: float) -> list[Trial]:
         """Time the operators of the fastest variant on a board; where the time is up, or it cannot, a note says so."""
         best = min((t for t in known if t.measurements), key=lambda t: _value(t, "tpot_s"), default=None)
         bodies = {one["subject"]["variant"]: one["subject"] for one in body["subjects"]}
@@ -325,7 +325,7 @@ class Run:
             self.tell(f"  operators: {found.reason}")
         return [replace(t, measurements=_with_operators(t, found)) if t is best else t for t in known]
 
-    def _standings(self, body: Body, known: Sequence[Trial]) -> list[Standing]:
+    def _standings(self, body: JsonObject, known: Sequence[Trial]) -> list[Standing]:
         bounds = tuple(parse_bound(text) for text in body["bounds"])
         loads = wire.workloads_of(body["bench"])
         return [s for w in loads for s in standings(list(known), w.name, tuple(body["objectives"]), bounds)]
@@ -335,15 +335,15 @@ class Run:
 
     # --- rows ----------------------------------------------------------------------------------------------------
 
-    def _line(self, body: Body, one: Body, why: str) -> Line:
+    def _line(self, body: JsonObject, one: JsonObject, why: str) -> Line:
         return Line(body["model"], body["target"], one["choices"], one["subject"]["variant"], why)
 
-    def _found(self, body: Body, trial: Trial, front: str) -> Line:
+    def _found(self, body: JsonObject, trial: Trial, front: str) -> Line:
         one = next(o for o in body["subjects"] if o["subject"]["variant"] == trial.variant)
         why = f"{trial.failure.stage}: {trial.failure.reason}" if trial.failure else ""
         return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None), front=front)
 
-    def _record(self, body: Body, known: Sequence[Trial]) -> None:
+    def _record(self, body: JsonObject, known: Sequence[Trial]) -> None:
         """Write what was found as rows of this machine, all in one transaction."""
         on = self.machine
         machine, scope, now = digest.of(on), scope_of(body, on), datetime.now(UTC).isoformat()
@@ -364,7 +364,7 @@ class Run:
 
 
 def _again(
-    trial: Trial, raced: tuple[Measurement, ...] | None, body: Body, rate: float | None
+    trial: Trial, raced: tuple[Measurement, ...] | None, body: JsonObject, rate: float | None
 ) -> tuple[Measurement, ...]:
     """Return the readings of a race in place of the first ones, where the variant took part."""
     if raced is None:
@@ -404,7 +404,7 @@ def _fronts(known: Sequence[Trial]) -> dict[str, str]:
     return {s.variant: s.status for s in found}
 
 
-def _within(body: Body, race_s: float, racers: int, each_s: float = SCREEN_S) -> Body:
+def _within(body: JsonObject, race_s: float, racers: int, each_s: float = SCREEN_S) -> JsonObject:
     """Return a bench whose races end within so many seconds, energy included, and whose screens are as short as asked.
 
     A racer's window of energy is long; none is begun after what is left when each has had one.
@@ -428,7 +428,7 @@ def _ranked(model: str, targets: Mapping[str, str], raced: Mapping[str, Measurem
     return found
 
 
-def scope_of(body: Body, machine: Machine) -> str:
+def scope_of(body: JsonObject, machine: Machine) -> str:
     """Return what a build of the same job on this machine would call its trials' scope."""
     return digest.of({**body["scope_inputs"], "machine": digest.of(machine)})
 
@@ -443,7 +443,7 @@ def _value(trial: Trial, metric: str) -> float:
     return readings[metric].median if metric in readings else float("inf")
 
 
-def _insert(connection: sqlite3.Connection, table: str, row: Mapping[str, Any]) -> int:
+def _insert(connection: sqlite3.Connection, table: str, row: Mapping[str, object]) -> int:
     cells = {n: json.dumps(v) if isinstance(v, (dict, list)) else v for n, v in row.items()}
     names, marks = ", ".join(f'"{n}"' for n in cells), ", ".join("?" * len(cells))
     done = connection.execute(f'INSERT OR REPLACE INTO "{table}" ({names}) VALUES ({marks})', list(cells.values()))

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
-from typing import Any
 
 from llmbuild.process.child import NEUTRAL, environment
 from llmbuild.profiler.live import Live
@@ -24,8 +23,8 @@ from llmbuild.profiler.meters.meter import Energy, window_s
 from llmbuild.profiler.statistics import median_of, paired_ratio
 from llmbuild.spec.measurement import Reading
 from llmbuild.spec.workload import Workload
+from llmbuild.system.strict_json import JsonObject
 
-Body = dict[str, Any]
 TIMES = ("tpot_s", "ttft_s")
 VISIT_S = 0.5
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
@@ -68,7 +67,7 @@ class Peer:
             env=environment(),
             cwd=NEUTRAL,
         )
-        self._lines: queue.Queue[Body] = queue.Queue()
+        self._lines: queue.Queue[JsonObject] = queue.Queue()
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -78,16 +77,16 @@ class Peer:
             self._lines.put(json.loads(line))
         self._lines.put({})
 
-    def ready(self, end: float) -> list[Body]:
+    def ready(self, end: float) -> list[JsonObject]:
         """Return what each mode says of itself, its `reason` where it cannot; nothing where PyTorch is not ready."""
-        found: list[Body] = []
+        found: list[JsonObject] = []
         while told := self._next(end):
             if "ready" in told:
                 return found
             found.append(told)
         return []
 
-    def turn(self, number: int, seconds: float, end: float) -> Body:
+    def turn(self, number: int, seconds: float, end: float) -> JsonObject:
         """Return what a mode did in so many seconds; nothing where the process has died or the time is up."""
         assert self._process.stdin is not None
         try:
@@ -97,7 +96,7 @@ class Peer:
             return {}
         return self._next(end)
 
-    def _next(self, end: float) -> Body:
+    def _next(self, end: float) -> JsonObject:
         try:
             return self._lines.get(timeout=max(0.0, end - monotonic()))
         except queue.Empty:
@@ -158,12 +157,16 @@ def _turns(
     return taken
 
 
-def _row(named: Versus, reason: str, told: Body) -> Versus:
+def _row(named: Versus, reason: str, told: JsonObject) -> Versus:
     return Versus(named.model, named.workload, told["runtime"], named.variant, named.choices, reason)
 
 
 def _found(
-    named: Versus, told: Body, ours: dict[str, list[float]], theirs: dict[str, list[float]], joules: Sequence[Energy]
+    named: Versus,
+    told: JsonObject,
+    ours: dict[str, list[float]],
+    theirs: dict[str, list[float]],
+    joules: Sequence[Energy],
 ) -> Versus:
     readings = {name: median_of(theirs[name]) for name in TIMES}
     if joules:

@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from iree.runtime import ParameterIndex
 
 from llmbuild import digest
 from llmbuild.runtime import host
+from llmbuild.system.strict_json import JsonObject
 from llmbuild.transform.drawn import draw, stored
 
-Body = dict[str, Any]
 _MATRIX = ".matrix."
 MOST_THREADS = 16
 """Matrices that are drawn side by side."""
 
 
-def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+def shapes(config: JsonObject) -> dict[str, tuple[int, int]]:
     """Return the shape of a Llama's matrices by the last part of their names."""
     hidden, inner, heads = config["hidden_size"], config["intermediate_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
@@ -40,7 +39,7 @@ def shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     }
 
 
-def take_apart(archive: Path, config: Mapping[str, Any], seed: int, forms: tuple[str, str], rest: Path) -> Body | None:
+def take_apart(archive: Path, config: JsonObject, seed: int, forms: tuple[str, str], rest: Path) -> JsonObject | None:
     """Write what no seed gives of an archive to `rest`, and return how to make it again; None where that fails.
 
     `forms` are the formats of the layers and of the token tables.
@@ -66,7 +65,7 @@ def take_apart(archive: Path, config: Mapping[str, Any], seed: int, forms: tuple
     return {"seed": seed, "spread": spread, "matrices": matrices, "rest": digest.of_file(rest)}
 
 
-def put_together(made: Body, rest: Path, archive: Path) -> None:
+def put_together(made: JsonObject, rest: Path, archive: Path) -> None:
     """Write the archive again; matrices are drawn side by side, for numpy lets other threads run meanwhile."""
 
     def parts(matrix: tuple[str, str, list[int], str]) -> dict[str, bytes]:

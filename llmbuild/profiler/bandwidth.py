@@ -10,7 +10,6 @@ import sys
 from math import inf
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
 
 from llmbuild.process.child import Limits, python, run
 from llmbuild.spec.variant import Failure
@@ -72,7 +71,7 @@ def _samples(artifact: Path, driver: str, seconds: float) -> list[float]:
 
 def _main(artifact: str, driver: str, seconds: str, output: str) -> None:
     taken = sorted(_samples(Path(artifact), driver, float(seconds)))
-    told: dict[str, Any] = {"bytes_per_s": READ_BYTES / taken[len(taken) // 2], "samples": taken}
+    told: dict[str, object] = {"bytes_per_s": READ_BYTES / taken[len(taken) // 2], "samples": taken}
     Path(output).write_text(json.dumps(told))
 
 

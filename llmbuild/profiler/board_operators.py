@@ -10,10 +10,9 @@ from __future__ import annotations
 import json
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from llmbuild.digest import plain
 from llmbuild.process.child import NEUTRAL, Limits, environment, python, run
@@ -22,6 +21,7 @@ from llmbuild.profiler.protocol import Subject
 from llmbuild.spec.measurement import Operator
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.variant import Failure
+from llmbuild.system.strict_json import JsonObject
 
 SECONDS = 0.3
 """How long a step is repeated under Vulkan."""
@@ -96,7 +96,7 @@ def _by_torch(subject: Subject, script: Path, limits: Limits) -> tuple[Operator,
     return read_kernels(body["kernels"], body["steps"])
 
 
-def read_kernels(kernels: Iterable[Mapping[str, Any]], steps: int) -> tuple[Operator, ...]:
+def read_kernels(kernels: Iterable[JsonObject], steps: int) -> tuple[Operator, ...]:
     """Return operators of one step from kernels of several: their names, how often they ran, and seconds in all."""
     return _sorted((k["name"], round(k["count"] / steps), k["seconds"] / steps) for k in kernels)
 

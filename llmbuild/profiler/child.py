@@ -8,11 +8,11 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from typing import Any
 
 from llmbuild.process.child import NEUTRAL, Limits, confine, environment, failure_of, python, stop_group, tail
 from llmbuild.process.diagnosis import AGAIN
 from llmbuild.spec.variant import Failure, Stage
+from llmbuild.system.strict_json import JsonObject
 
 
 class ChildFailed(Exception):
@@ -47,7 +47,7 @@ class Child:
         """The worker's process."""
         return self._process.pid
 
-    def ask(self, stage: Stage, verb: str, **request: Any) -> dict[str, Any]:
+    def ask(self, stage: Stage, verb: str, **request: object) -> JsonObject:
         """Return the worker's answer.
 
         Raises:
@@ -68,7 +68,7 @@ class Child:
         answer = self._process.stdout.readline()
         if not answer.endswith(b"\n"):
             raise self._died(stage)
-        told: dict[str, Any] = json.loads(answer)
+        told: JsonObject = json.loads(answer)
         if "refused" in told:
             lasting = bool(told.get("lasting"))
             reason = told["refused"] if lasting else f"{told['refused']}; {AGAIN}"

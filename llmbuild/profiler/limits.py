@@ -6,7 +6,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic, perf_counter
-from typing import Any
 
 import iree.runtime as rt
 import numpy as np
@@ -14,6 +13,7 @@ import numpy as np
 from llmbuild.runtime.calls import PolledCaller
 from llmbuild.runtime.code import mapped
 from llmbuild.runtime.session import threaded_device
+from llmbuild.system.strict_json import JsonObject
 
 LEAST_ROUNDS = 5
 
@@ -53,7 +53,7 @@ class Calls:
             self.__dict__.pop(name, None)
 
 
-def run(request: dict[str, Any]) -> dict[str, Any]:
+def run(request: JsonObject) -> dict[str, object]:
     """Answer {artifact, read_bytes, functions, seconds} with the seconds of each function, round by round."""
     calls = Calls(Path(request["artifact"]), request["read_bytes"])
     try:

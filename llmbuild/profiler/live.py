@@ -6,7 +6,6 @@ import math
 import random
 from dataclasses import dataclass, replace
 from time import monotonic
-from typing import Any
 
 from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
@@ -18,6 +17,7 @@ from llmbuild.spec.measurement import Operator, Reading
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
+from llmbuild.system.strict_json import JsonObject
 
 LOADS = 3
 NOISE = 3.0
@@ -58,7 +58,7 @@ class WindowTaken:
     conditions: dict[str, float | str]
 
 
-def _taken(told: dict[str, Any]) -> WindowTaken:
+def _taken(told: JsonObject) -> WindowTaken:
     if "absent" in told:
         return WindowTaken(None, 0.0, 0, told["absent"], {})
     joules, seconds, tokens = (told.pop(k) for k in ("joules", "seconds", "tokens"))
@@ -200,7 +200,7 @@ class Live:
         """Answer again and again in a window of `steps` updates of the meter."""
         return _taken(self.child.ask("profile", "energy", **self._load(workload), steps=steps))
 
-    def _load(self, workload: Workload) -> dict[str, Any]:
+    def _load(self, workload: Workload) -> dict[str, object]:
         return {"prompts": prompts_of(workload, self.subject.abi), "output": min(workload.output, self.decode_steps)}
 
     def idle(self, steps: int) -> WindowTaken:
@@ -246,7 +246,7 @@ class Live:
         self.readings["dispatches_per_token"] = statistics.exact(dispatches(found))
 
 
-def prompts_of(workload: Workload, abi: dict[str, Any]) -> list[list[int]]:
+def prompts_of(workload: Workload, abi: JsonObject) -> list[list[int]]:
     """Return the workload's prompts: random tokens of the model's vocabulary by the workload's seed."""
     chosen = random.Random(workload.seed)
     return [[chosen.randrange(abi["vocabulary"]) for _ in range(workload.prompt)] for _ in range(workload.batch)]

@@ -8,13 +8,13 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from llmbuild.errors import InputError
 from llmbuild.process.child import Limits, run
 from llmbuild.spec.measurement import Operator
 from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, Abi, TensorType
 from llmbuild.spec.variant import Failure
+from llmbuild.system.strict_json import JsonObject
 
 _TYPES = {"float32": "f32", "float16": "f16", "int8": "i8", "int64": "i64"}
 SECONDS = 0.05
@@ -82,7 +82,7 @@ def _zeros(kind: TensorType) -> str:
     return "x".join([*(str(d) for d in kind.shape), _TYPES[kind.dtype]]) + "=0"
 
 
-def _read(rows: Sequence[dict[str, Any]]) -> tuple[Operator, ...]:
+def _read(rows: Sequence[JsonObject]) -> tuple[Operator, ...]:
     found = []
     for row in rows:
         if "calls" not in row:

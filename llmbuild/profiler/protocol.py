@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from llmbuild.system.strict_json import JsonObject
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Subject:
     artifact_path: Path
     parameters_path: Path
     check_path: Path
-    abi: dict[str, Any]
+    abi: JsonObject
     driver: str
     workers: int
     tolerance: float

@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import llmbuild
@@ -31,11 +30,12 @@ from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
+from llmbuild.spec.rows import held
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
+from llmbuild.system.strict_json import JsonObject
 
-Body = dict[str, Any]
 SHIPPED = ("kernels", "process", "profiler", "runtime", "spec", "system")
 """The packages that the far end runs."""
 SINGLE = ("__init__", "digest", "errors")
@@ -125,8 +125,10 @@ class Connection:
             self.close()
             raise
 
-    def ask(self, verb: str, decide: Any = None, **request: Any) -> Body:
-        """Return the answer; `decide` says who is left of the measurements that a race asks about, or who is dominated.
+    def ask(
+        self, verb: str, dominated: Dominated | None = None, contenders: Contenders | None = None, /, **request: object
+    ) -> JsonObject:
+        """Return the answer; where it asks who of its measurements is dominated, or left in a race, these say so.
 
         Raises:
             Lost, Refused: there is no answer, or it is no.
@@ -135,9 +137,9 @@ class Connection:
         while {"contenders", "brief"} & (told := self._answer()).keys():
             measured = [wire.measurement_of(body) for body in told["contenders" if "contenders" in told else "brief"]]
             if "brief" in told:
-                self._send(_line({"verb": "dominated", "why": decide(measured, told["perfect"])}))
+                self._send(_line({"verb": "dominated", "why": held(dominated)(measured, told["perfect"])}))
             else:
-                self._send(_line({"verb": "left", "left": sorted(decide(measured, told["reach"]))}))
+                self._send(_line({"verb": "left", "left": sorted(held(contenders)(measured, told["reach"]))}))
         return told
 
     def put(self, files: Mapping[str, Path]) -> int:
@@ -172,13 +174,13 @@ class Connection:
         except (BrokenPipeError, ValueError):
             raise Lost(self._last_words()) from None
 
-    def _answer(self) -> Body:
+    def _answer(self) -> JsonObject:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith(b"\n"):
             raise Lost(self._last_words())
         try:
-            told: Body = json.loads(line)
+            told: JsonObject = json.loads(line)
         except ValueError:
             raise Refused(f"what answers there is not llmbuild: {line[:80]!r}") from None
         if "refused" in told:
@@ -223,7 +225,7 @@ class Remote:
             self._connection = None
 
     @cached_property
-    def _facts(self) -> Body:
+    def _facts(self) -> JsonObject:
         try:
             return self.connection.ask("facts")
         except (Lost, Refused) as error:
@@ -320,7 +322,7 @@ class RemoteBench:
             self._ready(subjects)
             asked = [wire.subject_body(s) for s in subjects]
             everyone = {s.variant for s in subjects}
-            told = self.remote.connection.ask("race", contenders or (lambda *_: everyone), subjects=asked)
+            told = self.remote.connection.ask("race", None, contenders or (lambda *_: everyone), subjects=asked)
         except (Lost, Refused) as error:
             self.remote.failure(error)
             return []
@@ -365,5 +367,5 @@ def _bootstrap(code: str, size: int) -> bytes:
     return f"CODE, SIZE = {code!r}, {size}\n{text}".encode()
 
 
-def _line(request: Body) -> bytes:
+def _line(request: JsonObject) -> bytes:
     return json.dumps(request).encode() + b"\n"

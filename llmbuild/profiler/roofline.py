@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from llmbuild.kernels import limits
 from llmbuild.process.child import Limits
@@ -23,6 +22,7 @@ from llmbuild.spec.measurement import Reading
 from llmbuild.spec.program import Abi
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
+from llmbuild.system.strict_json import JsonObject
 
 LEAST_BYTES, MOST_BYTES, CACHES = 256 << 20, 2 << 30, 8
 """The buffer is this many times the last-level cache, between the two bounds."""
@@ -57,10 +57,10 @@ class Roofline:
         return self.one if alone else self.all
 
 
-def from_body(body: dict[str, Any]) -> Roofline:
+def from_body(body: JsonObject) -> Roofline:
     """Return the limits from their JSON form."""
 
-    def rates(found: dict[str, Any]) -> Rates:
+    def rates(found: JsonObject) -> Rates:
         readings = {
             k: None if v is None else Reading(**{**v, "samples": tuple(v["samples"])})
             for k, v in found.items()
@@ -105,12 +105,12 @@ class Plan:
     features: tuple[str, ...]
     read_bytes: int
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> dict[str, object]:
         """Return the plan as JSON, without the MLIR."""
         return {"workers": list(self.workers), "features": list(self.features), "read_bytes": self.read_bytes}
 
 
-def plan_from(source: str, body: dict[str, Any]) -> Plan:
+def plan_from(source: str, body: JsonObject) -> Plan:
     """Return a plan from its JSON form."""
     return Plan(source, tuple(body["workers"]), tuple(body["features"]), body["read_bytes"])
 

@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import BinaryIO, TextIO
 
 from llmbuild import digest
 from llmbuild.digest import plain
@@ -38,8 +38,8 @@ from llmbuild.runtime.model import host_facts
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.variant import Failure
+from llmbuild.system.strict_json import JsonObject
 
-Body = dict[str, Any]
 PIECE = 1 << 20
 
 
@@ -64,7 +64,7 @@ class Blobs:
             self._intact.add(name)
         return name in self._intact
 
-    def take(self, name: str, size: int, source: Any) -> None:
+    def take(self, name: str, size: int, source: BinaryIO) -> None:
         """Read a blob of `size` bytes; it is there only once its bytes are those of its name."""
         path = self.path(name)
         temporary = path.with_name(f".{name}.{os.getpid()}")
@@ -82,12 +82,12 @@ class Blobs:
 class Requests:
     """What the near end asks, read in a thread, so that its end is noticed in the middle of a measurement."""
 
-    def __init__(self, source: Any, blobs: Blobs) -> None:
+    def __init__(self, source: BinaryIO, blobs: Blobs) -> None:
         self._source, self._blobs = source, blobs
-        self._read: queue.Queue[Body] = queue.Queue()
+        self._read: queue.Queue[JsonObject] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
 
-    def next(self) -> Body:
+    def next(self) -> JsonObject:
         """Return the next request, waiting for it."""
         return self._read.get()
 
@@ -103,7 +103,7 @@ class Requests:
 class Server:
     """One near end's measurements on this machine."""
 
-    def __init__(self, cache: Path, source: Any, sink: Any) -> None:
+    def __init__(self, cache: Path, source: BinaryIO, sink: TextIO) -> None:
         self.cache, self.sink = cache, sink
         self.blobs = Blobs(cache / "blobs")
         self.requests = Requests(source, self.blobs)
@@ -118,12 +118,12 @@ class Server:
             except LlmbuildError as error:
                 self.say(refused=str(error))
 
-    def say(self, **told: Any) -> None:
+    def say(self, **told: object) -> None:
         """Write one line."""
         self.sink.write(json.dumps(told) + "\n")
         self.sink.flush()
 
-    def do_facts(self, _: Body) -> Body:
+    def do_facts(self, _: JsonObject) -> JsonObject:
         return {
             "machine": plain(host.machine()),
             "features": sorted(host.features()),
@@ -131,24 +131,24 @@ class Server:
             "memory_bytes": host.available_memory_bytes(),
         }
 
-    def do_have(self, request: Body) -> Body:
+    def do_have(self, request: JsonObject) -> JsonObject:
         return {"missing": [name for name in request["blobs"] if not self.blobs.intact(name)]}
 
-    def do_put(self, request: Body) -> Body:
+    def do_put(self, request: JsonObject) -> JsonObject:
         if not self.blobs.intact(request["blob"]):
             raise LlmbuildError(f"blob {request['blob'][:12]} was damaged on the way, or the disk here is full")
         return {"stored": request["blob"]}
 
-    def do_limits(self, _: Body) -> Body:
+    def do_limits(self, _: JsonObject) -> JsonObject:
         planned = roofline.plan()
         return {"source": planned.source, "plan": planned.body()}
 
-    def do_roofline(self, request: Body) -> Body:
+    def do_roofline(self, request: JsonObject) -> JsonObject:
         planned = roofline.plan_from("", request["plan"])
         found = roofline.read(planned, self.blobs.path(request["artifact"]), request["seconds"])
         return {"failure": plain(found)} if isinstance(found, Failure) else {"roofline": plain(found)}
 
-    def do_bench(self, request: Body) -> Body:
+    def do_bench(self, request: JsonObject) -> JsonObject:
         self.close()
         why = unfit(request["target"], request["runtime"])
         if why:
@@ -156,12 +156,12 @@ class Server:
         self._bench = bench_of(request, self.blobs.path)
         return {"ready": True}
 
-    def do_measure(self, request: Body) -> Body:
+    def do_measure(self, request: JsonObject) -> JsonObject:
         subject = wire.subject_of(request["subject"], self.blobs.path)
         found = self._opened.measure(subject, request["baseline"], self._dominated if request["screen"] else None)
         return {"failure": plain(found)} if isinstance(found, Failure) else {"measurements": plain(found)}
 
-    def do_race(self, request: Body) -> Body:
+    def do_race(self, request: JsonObject) -> JsonObject:
         subjects = [wire.subject_of(body, self.blobs.path) for body in request["subjects"]]
         return {"raced": plain(self._opened.race(subjects, self._left))}
 
@@ -187,13 +187,15 @@ class Server:
             self._bench.close()
 
 
-def unfit(target: Body, runtime: str) -> str:
+def unfit(target: JsonObject, runtime: str) -> str:
     """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may."""
     why = refusal({"artifact": "to come", "runtime": runtime, "target_body": target}, host_facts())
     return f"the target {why}" if why else ""
 
 
-def bench_of(body: Body, where: wire.Where, machine: Machine | None = None, limits: Limits | None = None) -> Bench:
+def bench_of(
+    body: JsonObject, where: wire.Where, machine: Machine | None = None, limits: Limits | None = None
+) -> Bench:
     """Return the bench that a job describes, on this machine; `limits` are those of one request."""
     known = roofline.from_body(body["limits"]) if body["limits"] else None
     return Bench(

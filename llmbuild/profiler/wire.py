@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from llmbuild.digest import plain
 from llmbuild.profiler.protocol import Protocol, Quality, Subject
@@ -13,20 +12,20 @@ from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
+from llmbuild.system.strict_json import JsonObject
 
-Body = dict[str, Any]
 Where = Callable[[str], Path]
 """Says where the blob of a digest lies."""
 
 FILES = ("artifact_path", "parameters_path", "check_path")
 
 
-def subject_body(subject: Subject) -> Body:
+def subject_body(subject: Subject) -> JsonObject:
     """Return a subject with the digests of its files, which are their names, in place of paths."""
     return {name: value.name if isinstance(value, Path) else plain(value) for name, value in vars(subject).items()}
 
 
-def subject_of(body: Mapping[str, Any], where: Where) -> Subject:
+def subject_of(body: JsonObject, where: Where) -> Subject:
     """Return a subject whose files lie where `where` says."""
     listed = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
     return Subject(**{**body, **listed, **{name: where(body[name]) for name in FILES}})
@@ -38,8 +37,8 @@ def files_of(subject: Subject) -> dict[str, Path]:
 
 
 def bench_body(
-    workloads: tuple[Workload, ...], quality: Quality, protocol: Protocol, target: Target, runtime: str, limits: Any
-) -> Body:
+    workloads: tuple[Workload, ...], quality: Quality, protocol: Protocol, target: Target, runtime: str, limits: object
+) -> JsonObject:
     """Return what a bench is made of; the machine is the one that it will stand on.
 
     `runtime` is the version that made the artifacts, `limits` the machine's roofline or None.
@@ -54,20 +53,20 @@ def bench_body(
     }
 
 
-def workloads_of(body: Mapping[str, Any]) -> tuple[Workload, ...]:
+def workloads_of(body: JsonObject) -> tuple[Workload, ...]:
     """Return the workloads of a bench."""
     return tuple(Workload(**w) for w in body["workloads"])
 
 
-def quality_of(body: Mapping[str, Any], where: Where) -> Quality:
+def quality_of(body: JsonObject, where: Where) -> Quality:
     """Return the reference on held-out text of a bench."""
     told = body["quality"]
     return Quality(where(told["data"]) if told["data"] else None, told["reason"])
 
 
-def measurement_of(body: Mapping[str, Any]) -> Measurement:
+def measurement_of(body: JsonObject) -> Measurement:
     """Return a measurement from its JSON form."""
-    made: Body = {
+    made: JsonObject = {
         **body,
         "workload": Workload(**body["workload"]),
         "operators": tuple(Operator(**one) for one in body["operators"]),
@@ -76,15 +75,15 @@ def measurement_of(body: Mapping[str, Any]) -> Measurement:
     return Measurement(**made)
 
 
-def _reading(body: Mapping[str, Any]) -> Reading:
+def _reading(body: JsonObject) -> Reading:
     return Reading(body["median"], body["low"], body["high"], tuple(body["samples"]))
 
 
-def machine_of(body: Mapping[str, Any]) -> Machine:
+def machine_of(body: JsonObject) -> Machine:
     """Return a machine from its JSON form."""
     return machine_from(body)
 
 
-def failure_of(body: Mapping[str, Any]) -> Failure:
+def failure_of(body: JsonObject) -> Failure:
     """Return a failure from its JSON form."""
     return Failure(**body)

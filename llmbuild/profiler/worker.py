@@ -33,6 +33,7 @@ from llmbuild.profiler.meters.energy import Found, find
 from llmbuild.profiler.meters.meter import Absent, Meter, Window, window_s
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import abi_from
+from llmbuild.system.strict_json import JsonObject
 
 QUALITY_PROMPT = 8
 """Tokens of each quality window that go through prefill; the rest go through decode one by one."""
@@ -79,7 +80,7 @@ class Worker:
             raise LlmbuildError("nothing is open")
         return self._session
 
-    def open(self, request: dict[str, Any]) -> dict[str, Any]:
+    def open(self, request: JsonObject) -> dict[str, object]:
         """Open the artifact `times` times; the last one stays."""
         seconds = []
         self._driver, self._meters = request["driver"], tuple(request["meters"])
@@ -95,7 +96,7 @@ class Worker:
             seconds.append(perf_counter() - begin)
         return {"load_s": seconds}
 
-    def check(self, request: dict[str, Any]) -> dict[str, Any]:
+    def check(self, request: JsonObject) -> dict[str, object]:
         """Compare logits with PyTorch's on the same weights: error over the size of the logits, root mean square."""
         with np.load(request["data"]) as data:
             found = {name: data[name] for name in data.files}
@@ -114,7 +115,7 @@ class Worker:
             "top1": float(np.mean(actual.argmax(-1) == expected.argmax(-1))),
         }
 
-    def quality(self, request: dict[str, Any]) -> dict[str, Any]:
+    def quality(self, request: JsonObject) -> dict[str, object]:
         """Score held-out windows teacher-forced, through prefill for the first tokens and decode for the rest."""
         with np.load(request["data"]) as data:
             windows, reference = data["tokens"], data["logits"]
@@ -131,7 +132,7 @@ class Worker:
             "quality_perplexity": float(np.exp(np.mean(np.concatenate(loss)))),
         }
 
-    def round(self, request: dict[str, Any]) -> dict[str, Any]:
+    def round(self, request: JsonObject) -> dict[str, object]:
         """Answer for `seconds`, once at least: prefill, then decode its own greedy tokens; every answer's times."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
         self._come_back(calls, output)
@@ -141,7 +142,7 @@ class Worker:
             answers.append(self._answer(calls, output))
         return {"answers": answers}
 
-    def _answer(self, calls: Calls, output: int) -> dict[str, Any]:
+    def _answer(self, calls: Calls, output: int) -> dict[str, object]:
         """Answer once; seconds on a monotonic clock."""
         ticks, position = [0.0] * output, calls.length
         begin = perf_counter()
@@ -156,7 +157,7 @@ class Worker:
             "gap_s": [b - a for a, b in pairwise(ticks)],
         }
 
-    def meter(self, _: dict[str, Any]) -> dict[str, Any]:
+    def meter(self, _: JsonObject) -> dict[str, object]:
         """Find the meter of what the artifact runs on, and say why a better one is not there."""
         self._found = self._found or find(self._driver, measure_step=True, meters=self._meters)
         meter = self._found.meter
@@ -170,7 +171,7 @@ class Worker:
             **meter.conditions(),
         }
 
-    def energy(self, request: dict[str, Any]) -> dict[str, Any]:
+    def energy(self, request: JsonObject) -> dict[str, object]:
         """Answer again and again in one window of at least `steps` updates of the meter."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
         self._come_back(calls, output)
@@ -185,11 +186,11 @@ class Worker:
 
         return {**self._metered(request["steps"], answer), "tokens": tokens}
 
-    def idle(self, request: dict[str, Any]) -> dict[str, Any]:
+    def idle(self, request: JsonObject) -> dict[str, object]:
         """Wait in one window: what is drawn while nothing runs."""
         return self._metered(request["steps"], lambda: sleep(0.02))
 
-    def _metered(self, steps: int, work: Callable[[], None]) -> dict[str, Any]:
+    def _metered(self, steps: int, work: Callable[[], None]) -> dict[str, object]:
         meter = self._found.meter if self._found else None
         if meter is None:
             raise LlmbuildError("no energy meter was found")
@@ -213,13 +214,13 @@ class Worker:
                 return
             token = calls.later(token, calls.length + step)
 
-    def memory(self, _: dict[str, Any]) -> dict[str, Any]:
+    def memory(self, _: JsonObject) -> dict[str, object]:
         """Return the peak resident set of this process."""
         match = re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
         return {"peak_memory_bytes": int(match[1]) * 1024 if match else None}
 
     def _forced(
-        self, prompts: NDArray[Any], forced: NDArray[Any], start: int | NDArray[np.int64]
+        self, prompts: NDArray[np.int64], forced: NDArray[np.int64], start: int | NDArray[np.int64]
     ) -> NDArray[np.float32]:
         """Return logits f32[1+D,B,V] after prompts i64[B,P] and each of the forced tokens i64[B,D] from `start` on."""
         session = self.session
@@ -230,7 +231,7 @@ class Worker:
             rows.append(session.logits_batch())
         return np.stack(rows)
 
-    def _windows(self, windows: NDArray[Any]) -> Iterator[NDArray[np.float32]]:
+    def _windows(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Yield the logits f32[1+D,V] of each window, as many together as the artifact takes."""
         batch = self.session.abi.batch
         for first in range(0, len(windows), batch):
@@ -240,7 +241,7 @@ class Worker:
             yield from found.transpose(1, 0, 2)[: len(taken)]
 
 
-def _energy_reading(meter: Meter, window: Window) -> dict[str, Any]:
+def _energy_reading(meter: Meter, window: Window) -> dict[str, object]:
     found = window.close()
     if isinstance(found, Absent):
         return {"absent": found.reason}
@@ -249,7 +250,7 @@ def _energy_reading(meter: Meter, window: Window) -> dict[str, Any]:
     return {"joules": found.joules, "seconds": found.seconds, **meter.conditions()}
 
 
-def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
     """Return the log-probabilities over the last axis, in f64."""
     x = logits.astype(np.float64)
     x = x - x.max(-1, keepdims=True)
@@ -259,7 +260,7 @@ def log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 def main() -> None:
     """Answer requests until stdin ends, which it also does when the parent dies."""
     worker = Worker()
-    verbs: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    verbs: dict[str, Callable[[JsonObject], dict[str, object]]] = {
         name: getattr(worker, name)
         for name in ("open", "check", "quality", "round", "meter", "energy", "idle", "memory")
     }
