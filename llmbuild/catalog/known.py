@@ -6,10 +6,10 @@ The writer reads through this too, so that both have one answer.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TypedDict
 
 from llmbuild import digest
 from llmbuild.catalog.place import PUBLISHED_FILE, exists
@@ -19,10 +19,10 @@ from llmbuild.runtime import machines, reader
 from llmbuild.runtime.connection import Cells
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.program import Program, abi_from
-from llmbuild.spec.space import Point
+from llmbuild.spec.space import Point, Value
 from llmbuild.spec.trial import FRONT, USABLE, Finished
 from llmbuild.spec.variant import Artifact
-from llmbuild.system.strict_json import loads
+from llmbuild.system.strict_json import JsonObject, loads
 
 _FINISHED = """
 SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant = v.digest
@@ -205,7 +205,7 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(f"'{name}'" for name in names)
 
 
-def _parsed(body: object) -> Any:
+def _parsed(body: str | JsonObject) -> JsonObject:
     """Return a JSON column: SQLite's is text, a server's is parsed already."""
     return loads(body) if isinstance(body, str) else body
 
@@ -215,5 +215,5 @@ def _of_text(text: str) -> Point:
     return Point.of(loads(text))
 
 
-def _point(body: Any) -> Point:
+def _point(body: str | Mapping[str, Value]) -> Point:
     return _of_text(body) if isinstance(body, str) else Point.of(body)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -10,6 +10,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from llmbuild.system.strict_json import JsonObject
 
 Digest = String(64)
+Cells = dict[str, Any]
+"""A row of any table: what a column holds that is found by its name, no type says."""
 
 
 class Base(DeclarativeBase):

@@ -7,9 +7,10 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Unpack
 
 from sqlalchemy import delete, select, update
+from sqlalchemy.dialects.postgresql import Insert
 from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
 from sqlalchemy.orm import Session
 
@@ -327,7 +328,7 @@ def _made(session: Session, *blobs: str) -> None:
     session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(blobs)))
 
 
-def _replace(session: Session, table: type[t.Base], values: dict[str, Any]) -> None:
+def _replace(session: Session, table: type[t.Base], values: Mapping[str, object]) -> None:
     session.execute(upsert(table).values(values).on_conflict_do_update(index_elements=["key"], set_=values))
 
 
@@ -335,7 +336,7 @@ def _failure_row(model: str, variant: str | None, failure: Failure) -> t.Failure
     return t.FailureRow(model=model, variant=variant, created_at=now(), **plain(failure))
 
 
-def _variant_upsert(trial: Trial, owner: Owner) -> Any:
+def _variant_upsert(trial: Trial, owner: Owner) -> Insert:
     row = {
         "digest": trial.variant,
         "program": trial.program,
@@ -352,6 +353,6 @@ def _variant_upsert(trial: Trial, owner: Owner) -> Any:
     return upsert(t.VariantRow).values(row).on_conflict_do_update(index_elements=["digest"], set_=changed)
 
 
-def _measurement_upsert(scope: str, m: Measurement) -> Any:
+def _measurement_upsert(scope: str, m: Measurement) -> Insert:
     row = {**row_of(scope, m), "created_at": now()}
     return upsert(t.MeasurementRow).values(row).on_conflict_do_update(index_elements=["key"], set_=row)

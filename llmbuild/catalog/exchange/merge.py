@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from sqlalchemy import Table, func, select, update
 from sqlalchemy.dialects.postgresql import insert as upsert
@@ -17,12 +16,12 @@ from sqlalchemy.orm import Session
 
 from llmbuild.catalog import tables as t
 from llmbuild.catalog.references import collected, references
+from llmbuild.catalog.tables import Cells
 from llmbuild.catalog.writer import Catalog
 from llmbuild.digest import short
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.trial import FRONT
 
-Row = dict[str, Any]
 APART = ("info", "failure", "standing", "collected", "measurement")
 """Tables with a rule of their own; of all others, rows that are not known yet are added."""
 
@@ -65,7 +64,7 @@ def merge(source: Catalog, into: Catalog) -> Merged:
     return done
 
 
-def _rows(session: Session, table: Table) -> Iterator[Row]:
+def _rows(session: Session, table: Table) -> Iterator[Cells]:
     for row in session.execute(select(table)):
         yield dict(row._mapping)
 
@@ -83,7 +82,7 @@ def _blobs(source: Catalog, into: Catalog, named: set[str], done: Merged) -> Non
         done.blob_bytes += path.stat().st_size
 
 
-def _add(session: Session, table: Table, rows: list[Row], done: Merged) -> None:
+def _add(session: Session, table: Table, rows: list[Cells], done: Merged) -> None:
     if rows:
         before = session.scalar(select(func.count()).select_from(table)) or 0
         session.execute(upsert(table).on_conflict_do_nothing(), rows)
@@ -95,11 +94,11 @@ def _count(done: Merged, name: str, rows: int) -> None:
         done.rows[name] = done.rows.get(name, 0) + rows
 
 
-def _renumbered(row: Row, failures: dict[int, int]) -> Row:
+def _renumbered(row: Cells, failures: dict[int, int]) -> Cells:
     return {**row, "failure": failures.get(row["failure"])} if "failure" in row else row
 
 
-def _failures(session: Session, rows: list[Row], done: Merged) -> dict[int, int]:
+def _failures(session: Session, rows: list[Cells], done: Merged) -> dict[int, int]:
     """Add failures that are not known yet, and return the number that each has here."""
     numbers = {}
     for row in rows:
@@ -116,7 +115,7 @@ def _failures(session: Session, rows: list[Row], done: Merged) -> dict[int, int]
     return numbers
 
 
-def _measurements(session: Session, rows: list[Row], done: Merged) -> None:
+def _measurements(session: Session, rows: list[Cells], done: Merged) -> None:
     table = t.MeasurementRow.__table__
     known = {row[0]: row[1] for row in session.execute(select(t.MeasurementRow.key, t.MeasurementRow.created_at))}
     fresh = [row for row in rows if row["key"] not in known or known[row["key"]] < row["created_at"]]
@@ -125,7 +124,7 @@ def _measurements(session: Session, rows: list[Row], done: Merged) -> None:
     _count(done, "measurement", len(fresh))
 
 
-def _standings(session: Session, rows: list[Row], done: Merged) -> None:
+def _standings(session: Session, rows: list[Cells], done: Merged) -> None:
     """Add standings; what both sides ranked apart is undecided and marked to be ranked again."""
     table = t.StandingRow.__table__
     names = ("model", "target", "machine", "workload")
@@ -149,7 +148,7 @@ def _standings(session: Session, rows: list[Row], done: Merged) -> None:
         done.conflicts.append(f"{', '.join(sorted(mixed))}: ranked apart: `llmbuild build` ranks them together")
 
 
-def _of_our_models(session: Session, rows: list[Row], done: Merged) -> list[Row]:
+def _of_our_models(session: Session, rows: list[Cells], done: Merged) -> list[Cells]:
     """Return the standings whose name stands for the same model here, and tell the names that do not."""
     known = select(t.StandingRow.model, t.StandingRow.source).where(t.StandingRow.source.is_not(None)).distinct()
     ours = {row[0]: row[1] for row in session.execute(known)}
@@ -162,14 +161,14 @@ def _of_our_models(session: Session, rows: list[Row], done: Merged) -> list[Row]
     return [row for row in rows if row["model"] not in other]
 
 
-def _collected(session: Session, into: Catalog, rows: list[Row]) -> None:
+def _collected(session: Session, into: Catalog, rows: list[Cells]) -> None:
     known = collected(session)
     gone = [r for r in rows if r["digest"] not in known and not into.blobs.has(r["digest"])]
     if gone:
         session.execute(upsert(t.CollectedRow), gone)
 
 
-def _irreproducible(session: Session, rows: list[Row]) -> list[str]:
+def _irreproducible(session: Session, rows: list[Cells]) -> list[str]:
     known = compiles(session)
     return [
         f"compile {short(row['key'])}: made {short(row['artifact'])} there and {short(known[row['key']])} here: "

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from sqlalchemy import Table, insert, select
+from sqlalchemy import FromClause, Table, insert, select
 from sqlalchemy.orm import Session
 
 import llmbuild
@@ -17,12 +16,12 @@ from llmbuild.catalog import tables as t
 from llmbuild.catalog.place import FILE
 from llmbuild.catalog.references import front_variants, references
 from llmbuild.catalog.schema import SCHEMA_VERSION, copied
+from llmbuild.catalog.tables import Cells
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.trial import FRONT
 
-Row = dict[str, Any]
 EXPORT = ".export"
 
 
@@ -70,10 +69,10 @@ def prepare(catalog: Catalog, models: Sequence[str], folder: Path) -> Publicatio
     return Publication(manifest, {**paths, body["catalog"]["digest"]: database}, _annotations(body), _summary(body))
 
 
-def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
+def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Cells]]:
     """Return the rows of each table that a front needs, in an order of their own."""
     front = front_variants(session)
-    rows: dict[str, list[Row]] = {}
+    rows: dict[str, list[Cells]] = {}
     standings = [
         r
         for r in _all(session, t.StandingRow.__table__)
@@ -84,7 +83,7 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
     rows["standing"] = sorted(standings, key=lambda r: tuple(str(r[n]) for n in _PLACE))
     for number, row in enumerate(rows["standing"], 1):
         row.update(id=number, failure=None)
-    wanted: dict[str, set[Any]] = {}
+    wanted: dict[str, set[object]] = {}
     _want(wanted, t.StandingRow.__table__, rows["standing"])
     for table in reversed(t.Base.metadata.sorted_tables):
         if table.name in rows or table.name in _LEFT_BEHIND:
@@ -99,7 +98,7 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Row]]:
     return rows
 
 
-def _order(names: Sequence[str], row: Row) -> list[str]:
+def _order(names: Sequence[str], row: Cells) -> list[str]:
     return [str(row[n]) for n in names]
 
 
@@ -108,24 +107,24 @@ _LEFT_BEHIND = ("info", "trial", "build", "failure", "collected", "reference")
 """Tables of a build's own memory, which nobody needs who only opens what it made."""
 
 
-def _all(session: Session, table: Any) -> Iterable[Row]:
+def _all(session: Session, table: FromClause) -> Iterable[Cells]:
     for row in session.execute(select(table)):
         yield dict(row._mapping)
 
 
-def _zero(session: Session, row: Row) -> bool:
+def _zero(session: Session, row: Cells) -> bool:
     variant = session.get(t.VariantRow, row["variant"])
     return variant is not None and variant.is_default
 
 
-def _want(wanted: dict[str, set[Any]], table: Any, rows: Iterable[Row]) -> None:
+def _want(wanted: dict[str, set[object]], table: FromClause, rows: Iterable[Cells]) -> None:
     for row in rows:
         for key in table.foreign_keys:
             if row[key.parent.name] is not None:
                 wanted.setdefault(key.column.table.name, set()).add(row[key.parent.name])
 
 
-def _belongs(table: Table, row: Row, wanted: dict[str, set[Any]]) -> bool:
+def _belongs(table: Table, row: Cells, wanted: dict[str, set[object]]) -> bool:
     """Say whether a row is named by one that is published, or is about one: all it names are published."""
     (key,) = table.primary_key.columns.keys()[:1]
     if row[key] in wanted.get(table.name, set()):
@@ -136,7 +135,7 @@ def _belongs(table: Table, row: Row, wanted: dict[str, set[Any]]) -> bool:
     return bool(named) and all(value in wanted.get(name, set()) for name, value in named)
 
 
-def _export(rows: dict[str, list[Row]], folder: Path) -> Path:
+def _export(rows: dict[str, list[Cells]], folder: Path) -> Path:
     scratch = Catalog(folder / EXPORT)
     try:
         with scratch.session(write=True) as session:
@@ -151,17 +150,17 @@ def _export(rows: dict[str, list[Row]], folder: Path) -> Path:
     return database
 
 
-def _latest(rows: dict[str, list[Row]]) -> str:
+def _latest(rows: dict[str, list[Cells]]) -> str:
     return max((str(r["created_at"]) for found in rows.values() for r in found if "created_at" in r), default="")
 
 
-def _named(rows: dict[str, list[Row]]) -> set[str]:
+def _named(rows: dict[str, list[Cells]]) -> set[str]:
     found = {row["digest"] for row in rows["artifact"]}
     found |= {row[name] for row in rows["program"] for name in ("module", "parameters", "checks")}
     return found | {row["tokenizer"] for name in ("standing", "variant") for row in rows[name] if row["tokenizer"]}
 
 
-def _manifest(rows: dict[str, list[Row]], database: Path, paths: dict[str, Path], kinds: dict[str, str]) -> Row:
+def _manifest(rows: dict[str, list[Cells]], database: Path, paths: dict[str, Path], kinds: dict[str, str]) -> Cells:
     return {
         "kind": "llmbuild.publication",
         "version": 1,
@@ -181,7 +180,7 @@ def _manifest(rows: dict[str, list[Row]], database: Path, paths: dict[str, Path]
     }
 
 
-def _variant(row: Row, rows: dict[str, list[Row]]) -> Row:
+def _variant(row: Cells, rows: dict[str, list[Cells]]) -> Cells:
     found = {name: {r["digest"]: r for r in rows[name]} for name in ("variant", "program", "artifact", "target")}
     measured = next((r for r in rows["measurement"] if r["key"] == row["measurement"]), {})
     variant = found["variant"][row["variant"]]
@@ -199,7 +198,7 @@ def _variant(row: Row, rows: dict[str, list[Row]]) -> Row:
     }
 
 
-def _annotations(body: Row) -> dict[str, dict[str, str]]:
+def _annotations(body: Cells) -> dict[str, dict[str, str]]:
     """Return what a registry shows of a blob: for an artifact its targets, metrics and the versions it needs."""
     told: dict[str, dict[str, str]] = {
         name: {"dev.llmbuild.kind": entry["kind"], "org.opencontainers.image.title": f"{entry['kind']}-{name[:12]}"}
@@ -218,7 +217,7 @@ def _annotations(body: Row) -> dict[str, dict[str, str]]:
     return told
 
 
-def _summary(body: Row) -> dict[str, str]:
+def _summary(body: Cells) -> dict[str, str]:
     variants, made_by = body["variants"], body["provenance"]
     return {
         "org.opencontainers.image.title": "llmbuild catalog",
