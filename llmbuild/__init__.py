@@ -2,15 +2,13 @@
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:  # `python -m llmbuild` reads this file while modules are still looked for in the caller's folder
-    from typing import Any
-
     from llmbuild.runtime.model import load
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "load"]
 
 
-def __getattr__(name: str) -> "Any":
+def __getattr__(name: str) -> object:
     """Import the loader when it is first asked for, so that `import llmbuild` costs nothing."""
     if name == "load":
         from llmbuild.runtime.model import load

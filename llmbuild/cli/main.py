@@ -117,7 +117,7 @@ Exit codes:  0 done, 1 built nothing usable, 2 bad input,
 @click.version_option(llmbuild.__version__, prog_name="llmbuild")
 @before_command
 @click.pass_context
-def main(ctx: click.Context, /, **_: Any) -> None:
+def main(ctx: click.Context, /, **_: object) -> None:
     """Make for LLM binaries: build, measure and pick IREE variants of a model."""
     check_taken(ctx, main.commands[str(ctx.invoked_subcommand)])
 

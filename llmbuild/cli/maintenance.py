@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from llmbuild.catalog import garbage, verify
 from llmbuild.catalog.exchange import diff as differences
@@ -28,7 +27,6 @@ from llmbuild.search.front import FLOORS
 from llmbuild.spec.slo import METRICS
 from llmbuild.system.terminal import cell
 
-Row = dict[str, Any]
 PRIVATE = ("orphan", "stranger")
 """Findings on what a publication does not promise: its database names no manifest, and it keeps the one before."""
 Say = Callable[[str], None]
@@ -103,7 +101,7 @@ def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
     alone = not dry_run or is_published(folder)  # one that is only read is refused
     with opened(folder, alone) as catalog:
         swept = garbage.collect(catalog, None if budget is None else size_of(budget), dry_run)
-    rows: list[Row] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
+    rows: list[dict[str, object]] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
     done = "would be freed" if dry_run else "freed"
     told = f"{swept.freed_bytes / 1e6:.1f} MB {done}, {swept.kept_bytes / 1e6:.1f} MB kept"
     if swept.over:
@@ -169,7 +167,7 @@ def join(sources: Sequence[str], into: Path) -> Report:
         with opened(Path(name)):  # all are there before anything is made
             pass
     catalog = Catalog(into)
-    rows: list[Row] = []
+    rows: list[dict[str, object]] = []
     conflicts: list[str] = []
     try:
         for name in sources:
@@ -200,7 +198,7 @@ def send(folder: Path, models: Sequence[str], location: str, key: Path | None, t
     with opened(folder) as catalog:
         _check_models(folder, models, location)
         sent = publish.publish(catalog, models, location, key, tell)
-    row: Row = {
+    row: dict[str, object] = {
         "publication": sent.digest,
         "destination": location,
         "blobs": sent.blobs,
@@ -230,7 +228,7 @@ def study(request: StudyRequest) -> Report:
                 f"no build of {request.model} on {request.target} in {request.catalog}: "
                 f"it has {', '.join(sorted(set(scopes.values()))) or 'none'}"
             )
-        rows: list[Row] = []
+        rows: list[dict[str, object]] = []
         for scope, target in there.items():
             trials = catalog.trials(scope)
             objectives = request.objectives or objectives_of(trials)

@@ -15,7 +15,7 @@ from llmbuild.errors import InputError
 from llmbuild.spec.recipe import SAMPLERS
 
 CATALOG = "LLMBUILD_CATALOG"
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 
 
 class _Named(click.Path):
@@ -31,9 +31,9 @@ class _Named(click.Path):
 class _Text(click.types.StringParamType):
     """A text that is no path: only names of files may hold bytes that are no UTF-8."""
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the text."""
-        text = super().convert(value, param, ctx)
+        text: str = super().convert(value, param, ctx)
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -52,7 +52,7 @@ class Shared(click.Option):
         action = "append_const" if self.is_flag else "append"
         parser.add_option(self, self.opts, self.name, action, self.nargs, self.flag_value)
 
-    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[Any, Any]:
+    def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[object, ParameterSource]:
         """Return the one value that is given before or behind the command's name."""
         said = list(opts.get(str(self.name), ()))
         before = ctx.parent.params.get(str(self.name)) if ctx.parent is not None else None

@@ -13,7 +13,8 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from typing import Any
+
+from llmbuild.system.strict_json import JsonObject
 
 Parts = list[tuple[str, bool]]
 """Text, and whether the token that it belongs to ends with it."""
@@ -249,7 +250,7 @@ def overlap(text: str, pattern: str) -> int:
     return next((n for n in range(most, 0, -1) if pattern.startswith(text[len(text) - n :])), 0)
 
 
-def stages(state: Mapping[str, Any] | None) -> list[Stage]:
+def stages(state: JsonObject | None) -> list[Stage]:
     """Return the stages of a decoder from its JSON form.
 
     Raises:
@@ -262,11 +263,11 @@ def stages(state: Mapping[str, Any] | None) -> list[Stage]:
     return [_STAGES[state["type"]](state)]
 
 
-def _metaspace(state: Mapping[str, Any]) -> Stage:
+def _metaspace(state: JsonObject) -> Stage:
     return Metaspace(state["replacement"], " " if state.get("prepend_scheme") == "never" else "")
 
 
-def _replace(state: Mapping[str, Any]) -> Stage:
+def _replace(state: JsonObject) -> Stage:
     from tokenizers import Regex, decoders
 
     ((kind, pattern),) = state["pattern"].items()
@@ -287,20 +288,20 @@ class _EachAlone(_Whole):
         return [(self._decode([token]), True)]
 
 
-def _word_piece(state: Mapping[str, Any]) -> Stage:
+def _word_piece(state: JsonObject) -> Stage:
     from tokenizers import decoders
 
     return Local(decoders.WordPiece(prefix=state["prefix"], cleanup=state["cleanup"]).decode)
 
 
-def _ctc(state: Mapping[str, Any]) -> Stage:
+def _ctc(state: JsonObject) -> Stage:
     from tokenizers import decoders
 
     words = {name: state[name] for name in ("pad_token", "word_delimiter_token", "cleanup")}
     return Collapsed(decoders.CTC(**words).decode)
 
 
-_STAGES: Mapping[str, Callable[[Mapping[str, Any]], Stage]] = {
+_STAGES: Mapping[str, Callable[[JsonObject], Stage]] = {
     "ByteLevel": lambda _: ByteLevel(),
     "ByteFallback": lambda _: ByteFallback(),
     "Fuse": lambda _: Fuse(),

@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypeVar, Unpack, overload
 
 from llmbuild import digest
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, as_our_errors
@@ -21,13 +21,15 @@ from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
     from llmbuild.runtime.answers import Answer, Completion
-    from llmbuild.runtime.sampling import Sampling
+    from llmbuild.runtime.sampling import Options, Sampling
     from llmbuild.runtime.session import Session
     from llmbuild.runtime.tokenizer import Encoded, Tokenizer
 
 
 LOADED: tuple[File, ...] = ("artifact", "parameters", "tokenizer")
 """The files of a variant that opening it reads."""
+
+T = TypeVar("T")
 
 LEADERS = 8
 """How many of the best rows are tried before every row is looked at."""
@@ -78,7 +80,12 @@ def pick(
             return choose([chosen if same_place(r, chosen) else r for r in rows], facts, asked, absent)
 
         whole = Later(judged)
-        return Pick(asked, best, Judged(whole, "candidates"), fallbacks=Judged(whole, "fallbacks"))
+        return Pick(
+            asked,
+            best,
+            Judged(whole, lambda made: made.candidates),
+            fallbacks=Judged(whole, lambda made: made.fallbacks),
+        )
     rows = reader.candidates(folder, name, target, workload)
     if not rows:
         raise InputError(_no_rows(folder, name, target, workload))
@@ -146,19 +153,25 @@ class Later:
         return self._judged()
 
 
-class Judged(Sequence[Any]):
+class Judged(Sequence[T]):
     """A tuple of a pick that is worked out later."""
 
-    def __init__(self, later: Later, name: str) -> None:
-        self._later, self._name = later, name
+    def __init__(self, later: Later, part: Callable[[Pick], Sequence[T]]) -> None:
+        self._later, self._part = later, part
 
-    def _tuple(self) -> tuple[Any, ...]:
-        return tuple(getattr(self._later.pick, self._name))
+    def _tuple(self) -> tuple[T, ...]:
+        return tuple(self._part(self._later.pick))
 
     def __len__(self) -> int:
         return len(self._tuple())
 
-    def __getitem__(self, index: Any) -> Any:
+    @overload
+    def __getitem__(self, index: int) -> T: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
+
+    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
         return self._tuple()[index]
 
 
@@ -345,7 +358,7 @@ class Model:
         with self._turn:
             return [list(one.tokens) for one in continued(self.session, prompts, max_new_tokens, sampling)]
 
-    def generate_batch(self, prompts: Sequence[str], max_new_tokens: int = 64, **options: Any) -> list[str]:
+    def generate_batch(self, prompts: Sequence[str], max_new_tokens: int = 64, **options: Unpack[Options]) -> list[str]:
         """Return the continuation of each prompt as text; `options` are those of `generate`."""
         return [one.text for one in self.complete(prompts, max_new_tokens, **options)]
 

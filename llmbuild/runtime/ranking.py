@@ -18,7 +18,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any
 
 from llmbuild.errors import CatalogError
 from llmbuild.runtime import machines, reader, trust
@@ -56,7 +55,7 @@ class Asked:
     bounded: tuple[str, ...]
 
 
-Ranked = tuple[Any, ...]
+Ranked = tuple[float, float, int, *tuple[float, ...]]
 """A row of a ranking: the objective (negative where more is better), the memory, its standing, its bounded metrics."""
 
 

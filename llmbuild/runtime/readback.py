@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import iree.runtime as rt
 import numpy as np
@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 _STAGING_MEMORY = rt.MemoryType.HOST_LOCAL | rt.MemoryType.DEVICE_VISIBLE
 _STAGING_USAGE = rt.BufferUsage.TRANSFER_TARGET | rt.BufferUsage.MAPPING_SCOPED
+
+Kind = TypeVar("Kind", bound=np.generic)
 
 
 class Readback:
@@ -25,7 +27,7 @@ class Readback:
         self._copies = 0
         self._staging: dict[int, Any] = {}
 
-    def __call__(self, view: Any, kind: type[Any]) -> NDArray[Any]:
+    def __call__(self, view: Any, kind: type[Kind]) -> NDArray[Kind]:
         """Return a view's elements; they lie in the staging memory, and hold until the next one of this size."""
         source = view.get_buffer()
         size = view.byte_length
@@ -38,5 +40,5 @@ class Readback:
         self._copies += 1
         self._device.queue_copy(source, target, ready, rt.HalFence.create_at(self._done, self._copies))
         self._done.wait(self._copies)
-        found: NDArray[Any] = target.map().asarray(view.shape, np.dtype(kind))
+        found: NDArray[Kind] = target.map().asarray(view.shape, np.dtype(kind))
         return found

@@ -15,7 +15,7 @@ from typing import Any, cast
 from llmbuild.errors import CatalogError, InputError, sentence
 from llmbuild.runtime import machines as machines_
 from llmbuild.runtime import trust
-from llmbuild.runtime.connection import Connection
+from llmbuild.runtime.connection import Connection, Found
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.rows import Row
@@ -217,8 +217,9 @@ class _Server:
     def __init__(self, connection: Any) -> None:
         self.connection = connection
 
-    def execute(self, query: str, values: Sequence[object] = ()) -> Any:
-        return self.connection.execute(query.replace("?", "%s"), values)
+    def execute(self, query: str, values: Sequence[object] = ()) -> Found:
+        found: Found = self.connection.execute(query.replace("?", "%s"), values)
+        return found
 
     def close(self) -> None:
         self.connection.close()
@@ -367,7 +368,7 @@ _KINDS: tuple[tuple[tuple[str, ...], type | tuple[type, ...]], ...] = (
 
 
 @functools.lru_cache(64)
-def _shared(text: str) -> Any:
+def _shared(text: str) -> object:
     return loads(text)
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +56,17 @@ class Sampling:
     def greedy(self) -> bool:
         """Say whether the device's own choice is taken."""
         return self.temperature == 0
+
+
+class Options(TypedDict, total=False):
+    """What an answer may be asked for with, beside its length."""
+
+    stop: str | Sequence[str]
+    add_special_tokens: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
 
 
 class Sampler:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import iree.runtime as rt
 import numpy as np
@@ -76,6 +76,8 @@ class Settings:
         checks.text("driver", self.driver)
         checks.integer("workers", self.workers, 0, _LARGEST_WORKERS)
 
+
+Kind = TypeVar("Kind", bound=np.generic)
 
 Cache = list[Any]
 """The keys and values of one answer, as views of the device's buffers; empty once its session is closed."""
@@ -165,7 +167,7 @@ class Session:
         if "_context" not in self.__dict__:
             raise InputError("the session is closed: open the variant again")
 
-    def prompt(self, name: str, tokens: Any) -> list[int]:
+    def prompt(self, name: str, tokens: object) -> list[int]:
         """Return the tokens of a prompt that the artifact takes.
 
         Raises:
@@ -243,7 +245,7 @@ class Session:
             raise InputError(f"a position is outside a context of {self.abi.context}")
         return np.array(self._decode(found, places, cache))
 
-    def _places(self, name: str, value: Any) -> NDArray[np.int64]:
+    def _places(self, name: str, value: object) -> NDArray[np.int64]:
         """Return one position for all sequences, or one for each."""
         found = checks.integers(name, value)
         if found.shape not in ((), (self.abi.batch,)):
@@ -304,14 +306,14 @@ class Session:
         """Return one value for each sequence: i64[B]."""
         return np.ascontiguousarray(np.broadcast_to(np.asarray(value, np.int64), (self.abi.batch,)))
 
-    def _read(self, view: Any, kind: type[Any]) -> NDArray[Any]:
+    def _read(self, view: Any, kind: type[Kind]) -> NDArray[Kind]:
         """Return what a buffer holds: where it lies if the host sees it, else a copy."""
         if self._shared:
-            found: NDArray[Any] = view.map().asarray(view.shape, np.dtype(kind))
+            found: NDArray[Kind] = view.map().asarray(view.shape, np.dtype(kind))
             return found
         return self._copied(view, kind)
 
-    def _buffer(self, array: NDArray[Any]) -> Any:
+    def _buffer(self, array: NDArray[np.generic]) -> Any:
         return self._device.allocator.allocate_buffer_copy(
             memory_type=_SHARED_MEMORY if self._shared else rt.MemoryType.DEVICE_LOCAL,
             allowed_usage=_SHARED_USAGE if self._shared else rt.BufferUsage.DEFAULT,

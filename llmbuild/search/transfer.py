@@ -13,7 +13,6 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Any
 
 import numpy as np
 
@@ -24,6 +23,7 @@ from llmbuild.search.surrogate import Array, Codes, Process
 from llmbuild.spec.formats import bits
 from llmbuild.spec.space import Point, Value
 from llmbuild.spec.trial import Trial
+from llmbuild.system.strict_json import JsonObject
 
 SHIPPED = "warm_start.json.gz"
 
@@ -109,7 +109,7 @@ def packed(name: str, lesson: Lesson) -> dict[str, object]:
     return {"study": name, "objectives": lesson.objectives, "knobs": names, "zero": zero, "points": points}
 
 
-def unpacked(body: Mapping[str, Any]) -> Lesson:
+def unpacked(body: JsonObject) -> Lesson:
     """Return the lesson that `packed` made."""
 
     def point(values: Sequence[Value]) -> Point:

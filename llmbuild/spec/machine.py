@@ -15,9 +15,10 @@ the machine back are marked as such; `llmbuild profile` takes them anew.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+
+from llmbuild.system.strict_json import JsonObject
 
 NOWHERE = "0" * 64
 """Stands where a machine's fingerprint would: the variant was compiled and never measured."""
@@ -92,7 +93,7 @@ class Conditions:
         return f"pinned to CPU {self.pinned} of {self.cpus}" if self.pinned else ""
 
 
-def machine_from(body: Mapping[str, Any]) -> Machine:
+def machine_from(body: JsonObject) -> Machine:
     """Return the machine that a record is of, whichever version of llmbuild wrote it: one machine has one digest.
 
     Raises:

@@ -6,19 +6,19 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from llmbuild.errors import InputError
 from llmbuild.spec.decoder import Decoder
+from llmbuild.system.strict_json import JsonObject
 
-_COMMON: dict[str, Any] = {
+_COMMON: JsonObject = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
-DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS: dict[str, JsonObject] = {
     "llama": {**_COMMON, "vocab_size": 32000, "intermediate_size": 11008, "max_position_embeddings": 2048},
     "mistral": {
         **_COMMON,
@@ -65,7 +65,7 @@ class ModelFacts:
     mlp_biases: bool
 
 
-def facts_of(config: Mapping[str, Any], where: str = "config.json") -> ModelFacts:
+def facts_of(config: Mapping[str, object], where: str = "config.json") -> ModelFacts:
     """Return the facts that a parsed config.json says; `where` names the file.
 
     Raises:

@@ -12,7 +12,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
-from typing import Any, TextIO
+from typing import TextIO
 
 _STEERING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
 """Controls of C0 and C1, marks without a width (bidirectional overrides are among them), halves of a character that no
@@ -53,7 +53,7 @@ class _Guarded(io.TextIOWrapper):
         super().write(text)
 
 
-def _guarded(stream: Any) -> Any:
+def _guarded(stream: TextIO) -> TextIO:
     if isinstance(stream, _Guarded) or not isinstance(stream, io.TextIOWrapper):
         return stream
     stream.flush()
@@ -72,7 +72,11 @@ def guarded() -> Iterator[None]:
     """Guard the standard streams, for as long as a command runs."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_guarded, before)
-    ours = [now for now, was in zip((sys.stdout, sys.stderr), before, strict=True) if now is not was]
+    ours = [
+        now
+        for now, was in zip((sys.stdout, sys.stderr), before, strict=True)
+        if isinstance(now, _Guarded) and now is not was
+    ]
     try:
         yield
     finally:
