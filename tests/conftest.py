@@ -15,6 +15,7 @@ import pytest
 
 from llmbuild.runtime import host
 from tests.support import tiny
+from tests.support.limits import give_limits
 
 RECIPE = """\
 name: tiny
@@ -130,6 +131,7 @@ def built(tmp_path_factory: pytest.TempPathFactory, project: Project) -> Project
     def make(folder: Path) -> None:
         shutil.copytree(project.folder, folder)
         made = project_in(folder)
+        give_limits(made.catalog)
         done = llmbuild("build", made.recipe, "-C", made.catalog)
         assert done.returncode == 0, done.stderr
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from llmbuild.build.events import Event, Tell
+from llmbuild.build.parallel import side_by_side
 from llmbuild.build.results import Results
 from llmbuild.build.trials import best_of, describe, scoped, trial_of
-from llmbuild.process.child import stop_all
 from llmbuild.profiler.protocol import Subject
 from llmbuild.search.front import dominated
 from llmbuild.spec.measurement import SCREENED, Measurement
@@ -54,12 +53,7 @@ class Evaluator:
         """Return what points are made of, made side by side."""
         if len(points) == 1:
             return [self.artifact(points[0])]
-        with ThreadPoolExecutor(self.jobs) as pool:
-            try:
-                return list(pool.map(self.artifact, points))
-            except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can
-                stop_all()
-                raise
+        return side_by_side(self.artifact, points, self.jobs)
 
     def subject(self, trial: Trial) -> Subject | None:
         """Return what is measured of a trial's variant; None where it cannot be made again."""

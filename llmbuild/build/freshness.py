@@ -9,7 +9,7 @@ from functools import cached_property
 from llmbuild import digest
 from llmbuild.build.job import Job
 from llmbuild.catalog.known import Known, State
-from llmbuild.spec.recipe import Budget
+from llmbuild.spec.recipe import AUTO, Budget
 from llmbuild.spec.trial import Finished
 
 NEVER = "never built"
@@ -115,6 +115,6 @@ def build_key(job: Job, seed: int) -> str:
             "objectives": recipe.objectives,
             "bounds": (*recipe.constraints, *recipe.quality.bounds),
             "seed": seed,
-            **({} if recipe.sampler == "auto" else {"sampler": recipe.sampler}),
+            **({} if recipe.sampler in ("auto", AUTO) else {"sampler": recipe.sampler}),
         }
     )

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, zip_longest
 
 from llmbuild.build.build import Build
 from llmbuild.build.events import Event
+from llmbuild.build.parallel import side_by_side
 from llmbuild.errors import LlmbuildError
-from llmbuild.process.child import stop_all
 from llmbuild.spec.space import Point
 
 Tell = Callable[[Event], None]
@@ -23,13 +22,7 @@ def make_first_points(builds: Sequence[Build], jobs: int, tell: Tell) -> None:
     wanted = [[(build, point) for point in build.initial_points()] for build in builds]
     turns = [one for one in chain.from_iterable(zip_longest(*wanted)) if one is not None]
     tell(Event("prefetch", f"{len(turns)} points of {len(builds)} builds, {jobs} at a time"))
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            list(pool.map(lambda turn: _make(*turn), turns))
-        except BaseException:  # Ctrl-C above all: the compilers under way must end before the pool can; raised again
-            pool.shutdown(wait=False, cancel_futures=True)
-            stop_all()
-            raise
+    side_by_side(lambda turn: _make(*turn), turns, jobs)
 
 
 def _make(build: Build, point: Point) -> None:

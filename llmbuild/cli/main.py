@@ -12,12 +12,10 @@ import llmbuild
 from llmbuild.cli import build, catalog, query, run, streams
 from llmbuild.cli.options import TEXT, before_command, check_taken, teaching
 from llmbuild.errors import InputError, LlmbuildError
+from llmbuild.system.extras import advice
 from llmbuild.system.terminal import clear_line, guarded
 
 INTERRUPTED = 130
-
-BUILD_MODULES = "alembic archspec iree optuna pydantic ruamel safetensors sqlalchemy torch transformers".split()
-"""What an installation of the loader alone lacks, by the names of modules."""
 
 
 class Group(click.Group):
@@ -92,11 +90,10 @@ class Group(click.Group):
             try:
                 return super().invoke(ctx)
             except ModuleNotFoundError as error:
-                if self.debug or (error.name or "").partition(".")[0] not in BUILD_MODULES:
+                todo = advice(error)
+                if self.debug or not todo:
                     raise
-                raise InputError(
-                    f"`llmbuild {ctx.invoked_subcommand}` needs {error.name}: pip install 'llmbuild[build]'"
-                ) from None
+                raise InputError(f"`llmbuild {ctx.invoked_subcommand}` needs {error.name}: {todo}") from None
 
 
 def _debug_option() -> click.Option:
@@ -110,7 +107,7 @@ EPILOG = """\b
 First:       llmbuild doctor; llmbuild recipes FOLDER; llmbuild build RECIPE
 Then:        llmbuild query; llmbuild run MODEL
 Exit codes:  0 done, 1 built nothing usable, 2 bad input,
-             3 no variant meets the SLO, 130 interrupted"""
+             3 no variant meets the SLO, 130 interrupted, 141 output closed"""
 
 
 @click.group(cls=Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})

@@ -34,7 +34,7 @@ class Calls:
             memory_type=rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE,
             allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
             device=self._device,
-            buffer=np.ones(read_bytes, np.int8),
+            buffer=np.zeros(read_bytes, np.int8),  # takes no memory of its own: up to 2 GiB are copied
             element_type=rt.HalElementType.SINT_8,
         )
         self._callers: dict[str, PolledCaller] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from llmbuild import digest
 from llmbuild.errors import InputError, LoadRefused
+from llmbuild.system.extras import advice
 from llmbuild.system.strict_json import JsonObject, loads
 
 POINTER = "latest.json"
@@ -139,10 +140,12 @@ def signer(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> st
 
 
 def _verifies(pem: bytes, name: str, signature: object, manifest: bytes) -> bool:
-    from cryptography.exceptions import InvalidSignature
-    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
-    from cryptography.hazmat.primitives.serialization import load_pem_public_key
-
+    try:
+        from cryptography.exceptions import InvalidSignature
+        from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+        from cryptography.hazmat.primitives.serialization import load_pem_public_key
+    except ImportError as error:
+        raise InputError(f"trusted key {name}: signatures need {error.name}: {advice(error)}") from None
     try:
         key = load_pem_public_key(pem)
     except ValueError:

@@ -17,6 +17,7 @@ from llmbuild.search.losses import Interest, Losses, interest, losses_of
 from llmbuild.search.sampler import FEASIBLE, POINT, FrontSampler
 from llmbuild.search.transfer import Lesson, prior
 from llmbuild.search.warm_start import initial_points
+from llmbuild.spec.recipe import AUTO
 from llmbuild.spec.slo import Bound
 from llmbuild.spec.space import Knob, Point, Space, Value
 from llmbuild.spec.trial import Trial
@@ -145,9 +146,9 @@ def sampler_of(
 ) -> BaseSampler:
     """Return a sampler by the name that recipes and `--sampler` give it.
 
-    `gp` is ours, a Gaussian process over choices; the others are Optuna's. `auto` takes `gp`, which did best on
-    recorded studies (`scripts/bench/search.py`): before it has seen any point it expects what the lessons and the sizes
-    of formats say.
+    `gp` is ours, a Gaussian process over choices; the others are Optuna's. `auto` is `AUTO`, which needs the fewest
+    evaluations on recorded studies (`scripts/bench/search.py`): before it has seen any point it expects what the
+    lessons and the sizes of formats say.
     """
     made: dict[str, Callable[[], BaseSampler]] = {
         "gp": lambda: FrontSampler(space, reach, seed, prior(lessons, objectives)),
@@ -155,7 +156,7 @@ def sampler_of(
         "nsga2": lambda: optuna.samplers.NSGAIISampler(seed=seed),
         "random": lambda: optuna.samplers.RandomSampler(seed=seed),
     }
-    return made["gp" if name == "auto" else name]()
+    return made[AUTO if name == "auto" else name]()
 
 
 def _tpe(seed: int) -> BaseSampler:

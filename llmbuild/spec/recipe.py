@@ -11,6 +11,8 @@ from llmbuild.spec.workload import Workload
 
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
+AUTO: Sampler = "gp"
+"""The sampler that `auto` is."""
 
 
 @dataclass(frozen=True)

@@ -162,9 +162,11 @@ def main() -> int:
     parser.add_argument("-C", "--catalog", type=Path)
     parser.add_argument("--model")
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure")
+    parser.add_argument("--mib", type=int, default=0, help="of the buffer that is read; 8 last-level caches without")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    found = roofline.measure(compile_here, asked.seconds)
+    piece = 512 * host.cores()
+    found = roofline.measure(compile_here, asked.seconds, -(-(asked.mib << 20) // piece) * piece)
     if isinstance(found, Failure):
         print(f"error: {found.stage}: {found.reason}\n{found.command}", file=sys.stderr)
         return 1

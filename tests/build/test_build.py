@@ -19,6 +19,7 @@ from llmbuild.frontend.reference import reference_greedy
 from llmbuild.runtime import load, reader
 from llmbuild.runtime.model import pick
 from tests.conftest import Project, llmbuild, make_project
+from tests.support.limits import give_limits
 
 
 def rows_of(project: Project) -> list[dict]:
@@ -257,6 +258,7 @@ def finished(catalog: Path) -> dict[str, tuple]:
 
 def test_a_killed_build_keeps_what_was_finished_and_repeats_none_of_it(tmp_path: Path) -> None:
     project = make_project(tmp_path / "killed")
+    give_limits(project.catalog)
     options = ["--set", "weight_format=f32", "--set", "layout=row_major", "--set", "kv_dtype=f32"]
     command = [sys.executable, "-m", "llmbuild", "build", str(project.recipe), "-C", str(project.catalog), *options]
     chosen, before, kills = random.Random(int.from_bytes(os.urandom(4), "big")), {}, 0

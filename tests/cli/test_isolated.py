@@ -18,6 +18,7 @@ from llmbuild.process.child import Limits, python, run
 from llmbuild.runtime import reader
 from tests.conftest import Project
 from tests.support import marked
+from tests.support.limits import give_limits
 
 SCRIPT = Path(sys.executable).with_name("llmbuild")
 IN_CHILDREN = {"PYTHONPATH": "{0}", "PYTHONSTARTUP": "{0}/json.py", "PYTHONHOME": "/nowhere", "PYTHONWARNINGS": "error"}
@@ -65,6 +66,7 @@ def lines(built: Project, out: Path) -> dict[str, list[str]]:
 
 def test_no_command_runs_what_lies_in_the_callers_folder(built: Project, untouched: Path, tmp_path: Path) -> None:
     asked = lines(built, tmp_path)
+    give_limits(tmp_path / "new")
     assert set(main.commands) <= set(asked), "every command is tried"
     env = {**os.environ, "PATH": f"{os.pathsep}.{os.pathsep}{os.environ['PATH']}"}
     codes = {}

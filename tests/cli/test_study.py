@@ -79,7 +79,8 @@ def test_a_build_takes_the_sampler_of_its_recipe_and_is_another_one(built: Proje
             (built.recipe, ("--sampler", "tpe")),
             (recipe, ()),
             (built.recipe, ("--sampler", "auto")),
+            (built.recipe, ("--sampler", "gp")),
         )
     ]
     searches = [next(r for r in json.loads(done.stdout) if r["step"] == "search")["reason"] for done in plan]
-    assert searches == ["", *["changed: knobs, objectives, bounds, seed or sampler"] * 2, ""]
+    assert searches == ["", *["changed: knobs, objectives, bounds, seed or sampler"] * 2, "", ""]

@@ -128,7 +128,7 @@ def test_a_variant_is_held_against_what_its_threads_can_reach() -> None:
 
 
 def test_the_script_prints_one_json_document_with_the_variants_of_a_catalog(built: Any) -> None:
-    command = [sys.executable, str(SCRIPT), "-C", str(built.catalog), "--seconds", "0.2", "--json"]
+    command = [sys.executable, str(SCRIPT), "-C", str(built.catalog), "--seconds", "0.2", "--mib", "4", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stdout)

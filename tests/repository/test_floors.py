@@ -1,11 +1,16 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+
+from llmbuild.system.extras import EXTRAS, advice
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "llmbuild").rglob("*.py"))
@@ -63,3 +68,18 @@ def test_folders_are_two_deep_at_most() -> None:
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     assert ast.get_docstring(ast.parse(path.read_text()))
+
+
+def test_every_module_of_an_extra_is_told_by_its_name() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    names = {extra: {re.split(r"[\[<>=]", line)[0] for line in extras[extra]} for extra in EXTRAS}
+    modules = packages_distributions()
+    brought = {extra: {d for m in EXTRAS[extra] for d in modules[m]} for extra in EXTRAS}
+    for extra, wanted in names.items():
+        normal = {name.lower().replace("_", "-").replace(".", "-") for name in brought[extra]}
+        assert {name.replace(".", "-") for name in wanted} <= normal, extra
+
+
+def test_what_no_extra_brings_is_not_told_as_one() -> None:
+    assert advice(ModuleNotFoundError("no", name="json.decoder")) == ""
+    assert advice(ModuleNotFoundError("no", name="iree.compiler")) == "pip install 'llmbuild[build]'"

@@ -65,6 +65,15 @@ def test_what_the_loaders_installation_lacks_is_told(python: Path, built: Projec
         done = run(python, tmp_path, "-m", "llmbuild", *command)
         assert (done.returncode, "pip install 'llmbuild[build]'" in done.stderr) == (2, True), done.stderr
         assert "Traceback" not in done.stderr
+    assert llmbuild("keys", tmp_path / "mine").returncode == 0
+    sent = llmbuild("publish", "tiny", tmp_path / "signed", "--sign", tmp_path / "mine.key", "-C", built.catalog)
+    assert sent.returncode == 0, sent.stderr
+    trusting = "import llmbuild; llmbuild.load('signed', model='tiny', trust_keys='mine.pub')"
+    for trusted in (("-m", "llmbuild", "pull", "signed", "--trust", "mine.pub", "-C", "here"), ("-c", trusting)):
+        done = run(python, tmp_path, *trusted)
+        assert "signatures need cryptography" in done.stderr, done.stderr
+        assert "pip install 'llmbuild[publish]'" in done.stderr, done.stderr
+        assert "internal error" not in done.stderr
 
 
 def test_the_wheel_has_what_it_needs_outside_the_checkout(tmp_path: Path) -> None:
