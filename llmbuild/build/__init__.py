@@ -1,1 +1,1 @@
-"""The build path over stages that are handed in: a job, its plan, freshness, the search, the race, tuning."""
+"""The build path over injected stages: a job, its plan, freshness, the search, the race, tuning."""

@@ -1,7 +1,7 @@
-"""The path: import, compile, check, profile, record, front. It reads as a line; formats and devices are other people's.
+"""The build path: import, compile, check, profile, record, front. Formats and devices are handled in other modules.
 
-What is known is read from the catalog first; every finished trial is recorded before the next one begins, so a killed
-build goes on where it stopped and a finished one does nothing.
+Known results are read from the catalog first; every finished trial is recorded before the next one begins, so that a
+killed build resumes and a finished one does nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from llmbuild.spec.variant import Artifact, Failure
 
 
 class Build:
-    """One job under way."""
+    """One job in progress."""
 
     def __init__(self, steps: Steps, budget: Budget, seed: int, jobs: int, tell: Tell) -> None:
         self.steps, self.job, self.catalog = steps, steps.job, steps.catalog
@@ -39,13 +39,13 @@ class Build:
             self.catalog.reset_build(self.results.key)
         self.freshness = self._look()
         self.again: list[Point] = []
-        """Points whose files came out with other bytes than those that were lost."""
+        """Points whose rebuilt files differ from those that were lost."""
         self._begin = monotonic()
 
     def run(self, raced: bool = True) -> Outcome:
         """Search until the budget is spent, race the survivors, and keep the front.
 
-        Of two builds of the same thing in one catalog, the second waits and goes on from what the first has made.
+        Of two builds of the same job in one catalog, the second waits and resumes from the first one's results.
         """
         if not self.freshness.reason() and not self.freshness.displaced:
             return self.freshness.up_to_date(monotonic() - self._begin)
@@ -79,25 +79,25 @@ class Build:
     def _search(self) -> str:
         return search(self.evaluator, self.seed, self.spent)
 
-    # --- what is known and does not stand, or is known and lost ---------------------------------------------------
+    # --- known results that are not current, and known results whose files are lost ---------------------------------
 
     def _stand_again(self) -> None:
-        """Let what is known of these inputs stand in place of what does: nothing is made or measured for it."""
+        """Make the known trials of these inputs the current standings: nothing is built or measured."""
         self.results.read()
         if not self.results.known:
             return
         other = self.freshness.stands != {None}
         self.catalog.register(self.steps.registered)
         found = self.results.stand()
-        self.freshness = self._look()  # what `gc` took from the other one's shadow is missed from now on
+        self.freshness = self._look()  # a file that `gc` deleted in the meantime now counts as missing
         if other:
             front = len({s.variant for s in found if s.status in FRONT})
             self.tell(Event("front", f"{front} variants of these inputs stand again: nothing was made or measured"))
 
     def _mend(self) -> None:
-        """Make the files again that are missing or damaged; what was measured of them stays, if the bytes are the same.
+        """Rebuild missing or damaged files; their measurements are kept if the bytes are the same.
 
-        What comes out with other bytes, or not at all, is another variant: it is evaluated again.
+        A point whose bytes differ, or that fails, is another variant: it is evaluated again.
         """
         missing, lost, intact = self.freshness.missing, self.freshness.lost, self.catalog.blobs.intact
         self.tell(Event("mend", self.freshness.reason()))
@@ -116,14 +116,14 @@ class Build:
         if not self.freshness.missing:
             self.tell(Event("done", f"{len(missing)} files are there again: nothing was measured for it"))
 
-    # --- steps alone ---------------------------------------------------------------------------------------------
+    # --- single steps ----------------------------------------------------------------------------------------------
 
     def initial_points(self) -> list[Point]:
         """Return the points that are tried first, up to the budget."""
         return initial_points(self.job.space)[: self.budget.trials]
 
     def import_(self) -> list[tuple[Point, Program | Failure]]:
-        """Import the points that are tried first, and make nothing of them."""
+        """Import the points that are tried first, without a compile."""
         points = self.initial_points()
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
@@ -133,7 +133,7 @@ class Build:
                 self._report_notes()
 
     def compile(self) -> list[tuple[Point, Artifact | Failure]]:
-        """Make artifacts and measure nothing, up to the budget: for a target that is not this host."""
+        """Compile artifacts without measurements, up to the budget: for a target that is not this host."""
         points = self.initial_points()
         self.catalog.register(self.steps.registered)
         done: list[tuple[Point, Artifact | Failure]] = []
@@ -158,7 +158,7 @@ class Build:
         self.tell(Event("done", describe(self.job, point) + reason, done, total))
 
     def measure(self, points: Sequence[Point]) -> Outcome:
-        """Measure points that were compiled before, without a search."""
+        """Measure points that are already compiled, without a search."""
         self.results.read()
         done = {t.point for t in self.results.known}
         self.catalog.register(self.steps.registered)
@@ -174,7 +174,7 @@ class Build:
     # --- book-keeping --------------------------------------------------------------------------------------------
 
     def spent(self) -> float:
-        """Return the seconds this build has taken, those of earlier runs of it included."""
+        """Return the seconds that this build has taken, including its earlier runs."""
         return float(self.freshness.state["seconds"]) + monotonic() - self._begin
 
     def _look(self) -> Freshness:
@@ -184,7 +184,7 @@ class Build:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
 
     def _report_notes(self) -> None:
-        """Tell what the library said of the model while it was imported now."""
+        """Report the library's messages about the model from this run's imports."""
         for text in self.steps.notes:
             self.tell(Event("note", f"the library says of this model: {text}"))
 

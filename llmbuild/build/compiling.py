@@ -1,4 +1,4 @@
-"""A compile in phases wired to a catalog: points that agree in a phase share it, whatever build asked first."""
+"""A compile in phases with a catalog: points that agree in a phase share its result, across builds."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ T = TypeVar("T")
 
 
 def untuned(settings: Settings) -> bool:
-    """Say whether the compiler configures every dispatch itself."""
+    """Return whether the compiler configures every dispatch itself."""
     return settings.get(TUNING, UNTUNED) == UNTUNED
 
 
 def compile_inputs(module: str, target: Target, settings: Settings, compiler: str) -> dict[str, object]:
-    """Return everything that goes into a compile of a module (its digest), by name."""
+    """Return all inputs of a module's compile, by name; the module is given by its digest."""
     flags = compile_flags(target, settings)
     return {"module": module, "flags": flags, "compiler": compiler, **written(target, settings)}
 
 
 def written(target: Target, settings: Settings) -> dict[str, Value]:
-    """Return what no flag says: settings that are not at their defaults, and what is written for all of a backend."""
+    """Return the inputs without a flag: settings that differ from their defaults, and a backend's written text."""
     chosen = {name: settings[name] for name, default in WRITTEN.items() if settings.get(name, default) != default}
     return {**chosen, "subgroups": "said"} if target.backend == VULKAN else chosen
 
@@ -47,7 +47,7 @@ def written(target: Target, settings: Settings) -> dict[str, Value]:
 class Compiling:
     """The compiles of one target with one compiler.
 
-    `forced` says once for each thing whether it is to be made again though it is known.
+    `forced` returns, once per item, whether a known item is made again.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Compiling:
         return translated if isinstance(translated, Failure) else self.emitted(translated, settings)
 
     def front(self, module: str, settings: Settings) -> Front | Failure:
-        """Return the front half of a module; two that want the same one make it once."""
+        """Return the front half of a module; concurrent requests for the same one share it."""
         inputs = {"module": module, "flags": phases.front_flags(self.target, settings), "compiler": self.compiler}
         key = digest.of(inputs)
         return self._once("front", key, self._find_half, lambda: self._front(key, inputs, module, settings))
@@ -106,7 +106,7 @@ class Compiling:
         return front
 
     def text(self, front: Front, settings: Settings) -> str:
-        """Return a front half as text, with what the settings change in its executable target and its products."""
+        """Return a front half as text, with the settings' changes of its executable target and its products."""
         from llmbuild.catalog.phases import winners
 
         text = phases.retarget(self.plain_text(front), settings)
@@ -119,7 +119,7 @@ class Compiling:
         return gzip.decompress(self.catalog.blobs.path(front.blob).read_bytes()).decode()
 
     def translated(self, front: Front, settings: Settings) -> Front | Failure:
-        """Return the translated dispatches of a front half: known by what was asked, or by how they are configured."""
+        """Return the translated dispatches of a front half, looked up by the request or by their configuration."""
         flags = phases.configure_flags(self.target, settings)
         inputs = {"front": front.blob, "flags": flags, "compiler": self.compiler, **written(self.target, settings)}
 
@@ -132,7 +132,7 @@ class Compiling:
         return self._once("translate", digest.of(inputs), self._find_half, make)
 
     def translated_text(self, text: str, settings: Settings) -> Front | Failure:
-        """Return the translated dispatches of a front half's text; equal configurations were translated before."""
+        """Return the translated dispatches of a front half's text; equal configurations are reused."""
         with TemporaryDirectory(prefix="llmbuild-") as name:
             folder = Path(name)
             source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
@@ -176,7 +176,7 @@ class Compiling:
         record_front(self.catalog, key, inputs, made)
 
     def emitted(self, translated: Front, settings: Settings) -> Artifact | Failure:
-        """Return the artifact of translated dispatches; equal ones were compiled before, whatever flags led to them."""
+        """Return the artifact of translated dispatches; equal ones are reused, whatever flags led to them."""
         flags, edits = phases.emit_flags(self.target, settings), attributes(settings, "emit")
         inputs = {"translated": translated.blob, "flags": flags, "attributes": edits, "compiler": self.compiler}
         key = digest.of(inputs)
@@ -198,7 +198,7 @@ class Compiling:
 
 
 def _nameless(bytecode: bytes, folder: Path) -> bytes:
-    """Return bytecode, which names the file it came from, without the folder's name and as long as before."""
+    """Return bytecode, which embeds its file name, with the folder's name replaced and the length kept."""
     return bytecode.replace(str(folder).encode(), b"_" * len(str(folder).encode()))
 
 
@@ -210,7 +210,7 @@ def once(
     find: Callable[[str], T | None],
     make: Callable[[], T | Failure],
 ) -> T | Failure:
-    """Return what was made before, or make it; of two who need the same thing, one makes it and the other waits."""
+    """Return a known item, or make it; of concurrent requests for one item, one makes it and the others wait."""
     found = find(key)
     if found and not forced(f"{step} {key}"):
         return found

@@ -1,4 +1,4 @@
-"""The evaluation of points: make their artifacts side by side, measure them one at a time, record each as it ends."""
+"""The evaluation of points: make their artifacts in parallel, measure them one at a time, record each when it ends."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Made = tuple[Program, Artifact]
 
 
 class Evaluator:
-    """Turns the points of one job into trials; `recorded` is called after each of them."""
+    """Turns the points of a job into trials; `recorded` is called after each."""
 
     def __init__(self, results: Results, budget: Budget, jobs: int, tell: Tell, recorded: Callable[[], None]) -> None:
         self.results, self.steps, self.job, self.catalog = results, results.steps, results.job, results.catalog
@@ -38,7 +38,7 @@ class Evaluator:
     # --- make ----------------------------------------------------------------------------------------------------
 
     def artifact(self, point: Point, quietly: bool = False) -> Made | Failure:
-        """Return what a point is made of, from the catalog or made now."""
+        """Return a point's artifact, from the catalog or made now."""
         if not quietly:
             self._progress("import", point)
         program = self.steps.import_(point)
@@ -50,20 +50,20 @@ class Evaluator:
         return artifact if isinstance(artifact, Failure) else (program, artifact)
 
     def artifacts(self, points: Sequence[Point]) -> list[Made | Failure]:
-        """Return what points are made of, made side by side."""
+        """Return the artifacts of points, made in parallel."""
         if len(points) == 1:
             return [self.artifact(points[0])]
         return side_by_side(self.artifact, points, self.jobs)
 
     def subject(self, trial: Trial) -> Subject | None:
-        """Return what is measured of a trial's variant; None where it cannot be made again."""
+        """Return the subject of a trial's variant; None where it cannot be rebuilt."""
         made = self.artifact(trial.point, quietly=True)
         return None if isinstance(made, Failure) else self.steps.subject(trial.point, *made)
 
     # --- evaluate ------------------------------------------------------------------------------------------------
 
     def evaluate(self, points: Sequence[Point]) -> list[Trial]:
-        """Return the trials of a batch; what is too large for the recipe's bounds is left out."""
+        """Return the trials of a batch; points that exceed the recipe's size bounds are left out."""
         done = []
         begin = monotonic()
         for point, made in zip(points, self.artifacts(points), strict=True):
@@ -82,7 +82,7 @@ class Evaluator:
         return done
 
     def _too_large(self, program: Program, artifact: Artifact) -> list[str]:
-        """Return the bounds that sizes alone break: nothing is measured then, and nothing recorded."""
+        """Return the bounds that the sizes break: such a point is neither measured nor recorded."""
         parameters = self.catalog.blobs.path(program.parameters).stat().st_size
         sizes = {"artifact_bytes": float(artifact.size_bytes), "parameter_bytes": float(parameters)}
         static = [b for b in self.job.recipe.constraints if b.metric in sizes]
@@ -127,7 +127,7 @@ class Evaluator:
             return bench.measure(subject, default, None if default else partial(self._dominated, unmeasured))
 
     def _unmeasured(self, subject: Subject, point: Point, size: int) -> Trial:
-        """Return a trial of which the sizes alone are known."""
+        """Return a trial with its sizes only."""
         return Trial(
             scope=self.job.scope,
             number=len(self.results.known),
@@ -144,14 +144,14 @@ class Evaluator:
         )
 
     def _dominated(self, unmeasured: Trial, brief: Sequence[Measurement], perfect: bool) -> str:
-        """Say who beats a variant beyond doubt, on every workload that was looked at; empty where nobody does."""
+        """Return which variant dominates this one beyond its intervals on every measured workload; empty for none."""
         recipe, everyone = self.job.recipe, self.results.all
         bounds = (*recipe.constraints, *recipe.quality.bounds)
         found = [dominated(unmeasured, m, everyone, recipe.objectives, bounds, perfect) for m in brief]
         return found[0] if all(found) else ""
 
     def bench(self, baseline: bool) -> Bench | RemoteBench | Failure:
-        """Return the meter; with `baseline`, with point 0 alive in it, that others are paired with."""
+        """Return the bench; with `baseline`, with the worker of point 0 running, as the other half of each pair."""
         quality = self.steps.reference()
         if isinstance(quality, Failure):
             return quality
@@ -161,7 +161,7 @@ class Evaluator:
         return bench
 
     def _open_baseline(self, bench: Bench | RemoteBench) -> None:
-        """Bring point 0 back to life in a resumed build; where it never worked, nothing is paired."""
+        """Restart point 0 in a resumed build; where it never ran, readings are not paired."""
         zero = self.results.default
         subject = self.subject(zero) if zero else None
         if subject:

@@ -1,4 +1,4 @@
-"""What a build tells a person while it goes on."""
+"""Progress events of a build."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Event:
-    """Something to tell a person: which step, about what, how far, how long, and the best so far."""
+    """A progress event: the step, its object, progress, duration, and the best value so far."""
 
     step: str
     text: str

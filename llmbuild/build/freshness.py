@@ -1,4 +1,4 @@
-"""Whether a job has anything to do, and why: what it is keyed by, against what a catalog knows."""
+"""Whether a job has anything to do, and why: its keys compared with a catalog."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DISPLACED = "other inputs of this name stand: these are ranked again, and nothin
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a build came to: how many trials it made now, how many are known, and why it ended."""
+    """The result of a build: the number of new trials, of known trials, and why it ended."""
 
     made: int
     known: int
@@ -28,7 +28,7 @@ class Outcome:
 
 
 class Freshness:
-    """One look at what a catalog knows of a job's build; each thing is read when it is first asked for."""
+    """A snapshot of a catalog's data on a job's build; each part is read on first access."""
 
     def __init__(self, job: Job, catalog: Known, budget: Budget, seed: int) -> None:
         self.job, self.catalog, self.budget = job, catalog, budget
@@ -36,18 +36,18 @@ class Freshness:
 
     @cached_property
     def state(self) -> State:
-        """How far the build has come: `seconds`, `raced`, `ended`."""
+        """The build's progress: `seconds`, `raced`, `ended`."""
         return self.catalog.build_state(self.key) or {"seconds": 0.0, "raced": False, "ended": NEVER}
 
     @cached_property
     def finished(self) -> list[Finished]:
-        """The finished trials of the job's space, without what was measured."""
+        """The finished trials of the job's space, without measurements."""
         space = self.job.space
         return [f for f in self.catalog.finished(self.job.scope) if f.is_default or space.contains(f.point)]
 
     @cached_property
     def lost(self) -> dict[str, set[str]]:
-        """The variants, of this job or not, with artifacts or parameters that are missing or damaged, and which."""
+        """The variants, of this job or not, with missing or damaged artifacts or parameters, and which files."""
         return self.catalog.lost_blobs()
 
     @cached_property
@@ -57,18 +57,18 @@ class Freshness:
 
     @cached_property
     def stands(self) -> set[str | None]:
-        """What decided the standings of the recipe's name on its target and machine."""
+        """The inputs of the current standings of the recipe's name on its target and machine."""
         names = self.job.registered
         return self.catalog.rankings(self.job.recipe.name, names.target_digest, names.machine_digest)
 
     @property
     def displaced(self) -> bool:
-        """Whether what stands was ranked for other inputs than these, which are known: nothing need be made for it."""
+        """Whether the current standings belong to other inputs while these are known: nothing need be built."""
         return bool(self.finished) and self.stands != {self.job.ranking}
 
     def plan(self) -> str:
-        """Return why a build has something to do, if only to let its own standings be the present ones."""
-        other = self.displaced and self.stands != {None}  # those of an earlier schema do not say what decided them
+        """Return why a build has something to do, if only to make its own standings current."""
+        other = self.displaced and self.stands != {None}  # standings of an earlier schema do not record their inputs
         return self.reason() or (DISPLACED if other else "")
 
     def reason(self) -> str:
@@ -85,7 +85,7 @@ class Freshness:
         return "" if self.state["raced"] else "survivors have not been raced"
 
     def up_to_date(self, seconds: float) -> Outcome:
-        """Return what a build came to that had nothing to do."""
+        """Return the outcome of a build that had nothing to do."""
         names = self.job.registered
         usable = self.catalog.usable(self.job.recipe.name, names.target_digest, names.machine_digest)
         return Outcome(0, len(self.finished), usable, "up to date", seconds)
@@ -96,7 +96,7 @@ def _many(kind: str) -> str:
 
 
 def recognized(job: Job, catalog: Known) -> Job:
-    """Return the job under the digest that a catalog of an earlier llmbuild has its machine under, if it has it."""
+    """Return the job with the machine digest of an earlier llmbuild, if the catalog has it."""
     names = catalog.machine_known_as(digest.of(job.machine))
     jobs = [replace(job, known_as=name) for name in names]
     if len(jobs) == 1:
@@ -105,7 +105,7 @@ def recognized(job: Job, catalog: Known) -> Job:
 
 
 def build_key(job: Job, seed: int) -> str:
-    """Return the name of a build: the scope and what of the recipe steers the search."""
+    """Return the name of a build: the scope and the recipe's settings of the search."""
     recipe = job.recipe
     return digest.of(
         {

@@ -1,4 +1,4 @@
-"""Programs and references of a job: from its catalog, or made by a child process that loads the model."""
+"""Programs and references of a job: from its catalog, or from a child process that loads the model."""
 
 from __future__ import annotations
 
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 
 class Imports:
-    """What the frontend makes of a job's model.
+    """The frontend's results for a job's model.
 
-    `forced` says once for each thing whether it is to be made again though it is known.
+    `forced` returns, once per item, whether a known item is made again.
     """
 
     def __init__(self, job: Job, catalog: Catalog, forced: Callable[[str], bool]) -> None:
         self.job, self.catalog, self._forced = job, catalog, forced
         self.notes: dict[str, None] = {}
-        """What the library said of the model while it was imported, each thing once."""
+        """The library's messages about the model during imports, each once."""
 
     def program(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
 
-        What does not go with the model at this point alone is a failure.
+        A model that this point alone cannot import is a failure.
 
         Raises:
-            InputError: the model itself cannot be taken.
+            InputError: the model itself is not supported.
         """
         inputs = self.job.import_inputs(point)
         key = digest.of(inputs)
@@ -83,7 +83,7 @@ class Imports:
         return program
 
     def _calibration_file(self) -> Path:
-        """Return an `.npy` of the calibration tokens in the store, where a pasted command finds it too."""
+        """Return an `.npy` of the calibration tokens in the store, so that a printed command finds it too."""
         import numpy as np
 
         with TemporaryDirectory(prefix="llmbuild-") as folder:

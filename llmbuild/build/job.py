@@ -1,4 +1,4 @@
-"""A job: one recipe on one target with one toolchain, and what it is keyed by."""
+"""A job: one recipe on one target with one toolchain, and its keys."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """One recipe on one resolved target: everything that decides its results, found once."""
+    """One recipe on one resolved target: all inputs of its results, resolved once."""
 
     recipe: Recipe
     target: Target
@@ -51,22 +51,22 @@ class Job:
     protocol: Protocol = field(default_factory=Protocol)
     force: bool = False
     remote: Remote | None = None
-    """Where it is measured; here if left out."""
+    """The machine that measures; this host if left out."""
     declared: Space | None = None
-    """The space of the recipe alone, without what the command line pins; the searched one if left out."""
+    """The recipe's space without `--set` pins; the searched space if left out."""
     known_as: str = ""
-    """The digest that the catalog has the machine under, where that is not its fingerprint."""
+    """The machine's digest in the catalog, where it is not the fingerprint."""
     refused: tuple[Refusal, ...] = ()
-    """Values of knobs that the model rules out on this target: they are not in the space."""
+    """Values of knobs that the model does not support on this target: they are not in the space."""
 
     @property
     def registered(self) -> Registered:
-        """The records every row of its build points at."""
+        """The records that every row of its build refers to."""
         return Registered(self.target, self.machine, self.toolchain, self.known_as)
 
     @cached_property
     def lineage(self) -> str:
-        """Digest of what decides an artifact but the point."""
+        """Digest of all inputs of an artifact except the point."""
         return digest.of(
             {
                 "model": self.model.digest,
@@ -80,7 +80,7 @@ class Job:
 
     @cached_property
     def scope_inputs(self) -> dict[str, object]:
-        """What decides a trial's outcome but the point, by name, so that a change can be told by name."""
+        """All inputs of a trial's outcome except the point, by name, so that a change is reported by name."""
         tokenizer = digest.of_file(self.model.tokenizer) if self.model.tokenizer else None
         quality = self.recipe.quality
         return {
@@ -99,12 +99,12 @@ class Job:
 
     @cached_property
     def scope(self) -> str:
-        """Digest of what decides a trial's outcome but the point."""
+        """Digest of all inputs of a trial's outcome except the point."""
         return digest.of(self.scope_inputs)
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth telling before a build: of the model, and bounds that nothing will be held against."""
+        """Notes before a build: about the model, and about bounds that are not checked."""
         bounds = ", ".join(map(str, self.recipe.quality.bounds))
         quality = self.recipe.quality
         absent = self._unscored if bounds or quality.stdlib or quality.file else ""
@@ -113,12 +113,12 @@ class Job:
 
     @cached_property
     def source(self) -> str:
-        """Digest of what the recipe's name stands for: the weights and the tokenizer."""
+        """Digest of the recipe's sources: the weights and the tokenizer."""
         return digest.of({name: self.scope_inputs[name] for name in ("model", "tokenizer")})
 
     @cached_property
     def ranking(self) -> str:
-        """Digest of what decides where variants stand, but for the trials that were made."""
+        """Digest of the inputs of the ranking, except the trials."""
         recipe = self.recipe
         return digest.of(
             {
@@ -130,9 +130,9 @@ class Job:
         )
 
     def ranks(self, trial: Trial) -> bool:
-        """Say whether a trial stands among those of this job: a default, or a point that its inputs ask for.
+        """Return whether a trial is ranked for this job: a default, or a point of its space.
 
-        A build with pins adds to what the recipe asks for. Configurations that a tuning found have no name there.
+        A build with pins adds to the recipe's trials. Configurations of a tuning have no name there.
         """
         if trial.is_default:
             return True
@@ -142,7 +142,7 @@ class Job:
         return any(space.contains(point) for space in spaces for point in (trial.point, plainly))
 
     def scored(self) -> str:
-        """Return why quality is not scored, and which bounds so are not judged; empty where it is."""
+        """Return why quality is not scored, and which bounds are not checked for it; empty where it is scored."""
         absent, bounds = self._unscored, ", ".join(map(str, self.recipe.quality.bounds))
         return f"{absent}; not judged: {bounds}" if absent and bounds else absent
 
@@ -179,12 +179,12 @@ class Job:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
 
     def import_inputs(self, point: Point) -> dict[str, object]:
-        """Return everything that goes into the import of a point, by name."""
+        """Return all inputs of a point's import, by name."""
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
         if not own:
             for name in ("work_groups", "row_tile", "row_reads"):
-                choices.pop(name, None)  # it says nothing then, and targets without it share the import
+                choices.pop(name, None)  # the knob has no effect then, and targets without it share the import
         features = [f for f in FEATURES if f in self.target.requires] if own else []
         subgroup = self.target.subgroup if own else 0
         return {
@@ -199,11 +199,11 @@ class Job:
         }
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, object]:
-        """Return everything that goes into the compile of a program at a point, by name."""
+        """Return all inputs of the compile of a program at a point, by name."""
         return compile_inputs(program.module, self.target, self.space.level(point, "codegen"), self.toolchain.compiler)
 
     def variant(self, program: Program, point: Point) -> Variant:
-        """Return the variant a point makes of a program."""
+        """Return the variant of a program at a point."""
         return Variant(program, self.target, point, self.toolchain)
 
 
@@ -217,10 +217,10 @@ def make_job(
     answers: Answers | None = None,
     remote: Remote | None = None,
 ) -> Job:
-    """Return the job of a recipe on a target that may still be called `host`.
+    """Return the job of a recipe on a target; the target may be `host`.
 
     Raises:
-        InputError: what is wrong with the model, the target, a knob or the calibration text.
+        InputError: the model, the target, a knob or the calibration text is invalid.
     """
     if recipe.calibration:
         heldout.check_apart(recipe.calibration, recipe.quality)
@@ -247,5 +247,5 @@ def make_job(
 
 
 def _calibrated(choices: Mapping[str, str]) -> bool:
-    """Say whether an import needs calibration text."""
+    """Return whether an import needs calibration text."""
     return any(choices.get(knob) == value for knob, value in CALIBRATED.items())

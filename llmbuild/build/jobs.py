@@ -1,4 +1,4 @@
-"""The jobs of a request: each recipe on each target, checked and told of before anything is done."""
+"""The jobs of a request: each recipe on each target, checked and reported before any work."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 
 def jobs_of(request: BuildRequest) -> list[Callable[[], Job]]:
-    """Return one way to make a job for each recipe on each target; what is wrong is told when it is called.
+    """Return a function that makes the job for each recipe on each target; errors are raised when it is called.
 
-    Of two recipes of one name that ask for different things, the second is refused: one would take the other's place.
+    A second recipe with the same name and other contents is refused: one would replace the other's standings.
     """
     remote = remote_of(request)
     names = request.targets or (HOST,)
@@ -56,12 +56,12 @@ def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None
     """Return the job of a recipe on a target.
 
     Raises:
-        InputError: what is wrong with the recipe, the target, the model or a pin.
+        InputError: the recipe, the target, the model or a pin is invalid.
     """
     pinned = dict(request.pins)
     recipe = read_recipe(path)
     if request.random_init and not recipe.model.random_init:
-        # another name, so that a shape's speed never takes the place of a real model's front
+        # A shape gets another name, so that its speed never replaces a real model's front.
         recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
     recipe = replace(recipe, sampler=request.sampler or recipe.sampler)
     answers, tools, force = answers_of(request), toolchain.current(), request.force
@@ -75,7 +75,7 @@ def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None
 
 
 def remote_of(request: BuildRequest) -> Remote | None:
-    """Return the machine that is measured on; None for this one."""
+    """Return the remote machine that measures; None for this host."""
     if not request.on:
         return None
     from llmbuild.profiler.remote import Remote, place_of
@@ -84,27 +84,27 @@ def remote_of(request: BuildRequest) -> Remote | None:
 
 
 def answers_of(request: BuildRequest) -> Answers | None:
-    """Return where the compiler's answers on targets are kept: in the catalog, where there is one."""
+    """Return where the compiler's test results for targets are cached: in the catalog, if there is one."""
     folder = request.catalog
     return Answers(folder / "targets", not request.dry_run) if folder and exists(folder) else None
 
 
 def budget_of(recipe: Recipe, request: BuildRequest) -> Budget:
-    """Return the recipe's budget, as far as the request does not say otherwise."""
+    """Return the recipe's budget, with the request's overrides."""
     budget = recipe.budget
     seconds = budget.seconds if request.budget_s is None else request.budget_s
     return replace(budget, seconds=seconds, trials=request.trials or budget.trials)
 
 
 def with_tunings(job: Job, catalog: Known, request: BuildRequest) -> Job:
-    """Return the job with the configurations of dispatches that won before on its target, in any build."""
+    """Return the job with the dispatch configurations that won on its target in any earlier build."""
     asked = {*dict(job.recipe.knobs), *dict(request.pins)}
     won = catalog.tunings(digest.of(job.target.identity()), job.toolchain.compiler)
     return recognized(replace(job, space=with_tuning(job.space, name_of(won), asked)), catalog)
 
 
 def _with_notes(job: Job) -> Job:
-    """Say what is worth telling of a job before anything is done, once for all targets."""
+    """Print a job's notes before any work, once for all targets."""
     for note in job.notes:
         tell_once(f"note: {job.recipe.name}: {note}")
     return job
@@ -112,5 +112,5 @@ def _with_notes(job: Job) -> Job:
 
 @cache
 def tell_once(text: str) -> None:
-    """Print a line of talk that was not printed yet."""
+    """Print a line that was not printed before."""
     print(text, file=sys.stderr)

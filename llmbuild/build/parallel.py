@@ -1,4 +1,4 @@
-"""Work of several points side by side, in threads that wait for child processes."""
+"""Work on several points in parallel, in threads that wait for child processes."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ Made = TypeVar("Made")
 
 
 def side_by_side(make: Callable[[Item], Made], items: Sequence[Item], jobs: int) -> list[Made]:
-    """Return what is made of each item, `jobs` at a time.
+    """Return the result for each item, `jobs` at a time.
 
-    Whatever ends one of them, Ctrl-C above all, ends the children of all: the pool waits for its threads.
+    An exception in one of them, Ctrl-C above all, ends the children of all: the pool waits for its threads.
     """
     with ThreadPoolExecutor(jobs) as pool:
         try:

@@ -1,4 +1,4 @@
-"""What a build would do and why, without doing it: each step with Fresh, or Stale and the reason by field."""
+"""The dry run of a build: each step as Fresh, or Stale with the changed fields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Inputs = Mapping[str, object]
 
 @dataclass(frozen=True)
 class Planned:
-    """One step, what it is about, and why it is stale; an empty reason means fresh."""
+    """One step, its object, and why it is stale; an empty reason means fresh."""
 
     step: str
     what: str
@@ -28,7 +28,7 @@ class Planned:
     key: str = ""
 
     def row(self) -> dict[str, object]:
-        """Return what `-n` prints."""
+        """Return a line of `-n`."""
         return {
             "step": self.step,
             "what": self.what,
@@ -41,13 +41,13 @@ STEPS = ("import", "compile", "profile", "search")
 
 
 def until(planned: list[Planned], step: str | None) -> list[Planned]:
-    """Return a plan up to and with a step; the profiling of point 0 stands for that of all."""
+    """Return a plan up to and including a step; the profiling of point 0 stands for all points."""
     last = {"profile": "search"}.get(step or "", step or "search")
     return planned[: STEPS.index(last) + 1]
 
 
 def plan(job: Job, catalog: Known | None, budget: Budget, seed: int) -> list[Planned]:
-    """Return the steps of a build in order; without a catalog yet, all of them are to be done."""
+    """Return the steps of a build in order; without a catalog all are stale."""
     zero = describe(job, job.space.default())
     if catalog is None:
         reason = "no catalog yet"
@@ -77,7 +77,7 @@ FORCED = "-B asks for it"
 
 
 def left_out(recipe: Recipe, refused: Sequence[Refusal]) -> list[Refusal]:
-    """Return what a model rules out of what a recipe leaves open."""
+    """Return the values in a recipe's space that the model does not support."""
     said = dict(recipe.knobs)
     open_ = [r for r in refused if r.value in said.get(r.knob, (r.value,))]
     return [r for r in open_ if all(value in said.get(knob, (value,)) for knob, value in r.beside)]
@@ -90,7 +90,7 @@ def _compile_reason(program: Program | None, artifact: Artifact | None) -> str:
 
 
 def explained(job: Job, catalog: Known | None) -> dict[str, list[object]]:
-    """Return each field of the key that differs from the latest build of this recipe: what it was and what it is."""
+    """Return each field of the key that differs from the latest build of this recipe, with its old and new value."""
     earlier = catalog.last_inputs(job.recipe.name) if catalog else []
     if not earlier or job.scope_inputs in earlier:
         return {}
@@ -99,7 +99,7 @@ def explained(job: Job, catalog: Known | None) -> dict[str, list[object]]:
 
 
 def _by_field(job: Job, catalog: Known | None, earlier: Inputs) -> tuple[Inputs, Inputs]:
-    """Return what a build was keyed by and what it is keyed by, with machines by field instead of by digest."""
+    """Return the old and the new key of a build, with machines by field instead of by digest."""
     was, mine = earlier, job.scope_inputs
     there = catalog.machine(str(earlier.get("machine"))) if catalog else None
     if there is None or there == job.machine:
@@ -108,7 +108,7 @@ def _by_field(job: Job, catalog: Known | None, earlier: Inputs) -> tuple[Inputs,
 
 
 def _field(inputs: Inputs, name: str) -> object:
-    """Return a field by its dotted name; field names themselves hold no dots."""
+    """Return a field by its dotted name; field names contain no dots."""
     found: object = inputs
     for part in name.split("."):
         found = found.get(part) if isinstance(found, dict) else None
@@ -116,7 +116,7 @@ def _field(inputs: Inputs, name: str) -> object:
 
 
 def changes(job: Job, catalog: Known) -> str:
-    """Return which fields differ from the latest build of this recipe; empty when one had the very same."""
+    """Return which fields differ from the latest build of this recipe; empty when a build has the same key."""
     mine: Inputs = job.scope_inputs
     earlier = catalog.last_inputs(job.recipe.name)
     if not earlier:

@@ -1,4 +1,4 @@
-"""Make what several jobs try first before any of them measures: with `-j`, compiles of all of them run side by side."""
+"""Build the first points of several jobs before any job measures: with `-j`, their compiles run in parallel."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Tell = Callable[[Event], None]
 def make_first_points(builds: Sequence[Build], jobs: int, tell: Tell) -> None:
     """Import and compile the points that each build tries first, `jobs` at a time: point 0 of each, then the second.
 
-    What fails is made again, and told, when its build comes to it.
+    A failure is made again, and reported, in its own build.
     """
     wanted = [[(build, point) for point in build.initial_points()] for build in builds]
     turns = [one for one in chain.from_iterable(zip_longest(*wanted)) if one is not None]

@@ -1,4 +1,4 @@
-"""The race: the survivors of a search are measured once more, all of them and the baseline in every round."""
+"""The race: the survivors of a search are measured again, all of them and the baseline in every round."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from llmbuild.profiler.remote import RemoteBench
 
 RACERS = 8
-"""Survivors in the final race at most: each one is a live process."""
+"""Maximum number of survivors in the race: each one is a running process."""
 
 
 def race(evaluator: Evaluator) -> None:
-    """Measure the survivors in interleaved rounds, and let the new readings take the place of the old ones."""
+    """Measure the survivors in interleaved rounds, and replace their readings."""
     results, tell = evaluator.results, evaluator.tell
     alive = {s.variant for s in results.stand() if s.status in FRONT}
     able = [*results.known, *filter(results.reproducible, results.other_trials)]

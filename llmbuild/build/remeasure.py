@@ -1,4 +1,4 @@
-"""Measure single variants anew on this machine, paired with their default, from what the catalog alone holds."""
+"""Measure single variants again on this machine, paired with their default, from the catalog alone."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ KEPT = "quality"
 
 @dataclass(frozen=True)
 class Known:
-    """A variant as the catalog has it: one of its rows, where it was measured, and its check data."""
+    """A variant in the catalog: one of its rows, its machine, and its check data."""
 
     row: Row
     scope: str
     key: str
-    """Name of the measurement that is known."""
+    """Name of the known measurement."""
     workload: Workload
     checks: str
     target: Target
@@ -54,13 +54,13 @@ def remeasure(
 ) -> list[Row]:
     """Measure variants again, here or on another machine, and return their rows.
 
-    On the machine that measured them before, the readings replace the earlier ones and quality is kept, for it does
-    not depend on the machine; on another machine they are added beside them.
+    On the machine that measured them before, the readings replace the earlier ones and quality is kept, since it does
+    not depend on the machine; on another machine they are added.
 
     Raises:
         InputError: no such variant.
         LoadRefused: this host must not open it.
-        NothingUsable: it does not run here.
+        NothingUsable: the variant does not run here.
     """
     facts = remote.facts if remote is not None else host_facts()
     known = [known_of(folder, row, facts) for prefix in prefixes for row in reader.find_variant(folder, prefix)]
@@ -77,7 +77,7 @@ def remeasure(
 
 
 def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
-    """Return what a row stands for, checked as the loader would.
+    """Return the variant of a row, after the loader's checks.
 
     Raises:
         LoadRefused: this host must not open it, or it was never measured.
@@ -155,7 +155,7 @@ def _bench(
 
 
 def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> Known | None:
-    """Return the compiler's default of the same model, target and workload; None when this is it, or there is none."""
+    """Return the compiler's default of the same model, target and workload; None for a default, or without one."""
     row = known.row
     rows = reader.variants(folder, row["model"], row["target"], row["workload"], everything=True)
     found = next((r for r in rows if r["default"] and r["artifact"] and r["machine_digest"] != NOWHERE), None)
@@ -163,7 +163,7 @@ def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> 
 
 
 def subject_of(folder: Path, known: Known) -> Subject:
-    """Return what the profiler opens of a variant: it works in another folder, where a relative path means nothing."""
+    """Return the profiler's subject of a variant, with absolute paths: the profiler works in another folder."""
     row, point, folder = known.row, known.row["point"], folder.absolute()
     return Subject(
         variant=row["variant"],

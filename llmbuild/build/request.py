@@ -1,4 +1,4 @@
-"""What a command asks of the build path: made once from the command line, or by a script."""
+"""A request to the build path: made from the command line, or by a script."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Step = Literal["import", "compile", "profile"]
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """Recipes on targets, and how to build them; what is left out is as the recipes say."""
+    """Recipes on targets, and build options; omitted options have the recipes' values."""
 
     recipes: tuple[Path, ...] = ()
     targets: tuple[str, ...] = ()
-    """Names or files; the host, or with `on` the highest target of that machine, if there are none."""
+    """Names or files; default: the host, or with `on` the best target that the remote machine supports."""
     catalog: Path | None = None
-    """Folder of the catalog; without one nothing is known."""
+    """Folder of the catalog; without one there are no known results."""
     pins: tuple[tuple[str, str], ...] = ()
-    """Knobs and the value that each is pinned to."""
+    """Knobs and their pinned values."""
     random_init: bool = False
     seed: int = 0
     budget_s: float | None = None
@@ -31,22 +31,22 @@ class BuildRequest:
     sampler: Sampler | None = None
     until: Step | None = None
     on: str | None = None
-    """The machine to measure on, `ssh://...`; this one if left out."""
+    """The machine that measures, `ssh://...`; default: this host."""
     jobs: int = 1
-    """Compiles side by side."""
+    """Number of parallel compiles."""
     force: bool = False
     dry_run: bool = False
     explain: bool = False
 
     @property
     def folder(self) -> Path:
-        """The catalog's folder, of a request that needs one."""
+        """The catalog's folder; the request must have one."""
         assert self.catalog is not None
         return self.catalog
 
 
 def pins_of(texts: Iterable[str]) -> tuple[tuple[str, str], ...]:
-    """Return the knobs and values of `KNOB=VALUE`; of one knob that is pinned twice the last value.
+    """Return the knobs and values of `KNOB=VALUE`; of a knob that is pinned twice, the last value.
 
     Raises:
         InputError: a text is not of this form.
@@ -64,7 +64,7 @@ def seconds_of(budget: str) -> float:
     """Return the seconds of a time such as `20m`.
 
     Raises:
-        InputError: it is no time.
+        InputError: not a time.
     """
     from llmbuild.spec.files.reader import seconds
 

@@ -1,4 +1,4 @@
-"""The finished trials of a job while its build goes on, and where they stand."""
+"""The finished trials of a job during its build, and their standings."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from llmbuild.spec.trial import USABLE, Standing, Trial
 
 
 class Results:
-    """What is known of a job: read from its catalog, and added to as trials end."""
+    """The known trials of a job: read from its catalog, and extended as trials end."""
 
     def __init__(self, steps: Steps, seed: int) -> None:
         self.steps, self.job, self.catalog = steps, steps.job, steps.catalog
         self.key = build_key(self.job, seed)
         self.known: list[Trial] = []
-        """The finished trials of the job's space; under `-B`, those that were made again."""
+        """The finished trials of the job's space; under `-B`, only those of this build."""
         self.other_trials: list[Trial] = []
-        """The finished trials of the scope that only the recipe without its pins asks for: ranked, not searched."""
+        """The finished trials that only the recipe without `--set` pins has in its space: ranked, not searched."""
 
     def read(self, missing: Container[str] = (), forget: bool = False) -> None:
-        """Read what is known; without what is `missing`, and to be made again whole with `forget`."""
+        """Read the known trials; without those of `missing` files, and with none for `forget`."""
         trials = [t for t in finished_trials(self.steps) if t.variant not in missing]
         known = [t for t in trials if not forget and (t.is_default or self.job.space.contains(t.point))]
         self._split(trials, {t.point for t in known})
 
     def read_again(self) -> None:
-        """Read anew the readings of the trials that are known."""
+        """Read the readings of the known trials again."""
         self._split(finished_trials(self.steps), {t.point for t in self.known})
 
     def _split(self, trials: list[Trial], points: set[Point]) -> None:
@@ -38,7 +38,7 @@ class Results:
         self.other_trials = [t for t in trials if t.point not in points and self.job.ranks(t)]
 
     def add(self, trial: Trial) -> None:
-        """Record a trial that has just ended, and rank it."""
+        """Record a finished trial, and rank it."""
         self.catalog.record_trial(trial, owner(self.steps))
         self.known.append(trial)
         self.other_trials = [t for t in self.other_trials if t.point != trial.point]
@@ -46,17 +46,17 @@ class Results:
 
     @property
     def all(self) -> list[Trial]:
-        """Every trial that is ranked."""
+        """All ranked trials."""
         return [*self.known, *self.other_trials]
 
     @property
     def evaluations(self) -> int:
-        """How many evaluations the known trials came to."""
+        """The number of evaluations among the known trials."""
         return unique(self.known)
 
     @property
     def usable(self) -> int:
-        """How many standings of the known trials can be used."""
+        """The number of usable standings of the known trials."""
         return sum(1 for s in stand(self.job, self.known) if s.status in USABLE)
 
     @property
@@ -66,11 +66,11 @@ class Results:
         return next((t for t in self.known if t.point == zero and t.measurements), None)
 
     def reproducible(self, trial: Trial) -> bool:
-        """Say whether a point is one of this space's knobs, so that its steps are known to lead to its variant."""
+        """Return whether a point uses only this space's knobs, so that its steps reproduce its variant."""
         return {name for name, _ in trial.point.values} == {knob.name for knob in self.job.space.knobs}
 
     def stand(self) -> list[Standing]:
-        """Rank all that is measured and still fresh: a pinned build adds to a front, it does not replace it."""
+        """Rank all fresh measurements: a pinned build adds to a front, it does not replace it."""
         found = stand(self.job, self.all)
         if found:
             job, names = self.job, self.steps.registered

@@ -1,4 +1,4 @@
-"""The search loop: ask a study for points, evaluate them, tell it what came of them, until the budget is spent."""
+"""The search loop: ask a study for points, evaluate them, tell it the results, until the budget is spent."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ if TYPE_CHECKING:
     from llmbuild.search.study import TrialStudy
 
 LESSONS = 4
-"""How many other studies of the catalog a search learns from, the latest ones."""
+"""Maximum number of other studies of the catalog that a search learns from, the latest first."""
 
 
 def search(evaluator: Evaluator, seed: int, spent: Callable[[], float]) -> str:
     """Evaluate points until the budget is spent or all are known; return why it ended.
 
-    `spent` says how many seconds the build has taken.
+    `spent` returns the seconds that the build has taken.
     """
     study, results, budget = study_of(evaluator, seed), evaluator.results, evaluator.budget
     while True:
@@ -37,7 +37,7 @@ def search(evaluator: Evaluator, seed: int, spent: Callable[[], float]) -> str:
 
 
 def study_of(evaluator: Evaluator, seed: int) -> TrialStudy:
-    """Return the study of a job: what is known of it, and what other studies of the catalog teach."""
+    """Return the study of a job: its known trials, and lessons from other studies of the catalog."""
     from llmbuild.search.study import TrialStudy
     from llmbuild.search.transfer import lesson, shipped
 
@@ -52,7 +52,7 @@ def study_of(evaluator: Evaluator, seed: int) -> TrialStudy:
 
 
 def _asked(study: TrialStudy, evaluator: Evaluator) -> list[Point]:
-    """Ask for as many points as compile side by side; point 0 goes alone, since all others are paired with it."""
+    """Ask for as many points as compile in parallel; point 0 alone, since all others are paired with it."""
     results = evaluator.results
     wanted = min(evaluator.jobs, evaluator.budget.trials - results.evaluations) if results.known else 1
     asked = (study.ask() for _ in range(wanted))

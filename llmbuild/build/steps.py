@@ -1,4 +1,4 @@
-"""The stages wired to a catalog: each step looks for what was made before, makes it if need be, and records it."""
+"""The stages with a catalog: each step looks up its result, makes it if missing, and records it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 ROOFLINE_S = 3.0
-"""Seconds spent on measuring a machine's limits, once."""
+"""Seconds of the one measurement of a machine's limits."""
 
 TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
-"""Allowed error of logits against PyTorch on the same weights, over their root mean square."""
+"""Allowed RMS error of logits against PyTorch on the same weights, relative to the logits' RMS."""
 
 
 class Steps:
@@ -47,16 +47,16 @@ class Steps:
     # --- import --------------------------------------------------------------------------------------------------
 
     def import_inputs(self, point: Point) -> dict[str, object]:
-        """Return everything that goes into the import of a point, by name."""
+        """Return all inputs of a point's import, by name."""
         return self.job.import_inputs(point)
 
     def import_(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
 
-        What does not go with the model at this point alone is a failure.
+        A model that this point alone cannot import is a failure.
 
         Raises:
-            InputError: the model itself cannot be taken.
+            InputError: the model itself is not supported.
         """
         return self.imports.program(point)
 
@@ -66,11 +66,11 @@ class Steps:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the library said of the model while it was imported, each thing once."""
+        """The library's messages about the model during imports, each once."""
         return tuple(self.imports.notes)
 
     def _forced(self, name: str) -> bool:
-        """Under `-B`, say yes once for each thing, so that a rebuild makes it again but only once."""
+        """Under `-B`, return True once per item, so that a rebuild makes each item again once."""
         if not self.job.force or name in self._fresh:
             return False
         self._fresh.add(name)
@@ -79,7 +79,7 @@ class Steps:
     # --- compile -------------------------------------------------------------------------------------------------
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, object]:
-        """Return everything that goes into a compile, by name."""
+        """Return all inputs of a compile, by name."""
         return self.job.compile_inputs(program, point)
 
     def compile(self, program: Program, point: Point) -> Artifact | Failure:
@@ -89,7 +89,7 @@ class Steps:
     # --- profile -------------------------------------------------------------------------------------------------
 
     def subject(self, point: Point, program: Program, artifact: Artifact) -> Subject:
-        """Return what the profiler needs to know of a variant."""
+        """Return the profiler's subject of a variant."""
         job, blobs, values = self.job, self.catalog.blobs, point.as_dict()
         formats = (str(values[knob]) for knob in ("weight_format", "head_format", "kv_dtype"))
         loosest = max(TOLERANCE[name] for name in formats if name != SAME)
@@ -109,7 +109,7 @@ class Steps:
         )
 
     def bench(self, quality: Quality) -> Bench | RemoteBench:
-        """Return the meter, made on first use."""
+        """The bench, made on first use."""
         if self._bench is None:
             self._bench = self._meter(quality)
         return self._bench
@@ -125,9 +125,9 @@ class Steps:
         return Bench(job.recipe.workloads, quality, self.registered.machine_digest, job.limits, job.protocol, limits)
 
     def roofline(self) -> Roofline | None:
-        """Return what this machine's CPU can do at most, measured once; None where that failed or it was busy.
+        """Return the limits of this machine's CPU, measured once; None where the measurement failed or was disturbed.
 
-        Of a GPU it is not known: the kernels that reach a limit are written for CPUs.
+        A GPU's limits are unknown: the kernels that reach a limit are written for CPUs.
         """
         from llmbuild.profiler import roofline
 
@@ -143,7 +143,7 @@ class Steps:
             self.catalog.record_failure(self.job.recipe.name, None, found)
             return None
         if any(note.startswith("noise") for note in found.notes):
-            return None  # a limit read on a busy machine would flatter every variant; the next build tries again
+            return None  # a busy machine's limit is too low; the next build tries again
         self.catalog.record_limits(machine, found)
         return found
 
@@ -152,12 +152,12 @@ class Steps:
         return iree.compile_module(source, output, self.job.target, plainly, self.job.limits)
 
     def close(self) -> None:
-        """End what still runs."""
+        """End the running worker."""
         if self._bench is not None:
             self._bench.close()
 
     def equal(self, subject: Subject, known: list[Trial]) -> tuple[Measurement, ...] | None:
-        """Return the measurements of a known variant with the same bytes and settings, adopted for this one."""
+        """Return the measurements of a known variant with the same bytes and settings, for this variant."""
         from llmbuild.profiler.bench import adopt
 
         for trial in known:

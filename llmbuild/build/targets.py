@@ -1,4 +1,4 @@
-"""Targets by name or file: those that ship, those beside the caller, and the host itself."""
+"""Targets by name or file: those that ship, those in the current folder, and the host itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmbuild.spec.target import BACKENDS, HOST, LLVM_CPU, Target
 
 
 def target_folders() -> list[Path]:
-    """Return where target files are looked for: here, beside the package, inside it."""
+    """Return the folders of target files: the current one, the one beside the package, the one inside it."""
     package = Path(llmbuild.__file__).parent
     return [Path("targets"), package.parent / "targets", package / "targets"]
 
@@ -39,12 +39,12 @@ def find_target(name: str) -> Target:
 
 
 def target_names() -> list[str]:
-    """Return the names of all targets: this host, and those of files."""
+    """Return the names of all targets: `host`, and those of files."""
     return [HOST, *(target.name for target in file_targets())]
 
 
 def file_targets() -> list[Target]:
-    """Return the targets of files; of two files of one name the one that is found first."""
+    """Return the targets of files; of two files with one name, the first found."""
     found: dict[str, Path] = {}
     for folder in target_folders():
         for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
@@ -53,7 +53,7 @@ def file_targets() -> list[Target]:
 
 
 def highest_target(facts: HostFacts, answers: Answers | None = None) -> Target:
-    """Return the target that asks for most of what a host has.
+    """Return the target that requires the most of the host's features.
 
     Raises:
         InputError: no target is for such a host.

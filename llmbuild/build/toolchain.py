@@ -1,4 +1,4 @@
-"""Versions of everything that decides an artifact's bytes, read without importing any of it."""
+"""Versions of everything that decides an artifact's bytes, read without importing it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def package_version(name: str) -> str:
 def current() -> Toolchain:
     """Return this installation's toolchain.
 
-    The importer is named by its packages and by its own source, so that a change of a kernel or of a transform makes
-    what it imported stale even where no version number moved.
+    The importer is named by its packages and by its own source, so that a change of a kernel or a transform makes
+    imports stale even without a new version number.
     """
     packages = " ".join(f"{name}-{package_version(name)}" for name in _IMPORTER_PACKAGES)
     return Toolchain(

@@ -1,4 +1,4 @@
-"""What a build says and keeps of its trials: plain functions over a job's steps and what is known."""
+"""Names, records and order of a build's trials: plain functions over a job's steps and the known trials."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from llmbuild.spec.variant import Artifact, Failure
 
 
 def finished_trials(steps: Steps) -> list[Trial]:
-    """Return the finished trials of the job's scope; one whose failure may pass is not finished."""
+    """Return the finished trials of the job's scope; one with a transient failure is not finished."""
     return [t for t in steps.catalog.trials(steps.job.scope) if not (t.failure and not t.failure.lasting)]
 
 
 def unique(trials: Sequence[Trial]) -> int:
-    """Return how many evaluations trials came to: an executable that was measured before costs none."""
+    """Return the number of evaluations among trials: an executable that was measured before costs none."""
     return sum(1 for t in trials if not any("reused" in m.notes for m in t.measurements))
 
 
 def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:
-    """Return where every trial stands, on every workload."""
+    """Return the standing of every trial on every workload."""
     recipe = job.recipe
     bounds = (*recipe.constraints, *recipe.quality.bounds)
     found = list(trials)
@@ -38,7 +38,7 @@ def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:
 
 
 def owner(steps: Steps) -> Owner:
-    """Return what every variant of a job shares; the tokenizer goes into the store."""
+    """Return the fields that all variants of a job share; the tokenizer is added to the store."""
     tokenizer = steps.job.model.tokenizer
     blob = steps.catalog.blobs.put_file(tokenizer) if tokenizer else None
     names = steps.registered
@@ -56,7 +56,7 @@ def trial_of(
     number: int,
     seconds: float,
 ) -> Trial:
-    """Return the record of one evaluated point; without a program, the variant is named by what was asked for."""
+    """Return the record of an evaluated point; without a program, the variant is named by its inputs."""
     return Trial(
         scope=steps.job.scope,
         number=number,
@@ -74,18 +74,18 @@ def trial_of(
 
 
 def unmade(job: Job, point: Point) -> str:
-    """Return the name of a variant without a program, by what was asked for."""
+    """Return the name of a variant without a program, from its inputs."""
     return digest.of({"lineage": job.lineage, "point": point.as_dict()})
 
 
 def describe(job: Job, point: Point) -> str:
-    """Return what a point changes from the compiler's defaults."""
+    """Return the differences of a point from the compiler's defaults."""
     default = job.space.default()
     return " ".join(f"{k}={v}" for k, v in point.values if v != default[k]) or "the compiler's defaults"
 
 
 def rank(trial: Trial, objective: str) -> float:
-    """Return what sorts the better trial first; a trial without the objective comes last."""
+    """Return the sort key of trials, the best first; a trial without the objective comes last."""
     value = value_of(trial, trial.measurements[0], objective) if trial.measurements else None
     if value is None:
         return math.inf
@@ -93,12 +93,12 @@ def rank(trial: Trial, objective: str) -> float:
 
 
 def best_of(trials: Sequence[Trial], objective: str) -> str:
-    """Return the best median of an objective so far, for people."""
+    """Return the best median of an objective so far, formatted."""
     best = min(trials, key=lambda t: rank(t, objective))
     value = value_of(best, best.measurements[0], objective) if best.measurements else None
     return "" if value is None else f"{objective} {value:.3g}"
 
 
 def scoped(measurement: Measurement, scope: str) -> Measurement:
-    """Return a measurement named within its scope: builds that differ in their text or workloads keep their own."""
+    """Return the key of a measurement within its scope: builds with another text or workload have their own."""
     return replace(measurement, key=digest.of({"measurement": measurement.key, "scope": scope}))

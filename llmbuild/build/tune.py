@@ -1,7 +1,7 @@
-"""Tune the dispatches that matter: rank them by time, try configurations, keep what won for every later build.
+"""Tune the expensive dispatches: rank them by time, try configurations, keep the winners for later builds.
 
-A kind of dispatch is named by its operations and types, so that what won is known again in other layers, models and
-builds with the same target and compiler. All kinds try their next configuration in the same compile, and each is timed
+A kind of dispatch is named by its operations and types, so that a winner applies to other layers, models and builds
+with the same target and compiler. All kinds try their next configuration in the same compile, and each is timed
 inside the whole model; gains of single dispatches are never summed: the whole model confirms them.
 """
 
@@ -37,18 +37,18 @@ from llmbuild.spec.workload import Workload
 T = TypeVar("T")
 
 SHARE, KINDS = 0.03, 6
-"""Part of a decode step below which a kind is not worth a try, and how many are tuned at most, the costliest first."""
+"""Share of a decode step below which a kind is not tuned, and how many kinds are tuned at most, costliest first."""
 
 GAIN = 1.03
-"""What a configuration must win by to be kept."""
+"""Minimum gain of a configuration that is kept."""
 
 READINGS = 3
-"""Times each compile is timed; the least counts, for what disturbs a dispatch only adds to it."""
+"""Timings of each compile; the minimum counts, since disturbances only add time."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """What came of tuning one kind: seconds of its dispatches in a decode step, without and with what won."""
+    """The result of tuning one kind: seconds of its dispatches in a decode step, before and after."""
 
     dispatch: str
     calls: int
@@ -62,7 +62,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Tunings:
-    """All kinds, and what the whole model says: time per token, tuned over not tuned, paired, with its interval."""
+    """All kinds, and the whole model's result: time per token, tuned over untuned, paired, with its interval."""
 
     kinds: tuple[Tuning, ...]
     ratio: Reading | None
@@ -95,7 +95,7 @@ class Tuner:
         self.compiling = Compiling(self.catalog, self.target, self.compiler, self.limits, lambda _: False)
 
     def run(self) -> Tunings:
-        """Tune what matters and keep it, if the whole model is faster for it.
+        """Tune the expensive kinds and keep the winners, if the whole model is faster.
 
         Raises:
             InputError: none of its products can be configured.
@@ -129,7 +129,7 @@ class Tuner:
     # --- ranking and trying --------------------------------------------------------------------------------------
 
     def _times(self, artifact: Artifact) -> dict[str, Operator]:
-        """Return the dispatches of a decode step by name, the least of some readings each."""
+        """Return the dispatches of a decode step by name, each with its minimum over some readings."""
         path, archive = self.catalog.blobs.path(artifact.digest), self.catalog.blobs.path(held(self.row["parameters"]))
         least: dict[str, Operator] = {}
         with self.catalog.measuring():
@@ -144,7 +144,7 @@ class Tuner:
 
     @staticmethod
     def _ranked(found: list[Product], times: Mapping[str, Operator]) -> list[tuple[Product, Operator, float]]:
-        """Return the kinds that matter, the costliest first, each with its operator and share of the step."""
+        """Return the kinds to tune, the costliest first, each with its operator and share of the step."""
         whole = sum(o.seconds for o in times.values())
         by_name = {p.name: p for p in found if p.name in times}
         ranked = sorted(by_name.values(), key=lambda p: -times[p.name].seconds)
@@ -154,7 +154,7 @@ class Tuner:
     def _try(
         self, text: str, kinds: list[Product], before: Mapping[str, Operator]
     ) -> dict[str, list[tuple[str, float]]]:
-        """Return for each signature what was tried and its seconds; the compiler's own, named "", comes first."""
+        """Return the tried configurations of each signature with their seconds; the compiler's own, "", comes first."""
         rows = {p.signature: [("", before[p.name].seconds)] for p in kinds}
         options = {p.signature: dispatches.configurations(p) for p in kinds}
         rounds = max(map(len, options.values()), default=0)
@@ -177,14 +177,14 @@ class Tuner:
 
     @staticmethod
     def _best(rows: list[tuple[str, float]]) -> str:
-        """Return the configuration that won by enough; empty for the compiler's own."""
+        """Return the configuration with a sufficient gain; empty for the compiler's own."""
         own, (best, seconds) = rows[0][1], min(rows, key=lambda row: row[1])
         return best if own >= GAIN * seconds else ""
 
     # --- confirming and keeping ----------------------------------------------------------------------------------
 
     def _confirm(self, text: str, plain: Artifact, chosen: Mapping[str, str]) -> Reading | None:
-        """Return time per token of the whole model, tuned over not tuned; None where the tuned one fails."""
+        """Return time per token of the whole model, tuned over untuned; None where the tuned one fails."""
         made = self._with(text, chosen)
         if isinstance(made, Failure):
             return None

@@ -1,1 +1,1 @@
-"""Tools in child processes: started apart from the caller, limited, and why they failed."""
+"""Tools in child processes: isolated, with limits and a diagnosis of failures."""

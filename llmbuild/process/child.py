@@ -1,7 +1,7 @@
-"""Run a tool in a child process with limits; whatever it does, the answer is its output file or a `Failure`.
+"""Run a tool in a child process with limits; the result is always its output file or a `Failure`.
 
-The floor between `spec` and the stages: compiler, frontend jobs and profiler workers are all started here, so that
-none outlives us and none can take us down.
+The layer between `spec` and the stages: compiler, frontend jobs and profiler workers all start here, so that none
+outlives llmbuild and none can crash it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from llmbuild.spec.variant import Failure, Stage
 from llmbuild.system.resources import group_memory_limit, memory_limit
 
 LOG_BYTES = 64 << 10
-"""How much of a tool's output is kept with a failure: its beginning, where a compiler says why, and its end."""
+"""Bytes of a tool's output kept with a failure: the beginning, where a compiler prints the cause, and the end."""
 
 ADDRESSES = 4 << 30
-"""Bytes of address space that a child may reserve beyond all memory: libraries map more than they ever fill."""
+"""Bytes of address space that a child may reserve beyond all memory: libraries map more than they use."""
 
 
 NEUTRAL = "/"
-"""Where children work: a folder that nobody but the system writes to, so that nothing is found in it by accident."""
+"""Working directory of children: only the system writes there, so that no module is imported from it by accident."""
 START = Path(__file__).with_name("start.py")
 _folders: tuple[str, ...] = ()
 
@@ -44,13 +44,13 @@ TIME_UP = "was ended when the time of the whole run was up"
 
 @cache
 def address_limit() -> int:
-    """Return the bytes of address space that bound a child: what this host or container has; 0 where nothing tells."""
+    """Return the bytes of address space that bound a child: what this host or container has; 0 where unknown."""
     bound = memory_limit()
     return bound.bytes + ADDRESSES if bound else 0
 
 
 def memory_told() -> str:
-    """Return how much memory there is for a child, and of what; empty where nothing tells."""
+    """Return how much memory there is for a child, and whose limit it is; empty where unknown."""
     bound = memory_limit()
     if bound is None:
         return ""
@@ -60,17 +60,17 @@ def memory_told() -> str:
 
 
 def gib(count: float) -> str:
-    """Return bytes as a person reads them."""
+    """Return bytes in a readable form."""
     return f"{count / (1 << 30):.3g} GiB"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a child may use: wall seconds, and bytes of address space; 0 does not bound them.
+    """Limits of a child: wall seconds, and bytes of address space; 0 means no limit.
 
-    Without a word on memory, a child may use what the host or the container has.
-    A GPU's driver reserves more addresses than any machine has memory, so what runs on one is not bounded. `until` is
-    the moment of the monotonic clock at which whatever still runs is ended.
+    By default, a child may use the memory of the host or the container. A GPU's driver reserves more addresses than
+    any machine has memory, so a child that runs on one is not bounded. `until` is the time of the monotonic clock at
+    which a running child is ended.
     """
 
     seconds: float = 600.0
@@ -78,32 +78,32 @@ class Limits:
     until: float = inf
 
     def left_s(self) -> float:
-        """Return how long a step that begins now may take."""
+        """Return the time limit of a step that begins now."""
         return min(self.seconds, max(0.0, self.until - monotonic()))
 
     def memory(self) -> str:
-        """Return the limit of memory by name, for the message of a child that met it; empty without one."""
+        """Return the name of the memory limit, for the message of a child that reached it; empty without one."""
         if not self.memory_bytes:
             return ""
         there = memory_told()
         return f"the limit of {gib(self.memory_bytes)} that llmbuild set" + (f" ({there})" if there else "")
 
     def exceeded(self) -> str:
-        """Return what became of a child that ran out of time."""
+        """Return the failure of a child that ran out of time."""
         return TIME_UP if monotonic() >= self.until else f"ran past {self.seconds:.0f} s"
 
 
 _running: set[subprocess.Popen[bytes]] = set()
-"""Children under way, so that an interruption in one thread ends those of all."""
+"""Running children, so that an interruption in one thread ends all of them."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def confine(limits: Limits) -> Callable[[], None]:
-    """Return what a child does before it becomes the tool: limits, no core file, and death with its parent.
+    """Return the function that a child runs before exec: limits, no core file, and death with its parent.
 
-    The last is Linux only and covers a parent that was killed and could not tidy up.
+    The last is Linux only and covers a parent that was killed before it could clean up.
     """
 
     def prepare() -> None:
@@ -117,16 +117,16 @@ def confine(limits: Limits) -> Callable[[], None]:
 
 
 def look_in(folders: Sequence[str]) -> None:
-    """Let children import from these folders too: a packed folder brings its libraries along."""
+    """Let children import from these folders too: a packed folder contains its libraries."""
     global _folders
     _folders = tuple(str(Path(name).absolute()) for name in folders)
 
 
 def python(what: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module of ours, or a script, by this interpreter.
+    """Return the command that runs an llmbuild module, or a script, with this interpreter.
 
-    The folder it is called from, and the environment's Python variables, have no say in what it imports; it can be
-    pasted into a shell anywhere.
+    The current directory and Python's environment variables do not affect its imports; the command can be pasted into
+    any shell.
     """
     kept = [flag for flag, on in (("-s", sys.flags.no_user_site), ("-B", sys.dont_write_bytecode)) if on]
     more = [word for name in _folders for word in ("--path", name)]
@@ -134,12 +134,12 @@ def python(what: str, *arguments: str) -> list[str]:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """Return the environment of a child: without the variables that steer Python, and with `more`."""
+    """Return the environment of a child: without Python's own variables, and with `more`."""
     return {name: text for name, text in os.environ.items() if not name.startswith("PYTHON")} | dict(more or {})
 
 
 def program(name: str) -> str:
-    """Return the path of a program of the system; a part of `$PATH` that depends on the folder we are in is skipped."""
+    """Return the path of a system program; relative parts of `$PATH` are skipped."""
     folders = [part for part in os.environ.get("PATH", os.defpath).split(os.pathsep) if Path(part).is_absolute()]
     return shutil.which(name, path=os.pathsep.join(folders)) or name
 
@@ -147,10 +147,10 @@ def program(name: str) -> str:
 def run(
     command: Sequence[str], stage: Stage, limits: Limits, output: Path, env: Mapping[str, str] | None = None
 ) -> Failure | None:
-    """Run `command`, which is to write `output`; return None when it did, else why not.
+    """Run `command`, which writes `output`; return None on success, else the failure.
 
-    The child has a process group of its own, which is killed whole on a time-out or an interruption. It works in
-    `NEUTRAL`: every path in `command` is absolute.
+    The child has its own process group, which is killed on a time-out or an interruption. It works in `NEUTRAL`:
+    every path in `command` is absolute.
     """
     with tempfile.TemporaryFile() as log:
         try:
@@ -186,10 +186,10 @@ def run(
 
 
 def say(text: str) -> None:
-    """Write a line to standard output, all of it.
+    """Write a complete line to standard output.
 
-    After a device of IREE was closed, the system ends a blocking write short (what is left of its io_uring interrupts
-    it), and an unbuffered Python (PYTHONUNBUFFERED) drops what a pipe did not take at once.
+    After an IREE device is closed, a blocking write may be short (the rest of its io_uring interrupts it), and an
+    unbuffered Python (PYTHONUNBUFFERED) drops the bytes that a pipe did not accept at once.
     """
     sys.stdout.flush()
     left = memoryview(f"{text}\n".encode())
@@ -204,7 +204,7 @@ def stop_all() -> None:
 
 
 def stop_group(child: subprocess.Popen[bytes]) -> None:
-    """End a child and whatever it started, if it still runs, and reap it."""
+    """End a child and its descendants, if it still runs, and reap it."""
     if child.poll() is None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child.pid, signal.SIGKILL)
@@ -223,12 +223,12 @@ def tail(descriptor: int) -> str:
 
 
 def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int | None, log: str) -> Failure:
-    """Return the failure of a child that ended with `code` (None: it ran out of time) and printed `log`."""
+    """Return the failure of a child that exited with `code` (None: it ran out of time) and printed `log`."""
     name, again = Path(command[0]).name, shlex.join(command)
     if code is None:
         return Failure(stage, f"{name} {limits.exceeded()}", again, log, lasting=False)
     if code == 0:
         return Failure(stage, f"{name} ended well but wrote no file; {AGAIN}", again, log, lasting=False)
     found = diagnose(name, code, log, limits.memory(), memory_told())
-    # what a compiler says of its input lasts; a worker or an importer that means to refuse does so in its answer
+    # A compiler's diagnostic of its input is permanent; a worker or an importer reports refusals in its answer.
     return Failure(stage, found.reason, again, log, found.lasting and stage == "compile")

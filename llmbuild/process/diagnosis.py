@@ -1,8 +1,9 @@
-"""What a child's end means, from its exit code and what it printed: one sentence, what to do, and whether it lasts.
+"""The cause of a child's failure, from its exit code and output: one sentence, what to do, and whether it is
+permanent.
 
-A failure lasts only where it is a function of what was asked: a diagnostic of the compiler on its input. Whatever a
-host, an installation or a moment decides (a missing package, a full disk, memory, a signal) passes: the next build
-tries it again.
+A failure is permanent only where it is a function of the inputs: a compiler's diagnostic of its input. A failure that
+depends on a host, an installation or a moment (a missing package, a full disk, memory, a signal) is transient: the
+next build tries again.
 """
 
 from __future__ import annotations
@@ -13,19 +14,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 LONGEST = 400
-"""Characters of a tool's own sentence that are kept at most; the failure's log has all of it."""
+"""Maximum characters of a tool's own message in the sentence; the failure's log has all of it."""
 
 AGAIN = "the next build tries it again"
 CHOOSE = "this point fails with this compiler: give a knob another value in the recipe or with --set"
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
 _GROUP = re.compile(r"^\s+[|+] ")
-"""What goes before each line of an exception group."""
+"""Prefix of each line of an exception group."""
 _BEGIN = "Traceback (most recent call last):"
 _CAUSE = "The above exception was the direct cause of the following exception:"
 _CONTEXT = "During handling of the above exception, another exception occurred:"
 _ASIDE = ("Exception ignored", "Exception in thread", "--- Logging error ---")
-"""What goes before a traceback that did not end the process."""
+"""Line before a traceback that did not end the process."""
 _RAISED = re.compile(r"^((?:[A-Za-z_]\w*\.)*[A-Za-z_]\w*)(?:: ?(.*))?$")
 
 _DIAGNOSTIC = re.compile(r"^(?:(?P<place>.*?:\d+(?::\d+)?|<unknown>:0|loc\(.*?\)): )?error: (?P<text>\S.*)$")
@@ -55,7 +56,7 @@ _MODULE = re.compile(r"No module named '([^'.]+)")
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Why a child failed, in one sentence with what to do, and whether the same inputs will fail again."""
+    """Why a child failed, in one sentence with what to do, and whether the same inputs fail again."""
 
     reason: str
     lasting: bool
@@ -63,25 +64,25 @@ class Diagnosis:
 
 @dataclass(frozen=True)
 class Raised:
-    """An exception that ended a Python process: its type, its own sentence, and what it was raised from."""
+    """An exception that ended a Python process: its type, its message, and its cause."""
 
     kind: str
     sentence: str
     origin: Raised | None = None
 
     def text(self) -> str:
-        """Return the type and the sentence."""
+        """Return the type and the message."""
         return f"{self.kind}: {self.sentence}" if self.sentence else self.kind
 
     def chain(self) -> list[Raised]:
-        """Return the exception and what it came from, the last raised first."""
+        """Return the exception and its causes, the last raised first."""
         return [self, *(self.origin.chain() if self.origin else [])]
 
 
 def diagnose(tool: str, code: int, log: str, limit: str = "", memory: str = "") -> Diagnosis:
-    """Return what an end with `code` (below 0: by a signal) and `log` means.
+    """Return the diagnosis of an exit with `code` (below 0: by a signal) and `log`.
 
-    `limit` names the limit of memory that was set, `memory` what the host or the container has.
+    `limit` names the memory limit that was set, `memory` the memory of the host or the container.
     """
     lines = [_ESCAPES.sub("", line).rstrip() for line in log.splitlines()]
     raised = uncaught([_GROUP.sub("", line) for line in lines])
@@ -139,7 +140,7 @@ def _exception(lines: list[str], at: int, origin: Raised | None) -> tuple[int, R
 
 
 def _paragraph(lines: list[str]) -> Iterator[str]:
-    """Yield the lines that go on with a message whose first line says nothing yet."""
+    """Yield the lines of a message whose first line is empty, up to a blank line or a traceback header."""
     for line in lines:
         if not line.strip() or line in (_CAUSE, _CONTEXT, _BEGIN):
             return
@@ -147,7 +148,7 @@ def _paragraph(lines: list[str]) -> Iterator[str]:
 
 
 def _of_python(raised: Raised, limit: str) -> Diagnosis:
-    """Return what an uncaught exception means. It is none of the importer's refusals, so it never lasts."""
+    """Return the diagnosis of an uncaught exception. It is not an importer's refusal, so it is never permanent."""
     chain = raised.chain()
     told = "; from ".join(dict.fromkeys(link.text() for link in chain))
     text = "\n".join(link.text() for link in chain)
@@ -163,7 +164,7 @@ def _of_python(raised: Raised, limit: str) -> Diagnosis:
 
 
 def diagnostic(lines: list[str]) -> str:
-    """Return the first diagnostic of a compiler, and the operation and the dispatch that it is about; empty: none.
+    """Return a compiler's first diagnostic, and its operation and dispatch; empty: none.
 
     A line of source that the compiler shows may hold the word too; a diagnostic begins its line.
     """
@@ -177,7 +178,7 @@ def diagnostic(lines: list[str]) -> str:
 
 
 def _about(text: str, rest: list[str]) -> str:
-    """Return what a diagnostic is about where it does not say so itself: its operation, and the dispatch."""
+    """Return the operation and the dispatch of a diagnostic that does not name them."""
     told = []
     noted = next((m[1] for line in rest[:200] if (m := _OPERATION.match(line))), "")
     if noted and noted.strip()[:60] not in text:
@@ -194,7 +195,7 @@ def _of_signal(tool: str, number: int, found: str, passing: str, memory: str) ->
         bound = f", and {memory}" if memory else ""
         why = f"the kernel does that where memory runs out{bound}: free some or use a larger machine; {AGAIN}"
         return Diagnosis(f"{tool} crashed with {name}: {why}", False)
-    if found and not passing:  # LLVM gives up on an input by aborting, after it has said why
+    if found and not passing:  # LLVM aborts on an unsupported input after it printed the cause
         return Diagnosis(_sentence(f"{found}, and {tool} crashed with {name}", CHOOSE), True)
     said = f": {found}" if found else ""
     return Diagnosis(_sentence(f"{tool} crashed with {name}{said}", passing or AGAIN), False)
@@ -204,7 +205,7 @@ def _of_signal(tool: str, number: int, found: str, passing: str, memory: str) ->
 
 
 def _passing(text: str, limit: str) -> str:
-    """Return what to do about what a host or a moment is to blame for; empty where nothing says that one is."""
+    """Return what to do about a transient failure; empty where no transient cause is found."""
     if _MEMORY.search(text):
         reached = f"it reached {limit}: " if limit else ""
         return f"{reached}free memory, use a larger machine or a smaller model; {AGAIN}"

@@ -1,10 +1,10 @@
-"""Runs a module of ours, or a script, in a child process that nothing but this installation has a say in.
+"""Runs an llmbuild module, or a script, in a child process that is isolated from its environment.
 
     python -P -E start.py [--path FOLDER]... MODULE|SCRIPT.py [ARGUMENT]...
 
-`-P` and `-E` keep the working directory and the variables of the environment from saying where modules come from. This
-package is the one that this file lies in, wherever it was found, and libraries may lie beside it or in the folders
-named. Imports nothing of ours: it is also what a machine runs that was only sent the profiler.
+`-P` and `-E` keep the working directory and environment variables out of the module search path. The package is the
+one that contains this file; libraries may be beside it or in the given folders. Imports nothing of llmbuild: a
+machine that was sent only the profiler runs it too.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _register() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Run what the arguments name, as Python itself would."""
+    """Run the module or script of the arguments, as Python itself would."""
     folders: list[str] = []
     while arguments[:1] == ["--path"]:
         folders.append(arguments[1])

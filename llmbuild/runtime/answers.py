@@ -1,4 +1,4 @@
-"""One answer: its tokens as they are made, its text as it becomes certain, and why it ended."""
+"""One answer: its tokens as they are generated, its text once it is final, and its finish reason."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmbuild.runtime.sampling import Sampler, Sampling
 from llmbuild.runtime.session import Session
 
 STOP, LENGTH, CONTEXT = "stop", "length", "context"
-"""Why an answer ended: an end token or a stop string, as many tokens as were asked for, or a full context."""
+"""Finish reasons: an end token or a stop string, the requested number of tokens, or a full context."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A prompt of token ids, and how it is to be continued."""
+    """A prompt of token ids, and the options of its continuation."""
 
     prompt: tuple[int, ...]
     max_new_tokens: int
@@ -29,10 +29,10 @@ class Asked:
 
     @staticmethod
     def of(session: Session, name: str, prompt: object, max_new_tokens: object, sampling: Sampling | None) -> Asked:
-        """Return what was asked, checked against what the artifact takes; nothing has run.
+        """Return the checked request; nothing runs on the device.
 
         Raises:
-            InputError: what `name` holds is no prompt, is empty, has a token outside the vocabulary or does not fit.
+            InputError: `name` is not a prompt, is empty, has a token outside the vocabulary or does not fit.
         """
         tokens = session.prompt(name, prompt)
         most = checks.integer("max_new_tokens", max_new_tokens, 0)
@@ -42,7 +42,7 @@ class Asked:
 
 
 def ended(session: Session, token: int, count: int, most: int, position: int) -> str | None:
-    """Return why an answer of `count` tokens ends with `token`, whose place would be `position`; None if it goes on."""
+    """Return the finish reason if an answer of `count` tokens ends with `token` at `position`; None if it continues."""
     if token in session.abi.eos_tokens:
         return STOP
     if count >= most:
@@ -51,9 +51,9 @@ def ended(session: Session, token: int, count: int, most: int, position: int) ->
 
 
 class Stops:
-    """Finds the stop string that a text comes to first, and holds back what may be the beginning of one.
+    """Finds the first stop string in a text, and withholds a suffix that may begin one.
 
-    What is given is the same for every split of the text into pieces.
+    The output does not depend on how the text is split into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -62,7 +62,7 @@ class Stops:
         self.found = False
 
     def push(self, text: str) -> str:
-        """Take a piece and return the text that is certainly before any stop string."""
+        """Take a piece and return the text that precedes any possible stop string."""
         if self.found:
             return ""
         self._held += text
@@ -75,27 +75,27 @@ class Stops:
         return certain
 
     def end(self) -> str:
-        """Return what was held back, for the text has ended without a stop string."""
+        """Return the withheld text: the text ended without a stop string."""
         return "" if self.found else self._held
 
 
 class Text:
-    """The text of an answer, token by token. End tokens are no text, whether the tokenizer marks them or not."""
+    """The text of an answer, token by token. End tokens are never text, even if not marked special."""
 
     def __init__(self, decoder: Decoder, ends: Sequence[int], stops: Sequence[str]) -> None:
         self._decoder, self._ends, self._stops = decoder, frozenset(ends), Stops(stops)
 
     @property
     def stopped(self) -> bool:
-        """Say whether a stop string was found."""
+        """Return whether a stop string was found."""
         return self._stops.found
 
     def push(self, token: int) -> str:
-        """Take a token and return the text that is certain now."""
+        """Take a token and return the text that is now final."""
         return "" if token in self._ends else self._stops.push(self._decoder.push(token))
 
     def end(self) -> str:
-        """Return what was held back."""
+        """Return the withheld text."""
         if self.stopped:
             return ""
         return self._stops.push(self._decoder.end()) + self._stops.end()
@@ -103,7 +103,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Completion:
-    """A whole answer; `tokens` has an end token too, `text` has none."""
+    """A complete answer; `tokens` includes an end token, `text` does not."""
 
     text: str
     tokens: tuple[int, ...]
@@ -111,27 +111,27 @@ class Completion:
 
 
 class Reading:
-    """Gathers the text of an answer, and says when a stop string ends it."""
+    """Collects the text of an answer, and detects a stop string."""
 
     def __init__(self, decoder: Decoder, ends: Sequence[int], stops: Sequence[str]) -> None:
         self._text, self._pieces = Text(decoder, ends, stops), list[str]()
 
     def push(self, token: int) -> bool:
-        """Take a token and say whether the answer is over."""
+        """Take a token and return whether the answer has ended."""
         self._pieces.append(self._text.push(token))
         return self._text.stopped
 
     def whole(self, tokens: tuple[int, ...], finish_reason: str) -> Completion:
-        """Return the answer, for it is over."""
+        """Return the complete answer."""
         text = "".join([*self._pieces, self._text.end()])
         return Completion(text, tokens, STOP if self._text.stopped else finish_reason)
 
 
 def stop_strings(value: object) -> tuple[str, ...]:
-    """Return stop strings: one, or a list of them.
+    """Return the stop strings, given as one string or a list.
 
     Raises:
-        InputError: they are none, or one is empty.
+        InputError: not strings, or one is empty.
     """
     found = [checks.text("stop", value)] if isinstance(value, str) else checks.texts("stop", value)
     if "" in found:
@@ -141,22 +141,22 @@ def stop_strings(value: object) -> tuple[str, ...]:
 
 @dataclass
 class Ending:
-    """Why an answer ended; None while it goes on."""
+    """The finish reason; None while the answer continues."""
 
     reason: str | None = None
 
 
 class Answer(Iterator[T]):
-    """What an answer yields, one after another. Its place on the device is given back when it ends or is closed."""
+    """An iterator over an answer. Its KV cache on the device is released when it ends or is closed."""
 
     def __init__(self, steps: Iterator[T], ending: Ending, prompt: Sequence[int], before: Sequence[str] = ()) -> None:
         self._steps, self._ending = steps, ending
         self.prompt, self.before = tuple(prompt), tuple(before)
-        """The tokens that are continued, and the names of those that stand before the text that was given."""
+        """The prompt's tokens, and the names of the tokens that precede the given text."""
 
     @property
     def finish_reason(self) -> str | None:
-        """`stop`, `length` or `context` once the answer is over, else None."""
+        """`stop`, `length` or `context` once the answer has ended, else None."""
         return self._ending.reason
 
     def __iter__(self) -> Answer[T]:
@@ -166,7 +166,7 @@ class Answer(Iterator[T]):
         return next(self._steps)
 
     def close(self) -> None:
-        """End the answer here."""
+        """End the answer now."""
         self._steps.close()  # type: ignore[attr-defined]
 
     def __enter__(self) -> Answer[T]:
@@ -177,7 +177,7 @@ class Answer(Iterator[T]):
 
 
 def tokens(session: Session, turn: Lock, asked: Asked) -> Answer[int]:
-    """Return the tokens of an answer. `turn` is held for each step: answers may be read in turns, also by threads."""
+    """Yield the tokens of an answer. Each step holds `turn`: answers may be interleaved, also across threads."""
     ending = Ending()
     return Answer(_tokens(session, turn, asked, ending), ending, asked.prompt)
 
@@ -201,7 +201,7 @@ def _tokens(session: Session, turn: Lock, asked: Asked, ending: Ending) -> Itera
 
 
 def pieces(answer: Answer[int], text: Text, before: Sequence[str] = ()) -> Answer[str]:
-    """Return the text of an answer, each piece as soon as it is certain; no piece is empty."""
+    """Yield the text of an answer, each piece once it is final; no piece is empty."""
     ending = Ending()
     return Answer(_pieces(answer, text, ending), ending, answer.prompt, before)
 
@@ -220,7 +220,7 @@ def _pieces(answer: Answer[int], text: Text, ending: Ending) -> Iterator[str]:
 
 
 def _chooser(session: Session, sampling: Sampling) -> Callable[[int], int]:
-    """Return what turns the device's greedy token into the one to take."""
+    """Return the function that maps the device's greedy token to the token to take."""
     if sampling.greedy:
         return lambda greedy: greedy
     sampler = Sampler(sampling)

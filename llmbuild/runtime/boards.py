@@ -1,7 +1,7 @@
-"""GPUs of this host with their driver, for the machine record: readings of one board say nothing of another's.
+"""GPUs of this host with their driver, for the machine record: readings of one board do not apply to another.
 
-Read from what the kernel shows, which costs nothing; in containers that hide it, from the driver's own library. Both
-give the same words, so that a loader, a build and a packed folder on one host speak of one machine.
+Read from the kernel's sysfs, which is cheap; in containers that hide it, from the driver's own library. Both give the
+same strings, so that a loader, a build and a packed folder on one host record the same machine.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ AMDGPU = Path("/sys/module/amdgpu/version")
 PCI = Path("/sys/bus/pci/devices")
 _MAKERS = {"0x10de": "NVIDIA", "0x1002": "AMD", "0x8086": "Intel"}
 _DISPLAY = "0x03"
-"""How the class of a display controller begins, those without an output among them."""
+"""Prefix of the PCI class of a display controller, with or without an output."""
 _NAME_BYTES, _VERSION_BYTES = 96, 80
 
 
@@ -30,10 +30,11 @@ def boards(
     library: Callable[[str], Any] = ctypes.CDLL,
     pci: Path = PCI,
 ) -> tuple[str, ...]:
-    """Return each kind of GPU with its driver, such as `2 x NVIDIA H200, driver 550.54.15`; empty where there is none.
+    """Return each kind of GPU with its driver, such as `2 x NVIDIA H200, driver 550.54.15`; empty where there is
+    none.
 
-    What only Vulkan knows is named by its numbers on the bus, with the kernel's driver: `Intel GPU 56a0, driver i915`.
-    The version of that one is the system's. A GPU that is part of a chip without such a bus is not named.
+    A GPU that only Vulkan drives is named by its PCI ids and its kernel driver: `Intel GPU 56a0, driver i915`. That
+    driver's version is the kernel's. A GPU of a chip without a PCI bus is not listed.
     """
     found = _named(_shown(nvidia), _shown_driver(nvidia)) or _from_driver(library)
     found = (*found, *_named(_amd(kfd), _text(amdgpu)))
@@ -64,7 +65,7 @@ def _shown_driver(nvidia: Path) -> str:
 
 
 def _from_driver(library: Callable[[str], Any]) -> tuple[str, ...]:
-    """Return what NVML says, by its C interface: the loader has no package for it."""
+    """Return the GPUs that NVML reports, by its C interface: the loader has no package for it."""
     try:
         nvml = library("libnvidia-ml.so.1")
     except OSError:
@@ -88,7 +89,7 @@ def _chip(nvml: Any, number: int) -> str:
 
 
 def _amd(kfd: Path) -> list[str]:
-    """Return AMD's chips by LLVM's names: `gfx_target_version 90402` is gfx942, 90010 is gfx90a; CPUs have 0."""
+    """Return AMD GPUs by LLVM's names: `gfx_target_version 90402` is gfx942, 90010 is gfx90a; CPUs have 0."""
     versions = (
         re.search(r"^gfx_target_version (\d+)$", _text(p), re.MULTILINE) for p in sorted(kfd.glob("*/properties"))
     )
@@ -97,7 +98,7 @@ def _amd(kfd: Path) -> list[str]:
 
 
 def _on_bus(pci: Path, makers: Collection[str]) -> tuple[str, ...]:
-    """Return the GPUs of some makers that the bus has."""
+    """Return the GPUs of some vendors on the PCI bus."""
     drivers: dict[str, list[str]] = {}
     for device in sorted(pci.glob("*")):
         maker = _MAKERS.get(_text(device / "vendor"), "")

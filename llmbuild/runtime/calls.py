@@ -1,4 +1,4 @@
-"""Call compiled functions on a device, and wait for its workers without taking a core from them."""
+"""Call compiled functions on a device, and wait for its workers without occupying one of their cores."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 import iree.runtime as rt
 
 POLL_S = 2e-5
-"""Pause between looks at whether the workers are done; the system may make it some tens of microseconds longer."""
+"""Pause between polls for the workers' completion; the kernel may lengthen it by some tens of microseconds."""
 SLEPT = 0.85
-"""Part of the expected time that is slept through before the first look: each look takes a core from a worker."""
+"""Fraction of the expected time that is slept before the first poll: each poll takes a core from a worker."""
 LATE_S = 1e-4
-"""How late the system may wake a sleeper; without it, short calls would never be found to be shorter than a sleep."""
+"""Tolerance for a late wake-up; without it, a call shorter than the sleep would never lower the expected time."""
 
 
 class PlainCaller:
-    """Calls synchronous functions: right where the caller's own thread does the work."""
+    """Calls synchronous functions: suitable where the caller's own thread does the work."""
 
     def __init__(self, device: Any, context: Any, results: int) -> None:
-        """Take how many results each function has."""
+        """Take the number of results of each function."""
         self._context = context
         self._results = results
 
@@ -34,14 +34,14 @@ class PlainCaller:
 
 
 class PolledCaller:
-    """Calls functions that take a fence to wait for and one to signal, and sleeps until the workers are done.
+    """Calls functions that take a wait fence and a signal fence, and sleeps until the workers finish.
 
-    Synchronous ones spin while they wait, on a core that a worker needs: on a host with as many cores as workers the
-    kernel may take a whole time slice from the very worker that is waited for.
+    Synchronous calls spin while they wait, on a core that a worker needs: on a host with as many cores as workers,
+    the kernel may take a whole time slice from the worker that the call waits for.
     """
 
     def __init__(self, device: Any, context: Any, results: int) -> None:
-        """Take how many results each function has."""
+        """Take the number of results of each function."""
         self._context = context
         self._results = results
         self._done = device.create_semaphore(0)
@@ -49,7 +49,7 @@ class PolledCaller:
         self._expected_s = 0.0
 
     def __call__(self, function: Any, views: Sequence[Any], steady: bool = False) -> Any:
-        """Return the list of results. `steady` calls take about as long as one another, so most of it is slept."""
+        """Return the list of results. `steady` calls have similar durations, so most of the duration is slept."""
         arguments, results = rt.VmVariantList(len(views) + 2), rt.VmVariantList(self._results)
         for view in views:
             arguments.push_ref(view)
@@ -67,6 +67,6 @@ class PolledCaller:
         return results
 
     def _expect(self, seconds: float) -> None:
-        """Expect the shortest of late: at once when a call was shorter, slowly when it was longer."""
+        """Update the expected duration: at once after a shorter call, slowly after a longer one."""
         shorter = seconds < self._expected_s
         self._expected_s = seconds if shorter else self._expected_s + (seconds - self._expected_s) / 8

@@ -1,4 +1,4 @@
-"""What a caller of the loader gives, checked: one message that names the argument, what it is and what it must be."""
+"""Checks of the loader's arguments: one message that names the argument, its value and what it must be."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 LARGEST = 2**32 - 1
-"""No token has a greater id in any tokenizer."""
+"""Upper bound of token ids in any tokenizer."""
 
 
 def text(name: str, value: object) -> str:
     """Return a text that can be written as UTF-8.
 
     Raises:
-        InputError: it is none.
+        InputError: not such a text.
     """
     if not isinstance(value, str):
         raise InputError(f"{name} is {_kind(value)}; it must be a string")
@@ -37,7 +37,7 @@ def texts(name: str, value: object) -> list[str]:
     """Return a list of texts.
 
     Raises:
-        InputError: it is none; one string is no list of texts.
+        InputError: not a list of texts; a single string is not one.
     """
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
         raise InputError(f"{name} is {_kind(value)}; it must be a list of strings")
@@ -45,10 +45,10 @@ def texts(name: str, value: object) -> list[str]:
 
 
 def integer(name: str, value: object, low: int, high: int | None = None) -> int:
-    """Return an integer of a range.
+    """Return an integer in a range.
 
     Raises:
-        InputError: it is none, or outside the range.
+        InputError: not an integer, or outside the range.
     """
     if type(value) is not int and (isinstance(value, bool) or not isinstance(value, Integral)):
         raise InputError(f"{name} is {_kind(value)}; it must be an integer")
@@ -63,7 +63,7 @@ def number(name: str, value: object) -> float:
     """Return a finite number.
 
     Raises:
-        InputError: it is none.
+        InputError: not a finite number.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InputError(f"{name} is {_kind(value)}; it must be a number")
@@ -76,7 +76,7 @@ def tokens(name: str, value: object, vocabulary: int = LARGEST + 1) -> list[int]
     """Return a list of token ids.
 
     Raises:
-        InputError: it is none, or one is outside the vocabulary.
+        InputError: not such a list, or a token is outside the vocabulary.
     """
     found = integers(name, value)
     if found.ndim != 1:
@@ -89,7 +89,7 @@ def inside(name: str, found: NDArray[np.int64], vocabulary: int) -> NDArray[np.i
     """Return token ids.
 
     Raises:
-        InputError: one is outside the vocabulary.
+        InputError: a token is outside the vocabulary.
     """
     if found.size and (found.min() < 0 or found.max() >= vocabulary):
         wrong = found[(found < 0) | (found >= vocabulary)].flat[0]
@@ -101,7 +101,7 @@ def integers(name: str, value: object) -> NDArray[np.int64]:
     """Return an array of integers as i64.
 
     Raises:
-        InputError: it is none: text, fractions, truth values, rows of several lengths, integers past 64 bits.
+        InputError: not integers: text, fractions, booleans, ragged rows, or more than 64 bits.
     """
     import numpy as np
 
@@ -112,14 +112,14 @@ def integers(name: str, value: object) -> NDArray[np.int64]:
     except (ValueError, TypeError, OverflowError) as error:
         raise InputError(f"{name} is {_kind(value)}; it must be integers: {error}") from None
     if found.size == 0 and found.dtype.kind == "f" and not isinstance(value, np.ndarray):
-        return found.astype(np.int64)  # an empty list says nothing of its kind
+        return found.astype(np.int64)  # an empty list has no element type
     if found.dtype.kind not in "iu" or (found.dtype == np.uint64 and found.size and found.max() >= 2**63):
         raise InputError(f"{name} is {_kind(value)} of {found.dtype}; it must be integers of at most 64 bits")
     return found.astype(np.int64, copy=False)
 
 
 def _kind(value: object) -> str:
-    """Return a value's type by name, and a short one itself."""
+    """Return a value's type name, and the value itself if it is short."""
     kind = type(value).__name__
     if isinstance(value, (int, float, str, type(None))) and len(repr(value)) <= 40:
         return f"{value!r}" if value is None else f"{kind} {value!r}"

@@ -1,4 +1,4 @@
-"""Pick a variant: a pure function of rows, host facts and an SLO; every other row gets the reason it was not picked."""
+"""Pick a variant: a pure function of rows, host facts and an SLO; every other row gets the reason for its rejection."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ from llmbuild.system.strict_json import JsonObject
 
 @dataclass(frozen=True)
 class HostFacts:
-    """What of a host decides whether an artifact may be opened on it."""
+    """The host's facts that decide whether an artifact may be opened on it."""
 
     arch: str
     features: frozenset[str]
     runtime: str
     memory_bytes: int | None
     machine: str
-    """Fingerprint: rows measured on this very machine are preferred to all others."""
+    """Fingerprint: rows measured on this machine are preferred to all others."""
     device_lacks: Callable[[str, Collection[str]], str] = lambda driver, _: f"no {driver} device is known of it"
-    """Why it has no device for one of IREE's GPU drivers that has what a target requires, empty where it has; asked
-    only where a row is for a GPU."""
+    """Returns why the host has no device of an IREE GPU driver with a target's required features; empty where it has
+    one. Called only where a row is for a GPU."""
 
 
 UNMEASURED = "never measured: `llmbuild profile` on this host does"
-"""What is said of a row that was compiled for a host like this and never run on one."""
+"""The note on a row that was compiled for a host like this and never ran on one."""
 
 _MEND = "`llmbuild build RECIPE` here makes one that fits"
 
 
 def refusal(row: Row, host: HostFacts) -> str:
-    """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty when it may."""
+    """Return why `row` must not be opened on `host`, in the order of the loader's checks; empty if it may be."""
     if not row.get("artifact"):
         return row.get("reason") or "has no artifact"
     runtime = row.get("runtime")
@@ -58,9 +58,9 @@ def refusal(row: Row, host: HostFacts) -> str:
 
 
 def _unfit(target: JsonObject, host: HostFacts) -> str:
-    """Return what of a target the host does not have.
+    """Return what a target requires and the host lacks.
 
-    Which chip is behind a GPU's driver is the driver's to check, but for what none checks: a target's `requires`.
+    A GPU's driver checks its own architecture. Here only a target's `requires` is checked, which no driver checks.
     """
     kind = BACKENDS.get(target.get("backend", LLVM_CPU), BACKENDS[LLVM_CPU])
     if kind is not BACKENDS[LLVM_CPU]:
@@ -73,11 +73,11 @@ def _unfit(target: JsonObject, host: HostFacts) -> str:
 
 
 def choose(rows: Sequence[Row], host: HostFacts, slo: Slo, absent: Callable[[Row], str] | None = None) -> Pick:
-    """Return the pick: what runs here, meets every bound and is best in the objective.
+    """Return the pick: the row that runs here, meets every bound and is best in the objective.
 
-    Where rows measured on this very machine can be opened, rows of other machines are passed over: another
-    machine's seconds say nothing of this one's. Where there are none, `ladder` ranks what others measured, and what
-    nobody has. `absent` says why a row's files are not here; empty where they are.
+    Where rows measured on this machine can be opened, rows of other machines are not considered: readings do not
+    compare across machines. Otherwise `ladder` ranks the rows of other machines and the unmeasured ones. `absent`
+    returns why a row's files are missing; empty where they are present.
     """
     runnable = [(row, refusal(row, host) or (absent(row) if absent else "")) for row in rows]
     here = any(not why and row["machine_digest"] == host.machine for row, why in runnable)
@@ -100,17 +100,17 @@ def choose(rows: Sequence[Row], host: HostFacts, slo: Slo, absent: Callable[[Row
 
 
 def is_measured(row: Row) -> bool:
-    """Say whether a row has readings of any machine."""
+    """Return whether a row has readings of any machine."""
     return bool(row["machine_digest"] != NOWHERE)
 
 
 def tier(row: Row) -> int:
-    """Return the height of a row's target on the ladder: a target that asks for more of a host stands above."""
+    """Return the rank of a row's target: a target that requires more CPU features ranks higher."""
     return len(row["target_body"]["requires"])
 
 
 def _missed(row: Row, slo: Slo) -> str:
-    """Return what of an SLO a row misses; an objective that nobody has read bars no row that nobody has measured."""
+    """Return the bounds of an SLO that a row misses; an unmeasured objective does not exclude an unmeasured row."""
     why = "; ".join(slo.misses(row))
     if why and not is_measured(row):
         return f"{why}; {UNMEASURED}"
@@ -120,11 +120,11 @@ def _missed(row: Row, slo: Slo) -> str:
 
 
 def ladder(rows: Sequence[Row], slo: Slo) -> list[Row]:
-    """Return rows that may be opened here and meet the bounds, the best first.
+    """Return the rows that may be opened here and meet the bounds, the best first.
 
-    Rows of one machine are ranked by their readings. Of several machines, whose readings are no match for each other,
-    the one with the highest tier at its head goes first. A row that nobody has measured goes to the front where its
-    choices are those of the best row and its tier is higher, else to the end, the higher tier first.
+    Rows of one machine are ranked by their readings. Readings of several machines do not compare: the machine whose
+    best row has the highest tier goes first. An unmeasured row goes to the front if its choices are those of the best
+    row and its tier is higher, else to the end, the higher tier first.
     """
     by_machine: dict[str, list[Row]] = {}
     for row in sorted((r for r in rows if is_measured(r)), key=lambda r: _rank(r, slo)):
@@ -143,12 +143,12 @@ def _choices(row: Row) -> object:
 
 
 def _unread_rank(row: Row) -> tuple[int, bool, float, str]:
-    """Sort by tier; where no reading speaks for another choice, the compiler's defaults go first."""
+    """Sort by tier; without readings for another choice, the compiler's defaults go first."""
     return (-tier(row), not row.get("default"), float(row.get("parameter_bytes") or math.inf), str(row["variant"]))
 
 
 def nothing_chosen(made: Pick, slo: Slo, model: str) -> str:
-    """Return why nothing was chosen: the nearest row and what it misses, or why none can be used here."""
+    """Return why nothing was chosen: the nearest row and what it misses, or why no row can be used here."""
     bounds = ", ".join(str(b) for b in slo.bounds)
     if made.nearest is None:
         reasons = sorted({c.reason for c in made.candidates})
@@ -173,7 +173,7 @@ def _rank(row: Row, slo: Slo) -> tuple[float, float, float, str]:
 
 
 def _with_reason(candidate: Candidate, chosen: Row | None, slo: Slo, here: bool) -> Candidate:
-    """Return an accepted candidate with why it was not chosen, or on what grounds it was where nothing is read here."""
+    """Return an accepted candidate with why it was not chosen, or the grounds of a choice without readings here."""
     row = candidate.row
     if not candidate.accepted or chosen is None or (row is chosen and here):
         return candidate
@@ -192,10 +192,10 @@ def _with_reason(candidate: Candidate, chosen: Row | None, slo: Slo, here: bool)
 
 
 def minor(text: str) -> str:
-    """Return `3.13` of `3.13.0`: IREE's bytecode and HAL modules are matched by minor version."""
+    """Return `3.13` of `3.13.0`: IREE's bytecode and HAL modules require the same minor version."""
     return ".".join(text.split(".")[:2])
 
 
 def same_minor(a: str, b: str) -> bool:
-    """Say whether two IREE versions can read each other's artifacts."""
+    """Return whether two IREE versions can read each other's artifacts."""
     return minor(a) == minor(b)

@@ -1,4 +1,4 @@
-"""The code of an artifact, mapped for reading alone."""
+"""The code of an artifact, mapped read-only."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _PAGES = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
 def mapped(instance: Any, artifact: Path) -> Any:
     """Return an artifact as a module of the runtime; its file is neither copied nor written to.
 
-    IREE's own `VmModule.mmap` opens a file for writing as well, which a catalog refuses that is read-only to its user.
+    IREE's own `VmModule.mmap` opens a file for writing as well, which fails in a read-only catalog.
 
     Raises:
-        OSError, RuntimeError, ValueError: it cannot be read, or is no artifact.
+        OSError, RuntimeError, ValueError: it cannot be read, or is not an artifact.
     """
     with artifact.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, flags=_PAGES, prot=mmap.PROT_READ)

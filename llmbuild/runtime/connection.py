@@ -1,4 +1,4 @@
-"""A catalog's database as its readers see it: SQLite's own connection, or a server's that takes the same."""
+"""The readers' interface to a catalog's database: an SQLite connection, or a server's with the same methods."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 Cells = Any
-"""A row of a query: cells by name and by number, of whatever type the database says."""
+"""A row of a query: cells by name and by index, of any type."""
 
 
 class Found(Protocol):
-    """What a query found."""
+    """The result of a query."""
 
     @property
     def description(self) -> Cells:
-        """The columns, each a tuple that begins with its name."""
+        """The columns, each a tuple whose first item is the name."""
 
     def fetchone(self) -> Cells:
         """Return the next row; None after the last."""
 
     def fetchall(self) -> list[Cells]:
-        """Return all rows that are left."""
+        """Return all remaining rows."""
 
     def __iter__(self) -> Iterator[Cells]: ...
 
 
 class Connection(Protocol):
-    """What runs queries."""
+    """Runs queries."""
 
     def execute(self, query: str, values: Sequence[object] = ..., /) -> Found:
         """Run a query, with a value for each `?` in it."""

@@ -1,10 +1,10 @@
-"""Tokens to text, piece by piece: a piece that was given never changes, and all pieces joined are the whole text.
+"""Incremental detokenization: an emitted piece never changes, and all pieces joined are the whole text.
 
-A decoder of the tokenizers library is a chain of stages. Here each stage takes parts of tokens as they come, gives on
-what is certain, and holds the rest back: the first bytes of a character, a space that the end of the text would take
-away. What comes out is the library's own text of the same tokens, with one exception: where the bytes of a
-byte-fallback tokenizer are not UTF-8, the library puts a U+FFFD for every byte of the run, also for those of whole
-characters that a reader was shown before. Here only the bad bytes do, as in the library's byte-level decoder.
+A decoder of the tokenizers library is a chain of stages. Here each stage takes parts of tokens, emits the text that
+is final, and holds the rest back: the first bytes of a character, or a space that the end of the text would remove.
+The output equals the library's text of the same tokens, with one exception: where the bytes of a byte-fallback
+tokenizer are not UTF-8, the library emits a U+FFFD for every byte of the run, including those of whole characters
+that were already emitted. Here only the invalid bytes become U+FFFD, as in the library's byte-level decoder.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from copy import copy
 from llmbuild.system.strict_json import JsonObject
 
 Parts = list[tuple[str, bool]]
-"""Text, and whether the token that it belongs to ends with it."""
+"""Text, and whether its token ends with it."""
 
 _BYTE = re.compile(r"<0x(\+[0-9A-Fa-f]|[0-9A-Fa-f]{2})>")
 
 
 def _byte_of_character() -> dict[str, int]:
-    """Return GPT-2's table: printable bytes stand for themselves, the others for characters from U+0100 on."""
+    """Return GPT-2's table: printable bytes map to themselves, the others to characters from U+0100 on."""
     plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(b): b for b in plain} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
 
 
 BYTES = _byte_of_character()
-"""The byte that each character of a byte-level token stands for."""
+"""The byte of each character of a byte-level token."""
 
 
 class Stage:
-    """One step of a decoder. Its state is held in values that never change, so that a shallow copy is a whole one."""
+    """One stage of a decoder. Its state is immutable values, so that a shallow copy is a full copy."""
 
     def feed(self, parts: Parts) -> Parts:
-        """Take parts of tokens and return what is certain of the stage's own tokens."""
+        """Take parts of tokens and return the final parts of the stage's own tokens."""
         raise NotImplementedError
 
     def end(self) -> Parts:
-        """Return what is held back, for the text has ended."""
+        """Return what is held back: the text has ended."""
         return []
 
 
 class _Whole(Stage):
-    """Base of the stages that need a whole token to say anything."""
+    """Base of the stages that need a whole token."""
 
     _held = ""
 
@@ -60,17 +60,17 @@ class _Whole(Stage):
         return found
 
     def take(self, token: str) -> Parts:
-        """Take one token and return what is certain."""
+        """Take one token and return the text that is final."""
         raise NotImplementedError
 
 
 class _Utf8(_Whole):
-    """Base of the stages that gather bytes: the first bytes of a character wait for the others."""
+    """Base of the stages that collect bytes: the first bytes of a character wait for the others."""
 
     _bytes = b""
 
     def text(self, data: bytes, final: bool = False) -> str:
-        """Return the characters that are whole; a byte that cannot belong to one becomes U+FFFD."""
+        """Return the complete characters; an invalid byte becomes U+FFFD."""
         data = self._bytes + data
         found, used = codecs.utf_8_decode(data, "replace", final)
         self._bytes = data[used:]
@@ -78,10 +78,10 @@ class _Utf8(_Whole):
 
 
 class ByteLevel(_Utf8):
-    """Each character of a token is a byte, and all tokens are one text."""
+    """Each character of a token is a byte; all tokens form one text."""
 
     def take(self, token: str) -> Parts:
-        """Return the text of a token's bytes; a token with another character is text as it is."""
+        """Return the text of a token's bytes; a token with a character outside the table is text as it is."""
         found = [BYTES.get(character) for character in token]
         data = token.encode() if None in found else bytes(byte for byte in found if byte is not None)
         return [(self.text(data), False)]
@@ -91,7 +91,7 @@ class ByteLevel(_Utf8):
 
 
 class ByteFallback(_Utf8):
-    """Tokens such as `<0xE2>` are bytes; a run of them is one text."""
+    """Tokens such as `<0xE2>` are bytes; a run of them forms one text."""
 
     _open = False
 
@@ -110,7 +110,7 @@ class ByteFallback(_Utf8):
 
 
 class Fuse(Stage):
-    """All tokens become one."""
+    """All tokens become one token."""
 
     def feed(self, parts: Parts) -> Parts:
         return [(text, False) for text, _ in parts]
@@ -120,7 +120,7 @@ class Fuse(Stage):
 
 
 class Metaspace(Stage):
-    """A sign stands for a space; in the first token it is left out where the tokenizer has put it."""
+    """A marker character replaces a space; in the first token it is dropped where the tokenizer inserted it."""
 
     def __init__(self, sign: str, first: str) -> None:
         self._sign, self._becomes = sign, first
@@ -135,7 +135,7 @@ class Metaspace(Stage):
 
 
 class Replace(Stage):
-    """A text inside a token becomes another."""
+    """A pattern inside a token is replaced."""
 
     _held = ""
 
@@ -146,7 +146,7 @@ class Replace(Stage):
         return [(self._replaced(text, ends), ends) for text, ends in parts]
 
     def _replaced(self, text: str, ends: bool) -> str:
-        """Return what is certain: the end of a text may be the beginning of the pattern."""
+        """Return the final text: the end of a text may be a prefix of the pattern."""
         *before, rest = (self._held + text).split(self._pattern)
         keep = 0 if ends else overlap(rest, self._pattern)
         self._held = rest[len(rest) - keep :]
@@ -154,7 +154,7 @@ class Replace(Stage):
 
 
 class Strip(Stage):
-    """A character is cut off, so many times at most at the beginning of a token and at its end."""
+    """A character is stripped, up to a number of times, from the start and the end of a token."""
 
     _held = ""
 
@@ -177,18 +177,18 @@ class Strip(Stage):
 
 
 class Spaced(_Whole):
-    """Tokens stand apart, as the library joins them where a tokenizer has no decoder."""
+    """Tokens are separated by a space, as the library joins them where a tokenizer has no decoder."""
 
     _between = ""
 
     def take(self, token: str) -> Parts:
-        """Return a token, after a space if it is not the first."""
+        """Return a token, preceded by a space unless it is the first."""
         between, self._between = self._between, " "
         return [(between + token, True)]
 
 
 class Suffixed(_Whole):
-    """The end of a word is marked; it becomes a space where another token follows."""
+    """A suffix marks the end of a word; it becomes a space where another token follows."""
 
     _due: Parts | None = None
     _last = ""
@@ -197,11 +197,11 @@ class Suffixed(_Whole):
         self._suffix = suffix
 
     def take(self, token: str) -> Parts:
-        """Return what came of the token before, and a token up to its mark."""
+        """Return the rest of the previous token, and this token up to its suffix."""
         before = self._due or []
         marked = bool(self._suffix) and token.endswith(self._suffix)
         head = token[: len(token) - len(self._suffix)] if marked else token
-        if self._suffix in head:  # also where the mark is empty: it is replaced between all characters
+        if self._suffix in head:  # also where the suffix is empty: the library replaces it between all characters
             self._due, self._last = [(token.replace(self._suffix, " "), True)], token.replace(self._suffix, "")
             return before
         self._due, self._last = [(" " if marked else "", True)], ""
@@ -215,7 +215,7 @@ class Suffixed(_Whole):
 
 
 class Local(_Whole):
-    """A stage of the library that sees one token at a time, and whether it is the first."""
+    """A library stage that processes one token at a time and depends on whether it is the first."""
 
     _first = True
 
@@ -223,14 +223,14 @@ class Local(_Whole):
         self._decode = decode
 
     def take(self, token: str) -> Parts:
-        """Return what the library makes of a token."""
+        """Return the library's output for a token."""
         tokens = [token] if self._first else ["", token]
         self._first = False
         return [(self._decode(tokens), True)]
 
 
 class Collapsed(_Whole):
-    """A token that repeats the one before says nothing; one that becomes nothing is none."""
+    """A token that repeats the previous one is dropped; so is one whose text becomes empty."""
 
     _before: str | None = None
 
@@ -238,14 +238,14 @@ class Collapsed(_Whole):
         self._decode = decode
 
     def take(self, token: str) -> Parts:
-        """Return what the library makes of a token."""
+        """Return the library's output for a token."""
         repeated, self._before = token == self._before, token
         text = "" if repeated else self._decode([token])
         return [(text, True)] if text else []
 
 
 def overlap(text: str, pattern: str) -> int:
-    """Return how many of a text's last characters may be the beginning of `pattern`, of which it has no whole one."""
+    """Return how many of a text's last characters may be a prefix of `pattern`; the text does not contain `pattern`."""
     most = min(len(pattern) - 1, len(text))
     return next((n for n in range(most, 0, -1) if pattern.startswith(text[len(text) - n :])), 0)
 
@@ -254,7 +254,7 @@ def stages(state: JsonObject | None) -> list[Stage]:
     """Return the stages of a decoder from its JSON form.
 
     Raises:
-        KeyError: a type of decoder that is not known.
+        KeyError: an unsupported type of decoder.
     """
     if state is None:
         return [Spaced()]
@@ -279,7 +279,7 @@ def _replace(state: JsonObject) -> Stage:
 
 
 class _EachAlone(_Whole):
-    """A stage of the library that treats every token alike."""
+    """A library stage that treats all tokens alike."""
 
     def __init__(self, decode: Callable[[Sequence[str]], str]) -> None:
         self._decode = decode
@@ -314,31 +314,31 @@ _STAGES: Mapping[str, Callable[[JsonObject], Stage]] = {
 }
 
 KNOWN = tuple(_STAGES)
-"""Types of decoders that are taken; a sequence of them is too."""
+"""Supported types of decoders; a sequence of them is supported too."""
 
 
 class Decoder:
-    """The text of one sequence of tokens, as they come."""
+    """The text of one sequence of tokens, incrementally."""
 
     def __init__(self, made: Iterable[Stage], text_of: Callable[[int], str | None]) -> None:
-        """Take the stages, new or copied, and what gives a token's text: None for one that is not to be shown."""
+        """Take the stages, new or copied, and a function from a token to its text (None: not shown)."""
         self._stages = [copy(stage) for stage in made]
         self._text_of = text_of
         self._owed = ""
 
     def begin(self, tokens: Iterable[int]) -> None:
-        """Take the tokens that come before the text; what they say is not given."""
+        """Take the tokens that precede the text; their text is not emitted."""
         for token in tokens:
             self.push(token)
         self._owed = Decoder(self._stages, self._text_of).end()
 
     def push(self, token: int) -> str:
-        """Take one token and return the text that is certain now."""
+        """Take one token and return the text that is now final."""
         text = self._text_of(token)
         return "" if text is None else self._out([(text, True)], ends=False)
 
     def end(self) -> str:
-        """Return what is held back; what is not a whole character becomes U+FFFD."""
+        """Return what is held back; an incomplete character becomes U+FFFD."""
         return self._out([], ends=True)
 
     def _out(self, parts: Parts, ends: bool) -> str:
@@ -349,7 +349,7 @@ class Decoder:
         return self._less_owed("".join(text for text, _ in parts))
 
     def _less_owed(self, text: str) -> str:
-        """Leave out what the tokens before would have said at their end: it is their text, not what follows."""
+        """Remove the held-back text of the preceding tokens: it belongs to them."""
         if not self._owed or not text:
             return text
         if text.startswith(self._owed):

@@ -1,4 +1,4 @@
-"""Which of IREE's devices this host has: asked of the runtime's own tool, since loading a broken driver may crash."""
+"""Which of IREE's devices this host has: the runtime's own tool lists them, since loading a broken driver may crash."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS = 20.0
 
 
 _ASKED = {"vulkan": "--dump_devices"}
-"""How a driver is asked where more than the devices' names matters."""
+"""How to query a driver where more than its devices' names is needed."""
 
 _SUBGROUP = "subgroup-size-"
 _COMPUTE_STAGE = 0x20
@@ -29,10 +29,10 @@ _COMPUTE_STAGE = 0x20
 
 @dataclass(frozen=True)
 class Devices:
-    """The devices of one driver by name, or by URI where the driver tells no name, or why there are none.
+    """The devices of one driver by name, or by URI where the driver reports no name, or why there are none.
 
-    `features` are those of the first, which is the one that is opened, as targets `require` them; None where they are
-    not known.
+    `features` are those of the first device, which is the one that is opened, in the terms of targets' `requires`;
+    None where unknown.
     """
 
     found: tuple[str, ...]
@@ -42,7 +42,7 @@ class Devices:
 
 @cache
 def find(driver: str) -> Devices:
-    """Return what `driver` (the part of a device URI before `://`) finds on this host."""
+    """Return the devices that `driver` (the part of a device URI before `://`) finds on this host."""
     if driver in CPU_DRIVERS:
         return Devices((driver,))
     tool = _tool()
@@ -57,7 +57,7 @@ def find(driver: str) -> Devices:
 
 
 def lacks(driver: str, requires: Collection[str] = ()) -> str:
-    """Return why there is no device behind a driver that has what a target requires; empty where there is."""
+    """Return why a driver has no device with a target's required features; empty where it has one."""
     there = find(driver)
     missing = sorted(set(requires) - there.features) if there.features is not None else []
     if there.reason or not missing:
@@ -66,7 +66,7 @@ def lacks(driver: str, requires: Collection[str] = ()) -> str:
 
 
 def read(driver: str, code: int, stdout: str, stderr: str) -> Devices:
-    """Return what the tool told of a driver."""
+    """Parse the tool's output for a driver."""
     if "no driver" in stderr:
         return Devices((), f"the installed IREE runtime has no {driver} driver")
     if code:
@@ -78,9 +78,9 @@ def read(driver: str, code: int, stdout: str, stderr: str) -> Devices:
 
 
 def features(told: str) -> frozenset[str] | None:
-    """Return what the first device of a Vulkan driver's description has: the sizes its subgroups can be given.
+    """Return the features of the first device in a Vulkan driver's description: its subgroup sizes.
 
-    Code that adds up over a subgroup of another size runs, and computes something else.
+    A reduction over subgroups of another size runs, and gives wrong results.
     """
     match = re.search(r"^subgroup: (.*)$", told, re.MULTILINE)
     if not match:

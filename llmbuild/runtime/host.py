@@ -47,7 +47,7 @@ _LLVM_NAMES = {
     "dcpop": "ccpp",
     "sve2": "sve2",
 }
-"""Linux names of CPU features to LLVM's; the rest differ by underscores at most."""
+"""Linux names of CPU features to LLVM's; the others differ by underscores at most."""
 
 
 def llvm_features(flags: list[str]) -> frozenset[str]:
@@ -57,7 +57,7 @@ def llvm_features(flags: list[str]) -> frozenset[str]:
 
 @cache
 def features() -> frozenset[str]:
-    """Return this host's CPU features by LLVM's names; empty where the system does not tell."""
+    """Return this host's CPU features by LLVM's names; empty where the system does not report them."""
     match = re.search(r"^(?:flags|Features)\s*:\s*(.*)$", _cpuinfo(), re.MULTILINE)
     if match:
         return llvm_features(match[1].split())
@@ -65,7 +65,7 @@ def features() -> frozenset[str]:
 
 
 def architecture() -> str:
-    """Return `x86_64` or `aarch64`, or what the system says."""
+    """Return `x86_64` or `aarch64`, or the system's own name."""
     machine = platform.machine().lower()
     return {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -82,14 +82,15 @@ def runtime_version() -> str:
 def cores(root: Path = resources.ROOT) -> int:
     """Return the number of CPUs this process may keep busy now: those it is pinned to, and no more than its quota.
 
-    A quota of 1.5 CPUs is one: a second thread would be stopped for half of every period, and the first waits for it.
+    A quota of 1.5 CPUs counts as one: a second thread would be throttled for half of every period, and the first
+    would wait for it.
     """
     pinned = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return _within_quota(pinned, root)
 
 
 def machine_cores(root: Path = resources.ROOT) -> int:
-    """Return the number of CPUs that this host, or the container around it, gives to any process: not `taskset`'s."""
+    """Return the number of CPUs that this host or its container gives to any process; `taskset` is not considered."""
     online = resources.host_cpus(root) or frozenset(range(os.cpu_count() or 1))
     given = resources.group_cpus(root)
     return _within_quota(len(online & given if given else online) or 1, root)
@@ -101,7 +102,7 @@ def _within_quota(cpus: int, root: Path) -> int:
 
 
 def available_memory_bytes(root: Path = resources.ROOT) -> int | None:
-    """Return how much memory a new process could use, in the container too; None where the system does not tell."""
+    """Return how much memory a new process could use, in the container too; None where unknown."""
     free = resources.memory_available(root)
     return None if free is None else free.bytes
 
@@ -124,7 +125,7 @@ def machine() -> Machine:
 
 
 def conditions(root: Path = resources.ROOT) -> Conditions:
-    """Return what holds now and is noted beside a reading."""
+    """Return the current conditions that are noted with a reading."""
     cpus = machine_cores(root)
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     return Conditions(

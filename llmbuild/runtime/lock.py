@@ -1,4 +1,4 @@
-"""`llmbuild.lock`: one pick, pinned by digests, so that each deployment opens the same bytes until picked anew."""
+"""`llmbuild.lock`: one pick, pinned by digests, so that each deployment opens the same bytes until the next pick."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PLACE = ("model", "variant", "target_digest", "machine_digest", "workload")
 
 
 def pinned(made: Pick) -> dict[str, object]:
-    """Return what a lock file says of a pick: the variant, its files, what was asked, and what was read of it."""
+    """Return the contents of a lock file: the variant, its files, the request, and the readings."""
     row = made.chosen
     assert row is not None
     return {
@@ -49,7 +49,7 @@ def read(path: Path) -> JsonObject:
     """Return what a lock file pins.
 
     Raises:
-        InputError: not there, or not a lock file of ours.
+        InputError: missing, or not an llmbuild lock file.
     """
     try:
         found = loads(path.read_text(encoding="utf-8"))
@@ -71,7 +71,7 @@ def row_of(lock: JsonObject, rows: list[Row], path: Path) -> Row:
         LoadRefused: the catalog does not have it, or has it with other files.
     """
     again = f"`llmbuild pick --lock {path}` pins what there is now"
-    # an earlier llmbuild pinned the digest that a machine is stored under
+    # Lock files of earlier llmbuild versions pin the digest that the machine is stored under.
     as_stored: Iterator[Mapping[str, object]] = ({**r, "machine_digest": r.get(STORED)} for r in rows)
     pairs = [*zip(rows, rows, strict=True), *zip(rows, as_stored, strict=True)]
     row = next((r for r, told in pairs if cells(told, PLACE) == cells(lock, PLACE)), None)

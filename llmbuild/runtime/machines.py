@@ -1,7 +1,7 @@
-"""Under which digests a catalog knows a machine: one that an earlier llmbuild wrote names it by more than it is now.
+"""Digests under which a catalog stores a machine: earlier llmbuild versions included more fields in the digest.
 
-Rows keep the digest that they were stored under, and are read with the fingerprint that their machine has now, so that
-nothing that is known has to be measured again.
+Rows keep the digest that they were stored under, and are read with the machine's present fingerprint, so that nothing
+already measured is measured again.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from llmbuild.spec.machine import Machine, machine_from
 from llmbuild.spec.rows import Row
 
 STORED: Final = "machine_stored"
-"""The column of a row with the digest that it is stored under."""
+"""The column of a row with the stored machine digest."""
 
 
 def fingerprints(connection: Connection) -> dict[str, str]:
-    """Return the fingerprint of every machine of a catalog, by the digest that it is stored under."""
+    """Return the fingerprint of every machine of a catalog, by its stored digest."""
     found = connection.execute("SELECT digest, body FROM machine").fetchall()
     return {row[0]: _fingerprint(row[1] if isinstance(row[1], str) else json.dumps(row[1])) or row[0] for row in found}
 
 
 def known_as(connection: Connection, fingerprint: str) -> tuple[str, ...]:
-    """Return the digests that a machine is stored under; its fingerprint where the catalog does not know it."""
+    """Return the digests that a machine is stored under; its fingerprint where the catalog does not have it."""
     return tuple(name for name, found in fingerprints(connection).items() if found == fingerprint) or (fingerprint,)
 
 
 def stored(connection: Connection, name: str) -> Machine | None:
-    """Return the machine that is stored under a digest; None where there is none, or its record is damaged."""
+    """Return the machine stored under a digest; None where there is none, or its record is damaged."""
     row = connection.execute("SELECT body FROM machine WHERE digest = ?", (name,)).fetchone()
     return None if row is None else _machine(row[0] if isinstance(row[0], str) else json.dumps(row[0]))
 
 
 def named(rows: list[Row], connection: Connection) -> list[Row]:
-    """Return rows of a catalog with the fingerprints that their machines have now."""
+    """Return rows of a catalog with the present fingerprints of their machines."""
     found = fingerprints(connection)
     return [
         {**r, "machine_digest": found.get(r["machine_digest"], r["machine_digest"]), STORED: r["machine_digest"]}

@@ -1,8 +1,8 @@
-"""Which IREE drivers' devices see the memory of this process."""
+"""IREE drivers whose devices share memory with this process."""
 
 from __future__ import annotations
 
 
 def shares_memory(driver: str) -> bool:
-    """Say whether a driver's device and this process see the same memory, as a CPU's do."""
+    """Return whether a driver's device shares memory with this process, as a CPU does."""
     return driver.startswith("local-")

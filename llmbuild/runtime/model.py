@@ -1,4 +1,4 @@
-"""`load`: from a catalog and an SLO to a model that streams text, with every check before any byte is executed."""
+"""`load`: from a catalog and an SLO to a model that streams text; all checks precede any execution."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ LOADED: tuple[File, ...] = ("artifact", "parameters", "tokenizer")
 T = TypeVar("T")
 
 LEADERS = 8
-"""How many of the best rows are tried before every row is looked at."""
+"""Number of best rows that are tried before every row is read."""
 
 
 def host_facts() -> HostFacts:
-    """Return what of this host decides a pick."""
+    """Return the host's facts that decide a pick."""
     return HostFacts(
         arch=host.architecture(),
         features=host.features(),
@@ -59,8 +59,8 @@ def pick(
 ) -> Pick:
     """Return the pick for this host, or for the one that `facts` are of; nothing is opened.
 
-    The database finds the best rows, and the first that may be opened here is chosen; why every other one was not is
-    read when it is asked for.
+    The database finds the best rows, and the first that may be opened here is chosen; the reasons for the others are
+    computed on access.
 
     Raises:
         InputError: the SLO cannot be read, or the catalog has no such model.
@@ -97,10 +97,10 @@ def pick(
 
 
 def _asked(catalog: object, slo: object, **names: object) -> tuple[Path, list[str]]:
-    """Return where the catalog is and the bounds of an SLO, of which one string is one.
+    """Return the catalog's location and the bounds of an SLO, given as one string or a list.
 
     Raises:
-        InputError: something is of another type, or no Unicode text.
+        InputError: a value has the wrong type, or is not Unicode text.
     """
     if not isinstance(catalog, (str, Path)):
         raise InputError(f"catalog is a {type(catalog).__name__}; it must be a path")
@@ -115,19 +115,19 @@ def _with(candidate: Candidate, chosen: Row) -> Candidate:
 
 
 def same_place(a: Mapping[str, object], b: Mapping[str, object]) -> bool:
-    """Say whether two rows are the same standing."""
+    """Return whether two rows are the same standing."""
     return all(a[name] == b[name] for name in lock.PLACE)
 
 
 def _whole(folder: Path, row: Row | None) -> Row | None:
-    """Return all columns of a row that was read narrowly."""
+    """Return all columns of a row that was read with few."""
     if row is None:
         return None
     return next(r for r in reader.find_variant(folder, row["variant"]) if same_place(r, row))
 
 
 def _absent(folder: Path) -> Callable[[Row], str]:
-    """Return what says why a row's files are not here: only a folder that was pulled in part may lack some."""
+    """Return a function that explains a row's missing files: only a partially pulled folder may lack files."""
     source = trust.partial(folder)
     if source is None:
         return lambda row: ""
@@ -142,7 +142,7 @@ def _absent(folder: Path) -> Callable[[Row], str]:
 
 
 class Later:
-    """A pick that is worked out when it is first looked at."""
+    """A pick that is computed on first access."""
 
     def __init__(self, judged: Callable[[], Pick]) -> None:
         self._judged = judged
@@ -154,7 +154,7 @@ class Later:
 
 
 class Judged(Sequence[T]):
-    """A tuple of a pick that is worked out later."""
+    """The candidates of a pick, computed on first access."""
 
     def __init__(self, later: Later, part: Callable[[Pick], Sequence[T]]) -> None:
         self._later, self._part = later, part
@@ -192,11 +192,11 @@ def load(
 ) -> Model:
     """Open the variant of `model` that meets `slo` on this host and is best in `objective`.
 
-    The order of checks: signature if required, schema, runtime version, CPU features, memory, SLO, digests. `variant`
-    names one by (a part of) its digest instead of an SLO, `locked` by a lock file; it is still refused where it would
-    not run. `trust_keys` are files or folders of public keys (else `$LLMBUILD_TRUST`): with any, an unsigned catalog
-    is refused unless `allow_unsigned`. With `fallback`, a variant whose files are refused gives way to the next that
-    meets the SLO; `model.pick` says so.
+    Order of checks: signature if required, schema, runtime version, CPU features, memory, SLO, digests. `variant`
+    names one by (a part of) its digest instead of an SLO, `locked` by a lock file; it is still refused where it
+    cannot run. `trust_keys` are files or folders of public keys (else `$LLMBUILD_TRUST`): with any key, an unsigned
+    catalog is refused unless `allow_unsigned`. With `fallback`, a variant whose files are refused is replaced by the
+    next that meets the SLO; `model.pick` records it.
 
     Raises:
         CatalogError, InputError, NoVariant, LoadRefused: what is wrong, where, and what to do.
@@ -213,7 +213,7 @@ def load(
 
 
 def _verified(folder: Path, made: Pick, fallback: bool) -> Pick:
-    """Return the pick with the first row whose files are sound; without `fallback` there is only one."""
+    """Return the pick with the first row whose files are intact; without `fallback` only one row is tried."""
     assert made.chosen is not None
     try:
         verify(folder, made.chosen)
@@ -239,10 +239,10 @@ def _verified(folder: Path, made: Pick, fallback: bool) -> Pick:
 
 
 def verify(catalog: Path, row: Row) -> None:
-    """Check that every file of a variant is there and is what its digest says.
+    """Check that every file of a variant exists and matches its digest.
 
     Raises:
-        LoadRefused: a file is missing or its bytes were changed.
+        LoadRefused: a file is missing or modified.
     """
     for kind in LOADED:
         name = row.get(kind)
@@ -260,7 +260,7 @@ def verify(catalog: Path, row: Row) -> None:
 
 
 def _again(catalog: Path) -> str:
-    """Return how a file comes back into a folder that nothing is built in; empty for one that something is."""
+    """Return how to restore a file in a pulled folder; empty for a folder that is built in."""
     pointer = catalog / trust.POINTER
     if not pointer.is_file():
         return ""
@@ -271,9 +271,9 @@ def _again(catalog: Path) -> str:
 
 
 class Model:
-    """An opened variant. `pick` says why this one; `session` is opened on first use.
+    """An opened variant. `pick` holds the reasons for it; `session` is opened on first use.
 
-    It makes several answers at a time, in turns: each has keys and values of its own until it ends or is closed.
+    Several answers may be interleaved: each has its own KV cache until it ends or is closed.
     """
 
     def __init__(self, catalog: Path, made: Pick) -> None:
@@ -285,7 +285,7 @@ class Model:
         self._closed = False
 
     def close(self) -> None:
-        """Release the artifact, its parameters and its device; answers that go on are ended by an error."""
+        """Release the artifact, its parameters and its device; unfinished answers raise an error."""
         self._closed = True
         with self._turn:
             if session := self.__dict__.pop("session", None):
@@ -321,7 +321,7 @@ class Model:
         """The model's tokenizer.
 
         Raises:
-            InputError: the model has none: it is a bare shape.
+            InputError: the model has none: it is a shape without a tokenizer.
         """
         name = self.row.get("tokenizer")
         if not name:
@@ -336,7 +336,7 @@ class Model:
     def tokens(self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None) -> Answer[int]:
         """Yield the continuation of `prompt` token by token, up to an end token or the end of the context.
 
-        Greedy unless `sampling` has a temperature. The answer's `finish_reason` says why it ended.
+        Greedy unless `sampling` has a temperature. The answer has a `finish_reason`.
 
         Raises:
             InputError: at once, where the prompt is empty, has a token outside the vocabulary or does not fit.
@@ -349,9 +349,9 @@ class Model:
     def tokens_batch(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, sampling: Sampling | None = None
     ) -> list[list[int]]:
-        """Return the continuation of each prompt, as many together as the variant was built for.
+        """Return the continuation of each prompt, in batches of the variant's batch size.
 
-        Greedy unless `sampling` has a temperature; then each prompt has draws of its own.
+        Greedy unless `sampling` has a temperature; then each prompt has its own random draws.
         """
         from llmbuild.runtime.together import continued
 
@@ -371,7 +371,7 @@ class Model:
         add_special_tokens: bool = True,
         **sampling: float,
     ) -> list[Completion]:
-        """Return the continuation of each prompt: its text, its tokens and why it ended.
+        """Return the continuation of each prompt: its text, its tokens and its finish reason.
 
         The text is that of `generate` with the same options.
         """
@@ -395,15 +395,15 @@ class Model:
         add_special_tokens: bool = True,
         **sampling: float,
     ) -> Answer[str]:
-        """Yield the continuation of `prompt` as pieces of text, each as soon as it is certain.
+        """Yield the continuation of `prompt` as pieces of text, each once it is final.
 
         `temperature`, `top_k`, `top_p` and `seed` are those of `Sampling`; without them the text is greedy. The text
-        ends before the first of the `stop` strings. Without `add_special_tokens`, nothing is put before the prompt: so
-        for a chat that its template has rendered. A prompt of None stands for what the model's texts begin with. The
-        answer's `finish_reason` says why it ended.
+        ends before the first of the `stop` strings. Without `add_special_tokens`, no token is prepended to the
+        prompt, as for a chat that its template has rendered. A prompt of None stands for the tokens that a text of
+        the model begins with. The answer has a `finish_reason`.
 
         Raises:
-            InputError: at once, where an argument makes no sense or the prompt does not fit in the context.
+            InputError: at once, where an argument is invalid or the prompt does not fit in the context.
         """
         from llmbuild.runtime import answers
         from llmbuild.runtime.sampling import Sampling
@@ -415,7 +415,7 @@ class Model:
         return answers.pieces(answers.tokens(self.session, self._turn, asked), text, begun.before)
 
     def beginning(self) -> Encoded:
-        """Return what a text begins with where there is no prompt: the tokenizer's first tokens, or an end token.
+        """Return the first tokens of a text without a prompt: the tokenizer's, or an end token.
 
         Raises:
             InputError: the model has neither.

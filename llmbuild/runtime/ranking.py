@@ -1,7 +1,7 @@
-"""The best rows of a front, kept sorted between picks for as long as nobody commits to the catalog.
+"""The best rows of a front, cached between picks until the next commit to the catalog.
 
-What is kept is the few numbers that a pick compares, per model and objective. SQLite's `data_version` says whether
-anyone has committed since, so that a pick always sees the catalog as it is.
+The cache holds the few numbers that a pick compares, per model and objective. SQLite's `data_version` changes with
+every commit, so that a pick always sees the current catalog.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from llmbuild.spec.slo import METRICS, Slo
 from llmbuild.system.paths import real
 
 CATALOGS = 4
-"""Catalogs that are kept open for reading at most."""
+"""Maximum number of catalogs that are kept open for reading."""
 RANKINGS = 8
-"""Rankings kept of each at most."""
+"""Maximum number of rankings kept per catalog."""
 _TABLES = {
     "artifact_bytes": ("a.size_bytes", "LEFT JOIN artifact a ON a.digest = v.artifact"),
     "parameter_bytes": ("p.parameter_bytes", "LEFT JOIN program p ON p.digest = v.program"),
 }
-"""Metrics that are not readings: their column, and the table that holds it."""
+"""Metrics that are not readings: their column, and its table."""
 _HOLDS: dict[str, Callable[[float, float], bool]] = {
     "<=": operator.le,
     "<": operator.lt,
@@ -45,7 +45,7 @@ _HOLDS: dict[str, Callable[[float, float], bool]] = {
 
 @dataclass(frozen=True)
 class Asked:
-    """What decides a ranking: whose rows, the objective, and the metrics that bounds are on."""
+    """What decides a ranking: the model's rows, the objective, and the bounded metrics."""
 
     model: str
     target: str | None
@@ -61,7 +61,7 @@ Ranked = tuple[float, float, int, *tuple[float, ...]]
 
 @dataclass
 class _Kept:
-    """A catalog that stays open."""
+    """A catalog that is kept open."""
 
     connection: Connection
     identity: tuple[int, ...] = ()
@@ -72,19 +72,19 @@ class _Kept:
 _lock = threading.Lock()
 _kept: OrderedDict[Path, _Kept] = OrderedDict()
 _inherited: list[_Kept] = []
-"""What a forked child got from its parent: SQLite forbids to use it there, or even to close it."""
+"""Connections that a forked child inherited: SQLite forbids to use or even close them there."""
 
 
 def leaders(
     catalog: Path, model: str, target: str | None, workload: str | None, slo: Slo, machine: str, count: int
 ) -> list[Row]:
-    """Return the first rows of a front that are inside `slo`, the best first: of this machine only, if it has any."""
+    """Return the first rows of a front that are inside `slo`, the best first: only this machine's, if it has any."""
     asked = Asked(model, target, workload, machine, slo.objective, tuple(sorted({b.metric for b in slo.bounds})))
     with _lock, _open(catalog) as kept:
         try:
             inside = _inside(_ranking(kept, asked), asked, slo)
             best = list(islice(_untied(kept.connection, inside), count))
-        except TypeError:  # SQLite holds anything anywhere: text compares with no number
+        except TypeError:  # SQLite columns may hold any type: text does not compare with numbers
             raise CatalogError(f"{catalog}: a reading is damaged: restore catalog.sqlite from a copy") from None
         rows = [_whole(kept.connection, standing) for standing in best]
     return [row for row in rows if row is not None]
@@ -114,7 +114,7 @@ if hasattr(os, "register_at_fork"):
 
 @contextlib.contextmanager
 def _open(catalog: Path) -> Iterator[_Kept]:
-    """Give a catalog whose rankings are those of its latest commit.
+    """Yield a catalog whose rankings are those of its latest commit.
 
     Raises:
         CatalogError: missing, not a catalog, damaged, or of another schema.
@@ -127,19 +127,19 @@ def _open(catalog: Path) -> Iterator[_Kept]:
     name = real(file)
     try:
         connection = _connection(name)
-        connection.execute("BEGIN")  # all of a pick is read from one commit
+        connection.execute("BEGIN")  # a pick reads everything from one commit
         yield _current(name, file)
         connection.execute("COMMIT")
     except sqlite3.Error as error:
         _close(name)
         raise CatalogError(f"{file}: cannot be read: {error}") from None
-    except BaseException:  # what the caller does with the rows may fail in any way: no transaction stays open
+    except BaseException:  # the caller's code may raise anything: close the transaction
         _close(name)
         raise
 
 
 def _keepable(catalog: Path, file: Path) -> bool:
-    """Say whether SQLite tells of every commit: not where rows are in a server, nor where it must open `immutable`."""
+    """Return whether SQLite reports every commit: not for rows in a server, nor for a database opened `immutable`."""
     return (
         not (catalog / reader.URL_FILE).is_file()
         and file.is_file()
@@ -148,7 +148,7 @@ def _keepable(catalog: Path, file: Path) -> bool:
 
 
 def _connection(name: Path) -> Connection:
-    """Return the connection to a database, another one where the file was replaced or written over."""
+    """Return the connection to a database, a new one where the file was replaced or overwritten."""
     found = name.stat()
     identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
     kept = _kept.get(name)
@@ -162,7 +162,7 @@ def _connection(name: Path) -> Connection:
 
 
 def _current(name: Path, file: Path) -> _Kept:
-    """Return what is kept of a database, less the rankings of an earlier commit."""
+    """Return the cache of a database, without the rankings of an earlier commit."""
     kept = _kept[name]
     version = kept.connection.execute("PRAGMA data_version").fetchone()[0]
     if kept.version != version:
@@ -192,10 +192,10 @@ def _ranking(kept: _Kept, asked: Asked) -> list[Ranked]:
 
 
 def _rows(connection: Connection, asked: Asked) -> list[Ranked]:
-    """Return the rows of a front that have every metric asked about, from as few tables as hold them."""
+    """Return the rows of a front that have every required metric, from as few tables as possible."""
     metrics = (asked.objective, *asked.bounded)
     if any(reader.known(connection, metric) == reader.NEVER for metric in metrics):
-        return []  # a catalog of an earlier schema, which has no such metric
+        return []  # a catalog of an earlier schema without this metric
     joins = ["standing s JOIN measurement r ON r.key = s.measurement"]
     files = [metric for metric in dict.fromkeys(metrics) if metric in _TABLES]
     joins += ["JOIN variant v ON v.digest = s.variant"] * bool(files) + [_TABLES[metric][1] for metric in files]
@@ -236,7 +236,7 @@ def _inside(rows: list[Ranked], asked: Asked, slo: Slo) -> Iterator[Ranked]:
 
 
 def _untied(connection: Connection, rows: Iterator[Ranked]) -> Iterator[int]:
-    """Yield standings in order; those of one rank by the size of the artifact, then by name."""
+    """Yield standings in order; ties are broken by the artifact's size, then by name."""
     for _, group in groupby(rows, key=lambda row: row[:2]):
         tied = [row[2] for row in group]
         yield from tied if len(tied) == 1 else _by_size(connection, tied)

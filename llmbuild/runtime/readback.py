@@ -1,4 +1,4 @@
-"""Read what buffers of a device hold whose memory this process does not see."""
+"""Read buffers of a device that does not share memory with this process."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Kind = TypeVar("Kind", bound=np.generic)
 
 
 class Readback:
-    """Copies buffers by way of staging memory that both sides see, one for each size, made once.
+    """Copies buffers through host-visible staging memory, allocated once per size.
 
     IREE's own `DeviceArray.to_host` hands the driver the memory of a numpy array where the driver imports any; Vulkan
-    wants that aligned to pages, which numpy's is not, and CUDA would pin and unpin it for every token.
+    requires page alignment, which numpy's memory lacks, and CUDA would pin and unpin it for every token.
     """
 
     def __init__(self, device: Any) -> None:
@@ -28,7 +28,7 @@ class Readback:
         self._staging: dict[int, Any] = {}
 
     def __call__(self, view: Any, kind: type[Kind]) -> NDArray[Kind]:
-        """Return a view's elements; they lie in the staging memory, and hold until the next one of this size."""
+        """Return a view's elements in the staging memory; valid until the next read of this size."""
         source = view.get_buffer()
         size = view.byte_length
         if size not in self._staging:

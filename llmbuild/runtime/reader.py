@@ -1,4 +1,4 @@
-"""Read a catalog with the standard library's sqlite3, read-only; the loader's and the listing commands' one door."""
+"""Read a catalog with the standard library's sqlite3, read-only; used by the loader and the listing commands."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from llmbuild.system.paths import real
 from llmbuild.system.strict_json import JsonObject, loads
 
 SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
-"""Schemas this loader can read."""
+"""Schemas that this loader reads."""
 
 COPIES = 3
-"""How often a database that is being written to is copied, until it is told."""
+"""Attempts to copy a database that is being written to before an error is raised."""
 
 FILE = "catalog.sqlite"
 URL_FILE = "catalog.url"
@@ -38,11 +38,11 @@ NARROW = (
     "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
     "tokenizer runtime energy_source"
 ).split()
-"""What a verdict on a row needs, beside its metrics; the rest is JSON that takes long to read."""
+"""The columns that a verdict on a row needs, besides its metrics; the rest is JSON that is slow to parse."""
 CHOICES = "point AS choices"
-"""The point as it is stored: JSON that is parsed only where rows are held together by it."""
+"""The point as stored: JSON that is parsed only where rows are compared by it."""
 _ALIKE = ("target_body", "abi")
-"""Columns that are the same in many rows, and are parsed once; nobody changes what they hold."""
+"""Columns with few distinct values, parsed once each; the parsed values are never modified."""
 _JSON = (
     "point",
     "target_body",
@@ -58,7 +58,7 @@ _JSON = (
 
 
 def default_location() -> str:
-    """Return where the catalog is when nobody says: `$LLMBUILD_CATALOG`, then `./catalog`.
+    """Return the default location of the catalog: `$LLMBUILD_CATALOG`, then `./catalog`.
 
     Raises:
         InputError: the variable is empty.
@@ -70,13 +70,13 @@ def default_location() -> str:
 
 
 def blob_path(catalog: Path, digest: str) -> Path:
-    """Return where a blob lies."""
+    """Return the path of a blob."""
     return catalog / "blobs" / "sha256" / digest[:2] / digest
 
 
 @contextlib.contextmanager
 def opened(catalog: Path) -> Iterator[Connection]:
-    """Open a catalog for reading, after its schema version was found to be one we know.
+    """Open a catalog for reading after a check of its schema version.
 
     Raises:
         CatalogError: missing, not a catalog, damaged, or of another schema.
@@ -99,20 +99,20 @@ def opened(catalog: Path) -> Iterator[Connection]:
 
 
 def database(catalog: Path) -> Path:
-    """Return the file that holds a catalog's rows: in a published folder, the one that is current."""
+    """Return the file of a catalog's rows: in a published folder, the current one."""
     return trust.database(catalog) if (catalog / trust.POINTER).is_file() else catalog / FILE
 
 
 def may_have_writers(file: Path) -> bool:
-    """Say whether a database can be opened as one that others write to: a WAL needs a folder that can be written."""
+    """Return whether a database may have concurrent writers: a WAL needs a writable folder."""
     return os.access(file.parent, os.W_OK) or (_log(file).exists() and os.access(f"{file}-shm", os.R_OK))
 
 
 def connected(file: Path) -> sqlite3.Connection:
-    """Return a connection to a database that is only read; any thread may use it, one at a time.
+    """Return a read-only connection to a database; any thread may use it, one at a time.
 
-    A folder that cannot be written takes no index of a write-ahead log. Without a log the database is opened as one
-    that nobody changes; with one, a private copy of both is read, for the database alone lacks the latest rows.
+    A read-only folder cannot hold the index of a write-ahead log. Without a log the database is opened as immutable;
+    with one, a private copy of both is read, since the database alone lacks the latest rows.
 
     Raises:
         CatalogError: it cannot be opened.
@@ -121,7 +121,7 @@ def connected(file: Path) -> sqlite3.Connection:
         if os.access(file.parent, os.W_OK):
             return _connection(file, "mode=ro")
         if may_have_writers(file):
-            with contextlib.suppress(sqlite3.OperationalError):  # such as an index that is no match for the log
+            with contextlib.suppress(sqlite3.OperationalError):  # such as an index that does not match the log
                 return _connection(file, "mode=ro")
         if not _log(file).exists() or not _log(file).stat().st_size:
             return _connection(file, "mode=ro&immutable=1")
@@ -149,22 +149,22 @@ def _connection(file: Path, mode: str) -> sqlite3.Connection:
     connection = sqlite3.connect(name, uri=True, timeout=60, check_same_thread=False)
     try:
         connection.row_factory = sqlite3.Row
-        connection.execute("PRAGMA trusted_schema=OFF")  # a view of a stranger's file may not call what it likes
+        connection.execute("PRAGMA trusted_schema=OFF")  # a view in an untrusted file may not call arbitrary functions
         connection.execute("SELECT count(*) FROM sqlite_master")  # opens the log, which `connect` does not
     except sqlite3.OperationalError:
         connection.close()
         raise
     except sqlite3.DatabaseError:
-        pass  # not a database: who looks for a schema says so
+        pass  # not a database: the schema check reports it
     return connection
 
 
 def _copied(file: Path) -> sqlite3.Connection:
-    """Return a connection to a private copy of a database and its log; its folder is gone, its bytes go with it.
+    """Return a connection to a private copy of a database and its log; the copy's files are already unlinked.
 
     Raises:
-        OSError: there is no room for a copy, or something cannot be read.
-        CatalogError: somebody wrote to it whenever it was copied.
+        OSError: there is no space for a copy, or a file cannot be read.
+        CatalogError: it was written to during every copy.
     """
     for _ in range(COPIES):
         with tempfile.TemporaryDirectory(prefix="llmbuild-") as name:
@@ -200,7 +200,7 @@ def _served(file: Path) -> Iterator[Connection]:
 
 
 class _Row(dict[str, object]):
-    """A row by name, and by number as sqlite3's."""
+    """A row by name and by index, as sqlite3's."""
 
     def __getitem__(self, key: str | int) -> object:
         return list(self.values())[key] if isinstance(key, int) else super().__getitem__(key)
@@ -212,7 +212,7 @@ def _row_of(cursor: Any) -> Any:
 
 
 class _Server:
-    """A Postgres connection that takes what sqlite3's takes."""
+    """A Postgres connection with the interface of sqlite3's."""
 
     def __init__(self, connection: Any) -> None:
         self.connection = connection
@@ -226,7 +226,7 @@ class _Server:
 
 
 def check_schema(connection: Connection, file: Path) -> None:
-    """Raise a `CatalogError` unless a catalog's schema is one we know."""
+    """Raise a `CatalogError` unless a catalog's schema is supported."""
     try:
         row = connection.execute("SELECT schema_version FROM info").fetchone()
     except sqlite3.OperationalError as error:
@@ -261,7 +261,7 @@ def variants(
 
 
 def candidates(catalog: Path, model: str, target: str | None = None, workload: str | None = None) -> list[Row]:
-    """Return every row of a model with what a verdict needs, and no more: see `NARROW`."""
+    """Return every row of a model with only the columns that a verdict needs: see `NARROW`."""
     where, values = _where(model, target, workload)
     with opened(catalog) as connection:
         there = _columns(connection)
@@ -271,7 +271,7 @@ def candidates(catalog: Path, model: str, target: str | None = None, workload: s
 
 
 def machines(connection: Connection, model: str) -> int:
-    """Return how many machines ranked a model's front; none where some of it was never measured."""
+    """Return how many machines ranked a model's front; none where part of it was never measured."""
     query = f"SELECT DISTINCT machine FROM standing WHERE model = ? AND {FRONT}"
     found = {row[0] for row in connection.execute(query, (model,))}
     names = machines_.fingerprints(connection)
@@ -298,7 +298,7 @@ def _bounded(connection: Connection, slo: Slo, where: list[str], values: list[ob
 
 
 def known(connection: Connection, metric: str) -> str:
-    """Return the condition that a metric is there: never in a catalog from before it, nor where it is an estimate."""
+    """Return the SQL condition that a metric is present: false in an older catalog, and where it is an estimate."""
     if metric not in _columns(connection):
         return NEVER
     estimates = ", ".join(f"'{source}'" for source in ESTIMATES)
@@ -307,7 +307,7 @@ def known(connection: Connection, metric: str) -> str:
 
 
 def _columns(connection: Connection) -> frozenset[str]:
-    """Return the columns of the view `variants`: catalogs of earlier schemas have fewer."""
+    """Return the columns of the view `variants`: earlier schemas have fewer."""
     version = connection.execute("SELECT schema_version FROM info").fetchone()[0]
     if version not in _COLUMNS:
         told = connection.execute("SELECT * FROM variants LIMIT 0").description
@@ -316,14 +316,14 @@ def _columns(connection: Connection) -> frozenset[str]:
 
 
 _COLUMNS: dict[int, frozenset[str]] = {}
-"""Columns of the view `variants` by schema version, once asked for."""
+"""Columns of the view `variants` by schema version, cached."""
 
 
 def decode(row: sqlite3.Row | dict[str, object]) -> Row:
     """Return a row as a dict, its JSON columns parsed.
 
     Raises:
-        CatalogError: a cell is not what its column holds: the catalog is damaged.
+        CatalogError: a cell has the wrong type: the catalog is damaged.
     """
     out = dict(row)
     try:
@@ -338,7 +338,7 @@ def decode(row: sqlite3.Row | dict[str, object]) -> Row:
 
 
 def _sound(row: JsonObject) -> Row:
-    """Return a row whose cells are of the types that their columns hold; SQLite itself holds anything anywhere."""
+    """Return a row after a check of its cells' types; SQLite columns may hold any type."""
     for names, kinds in _KINDS:
         for name in names:
             if name in row and not isinstance(row[name], kinds):
@@ -379,7 +379,7 @@ def count(catalog: Path, model: str) -> int:
 
 
 def models(catalog: Path) -> list[str]:
-    """Return the models a catalog has rows of."""
+    """Return the models that have rows in a catalog."""
     with opened(catalog) as connection:
         return [r[0] for r in connection.execute("SELECT DISTINCT model FROM standing ORDER BY model")]
 

@@ -28,10 +28,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense.
+        """Refuse invalid values.
 
         Raises:
-            InputError: something is no number of its kind, a negative temperature, k or seed, or a p outside 0 to 1.
+            InputError: a value of the wrong type, a negative temperature, k or seed, or a p outside 0 to 1.
         """
         if checks.number("temperature", self.temperature) < 0:
             raise InputError(f"temperature is {self.temperature}; it must be 0 (greedy) or positive")
@@ -42,10 +42,10 @@ class Sampling:
 
     @staticmethod
     def of(options: Mapping[str, Any]) -> Sampling:
-        """Return the sampling that keyword arguments ask for.
+        """Return the sampling of keyword arguments.
 
         Raises:
-            InputError: one is not known or makes no sense.
+            InputError: an argument is unknown or invalid.
         """
         known = [field.name for field in fields(Sampling)]
         if unknown := sorted(set(options) - set(known)):
@@ -54,12 +54,12 @@ class Sampling:
 
     @property
     def greedy(self) -> bool:
-        """Say whether the device's own choice is taken."""
+        """Return whether the device's own choice is taken."""
         return self.temperature == 0
 
 
 class Options(TypedDict, total=False):
-    """What an answer may be asked for with, beside its length."""
+    """The options of an answer, besides its length."""
 
     stop: str | Sequence[str]
     add_special_tokens: bool
@@ -70,10 +70,10 @@ class Options(TypedDict, total=False):
 
 
 class Sampler:
-    """Draws the tokens of one sequence, one after another.
+    """Draws the tokens of one sequence.
 
-    The draws of sequences that are answered in one call come from one seed and differ; those of another seed differ
-    from all of them. The first sequence draws what it would draw alone.
+    Sequences of one call share a seed and have independent draws; another seed differs from all of them. The first
+    sequence draws the same tokens as alone.
     """
 
     def __init__(self, sampling: Sampling, sequence: int = 0) -> None:
@@ -85,7 +85,7 @@ class Sampler:
         """Return a token drawn from f32[V]; the logits are only read.
 
         Raises:
-            InputError: the logits are no row of numbers, or one is not a number or infinitely likely.
+            InputError: the logits are not a row of numbers, or one is NaN or positive infinity.
         """
         if not isinstance(logits, np.ndarray) or logits.ndim != 1 or not logits.size or logits.dtype.kind != "f":
             raise InputError("logits must be a row of floating-point numbers, one for each token")
@@ -96,7 +96,7 @@ class Sampler:
             raise InputError(
                 f"the largest logit is {most}: the variant computes no probabilities, nothing can be drawn"
             )
-        with np.errstate(over="ignore"):  # of a tiny temperature: what is less likely is then out of reach
+        with np.errstate(over="ignore"):  # a tiny temperature: less likely tokens get probability 0
             weights = np.exp((scaled - most) / self.sampling.temperature)
         weights /= weights.sum()
         if self.sampling.top_p < 1:
@@ -114,7 +114,7 @@ class Sampler:
 def _nucleus(
     tokens: NDArray[np.int64], weights: NDArray[np.float64], share: float
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the fewest tokens whose weights reach `share`, the most likely first; one at least."""
+    """Return the fewest tokens whose weights sum to `share`, the most likely first; at least one."""
     order = np.argsort(-weights, kind="stable")
     count = int(np.searchsorted(np.cumsum(weights[order]), share)) + 1
     chosen = order[:count]

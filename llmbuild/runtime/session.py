@@ -1,4 +1,4 @@
-"""Open one artifact on a device and call it: nothing here knows of catalogs, text or SLOs."""
+"""Open one artifact on a device and call it, independently of catalogs, text and SLOs."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ _SHARED_MEMORY = rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE
 _SHARED_USAGE = rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING
 
 _MOST_WORKERS = 64
-"""IREE's own bound where nobody names a number of workers."""
+"""IREE's own bound where the number of workers is not given."""
 
 _LARGEST_WORKERS = 2**16
-"""More threads than any host has."""
+"""Upper bound of worker threads."""
 
 _RELEASED_IN_ORDER = (
     "_logits",
@@ -55,23 +55,23 @@ _RELEASED_IN_ORDER = (
     "_device",
     "_code",
 )
-"""Buffers go before their device, or they take the process down with them. The artifact's module goes after it: freeing
-a module takes the interpreter's lock, and a worker that holds the last of it, being done with a call later than its
-caller knows, would wait for that lock while the thread that has it waits for the device's workers."""
+"""Buffers are freed before their device, or the process crashes. The artifact's module is freed after it: freeing a
+module takes the GIL. A worker may hold the last reference to the module after its call returns; it would wait for the
+GIL while the thread with the GIL waits for the device's workers."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Run-time settings of a variant: the driver, and its worker threads (0: one for each physical core)."""
+    """Run-time settings of a variant: the driver, and the number of worker threads (0: one per physical core)."""
 
     driver: str = "local-task"
     workers: int = 0
 
     def __post_init__(self) -> None:
-        """Refuse what makes no sense.
+        """Refuse invalid values.
 
         Raises:
-            InputError: the driver is no name, or the workers are no number of threads.
+            InputError: the driver is not a name, or the workers are not a number of threads.
         """
         checks.text("driver", self.driver)
         checks.integer("workers", self.workers, 0, _LARGEST_WORKERS)
@@ -80,23 +80,23 @@ class Settings:
 Kind = TypeVar("Kind", bound=np.generic)
 
 Cache = list[Any]
-"""The keys and values of one answer, as views of the device's buffers; empty once its session is closed."""
+"""The KV cache of one answer, as views of the device's buffers; empty once its session is closed."""
 
 
 class Session:
     """One opened artifact: `prefill` a prompt, then `decode` token by token.
 
-    An artifact of a batch of B goes on with B sequences at each call, by `prefill_batch` and `decode_batch`; `prefill`
-    and `decode` then give all of them the same. The parameter archive is mapped, not copied. Keys and values are those
-    of the session itself, or of the answer whose `cache` is given; they are updated in place. Not for use by two
-    threads at a time. One class: everything it does is on one opened context of IREE, which is closed in one order.
+    An artifact of a batch of B continues B sequences per call, by `prefill_batch` and `decode_batch`; `prefill` and
+    `decode` then repeat one sequence B times. The parameter archive is mapped, not copied. The KV cache is the
+    session's own, or that of the answer whose `cache` is given; it is updated in place. Not for use by two threads at
+    a time. One class: everything it does is on one opened context of IREE, which is closed in one order.
     """
 
     def __init__(self, artifact: Path, parameters: Path, abi: Abi, settings: Settings) -> None:
         """Map both files and create the device.
 
         Raises:
-            LoadRefused: the runtime does not take the artifact or its parameters.
+            LoadRefused: the runtime rejects the artifact or its parameters.
         """
         self.abi = abi
         try:
@@ -116,7 +116,7 @@ class Session:
         self._logits: Any = None
 
     def close(self) -> None:
-        """Release everything, in the only order that neither crashes nor hangs."""
+        """Release everything in the order that neither crashes nor deadlocks."""
         for cache in self.__dict__.pop("_taken", ()):
             cache.clear()
         for name in _RELEASED_IN_ORDER:
@@ -140,7 +140,7 @@ class Session:
 
     @contextmanager
     def cache(self) -> Iterator[Cache]:
-        """Give keys and values to an answer, of its own until it is over: so answers may be made in turns.
+        """Allocate a KV cache for an answer, until it ends: so answers may be interleaved.
 
         Raises:
             InputError: the device has no memory for another answer, or the session is closed.
@@ -151,7 +151,7 @@ class Session:
         try:
             yield made
         finally:
-            if made:  # else the session was closed before
+            if made:  # else the session is closed
                 self._taken = [one for one in self._taken if one is not made]
                 if not self._spare:
                     self._spare.append(made)
@@ -168,10 +168,10 @@ class Session:
             raise InputError("the session is closed: open the variant again")
 
     def prompt(self, name: str, tokens: object) -> list[int]:
-        """Return the tokens of a prompt that the artifact takes.
+        """Return the checked tokens of a prompt.
 
         Raises:
-            InputError: they are none, or a token is outside the vocabulary, or more than fits in the context.
+            InputError: not tokens, a token outside the vocabulary, or more than fits in the context.
         """
         ids = checks.tokens(name, tokens, self.abi.vocabulary)
         if not ids:
@@ -246,7 +246,7 @@ class Session:
         return np.array(self._decode(found, places, cache))
 
     def _places(self, name: str, value: object) -> NDArray[np.int64]:
-        """Return one position for all sequences, or one for each."""
+        """Return one position per sequence; a single position is repeated."""
         found = checks.integers(name, value)
         if found.shape not in ((), (self.abi.batch,)):
             raise InputError(f"{name} must be one integer or i64[{self.abi.batch}]; its shape is {list(found.shape)}")
@@ -262,14 +262,14 @@ class Session:
         return self._run(DECODE, self._tokens_view, positions, cache)
 
     def logits(self) -> NDArray[np.float32]:
-        """Return the f32[V] logits of the last call, copied: they stay what they are when the next call is made.
+        """Return the f32[V] logits of the last call, copied: later calls do not change them.
 
         Of a batch these are the first sequence's.
         """
         return np.array(self.peek())
 
     def peek(self) -> NDArray[np.float32]:
-        """Return the f32[V] logits of the last call where they lie; valid until the next call."""
+        """Return the f32[V] logits of the last call without a copy; valid until the next call."""
         found: NDArray[np.float32] = self._rows()[0]
         return found
 
@@ -287,7 +287,7 @@ class Session:
     def _run(
         self, entry: str, tokens: Any, positions: int | NDArray[np.int64], cache: Cache | None
     ) -> NDArray[np.int64]:
-        """Return the next tokens i64[B] where they lie; valid until the next call."""
+        """Return the next tokens i64[B] without a copy; valid until the next call."""
         if cache is None:
             cache = self._own = self._own or (self._spare.pop() if self._spare else self._new_cache())
         if not isinstance(cache, list) or len(cache) != len(self.abi.kv):
@@ -307,7 +307,7 @@ class Session:
         return np.ascontiguousarray(np.broadcast_to(np.asarray(value, np.int64), (self.abi.batch,)))
 
     def _read(self, view: Any, kind: type[Kind]) -> NDArray[Kind]:
-        """Return what a buffer holds: where it lies if the host sees it, else a copy."""
+        """Return the contents of a buffer: in place if the host sees it, else a copy."""
         if self._shared:
             found: NDArray[Kind] = view.map().asarray(view.shape, np.dtype(kind))
             return found
@@ -326,7 +326,7 @@ class Session:
         return self._buffer(np.zeros(kind.shape, kind.dtype))
 
     def _steps(self) -> tuple[NDArray[np.int64], Any]:
-        """Return an i64[B] that the host writes and the device reads, without a copy for each call."""
+        """Return an i64[B] that the host writes and the device reads, without a copy per call."""
         view = self._buffer(np.zeros(self.abi.batch, np.int64))
         return view.map().asarray((self.abi.batch,), np.dtype(np.int64)), view
 
@@ -338,12 +338,12 @@ def _create_device(settings: Settings) -> Any:
 
 
 def threaded_device(workers: int) -> Any:
-    """Return a device with worker threads of its own, one for each physical core where `workers` is 0.
+    """Return a device with its own worker threads, one per physical core where `workers` is 0.
 
-    IREE makes the threads with the driver, by process flags, and keeps one driver for all devices of a process: without
-    a driver of its own, a second device would run on as many workers as the first asked for. One worker goes where the
-    system puts it. Several are pinned, each to a core of its own: woken together without that, Linux puts them on one
-    core, and they take as long as one.
+    IREE creates the threads with the driver, from process flags, and keeps one driver for all devices of a process:
+    without its own driver, a second device would use as many workers as the first. A single worker is not pinned.
+    Several are pinned, each to its own core: woken together without pinning, Linux puts them on one core, and they
+    run as slowly as one.
     """
     alone, most = int(workers == 1), workers or _MOST_WORKERS
     parse_flags(f"--task_topology_group_count={alone}", f"--task_topology_max_group_count={most}")

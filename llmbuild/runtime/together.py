@@ -1,4 +1,4 @@
-"""Answer many prompts with one artifact, as many together as it takes."""
+"""Answer many prompts with one artifact, in batches of its batch size."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from llmbuild.runtime.session import Session
 Choose = Callable[[NDArray[np.int64]], NDArray[np.int64]]
 
 Watch = Callable[[int], bool]
-"""Takes each token of an answer and says whether it is over."""
+"""Takes each token of an answer and returns whether the answer has ended."""
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """The tokens of one answer, and why it ended."""
+    """The tokens of one answer, and its finish reason."""
 
     tokens: tuple[int, ...]
     finish_reason: str
@@ -32,7 +32,7 @@ def answer(
 ) -> list[list[int]]:
     """Return the continuation of each prompt, up to an end token or the end of the context.
 
-    Prompts of one call may differ in length. Drawn tokens have a seed of their own in each sequence.
+    Prompts of one call may differ in length. Each sequence has its own random draws.
 
     Raises:
         InputError: a prompt is empty, has a token outside the vocabulary, or does not fit in the context.
@@ -47,7 +47,7 @@ def continued(
     sampling: Sampling | None = None,
     watches: Sequence[Watch] | None = None,
 ) -> list[Continuation]:
-    """Return the continuation of each prompt, and why it ended; `watches` may end each earlier.
+    """Return the continuation and finish reason of each prompt; `watches` may end each earlier.
 
     Raises:
         InputError: as `answer`; nothing has run.
@@ -71,7 +71,7 @@ def _unwatched(_: int) -> bool:
 
 
 def _answer(session: Session, asked: Sequence[Asked], choose: Choose, watches: Sequence[Watch]) -> list[Continuation]:
-    """Answer as many prompts as the artifact takes, or fewer: the last one then stands for those that are missing."""
+    """Answer as many prompts as the batch size, or fewer: the last one then fills the missing rows."""
     prompts = [one.prompt for one in asked]
     prompts += [prompts[-1]] * (session.abi.batch - len(asked))
     found: list[list[int]] = [[] for _ in asked]
@@ -87,7 +87,7 @@ def _answer(session: Session, asked: Sequence[Asked], choose: Choose, watches: S
                     over = STOP if watches[n](token) else None
                     reasons[n] = over or ended(session, token, len(found[n]), most, int(positions[n]))
                     going[n] = reasons[n] is None
-            if going.any():  # who has ended says its last token again where it stands
+            if going.any():  # a finished sequence repeats its last token at its position
                 greedy = session.decode_batch(tokens, np.minimum(positions, session.abi.context - 1), cache=cache)
                 positions = positions + going
     return [Continuation(tuple(mine), why or LENGTH) for mine, why in zip(found, reasons, strict=True)]
@@ -96,17 +96,17 @@ def _answer(session: Session, asked: Sequence[Asked], choose: Choose, watches: S
 def _begin(
     session: Session, prompts: Sequence[Sequence[int]], cache: list[object]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Run the prompts; return the device's next tokens i64[B] and the positions that these would have."""
+    """Run the prompts; return the device's next tokens i64[B] and their positions."""
     lengths = np.array([len(prompt) for prompt in prompts])
     padded = np.array([[*prompt, *[prompt[-1]] * (lengths.max() - len(prompt))] for prompt in prompts], np.int64)
     greedy = session.prefill_batch(padded, cache=cache)
-    if lengths.min() < lengths.max():  # the last call was about a filler in the shorter ones: it is written over
+    if lengths.min() < lengths.max():  # about padding of the shorter prompts: the next call overwrites it
         greedy = session.decode_batch(padded[np.arange(len(prompts)), lengths - 1], lengths - 1, cache=cache)
     return greedy, lengths
 
 
 def _choose(session: Session, sampling: Sampling, first: int) -> Choose:
-    """Return what turns the device's greedy tokens i64[B] into those to take."""
+    """Return the function that maps the device's greedy tokens i64[B] to the tokens to take."""
     if sampling.greedy:
         return lambda greedy: greedy
     samplers = [Sampler(sampling, first + i) for i in range(session.abi.batch)]

@@ -1,8 +1,8 @@
-"""The one door to the tokenizers library: text to tokens and back, each by one rule and with one kind of error.
+"""Interface to the tokenizers library: text to tokens and back, each by one rule and with one kind of error.
 
-A `tokenizer.json` may carry settings of a training run: truncation, padding, dropout. They are no part of a text and
-are switched off. What is put before a text is what the file's post-processor puts there; what it puts behind it would
-end the prompt, and is left out.
+A `tokenizer.json` may carry settings of a training run: truncation, padding, dropout. They are switched off. The
+tokens that the file's post-processor prepends to a text are kept; those that it appends would end the prompt, and are
+left out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from llmbuild.errors import InputError
 from llmbuild.runtime import checks, detokenize
 
 _TEXT_ID = 2**32 - 1
-"""The largest id there is, of a text that only the post-processor sees."""
+"""The largest possible id, of a text that only the post-processor sees."""
 
 
 _PROBE = "aB 1.é€"
@@ -31,12 +31,12 @@ _PROBE = "aB 1.é€"
 
 @contextmanager
 def _library_errors(what: str) -> Iterator[None]:
-    """Turn every fault of the library into one error of ours; its panics are a `BaseException` of no module."""
+    """Turn every error of the library into an `InputError`; its panics are a `BaseException` without a module."""
     try:
         yield
     except (InputError, KeyboardInterrupt, SystemExit, GeneratorExit):
         raise
-    except BaseException as error:  # noqa: BLE001 - the library's errors have no kind of their own, a panic least of all
+    except BaseException as error:  # noqa: BLE001 - the library's errors and panics have no common class
         said = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{what}: {said[:300]}") from None
 
@@ -46,11 +46,11 @@ _alone = Lock()
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep a panic's own report off the terminal: its sentence is in our error. What others print is passed on."""
+    """Keep a panic's own report off the terminal: the `InputError` has its message. Other output is passed on."""
     with _alone, TemporaryFile() as place:
         try:
             kept = os.dup(2)
-        except OSError:  # there is no standard error to keep quiet
+        except OSError:  # there is no standard error to redirect
             yield
             return
         try:
@@ -67,7 +67,7 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Encoded:
-    """The tokens of a text. `before` are those that the tokenizer's own rule has put before it, by name."""
+    """The tokens of a text. `before` are the names of those that the tokenizer prepended."""
 
     tokens: tuple[int, ...]
     before: tuple[str, ...] = ()
@@ -85,7 +85,7 @@ class Tokenizer:
         """Read the file.
 
         Raises:
-            InputError: it is missing, or no tokenizer that the library or `detokenize` knows.
+            InputError: missing, or a tokenizer that the library or `detokenize` does not support.
         """
         self.path = Path(path)
         from tokenizers import Tokenizer as Library
@@ -98,7 +98,7 @@ class Tokenizer:
                 found.model.dropout = None
             self._library: Any = found
             self._before, self.behind = _around(found.post_processor)
-            found.encode(_PROBE, add_special_tokens=False)  # some faults of a file show at the first text
+            found.encode(_PROBE, add_special_tokens=False)  # some errors of a file appear with the first text
             added = found.get_added_tokens_decoder().values()
         self._special = frozenset(token.content for token in added if token.special)
         self._shown: dict[int, str | None] = {}
@@ -116,17 +116,17 @@ class Tokenizer:
 
     @property
     def largest(self) -> int:
-        """The largest token that a text can become; -1 where there is none."""
+        """The largest token that a text can contain; -1 where there is none."""
         return max(self._library.get_vocab().values(), default=-1)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> Encoded:
-        """Return the tokens of a text that a model is to continue.
+        """Return the tokens of a prompt's text.
 
-        With `add_special_tokens`, what the tokenizer puts before a text comes first, each token once: a text that
-        begins with one of these tokens, written out, keeps its own.
+        With `add_special_tokens`, the tokens that the tokenizer prepends come first, each once: a text that already
+        begins with one of them keeps its own.
 
         Raises:
-            InputError: it is no text, or the library cannot take it.
+            InputError: not a text, or the library rejects it.
         """
         checks.text("the text", text)
         with _library_errors(f"{self.path}: the text cannot be tokenized"):
@@ -137,7 +137,7 @@ class Tokenizer:
         return Encoded(missing + own, tuple(self.name(token) for token in missing))
 
     def encode_chat(self, rendered: str) -> Encoded:
-        """Return the tokens of a chat that its template has rendered: the template writes all special tokens itself.
+        """Return the tokens of a chat that its template has rendered: the template contains all special tokens.
 
         Raises:
             InputError: as `encode`.
@@ -145,21 +145,21 @@ class Tokenizer:
         return self.encode(rendered, add_special_tokens=False)
 
     def name(self, token: int) -> str:
-        """Return a token as the vocabulary writes it; `<N>` where it has none of this number."""
+        """Return a token's string in the vocabulary; `<N>` where the vocabulary lacks it."""
         found = self._library.id_to_token(token)
         return f"<{token}>" if found is None else str(found)
 
     def decoder(self, before: Sequence[int] = ()) -> detokenize.Decoder:
-        """Return what makes text of the tokens that follow `before`, piece by piece; special tokens are not shown."""
+        """Return an incremental decoder of the tokens that follow `before`; special tokens are not shown."""
         made = detokenize.Decoder(self._stages, self._text_of)
         made.begin(before)
         return made
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of tokens; special ones, and those that the vocabulary does not have, are not shown.
+        """Return the text of tokens; special tokens and those outside the vocabulary are not shown.
 
         Raises:
-            InputError: they are no tokens.
+            InputError: not tokens.
         """
         ids = checks.tokens("tokens", tokens)
         with _library_errors(f"{self.path}: the tokens cannot be made text"):
@@ -175,10 +175,10 @@ class Tokenizer:
 
 
 def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """Return the tokens that a post-processor puts before a text, and the names of those that it puts behind it.
+    """Return the tokens that a post-processor prepends to a text, and the names of those that it appends.
 
     Raises:
-        InputError: it does something else with a text.
+        InputError: it changes a text in another way.
     """
     if post_processor is None:
         return (), ()

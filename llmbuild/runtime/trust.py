@@ -1,7 +1,8 @@
-"""Who vouches for a publication: digests always, an Ed25519 signature where keys are asked for.
+"""Authenticity of a publication: digests always, an Ed25519 signature where keys are given.
 
-A published folder holds `latest.json`, the one file that says what is current: the digest of a manifest, and the
-signature over it. The manifest names every other byte. All of it is checked before a database or an artifact is opened.
+A published folder holds `latest.json`, the only file that names the current publication: the digest of a manifest,
+and the signature over it. The manifest names every other byte. All of it is checked before a database or an artifact
+is opened.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from llmbuild.system.strict_json import JsonObject, loads
 
 POINTER = "latest.json"
 SIGNED = b"llmbuild publication\n"
-"""What precedes a manifest's bytes under a signature, so that it is good for nothing else."""
+"""Prefix of a manifest's bytes under a signature, so that the signature is valid for nothing else."""
 ENVIRONMENT = "LLMBUILD_TRUST"
 
 _MANIFEST_BYTES = 256 << 20
@@ -36,15 +37,15 @@ class Policy:
 def policy(trust: str | Path | Sequence[str | Path] | None = None, allow_unsigned: bool = False) -> Policy:
     """Return the policy of these files and folders of public keys, or of `$LLMBUILD_TRUST` where none are given.
 
-    With keys, an unsigned catalog is refused unless `allow_unsigned`; without any, all that is checked is digests.
+    With keys, an unsigned catalog is refused unless `allow_unsigned`; without keys, only digests are checked.
 
     Raises:
-        InputError: a file or folder that is not there, or holds no key.
+        InputError: a file or folder is missing, or holds no key.
     """
     asked = [trust] if isinstance(trust, (str, Path)) else list(trust or ())
     if not asked and ENVIRONMENT in os.environ:
         asked = list(os.environ[ENVIRONMENT].split(os.pathsep))
-        if "" in asked:  # most programs take it for the current folder, where anybody may have put a key
+        if "" in asked:  # most programs take it for the current folder, where anyone may have put a key
             raise InputError(
                 f"${ENVIRONMENT} is {os.environ[ENVIRONMENT]!r}: a part of it is empty: name every file and folder, "
                 f"or unset it; `.` is the current folder"
@@ -56,7 +57,7 @@ def policy(trust: str | Path | Sequence[str | Path] | None = None, allow_unsigne
 
 
 MAX_KEY_BYTES = 1 << 16
-"""A file larger than this is no key and is not read."""
+"""A larger file is not a key and is not read."""
 
 
 def _keys(path: Path) -> list[tuple[str, bytes]]:
@@ -67,7 +68,7 @@ def _keys(path: Path) -> list[tuple[str, bytes]]:
 
 
 def _key(file: Path) -> bytes:
-    """Return the bytes of a key; a pipe or a device has no end that can be waited for."""
+    """Return the bytes of a key; a pipe or a device is not read, since it may have no end."""
     try:
         if file.exists() and not file.is_file():
             raise InputError(f"trusted key {file}: not a regular file")
@@ -79,10 +80,10 @@ def _key(file: Path) -> bytes:
 
 
 def pointer_of(text: str | bytes, where: str) -> JsonObject:
-    """Return what a `latest.json` says.
+    """Parse a `latest.json`.
 
     Raises:
-        LoadRefused: not a pointer of ours.
+        LoadRefused: not an llmbuild pointer.
     """
     try:
         found = loads(text)
@@ -94,10 +95,10 @@ def pointer_of(text: str | bytes, where: str) -> JsonObject:
 
 
 def checked(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> JsonObject:
-    """Return a manifest after its digest, and its signature where one is asked for, were found good.
+    """Return a manifest after a check of its digest, and of its signature where required.
 
     Raises:
-        LoadRefused: other bytes than the pointer names, unsigned, signed by nobody trusted, or not a manifest.
+        LoadRefused: its bytes do not match the pointer, it has no trusted signature, or it is not a manifest.
     """
     if digest.of_bytes(manifest) != pointer["manifest"]:
         raise LoadRefused(f"{where}: the manifest was changed after it was published: pull or publish it again")
@@ -114,10 +115,10 @@ def checked(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> J
 
 
 def signer(pointer: JsonObject, manifest: bytes, rule: Policy, where: str) -> str:
-    """Return the file name of the trusted key that signed a manifest; empty where no signature is asked for.
+    """Return the file name of the trusted key that signed a manifest; empty where no signature is required.
 
     Raises:
-        LoadRefused: unsigned, or by nobody who is trusted.
+        LoadRefused: unsigned, or not signed by a trusted key.
     """
     signature = pointer.get("signature")
     if not rule.keys:
@@ -160,10 +161,10 @@ def _verifies(pem: bytes, name: str, signature: object, manifest: bytes) -> bool
 
 
 def require(folder: Path, rule: Policy) -> None:
-    """Check what a local catalog's rows are vouched by, before its database is opened.
+    """Check the publication of a local catalog before its database is opened.
 
     Raises:
-        LoadRefused: nothing is published there although a signature is asked for, or what is there is not sound.
+        LoadRefused: a signature is required and nothing is published there, or the publication is not intact.
     """
     published = (folder / POINTER).is_file()
     if not published and not rule.unsigned:
@@ -178,7 +179,7 @@ def current(folder: Path, rule: Policy) -> Path:
     """Return the database of a published folder, its manifest, signature and digest checked.
 
     Raises:
-        LoadRefused: something is missing, was changed, or is not signed as asked.
+        LoadRefused: a file is missing, modified, or not signed as required.
     """
     pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
     path = _blob(folder, pointer["manifest"])
@@ -189,7 +190,7 @@ def current(folder: Path, rule: Policy) -> Path:
 
 
 def partial(folder: Path) -> str | None:
-    """Return where a folder was pulled from in part; None for a whole publication or a catalog that is built in."""
+    """Return the source of a partially pulled folder; None for a complete publication or a catalog that is built in."""
     path = folder / POINTER
     if not path.is_file():
         return None
@@ -198,10 +199,10 @@ def partial(folder: Path) -> str | None:
 
 
 def published(folder: Path) -> tuple[JsonObject, JsonObject]:
-    """Return the pointer and the manifest that are current in a published folder, the manifest's digest checked.
+    """Return the current pointer and manifest of a published folder, the manifest's digest checked.
 
     Raises:
-        LoadRefused: one of them is missing, was changed, or is not ours.
+        LoadRefused: one of them is missing, modified, or not llmbuild's.
     """
     pointer = pointer_of(_read(folder / POINTER, folder), str(folder))
     manifest = _read(_blob(folder, pointer["manifest"]), folder)
@@ -209,7 +210,7 @@ def published(folder: Path) -> tuple[JsonObject, JsonObject]:
 
 
 def database(folder: Path) -> Path:
-    """Return the database that is current in a published folder; nothing is checked but that the pointer is one."""
+    """Return the current database of a published folder; only the pointer is checked."""
     pointer = pointer_of((folder / POINTER).read_bytes(), str(folder))
     try:
         body = loads(_read(_blob(folder, pointer["manifest"]), folder))
