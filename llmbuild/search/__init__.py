@@ -1,1 +1,1 @@
-"""What to try next and what came out best; the one home of optuna. May not import other stages."""
+"""What to try next, and which results are best; only this package imports optuna. It may not import other stages."""

@@ -1,4 +1,4 @@
-"""Points to choose from: all of a small space, a sample of a large one. Nothing here lists a large space."""
+"""Candidate points: all of a small space, a sample of a large one. A large space is never enumerated."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from itertools import islice
 from llmbuild.spec.space import Point, Space, Value
 
 LISTED = 4096
-"""Points up to which a space is listed whole."""
+"""Maximum number of points of a space that is enumerated."""
 
 DRAWN = 1500
-"""Points drawn from a larger one for each question."""
+"""Number of points drawn from a larger space per ask."""
 
 
 def draw(space: Space, source: random.Random) -> Point:
-    """Return a point: a value for each active knob, all equally likely."""
+    """Return a point: a value for each active knob, uniformly drawn."""
     chosen: dict[str, Value] = {}
     for knob in space.knobs:
         chosen[knob.name] = source.choice(knob.domain) if space.active(knob, chosen) else knob.default
@@ -24,7 +24,7 @@ def draw(space: Space, source: random.Random) -> Point:
 
 
 def neighbours(space: Space, point: Point) -> Iterator[Point]:
-    """Yield the points that differ in the value of one knob, and in what follows from it."""
+    """Yield the points that differ in the value of one knob, and in the knobs that depend on it."""
     values = point.as_dict()
     for knob in space.knobs:
         if space.active(knob, values):
@@ -36,7 +36,7 @@ def neighbours(space: Space, point: Point) -> Iterator[Point]:
 
 
 class Candidates:
-    """The unknown points of a space."""
+    """The unevaluated points of a space."""
 
     def __init__(self, space: Space, source: random.Random) -> None:
         self.space, self.source = space, source
@@ -44,7 +44,7 @@ class Candidates:
         self.all = listed if len(listed) <= LISTED else None
 
     def unknown(self, known: Collection[Point], near: Iterable[Point]) -> list[Point]:
-        """Return every unknown point, or of a large space a sample and the neighbours of the points `near`."""
+        """Return every unevaluated point, or of a large space a sample and the neighbours of the points `near`."""
         if self.all is not None:
             return [p for p in self.all if p not in known]
         drawn = [draw(self.space, self.source) for _ in range(DRAWN)]
@@ -52,7 +52,7 @@ class Candidates:
         return [p for p in dict.fromkeys([*around, *drawn]) if p not in known]
 
     def any(self, known: Collection[Point]) -> Point | None:
-        """Return an unknown point at random; None when there is none."""
+        """Return a random unevaluated point; None when there is none."""
         if self.all is not None:
             left = [p for p in self.all if p not in known]
             return self.source.choice(left) if left else None

@@ -26,7 +26,7 @@ USUAL = ("tpot_s", "ttft_s", "parameter_bytes", "quality_kl")
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export: trials that were added, and that the study had before."""
+    """The result of an export: numbers of added trials, and of trials that the study already had."""
 
     study: str
     objectives: tuple[str, ...]
@@ -36,7 +36,7 @@ class Exported:
 
 
 def objectives_of(trials: Sequence[Trial]) -> tuple[str, ...]:
-    """Return the objectives of an export that names none: those of `USUAL` that any trial was read in."""
+    """Return the default objectives of an export: those of `USUAL` that any trial has."""
     read = [t for t in trials if t.measurements and t.failure is None]
     return tuple(n for n in USUAL if any(value_of(t, t.measurements[0], n) is not None for t in read))
 
@@ -44,7 +44,7 @@ def objectives_of(trials: Sequence[Trial]) -> tuple[str, ...]:
 def export(trials: Sequence[Trial], objectives: Sequence[str], storage: str, name: str) -> Exported:
     """Add the trials that a study does not have yet; values are medians in SI units, as in the catalog.
 
-    A point that failed is a failed trial with the reason; one that lacks a reading, as what the short screen left does,
+    A failed point is a failed trial with the reason; a point without a reading, such as one ended by the short screen,
     is a pruned trial.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Who is not dominated: pure functions over trials."""
+"""Which trials are not dominated: pure functions over trials."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from llmbuild.spec.slo import ENERGY, METRICS, Bound
 from llmbuild.spec.trial import FAILED, Standing, Trial
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
-"""Absolute differences that held-out text of some hundred tokens cannot tell apart."""
+"""Absolute differences that held-out text of some hundred tokens cannot resolve."""
 
 BEATEN = 2.0
-"""How many times worse, between the nearest ends of both intervals, ends a measurement after the short screen."""
+"""Factor between the nearest ends of both intervals by which a variant must be worse for the short screen to end it."""
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
 PERFECT = {"quality_kl": 0.0, "quality_top1": 1.0, "quality_perplexity": 1.0}
 
@@ -31,8 +31,8 @@ Comparison = Literal["better", "worse", "tied", "undecided"]
 class Entrant:
     """One variant's readings of the objectives, as factors of the baseline where they are noisy.
 
-    `samples` of entrants of one `session` are paired by index. `size` decides between equals: less memory, then the
-    smaller artifact.
+    `samples` of entrants of one `session` are paired by index. `size` breaks ties: less memory, then the smaller
+    artifact.
     """
 
     variant: str
@@ -45,11 +45,11 @@ class Entrant:
 def standings(
     trials: Sequence[Trial], workload: str, objectives: Sequence[str], bounds: Sequence[Bound]
 ) -> list[Standing]:
-    """Return where every trial stands on one workload.
+    """Return the standing of every trial on one workload.
 
-    `dominated` is only who another beats in every objective beyond the interval, or beats in one and equals in the
-    rest; who is merely worse at the median is `undecided`, and so is who equals another one in everything and is the
-    larger of the two. Confidence is 0.95 where the intervals decide, 0.5 where they do not.
+    A variant is `dominated` only if another beats it in every objective beyond the interval, or beats it in one and
+    equals it in the rest. A variant that is worse only at the median is `undecided`, and so is the larger of two that
+    are equal in every objective. Confidence is 0.95 where the intervals decide, 0.5 where they do not.
     """
     out: list[Standing] = []
     feasible: list[tuple[Trial, Measurement]] = []
@@ -76,7 +76,7 @@ def standings(
 
 
 def _unscored(found: Measurement, objectives: Sequence[str], bounds: Sequence[Bound]) -> list[str]:
-    """Return why quality that the short screen left out keeps a variant away, where it is asked for."""
+    """Return why unscored quality (left out by the short screen) excludes a variant, where quality is an objective."""
     asked = any(name.startswith("quality_") for name in (*objectives, *(b.metric for b in bounds)))
     if SCREENED not in found.notes or not asked or "quality_kl" in found.readings:
         return []
@@ -92,11 +92,11 @@ def dominated(
     perfect: bool,
     beaten: float = BEATEN,
 ) -> str:
-    """Return who beats a variant beyond doubt in every timed objective and is no worse in any other; empty: nobody.
+    """Return which variant surely dominates this one in every timed objective and is not worse in others; or ''.
 
-    `brief` is what a few answers gave; `trial` has the variant's sizes. Quality that is not scored yet counts as
-    `perfect`, or as the worst there is. What was not read, such as energy, may always be better. Beyond doubt is
-    `beaten` times worse, between the nearest ends of both intervals.
+    `brief` holds the readings of a few answers; `trial` has the variant's sizes. Quality that is not scored yet counts
+    as `perfect`, or as the worst possible. An objective without a reading, such as energy, counts as possibly better.
+    "Surely" means `beaten` times worse, between the nearest ends of both intervals.
     """
     for other in known:
         found = next((m for m in other.measurements if m.workload.name == brief.workload.name), None)
@@ -113,7 +113,7 @@ def dominated(
 def _factor(
     trial: Trial, brief: Measurement, other: Trial, found: Measurement, name: str, perfect: bool
 ) -> float | None:
-    """Return by how much a variant is worse at least; 1 for no better, 0 for perhaps better, None for not compared."""
+    """Return the least factor by which a variant is worse; 1: not better, 0: maybe better, None: not compared."""
     if name in TIMED:
         mine, theirs = brief.ratios.get(name), found.ratios.get(name)
         if mine is None or theirs is None:
@@ -121,7 +121,7 @@ def _factor(
         return mine.low / theirs.high if METRICS[name].direction == "min" else theirs.low / mine.high
     theirs_at, mine_at = value_of(other, found, name), value_of(trial, brief, name)
     if theirs_at is None:
-        return None  # absent there, so that it ranks nobody
+        return None  # absent there, so that it does not rank
     if mine_at is None and name in PERFECT:
         if not perfect:
             return 1.0
@@ -136,11 +136,11 @@ def _factor(
 def contenders(
     trials: Sequence[Trial], measured: Sequence[Measurement], objectives: Sequence[str], reach: float = math.inf
 ) -> set[str]:
-    """Return the variants of a race that further rounds should run: first those on whose pairs the front depends.
+    """Return the variants of a race that need further rounds: first those whose pairs decide the front.
 
-    A pair matters while some objective is undecided and one of the two may still turn out to dominate the other. Where
-    none does, the pairs count that are undecided in any objective. What would take more than `reach` rounds to decide
-    is given up: it stays undecided.
+    A pair matters while some objective is undecided and one of the two may still dominate the other. Without such
+    pairs, the pairs count that are undecided in any objective. A pair that needs more than `reach` rounds is given up:
+    it stays undecided.
     """
     by_variant = {m.variant: m for m in measured}
     racing = [(t, by_variant[t.variant]) for t in trials if t.variant in by_variant]
@@ -175,9 +175,9 @@ def _entrants(found: Sequence[tuple[Trial, Measurement]], objectives: Sequence[s
 
 
 def usable_objectives(measured: Sequence[Measurement], objectives: Sequence[str]) -> list[str]:
-    """Return the objectives that every measurement has; one that is absent somewhere cannot rank anything.
+    """Return the objectives that every measurement has; an objective that one of them lacks cannot rank.
 
-    Energy ranks only where one source measured it all: an estimate never does, and two sources are not compared.
+    Energy ranks only where all readings have one source: an estimate never does, and two sources are not compared.
     """
     static = ("artifact_bytes", "parameter_bytes")
     sources = {m.energy_source for m in measured}
@@ -187,7 +187,7 @@ def usable_objectives(measured: Sequence[Measurement], objectives: Sequence[str]
 
 
 def missed(trial: Trial, measurement: Measurement, bounds: Sequence[Bound]) -> list[str]:
-    """Return the bounds a measurement breaks. Quality that could not be scored breaks none: it is marked absent."""
+    """Return the bounds that a measurement breaks. Unscored quality breaks none: it is marked absent."""
     told = []
     for bound in bounds:
         if bound.metric.startswith("quality_") and "quality" in measurement.notes:
@@ -209,7 +209,7 @@ def value_of(trial: Trial, measurement: Measurement, metric: str) -> float | Non
 
 
 def reading(trial: Trial, measurement: Measurement, metric: str, paired: bool) -> Reading:
-    """Return what to compare: the paired ratio to the baseline where all have one, else the reading itself."""
+    """Return the value to compare: the paired ratio to the baseline where all have one, else the reading itself."""
     if paired:
         return measurement.ratios[metric]
     value = value_of(trial, measurement, metric)
@@ -219,7 +219,7 @@ def reading(trial: Trial, measurement: Measurement, metric: str, paired: bool) -
 
 
 def compare(a: Entrant, b: Entrant, metric: str) -> Comparison:
-    """Return whether `a` is better than `b`, worse, practically equal, or none of these for sure.
+    """Return whether `a` is better than `b`, worse, practically equal, or undecided.
 
     Entrants of one session are compared round by round; others by their intervals, which must be a tie apart.
     """
@@ -240,28 +240,28 @@ def compare(a: Entrant, b: Entrant, metric: str) -> Comparison:
 
 
 def tied(a: Reading, b: Reading, metric: str) -> bool:
-    """Say whether two medians are too close to be told apart, whatever their intervals."""
+    """Return whether two medians are too close to distinguish, whatever their intervals."""
     allowed = max(TIE * max(abs(a.median), abs(b.median)), FLOORS.get(metric, 0.0))
     return math.isclose(a.median, b.median, rel_tol=0.0, abs_tol=allowed)
 
 
 def noiseless(r: Reading) -> bool:
-    """Say whether a reading has no interval, as sizes and quality have none."""
+    """Return whether a reading has no interval, as sizes and quality have none."""
     return r.low == r.high
 
 
 def dominates(a: Entrant, b: Entrant) -> bool:
-    """Say whether `a` beats `b` in every objective, or beats it in one and is practically equal in the rest.
+    """Return whether `a` beats `b` in every objective, or beats it in one and is practically equal in the rest.
 
-    It must be ahead in sum too: else three that each beat the next in one objective and tie in the others would leave
-    nobody.
+    Its sum must be better too: otherwise three entrants could dominate each other in a cycle of ties and leave no
+    front.
     """
     found = {compare(a, b, name) for name in a.readings}
     return found <= {"better", "tied"} and "better" in found and _sum(a) < _sum(b)
 
 
 def equal(a: Entrant, b: Entrant) -> bool:
-    """Say whether two are practically equal in every objective."""
+    """Return whether two entrants are practically equal in every objective."""
     return all(compare(a, b, name) == "tied" for name in a.readings)
 
 
@@ -271,7 +271,7 @@ def _sum(entrant: Entrant) -> float:
 
 
 def _weight(value: float, metric: str) -> float:
-    """Return the logarithm of a value, for one with a floor continued in steps of that floor below `floor / TIE`."""
+    """Return the logarithm of a value; with a floor, linear in steps of the floor below `floor / TIE`."""
     sign = 1.0 if METRICS[metric].direction == "min" else -1.0
     knee = FLOORS.get(metric, 0.0) / TIE
     if knee and value <= knee:
@@ -280,7 +280,7 @@ def _weight(value: float, metric: str) -> float:
 
 
 def better_at_median(a: Entrant, b: Entrant) -> bool:
-    """Say whether `a` is no worse than `b` in every median and better in one: what the intervals do not yet prove."""
+    """Return whether `a` is no worse than `b` in every median and better in one, which the intervals do not prove."""
     better = False
     for name, mine in a.readings.items():
         theirs = b.readings[name]

@@ -1,6 +1,6 @@
-"""How much a front is worth, exactly, and how much a point not measured yet may add to it.
+"""The exact hypervolume of a front, and the expected gain from an unmeasured point.
 
-Every array holds losses: lower is better, and what is not below the reference counts nothing.
+Every array holds losses: lower is better, and a value at or above the reference counts nothing.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ _ERF = np.vectorize(erf, otypes=[float])
 
 
 def nondominated(losses: Losses) -> Losses:
-    """Return the rows of f64[N,D] that no other row is as good as in everything; of equal rows one."""
+    """Return the rows of f64[N,D] that no other row weakly dominates; one of equal rows."""
     rows = np.unique(losses, axis=0)
     no_worse = (rows[None, :, :] <= rows[:, None, :]).all(-1)
     return np.asarray(rows[no_worse.sum(1) == 1])
 
 
 def hypervolume(losses: Losses, reference: Losses) -> float:
-    """Return the volume between f64[N,D] and the reference f64[D] that some row is better than."""
+    """Return the volume between f64[N,D] and the reference f64[D] that the rows dominate."""
     inside = losses[(losses < reference).all(-1)]
     return 0.0 if not len(inside) else _volume(nondominated(inside), reference)
 
@@ -47,10 +47,10 @@ def _volume(front: Losses, reference: Losses) -> float:
 
 
 def free_cells(front: Losses, reference: Losses) -> tuple[Losses, Losses]:
-    """Return the boxes of what no row of the front is better than, as low and high corners f64[C,D].
+    """Return the boxes of the region that no row dominates, as low and high corners f64[C,D].
 
-    Boxes of the grid that the front's coordinates span in all losses but the last; each reaches from minus infinity up
-    to the best last loss among the rows that cover it.
+    The boxes of the grid that the front's coordinates span in all losses but the last; each reaches from minus
+    infinity up to the best last loss among the rows that cover it.
     """
     dimensions = len(reference)
     front = nondominated(front[(front < reference).all(-1)]) if len(front) else front.reshape(0, dimensions)
@@ -81,7 +81,7 @@ def expected_gain(mean: Losses, spread: Losses, front: Losses, reference: Losses
 
 
 AT_ONCE = 4_000_000
-"""Products of points and boxes that are held in memory together."""
+"""Maximum number of products of points and boxes held in memory at once."""
 
 
 def _gains(mean: Losses, spread: Losses, low: Losses, high: Losses) -> Losses:

@@ -1,4 +1,4 @@
-"""What a search minimizes: metrics as losses on a log scale, and how far they are of interest."""
+"""The objectives of a search: metrics as losses on a log scale, and their upper limits of interest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Losses = tuple[float, ...]
 
 @dataclass(frozen=True)
 class Reach:
-    """How large a loss may be to be of interest: so far beyond that of point 0, or a value of its own."""
+    """The largest loss of interest: relative to point 0, or absolute."""
 
     beyond: float = 0.0
     value: float | None = None
@@ -29,16 +29,16 @@ class Reach:
 Interest = tuple[Reach, ...]
 
 WORSE = 1.5
-"""How many times a metric of point 0 is still of interest; what is worse is no trade anyone asked for."""
+"""Factor of point 0's metric up to which a loss is of interest; beyond it the trade-off is useless."""
 
 POOR = {"quality_kl": 0.5, "quality_top1": 0.5}
-"""Where quality ends to be of interest when no bound says so."""
+"""Limit of interest of a quality metric without a bound."""
 
 
 def interest(objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Interest:
-    """Return how bad each objective may be to be of interest: up to its bound, else half as bad again as point 0.
+    """Return the limit of each objective's range of interest: 1.5 times point 0, for quality its bound.
 
-    Quality without a bound may go as far as `POOR`, for point 0 has the best there is.
+    Quality without a bound is limited by `POOR`, since point 0 has the best possible quality.
     """
     limits = {**POOR, **{bound.metric: bound.limit for bound in bounds}}
     return tuple(
@@ -48,16 +48,16 @@ def interest(objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Interes
 
 
 def loss(metric: str, value: float) -> float:
-    """Return a metric as something to minimize, on a log scale; below its floor nothing can be told apart."""
+    """Return a metric as a loss on a log scale; values below its floor are equal."""
     sign = 1.0 if METRICS[metric].direction == "min" else -1.0
     return sign * math.log(max(value, FLOORS.get(metric, 1e-9)))
 
 
 def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] = ()) -> Losses | None:
-    """Return the objectives, minimized and on a log scale where positive; None for what failed or breaks a bound.
+    """Return the objectives as losses, on a log scale where positive; None for a failure or a broken bound.
 
-    A metric that is absent counts the same everywhere, so that it decides nothing; where only the short screen left it
-    out, the point is told as one that leads nowhere.
+    A metric that is absent counts the same everywhere, so that it decides nothing; a point without it because of the
+    short screen is reported as infeasible.
     """
     if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
         return None

@@ -1,9 +1,8 @@
-"""Which of two variants is better in a metric, from samples that were taken in the same rounds.
+"""Which of two variants is better in a metric, from samples of the same rounds.
 
-What is compared is the log-ratio within a round. Its interval is that of the signed-rank test (Hodges and Lehmann):
-swapping two equal things only swaps signs, so for them it holds whatever the noise looks like, outliers included.
-A race asks several times, and each time is a chance to be wrong: an answer may be wrong in 1 % of the races, shared by
-all the times it is asked.
+The compared value is the log-ratio within a round. Its interval is that of the signed-rank test (Hodges and Lehmann):
+swapping two equal variants only swaps signs, so the interval is valid for any noise, including outliers. A race tests
+several times, and each test may err: the error rate of a result is 1 % per race, shared by all its tests.
 """
 
 from __future__ import annotations
@@ -20,36 +19,36 @@ TIE = 0.01
 """Relative difference below which two readings are practically equal."""
 
 RISK = 0.01
-"""Chance that equal variants are told apart in one metric at any time of a race."""
+"""Probability per race that equal variants are declared different in one metric."""
 
 LOOKS = 7
-"""How often a race asks at most."""
+"""Maximum number of tests per race."""
 
 RANKED = 12
-"""Rounds from which on the signed-rank interval is used: with fewer it cannot be sure enough, and Student's is used."""
+"""Least rounds for the signed-rank interval: with fewer it cannot reach the risk, and Student's is used."""
 
 LEAST = 5
-"""Rounds below which nothing is decided."""
+"""Least rounds for a decision."""
 
 _STUDENT = (7.841, 6.352, 5.563, 5.082, 4.759, 4.529, 4.357)
 """Quantiles of Student's distribution for a risk of RISK / LOOKS, two-sided, with 4 to 10 degrees of freedom."""
 
 
 def order(mine: Sequence[float], theirs: Sequence[float]) -> Order:
-    """Return where `mine` stands to `theirs`, round by round; what one ran longer than the other is left out."""
+    """Return the order of `mine` relative to `theirs`, round by round; rounds that only one has are dropped."""
     rounds = list(zip(mine, theirs, strict=False))
     if len(rounds) < LEAST:
         return "undecided"
-    if any(a <= 0 or b <= 0 for a, b in rounds):  # as the time per later token of a single one
+    if any(a <= 0 or b <= 0 for a, b in rounds):  # such as the time per later token of a one-token answer
         return "tied" if all(a == b for a, b in rounds) else "undecided"
     return place(*interval([math.log(a / b) for a, b in rounds]))
 
 
 def needed(mine: Sequence[float], theirs: Sequence[float]) -> float:
-    """Return about how many rounds it takes to decide what is undecided now; infinite where that cannot be said.
+    """Return about how many rounds an undecided pair needs; infinite where unknown.
 
-    Intervals shrink with the root of the rounds. The centre is taken to be a third of the interval's reach further out
-    than it looks, which is one standard error: rather a round too many than a difference given up too early.
+    Intervals shrink with the root of the rounds. The centre is assumed a third of the interval's reach further out
+    than measured, which is one standard error: this prefers a superfluous round to an early stop.
     """
     rounds = list(zip(mine, theirs, strict=False))
     if len(rounds) < LEAST or any(a <= 0 or b <= 0 for a, b in rounds):
@@ -61,7 +60,7 @@ def needed(mine: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def place(low: float, high: float) -> Order:
-    """Return what an interval of a log-ratio says: beyond a tie, within one, or neither."""
+    """Return what an interval of a log-ratio shows: beyond a tie, within one, or neither."""
     tie = math.log1p(TIE)
     if high < -tie:
         return "less"
@@ -71,12 +70,12 @@ def place(low: float, high: float) -> Order:
 
 
 def interval(logs: Sequence[float]) -> tuple[float, float]:
-    """Return the interval of the centre of at least `LEAST` log-ratios that misses it with a chance of RISK / LOOKS."""
+    """Return the interval of the centre of at least `LEAST` log-ratios that misses it with probability RISK / LOOKS."""
     count = len(logs)
     if count < RANKED:
         reach = _STUDENT[count - LEAST] * stdev(logs) / math.sqrt(count)
         return fmean(logs) - reach, fmean(logs) + reach
-    import numpy as np  # what has nothing to compare starts without it
+    import numpy as np  # processes without comparisons start without this import
 
     values, out = np.asarray(logs), _left_out(count)
     averages = ((values[:, None] + values) / 2)[np.triu_indices(count)]
@@ -86,7 +85,7 @@ def interval(logs: Sequence[float]) -> tuple[float, float]:
 
 @cache
 def _left_out(count: int) -> int:
-    """Return how many of the averages of pairs lie outside the interval on each side.
+    """Return how many pairwise averages lie outside the interval on each side.
 
     It is the largest k with P(W <= k) <= RISK / LOOKS / 2 for the signed-rank statistic W of `count` samples, counted
     exactly up to 40 samples and by its normal approximation from there on.

@@ -1,4 +1,4 @@
-"""Recorded exhaustive studies, and searches replayed on them: a change of the search is judged without a device.
+"""Recorded exhaustive studies, and searches replayed on them: they evaluate a change of the search without a device.
 
 A study is a file of JSON lines, gzipped, written by `scripts/bench/record.py`: a header, then one line for each point
 of a grid with its readings, raw samples, failure and the seconds it took to import, compile and measure.
@@ -30,10 +30,10 @@ RUN_TIME = ("driver", "workers")
 
 @dataclass(frozen=True)
 class Recorded:
-    """One point: losses in the order of the study's objectives (absent where infeasible), and what it took.
+    """One point: losses in the order of the study's objectives (absent where infeasible), and its costs.
 
-    `program`, `build` and `run` name the import, the compile and the executable with its settings: what a point
-    shares with others, a search pays for once.
+    `program`, `build` and `run` name the import, the compile and the executable with its settings: a search pays once
+    for each that points share.
     """
 
     point: Point
@@ -62,14 +62,14 @@ class RecordedStudy:
 
     @property
     def reference(self) -> Array:
-        """Where the volume ends, f64[D]: at losses half as much again as those of point 0, for quality at its bound."""
+        """The reference point of the volume, f64[D]: 1.5 times point 0's losses, for quality its bound."""
         zero = self.rows[self.space.default()].losses
         assert zero is not None
         return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
 
     @property
     def distinct(self) -> int:
-        """How many evaluations all points take: those with equal executables and settings are one."""
+        """The number of evaluations of all points: those with equal executables and settings count once."""
         return len({row.run for row in self.rows.values()})
 
     @property
@@ -79,7 +79,7 @@ class RecordedStudy:
 
     @property
     def lesson(self) -> Lesson:
-        """What other studies can learn from it."""
+        """The lesson that other studies can learn from it."""
         return Lesson(self.objectives, self.space.default(), {p: row.losses for p, row in self.rows.items()})
 
     def front(self) -> list[Point]:
@@ -90,7 +90,7 @@ class RecordedStudy:
 
 
 def volume(losses: Sequence[Losses | None], reference: Array) -> float:
-    """Return the volume of the front of what is feasible."""
+    """Return the volume of the front of the feasible points."""
     rows = np.array([y for y in losses if y is not None], dtype=np.float64).reshape(-1, len(reference))
     return hypervolume(rows, reference)
 
@@ -99,7 +99,7 @@ def read(path: Path) -> RecordedStudy:
     """Return the study of a file.
 
     Raises:
-        ValueError: it is no study, or misses point 0.
+        ValueError: not a study, or without point 0.
     """
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     head, bodies = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
@@ -121,7 +121,7 @@ def read(path: Path) -> RecordedStudy:
 
 
 def _run(body: JsonObject) -> str:
-    """Return what is measured: an artifact under its settings; a point without one is a case of its own."""
+    """Return the measured unit: an artifact with its settings; a point without an artifact is its own unit."""
     made = [body["artifact"], body["import"]] if body["artifact"] else [body["point"]]
     return json.dumps([*made, *(body["point"].get(k) for k in RUN_TIME)], sort_keys=True)
 
@@ -176,13 +176,13 @@ def _knobs(bodies: Sequence[JsonObject]) -> tuple[Knob, ...]:
 
 @dataclass(frozen=True)
 class Run:
-    """One replayed search: after each unique evaluation, the share of the whole volume and the seconds so far."""
+    """One replayed search: after each unique evaluation, the share of the whole volume and the elapsed seconds."""
 
     shares: tuple[float, ...]
     seconds: tuple[float, ...]
 
     def evaluations_to(self, share: float) -> int | None:
-        """Return how many evaluations reached a share; None if none did."""
+        """Return the number of evaluations that reached a share; None if the share was not reached."""
         return next((n for n, s in enumerate(self.shares, 1) if s >= share), None)
 
     def seconds_to(self, share: float) -> float | None:
@@ -194,9 +194,9 @@ class Run:
 def replay(study: RecordedStudy, search: Study, budget: int, until: float = 2.0, known: bool = True) -> Run:
     """Let a search run on a recorded study for at most `budget` evaluations, or until a share is reached.
 
-    What was recorded answers; each import and each compile is paid for by the first point that needs it. A point whose
-    executable was measured under the same settings is answered with that reading and is no evaluation, as in a build;
-    not so where equal executables are not `known` as such.
+    Results come from the recording; the first point that needs an import or a compile pays for it. A point whose
+    executable was measured under the same settings gets that reading and is not an evaluation, as in a build; unless
+    equal executables are not `known` as such.
     """
     reference, whole = study.reference, study.whole
     front = np.empty((0, len(reference)))
@@ -210,7 +210,7 @@ def replay(study: RecordedStudy, search: Study, budget: int, until: float = 2.0,
         if point is None:
             break
         row = study.rows.get(point)
-        if row is None:  # a point of the grid that the recording never came to
+        if row is None:  # a point of the grid that was not recorded
             search.tell(point, None)
             continue
         spent += 0.0 if row.program in paid else row.import_s

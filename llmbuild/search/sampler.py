@@ -1,7 +1,7 @@
-"""Our sampler, as Optuna takes one: the point that is expected to add most to the volume of the front.
+"""llmbuild's Optuna sampler: it picks the point with the largest expected gain in the front's volume.
 
-It reads the trials of a study: their point (`POINT` of the user attributes), values and constraints. Values are losses,
-logarithms where the metric is positive; lower is better.
+It reads the trials of a study: their point (`POINT` of the user attributes), values and constraints. Values are
+losses, logarithms where the metric is positive; lower is better.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from llmbuild.spec.space import Point, Space, Value
 Prior = Callable[[Sequence[Point]], Array]
 
 POINT = "point"
-"""The user attribute of a trial that has every knob of its point, those too that no distribution has."""
+"""The user attribute of a trial with every knob of its point, including those without a distribution."""
 
 FEASIBLE = "feasible"
 """The constraint of a trial: above 0 where its point failed or breaks a bound."""
 
 
 class FrontSampler(BaseSampler):
-    """The point that is expected to add most to the front's volume, by a Gaussian process over choices.
+    """Picks the point with the largest expected gain in the front's volume, by a Gaussian process over choices.
 
-    Independent processes predict the losses, and one more whether a point will be feasible. Points under way count as
-    if they had come out as expected. With a `prior`, which predicts losses f64[P,D] relative to point 0's from other
-    studies, the processes are about what it gets wrong.
+    Independent processes predict the losses, and one more the feasibility of a point. Points in progress count with
+    their expected losses. With a `prior`, which predicts losses f64[P,D] relative to point 0's from other studies, the
+    processes model the prior's residuals.
     """
 
     MARGIN = 0.1
-    """How far beyond the worst loss of the front the volume reaches, in logarithms."""
+    """How far the reference lies beyond the worst loss of the front, in logarithms."""
 
     LEAST = 2
-    """Feasible points below which one is drawn at random: a process through fewer says nothing."""
+    """Feasible points below which a point is drawn at random: a process on fewer predicts nothing."""
 
     def __init__(self, space: Space, interest: Interest, seed: int, prior: Prior | None = None) -> None:
         self.space, self.interest, self.objectives, self.prior = space, interest, len(interest), prior
@@ -54,13 +54,13 @@ class FrontSampler(BaseSampler):
         self._parameters: dict[int, Array] = {}
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        """Return the knobs that vary: all of them are chosen together."""
+        """Return the knobs that vary: all of them are sampled together."""
         return {k.name: CategoricalDistribution(k.domain) for k in self.space.knobs if len(k.domain) > 1}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Value]:
-        """Return the most promising point that no trial of the study has; nothing where every one was tried."""
+        """Return the most promising point that no trial of the study has; empty where all were tried."""
         if POINT in trial.user_attrs:  # an initial point: its values are fixed
             return {}
         told, under_way = _trials_of(study)
@@ -70,12 +70,12 @@ class FrontSampler(BaseSampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> object:
-        """Return a value at random: only asked for where nothing is left to choose."""
+        """Return a random value: called only where no candidate is left."""
         assert isinstance(param_distribution, CategoricalDistribution)
         return self._random.choice(param_distribution.choices)
 
     def choose(self, told: Mapping[Point, Losses | None], under_way: Sequence[Point]) -> Point | None:
-        """Return the most promising unknown point, given the losses of those that are known, None for infeasible."""
+        """Return the most promising unevaluated point, from the losses of the evaluated ones, None for infeasible."""
         good = {p: losses for p, losses in told.items() if losses is not None}
         least = 1 if self.prior else self.LEAST
         if len(good) < least:
@@ -114,13 +114,13 @@ class FrontSampler(BaseSampler):
         return np.stack(means, -1), np.stack(spreads, -1)
 
     def _reference(self, front: Array, zero: Losses | None) -> Array:
-        """Return where the volume ends, f64[D]: at what is of interest; without a point 0, a bit beyond the front."""
+        """Return the volume's reference f64[D]: the limits of interest; without point 0, just beyond the front."""
         if zero is None:
             return np.asarray(front.max(0) + self.MARGIN)
         return np.array([reach.of(z) for reach, z in zip(self.interest, zero, strict=True)])
 
     def _feasible(self, told: Mapping[Point, Losses | None], asked: Codes) -> Array:
-        """Return the probability f64[P] that a point can be made and breaks no bound."""
+        """Return the probability f64[P] that a point compiles, runs and breaks no bound."""
         labels = np.array([1.0 if losses is not None else 0.0 for losses in told.values()])
         if labels.all():
             return np.ones(len(asked))
@@ -128,7 +128,7 @@ class FrontSampler(BaseSampler):
         return np.clip(process.predict(asked)[0], 0.01, 1.0)
 
     def _coded(self, points: Sequence[Point]) -> Codes:
-        """Return i64[P,K]: a number for each value of each knob that has several; one from elsewhere gets its own."""
+        """Return i64[P,K]: an index for each value of each knob with several values; a foreign value gets its own."""
         rows = []
         for point in points:
             values = point.as_dict()
@@ -137,12 +137,12 @@ class FrontSampler(BaseSampler):
 
 
 def _trials_of(study: Study) -> tuple[dict[Point, Losses | None], list[Point]]:
-    """Return the losses of the points that are known, None for infeasible ones, and the points under way."""
+    """Return the losses of the evaluated points, None for infeasible ones, and the points in progress."""
     told: dict[Point, Losses | None] = {}
     under_way = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.RUNNING)):
         if POINT not in trial.user_attrs:
-            continue  # the trial that is being asked for
+            continue  # the trial of the present ask
         point = Point.of(trial.user_attrs[POINT])
         if trial.state == TrialState.RUNNING:
             under_way.append(point)
@@ -154,11 +154,11 @@ def _trials_of(study: Study) -> tuple[dict[Point, Losses | None], list[Point]]:
 
 
 CELLS = 6000
-"""Boxes that the room beside a front is cut into, at most."""
+"""Maximum number of boxes that the volume beside a front is split into."""
 
 
 def thinned(front: Array) -> Array:
-    """Return a front f64[N,D] with so few rows that the room beside it can be cut up: its ends, and evenly between."""
+    """Return a front f64[N,D] thinned so that the volume beside it can be split: its ends, and evenly between."""
     most = max(2, int(CELLS ** (1 / max(1, front.shape[1] - 1))))
     if len(front) <= most:
         return front

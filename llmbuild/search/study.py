@@ -1,4 +1,4 @@
-"""The search as a study of Optuna, run by ask and tell; the catalog is the one memory, a study is rebuilt from it."""
+"""The search as an Optuna study, run by ask and tell; a study is rebuilt from the catalog and keeps no other state."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from llmbuild.spec.space import Knob, Point, Space, Value
 from llmbuild.spec.trial import Trial
 
 FAILED = 20.0
-"""What a failure is told as beside its constraint, for samplers that rank values alone: worse than any logarithm."""
+"""The value of a failure besides its constraint, for samplers that rank values alone: worse than any logarithm."""
 
 REPEATS = 25
-"""Asks in a row that name a known point, after which an unknown one is drawn at random instead."""
+"""Number of successive asks for known points after which an unknown one is drawn at random."""
 
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
 class Study:
-    """Points of a space by a sampler of Optuna; what it asks twice is answered from memory and costs nothing.
+    """Points of a space by an Optuna sampler; a repeated ask is answered from memory at no cost.
 
     `initial` points are tried first. The study's values are losses, minimized.
     """
@@ -52,7 +52,7 @@ class Study:
             self.study.enqueue_trial(params_of(space, point), {POINT: point.as_dict()})
 
     def ask(self) -> Point | None:
-        """Return a point never tried: an initial point, then the sampler's; None when every one is known."""
+        """Return an untried point: an initial point, then the sampler's; None when every one is known."""
         asked = 0
         while asked < REPEATS:
             trial = self.study.ask()
@@ -61,7 +61,7 @@ class Study:
             if point not in self._told and point not in self._under_way:
                 return self._started(point, trial)
             if initial:
-                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # it was told of before
+                self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # its result is known already
             else:
                 self._answer(trial, point)
                 asked += 1
@@ -73,7 +73,7 @@ class Study:
         return self._started(self._suggested(trial), trial)
 
     def tell(self, point: Point, losses: Losses | None) -> None:
-        """Take in what came of a point; None, a failure or a broken bound, is a constraint, never a bad number."""
+        """Add the result of a point; None, a failure or a broken bound, is a constraint, never a bad value."""
         self._told[point] = losses
         values = [FAILED] * len(self.objectives) if losses is None else list(losses)
         trial = self._under_way.pop(point, None)
@@ -95,7 +95,7 @@ class Study:
         for knob in self.space.knobs:
             active = self.space.active(knob, fixed or chosen)
             if fixed and fixed[knob.name] not in knob.domain:
-                chosen[knob.name] = fixed[knob.name]  # point 0 may lie outside of what is pinned
+                chosen[knob.name] = fixed[knob.name]  # point 0 may lie outside the pinned space
             elif len(knob.domain) == 1 or not active:
                 chosen[knob.name] = knob.domain[0] if active else knob.default
             else:
@@ -103,7 +103,7 @@ class Study:
         return Point.of(fixed) if fixed else self.space.complete(chosen)
 
     def _answer(self, trial: optuna.Trial, point: Point) -> None:
-        """Answer a repeated ask from what is known; a point still under way counts as failed for the sampler."""
+        """Answer a repeated ask from the known results; a point in progress counts as failed for the sampler."""
         if point not in self._told:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return
@@ -118,7 +118,7 @@ def _constraint(losses: Losses | None) -> float:
 
 
 def params_of(space: Space, point: Point) -> dict[str, Value]:
-    """Return the values of a point that its trial has as parameters: those of active knobs that vary."""
+    """Return the values of a point that are its trial's parameters: those of active knobs that vary."""
     values = point.as_dict()
     return {k.name: values[k.name] for k in _varying(space, values)}
 
@@ -144,11 +144,11 @@ def _known(space: Space, point: Point, values: Sequence[float], feasible: bool) 
 def sampler_of(
     name: str, space: Space, objectives: Sequence[str], reach: Interest, seed: int, lessons: Sequence[Lesson] = ()
 ) -> BaseSampler:
-    """Return a sampler by the name that recipes and `--sampler` give it.
+    """Return a sampler by its name in recipes and `--sampler`.
 
-    `gp` is ours, a Gaussian process over choices; the others are Optuna's. `auto` is `AUTO`, which needs the fewest
-    evaluations on recorded studies (`scripts/bench/search.py`): before it has seen any point it expects what the
-    lessons and the sizes of formats say.
+    `gp` is llmbuild's, a Gaussian process over choices; the others are Optuna's. `auto` is `AUTO`, which needs the
+    fewest evaluations on recorded studies (`scripts/bench/search.py`): before its first point it uses the lessons and
+    the sizes of formats as its prior.
     """
     made: dict[str, Callable[[], BaseSampler]] = {
         "gp": lambda: FrontSampler(space, reach, seed, prior(lessons, objectives)),
@@ -160,17 +160,17 @@ def sampler_of(
 
 
 def _tpe(seed: int) -> BaseSampler:
-    with warnings.catch_warnings():  # `group` is marked experimental; it is what makes conditional knobs joint
+    with warnings.catch_warnings():  # `group` is marked experimental; it makes conditional knobs joint
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         return optuna.samplers.TPESampler(seed=seed, multivariate=True, group=True, n_startup_trials=8)
 
 
 class TrialStudy:
-    """The study of a job: ask for points that are not known yet; tell what came of them.
+    """The study of a job: ask for unknown points; tell their results.
 
-    `bounds` are what a variant must meet: one that breaks a bound is as infeasible as one that failed. `related` are
-    points of the fronts of other models and targets, tried right after point 0; `lessons` are what was measured there,
-    which the sampler starts from.
+    `bounds` apply to each variant: one that breaks a bound is as infeasible as a failed one. `related` are points of
+    the fronts of other models and targets, tried right after point 0; `lessons` are their measurements, which the
+    sampler starts from.
     """
 
     def __init__(
@@ -193,13 +193,13 @@ class TrialStudy:
             self.tell(trial)
 
     def ask(self) -> Point | None:
-        """Return a point never tried: point 0, what did well elsewhere, then the sampler's; None when all are known."""
+        """Return an untried point: point 0, the related points, then the sampler's; None when all are known."""
         return self.points.ask()
 
     def tell(self, trial: Trial) -> None:
-        """Take in what came of a point."""
+        """Add the result of a point."""
         self.points.tell(trial.point, losses_of(trial, self.objectives, self.bounds))
 
     def refuse(self, point: Point) -> None:
-        """Take in that a point cannot meet the bounds, which its sizes alone told."""
+        """Add that a point cannot meet the bounds, known from its sizes alone."""
         self.points.tell(point, None)

@@ -1,8 +1,7 @@
-"""What is likely of points not measured yet: a Gaussian process over choices, one for each loss.
+"""Predicts the losses of unmeasured points: a Gaussian process over choices, one per loss.
 
-Two points are alike in so far as they agree: every knob on which they differ weakens their covariance by a factor of
-its own, which is fitted. Choices need no order and no distance for that, and a knob that is not asked about (it keeps
-its default) agrees with itself.
+The covariance of two points depends on the knobs on which they differ: each weakens it by its own fitted factor.
+Choices need no order and no distance for that, and an inactive knob (which keeps its default) agrees with itself.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ STEPS, RATE = 60, 0.1
 """Steps of Adam on the marginal likelihood, and their size; all parameters are logarithms."""
 
 PRIOR = (np.log(0.5), np.log(1e-2))
-"""Where the logarithms of the factors' exponents and of the noise come from, normal with the spreads below."""
+"""Means of the logarithms of the factors' exponents and of the noise, normal with the spreads below."""
 
 SPREADS = (1.3, 1.0)
 JITTER = 1e-8
@@ -27,7 +26,7 @@ JITTER = 1e-8
 
 @dataclass(frozen=True)
 class Process:
-    """A fitted process: what was measured at which points, and what it takes to predict at others."""
+    """A fitted process: its measurements and points, and the matrices for predictions."""
 
     codes: Codes
     exponents: Array
@@ -45,7 +44,7 @@ class Process:
 
 
 def fit(codes: Codes, values: Array, start: Array | None = None) -> tuple[Process, Array]:
-    """Return the process that best explains `values` f64[N] at points i64[N,K], and its parameters for a next start."""
+    """Return the process that best fits `values` f64[N] at points i64[N,K], and its parameters for a next start."""
     centre, scale = float(values.mean()), float(values.std()) or 1.0
     target = (values - centre) / scale
     differ = (codes[:, None, :] != codes[None, :, :]).astype(np.float64)

@@ -1,9 +1,9 @@
-"""A learned cost model: what other models' studies say about points of this one, before they are compiled.
+"""A learned cost model: predictions from other models' studies for points of this one, before they are compiled.
 
 A build learns from the other models and targets in its catalog, and from studies that ship with the package
-(`warm_start.json.gz`, written by `scripts/bench/record.py teach`).
-Losses are told relative to those of point 0, so that models of different size speak of the same thing: how much a
-choice wins. The model is the process of `surrogate` over the knobs, on the points of all other studies together.
+(`warm_start.json.gz`, written by `scripts/bench/record.py teach`). Losses are relative to those of point 0, so that
+models of different size share a scale: the gain of a choice. The model is the process of `surrogate` over the knobs,
+on the points of all other studies together.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from llmbuild.system.strict_json import JsonObject
 SHIPPED = "warm_start.json.gz"
 
 LEAST = 8
-"""Feasible points below which nothing is learned."""
+"""Feasible points below which no model is learned."""
 
 MOST = 250
-"""Points of other studies that are learned from at most: fitting takes the cube of their number."""
+"""Maximum number of points of other studies: fitting takes the cube of their number."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Lesson:
 
 
 def lesson(trials: Sequence[Trial], objectives: Sequence[str]) -> Lesson | None:
-    """Return what trials of another model or target teach about these objectives; None without a point 0."""
+    """Return the lesson of another model's or target's trials for these objectives; None without a point 0."""
     zero = next((t.point for t in trials if t.is_default), None)
     told = [t for t in trials if t.measurements]
     names = tuple(n for n in objectives if all(value_of(t, t.measurements[0], n) is not None for t in told))
@@ -53,13 +53,13 @@ def lesson(trials: Sequence[Trial], objectives: Sequence[str]) -> Lesson | None:
 
 @dataclass(frozen=True)
 class Learned:
-    """One process for each objective, and the numbers of the values it has seen."""
+    """One process for each objective, and the numbers of the values in its data."""
 
     processes: Mapping[str, Process]
     codes: tuple[tuple[str, Mapping[Value, int]], ...]
 
     def saw(self, knob: str, value: Value) -> bool:
-        """Tell whether some study had this choice."""
+        """Return whether some study had this choice."""
         return value in dict(self.codes).get(knob, {})
 
     def predict(self, points: Sequence[Point], objectives: Sequence[str]) -> Array:
@@ -71,7 +71,7 @@ class Learned:
 
 
 def learn(lessons: Sequence[Lesson]) -> Learned | None:
-    """Return what studies have in common; None where none has a feasible point 0 and some more points."""
+    """Return the model of the studies' common effects; None where none has a feasible point 0 and some more points."""
     rows = [row for lesson in lessons for row in _relative(lesson)]
     if len(rows) < LEAST:
         return None
@@ -92,7 +92,7 @@ def learn(lessons: Sequence[Lesson]) -> Learned | None:
 
 
 def shipped(backend: str) -> list[Lesson]:
-    """Return the lessons that ship with the package, all of them CPUs'."""
+    """Return the lessons that ship with the package, all measured on CPUs."""
     if backend != "llvm-cpu":
         return []
     data = files("llmbuild.search").joinpath(SHIPPED).read_bytes()
@@ -120,9 +120,9 @@ def unpacked(body: JsonObject) -> Lesson:
 
 
 def prior(lessons: Sequence[Lesson], objectives: Sequence[str]) -> Callable[[Sequence[Point]], Array]:
-    """Return what to expect of points before any is measured: losses f64[P,D] relative to those of point 0.
+    """Return the prior of unmeasured points: losses f64[P,D] relative to those of point 0.
 
-    What lessons show comes first; sizes and quality of a weight format that none of them had follow from its bits.
+    The lessons' predictions come first; sizes and quality of a weight format without a lesson follow from its bits.
     """
     learned = learn(lessons)
 
@@ -149,7 +149,7 @@ def _divergence(bits: float) -> float:
 
 FORMAT = "weight_format"
 KL_AT = {4.0: 2e-2, 8.0: 1e-3, 12.0: FLOORS["quality_kl"]}
-"""KL divergence by bits of a weight, from `scripts/bench/quality.py`; what lies between is interpolated."""
+"""KL divergence by bits of a weight, from `scripts/bench/quality.py`; values between are interpolated."""
 
 ARITHMETIC: dict[str, Callable[[float], float]] = {"parameter_bytes": _size, "quality_kl": _divergence}
 
@@ -166,7 +166,7 @@ def _relative(lesson: Lesson) -> list[tuple[dict[str, Value], dict[str, float]]]
 
 
 def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Mapping[Value, int]]]) -> Codes:
-    """Return i64[P,K]; a value that was never seen, or a knob that is absent, differs from all that were."""
+    """Return i64[P,K]; an unseen value, or an absent knob, differs from all seen values."""
     rows = [[of.get(point[name], -1) if name in point else -1 for name, of in codes] for point in points]
     return np.array(rows, dtype=np.int64).reshape(len(points), len(codes))
 
@@ -175,7 +175,7 @@ def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Map
 
 
 def kendall(predicted: Array, actual: Array) -> float:
-    """Return Kendall's tau-b of two rankings f64[N]: 1 where they agree, 0 where they have nothing in common."""
+    """Return Kendall's tau-b of two rankings f64[N]: 1 where they agree, 0 where they are unrelated."""
     a = np.sign(predicted[:, None] - predicted[None, :])
     b = np.sign(actual[:, None] - actual[None, :])
     scale = np.sqrt(float((a * a).sum()) * float((b * b).sum()))
@@ -183,9 +183,9 @@ def kendall(predicted: Array, actual: Array) -> float:
 
 
 def regret(predicted: Array, actual: Array, k: int) -> float:
-    """Return how far the best of the k points predicted best is from the best of all; losses are logarithms.
+    """Return the distance from the best of the k best predictions to the best of all; losses are logarithms.
 
-    0.1 means: about a tenth slower than if everything had been measured.
+    0.1 means: about a tenth slower than the best of all points.
     """
     chosen = np.argsort(predicted, kind="stable")[:k]
     return float(np.exp(actual[chosen].min() - actual.min()) - 1)

@@ -1,4 +1,4 @@
-"""The points that a search begins with: point 0, then what did well on related models and targets and elsewhere."""
+"""The first points of a search: point 0, then the best points of related models and targets, and of other hosts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from llmbuild.search.knobs.gpu import FIRST, GPU_DRIVERS
 from llmbuild.spec.space import Point, Space, Value
 
 RELATED = 6
-"""Points of related fronts that are tried first, at most."""
+"""Maximum number of points of related fronts that are tried first."""
 
 _OWN: dict[str, Value] = {
     "weight_format": "int8",
@@ -29,9 +29,9 @@ WARM_START: tuple[dict[str, Value], ...] = (
     _OWN_INT4,
     {**_OWN_INT4, **_SYNC},
 )
-"""Points that did well on other models and hosts, tried right after point 0.
+"""Points that are good on other models and hosts, tried right after point 0.
 
-Neighbours that share an import follow each other, for an import costs the most.
+Neighbours that share an import follow each other, since an import costs the most.
 """
 
 WITHOUT_OWN: tuple[dict[str, Value], ...] = (
@@ -39,17 +39,17 @@ WITHOUT_OWN: tuple[dict[str, Value], ...] = (
     {"weight_format": "f16", "layout": "packed", "opt_level": "O2", **_SYNC},
     {"opt_level": "O2", "data_tiling": "dispatch"},
 )
-"""The same where there is no kernel of ours."""
+"""The same for a model or target without llmbuild's kernels."""
 
 DISPENSABLE = ("scaling",)
-"""Knobs whose value a point of the warm start goes without where the space lacks it."""
+"""Knobs that a point of the warm start drops where the space lacks the value."""
 
 STORED = ("weight_format", "head_format", "quantization", "kv_dtype")
-"""Knobs that are pinned for what is to be stored: a point of the warm start takes a pin of them in place of its own."""
+"""Knobs of the storage formats: a pin replaces the value of a warm start's point."""
 
 
 def _warm_start(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Value]]:
-    """Return the points to begin with where a space has these domains."""
+    """Return the first points for a space with these domains."""
     if set(domains.get("driver", ())) & set(GPU_DRIVERS):
         there = [{k: v for k, v in values.items() if v in domains.get(k, ())} for values in FIRST]
         return [values for values in there if "weight_format" in values]
@@ -57,10 +57,10 @@ def _warm_start(domains: Mapping[str, Sequence[Value]]) -> Sequence[dict[str, Va
 
 
 def initial_points(space: Space, related: Sequence[dict[str, Value]] = ()) -> list[Point]:
-    """Return what is tried before a sampler knows anything: point 0, then what did well on related models and targets,
-    then the warm start, as far as the space allows each, and what the space itself says where it is narrowed.
+    """Return the points that precede the sampler's.
 
-    All but point 0 have every pin of the space.
+    Point 0, then those of related models and targets, then the warm start, as far as the space allows each, and the
+    point of the narrowed space itself. All but point 0 have every pin of the space.
     """
     default = space.default()
     domains = {k.name: k.domain for k in space.knobs}

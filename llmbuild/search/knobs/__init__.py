@@ -1,1 +1,1 @@
-"""The knobs of the search space, what they are left out for, and what is known to break."""
+"""The knobs of the search space, the values left out of it, and known compiler failures."""

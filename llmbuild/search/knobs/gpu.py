@@ -1,4 +1,4 @@
-"""Knobs of cuda, rocm, vulkan and metal: what compiles for them; which values are fast is for a device to say."""
+"""Knobs of cuda, rocm, vulkan and metal: the values that compile for them; their speed is not known in advance."""
 
 from __future__ import annotations
 
@@ -28,8 +28,9 @@ FIRST: tuple[dict[str, Value], ...] = (
     {**_HALF, "weight_format": "int4_g64", "head_format": "int8", "kernel": "own"},
     {**_HALF, "weight_format": "int4_g64", "head_format": "int8", "kernel": "own", "row_reads": "wide"},
 )
-"""Points asked about right after point 0, one for each way to store weights. None was measured on a GPU yet: they are
-what compiles, and what vendors start from. A value that a target lacks is left at its default."""
+"""Points tried right after point 0, one for each weight format. None is measured on a GPU yet: they compile, and are
+what vendors start from. A value that a target lacks keeps its default.
+"""
 
 KNOBS: tuple[Knob, ...] = (
     knob("tile_and_fuse", (True, False), "matrix products through the TileAndFuse pipeline", LLVMGPU),

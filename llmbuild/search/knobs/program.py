@@ -1,4 +1,4 @@
-"""Knobs of the whole program, for every target: code generation whose change costs the front half of a compile."""
+"""Knobs of the whole program, for every target: code generation settings that need a new front half of a compile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from llmbuild.spec.space import Condition, Knob, Level, Value
 
 LEVELS = ("O0", "O1", "O2", "O3")
 TILED = ("llvm-cpu", "rocm")
-"""Backends on which data tiling does anything; on cuda and vulkan it changes nothing."""
+"""Backends where data tiling has an effect; on cuda and vulkan it changes nothing."""
 
 
 def knob(
@@ -17,7 +17,7 @@ def knob(
     when: tuple[Condition, ...] = (),
     level: Level = "codegen",
 ) -> Knob:
-    """Return a knob of which a search takes the default only, unless a recipe names values or says `all`."""
+    """Return a knob whose default only is searched, unless a recipe names values or `all`."""
     return Knob(name, level, domain, domain[0], meaning, when, backends, searched=domain[:1])
 
 

@@ -1,4 +1,4 @@
-"""Which values of knobs a model rules out: by its facts alone, so that nothing is tried that cannot be made of it."""
+"""Values of knobs that a model does not support, from its facts alone, so that no impossible point is tried."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ ASKED_OF_MODELS: Mapping[tuple[str, Value], str] = {
     ("kernel", OWN): "sizes, activation and norms that our kernels take",
     **dict.fromkeys(CALIBRATED.items(), "a tokenizer.json that makes enough tokens of the calibration text"),
 }
-"""What values ask of a model, in words; `refusals` judges a model by it."""
+"""Requirements of values on a model, in words; `refusals` checks them."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """A value of a knob that a model cannot take, and why; of two knobs together where `beside` names another."""
+    """A value of a knob that a model does not support, and why; of a pair of knobs where `beside` names the other."""
 
     knob: str
     value: Value
@@ -36,7 +36,7 @@ class Refusal:
 
 
 def refusals(target: Target, facts: ModelFacts, uncalibrated: str = "") -> tuple[Refusal, ...]:
-    """Return what a model rules out on a target; `uncalibrated` is why it cannot read the calibration text, if so."""
+    """Return the values that a model does not support on a target; `uncalibrated` is why calibration is impossible."""
     told = _own_kernels(target, facts)
     if uncalibrated:
         told += [Refusal(knob, value, uncalibrated) for knob, value in CALIBRATED.items()]
@@ -44,7 +44,7 @@ def refusals(target: Target, facts: ModelFacts, uncalibrated: str = "") -> tuple
 
 
 def _own_kernels(target: Target, facts: ModelFacts) -> list[Refusal]:
-    """Return the formats of layers and of the head that our kernels do not read of this model."""
+    """Return the formats of layers and of the head in which llmbuild's kernels do not support this model."""
     from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
 
     formats = _readable(target) if target.is_cpu else GPU_FORMATS
@@ -64,18 +64,18 @@ def _of_own_kernels(knob: str, form: str, problem: str) -> Refusal:
 
 
 def _readable(target: Target) -> Sequence[str]:
-    from llmbuild.kernels.choose import readable  # the kernels themselves, which a listing does without
+    from llmbuild.kernels.choose import readable  # the kernels themselves, which a listing does not import
 
     return readable(target.requires)
 
 
 def _problem(target: Target, facts: ModelFacts, layers: str, head: str) -> str:
-    """Return why our kernels for a target take no model of these facts in formats of layers and head; '' if they do."""
+    """Return why llmbuild's kernels for a target do not support the formats of layers and head; '' if they do."""
     from llmbuild.kernels.applies import cpu_problem, gpu_problem
     from llmbuild.kernels.matvec import ROW_READS, ROW_TILES, work
 
     if target.is_cpu:
         return cpu_problem(facts.decoder, layers, head)
     if not target.subgroup:
-        return ""  # nobody asked the compiler: an import will tell
+        return ""  # the compiler was not run: an import will find out
     return gpu_problem(facts.decoder, layers, head, work(target.subgroup, ROW_TILES[0], ROW_READS[0]))

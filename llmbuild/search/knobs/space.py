@@ -1,4 +1,4 @@
-"""The knobs there are, narrowed by what a target can do and what a recipe or `--set` pins."""
+"""All knobs, narrowed by a target's support and by the pins of a recipe or `--set`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llmbuild.spec.space import TUNING, Condition, Knob, Space, Value
 from llmbuild.spec.target import Target
 
 ALL: tuple[Knob, ...] = (*model.KNOBS, *program.KNOBS, *cpu.KNOBS, *gpu.KNOBS)
-"""In the order in which they are asked about; a condition names an earlier knob."""
+"""In the order of selection; a condition names an earlier knob."""
 
 EVERYTHING = "all"
-"""Said of a knob in a recipe or `--set`: search its whole domain."""
+"""The value of a knob in a recipe or `--set` that searches its whole domain."""
 
 
 def knobs_of(backend: str) -> tuple[Knob, ...]:
@@ -37,7 +37,7 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
     """Return the knobs that apply to a target, with the part of each domain that is searched for it.
 
     Raises:
-        InputError: the target narrows a knob that there is not, or names a value outside its domain.
+        InputError: the target narrows an unknown knob, or names a value outside its domain.
     """
     known = (k for k in knobs_of(target.backend) if not (target.attribute and k.name in DESCRIBED))
     there = tuple(_unbroken(knob, target) for knob in known)
@@ -48,7 +48,7 @@ def target_knobs(target: Target) -> tuple[Knob, ...]:
 
 
 COMPILER = ("compiler",)
-"""Who generates the products where none of our kernels can."""
+"""Which code generator makes the products that none of llmbuild's kernels supports."""
 
 
 def _unbroken(knob: Knob, target: Target) -> Knob:
@@ -66,14 +66,15 @@ KNOBS: tuple[Knob, ...] = knobs_of("llvm-cpu")
 def space_for(
     target: Target, recipe: Recipe, pinned: Mapping[str, str], cores: int = 2, refused: Sequence[Refusal] = ()
 ) -> Space:
-    """Return the space of a recipe on a target; `pinned` holds the `--set KNOB=VALUE` options, which win.
+    """Return the space of a recipe on a target; `pinned` holds the `--set KNOB=VALUE` options, which take precedence.
 
-    `cores` is how many workers are expected where the artifacts will run: our kernels are cut into that many pieces.
-    `refused` is what the model rules out.
+    `cores` is the expected number of workers where the artifacts run: llmbuild's kernels are cut into that many
+    pieces. `refused` holds the values that the model does not support.
 
     Raises:
-        InputError: an unknown knob, a value outside its domain, one that the target or the model cannot do, or a pin
-            whose conditions another one rules out.
+        InputError: an unknown knob, a value outside its domain, one that the target or the model does not support, or
+        a pin
+            whose conditions another one excludes.
     """
     there = target_knobs(target)
     names = {knob.name for knob in there}
@@ -93,7 +94,7 @@ def space_for(
     narrowed = {knob.name: _narrow(knob, target, asked.get(knob.name)) for knob in fitting}
     said = {name: False for name, values in asked.items() if len(values) == 1 and name in dict(recipe.knobs)}
     said |= dict.fromkeys(pinned, True)
-    for name in reversed(narrowed):  # a condition names an earlier knob, which may have conditions of its own
+    for name in reversed(narrowed):  # a condition names an earlier knob, which may have its own conditions
         if name in said:
             held = _hold(narrowed[name], narrowed, able, {*asked, *said}, said[name])
             said |= {other: said.get(other, False) or said[name] for other in held}
@@ -101,12 +102,12 @@ def space_for(
 
 
 def _fitting(knob: Knob, refused: Sequence[Refusal], asked: dict[str, tuple[Value, ...]]) -> Knob:
-    """Return the knob without the values that the model rules out, and with conditions for those it takes in part.
+    """Return the knob without unsupported values of the model, and with conditions for partly supported ones.
 
-    Such values are taken out of what was asked, too, where others were asked for beside them.
+    Such values are removed from a request that names other values too.
 
     Raises:
-        InputError: such a value, or nothing but such values beside it, is all that was asked for.
+        InputError: the request names only such values.
     """
     mine = [refusal for refusal in refused if refusal.knob == knob.name and refusal.value in knob.domain]
     if not mine:
@@ -117,7 +118,7 @@ def _fitting(knob: Knob, refused: Sequence[Refusal], asked: dict[str, tuple[Valu
         named = only and only <= {*(str(v).lower() for v in out), str(refusal.value).lower()}
         if named and all(set(map(str, asked.get(other, ()))) == {value} for other, value in refusal.beside):
             raise InputError(f"knob {refusal}")
-    if only:  # of several values that a recipe names, the others are left
+    if only:  # the other values of a recipe remain
         asked[knob.name] = tuple(v for v in asked[knob.name] if str(v).lower() not in {str(o).lower() for o in out})
     beside = {pair for refusal in mine for pair in refusal.beside}
     when = (replace(c, values=tuple(v for v in c.values if (c.knob, v) not in beside)) for c in knob.when)
@@ -131,14 +132,13 @@ def _hold(
     asked: Collection[str],
     pinned: bool,
 ) -> list[str]:
-    """Narrow the knobs that the conditions of a knob name, in place, so that every point has what was asked of it;
-    return which.
+    """Narrow, in place, the knobs in a knob's conditions, so that every point has the requested value; return them.
 
-    What a recipe says of those knobs itself stays where only the recipe asks, as long as some of it meets the
-    condition. `able` is what a target and a model can do of each knob.
+    A recipe's own values of those knobs take precedence where only the recipe requests the knob, as long as some of
+    them meet the condition. `able` holds the values of each knob that the target and the model support.
 
     Raises:
-        InputError: nothing that was asked of them meets the condition.
+        InputError: no requested value meets the condition.
     """
     held = []
     for condition in () if knob.default in knob.domain else knob.when:
@@ -159,7 +159,7 @@ def _hold(
 
 
 def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[str, tuple[Value, ...]]:
-    """Return what a recipe says of the knobs that a target has: it may speak of other backends' knobs, too.
+    """Return a recipe's values for the knobs of a target: a recipe may also name other backends' knobs.
 
     Raises:
         InputError: a knob that no backend has.
@@ -179,10 +179,10 @@ def _applicable(recipe: Recipe, target: Target, there: Sequence[Knob]) -> dict[s
 
 
 def for_cpus(recipe: Recipe, target: Target) -> dict[str, tuple[Value, ...]]:
-    """Return what a recipe says for the sake of our kernels for CPUs, which another target goes without.
+    """Return a recipe's values that serve llmbuild's CPU kernels and are dropped on another target.
 
-    A recipe that names them and nothing else as `kernel` narrows the formats, layout and cache for them, unless it asks
-    for the layout that our kernels for GPUs read.
+    A recipe that names only them as `kernel` narrows the formats, layout and cache for them, unless it names the
+    layout that llmbuild's GPU kernels read.
     """
     said = dict(recipe.knobs)
     for_gpus = "row_major" in map(str, said.get("layout", ()))
@@ -193,7 +193,7 @@ def for_cpus(recipe: Recipe, target: Target) -> dict[str, tuple[Value, ...]]:
 
 
 def _only_own(asked: Mapping[str, Sequence[Value]]) -> bool:
-    """Say whether our kernels and nothing else are asked for."""
+    """Return whether only llmbuild's kernels are requested."""
     return set(map(str, asked.get("kernel", ()))) == {OWN}
 
 
@@ -210,14 +210,14 @@ def _check_known(name: str, target: Target, known: set[str]) -> None:
 
 
 def with_tuning(space: Space, name: str, pinned: Collection[str]) -> Space:
-    """Return the space with configurations that a catalog holds, by name, beside the compiler's own."""
+    """Return the space with configurations of a catalog, by name, besides the compiler's own."""
     if not name or TUNING in pinned:
         return space
     return Space(tuple(replace(k, domain=(*k.domain, name)) if k.name == TUNING else k for k in space.knobs))
 
 
 def work_groups(cores: int) -> int:
-    """Return the smallest number of pieces that keeps every core busy."""
+    """Return the smallest number of pieces that uses every core."""
     pieces = [int(v) for k in KNOBS if k.name == "work_groups" for v in k.domain]
     return next((n for n in pieces if n >= cores), pieces[-1])
 
@@ -226,7 +226,7 @@ def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Kn
     """Return the knob without the value that needs calibration text, where there is none.
 
     Raises:
-        InputError: that value was asked for.
+        InputError: that value was requested.
     """
     needing = CALIBRATED.get(knob.name)
     if needing is None or (recipe.calibration and not recipe.model.random_init):
@@ -238,11 +238,11 @@ def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Kn
 
 
 def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch: int) -> Knob:
-    """Return the knob of our kernels for the formats that they read on a target; other knobs as they are.
+    """Return the knob of llmbuild's kernels for the formats that they support on a target; other knobs unchanged.
 
     Raises:
-        InputError: our kernels are all that was asked for, and they read none of the formats asked for there, or
-            answer one sequence and more were asked for.
+        InputError: only llmbuild's kernels are requested, and they support none of the formats requested there, or
+            they serve one sequence and more were requested.
     """
     if knob.name != "kernel":
         return knob
@@ -255,7 +255,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
         return replace(knob, domain=COMPILER)
     if not target.is_cpu:
         return knob
-    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
+    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does not import
 
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
@@ -287,7 +287,7 @@ def _narrow(knob: Knob, target: Target, asked: Sequence[Value] | None) -> Knob:
 
 
 def _value(knob: Knob, given: Value) -> Value:
-    """Return the value of the domain that `given` says; the command line gives text only."""
+    """Return the value of the domain that `given` names; the command line gives text only."""
     for value in knob.domain:
         same_kind = isinstance(given, bool) == isinstance(value, bool)
         if (given == value and same_kind) or str(given).lower() == str(value).lower():

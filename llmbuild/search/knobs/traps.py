@@ -1,4 +1,4 @@
-"""What is left out of the space on purpose, and why: choices that look like knobs and cost trials or crash."""
+"""Options that are left out of the space, and why: they waste trials or crash."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from llmbuild.spec.space import Value
 
 @dataclass(frozen=True)
 class Trap:
-    """A choice that is never searched and cannot be pinned."""
+    """An option that is never searched and cannot be pinned."""
 
     choice: str
     backends: tuple[str, ...]
@@ -18,7 +18,7 @@ class Trap:
 
 @dataclass(frozen=True)
 class Broken:
-    """A value of a knob that the compiler does not get through on some backends: refused before it is asked."""
+    """A value of a knob that the compiler fails on for some backends: refused before a compile."""
 
     knob: str
     value: Value
@@ -37,7 +37,7 @@ BROKEN: tuple[Broken, ...] = (
 
 
 def broken(backend: str, knob: str) -> dict[Value, str]:
-    """Return the values of a knob that the compiler does not get through on a backend, and why."""
+    """Return the values of a knob that the compiler fails on for a backend, and why."""
     return {b.value: b.reason for b in BROKEN if b.knob == knob and backend in b.backends}
 
 
