@@ -1,1 +1,1 @@
-"""Measure an artifact in a process of its own, through the very runtime that users load it with."""
+"""Measure an artifact in its own process, with the same runtime that users load it with."""

@@ -1,4 +1,4 @@
-"""How fast a device reads its memory, by code for the very target that is measured: sums of the rows of a matrix.
+"""A device's read bandwidth, by code for the measured target: sums of the rows of a matrix.
 
 python -m llmbuild.profiler.bandwidth ARTIFACT DRIVER SECONDS      -> one JSON line: bytes_per_s, samples
 """
@@ -16,7 +16,7 @@ from llmbuild.spec.variant import Failure
 
 ROWS, COLUMNS = 16384, 4096
 READ_BYTES = 4 * ROWS * COLUMNS
-"""256 MiB: more than any cache of a GPU or desktop CPU holds."""
+"""256 MiB: larger than any cache of a GPU or desktop CPU."""
 LEAST = 5
 
 SOURCE = f"""
@@ -35,7 +35,7 @@ func.func public @read(%data: tensor<{ROWS}x{COLUMNS}xf32>) -> tensor<{ROWS}xf32
 
 
 def measure(artifact: Path, driver: str, output: Path, seconds: float = 1.0, until: float = inf) -> float | Failure:
-    """Return bytes read a second, the median of its calls, in a process of its own that is ended at `until`."""
+    """Return bytes read per second, the median of its calls, in a separate process that is ended at `until`."""
     command = python("llmbuild.profiler.bandwidth", str(artifact.absolute()), driver, str(seconds), str(output))
     failure = run(command, "profile", Limits(60 + 4 * seconds, 0, until), output)
     return failure or float(json.loads(output.read_text())["bytes_per_s"])

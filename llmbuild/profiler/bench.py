@@ -1,6 +1,6 @@
 """Measure variants against the baseline in interleaved rounds: both run in every round, in random order.
 
-A number alone drifts with the machine; the paired ratio to a baseline that ran a moment before or after does not.
+Absolute readings drift with the machine; the paired ratio to a baseline of the same round does not.
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from llmbuild.spec.workload import Workload
 
 TIMED = ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")
 OPERATORS = 12
-"""Kinds of dispatches that are kept with a measurement, the costliest first."""
+"""Maximum number of dispatch kinds kept with a measurement, the costliest first."""
 Contenders = Callable[[Sequence[Measurement], float], set[str]]
-"""Says which variants of a race are undecided against another one, and can be decided within so many rounds in all."""
+"""Returns which variants of a race are undecided and can be decided within that many rounds in all."""
 
 Dominated = Callable[[Sequence[Measurement], bool], str]
-"""Says who beats a variant beyond doubt, from a brief measurement for each workload; empty for nobody. The flag says
-whether quality that is not scored yet counts as perfect, or else as the worst."""
+"""Returns which variant surely dominates one, from a brief measurement for each workload; empty for none. The flag
+selects whether unscored quality counts as perfect, or as the worst.
+"""
 
 BRIEF = 3
 """Rounds of the short screen."""
 
 
 class Bench:
-    """The meter of one build: keeps the baseline's worker alive, so that every candidate is paired with it.
+    """The meter of one build: keeps the baseline's worker running, so that every candidate is paired with it.
 
-    One class: all of its steps (check, screen, rounds, race) speak to the same live workers.
+    One class: all of its steps (check, screen, rounds, race) use the same running workers.
     """
 
     def __init__(
@@ -69,7 +70,7 @@ class Bench:
 
     @property
     def has_baseline(self) -> bool:
-        """Say whether there is something to pair with."""
+        """Return whether a baseline is open for pairing."""
         return self._baseline is not None
 
     def measure(
@@ -77,7 +78,7 @@ class Bench:
     ) -> tuple[Measurement, ...] | Failure:
         """Return a measurement for each workload; a `baseline` stays open, and all later ones are paired with it.
 
-        Who is `dominated` after a few rounds has those alone, with a note and wide intervals.
+        A variant that is `dominated` after a few rounds has only those, with a note and wide intervals.
         """
         live = Live(subject, self.limits)
         try:
@@ -100,9 +101,9 @@ class Bench:
         return measured
 
     def _brief(self, live: Live, dominated: Dominated) -> tuple[Measurement, ...]:
-        """Return brief measurements where they leave no doubt, else nothing.
+        """Return brief measurements where they show that the variant is dominated, else nothing.
 
-        The warm-up's last answer decides whether rounds are worth it, and those whether quality has to be scored.
+        The warm-up's last answer decides whether rounds are run, and these decide whether quality is scored.
         """
         if self._baseline is None or live.last is None:
             return ()
@@ -120,7 +121,7 @@ class Bench:
         return tuple(replace(m, notes={**_noted(live), SCREENED: why}) for m in taken) if why else ()
 
     def _warm(self, live: Live, baseline: Live, answer: Answer) -> Measurement:
-        """Return what the warm-up's last answer says beside the baseline's pace."""
+        """Return measurements from the warm-up's last answer, relative to the baseline's pace."""
         workload = self.workloads[0]
         pace = self._pace(baseline, workload)
         whole = [a.ttft_s + a.tpot_s * (workload.output - 1) for a in (answer, pace)]
@@ -136,7 +137,7 @@ class Bench:
         return replace(self._bare(live, rounds, dict(live.readings)), ratios=ratios)
 
     def _short(self, live: Live, workload: Workload) -> Measurement:
-        """Return what a few rounds of short answers beside the baseline say."""
+        """Return measurements from a few rounds of short answers with the baseline."""
         baseline = self._baseline
         assert baseline is not None
         live.decode_steps = baseline.decode_steps = min(LEAST_TOKENS, workload.output)
@@ -157,9 +158,9 @@ class Bench:
     def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
         """Measure the survivors again, all of them and the baseline in every round; the baseline is measured too.
 
-        Time that is left after the common rounds goes to the variants that `contenders` returns, until it returns none.
-        All that is done from the first worker's start on counts as time of the race, which has `race_seconds` for each
-        workload; who is too slow for it is left out of the result (see `budget`).
+        Time left after the common rounds goes to the variants that `contenders` returns, until it returns none.
+        Everything from the first worker's start on counts as time of the race, which has `race_seconds` for each
+        workload; a variant that is too slow for it is left out of the result (see `budget`).
         """
         begin = monotonic()
         asked = [s for s in subjects if not self._is_baseline(s)]
@@ -176,14 +177,14 @@ class Bench:
                 self._race(lives, w, end, contenders, told) for w, end in zip(self.workloads, ends, strict=True)
             ]
         except ChildFailed:
-            return []  # what was measured before stands; a survivor that dies now was measured whole already
+            return []  # earlier measurements remain valid; a survivor that fails now has a complete one
         finally:
             for live in fresh:
                 live.child.close()
         return [tuple(of_live) for of_live in zip(*by_workload, strict=True)]
 
     def _affordable(self, subjects: Sequence[Subject]) -> list[Subject]:
-        """Return the subjects that the race has time for on every workload; whose pace is not known takes part."""
+        """Return the subjects that the race has time for on every workload; one with an unknown pace takes part."""
         out: set[str] = set()
         for workload in self.workloads:
             known = [s for s in subjects if (s.variant, workload.name) in self._paces]
@@ -199,7 +200,7 @@ class Bench:
         return plan(paces, baseline, workload.output, seconds, self.protocol, starts)
 
     def _pace(self, live: Live, workload: Workload) -> Pace:
-        """Return a variant's pace: as it was screened, else of one short answer."""
+        """Return a variant's pace: from its screening, else from one short answer."""
         key = live.subject.variant, workload.name
         if key not in self._paces:
             live.decode_steps = LEAST_TOKENS
@@ -216,7 +217,7 @@ class Bench:
         if known is None:
             live.prepare(self.workloads[0], self.quality, self.protocol.warmup_s)
             return
-        live.decode_steps = LEAST_TOKENS  # each visit begins with untimed work: this only sees that it runs
+        live.decode_steps = LEAST_TOKENS  # each visit begins with untimed work: this only checks that the variant runs
         live.resume(known, self.workloads[0], self.protocol.warmup_s)
 
     def _is_baseline(self, subject: Subject) -> bool:
@@ -229,7 +230,7 @@ class Bench:
             self._baseline = None
 
     def _fit_baseline(self, workload: Workload) -> str:
-        """Shorten the baseline's rounds where a whole answer takes too long; return a note when that was done."""
+        """Shorten the baseline's rounds where a whole answer takes too long; return a note if so."""
         if self._baseline is None:
             return ""
         pace = self._pace(self._baseline, workload)
@@ -245,7 +246,7 @@ class Bench:
     # --- rounds --------------------------------------------------------------------------------------------------
 
     def _screen(self, live: Live, workload: Workload) -> Measurement:
-        """Measure one variant beside the baseline, or the baseline alone, which then answers whole."""
+        """Measure one variant with the baseline, or the baseline alone with whole answers."""
         alone, protocol = live is self._baseline, self.protocol
         notes = {"baseline": "" if alone else self._fit_baseline(workload)}
         if alone:
@@ -299,7 +300,7 @@ class Bench:
     # --- measurements --------------------------------------------------------------------------------------------
 
     def _sampled(self, live: Live, rounds: Rounds) -> Measurement:
-        """Return what is known in the middle of a race: medians and samples, without intervals."""
+        """Return intermediate results of a race: medians and samples, without intervals."""
         taken = rounds.samples(live, self.protocol.rounds)
         middle = {name: statistics.middle(taken[name]) for name in TIMED}
         timed = {name: Reading(m, m, m, tuple(taken[name])) for name, m in middle.items()}
@@ -342,7 +343,7 @@ class Bench:
 
     @staticmethod
     def _without_energy(live: Live, energy: EnergyRounds) -> dict[str, str]:
-        """Return the note that stands in for joules, or beside those that are only estimated."""
+        """Return the note that replaces joules, or accompanies estimated ones."""
         facts = energy.facts.get(live, {})
         if "model" in facts:
             return {"energy": str(facts["model"])}
@@ -353,7 +354,7 @@ class Bench:
         return {**{name: taken[name] for name in TIMED}, **({ENERGY: joules} if joules else {})}
 
     def _ratios(self, live: Live, mine: Samples, rounds: Rounds, energy: EnergyRounds) -> dict[str, Reading]:
-        """Return the ratios to the baseline over the rounds that both ran; energy only where one meter did both."""
+        """Return the ratios to the baseline over the common rounds; energy only where one meter read both."""
         baseline = self._baseline
         if baseline is None:
             return {}
@@ -368,7 +369,7 @@ class Bench:
         }
 
     def _fractions(self, live: Live, rounds: Rounds, timed: dict[str, Reading]) -> dict[str, Reading]:
-        """Return how near a variant comes to the machine's limits; nothing where those are not known."""
+        """Return the shares of the machine's limits that a variant reaches; nothing where the limits are unknown."""
         if self.roofline is None:
             return {}
         subject = live.subject
@@ -379,12 +380,12 @@ class Bench:
 
 
 def _noted(live: Live) -> dict[str, str]:
-    """Return what is noted of a subject, and under which conditions it is read."""
+    """Return a subject's notes and the conditions of its readings."""
     return {**live.notes, **host.conditions().notes()}
 
 
 def measurement_key(subject: Subject, workload: Workload, machine: str) -> str:
-    """Return the name of a measurement: what was run, how, on what, under which protocol."""
+    """Return the key of a measurement: artifact, settings, machine and protocol."""
     return digest.of(
         {
             "variant": subject.variant,
@@ -397,7 +398,7 @@ def measurement_key(subject: Subject, workload: Workload, machine: str) -> str:
 
 
 def adopt(known: Measurement, subject: Subject) -> Measurement:
-    """Return a measurement of the same bytes under the same settings, for another variant that came out equal."""
+    """Return a measurement of the same bytes with the same settings, for another variant with an equal artifact."""
     return replace(
         known,
         key=measurement_key(subject, known.workload, known.machine),

@@ -1,8 +1,8 @@
-"""Where a decode step spends its time on a board: the time of each dispatch by the device's own clock.
+"""The times of a decode step's dispatches on a board, by the device's own clock.
 
-Vulkan: IREE's runtime asks the device for timestamps around each dispatch. CUDA and HIP: IREE's runtime has no such
-profile (3.13), but PyTorch's profiler sees every kernel of its process, those of IREE too; `scripts/torch_kernels.py`
-takes part where this Python has PyTorch.
+Vulkan: IREE's runtime takes device timestamps around each dispatch. CUDA and HIP: IREE's runtime (3.13) has no such
+profile, but PyTorch's profiler sees every kernel of its process, including IREE's; `scripts/torch_kernels.py` uses it
+where this Python has PyTorch.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from llmbuild.spec.variant import Failure
 from llmbuild.system.strict_json import JsonObject
 
 SECONDS = 0.3
-"""How long a step is repeated under Vulkan."""
+"""Seconds of repeated steps under Vulkan."""
 STEPS = 10
-"""Decode steps that are profiled, after as many that are not."""
+"""Number of profiled decode steps, after as many unprofiled ones."""
 
 
 def board_operators(subject: Subject, script: Path, limits: Limits) -> tuple[Operator, ...] | Failure:
     """Return the operators of one decode step in the middle of the context, the costliest first.
 
-    `script` is where `torch_kernels.py` lies.
+    `script` is the path of `torch_kernels.py`.
     """
     return _by_timestamps(subject, limits) if subject.driver == "vulkan" else _by_torch(subject, script, limits)
 
@@ -40,7 +40,7 @@ def board_operators(subject: Subject, script: Path, limits: Limits) -> tuple[Ope
 def _by_timestamps(subject: Subject, limits: Limits) -> tuple[Operator, ...] | Failure:
     with TemporaryDirectory(prefix="llmbuild-") as name:
         archive, output = Path(name) / "parameters.irpa", Path(name) / "step.ireeprof"
-        archive.symlink_to(subject.parameters_path.resolve())  # the tool tells formats by the file's suffix
+        archive.symlink_to(subject.parameters_path.resolve())  # the tool takes the format from the file's suffix
         command = [
             str(tool()),
             f"--device={subject.driver}",
@@ -71,9 +71,9 @@ def _by_timestamps(subject: Subject, limits: Limits) -> tuple[Operator, ...] | F
 
 
 def read_profile(lines: Iterable[str]) -> tuple[Operator, ...]:
-    """Return operators of one step from the groups that `iree-profile dispatch --format=jsonl` tells of several.
+    """Return operators of one step from the groups of several steps in `iree-profile dispatch --format=jsonl`.
 
-    The dispatch that was made least often is made once a step: the token is looked up once, and found once.
+    The least frequent dispatch runs once per step: the token's embedding lookup and the argmax.
     """
     rows = [json.loads(line) for line in lines]
     groups = [r for r in rows if r.get("type") == "dispatch_group" and r.get("valid")]
@@ -97,7 +97,7 @@ def _by_torch(subject: Subject, script: Path, limits: Limits) -> tuple[Operator,
 
 
 def read_kernels(kernels: Iterable[JsonObject], steps: int) -> tuple[Operator, ...]:
-    """Return operators of one step from kernels of several: their names, how often they ran, and seconds in all."""
+    """Return operators of one step from kernels of several: their names, counts, and total seconds."""
     return _sorted((k["name"], round(k["count"] / steps), k["seconds"] / steps) for k in kernels)
 
 

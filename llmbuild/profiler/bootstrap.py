@@ -1,7 +1,7 @@
-"""What a machine is sent first, as text: it takes the profiler's code, unless it has it already, and becomes it.
+"""The first text that a remote machine is sent: it receives the profiler's code, unless cached, and runs it.
 
-Needs a standard library alone, and nothing of llmbuild; `CODE` and `SIZE` are set before it. An old Python must be able
-to read it, to say that it is too old.
+Needs only a standard library, and nothing of llmbuild; `CODE` and `SIZE` are set before it. An old Python must be able
+to parse it, to report that it is too old.
 """
 
 import contextlib
@@ -26,12 +26,12 @@ def _say(**told: object) -> None:
 def _unpack(data: bytes, folder: Path) -> None:
     made = folder.with_name(f"{folder.name}.{os.getpid()}")
     zipfile.ZipFile(io.BytesIO(data)).extractall(str(made))
-    with contextlib.suppress(OSError):  # another one was first
+    with contextlib.suppress(OSError):  # another process was first
         made.rename(folder)
 
 
 def _main() -> None:
-    if sys.version_info < (3, 11):  # noqa: UP036 - this is what tells it
+    if sys.version_info < (3, 11):  # noqa: UP036 - this reports the version
         found = ".".join(map(str, sys.version_info[:2]))
         _say(refused=f"its Python is {found}, 3.11 or newer is needed: name another one after the host")
         return

@@ -1,9 +1,8 @@
-"""What a race costs, known before it begins: from each variant's pace to rounds, tokens and who takes part.
+"""The cost of a race, computed before it begins: from each variant's pace to rounds, tokens and participants.
 
-Where whole answers leave no time for the rounds of a race, answers are shortened, equally for all that are compared;
-then rounds are left out, down to the least that has intervals; then the slowest variants, which keep what was read when
-they were screened. Two variants and the least rounds are run whatever they take, and it is said where that is more than
-the budget.
+Where whole answers leave no time for the rounds of a race, answers are shortened, equally for all variants; then
+rounds are dropped, down to the least number that has intervals; then the slowest variants, which keep their
+screening's readings. Two variants and the least rounds always run; a note reports an exceeded budget.
 """
 
 from __future__ import annotations
@@ -14,25 +13,24 @@ from dataclasses import dataclass
 from llmbuild.profiler.protocol import Protocol
 
 LEAST_TOKENS = 8
-"""Output tokens that an answer of a race has at least, where the workload has as many."""
+"""Least output tokens of a race's answer, where the workload has as many."""
 
 BASELINE_TOKENS = 4
-"""Output tokens that an answer of the baseline has at least."""
+"""Least output tokens of the baseline's answer."""
 
 COME_BACK_S = 0.2
-"""Seconds of untimed decoding before each timed answer, at most; the prompt is read before it."""
+"""Maximum seconds of untimed decoding before each timed answer, after the prompt's prefill."""
 
 START_S = 0.3
 """Seconds that a worker takes to start, while others start too."""
 
 LAST_VISITS = 3
-"""Visits of the baseline at the end of a race, where there is time for all its rounds: its first ones are held against
-them."""
+"""Baseline visits at the end of a race, where all its rounds fit: they are compared with its first ones."""
 
 
 @dataclass(frozen=True)
 class Pace:
-    """Seconds to the first token, per later one, and of opening the artifact where each visit does (else 0)."""
+    """Seconds to the first token, per later one, and to open the artifact where each visit does (else 0)."""
 
     ttft_s: float
     tpot_s: float
@@ -43,18 +41,18 @@ class Pace:
         return self.ttft_s + self.tpot_s * (tokens - 1)
 
     def visit_s(self, tokens: int, least_s: float) -> float:
-        """Return the seconds of a visit: opening, what is untimed, and answers for `least_s`, one at least."""
+        """Return the seconds of a visit: opening, untimed work, and answers for `least_s`, at least one."""
         untimed = self.ttft_s + min(self.tpot_s * (tokens - 1), COME_BACK_S)
         return self.reopen_s + untimed + max(self.answer_s(tokens), least_s)
 
     def tokens_in(self, seconds: float) -> int:
-        """Return how many output tokens an answer of so many seconds has."""
+        """Return how many output tokens an answer of that many seconds has."""
         return int((seconds - self.ttft_s) / self.tpot_s) + 1 if self.tpot_s > 0 else 1
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Who races, by place in what was asked for, with how many output tokens, and the seconds of the least rounds.
+    """The participants of a race, by index, their output tokens, and the seconds of the least rounds.
 
     `last_visits` of the baseline come after the rounds.
     """
@@ -68,7 +66,7 @@ class Plan:
 
 
 def baseline_tokens(baseline: Pace, output: int, protocol: Protocol) -> int:
-    """Return the output tokens of the baseline's visits: those of an answer, or what fits into its time."""
+    """Return the output tokens of the baseline's visits: those of an answer, or as many as fit into its time."""
     fits = max(BASELINE_TOKENS, baseline.tokens_in(protocol.baseline_round_s))
     return output if baseline.answer_s(output) <= protocol.baseline_round_s else min(output, fits)
 
@@ -76,9 +74,10 @@ def baseline_tokens(baseline: Pace, output: int, protocol: Protocol) -> int:
 def plan(
     paces: Sequence[Pace], baseline: Pace | None, output: int, seconds: float, protocol: Protocol, starts: bool
 ) -> Plan:
-    """Return how to race variants of these paces within so many seconds.
+    """Return the plan of a race of variants with these paces within that many seconds.
 
-    With `starts` they are not started yet: that takes time too, and whoever is too slow may be left out.
+    With `starts`, their workers are not running yet: starting takes time too, and a variant that is too slow may be
+    left out.
     """
     whole = 0 if baseline is None else baseline_tokens(baseline, output, protocol)
 

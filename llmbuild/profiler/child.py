@@ -1,4 +1,4 @@
-"""The parent's end of a profiler worker: ask, wait with a limit, and turn whatever goes wrong into a `Failure`."""
+"""The parent's end of a profiler worker: send a request, wait with a limit, and turn any error into a `Failure`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmbuild.system.strict_json import JsonObject
 
 
 class ChildFailed(Exception):
-    """Carries the failure from the place where a child died to the one that records it; never leaves the profiler."""
+    """Carries the failure of a child to the code that records it; never leaves the profiler."""
 
     def __init__(self, failure: Failure) -> None:
         super().__init__(failure.reason)
@@ -51,7 +51,7 @@ class Child:
         """Return the worker's answer.
 
         Raises:
-            ChildFailed: it crashed, took too long, or said what it could not do.
+            ChildFailed: it crashed, took too long, or reported an error.
         """
         line = json.dumps({"verb": verb, **request})
         self._requests.append(line)
@@ -90,7 +90,7 @@ class Child:
         return ChildFailed(Failure(stage, failure.reason, self.pasteable(), failure.log, failure.lasting))
 
     def pasteable(self) -> str:
-        """Return a shell line that repeats the last request."""
+        """Return a shell command that repeats the last request."""
         requests = " ".join("'" + r.replace("'", "'\\''") + "'" for r in self._requests[:1] + self._requests[1:][-1:])
         return f"printf '%s\\n' {requests} | {shlex.join(self.command)}"
 

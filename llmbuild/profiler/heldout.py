@@ -1,4 +1,4 @@
-"""Texts of a recipe, for scoring quality and for calibration: read, tokenized and cut into windows."""
+"""A recipe's texts for quality scoring and calibration: read, tokenized and cut into windows."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WINDOW = 128
-"""Tokens of a window at most; a shorter context cuts them shorter."""
+"""Maximum tokens of a window; a shorter context shortens windows."""
 
 
 COPIED = 0.1
-"""Part of the held-out text's lines that calibration text may share with it: licences and idioms, not content."""
+"""Share of the held-out text's lines that calibration text may also contain: licences and idioms, not content."""
 
 GLANCE = 1 << 15
-"""Characters that are tokenized to see that a text fills a window; all of it only where these do not."""
+"""Characters that are tokenized first to check that a text fills a window; the whole text only where these do not."""
 
 LONG_LINE = 30
-"""Characters of a line that says something of its own."""
+"""Least characters of a distinctive line."""
 
 
 def read_text(text: Quality | Calibration) -> str:
     """Return a text: modules of this interpreter's standard library, or a file.
 
     Raises:
-        InputError: a module or the file is not there.
+        InputError: a module or the file is missing.
     """
     if text.file:
         try:
@@ -42,10 +42,10 @@ def read_text(text: Quality | Calibration) -> str:
 
 
 def check_apart(calibration: Calibration, quality: Quality) -> None:
-    """Refuse calibration text that quality is measured on: its figures would flatter.
+    """Refuse calibration text that quality is measured on: the scores would be too good.
 
     Raises:
-        InputError: both name a module or a file, or one holds much of the other's text.
+        InputError: both name a module or a file, or one contains much of the other's text.
     """
     shared = sorted(set(calibration.stdlib) & set(quality.stdlib))
     if shared or (calibration.file and calibration.file == quality.file):
@@ -71,10 +71,10 @@ def _module(name: str, purpose: str) -> str:
 
 
 def unfit(text: Quality | Calibration, tokenizer: Path | None, context: int, vocabulary: int) -> str:
-    """Return why a text makes no windows of tokens for a model; '' where it does.
+    """Return why a text has no window of tokens for a model; '' where it has one.
 
     Raises:
-        InputError: a module or the file is not there.
+        InputError: a module or the file is missing.
     """
     if tokenizer is None:
         return f"the model has no tokenizer.json to read {_called(text)} with"
@@ -98,10 +98,10 @@ def unfit(text: Quality | Calibration, tokenizer: Path | None, context: int, voc
 
 
 def uncalibrated(recipe: Recipe, tokenizer: Path | None, vocabulary: int) -> str:
-    """Return why a model cannot be calibrated on the text that a recipe names; '' where it can, or none is named.
+    """Return why a model cannot be calibrated on the text of a recipe; '' where it can, or there is no such text.
 
     Raises:
-        InputError: a module or the file is not there.
+        InputError: a module or the file is missing.
     """
     text = recipe.calibration
     return unfit(text, tokenizer, recipe.context, vocabulary) if text and not recipe.model.random_init else ""

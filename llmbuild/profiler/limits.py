@@ -1,4 +1,4 @@
-"""Call the functions of a compiled `llmbuild.kernels.limits` and take their seconds; runs in the profiler's worker."""
+"""Call the functions of a compiled `llmbuild.kernels.limits` and time them; runs in the profiler's worker."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LEAST_ROUNDS = 5
 class Calls:
     """One artifact of limit kernels on a device with a thread pinned to each core, and the bytes its functions read.
 
-    Threads that are not pinned end up on one core together when they are woken together: no limit is reached so.
+    Unpinned threads are placed on one core when they are woken together, and reach no limit.
     """
 
     def __init__(self, artifact: Path, read_bytes: int) -> None:
@@ -34,13 +34,13 @@ class Calls:
             memory_type=rt.MemoryType.DEVICE_LOCAL | rt.MemoryType.HOST_VISIBLE,
             allowed_usage=rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING,
             device=self._device,
-            buffer=np.zeros(read_bytes, np.int8),  # takes no memory of its own: up to 2 GiB are copied
+            buffer=np.zeros(read_bytes, np.int8),  # does not reuse memory: up to 2 GiB are copied
             element_type=rt.HalElementType.SINT_8,
         )
         self._callers: dict[str, PolledCaller] = {}
 
     def seconds(self, function: str) -> float:
-        """Return how long one call took, until its result is there."""
+        """Return how long one call took, including its result."""
         called = self._module.lookup_function(function)
         call = self._callers.setdefault(function, PolledCaller(self._device, self._context, 1))
         begin = perf_counter()

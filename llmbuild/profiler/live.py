@@ -1,4 +1,4 @@
-"""A variant in a running worker: opened, warmed up, checked, then asked for one answer after another."""
+"""A variant in a running worker: opened, warmed up, checked, then run answer by answer."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from llmbuild.system.strict_json import JsonObject
 
 LOADS = 3
 NOISE = 3.0
-"""Allowed error in units of how far the logits move when token vectors move by a millionth: rounding flips steps of
-quantized activations, and random weights amplify that."""
+"""Allowed error in units of the logits' change when token vectors change by a millionth: rounding flips steps of
+quantized activations, and random weights amplify that.
+"""
 COLD = {"CUDA_CACHE_DISABLE": "1", "AMD_COMGR_CACHE": "0"}
-"""Environment in which GPU drivers compile what they are given, whatever they compiled before."""
+"""Environment in which GPU drivers ignore their caches of compiled code."""
 WHOLE = 1 << 30
 """More output tokens than any workload has: rounds are not shortened."""
 
@@ -40,7 +41,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class MeterFound:
-    """The energy meter of a worker: its source, None where there is none, why no better one, and what it tells."""
+    """The energy meter of a worker: its source (None where there is none), why no better one, and its metadata."""
 
     source: str | None
     reason: str
@@ -49,7 +50,7 @@ class MeterFound:
 
 @dataclass(frozen=True)
 class WindowTaken:
-    """One energy window: joules, None where it was lost for `reason`, seconds, output tokens and conditions."""
+    """One energy window: joules (None where lost for `reason`), seconds, output tokens and conditions."""
 
     joules: float | None
     seconds: float
@@ -67,7 +68,7 @@ def _taken(told: JsonObject) -> WindowTaken:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is known of a subject before its first round, and holds for every process that opens it."""
+    """The facts about a subject that are known before its first round and hold for every process that opens it."""
 
     readings: dict[str, Reading]
     notes: dict[str, str]
@@ -87,23 +88,23 @@ class Live:
         self.last: Answer | None = None
         """The last answer of a warm-up."""
         self.decode_steps = WHOLE
-        """Output tokens of one round; shortened for a baseline that is much slower than what it is compared with."""
+        """Output tokens of one round; shortened for a baseline that is much slower than its candidates."""
 
     def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
-        """Open, warm up, then check numerics and quality; memory is read before the checks add their own.
+        """Open, warm up, then check numerics and quality; peak memory is read before the checks add to it.
 
         Raises:
-            ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
+            ChildFailed: the artifact does not open or run, or its logits differ from PyTorch's.
         """
         self.begin(workload, warmup_s)
         self.score(quality)
         self.count()
 
     def begin(self, workload: Workload, warmup_s: float) -> None:
-        """Open, warm up and check numerics: what comes before anything is timed.
+        """Open, warm up and check numerics, before any timing.
 
         Raises:
-            ChildFailed: the artifact does not open or run, or computes something else than PyTorch.
+            ChildFailed: the artifact does not open or run, or its logits differ from PyTorch's.
         """
         opened = self.open(LOADS)
         self.readings["load_s"] = statistics.median_of(opened)
@@ -116,7 +117,7 @@ class Live:
         self._check()
 
     def _cold(self) -> None:
-        """Open once in a process that takes nothing from the driver's cache of compiled code, and note the seconds."""
+        """Open once in a process without the driver's cache of compiled code, and record the seconds."""
         warm, child = self.child, Child(self.child.limits, COLD)
         self.child = child
         try:
@@ -127,11 +128,11 @@ class Live:
 
     @property
     def prepared(self) -> Prepared:
-        """What `prepare` found."""
+        """The result of `prepare`."""
         return Prepared(dict(self.readings), dict(self.notes), self.operators)
 
     def resume(self, known: Prepared, workload: Workload, warmup_s: float) -> None:
-        """Open and warm up what was prepared in another process before: its bytes are checked and scored already.
+        """Open and warm up a subject that another process prepared: its bytes are already checked and scored.
 
         Raises:
             ChildFailed: the artifact does not open or run any more.
@@ -142,7 +143,7 @@ class Live:
 
     @property
     def load_s(self) -> float:
-        """Seconds that opening takes, known from `prepare`."""
+        """Seconds to open the artifact, from `prepare`."""
         found = self.readings.get("load_s")
         return math.inf if found is None else found.median
 
@@ -167,7 +168,7 @@ class Live:
         return list(opened["load_s"])
 
     def warm(self, workload: Workload, seconds: float) -> float:
-        """Run until `seconds` have passed, once at least; return the seconds of the last answer."""
+        """Run until `seconds` have passed, at least once; return the seconds of the last answer."""
         end = monotonic() + seconds
         while True:
             self.last = answer = self.answers(workload, 0.0)[0]
@@ -176,7 +177,7 @@ class Live:
                 return took
 
     def answers(self, workload: Workload, seconds: float) -> list[Answer]:
-        """Answer for `seconds`, once at least."""
+        """Answer for `seconds`, at least once."""
         told = self.child.ask("profile", "round", **self._load(workload), seconds=seconds)["answers"]
         return [Answer(a["ttft_s"], a["tpot_s"], tuple(a["gap_s"])) for a in told]
 
@@ -189,7 +190,7 @@ class Live:
         return {"ttft_s": ttft, "tpot_s": tpot, **rates}, tuple(gap for a in found for gap in a.gaps_s)
 
     def meter(self) -> MeterFound:
-        """Return the energy meter of what the artifact runs on, found once; needs an opened artifact."""
+        """Return the energy meter of the artifact's device, found once; needs an opened artifact."""
         if self._meter is None:
             told = self.child.ask("profile", "meter")
             source, reason = told.pop("source"), told.pop("reason")
@@ -197,7 +198,7 @@ class Live:
         return self._meter
 
     def energy(self, workload: Workload, steps: int) -> WindowTaken:
-        """Answer again and again in a window of `steps` updates of the meter."""
+        """Answer repeatedly in a window of `steps` updates of the meter."""
         return _taken(self.child.ask("profile", "energy", **self._load(workload), steps=steps))
 
     def _load(self, workload: Workload) -> dict[str, object]:
@@ -219,10 +220,10 @@ class Live:
         self.notes["check"] = f"logits within {found['error']:.2g} of PyTorch's on the same weights"
 
     def score(self, quality: Quality) -> None:
-        """Score held-out text, or note why not; once.
+        """Score held-out text once, or note why not.
 
         Raises:
-            ChildFailed: the worker died over it.
+            ChildFailed: the worker died of it.
         """
         if "quality_kl" in self.readings:
             return
@@ -233,7 +234,7 @@ class Live:
             self.readings[name] = statistics.exact(value)
 
     def count(self) -> None:
-        """Count and time the dispatches of a decode step; a tool that fails leaves a note, not a failed variant."""
+        """Count and time the dispatches of a decode step; a failure of the tool is a note, not a failed variant."""
         s = self.subject
         if not shares_memory(s.driver):
             self.notes["operators"] = "absent: dispatches are counted and timed on CPU drivers alone"

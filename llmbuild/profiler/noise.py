@@ -1,4 +1,4 @@
-"""What else the machine was doing: time stolen by the hypervisor, CPU time that others took, heat, clocks and load."""
+"""Disturbances of a measurement: time stolen by the hypervisor, other processes' CPU time, heat, clocks and load."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 STEAL_LIMIT = 0.02
-"""Share of CPU time stolen above which readings are called noisy."""
+"""Share of stolen CPU time above which readings are marked noisy."""
 
 OTHERS_LIMIT = 0.05
-"""Share of CPU time taken by other processes above which readings are called noisy."""
+"""Share of other processes' CPU time above which readings are marked noisy."""
 
 CLOCK_LIMIT = 0.1
-"""Share by which the CPU clock may move before readings are called noisy."""
+"""Change of the CPU clock above which readings are marked noisy."""
 
 CPUS = Path("/sys/devices/system/cpu")
 
@@ -33,7 +33,7 @@ STAT = Path("/proc/stat")
 
 
 def cpus(stat: Path = STAT) -> int:
-    """Return the number of CPUs whose time the counters add up: all that are online, not those of this process."""
+    """Return the number of CPUs in the counters: all that are online, not those of this process."""
     try:
         return len(re.findall(r"^cpu\d+ ", stat.read_text(), re.MULTILINE)) or os.cpu_count() or 1
     except OSError:
@@ -41,7 +41,7 @@ def cpus(stat: Path = STAT) -> int:
 
 
 def snapshot(stat: Path = STAT) -> Snapshot:
-    """Return the counters now."""
+    """Return the present counters."""
     try:
         ticks = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
     except (OSError, ValueError, IndexError):
@@ -64,7 +64,7 @@ def cpu_ticks(processes: Iterable[int]) -> int:
 
 @dataclass(frozen=True)
 class Shares:
-    """What was taken from the measured processes in a span: shares of CPU time, and whether the CPU was held back."""
+    """Disturbances in a span: shares of CPU time, and whether the CPU was throttled."""
 
     stolen: float
     others: float
@@ -72,12 +72,12 @@ class Shares:
 
     @property
     def disturbed(self) -> bool:
-        """Whether readings of this span are better left out."""
+        """Whether readings of this span should be dropped."""
         return self.stolen > STEAL_LIMIT or self.others > OTHERS_LIMIT or self.throttled
 
 
 class Watch:
-    """Watches the machine from its making on, on behalf of the processes that are measured (this one is theirs too)."""
+    """Watches the machine from its creation on; this process counts as one of the measured processes."""
 
     def __init__(self, processes: Iterable[int], root: Path = CPUS) -> None:
         self._processes, self._root = (*processes, os.getpid()), root
@@ -85,7 +85,7 @@ class Watch:
         self._before, self._ticks = snapshot(), cpu_ticks(self._processes)
 
     def shares(self) -> Shares:
-        """Return what was taken from the measured processes since then; nothing where the system does not tell."""
+        """Return the disturbances since then; zero where the system does not report them."""
         own = cpu_ticks(self._processes) - self._ticks
         return _shares(self._before, snapshot(), own, throttles(self._root) > self._throttles)
 
@@ -99,12 +99,12 @@ def _shares(before: Snapshot, after: Snapshot, own_ticks: int, throttled: bool =
 
 
 def throttles(root: Path = CPUS) -> int:
-    """Return how often the CPUs were slowed down for their heat since boot; 0 where the system does not tell."""
+    """Return how often the CPUs were throttled for heat since boot; 0 where unknown."""
     return sum(_number(p) for p in root.glob("cpu[0-9]*/thermal_throttle/core_throttle_count"))
 
 
 def clock_khz(root: Path = CPUS) -> int:
-    """Return the mean clock of the CPUs now; 0 where the system does not tell, as in most virtual machines."""
+    """Return the present mean clock of the CPUs; 0 where unknown, as in most virtual machines."""
     found = [_number(p) for p in root.glob("cpu[0-9]*/cpufreq/scaling_cur_freq")]
     return round(sum(found) / len(found)) if found else 0
 
@@ -140,9 +140,9 @@ def description(spans: Sequence[Shares], clocks_khz: Sequence[int] = ()) -> str:
 
 
 def verdict(before: Snapshot, after: Snapshot, own_threads: int, own_ticks: int | None = None) -> str:
-    """Return what disturbed the readings taken between two snapshots; empty when nothing did.
+    """Return what disturbed the readings between two snapshots; empty when nothing did.
 
-    `own_ticks` is the CPU time that the measured processes took between them: what is busy beyond it was others.
+    `own_ticks` is the CPU time of the measured processes in between: other processes used the rest of the busy time.
     """
     own = after.busy - before.busy if own_ticks is None else own_ticks
     found = [description([_shares(before, after, own)])]

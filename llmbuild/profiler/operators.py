@@ -1,4 +1,4 @@
-"""Where a decode step spends its time: IREE's own count of every dispatch, on real weights, in the real order."""
+"""The times of a decode step's dispatches: IREE's own profile, on real weights, in the real order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmbuild.system.strict_json import JsonObject
 
 _TYPES = {"float32": "f32", "float16": "f16", "int8": "i8", "int64": "i64"}
 SECONDS = 0.05
-"""How long the step is repeated."""
+"""Seconds of the repeated step."""
 
 
 def tool(name: str = "iree-benchmark-module") -> Path:
@@ -40,7 +40,7 @@ def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits)
     with TemporaryDirectory(prefix="llmbuild-") as name:
         folder = Path(name)
         archive, output = folder / "parameters.irpa", folder / "result.json"
-        archive.symlink_to(parameters.resolve())  # the tool tells formats by the file's suffix
+        archive.symlink_to(parameters.resolve())  # the tool takes the format from the file's suffix
         command = [
             str(tool()),
             "--device=local-sync",
@@ -57,7 +57,7 @@ def decode_operators(artifact: Path, parameters: Path, abi: Abi, limits: Limits)
 
 
 def decode_call(artifact: Path, archive: Path, abi: Abi) -> list[str]:
-    """Return what IREE's tools are told to call one decode step in the middle of the context."""
+    """Return the arguments with which IREE's tools call one decode step in the middle of the context."""
     return [
         f"--module={artifact}",
         f"--parameters={PARAMETER_SCOPE}={archive}",
@@ -69,12 +69,12 @@ def decode_call(artifact: Path, archive: Path, abi: Abi) -> list[str]:
 
 
 def bare_name(name: str) -> str:
-    """Return what a dispatch does, without its function and number: those that do the same are one operator."""
+    """Return a dispatch's name without its function and number: dispatches with equal names are one operator."""
     return re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", name)
 
 
 def dispatches(operators: Sequence[Operator]) -> int:
-    """Return how many dispatches one step makes."""
+    """Return the number of dispatches of a step."""
     return sum(o.calls for o in operators)
 
 

@@ -1,4 +1,4 @@
-"""What is measured and for how long: plain data, so that a build with nothing to measure loads no library for it."""
+"""What is measured and for how long: plain data, so that a build with nothing to measure imports no library for it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from llmbuild.system.strict_json import JsonObject
 
 @dataclass(frozen=True)
 class Protocol:
-    """How long to measure: rounds at least and at most, and the seconds after which no further one is begun.
+    """How long to measure: least and most rounds, and the seconds after which no further round begins.
 
-    A round visits everyone once, for `visit_s` of answers, and opens the artifact anew where that takes less than
-    `reopen_s`: the same artifact opened twice may differ by a tenth, all the time that it stays open. The race has
-    `race_rounds` with everyone, and as many more for those who are undecided as fit into `race_seconds`, up to
-    `race_most_rounds`; where not even those fit, `budget` says what is left out. Energy is measured in windows of its
-    own, where there is a meter.
+    A round visits every participant once, for `visit_s` of answers, and reopens the artifact where that takes less
+    than `reopen_s`: the same artifact opened twice may differ by a tenth, for as long as it stays open. The race has
+    `race_rounds` with all participants, and as many more for the undecided ones as fit into `race_seconds`, up to
+    `race_most_rounds`; where not even those fit, `budget` decides what is left out. Energy is measured in separate
+    windows, where there is a meter.
     """
 
     warmup_s: float = 0.3
@@ -35,7 +35,7 @@ class Protocol:
     race_energy_seconds: float = 120.0
 
     def looks(self) -> list[int]:
-        """Return after how many rounds of a race it is asked who is undecided: each time after twice as many."""
+        """Return the numbers of rounds of a race after which undecided variants are determined: each doubles."""
         found = [self.race_rounds]
         while found[-1] < self.race_most_rounds:
             found.append(min(self.race_most_rounds, found[-1] * 2))
@@ -57,9 +57,9 @@ class Subject:
     tolerance: float
     parameter_bytes: int = 0
     meters: tuple[str, ...] = ()
-    """Sources of energy readings that are of what the artifact runs on."""
+    """Sources of energy readings for the artifact's device."""
     integer: bool = False
-    """Whether the weights are integers: the prompt is then held against the integer peak where there is one."""
+    """Whether the weights are integers: the prompt is then compared with the integer peak where it is known."""
 
 
 @dataclass(frozen=True)

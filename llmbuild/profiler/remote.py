@@ -1,7 +1,7 @@
-"""Measure on another machine over ssh: the near end. The far end is `serve`, which is sent there as it is here.
+"""Measure on another machine over ssh: the client. The server is `serve`, whose local code is sent there.
 
-The system's own `ssh` is used, so that the user's configuration, keys, agents and jump hosts hold. Nobody is asked for
-a password. Files go once, by digest; readings come back as those of that machine.
+The system's `ssh` is used, so that the user's configuration, keys, agents and jump hosts apply. No password is
+prompted for. Files are sent once, by digest; readings are returned as those of that machine.
 """
 
 from __future__ import annotations
@@ -37,23 +37,23 @@ from llmbuild.spec.workload import Workload
 from llmbuild.system.strict_json import JsonObject
 
 SHIPPED = ("kernels", "process", "profiler", "runtime", "spec", "system")
-"""The packages that the far end runs."""
+"""The packages that the server runs."""
 SINGLE = ("__init__", "digest", "errors")
 """The modules beside them."""
 PIECE = 1 << 20
 
 
 class Lost(Exception):
-    """The far end is gone; never leaves this module."""
+    """The connection is lost; never leaves this module."""
 
 
 class Refused(Exception):
-    """The far end would not do it; never leaves this module."""
+    """The server refused; never leaves this module."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """A machine that ssh knows, and the Python there."""
+    """A machine for ssh, and its Python."""
 
     destination: str
     port: int | None = None
@@ -63,16 +63,16 @@ class Place:
         """Return the command that runs a Python script there."""
         port = ["-p", str(self.port)] if self.port else []
         alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15"]
-        # neither the folder one arrives in nor variables there say what is imported; -P is not known to an old Python
+        # Neither the login folder nor environment variables affect imports; old Pythons lack -P.
         far = shlex.join([self.python, "-E", "-c", f"import sys; sys.path.remove(''); {script}"])
         return [program("ssh"), "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
 
 
 def place_of(text: str) -> Place:
-    """Return the place that `ssh://[USER@]HOST[:PORT][/PATH/TO/PYTHON]` names.
+    """Return the place of `ssh://[USER@]HOST[:PORT][/PATH/TO/PYTHON]`.
 
     Raises:
-        InputError: it does not name one.
+        InputError: not of this form.
     """
     asked = f"--on {text!r}: write ssh://[USER@]HOST[:PORT][/PATH/TO/PYTHON]"
     try:
@@ -88,14 +88,14 @@ def place_of(text: str) -> Place:
 
 
 class Connection:
-    """A running far end: one request, one answer."""
+    """A connection to a running server: one request, one answer."""
 
     def __init__(self, place: Place) -> None:
-        """Connect, and send the code where it is not there yet.
+        """Connect, and send the code where it is missing.
 
         Raises:
             Lost: no connection, or no Python there.
-            Refused: what is there cannot serve.
+            Refused: the machine cannot run the server.
         """
         self.place = place
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
@@ -121,17 +121,17 @@ class Connection:
                 self._send(code)
             while "serving" not in self._answer():
                 continue
-        except BaseException:  # whatever it is, Ctrl-C too: no ssh may outlive it; raised again
+        except BaseException:  # any exception, Ctrl-C too: ssh must not outlive it; raised again
             self.close()
             raise
 
     def ask(
         self, verb: str, dominated: Dominated | None = None, contenders: Contenders | None = None, /, **request: object
     ) -> JsonObject:
-        """Return the answer; where it asks who of its measurements is dominated, or left in a race, these say so.
+        """Return the answer; the callbacks answer the server's questions about dominated or undecided measurements.
 
         Raises:
-            Lost, Refused: there is no answer, or it is no.
+            Lost, Refused: there is no answer, or it is a refusal.
         """
         self._send(_line({"verb": verb, **request}))
         while {"contenders", "brief"} & (told := self._answer()).keys():
@@ -143,7 +143,7 @@ class Connection:
         return told
 
     def put(self, files: Mapping[str, Path]) -> int:
-        """Send the files, by digest, that are not there yet; return their bytes."""
+        """Send the files, by digest, that the server lacks; return their bytes."""
         sent = 0
         for name in self.ask("have", blobs=sorted(files))["missing"]:
             size = files[name].stat().st_size
@@ -156,7 +156,7 @@ class Connection:
         return sent
 
     def close(self) -> None:
-        """End the far end, which ends what it started."""
+        """End the server, which ends its children."""
         if self._process.stdin is not None:
             with contextlib.suppress(BrokenPipeError):
                 self._process.stdin.close()
@@ -196,7 +196,7 @@ class Connection:
 
 
 class Remote:
-    """A machine that is measured on; connected to when it is first needed, and again after the connection was lost."""
+    """A remote machine that measures; connected on first use, and again after a lost connection."""
 
     def __init__(self, place: Place) -> None:
         self.place = place
@@ -208,18 +208,18 @@ class Remote:
         """The connection.
 
         Raises:
-            Lost, Refused: there is none to be had.
+            Lost, Refused: it cannot be made.
         """
         if self._connection is None:
             self._connection = Connection(self.place)
         return self._connection
 
     def drop(self) -> None:
-        """Forget a connection that was lost."""
+        """Drop a lost connection."""
         self.close()
 
     def close(self) -> None:
-        """End the far end."""
+        """End the server."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -237,19 +237,19 @@ class Remote:
         """The machine's record.
 
         Raises:
-            NothingUsable: it cannot be reached, or nothing there can serve.
+            NothingUsable: it cannot be reached, or cannot run the server.
         """
         return wire.machine_of(self._facts["machine"])
 
     @property
     def facts(self) -> HostFacts:
-        """What decides which artifacts may be opened there."""
+        """The facts that decide which artifacts may be opened there."""
         told, machine = self._facts, self.machine
         features = frozenset(told["features"])
         return HostFacts(machine.arch, features, told["runtime"], told["memory_bytes"], digest.of(machine))
 
     def put(self, files: Mapping[str, Path]) -> None:
-        """Send what is not there yet."""
+        """Send missing files."""
         self.sent_bytes += self.connection.put(files)
 
     def roofline(self, compile_: roofline.Compile, seconds: float) -> roofline.Roofline | Failure:
@@ -269,7 +269,7 @@ class Remote:
         return wire.failure_of(answer["failure"]) if "failure" in answer else roofline.from_body(answer["roofline"])
 
     def failure(self, error: Lost | Refused) -> Failure:
-        """Return what stands where the far end gave no answer: it passes, for another day may bring one."""
+        """Return the failure for a missing answer: it is transient, a later build tries again."""
         lost = isinstance(error, Lost)
         if lost:
             self.drop()
@@ -279,7 +279,7 @@ class Remote:
 
 
 class RemoteBench:
-    """A `Bench` that stands on another machine."""
+    """A `Bench` on another machine."""
 
     def __init__(
         self,
@@ -298,7 +298,7 @@ class RemoteBench:
 
     @property
     def has_baseline(self) -> bool:
-        """Say whether there is something to pair with: it is gone with a connection that was lost."""
+        """Return whether a baseline is open for pairing: it is lost with the connection."""
         return self._baseline and self._standing is not None and self._standing is self.remote._connection
 
     def measure(
@@ -329,12 +329,12 @@ class RemoteBench:
         return [tuple(wire.measurement_of(body) for body in bodies) for bodies in told["raced"]]
 
     def close(self) -> None:
-        """End what is measured there."""
+        """End the processes there."""
         self.remote.close()
         self._standing, self._baseline = None, False
 
     def _ready(self, subjects: Sequence[Subject]) -> None:
-        """Send what is missing there, and make the bench anew on a new connection."""
+        """Send missing files, and make the bench again on a new connection."""
         files = {name: path for subject in subjects for name, path in wire.files_of(subject).items()}
         if self.quality.data is not None:
             files[self.quality.data.name] = self.quality.data
@@ -350,7 +350,7 @@ class RemoteBench:
 
 
 def archive(*more: str) -> bytes:
-    """Return the code that the far end runs, and `more` modules, as a zip with the same bytes for the same code."""
+    """Return the server's code, and `more` modules, as a zip with the same bytes for the same code."""
     root = Path(llmbuild.__file__).parent
     packages = [path for name in SHIPPED for path in sorted((root / name).rglob("*.py"))]
     files = [*(root / f"{name}.py" for name in (*SINGLE, *more)), *packages]

@@ -1,7 +1,7 @@
-"""What this machine can do at most, measured: bytes read and arithmetic per second, and how near a variant comes.
+"""The measured limits of this machine: bytes read and arithmetic per second, and the share that a variant reaches.
 
-Decoding one token reads every weight and the cache once, so it cannot take less than those bytes over the bandwidth;
-a prompt multiplies every weight with each of its tokens, so it cannot take less than that over the arithmetic peak.
+Decoding one token reads every weight and the cache once, so its time is at least those bytes over the bandwidth; a
+prompt multiplies every weight with each of its tokens, so its time is at least that work over the arithmetic peak.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ LEAST_BYTES, MOST_BYTES, CACHES = 256 << 20, 2 << 30, 8
 """The buffer is this many times the last-level cache, between the two bounds."""
 
 Compile = Callable[[Path, Path], Failure | None]
-"""Compiles MLIR (first path) for this host into a `.vmfb` (second path); None when it is there."""
+"""Compiles MLIR (first path) for this host into a `.vmfb` (second path); None on success."""
 
 
 @dataclass(frozen=True)
 class Rates:
-    """What a number of workers reaches together: bytes read a second, and multiplications plus additions a second."""
+    """Total rates of a number of workers: bytes read per second, and multiply-adds per second."""
 
     workers: int
     read_bytes_per_s: Reading
     f32_flop_per_s: Reading
     int8_op_per_s: Reading | None
-    """None where no kernel is written for this machine's int8 instructions; `Roofline.notes` says so."""
+    """None where llmbuild has no kernel for this machine's int8 instructions; `Roofline.notes` has the reason."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Roofline:
     notes: tuple[str, ...]
 
     def of(self, driver: str, workers: int) -> Rates:
-        """Return the rates that a variant's run-time settings can reach (`workers` 0 is one for each core)."""
+        """Return the rates for a variant's run-time settings (`workers` 0 is one per core)."""
         alone = driver == "local-sync" or workers == 1
         return self.one if alone else self.all
 
@@ -73,7 +73,7 @@ def from_body(body: JsonObject) -> Roofline:
 
 @dataclass(frozen=True)
 class Work:
-    """What a variant does: bytes that each decode step reads, and operations that the prompt needs."""
+    """The work of a variant: bytes that each decode step reads, and operations of the prompt."""
 
     parameter_bytes: int
     kv_bytes: float
@@ -82,7 +82,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Fractions:
-    """The share of the limits that a variant reaches; more than 1 means that it does less than was counted."""
+    """The shares of the limits that a variant reaches; more than 1 means that it does less work than counted."""
 
     decode_of_bandwidth: Reading
     prefill_of_f32: Reading
@@ -90,7 +90,7 @@ class Fractions:
 
 
 def buffer_bytes(workers: int) -> int:
-    """Return the size of the buffer that is read: far larger than the last-level cache, and whole lines for each."""
+    """Return the size of the buffer: far larger than the last-level cache, and whole cache lines for each worker."""
     wanted = min(max(LEAST_BYTES, CACHES * _last_level_cache_bytes()), MOST_BYTES)
     piece = 512 * workers
     return -(-wanted // piece) * piece
@@ -98,7 +98,7 @@ def buffer_bytes(workers: int) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """Limit kernels for one machine: their MLIR, how many workers share them, and what they are called with."""
+    """Limit kernels for one machine: their MLIR, their numbers of workers, and their arguments."""
 
     source: str
     workers: tuple[int, ...]
@@ -116,16 +116,16 @@ def plan_from(source: str, body: JsonObject) -> Plan:
 
 
 def plan(size: int = 0) -> Plan:
-    """Return what measures this host; `size` is the buffer's bytes, a multiple of 512 for each core; 0 chooses."""
+    """Return the plan for this host; `size` is the buffer's bytes, a multiple of 512 for each core; 0 chooses."""
     cores, features = host.cores(), host.features()
     counts, size = sorted({1, cores}), size or buffer_bytes(cores)
     return Plan(limits.module(features, counts, size), tuple(counts), tuple(sorted(features)), size)
 
 
 def measure(compile_: Compile, seconds: float = 3.0, size: int = 0) -> Roofline | Failure:
-    """Compile the limit kernels, run them in a process of their own for about `seconds` and return the limits.
+    """Compile the limit kernels, run them in a separate process for about `seconds` and return the limits.
 
-    What disturbed it stands in the notes.
+    The notes list disturbances.
     """
     planned = plan(size)
     with TemporaryDirectory(prefix="llmbuild-") as folder:
@@ -151,10 +151,10 @@ def read(planned: Plan, artifact: Path, seconds: float) -> Roofline | Failure:
 
 
 def work(abi: Abi, parameter_bytes: int, workload: Workload, head_parameters: int = 0) -> Work:
-    """Return what a variant does under a workload; cache bytes are those of its middle output token.
+    """Return the work of a variant for a workload; cache bytes are those of its middle output token.
 
-    `head_parameters` are the weights of the output matrix, which only the last token of a prompt meets; with 0 every
-    weight is counted for every token. Attention itself, small at short prompts, is left out of the operations.
+    `head_parameters` are the weights of the output matrix, which only the last token of a prompt uses; with 0 every
+    weight is counted for every token. Attention itself, small at short prompts, is not counted.
     """
     filled = min(workload.prompt + workload.output / 2, abi.context)
     cached = sum(math.prod(t.shape) * _width(t.dtype) for t in abi.kv)
@@ -164,7 +164,7 @@ def work(abi: Abi, parameter_bytes: int, workload: Workload, head_parameters: in
 
 
 def fractions(rates: Rates, done: Work, tpot: Reading, ttft: Reading) -> Fractions:
-    """Return how near a variant comes to the limits; intervals are the widest that those of both sides allow."""
+    """Return the shares of the limits that a variant reaches; intervals combine the extremes of both sides."""
     int8 = rates.int8_op_per_s
     return Fractions(
         decode_of_bandwidth=_fraction(done.parameter_bytes + done.kv_bytes, tpot, rates.read_bytes_per_s),
@@ -208,13 +208,13 @@ def _rates(workers: int, taken: dict[str, list[float]], features: frozenset[str]
 
 
 def _width(dtype: str) -> int:
-    """Return the bytes of an element by the bits in its name: `float16`, `int8`."""
+    """Return the byte width of an element type from its name: `float16`, `int8`."""
     match = re.search(r"\d+$", dtype)
     return int(match[0]) // 8 if match else 1
 
 
 def _last_level_cache_bytes() -> int:
-    """Return the size of the largest cache of CPU 0; 0 where the system does not tell."""
+    """Return the size of the largest cache of CPU 0; 0 where unknown."""
     units = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
     found = [0]
     for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):

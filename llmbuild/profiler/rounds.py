@@ -1,6 +1,6 @@
-"""Interleaved rounds: everyone who takes part answers once in every round, in random order.
+"""Interleaved rounds: every participant answers once in every round, in random order.
 
-Who has left does not come back, so samples of equal index are of the same round: they are paired by it.
+A participant that leaves does not return, so samples of equal index are of the same round and form pairs.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from llmbuild.spec.workload import Workload
 Samples = dict[str, list[float]]
 
 IDLE_STEPS = 10
-"""Updates of the meter that the window of idle power spans: it is shown, and ranks nothing."""
+"""Updates of the meter in the window of idle power, which is shown and ranks nothing."""
 
 
 class Rounds:
-    """The rounds of one workload, with what else the machine did in each."""
+    """The rounds of one workload, with the disturbances of each."""
 
     def __init__(self, workload: Workload, order: random.Random, protocol: Protocol) -> None:
         self.workload, self.protocol = workload, protocol
@@ -33,17 +33,17 @@ class Rounds:
         self.shares: list[noise.Shares] = []
         self.clocks_khz: list[int] = []
         self.last_s = 0.0
-        """Seconds that the last round took."""
+        """Seconds of the last round."""
         self._last: list[float] = []
         self._order = order
 
     @property
     def done(self) -> int:
-        """Rounds so far."""
+        """Number of completed rounds."""
         return len(self.shares)
 
     def run(self, entrants: Sequence[Live]) -> None:
-        """Run one round; entrants are those of the last one, or fewer."""
+        """Run one round; participants are those of the last one, or fewer."""
         begin, watch = monotonic(), noise.Watch([live.child.pid for live in entrants])
         for live in self._order.sample(list(entrants), len(entrants)):
             if live.load_s < self.protocol.reopen_s:
@@ -58,11 +58,11 @@ class Rounds:
         self.last_s = monotonic() - begin
 
     def close(self, baseline: Live, visits: int) -> None:
-        """Visit the baseline again at the end, where it had left: its samples are held against its first ones."""
+        """Visit the baseline again at the end, where it had left: these samples are compared with its first ones."""
         self._last = [baseline.visit(self.workload, self.protocol.visit_s)[0]["e2e_s"] for _ in range(visits)]
 
     def samples(self, live: Live, least: int) -> Samples:
-        """Return a subject's samples, disturbed rounds left out where at least `least` others of it remain."""
+        """Return a subject's samples, without disturbed rounds where at least `least` others of it remain."""
         taken = self.taken.get(live, {})
         count = len(next(iter(taken.values()), []))
         calm = [i for i in range(count) if not self.shares[i].disturbed]
@@ -70,7 +70,7 @@ class Rounds:
         return {name: [values[i] for i in kept] for name, values in taken.items()}
 
     def noisy(self, baseline: Live | None) -> str:
-        """Return what disturbed the rounds or made the baseline drift; empty when nothing did."""
+        """Return what disturbed the rounds, or the baseline's drift; empty when there was neither."""
         told = [noise.description(self.shares, self.clocks_khz)]
         if baseline is not None and baseline in self.taken:
             moved = statistics.drift([*self.taken[baseline]["e2e_s"], *self._last])
@@ -80,7 +80,7 @@ class Rounds:
 
 
 class EnergyRounds:
-    """Windows of equal length for everyone in turn: joules per output token, and why some have none."""
+    """Windows of equal length for all participants in turn: joules per output token, and why some have none."""
 
     def __init__(self, workload: Workload, order: random.Random) -> None:
         self.workload, self._order = workload, order
@@ -89,7 +89,7 @@ class EnergyRounds:
         self.facts: dict[Live, dict[str, float | str]] = {}
 
     def run(self, entrants: Sequence[Live], rounds: int, steps: int, seconds: float) -> None:
-        """Run up to `rounds`; none is begun after `seconds`. Who has no meter takes no part."""
+        """Run up to `rounds`; none begins after `seconds`. A subject without a meter takes no part."""
         metered = [live for live in entrants if live.meter().source]
         end = monotonic() + seconds
         for live in metered:
@@ -120,7 +120,7 @@ class EnergyRounds:
         facts |= {"windows": len(self.taken[live]), "window_s": found.seconds, **found.conditions}
 
     def noisy(self, live: Live) -> str:
-        """Return what held the metered device back; empty when nothing did."""
+        """Return what throttled the metered device; empty when nothing did."""
         held = self.facts.get(live, {}).get("throttled")
         return f"the device was held back: {held}" if held else ""
 

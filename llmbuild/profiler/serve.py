@@ -1,15 +1,13 @@
-"""The far end of a measurement: JSON requests on stdin, one JSON answer a line on stdout; files come by digest.
+"""The server of a remote measurement: JSON requests on stdin, one JSON answer a line on stdout; files by digest.
 
-facts    {}                              -> machine, runtime, memory_bytes
-have     {blobs}                         -> missing: those that are not in the cache here
-put      {blob, bytes}, then the bytes   -> stored
-limits   {}                              -> source: kernels to compile, and what they are to be called with
-roofline {artifact, plan, seconds}       -> roofline, or failure
-bench    {workloads, quality, ...}       -> ready, or refused where the target must not be opened here
-measure  {subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}, and is told {why}
-race     {subjects}                      -> raced; asks {contenders, reach} in between, and is told {left}
+facts    {}                              -> machine, runtime, memory_bytes have     {blobs}                         ->
+missing: those that the cache lacks put      {blob, bytes}, then the bytes   -> stored limits   {}
+-> source: kernels to compile, and their arguments roofline {artifact, plan, seconds}       -> roofline, or failure
+bench    {workloads, quality, ...}       -> ready, or refused where this host must not open the target measure
+{subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}; the answer is {why} race
+{subjects}                      -> raced; asks {contenders, reach} in between; the answer is {left}
 
-When stdin ends, so does everything that runs here: the near end was interrupted, or the connection lost.
+The end of stdin ends all processes here: the client was interrupted, or the connection lost.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ PIECE = 1 << 20
 
 
 class Blobs:
-    """Files by digest, in a folder of their own."""
+    """Files by digest, in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,20 +50,20 @@ class Blobs:
         folder.mkdir(parents=True, exist_ok=True)
 
     def path(self, name: str) -> Path:
-        """Return where a blob lies."""
+        """Return the path of a blob."""
         if len(bytes.fromhex(name)) != 32:
             raise LlmbuildError(f"{name!r} is no digest")
         return self.folder / name
 
     def intact(self, name: str) -> bool:
-        """Say whether a blob is here with the bytes of its name; they are read once."""
+        """Return whether a blob is present and matches its digest; it is read once."""
         path = self.path(name)
         if name not in self._intact and path.is_file() and digest.of_file(path) == name:
             self._intact.add(name)
         return name in self._intact
 
     def take(self, name: str, size: int, source: BinaryIO) -> None:
-        """Read a blob of `size` bytes; it is there only once its bytes are those of its name."""
+        """Read a blob of `size` bytes; it is stored only if its bytes match its digest."""
         path = self.path(name)
         temporary = path.with_name(f".{name}.{os.getpid()}")
         with open(temporary, "wb") as file:
@@ -80,7 +78,7 @@ class Blobs:
 
 
 class Requests:
-    """What the near end asks, read in a thread, so that its end is noticed in the middle of a measurement."""
+    """The client's requests, read in a thread, so that its end is noticed during a measurement."""
 
     def __init__(self, source: BinaryIO, blobs: Blobs) -> None:
         self._source, self._blobs = source, blobs
@@ -88,7 +86,7 @@ class Requests:
         threading.Thread(target=self._listen, daemon=True).start()
 
     def next(self) -> JsonObject:
-        """Return the next request, waiting for it."""
+        """Wait for the next request and return it."""
         return self._read.get()
 
     def _listen(self) -> None:
@@ -101,7 +99,7 @@ class Requests:
 
 
 class Server:
-    """One near end's measurements on this machine."""
+    """One client's measurements on this machine."""
 
     def __init__(self, cache: Path, source: BinaryIO, sink: TextIO) -> None:
         self.cache, self.sink = cache, sink
@@ -110,7 +108,7 @@ class Server:
         self._bench: Bench | None = None
 
     def run(self) -> None:
-        """Answer until there is nobody to answer."""
+        """Answer until the client is gone."""
         while True:
             request = self.requests.next()
             try:
@@ -166,12 +164,12 @@ class Server:
         return {"raced": plain(self._opened.race(subjects, self._left))}
 
     def _left(self, measured: Sequence[Measurement], reach: float) -> set[str]:
-        """Ask the near end, which knows all trials, who is still undecided."""
+        """Ask the client, which has all trials, which variants are undecided."""
         self.say(contenders=plain(list(measured)), reach=reach)
         return set(self.requests.next()["left"])
 
     def _dominated(self, brief: Sequence[Measurement], perfect: bool) -> str:
-        """Ask the near end, which knows all trials, who beats a variant beyond doubt."""
+        """Ask the client, which has all trials, which variant surely dominates this one."""
         self.say(brief=plain(list(brief)), perfect=perfect)
         return str(self.requests.next()["why"])
 
@@ -182,13 +180,13 @@ class Server:
         return self._bench
 
     def close(self) -> None:
-        """End what was measured before."""
+        """End the earlier bench."""
         if self._bench is not None:
             self._bench.close()
 
 
 def unfit(target: JsonObject, runtime: str) -> str:
-    """Return why artifacts of a target must not be opened on this host, as the loader would; empty where they may."""
+    """Return why this host must not open artifacts of a target, as the loader would; empty where it may."""
     why = refusal({"artifact": "to come", "runtime": runtime, "target_body": target}, host_facts())
     return f"the target {why}" if why else ""
 
@@ -196,7 +194,7 @@ def unfit(target: JsonObject, runtime: str) -> str:
 def bench_of(
     body: JsonObject, where: wire.Where, machine: Machine | None = None, limits: Limits | None = None
 ) -> Bench:
-    """Return the bench that a job describes, on this machine; `limits` are those of one request."""
+    """Return the bench of a job's description, on this machine; `limits` are those of one request."""
     known = roofline.from_body(body["limits"]) if body["limits"] else None
     return Bench(
         wire.workloads_of(body),
@@ -209,14 +207,14 @@ def bench_of(
 
 
 def main(cache: str) -> None:
-    """Serve the near end; of two that come at once, the second waits, for one would disturb the other."""
+    """Serve the client; of two at once, the second waits, since they would disturb each other."""
     folder = Path(cache)
     folder.mkdir(parents=True, exist_ok=True)
     if shutil.disk_usage(folder).free < PIECE:
         print(json.dumps({"refused": f"the disk of {folder} is full"}), flush=True)
         return
     with open(folder / ".measuring", "w") as lock:
-        sink, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
+        sink, sys.stdout = sys.stdout, sys.stderr  # output of libraries is not an answer
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

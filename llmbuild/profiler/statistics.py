@@ -17,7 +17,7 @@ DRIFT_LEAST, DRIFT_Z, DRIFT_RATIO = 5, 2.576, 0.03
 
 
 def median_of(samples: Sequence[float]) -> Reading:
-    """Return the median with its bootstrap interval. One sample has an interval of no width.
+    """Return the median with its bootstrap interval. One sample has an interval of zero width.
 
     Raises:
         ValueError: no samples.
@@ -30,7 +30,7 @@ def median_of(samples: Sequence[float]) -> Reading:
 
 
 def few_of(samples: Sequence[float]) -> Reading:
-    """Return the median of a few positive samples with a wide interval: Student's of their logarithms, and all of them.
+    """Return the median of few positive samples with a wide interval: Student's of their logarithms, and all samples.
 
     Raises:
         ValueError: fewer than 2 samples, more than there are quantiles for, or one that is not positive.
@@ -52,8 +52,8 @@ def middle(values: Sequence[float]) -> float:
 def percentile_of(samples: Sequence[float], share: float) -> Reading | None:
     """Return the percentile with its 95 % interval by order statistics; None where the samples cannot support one.
 
-    They can when, were the true percentile above them all, seeing so many below it had a chance of 1 % at most: 459
-    samples for the 99th. The samples themselves are not kept.
+    They support it if the probability that all lie below the true percentile is at most 1 %: 459 samples for the 99th.
+    The samples themselves are not kept.
     """
     count = len(samples)
     if count < least_samples(share):
@@ -65,14 +65,14 @@ def percentile_of(samples: Sequence[float], share: float) -> Reading | None:
 
 
 def least_samples(share: float, risk: float = 0.01) -> int:
-    """Return how many samples a percentile needs: so many all lie below it with a chance of `risk` at most."""
+    """Return how many samples a percentile needs: the probability that all lie below it is then at most `risk`."""
     return math.ceil(math.log(risk) / math.log(share))
 
 
 def drift(samples: Sequence[float]) -> float | None:
-    """Return the median of the last half over that of the first, in order; None where they cannot be told apart.
+    """Return the median of the last half over that of the first, in order; None where they do not differ.
 
-    They are told apart by ranks (Mann-Whitney, 1 % two-sided, normal approximation) and by 3 % at least.
+    They differ by ranks (Mann-Whitney, 1 % two-sided, normal approximation) and by at least 3 %.
     """
     values = np.asarray(samples, np.float64)
     half = values.size // 2
@@ -95,7 +95,7 @@ def paired_ratio(mine: Sequence[float], theirs: Sequence[float]) -> Reading:
     """Return the median of mine over theirs, round by round, with its bootstrap interval in the log domain.
 
     Raises:
-        ValueError: the two are not of equal, positive length.
+        ValueError: the two do not have the same, positive length.
     """
     if len(mine) != len(theirs) or not mine:
         raise ValueError("paired samples are of equal, positive length")

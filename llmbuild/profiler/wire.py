@@ -1,4 +1,4 @@
-"""A measuring job as JSON, files by digest: so that one job runs here, over ssh, or from a folder that was carried."""
+"""A measurement job as JSON, files by digest: the same job runs here, over ssh, or from a packed folder."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from llmbuild.spec.workload import Workload
 from llmbuild.system.strict_json import JsonObject
 
 Where = Callable[[str], Path]
-"""Says where the blob of a digest lies."""
+"""Returns the path of a blob by its digest."""
 
 FILES = ("artifact_path", "parameters_path", "check_path")
 
 
 def subject_body(subject: Subject) -> JsonObject:
-    """Return a subject with the digests of its files, which are their names, in place of paths."""
+    """Return a subject with the digests of its files as their names, in place of paths."""
     return {name: value.name if isinstance(value, Path) else plain(value) for name, value in vars(subject).items()}
 
 
 def subject_of(body: JsonObject, where: Where) -> Subject:
-    """Return a subject whose files lie where `where` says."""
+    """Return a subject with the files at the paths that `where` returns."""
     listed = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
     return Subject(**{**body, **listed, **{name: where(body[name]) for name in FILES}})
 
@@ -39,7 +39,7 @@ def files_of(subject: Subject) -> dict[str, Path]:
 def bench_body(
     workloads: tuple[Workload, ...], quality: Quality, protocol: Protocol, target: Target, runtime: str, limits: object
 ) -> JsonObject:
-    """Return what a bench is made of; the machine is the one that it will stand on.
+    """Return the description of a bench; the machine is the one that it runs on.
 
     `runtime` is the version that made the artifacts, `limits` the machine's roofline or None.
     """
@@ -59,7 +59,7 @@ def workloads_of(body: JsonObject) -> tuple[Workload, ...]:
 
 
 def quality_of(body: JsonObject, where: Where) -> Quality:
-    """Return the reference on held-out text of a bench."""
+    """Return a bench's reference on held-out text."""
     told = body["quality"]
     return Quality(where(told["data"]) if told["data"] else None, told["reason"])
 

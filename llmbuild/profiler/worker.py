@@ -36,20 +36,20 @@ from llmbuild.spec.program import abi_from
 from llmbuild.system.strict_json import JsonObject
 
 QUALITY_PROMPT = 8
-"""Tokens of each quality window that go through prefill; the rest go through decode one by one."""
+"""Tokens of each quality window that prefill processes; decode processes the rest one by one."""
 
 LEARN_STEPS, LEARN_S = 16, 0.2
 """Untimed decode steps before each timed answer, and the seconds after which fewer are enough."""
 
 COME_BACK_S = 0.05
-"""Untimed work before each timed answer, in seconds, one answer at most."""
+"""Maximum seconds of untimed work before each timed answer; at most one answer."""
 
 
 @dataclass(frozen=True)
 class Calls:
-    """How a session is asked for the first tokens after prompts of `length`, and for the later ones at a position.
+    """The session calls for the first tokens after prompts of `length`, and for the later ones at a position.
 
-    One sequence goes the way on which users go with one, a batch the way of batches.
+    One sequence uses the calls of a single user, a batch the batch calls.
     """
 
     length: int
@@ -81,7 +81,7 @@ class Worker:
         return self._session
 
     def open(self, request: JsonObject) -> dict[str, object]:
-        """Open the artifact `times` times; the last one stays."""
+        """Open the artifact `times` times; the last one stays open."""
         seconds = []
         self._driver, self._meters = request["driver"], tuple(request["meters"])
         for _ in range(request["times"]):
@@ -97,13 +97,13 @@ class Worker:
         return {"load_s": seconds}
 
     def check(self, request: JsonObject) -> dict[str, object]:
-        """Compare logits with PyTorch's on the same weights: error over the size of the logits, root mean square."""
+        """Compare logits with PyTorch's on the same weights: RMS error over the RMS of the logits."""
         with np.load(request["data"]) as data:
             found = {name: data[name] for name in data.files}
         batch = self.session.abi.batch
         prompt, forced = (found[name].reshape(batch, -1) for name in ("prompt", "forced"))
         actual = self._forced(prompt, forced, found.get("start", prompt.shape[1]))
-        if "columns" in found:  # a packed folder carries a part of them
+        if "columns" in found:  # a packed folder carries only some of them
             actual = actual[..., found["columns"]]
         expected = found["logits"].reshape(actual.shape)
         scale = float(np.sqrt(np.mean(np.square(expected, dtype=np.float64)))) or 1.0
@@ -133,7 +133,7 @@ class Worker:
         }
 
     def round(self, request: JsonObject) -> dict[str, object]:
-        """Answer for `seconds`, once at least: prefill, then decode its own greedy tokens; every answer's times."""
+        """Answer for `seconds`, at least once: prefill, then decode its own greedy tokens; return all times."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
         self._come_back(calls, output)
         end = perf_counter() + request["seconds"]
@@ -158,7 +158,7 @@ class Worker:
         }
 
     def meter(self, _: JsonObject) -> dict[str, object]:
-        """Find the meter of what the artifact runs on, and say why a better one is not there."""
+        """Find the meter of the artifact's device, and why a better one is missing."""
         self._found = self._found or find(self._driver, measure_step=True, meters=self._meters)
         meter = self._found.meter
         if meter is None:
@@ -172,7 +172,7 @@ class Worker:
         }
 
     def energy(self, request: JsonObject) -> dict[str, object]:
-        """Answer again and again in one window of at least `steps` updates of the meter."""
+        """Answer repeatedly in one window of at least `steps` updates of the meter."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
         self._come_back(calls, output)
         tokens = 0
@@ -187,7 +187,7 @@ class Worker:
         return {**self._metered(request["steps"], answer), "tokens": tokens}
 
     def idle(self, request: JsonObject) -> dict[str, object]:
-        """Wait in one window: what is drawn while nothing runs."""
+        """Wait in one window: the idle power."""
         return self._metered(request["steps"], lambda: sleep(0.02))
 
     def _metered(self, steps: int, work: Callable[[], None]) -> dict[str, object]:
@@ -201,10 +201,10 @@ class Worker:
         return _energy_reading(meter, window)
 
     def _come_back(self, calls: Calls, output: int) -> None:
-        """Work untimed for a moment: others have had the caches since this process last ran.
+        """Work untimed for a moment: other processes have used the caches since this process last ran.
 
-        Without it a model that fits the last-level cache looks up to twice as slow in turns as it is alone; and the
-        session itself has to learn how long a step takes, each time that it is opened.
+        Without it, a model that fits the last-level cache measures up to twice as slow in interleaved rounds as alone;
+        the session also has to measure a step's duration each time that it is opened.
         """
         begin = perf_counter()
         token = calls.first()
@@ -232,7 +232,7 @@ class Worker:
         return np.stack(rows)
 
     def _windows(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
-        """Yield the logits f32[1+D,V] of each window, as many together as the artifact takes."""
+        """Yield the logits f32[1+D,V] of each window, in batches of the artifact's size."""
         batch = self.session.abi.batch
         for first in range(0, len(windows), batch):
             taken = windows[first : first + batch]
@@ -245,7 +245,7 @@ def _energy_reading(meter: Meter, window: Window) -> dict[str, object]:
     found = window.close()
     if isinstance(found, Absent):
         return {"absent": found.reason}
-    if not found.joules:  # of windows that span many updates: nothing draws no power at all
+    if not found.joules:  # windows span many updates: a power of 0 is impossible
         return {"absent": f"the counter did not move in {found.seconds:.2g} s"}
     return {"joules": found.joules, "seconds": found.seconds, **meter.conditions()}
 
@@ -270,7 +270,7 @@ def main() -> None:
         try:
             answer = verbs[request.pop("verb")](request)
         except LlmbuildError as error:
-            # what this variant cannot answer lasts; that the runtime refuses to open it may pass
+            # A variant's refusal of a request is permanent; the runtime's failure to open it may be transient.
             answer = {"refused": str(error), "lasting": isinstance(error, InputError)}
         say(json.dumps(answer))
 

@@ -1,1 +1,1 @@
-"""Meters of energy: RAPL, NVML, an estimate, and which of them a device has."""
+"""Energy meters: RAPL, NVML, an estimate, and their selection for a device."""

@@ -1,4 +1,4 @@
-"""Which meter reads what a driver runs on, the best first, and how two of them agree over the same work."""
+"""The meter of a driver's device, the best first, and the agreement of two meters over the same work."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ CPU_DRIVERS = ("local-task", "local-sync")
 
 @dataclass(frozen=True)
 class Found:
-    """The meter of a driver, None where there is none, and why every better one is not it."""
+    """The meter of a driver (None where there is none), and why every better one is not used."""
 
     meter: Meter | None
     absent: tuple[Absent, ...]
 
     @property
     def reason(self) -> str:
-        """Why there is no better meter, for people."""
+        """Why there is no better meter, as text."""
         return "; ".join(a.reason for a in self.absent) or "no meter reads what this runs on"
 
 
 def find(driver: str, measure_step: bool = False, meters: Collection[str] | None = None) -> Found:
-    """Return the meter of what `driver` runs on, the best first; an estimate only where the user asked for one.
+    """Return the meter of `driver`'s device, the best first; an estimate only where the user enabled one.
 
-    `meters` are the sources that are of the target's own device; None tries all that there are for boards.
+    `meters` are the sources for the target's own device; None tries all sources for boards.
 
     Raises:
         InputError: the user's power model cannot be read.
@@ -67,7 +67,7 @@ class Agreement:
 
 
 def compare(first: Meter, second: Meter, work: Callable[[Callable[[], None]], None]) -> Agreement | Absent:
-    """Run `work` once under both meters; it calls what it is given as it goes on."""
+    """Run `work` once under both meters; it must call its argument between pieces of work."""
     one, other = first.window(), second.window()
 
     def keep() -> None:

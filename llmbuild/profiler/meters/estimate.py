@@ -1,7 +1,7 @@
-"""A model of a CPU's power where nothing measures it, and only when the user asks: an estimate, good to a factor.
+"""A model of a CPU's power without a meter, enabled only by the user: an estimate, good to a factor.
 
-At full load it is time multiplied by a constant, so it says nothing that seconds do not: it is shown under its own name
-and never ranks, bounds or decides anything.
+At full load it is time multiplied by a constant, so it adds nothing to seconds: it has its own metric and never ranks,
+bounds or decides anything.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ class LinearModel:
     step_s: float = STEP_S
 
     def describe(self) -> str:
-        """Return what must stand beside every figure of it."""
+        """Return the description that accompanies every estimated value."""
         return f"estimate (linear model, idle {self.idle_w:g} W, full load {self.max_w:g} W, ±50 %), not measured"
 
     def window(self) -> Window:
-        """Begin to count busy CPU time."""
+        """Start counting busy CPU time."""
         return _ModelWindow(self)
 
     def conditions(self) -> dict[str, float | str]:
@@ -58,7 +58,7 @@ class _ModelWindow:
         self._begin, self._busy = model.clock(), model.busy_s()
 
     def keep(self) -> None:
-        """Nothing is lost by waiting."""
+        """Do nothing: this window needs no intermediate reads."""
 
     def close(self) -> Energy:
         model = self._model
@@ -68,15 +68,15 @@ class _ModelWindow:
 
 
 def asked() -> bool:
-    """Say whether the user asked for estimates."""
+    """Return whether the user enabled estimates."""
     return VARIABLE in os.environ
 
 
 def find() -> LinearModel:
-    """Return the model the user asked for by `LLMBUILD_ENERGY_ESTIMATE=IDLE_W:FULL_LOAD_W`.
+    """Return the model of `LLMBUILD_ENERGY_ESTIMATE=IDLE_W:FULL_LOAD_W`.
 
     Raises:
-        InputError: it is not two numbers of watts, the second above the first.
+        InputError: not two numbers of watts, the second above the first.
     """
     text = os.environ.get(VARIABLE, "")
     match = _SHAPE.fullmatch(text.strip())

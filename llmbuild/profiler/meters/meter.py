@@ -1,8 +1,7 @@
-"""Energy meters behind one interface: open a window, do the work, close it, get joules or why there are none.
+"""Energy meters with one interface: open a window, do the work, close it, get joules or why there are none.
 
-Absent is absent: a reading is never 0 for want of a counter. A meter belongs to what runs the code: the CPU's packages
-(never the memory beside them) for IREE's CPU drivers, the board for a GPU's, so that an idle GPU is never held to
-account for a CPU's work.
+A missing counter gives `Absent`, never 0. A meter belongs to the device that runs the code: the CPU's packages (never
+the DRAM) for IREE's CPU drivers, the board for a GPU's, so that an idle GPU does not count for a CPU's work.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ Source = Literal["nvml_counter", "nvml_polled", "rapl", "rapl_vm", "model"]
 Boundary = Literal["gpu", "package"]
 
 KEEP_S = 30.0
-"""A counter is read at least this often within a window, so that it cannot start over twice unseen."""
+"""Maximum interval between reads of a counter in a window, so that it cannot wrap twice unnoticed."""
 
 SCREEN_STEPS, RANK_STEPS = 30, 100
-"""Updates of a counter that a window spans at least: one of them is the error, so about 3 % and 1 %."""
+"""Least updates of a counter in a window: the error is one update, so about 3 % and 1 %."""
 
 LEAST_WINDOW_S, MOST_WINDOW_S = 0.3, 60.0
 
@@ -30,7 +29,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Energy:
-    """What a window took."""
+    """The result of a window."""
 
     joules: float
     seconds: float
@@ -43,7 +42,7 @@ class Energy:
 
 @dataclass(frozen=True)
 class Absent:
-    """Why a source gives nothing."""
+    """Why a source gives no reading."""
 
     source: Source
     reason: str
@@ -53,7 +52,7 @@ class Window(Protocol):
     """A span under measurement."""
 
     def keep(self) -> None:
-        """Say that the window goes on; called between pieces of work, as often as is convenient."""
+        """Update the window; called between pieces of work, as often as convenient."""
 
     def close(self) -> Energy | Absent:
         """End the window."""
@@ -64,11 +63,11 @@ class Meter(Protocol):
 
     @property
     def source(self) -> Source:
-        """Where the joules come from; never mixed with another's in one comparison."""
+        """The source of the joules; comparisons never mix sources."""
 
     @property
     def boundary(self) -> Boundary:
-        """What the joules are of."""
+        """The components whose energy is measured."""
 
     @property
     def step_s(self) -> float:
@@ -78,19 +77,19 @@ class Meter(Protocol):
         """Begin a window."""
 
     def conditions(self) -> dict[str, float | str]:
-        """Return clocks, temperature and limits now, as far as the source tells; `throttled` when it is held back."""
+        """Return present clocks, temperature and limits, as far as known; `throttled` while throttled."""
 
 
 def window_s(meter: Meter, steps: int) -> float:
-    """Return how long a window must be for its error to be one in `steps`."""
+    """Return how long a window must be for an error of one in `steps`."""
     return min(max(LEAST_WINDOW_S, steps * meter.step_s), MOST_WINDOW_S)
 
 
 @dataclass(frozen=True)
 class Counter:
-    """Counters that only grow: `read` returns them in units of `unit_j`, each starts over after its `range`.
+    """Monotonic counters: `read` returns them in units of `unit_j`, each wraps at its `range`.
 
-    A range of 0 never starts over: one that falls nevertheless was reset, and the window is lost.
+    A range of 0 never wraps: a decrease means a reset, and the window is lost.
     """
 
     source: Source
@@ -103,11 +102,11 @@ class Counter:
     tell: Callable[[], dict[str, float | str]] = dict
 
     def window(self) -> Window:
-        """Begin at the counters' present state."""
+        """Begin a window at the counters' present values."""
         return _CounterWindow(self)
 
     def conditions(self) -> dict[str, float | str]:
-        """Return what the source tells of its state."""
+        """Return the source's conditions."""
         return self.tell()
 
 
@@ -142,9 +141,9 @@ class _CounterWindow:
 
 
 def with_measured_step(counter: Counter, wait: Callable[[float], None] = sleep, seconds: float = 1.0) -> Counter:
-    """Return the counter with the time between its updates as they are seen; unchanged where too few are.
+    """Return the counter with its measured update interval; unchanged where too few updates are seen.
 
-    Looks a thousand times a second for `seconds` at most.
+    Polls a thousand times a second for at most `seconds`.
     """
     seen: list[float] = []
     begin, last = counter.clock(), counter.read()

@@ -1,8 +1,8 @@
-"""Energy of an NVIDIA board by NVML, read only: no setting of a GPU is ever changed.
+"""Energy of an NVIDIA board by NVML, read-only: GPU settings are never changed.
 
-The counter (Volta and newer) is millijoules since the driver was loaded; it steps about ten times a second. Polled
-power is second best: boards sample a quarter of the time, and many answer with the mean of the last second. Both are of
-the whole board, so under MIG, where instances share it, there is no reading.
+The counter (Volta and newer) is millijoules since the driver was loaded; it updates about ten times a second. Polled
+power is second best: boards sample a quarter of the time, and many report the mean of the last second. Both are of the
+whole board, so under MIG, where instances share it, there is no reading.
 """
 
 from __future__ import annotations
@@ -32,20 +32,20 @@ THROTTLES = {
     "hardware thermal slowdown": "nvmlClocksEventReasonHwThermalSlowdown",
     "power brake": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
 }
-"""Reasons why a board runs slower than it was asked to, by the names of their bits."""
+"""Reasons for a reduced clock, by the names of their bits."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """One GPU as NVML shows it; `api` is the module `pynvml` or what stands in for it."""
+    """One GPU of NVML; `api` is the module `pynvml` or a replacement."""
 
     api: Any
     handle: Any
 
     def conditions(self) -> dict[str, float | str]:
-        """Return clocks, temperature, power, its limit and memory now, and what holds the clock back.
+        """Return the present clocks, temperature, power, its limit and memory, and the reasons for a reduced clock.
 
-        What the board does not tell is left out.
+        Values that the board does not report are left out.
         """
         api, told = self.api, dict[str, float | str]()
         asked: dict[str, Callable[[], float]] = {
@@ -70,7 +70,7 @@ class Board:
 
 
 def find_counter(api: Any = None, clock: Clock = monotonic) -> Counter | Absent:
-    """Return the meter of the board's total energy."""
+    """Return the meter with the board's total energy counter."""
     board = _board(api, COUNTER)
     if isinstance(board, Absent):
         return board
@@ -88,9 +88,9 @@ def find_counter(api: Any = None, clock: Clock = monotonic) -> Counter | Absent:
 
 
 def find_polled(api: Any = None, clock: Clock = monotonic, threaded: bool = True) -> Polled | Absent:
-    """Return the meter that adds up polled power: instantaneous power where the board tells it.
+    """Return the meter that integrates polled power: instantaneous power where the board reports it.
 
-    Without a thread (`threaded=False`) it is read only when the window is told to go on.
+    Without a thread (`threaded=False`), power is read only in `keep`.
     """
     board = _board(api, POLLED)
     if isinstance(board, Absent):
@@ -106,7 +106,7 @@ def find_polled(api: Any = None, clock: Clock = monotonic, threaded: bool = True
 
 @dataclass(frozen=True)
 class Polled:
-    """Power read again and again, and integrated over time by trapezoids."""
+    """Power polled and integrated over time by trapezoids."""
 
     step_s: float
     watts: Callable[[], float | Absent]
@@ -117,11 +117,11 @@ class Polled:
     boundary: Boundary = "gpu"
 
     def window(self) -> Window:
-        """Begin to read power."""
+        """Start polling power."""
         return _PolledWindow(self)
 
     def conditions(self) -> dict[str, float | str]:
-        """Return what the board tells of its state."""
+        """Return the board's conditions."""
         return self.tell()
 
 
@@ -168,7 +168,7 @@ class _PolledWindow:
 
 
 def _board(api: Any, source: Source) -> Board | Absent:
-    """Return the GPU that a process would use, or why it cannot be metered."""
+    """Return the GPU that a process would use, or why it has no meter."""
     if api is None:
         try:
             api = importlib.import_module("pynvml")

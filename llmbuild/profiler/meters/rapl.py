@@ -1,8 +1,8 @@
 """Energy of the CPU's packages by RAPL, through Linux's powercap.
 
-A package's counter holds its cores and its uncore. It does not hold the memory: that is a zone of its own, `dram`,
-where the chip has one, and in no zone elsewhere. `psys` is of the whole platform, packages included, so it is never
-added to them. Zones are told apart by their names; some chips show a package twice, in registers and mapped in memory.
+A package's counter includes its cores and its uncore. It excludes the memory, which has its own zone, `dram`, where
+the chip has one, and is in no zone elsewhere. `psys` covers the whole platform, packages included, so it is never
+added to them. Zones are identified by their names; some chips list a package twice, in registers and mapped in memory.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MEMORY_UNKNOWN = "without DRAM, which has no zone"
 def find(root: Path = POWERCAP, clock: Clock = monotonic, in_vm: bool | None = None) -> Counter | Absent:
     """Return the meter of this host's packages, each counted once, and nothing else.
 
-    Inside a virtual machine the counter is the host's split by CPU time, attributed and not measured: `rapl_vm`.
+    Inside a virtual machine the counter is the host's, attributed by CPU time and not measured: `rapl_vm`.
     """
     in_vm = bool(host.machine().hypervisor) if in_vm is None else in_vm
     source: Source = "rapl_vm" if in_vm else "rapl"
@@ -57,7 +57,7 @@ def find(root: Path = POWERCAP, clock: Clock = monotonic, in_vm: bool | None = N
 
 
 def _zones(root: Path) -> dict[str, Path]:
-    """Return the top-level zones that have a counter, by name; of two of one name, the one in registers."""
+    """Return the top-level zones that have a counter, by name; of two with one name, the one in registers."""
     found: dict[str, Path] = {}
     folders = sorted(root.glob("*rapl*:*"), key=lambda p: ("mmio" in p.name, p.name)) if root.is_dir() else []
     for zone in folders:
@@ -70,10 +70,10 @@ def _name(zone: Path) -> str:
     try:
         return (zone / "name").read_text().strip()
     except OSError:
-        return zone.name  # no package: a zone that does not say what it is may be of anything
+        return zone.name  # no package: the content of an unnamed zone is unknown
 
 
 def _memory(packages: Mapping[str, Path]) -> str:
-    """Return where the memory's energy is: never inside a package's counter."""
+    """Return where the memory's energy is counted: never in a package's counter."""
     parts = {_name(part) for zone in packages.values() for part in zone.parent.glob(f"{zone.name}:*")}
     return WITHOUT_MEMORY if MEMORY in parts else MEMORY_UNKNOWN
