@@ -1,1 +1,1 @@
-"""Everything a person or a script reads: tables, progress, JSON and CSV. Knows the terminal, builds nothing."""
+"""All output for people and scripts: tables, progress, JSON and CSV. It formats for the terminal and builds nothing."""

@@ -1,4 +1,4 @@
-"""Is this installation, this host and this catalog in order? Each check says what to do when it is not."""
+"""Checks of this installation, this host and this catalog. Each failed check has instructions."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _cpus() -> dict[str, object]:
 
 
 def _energy() -> list[dict[str, object]]:
-    """Return a row for the CPU's meter, one for the GPU's, and one for the estimate where it was asked for."""
+    """Return a row for the CPU's meter, one for the GPU's, and one for the estimate where it is enabled."""
     counter = nvml.find_counter()
     board = [counter] if not isinstance(counter, Absent) else [counter, nvml.find_polled()]
     rows = [_meters("energy of the CPU", [rapl.find()]), _meters("energy of the GPU", board)]
@@ -110,7 +110,7 @@ def _energy() -> list[dict[str, object]]:
 
 
 def _meters(check: str, tried: Sequence[Meter | Absent]) -> dict[str, object]:
-    """Return the meter that is found, and why the better ones are not it."""
+    """Return the meter that is found, and why the better ones are not used."""
     why = [f"{one.source}: {one.reason}" for one in tried if isinstance(one, Absent)]
     found = next((one for one in tried if not isinstance(one, Absent)), None)
     if found is None:

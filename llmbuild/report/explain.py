@@ -1,4 +1,4 @@
-"""Everything about one variant, for people: what it is, how it was made, what was read, why it stands where it does."""
+"""A report on one variant: its point, its build, its readings, and why it has its standing."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from llmbuild.system.terminal import cell
 
 
 def explain(rows: list[Row], command: str, written: Mapping[str, object]) -> str:
-    """Return the story of a variant; `rows` are its standings, `command` compiles it again but for what is `written`
-    into its dispatches between phases of a compile.
+    """Return the report on a variant.
+
+    `rows` are its standings; `command` compiles it again, without the parts that are `written` into its dispatches
+    between phases of a compile.
     """
     first = rows[0]
     lines = [
@@ -54,14 +56,14 @@ def _metric_line(row: Row, name: str) -> str:
 
 
 def _boundary(row: Row) -> str:
-    """Return what the joules are of, and by which source."""
+    """Return the components whose joules are measured, and the source."""
     facts = row.get("energy") or {}
     told = [f"{row.get('energy_source') or 'no source'} of the {facts.get('boundary', 'device')}"]
     return f"  ({', '.join([*told, *(str(facts[n]) for n in ('memory',) if n in facts)])})"
 
 
 def _operator_lines(operators: list[JsonObject]) -> list[str]:
-    """Return where a decode step spends its time, on one thread."""
+    """Return the time of a decode step by operator, on one thread."""
     if not operators:
         return []
     total = sum(o["seconds"] for o in operators)

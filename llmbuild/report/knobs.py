@@ -1,4 +1,4 @@
-"""The search space as rows: every knob, and what is left out on purpose."""
+"""The search space as rows: every knob, and the options that are left out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmbuild.spec.target import HOST, LLVM_CPU, Target
 
 
 def knob_rows(target: Target | None) -> list[dict[str, object]]:
-    """Return the knobs, of one target if it is named, then what is left out of the space on purpose."""
+    """Return the knobs, of one target if it is named, then the options that are left out of the space."""
     traps = (*TRAPS, *(Trap(f"{b.knob}={b.value}", b.backends, b.reason) for b in BROKEN))
     if target is None:
         return [*map(_knob_row, ALL), *map(_trap_row, traps)]
@@ -43,7 +43,7 @@ def _knob_row(k: Knob) -> dict[str, object]:
 
 
 def left_out_here(recipe: Recipe, folder: Path) -> list[Refusal]:
-    """Return what a recipe's model, which lies in a folder, rules out on this host."""
+    """Return the values that a recipe's model, read from its folder, does not support on this host."""
     here = Target(HOST, LLVM_CPU, host.architecture(), HOST, requires=tuple(sorted(host.features())))
     facts, tokenizer = read_facts(folder / "config.json"), folder / "tokenizer.json"
     why = heldout.uncalibrated(recipe, tokenizer if tokenizer.is_file() else None, facts.decoder.vocabulary)

@@ -1,4 +1,4 @@
-"""What is listed of a folder of recipes, and what to tell where a listing is empty."""
+"""Listings of a folder of recipes, and messages for empty listings."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmbuild.runtime import reader
 
 
 def nothing_found(folder: Path, asked: Mapping[str, str | None], everything: bool) -> str:
-    """Return why a query of these columns found nothing, and what would."""
+    """Return why a query of these columns found nothing, and how to find something."""
     rows = reader.variants(folder, everything=True)
     if not rows:
         return f"{folder} has no variant yet: `llmbuild build RECIPE -C {folder}` makes some"
@@ -24,14 +24,14 @@ def nothing_found(folder: Path, asked: Mapping[str, str | None], everything: boo
 
 
 def recipe_folder() -> Path:
-    """Return the folder of recipes that is listed where none is named: the caller's, or the shapes of the package."""
+    """Return the default folder of recipes: the current folder's, or the shapes of the package."""
     shipped = Path(llmbuild.__file__).parent / "recipes"
     here = Path("recipes")
     return shipped if shipped.is_dir() and not here.exists() else here
 
 
 def recipes(folder: Path) -> list[dict[str, object]]:
-    """Return what each recipe of a folder asks for; one that cannot be read is told as such."""
+    """Return a summary of each recipe of a folder; an unreadable one has its error."""
     if folder.is_file():
         raise InputError(
             f"{folder}: a file, not a folder of recipes: `llmbuild build {folder} -n` says what it asks for"
@@ -42,7 +42,7 @@ def recipes(folder: Path) -> list[dict[str, object]]:
 
 
 def no_recipes(folder: Path) -> str:
-    """Return what to tell of a folder that holds none."""
+    """Return the message for a folder without recipes."""
     from llmbuild.spec.files.reader import RECIPE_HINT
 
     return f"no *.yaml in {folder}: {RECIPE_HINT}"

@@ -1,4 +1,4 @@
-"""Talk on stderr while a build runs: one line for each step that ends, nothing that a log file could not hold."""
+"""Progress on stderr during a build: one line for each step that ends, suitable for a log file."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmbuild.system.terminal import clear_line, replace_line
 
 
 class Progress:
-    """Prints events; on a terminal, what is under way is shown on a line that the next one replaces."""
+    """Prints events; on a terminal, the running step is shown on a line that the next one replaces."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stderr
@@ -32,7 +32,7 @@ class Progress:
         self._line(f"{clock} {count} {event.step}{took}  {event.text}{best}")
 
     def say(self, text: str) -> None:
-        """Print a line of talk."""
+        """Print a line of text."""
         self._line(text)
 
     def _replace(self, text: str) -> None:

@@ -1,4 +1,4 @@
-"""Rows of a catalog as people and scripts get them: aligned table, JSON or CSV."""
+"""Rows of a catalog as an aligned table, JSON or CSV."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS = tuple(
     "variant model target machine workload status default ttft_s tpot_s output_tokens_per_s energy_j_per_token "
     "energy_source peak_memory_bytes artifact_bytes quality_kl quality_top1 point artifact toolchain".split()
 )
-"""The columns every JSON row carries, in the order of the contract."""
+"""The columns of every JSON row, in the order of the contract."""
 
 MORE = (
     "parameter_bytes",
@@ -38,13 +38,13 @@ MORE = (
 )
 
 SPARE = (10, 5, 8, 9, 7, 4, 3, 6)
-"""Columns of a front's table that a narrow terminal goes without: load first, then the gain of ttft, weights."""
+"""Columns that a front's table drops on a narrow terminal: load first, then the gain of ttft, weights."""
 
 Cell = str | float | int | bool | None
 
 
 def public(row: Mapping[str, object]) -> dict[str, object]:
-    """Return the columns of the contract, then those that are ours."""
+    """Return the columns of the contract, then llmbuild's own."""
     return {name: row.get(name) for name in (*COLUMNS, *MORE)}
 
 
@@ -56,7 +56,7 @@ def as_json(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
-    """Return CSV with a header; what is not a plain value is JSON in its cell, what is absent is empty."""
+    """Return CSV with a header; a structured value is JSON in its cell, an absent one is empty."""
     out = io.StringIO()
     names = list(rows[0]) if rows else COLUMNS
     writer = csv.writer(out, lineterminator="\n")
@@ -67,7 +67,7 @@ def as_csv(rows: Sequence[Mapping[str, object]]) -> str:
 
 
 def quantity(value: float | None, unit: str) -> str:
-    """Return a number for people: milliseconds, megabytes, or three digits; `-` where it is absent."""
+    """Return a readable number: milliseconds, megabytes, or three digits; `-` where it is absent."""
     if value is None:
         return "-"
     if unit == "s":
@@ -80,7 +80,7 @@ def quantity(value: float | None, unit: str) -> str:
 
 
 def gain(row: Row, metric: str) -> str:
-    """Return how many times better than the compiler's default, paired in the same rounds, with its 95 % interval."""
+    """Return the gain over the compiler's default (above 1: better), paired in rounds, with its 95 % interval."""
     ratio = (row.get("ratios") or {}).get(metric)
     if not ratio or row.get("default"):
         return ""
@@ -91,7 +91,7 @@ def gain(row: Row, metric: str) -> str:
 
 
 def differences(row: Row) -> str:
-    """Return what a variant's point changes from the compiler's defaults."""
+    """Return the differences of a variant's point from the compiler's defaults."""
     backend = (row.get("target_body") or {}).get("backend", LLVM_CPU)
     defaults = {k.name: k.default for k in knobs_of(backend)}
     point = row.get("point") or {}
@@ -99,13 +99,13 @@ def differences(row: Row) -> str:
 
 
 TOLD_APART = ("model", "target", "workload")
-"""What rows of one front share: a column where they do not."""
+"""Columns that are equal for the rows of one front; shown where they differ."""
 
 
 def front_table(rows: Sequence[Row]) -> str:
-    """Return the table of fronts: figures, and each variant's gain over the compiler's default.
+    """Return the table of fronts: readings, and each variant's gain over the compiler's default.
 
-    Rows of several models, targets or workloads say which each belongs to.
+    Rows of several models, targets or workloads have columns for them.
     """
     apart = [name for name in TOLD_APART if len({row.get(name) for row in rows}) > 1]
     figures = ["status", "tpot", "gain", "ttft", "gain", "kl", "top1", "weights", "memory", "load", "choices"]
@@ -134,7 +134,7 @@ def _figures(row: Row) -> list[str]:
 
 
 def footnotes(rows: Sequence[Row]) -> list[str]:
-    """Return what the figures alone do not say: why something is absent, and what was noisy."""
+    """Return the notes to the values: why a value is absent, and what was noisy."""
     lines = ["* the compiler's default flags on the plain f32 export"]
     for name in ("quality", "energy", "baseline", "noise", "held back"):
         told = [str(notes[name]) for row in rows if name in (notes := row.get("notes") or {})]

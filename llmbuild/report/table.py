@@ -1,6 +1,6 @@
-"""Aligned tables that fit a terminal: text is folded first, then what is needed least is left out and named.
+"""Aligned tables that fit a terminal: text is folded first, then spare columns are dropped and named.
 
-A pipe and a file have no width: what a program reads is never folded.
+A pipe and a file have no width: their tables are never folded.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from llmbuild.system.terminal import cell
 
 GAP = "  "
 LEAST = 16
-"""Characters that a folded column keeps at least."""
+"""Least characters of a folded column."""
 
 
 def terminal() -> int | None:
-    """Return the width of the terminal that standard output is; None where it is none."""
+    """Return the width of the terminal that standard output is; None where it is not a terminal."""
     return shutil.get_terminal_size().columns if sys.stdout is not None and sys.stdout.isatty() else None
 
 
@@ -31,8 +31,8 @@ def table(
 ) -> str:
     """Return an aligned table of at most `width`; the columns in `left` are flush left, the rest flush right.
 
-    A cell is one line, but for text in `left` columns, which may be folded. Where that does not do, the `spare`
-    columns are left out, the first of them first, then others from the right; the last line names them.
+    A cell is one line, except text in `left` columns, which may be folded. If the table is still too wide, the `spare`
+    columns are dropped in order, then others from the right; the last line names them.
     """
     rows = [[cell(c) for c in line] for line in (header, *lines)]
     natural = [max(len(row[i]) for row in rows) for i in range(len(header))]
@@ -51,7 +51,7 @@ def table(
 
 
 def _shared(natural: Sequence[int], least: Sequence[int], kept: Sequence[int], width: int | None) -> dict[int, int]:
-    """Return the width of each column: the widest that can be folded give way until all fit."""
+    """Return the width of each column: the widest foldable columns shrink until all fit."""
     widths = {i: natural[i] for i in kept}
     over = 0 if width is None else sum(widths.values()) + len(GAP) * (len(kept) - 1) - width
     for _ in range(max(0, over)):

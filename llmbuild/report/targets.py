@@ -1,4 +1,4 @@
-"""For each target: does it compile here, does it run here, and why not."""
+"""For each target: whether it compiles here, whether it runs here, and why not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ YES = "yes"
 
 
 def rows(targets: Sequence[Target], answers: Answers | None, probed: bool) -> list[dict[str, object]]:
-    """Return a row for each target; with `probed`, code is generated for a matrix-vector product, too."""
+    """Return a row for each target; with `probed`, code is also generated for a matrix-vector product."""
     with ThreadPoolExecutor(host.cores()) as pool:
         return list(pool.map(lambda target: _row(target, answers, probed), targets))
 
@@ -43,10 +43,10 @@ def _row(target: Target, answers: Answers | None, probed: bool) -> dict[str, obj
 
 
 def runs_here(target: Target, facts: HostFacts | None = None) -> str:
-    """Return `yes`, or `no:` and why this host, or the one of `facts`, does not run what a resolved target is for.
+    """Return `yes`, or `no:` and why this host, or the one of `facts`, does not run a resolved target.
 
-    Of a GPU it is said which devices a driver has, and what they lack of what no driver checks; whether they are the
-    target's chip, and that of another host, is not checked.
+    For a GPU, the devices of a driver are listed, with missing features that no driver checks; whether they are the
+    target's chip, and the devices of another host, are not checked.
     """
     if not target.is_cpu:
         if facts is not None:
