@@ -1,4 +1,4 @@
-"""Free the room of what no front, no publication and no pairing needs; rows and measurements are kept for ever."""
+"""Remove blobs that no front, no publication and no pairing needs; rows and measurements are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError
 
 ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
-"""What goes first under a size budget; a reference, which takes the longest to make again, goes last."""
+"""The order of removal under a size budget; a reference, which takes the longest to make again, is last."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Removal:
 
 @dataclass(frozen=True)
 class Swept:
-    """What a collection came to, in bytes; `over` is how much more than the budget must be kept."""
+    """The result of a collection, in bytes; `over` is by how much the kept bytes exceed the budget."""
 
     removed: tuple[Removal, ...]
     freed_bytes: int
@@ -40,13 +40,14 @@ class Swept:
 
 
 def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) -> Swept:
-    """Remove blobs that nothing needs, or, with a `budget` in bytes, only as many as it takes to get below it.
+    """Remove blobs that nothing needs, or, with a `budget` in bytes, only as many as necessary.
 
-    Nothing is removed where rows and blobs are not of one catalog: what no row names can be anybody's then.
+    Nothing is removed where rows and blobs are not of one catalog: unreferenced blobs may then belong to another
+    database.
 
-    `catalog` must be open alone. What is missing already and no front needs is noted as collected: nothing waits for it
-    any more. Blobs are marked as collected before they are removed, so that a killed collection
-    leaves nothing that looks lost.
+    `catalog` must be open exclusively. A blob that is missing already and that no front needs is marked as collected:
+    it does not count as missing any more. Blobs are marked before they are removed, so that a killed collection leaves
+    no blob that counts as lost.
 
     Raises:
         CatalogError: the database is not the one of these blobs.
@@ -68,7 +69,7 @@ def collect(catalog: Catalog, budget: int | None = None, dry_run: bool = False) 
 
 
 def _plan(catalog: Catalog) -> tuple[list[Removal], list[Removal], int]:
-    """Return what may go, what is gone already that no front needs, and the bytes of all there is."""
+    """Return the removable blobs, the missing ones that no front needs, and the total bytes."""
     with catalog.session() as session:
         named = {r.digest: r for r in references(session, catalog.blobs)}
         needed = blobs_of(session, front_variants(session))
@@ -109,7 +110,7 @@ def _mark(catalog: Catalog, removals: list[Removal]) -> None:
 
 
 def _tidy(catalog: Catalog) -> None:
-    """Remove what killed processes left: temporary files, and locks that nobody can hold while we are alone."""
+    """Remove the remains of killed processes: temporary files, and lock files that cannot be in use now."""
     for path in catalog.blobs.leftovers():
         path.unlink(missing_ok=True)
     for path in (catalog.folder / locks.FOLDER).glob("*"):

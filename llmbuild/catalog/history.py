@@ -1,4 +1,4 @@
-"""Read trials back as the nouns they were recorded from."""
+"""Read recorded trials as objects."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def trials(session: Session, scope: str) -> list[Trial]:
 
 
 def scopes(session: Session, backend: str, at_most: int) -> list[str]:
-    """Return the scopes that have trials for a backend, those tried last first."""
+    """Return the scopes that have trials for a backend, the latest first."""
     latest = func.max(t.TrialRow.created_at)
     rows = (
         select(t.TrialRow.scope)

@@ -1,6 +1,6 @@
-"""What a catalog knows of a build, read with the standard library's sqlite3: a build with nothing to do needs no more.
+"""A catalog's data on a build, read with the standard library's sqlite3: a build with nothing to do needs no more.
 
-The writer reads through this too, so that both have one answer.
+The writer uses these reads too, so that both give the same results.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WHERE v.artifact IS NOT NULL
 
 
 class State(TypedDict):
-    """How far a build has come."""
+    """The progress of a build."""
 
     seconds: float
     raced: bool
@@ -46,7 +46,7 @@ class State(TypedDict):
 
 
 class Known:
-    """A catalog that is only read. It has the newest schema: opening it as a `Catalog` would change nothing."""
+    """A catalog opened read-only. It has the newest schema: opening it as a `Catalog` would change nothing."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -59,10 +59,10 @@ class Known:
     def _names(self, query: str, *values: object) -> set[str]:
         return {row[0] for row in self._rows(query, *values)}
 
-    # --- what was made -------------------------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------------------------
 
     def find_import(self, key: str) -> Program | None:
-        """Return the program an import made before, if all its blobs are still there."""
+        """Return the program of an earlier import, if all its blobs are present."""
         query = 'SELECT p.* FROM program p JOIN "import" i ON i.program = p.digest WHERE i.key = ?'
         for row in self._rows(query, key):
             program = Program(row["module"], row["parameters"], row["checks"], abi_from(_parsed(row["abi"])))
@@ -71,26 +71,26 @@ class Known:
         return None
 
     def find_compile(self, key: str) -> Artifact | None:
-        """Return the artifact a compile made before, if its blob is still there and whole."""
+        """Return the artifact of an earlier compile, if its blob is present and intact."""
         query = "SELECT a.* FROM artifact a JOIN compile c ON c.artifact = a.digest WHERE c.key = ?"
         found = [Artifact(row["digest"], row["size_bytes"], row["runtime"]) for row in self._rows(query, key)]
         return next((artifact for artifact in found if self.blobs.intact(artifact.digest)), None)
 
     def tunings(self, target: str, compiler: str) -> dict[str, str]:
-        """Return the configurations that won on a target (its digest), by the kind of dispatch."""
+        """Return the winning configurations on a target (its digest), by kind of dispatch."""
         rows = self._rows("SELECT inputs, configuration FROM dispatch_tuning WHERE configuration <> ''")
         found = [(_parsed(row["inputs"]), row["configuration"]) for row in rows]
         return {i["signature"]: c for i, c in found if (i["target"], i["compiler"]) == (target, compiler)}
 
     def lost(self) -> set[str]:
-        """Return the variants with a file that should be there and is not, or not whole."""
+        """Return the variants with a missing or damaged file."""
         return set(self.lost_blobs())
 
     def lost_blobs(self) -> dict[str, set[str]]:
-        """Return, by variant, the files that some command needs of it and that are not there, or not whole.
+        """Return, by variant, its needed files that are missing or damaged.
 
-        What `gc` removed, or a carried folder left behind, is missed only while its variant stands on a front, or is a
-        default that others are ranked and paired with.
+        Files that `gc` removed, or a packed folder left out, count as missing only while their variant is on a front,
+        or is a default that others are ranked and paired with.
         """
         gone = self._names("SELECT digest FROM collected")
         alive = self._names(f"SELECT variant FROM standing WHERE status IN ({_listed(FRONT)})") if gone else set()
@@ -109,14 +109,14 @@ class Known:
     # --- trials and builds ---------------------------------------------------------------------------------------
 
     def finished(self, scope: str) -> list[Finished]:
-        """Return the trials of a scope that need not be tried again, without reading what was measured."""
+        """Return the finished trials of a scope, without their measurements."""
         told = "SELECT variant FROM measurement WHERE scope = ? AND CAST(notes AS TEXT) LIKE ?"
         reused = self._names(told, scope, '%"reused"%')
         rows = self._rows(_FINISHED, scope)
         return [Finished(_point(row[0]), row[1], bool(row[2]), row[1] in reused) for row in rows]
 
     def usable(self, model: str, target: str, machine: str) -> int:
-        """Return how many variants of a recipe on a target and machine can be used."""
+        """Return the number of usable variants of a recipe on a target and machine."""
         query = (
             "SELECT count(DISTINCT variant) FROM standing WHERE model = ? AND target = ? AND machine = ? "
             f"AND status IN ({_listed(USABLE)})"
@@ -124,48 +124,48 @@ class Known:
         return int(self._rows(query, model, target, machine)[0][0])
 
     def rankings(self, model: str, target: str, machine: str) -> set[str | None]:
-        """Return the digests of what decided the standings of a recipe on a target and machine."""
+        """Return the ranking digests of the standings of a recipe on a target and machine."""
         query = "SELECT DISTINCT ranking FROM standing WHERE model = ? AND target = ? AND machine = ?"
         return {row[0] for row in self._rows(query, model, target, machine)}
 
     def sources(self, model: str) -> set[str]:
-        """Return the digests of the models that a name stands for: one, unless rows are older than the digests."""
+        """Return the digests of the models that a name stands for: one, unless rows are older than these digests."""
         return self._names("SELECT DISTINCT source FROM standing WHERE model = ? AND source IS NOT NULL", model)
 
     def kinds(self, blobs: Iterable[str]) -> dict[str, str]:
-        """Return what each of these blobs is to the variants that need it."""
+        """Return the role of each of these blobs in the variants that need it."""
         asked, kinds = set(blobs), ("artifact", "parameters", "module", "checks", "tokenizer")
         rows = [tuple(row)[1:] for row in self._rows(_MADE)] if asked else []
         return {name: kind for row in rows for kind, name in zip(kinds, row, strict=True) if name in asked}
 
     def build_state(self, key: str) -> State | None:
-        """Return how far a build has come: `seconds`, `raced`, `ended`."""
+        """Return the progress of a build: `seconds`, `raced`, `ended`."""
         rows = self._rows("SELECT seconds, raced, ended FROM build WHERE key = ?", key)
         return next((State(seconds=r[0], raced=bool(r[1]), ended=r[2]) for r in rows), None)
 
     def machine_known_as(self, fingerprint: str) -> tuple[str, ...]:
-        """Return the digests that a machine is stored under; its fingerprint where it is not known."""
+        """Return the digests that a machine is stored under; its fingerprint where it is not stored."""
         with reader.opened(self.folder) as connection:
             return machines.known_as(connection, fingerprint)
 
     def machine(self, name: str) -> Machine | None:
-        """Return the machine that is stored under a digest."""
+        """Return the machine stored under a digest."""
         with reader.opened(self.folder) as connection:
             return machines.stored(connection, name)
 
     def last_inputs(self, model: str) -> list[dict[str, object]]:
-        """Return what the builds of a recipe were keyed by, the latest first."""
+        """Return the inputs of a recipe's builds, the latest first."""
         rows = self._rows("SELECT inputs FROM build WHERE model = ? ORDER BY created_at DESC", model)
         return [dict(_parsed(row[0])) for row in rows]
 
 
 def name_of(tunings: dict[str, str]) -> str:
-    """Return what a knob calls a set of configurations; empty for none."""
+    """Return the knob's name of a set of configurations; empty for none."""
     return digest.short(digest.of(tunings)) if tunings else ""
 
 
 def is_current(folder: Path) -> bool:
-    """Say whether a catalog can be read as `Known`; what is wrong with one that cannot is for the writer to say."""
+    """Return whether a catalog can be read as `Known`; the writer reports errors of one that cannot."""
     if (folder / PUBLISHED_FILE).is_file():
         return False
     try:
@@ -178,7 +178,7 @@ def is_current(folder: Path) -> bool:
 
 @contextlib.contextmanager
 def looked_at(folder: Path) -> Iterator[Known | None]:
-    """Give what a catalog knows and change nothing of it; None where there is none yet."""
+    """Yield a catalog's data without changing it; None where there is no catalog yet."""
     if not exists(folder) or is_current(folder):
         yield Known(folder) if exists(folder) else None
         return
@@ -191,7 +191,7 @@ def looked_at(folder: Path) -> Iterator[Known | None]:
 
 
 def known_in(folder: Path) -> Known | None:
-    """Return what a catalog knows, brought to the newest schema; None where there is none yet."""
+    """Yield a catalog's data, migrated to the newest schema; None where there is no catalog yet."""
     if not exists(folder):
         return None
     if not is_current(folder):

@@ -1,7 +1,7 @@
-"""What names a place: a folder, or a URL by its grammar, checked before anything is sent to it.
+"""Parse locations: a folder, or a URL, checked against its grammar before any upload.
 
-References to registries are those of the OCI distribution specification; buckets those that S3 and Google Cloud Storage
-take.
+References to registries follow the OCI distribution specification; buckets follow the rules of S3 and Google Cloud
+Storage.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _SAME = {"s3a": "s3", "gcs": "gs"}
 OCI = "oci://"
 LATEST = "latest"
 LONGEST = 255
-"""Characters of a registry's host and name together that every client takes."""
+"""Maximum characters of a registry's host and name together that every client accepts."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """`HOST/NAME:TAG` or `HOST/NAME@DIGEST` in a registry; one that gives both is what its digest says."""
+    """`HOST/NAME:TAG` or `HOST/NAME@DIGEST` in a registry; if both are given, the digest is used."""
 
     host: str
     name: str
@@ -47,15 +47,15 @@ class Reference:
 
 
 def is_url(text: str) -> bool:
-    """Say whether a text names a place by URL; all else is the path of a folder."""
+    """Return whether a text is a URL; otherwise it is the path of a folder."""
     return _URL.match(text) is not None
 
 
 def reference(location: str) -> Reference:
-    """Return what an `oci://` URL refers to.
+    """Return the reference of an `oci://` URL.
 
     Raises:
-        InputError: it is no reference by the grammar of the OCI distribution specification.
+        InputError: not a reference by the grammar of the OCI distribution specification.
     """
 
     def refused(why: str) -> InputError:
@@ -91,7 +91,7 @@ def _is_address(host: str) -> bool:
 
 
 def folder(location: str) -> Path:
-    """Return the folder that a path or a `file:` URL names.
+    """Return the folder of a path or a `file:` URL.
 
     Raises:
         InputError: a URL of another host, or with a query: `?` and `#` are written %3F and %23 in one.
@@ -107,10 +107,10 @@ def folder(location: str) -> Path:
 
 
 def bucket(location: str) -> str:
-    """Return a URL of fsspec's after its grammar was checked as far as it is known.
+    """Return an fsspec URL after a check of the known parts of its grammar.
 
     Raises:
-        InputError: no bucket, one that the service never takes, or characters that no URL holds.
+        InputError: no bucket, an invalid bucket name, or characters that no URL contains.
     """
     scheme, _, rest = location.partition("://")
     name, *parts = rest.rstrip("/").split("/")
@@ -125,7 +125,7 @@ def bucket(location: str) -> str:
 
 
 def resolved(location: str) -> str:
-    """Return a location that means the same from any folder, and later: a path absolute, a tag by its name."""
+    """Return a location that is valid from any folder: an absolute path, or a reference with its tag."""
     if location.startswith(OCI):
         return f"{OCI}{reference(location)}"
     if is_url(location) and not location.lower().startswith("file://"):

@@ -1,4 +1,4 @@
-"""File locks of a catalog: the kernel frees them with their holder, however it ends."""
+"""File locks of a catalog: the kernel releases them when their holder ends."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from llmbuild.errors import CatalogError
 
 FOLDER = "locks"
 PUBLISHING = ".publishing"
-"""Held by whoever changes a published folder."""
+"""The lock for changes of a published folder."""
 POLL_S = 0.05
 
 
 @contextlib.contextmanager
 def held(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock alone; `waiting` is called once when another holds it already."""
+    """Hold an exclusive lock; `waiting` is called once when another process holds it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = _opened(path)
     try:
@@ -35,7 +35,7 @@ def held(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[None
 
 
 def take(path: Path, alone: bool, seconds: float) -> int:
-    """Take a lock, shared or alone, and return the descriptor that holds it until it is closed.
+    """Take a shared or exclusive lock, and return its descriptor, which holds it until closed.
 
     Raises:
         CatalogError: others held it for longer than `seconds`.

@@ -1,4 +1,4 @@
-"""What the rows of one build share, each named by digest."""
+"""The shared fields of a build's rows, each named by digest."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llmbuild.spec.variant import Toolchain
 
 @dataclass(frozen=True)
 class Owner:
-    """What every variant of one build shares: the recipe's name, and digests of target, toolchain and lineage.
+    """The shared fields of a build's variants: the recipe's name, and digests of target, toolchain and lineage.
 
-    `tokenizer` is a blob, absent for a model without one; `source` is the digest of what the name stands for.
+    `tokenizer` is a blob, absent for a model without one; `source` is the digest of the weights and the tokenizer.
     """
 
     model: str
@@ -27,9 +27,9 @@ class Owner:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What the standings of one build share, by digest: all that decided them, what the name stands for, and the build.
+    """The shared digests of a build's standings: their inputs, their source, and the build.
 
-    Nothing is known of it where rows are written that no recipe asked for.
+    Empty for rows that no recipe requested.
     """
 
     ranking: str | None = None
@@ -40,25 +40,25 @@ class Ranking:
 
 @dataclass(frozen=True)
 class Registered:
-    """The records every row of a build points at, named by digest."""
+    """The records that every row of a build refers to, named by digest."""
 
     target: Target
     machine: Machine
     toolchain: Toolchain
     known_as: str = ""
-    """The digest that the catalog has the machine under, where that is not its fingerprint."""
+    """The machine's digest in the catalog, where it is not the fingerprint."""
 
     @property
     def target_digest(self) -> str:
-        """Name of the target: what decides the code, and what people call it."""
+        """The target's digest: over what decides the code, and its name."""
         return digest.of({"name": self.target.name, **self.target.identity()})
 
     @property
     def machine_digest(self) -> str:
-        """Fingerprint of the machine, or what a catalog of an earlier llmbuild knows it as."""
+        """Fingerprint of the machine, or its digest in a catalog of an earlier llmbuild."""
         return self.known_as or digest.of(self.machine)
 
     @property
     def toolchain_digest(self) -> str:
-        """Name of the toolchain."""
+        """The toolchain's digest."""
         return digest.of(self.toolchain)

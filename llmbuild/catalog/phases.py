@@ -1,4 +1,4 @@
-"""What a catalog keeps of compiles beside their artifacts: front halves, and configurations of dispatches that won."""
+"""Intermediate results of compiles: front halves, and winning configurations of dispatches."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from llmbuild.errors import CatalogError
 
 @dataclass(frozen=True)
 class Front:
-    """A compile half done, a gzipped blob, and the seconds it took.
+    """A partial compile, a gzipped blob, and the seconds it took.
 
-    It is a front half as text, with what that schedules, or translated dispatches as bytecode.
+    It is a front half as text, with its scheduling features, or translated dispatches as bytecode.
     """
 
     blob: str
@@ -31,7 +31,7 @@ class Front:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What won for a kind of dispatch: its configuration (empty: the compiler's own), the gain, and what was tried."""
+    """The winner for a kind of dispatch: its configuration (empty: the compiler's own), gain, and candidates."""
 
     configuration: str
     gain: float
@@ -39,7 +39,7 @@ class Tuned:
 
 
 def find_front(catalog: Catalog, key: str) -> Front | None:
-    """Return what a compile has half done before, if its blob is still there and whole."""
+    """Return a partial compile, if its blob is present and intact."""
     with catalog.session() as session:
         row = session.get(t.FrontHalfRow, key)
         found = None if row is None else Front(row.blob, dict(row.features), row.seconds)
@@ -47,26 +47,26 @@ def find_front(catalog: Catalog, key: str) -> Front | None:
 
 
 def record_front(catalog: Catalog, key: str, inputs: Mapping[str, object], front: Front) -> None:
-    """Keep a compile half done."""
+    """Record a partial compile."""
     _replace(catalog, t.FrontHalfRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(front)})
 
 
 def find_tuning(catalog: Catalog, key: str) -> Tuned | None:
-    """Return what won for a kind of dispatch."""
+    """Return the winner for a kind of dispatch."""
     with catalog.session() as session:
         row = session.get(t.TuningRow, key)
         return None if row is None else Tuned(row.configuration, row.gain, tuple(row.tried))
 
 
 def record_tuning(catalog: Catalog, key: str, inputs: Mapping[str, object], tuned: Tuned) -> None:
-    """Keep what won for a kind of dispatch."""
+    """Record the winner for a kind of dispatch."""
     _replace(catalog, t.TuningRow, {"key": key, "inputs": plain(inputs), "created_at": now(), **plain(tuned)})
 
 
 def winners_of(catalog: Catalog, target: str, compiler: str) -> str:
-    """Return the name of all configurations that won on a target (its digest); empty when there are none.
+    """Return the name of all winning configurations on a target (its digest); empty when there are none.
 
-    They become a row of their own, so that the name says what they are whatever is found later.
+    They become a separate row, so that the name keeps its meaning when more winners are found.
     """
     found = catalog.tunings(target, compiler)
     if not found:

@@ -1,4 +1,4 @@
-"""What the files of a catalog's folder are called."""
+"""Names of the files in a catalog's folder."""
 
 from __future__ import annotations
 
@@ -11,5 +11,5 @@ __all__ = ["FILE", "PUBLISHED_FILE", "URL_FILE", "exists"]
 
 
 def exists(folder: Path) -> bool:
-    """Say whether there is a catalog in `folder`; nothing is made."""
+    """Return whether `folder` holds a catalog; nothing is created."""
     return any((folder / name).is_file() for name in (FILE, URL_FILE))

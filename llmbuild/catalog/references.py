@@ -1,4 +1,4 @@
-"""Which rows name which blobs, and which of them must stay: one answer for `verify`, `gc`, `publish` and `pull`."""
+"""Which rows refer to which blobs, and which blobs must stay: shared by `verify`, `gc`, `publish` and `pull`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llmbuild.spec.trial import FRONT
 from llmbuild.system.strict_json import loads
 
 RECORDS = "published"
-"""Folder of a catalog that holds a copy of every manifest it published."""
+"""Folder of a catalog that holds a copy of every published manifest."""
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One row's claim on a blob: what the blob is, whose it is, and when the row was written."""
+    """One row's reference to a blob: the blob's role, its owner, and when the row was written."""
 
     digest: str
     kind: str
@@ -31,7 +31,7 @@ class Reference:
 
 
 def references(session: Session, blobs: BlobStore) -> list[Reference]:
-    """Return every claim of a row on a blob; `blobs` completes the names that points have of tunings."""
+    """Return every reference of a row to a blob; `blobs` completes the abbreviated names of tunings in points."""
     found: list[Reference] = []
     for program in session.scalars(select(t.ProgramRow)):
         for kind, name in (
@@ -46,7 +46,7 @@ def references(session: Session, blobs: BlobStore) -> list[Reference]:
         tokenizers = session.scalars(select(column).where(column.is_not(None)).distinct())
         found += [Reference(str(name), "tokenizer", "variants", "") for name in tokenizers]
     for table in t.Base.metadata.sorted_tables:
-        if "blob" in table.c:  # every cache of something that takes long: references, front halves of compiles
+        if "blob" in table.c:  # all cached results of slow steps: references, front halves of compiles
             for row in session.execute(select(table)).mappings():
                 found.append(Reference(row["blob"], table.name, f"{table.name} {row['key'][:12]}", row["created_at"]))
     tunings = {str(point.get(TUNING, UNTUNED)) for point in session.scalars(select(t.VariantRow.point))} - {UNTUNED}
@@ -78,7 +78,7 @@ def blobs_of(session: Session, variants: set[str]) -> set[str]:
 
 
 def published_blobs(folder: Path) -> set[str]:
-    """Return the blobs that a publication made from this catalog names."""
+    """Return the blobs of the publications that were made from this catalog."""
     found: set[str] = set()
     for path in sorted((folder / RECORDS).glob("*.json")):
         manifest = loads(path.read_text())
@@ -87,15 +87,15 @@ def published_blobs(folder: Path) -> set[str]:
 
 
 def collected(session: Session) -> set[str]:
-    """Return the blobs that `gc` removed on purpose."""
+    """Return the blobs that `gc` removed."""
     return set(session.scalars(select(t.CollectedRow.digest)))
 
 
 def stranger(named: Collection[str], gone: Collection[str], kept: Collection[str], there: Collection[str]) -> str:
     """Return why rows and blobs cannot be of one catalog; empty where they can be.
 
-    A build that was killed leaves a few blobs that no row names, and a lost file a row without its blob. Where most of
-    what rows name is missing while most of what is there is named by none, the database is another one's.
+    A killed build leaves a few blobs without a row, and a lost file a row without its blob. Where most referenced
+    blobs are missing and most present blobs are unreferenced, the database belongs to another catalog.
     """
     orphans = [name for name in there if name not in named and name not in kept]
     missing = [name for name in named if name not in there and name not in gone]
@@ -108,5 +108,5 @@ def stranger(named: Collection[str], gone: Collection[str], kept: Collection[str
 
 
 def is_published(folder: Path) -> bool:
-    """Say whether a folder holds a publication, which is only read."""
+    """Return whether a folder holds a publication, which is read-only."""
     return (folder / PUBLISHED_FILE).is_file()

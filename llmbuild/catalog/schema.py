@@ -22,7 +22,7 @@ from llmbuild.runtime.reader import connected
 SCHEMA_VERSION = 6
 BUSY_SECONDS = 60
 WRITER = 0x6C6C6D62
-"""Number of the advisory lock that makes a Postgres catalog's writers take turns."""
+"""Number of the advisory lock that serializes the writers of a Postgres catalog."""
 HEAD = "head"
 MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -33,7 +33,7 @@ def now() -> str:
 
 
 def folder_of(location: str) -> Path:
-    """Return the folder of a catalog; a database URL gets one here, which holds its blobs and remembers the URL.
+    """Return the folder of a catalog; a database URL gets a local one, which holds its blobs and the URL.
 
     Raises:
         CatalogError: not a URL of Postgres, or the folder belongs to another catalog.
@@ -58,7 +58,7 @@ def folder_of(location: str) -> Path:
 
 
 def open_engine(folder: Path) -> Engine:
-    """Return an engine on the catalog in `folder`, made or migrated if need be.
+    """Return an engine on the catalog in `folder`, created or migrated if necessary.
 
     Raises:
         CatalogError: not writable, not a catalog, corrupt, published, or of a newer schema.
@@ -83,10 +83,10 @@ def open_engine(folder: Path) -> Engine:
 
 @contextlib.contextmanager
 def migrated_copy(folder: Path) -> Iterator[Path]:
-    """Give a folder with the rows of a catalog, brought to the newest schema; the catalog itself stays as it is.
+    """Yield a folder with a copy of a catalog's rows, migrated to the newest schema; the catalog is unchanged.
 
     Raises:
-        CatalogError: rows in a server, which are not copied; or what `open_engine` finds wrong.
+        CatalogError: rows in a server, which are not copied; or an error of `open_engine`.
     """
     if (folder / URL_FILE).is_file():
         raise CatalogError(f"{folder}: is of an earlier schema: any build but a dry run brings it to the newest")
@@ -108,9 +108,9 @@ def migrated_copy(folder: Path) -> Iterator[Path]:
 
 
 def copied(source: Path, database: Path) -> None:
-    """Copy a database without its free pages into a new file that is whole in itself: its readers write nothing.
+    """Copy a database without its free pages into a new, self-contained file without a write-ahead log.
 
-    `VACUUM INTO` takes no name that is not UTF-8.
+    `VACUUM INTO` accepts only UTF-8 names.
     """
     with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(database)) as new:
         old.backup(new)
@@ -122,14 +122,14 @@ def _engine(folder: Path) -> Engine:
     server = folder / URL_FILE
     if server.is_file():
         return create_engine(server.read_text().strip().replace("postgresql://", "postgresql+psycopg://", 1))
-    file = URL.create("sqlite", database=str((folder / FILE).absolute()))  # pasted into a URL, `?` would end a path
+    file = URL.create("sqlite", database=str((folder / FILE).absolute()))  # in a URL, `?` would end the path
     engine = create_engine(file, connect_args={"timeout": BUSY_SECONDS})
     event.listen(engine, "connect", _configure)
     return engine
 
 
 def begin_writing(connection: Connection) -> None:
-    """Become the one writer: wait for the one before, so that no transaction ever has to be done again."""
+    """Become the only writer: wait for the previous one, so that no transaction has to be retried."""
     if connection.dialect.name == "sqlite":
         connection.exec_driver_sql("BEGIN IMMEDIATE")
     else:
@@ -137,7 +137,7 @@ def begin_writing(connection: Connection) -> None:
 
 
 def schema_version(engine: Engine) -> int | None:
-    """Return the version a database says it has; None for an empty one."""
+    """Return a database's schema version; None for an empty one."""
     if not inspect(engine).has_table("info"):
         return None
     with engine.connect() as connection:
@@ -169,7 +169,7 @@ def _migrate(engine: Engine) -> None:
     script = ScriptDirectory(str(MIGRATIONS), version_locations=[str(MIGRATIONS)])
     with engine.connect() as connection:
         begin_writing(connection)
-        if schema_version(engine) != SCHEMA_VERSION:  # another process may have been first
+        if schema_version(engine) != SCHEMA_VERSION:  # another process may have migrated it
             with EnvironmentContext(Config(), script, fn=lambda rev, _: script._upgrade_revs(HEAD, rev)) as context:
                 context.configure(connection=connection, transactional_ddl=False)
                 context.run_migrations()
@@ -183,7 +183,7 @@ def _migrate(engine: Engine) -> None:
 
 @contextlib.contextmanager
 def database_errors(folder: Path) -> Iterator[None]:
-    """Turn what a database or a file system says into one message."""
+    """Turn an error of a database or a file system into one message."""
     try:
         yield
     except OperationalError as error:

@@ -1,4 +1,4 @@
-"""The blob store: files named by the sha256 of their bytes, never seen half-written."""
+"""The blob store: files named by the sha256 of their bytes, written atomically."""
 
 from __future__ import annotations
 
@@ -15,39 +15,40 @@ from llmbuild.errors import CatalogError
 _CHUNK = 1 << 20
 
 SEALED_NS = 10**18
-"""Modification time of every blob: whoever writes to one moves it, so that a changed blob is cheap to suspect."""
+"""Modification time of every blob: a write changes it, so that modified blobs are found cheaply."""
 
 
 class _OtherBytes(Exception):
-    """What was brought is not the blob that was asked for."""
+    """The received bytes are not those of the requested blob."""
 
 
 class BlobStore:
     """`blobs/sha256/ab/<digest>` under a catalog's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.root = folder.absolute() / "blobs" / "sha256"  # children that are handed a path work elsewhere
+        self.root = folder.absolute() / "blobs" / "sha256"  # children that receive a path work in another folder
 
     def path(self, digest: str) -> Path:
-        """Return where a blob is or would be."""
+        """Return the path of a blob, present or not."""
         return self.root / digest[:2] / digest
 
     def has(self, digest: str) -> bool:
-        """Say whether a blob is there; its bytes are not read."""
+        """Return whether a blob is present; its bytes are not read."""
         return self.path(digest).is_file()
 
     def find(self, prefix: str) -> str | None:
-        """Return the name of a blob by its beginning."""
+        """Return the digest of a blob by its prefix."""
         return next((path.name for path in sorted(self.path(prefix).parent.glob(f"{prefix}*"))), None)
 
     def put_file(self, source: Path, moved: bool = False) -> str:
-        """Copy a file in and return its digest; what is there already stays as it is.
+        """Copy a file in and return its digest; a present blob is unchanged.
 
-        The bytes go to a temporary name, are synced, then renamed: a reader sees all of them or none. A file that may
-        be `moved` is not copied where both are on one file system: nobody else may have it open for writing.
+        The bytes are written to a temporary name, synced, then renamed: a reader sees all of them or none. A file that
+        may be `moved` is renamed instead of copied on the same file system: no other process may have it open for
+        writing.
 
         Raises:
-            CatalogError: the store cannot be written, or the disk is full; nothing half-written stays.
+            CatalogError: the store cannot be written, or the disk is full; no partial file remains.
         """
         digest = _digest_of(source)
         final = self.path(digest)
@@ -60,7 +61,7 @@ class BlobStore:
         return digest
 
     def take(self, digest: str, write: Callable[[Path], None]) -> bool:
-        """Let `write` bring a blob from elsewhere and keep it only if its bytes are those of its name; say whether."""
+        """Let `write` fetch a blob and keep it only if its bytes match its digest; return whether they do."""
         if self.intact(digest):
             return True
         try:
@@ -74,7 +75,7 @@ class BlobStore:
 
     @contextlib.contextmanager
     def _arriving(self, final: Path) -> Iterator[Path]:
-        """Give an empty temporary file to fill; it is synced, sealed and renamed, or removed where that fails."""
+        """Yield an empty temporary file; it is synced, sealed and renamed, or removed on failure."""
         with _storage_errors(self.root):
             final.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".put-", dir=final.parent)
@@ -99,12 +100,12 @@ class BlobStore:
             return self.put_file(Path(file.name))
 
     def verify(self, digest: str) -> bool:
-        """Say whether a blob is there and its bytes are those it is named by."""
+        """Return whether a blob is present and its bytes match its digest."""
         path = self.path(digest)
         return path.is_file() and _digest_of(path) == digest
 
     def intact(self, digest: str) -> bool:
-        """Say the same as `verify`, reading only a blob that was written to, or copied, after it was stored."""
+        """Return the same as `verify`, but read only blobs that were modified or copied after they were stored."""
         path = self.path(digest)
         try:
             if path.stat().st_mtime_ns == SEALED_NS:
@@ -118,10 +119,10 @@ class BlobStore:
         return whole
 
     def digests(self) -> Iterator[tuple[str, int]]:
-        """Yield the name and the size in bytes of every blob.
+        """Yield the digest and the size in bytes of every blob.
 
         Raises:
-            OSError: a folder cannot be read, whose blobs would look lost.
+            OSError: a folder cannot be read; its blobs would count as lost.
         """
         folders = sorted(self.root.iterdir()) if self.root.is_dir() else []
         for folder in (path for path in folders if len(path.name) == 2 and path.is_dir()):
@@ -131,11 +132,11 @@ class BlobStore:
                         yield path.name, path.stat().st_size
 
     def leftovers(self) -> Iterator[Path]:
-        """Yield the temporary files that a killed process left behind."""
+        """Yield the temporary files of killed processes."""
         yield from sorted(self.root.glob("??/.put-*"))
 
     def remove(self, digest: str) -> int:
-        """Remove a blob and return how many bytes that freed; who has it open or mapped keeps it."""
+        """Remove a blob and return the freed bytes; processes that have it open or mapped keep it."""
         path = self.path(digest)
         try:
             size = path.stat().st_size
@@ -146,7 +147,7 @@ class BlobStore:
 
 
 def _renamed(source: Path, path: Path) -> bool:
-    """Say whether a file could be renamed: it cannot from another file system, nor where it belongs to another user."""
+    """Return whether a file can be renamed: not from another file system, nor with another owner."""
     try:
         source.replace(path)
     except OSError:

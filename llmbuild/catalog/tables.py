@@ -1,4 +1,4 @@
-"""The tables of a catalog. Other tools read the views of `migrations`, not these."""
+"""The tables of a catalog. Other tools read the views of `migrations`, not the tables."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from llmbuild.system.strict_json import JsonObject
 
 Digest = String(64)
 Cells = dict[str, Any]
-"""A row of any table: what a column holds that is found by its name, no type says."""
+"""A row of any table: columns are accessed by name, without static types."""
 
 
 class Base(DeclarativeBase):
-    """Everything a catalog holds; digests are 64 hex digits, times are UTC in ISO 8601."""
+    """Base of all tables; digests are 64 hex digits, times are UTC in ISO 8601."""
 
     type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON, list[JsonObject]: JSON}
 
@@ -39,7 +39,7 @@ class TargetRow(Base):
 
 
 class MachineRow(Base):
-    """A host that measured; its digest is the fingerprint."""
+    """A host with measurements; its digest is the fingerprint."""
 
     __tablename__ = "machine"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -48,7 +48,7 @@ class MachineRow(Base):
 
 
 class LimitRow(Base):
-    """What a machine can do at most, measured once: bandwidth and arithmetic peaks."""
+    """The limits of a machine, measured once: bandwidth and arithmetic peaks."""
 
     __tablename__ = "machine_limit"
     machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"), primary_key=True)
@@ -57,7 +57,7 @@ class LimitRow(Base):
 
 
 class ToolchainRow(Base):
-    """Versions that made something."""
+    """The versions of a toolchain."""
 
     __tablename__ = "toolchain"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -77,7 +77,7 @@ class ProgramRow(Base):
 
 
 class ImportRow(Base):
-    """What an import made, by the digest of everything that went into it."""
+    """The result of an import, by the digest of its inputs."""
 
     __tablename__ = "import"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -88,7 +88,7 @@ class ImportRow(Base):
 
 
 class ReferenceRow(Base):
-    """What the library's own f32 model says on the quality text, a blob, by the digest of what went into it."""
+    """The logits of the library's f32 model on the quality text, a blob, by the digest of the inputs."""
 
     __tablename__ = "reference"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -108,7 +108,7 @@ class ArtifactRow(Base):
 
 
 class CompileRow(Base):
-    """What a compile made, by program, target, flags and compiler."""
+    """The result of a compile, by program, target, flags and compiler."""
 
     __tablename__ = "compile"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -119,7 +119,7 @@ class CompileRow(Base):
 
 
 class FrontHalfRow(Base):
-    """A compile half done, a packed blob, by what went into it; `features` is what a front half schedules."""
+    """A partial compile, a packed blob, by its inputs; `features` are the scheduling features of a front half."""
 
     __tablename__ = "front_half"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -147,7 +147,7 @@ class TuningRow(Base):
 
 
 class VariantRow(Base):
-    """Program × target × point × toolchain. `program` and `artifact` are absent where making them failed."""
+    """Program × target × point × toolchain. `program` and `artifact` are absent where they could not be made."""
 
     __tablename__ = "variant"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -163,7 +163,7 @@ class VariantRow(Base):
 
 
 class TrialRow(Base):
-    """One evaluated point. `scope` is the digest of everything that decides an outcome but the point."""
+    """One evaluated point. `scope` is the digest of all inputs of an outcome except the point."""
 
     __tablename__ = "trial"
     scope: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -212,7 +212,7 @@ class MeasurementRow(Base):
     created_at: Mapped[str]
     __table_args__ = (
         Index(
-            "measurement_by_key",  # narrow, so that the readings a pick looks at lie side by side
+            "measurement_by_key",  # narrow, so that the readings of a pick are close together
             "key",
             "tpot_s",
             "ttft_s",
@@ -229,7 +229,7 @@ class MeasurementRow(Base):
 
 
 class FailureRow(Base):
-    """A tool that did not do its work, with what to paste to see it again."""
+    """A failed tool, with the command that reproduces the failure."""
 
     __tablename__ = "failure"
     id: Mapped[int] = mapped_column(Integer, primary_key=True)
@@ -244,12 +244,12 @@ class FailureRow(Base):
 
 
 class StandingRow(Base):
-    """Where a variant stands among a recipe's variants on one target, machine and workload.
+    """The standing of a variant among a recipe's variants on one target, machine and workload.
 
-    `ranking` is the digest of all that decided it, and `source` that of the weights and the tokenizer: what stands is
-    of one ranking, and a name stands for one source. Both are absent in rows from before they were kept, and `ranking`
-    in those that were ranked elsewhere. Recipes that differ in the tokenizer share variants, so it stands here too; a
-    row without a source has that of its variant.
+    `ranking` is the digest of its inputs, and `source` that of the weights and the tokenizer: all current standings
+    are of one ranking, and a name stands for one source. Both are absent in older rows, and `ranking` in those that
+    were ranked elsewhere. Recipes that differ in the tokenizer share variants, so the tokenizer is here too; a row
+    without a source has its variant's tokenizer.
     """
 
     __tablename__ = "standing"
@@ -274,7 +274,7 @@ class StandingRow(Base):
 
 
 class BuildRow(Base):
-    """How far a recipe's build on a target and machine has come; `inputs` says what it was keyed by."""
+    """The progress of a recipe's build on a target and machine; `inputs` are the inputs of its key."""
 
     __tablename__ = "build"
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
@@ -288,7 +288,7 @@ class BuildRow(Base):
 
 
 class CollectedRow(Base):
-    """A blob that `gc` removed on purpose: what it was made of is still known, and nothing is stale without it."""
+    """A blob that `gc` removed: its inputs are still known, and nothing is stale without it."""
 
     __tablename__ = "collected"
     digest: Mapped[str] = mapped_column(Digest, primary_key=True)

@@ -27,14 +27,14 @@ from llmbuild.digest import of_file
 from llmbuild.runtime import trust
 
 PLACE = ("model", "target", "machine", "workload", "variant")
-"""What names a standing."""
+"""The key of a standing."""
 REBUILD = "run `llmbuild build` with its recipe: it is made again"
 FORGET = "run `llmbuild gc`: no front needs it, and the next build that does makes it again"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is not as it should be; `wrong` is false for what only takes room."""
+    """One error or remark; `wrong` is false for files that only take space."""
 
     problem: str
     what: str
@@ -48,7 +48,7 @@ class Finding:
 
 
 def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done, total: None) -> list[Finding]:
-    """Return all that is wrong with a catalog; empty when every row and byte is as it should be."""
+    """Return all findings of a catalog; empty when every row and byte is valid."""
     with catalog.session() as session:
         rows = [*_database(session), *_dangling(session)]
         named = {r.digest: r for r in references(session, catalog.blobs)}
@@ -82,7 +82,7 @@ def verify(catalog: Catalog, progress: Callable[[int, int], None] = lambda done,
 
 
 def promised(folder: Path, catalog: Catalog) -> list[Finding]:
-    """Return what of the publication in a folder is not as its pointer promises; `catalog` is its database, opened."""
+    """Return the differences between a folder's publication and its pointer; `catalog` is its opened database."""
     pointer, body = trust.published(folder)
     store, again = BlobStore(folder), "pull or publish it again"
     entries = {**body["blobs"], body["catalog"]["digest"]: {"kind": "database", **body["catalog"]}}
@@ -143,7 +143,7 @@ def _database(session: Session) -> Iterator[Finding]:
 
 
 def _dangling(session: Session) -> Iterator[Finding]:
-    """Yield rows that name a row which is not there; Postgres never has any, SQLite only if another tool wrote."""
+    """Yield rows that refer to a missing row; Postgres prevents them, SQLite has them only if another tool wrote."""
     for table in t.Base.metadata.sorted_tables:
         for key in table.foreign_keys:
             there = session.execute(

@@ -1,4 +1,4 @@
-"""Write a catalog: one short transaction for each thing that is finished, so that an interruption loses one at most."""
+"""Write a catalog: one short transaction for each finished item, so that an interruption loses at most one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Unpack
 
 from sqlalchemy import delete, select, update
 from sqlalchemy.dialects.postgresql import Insert
-from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT is SQLite's too
+from sqlalchemy.dialects.postgresql import insert as upsert  # its ON CONFLICT clause works for SQLite too
 from sqlalchemy.orm import Session
 
 from llmbuild import digest
@@ -35,10 +35,10 @@ _NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
 
 class Catalog(Known):
-    """A catalog open for writing. Blobs go in first, then the row that names them.
+    """A catalog open for writing. Blobs are added first, then the row that refers to them.
 
-    All who have it open share a lock, so that `gc`, which opens it `alone`, never takes a blob from under a build.
-    One class: it is all that may write to a catalog, a method for each kind of row; what reads many rows is `history`.
+    All open catalogs share a lock, so that `gc`, which opens it exclusively, never removes a blob of a running build.
+    One class: only it writes to a catalog, with a method for each kind of row; `history` has the reads of many rows.
     """
 
     def __init__(self, folder: Path, alone: bool = False) -> None:
@@ -50,7 +50,7 @@ class Catalog(Known):
 
     @contextlib.contextmanager
     def session(self, write: bool = False) -> Iterator[Session]:
-        """Open a transaction; one that writes is the only one that does, and is kept whole or not at all."""
+        """Open a transaction; write transactions are serialized and atomic."""
         with database_errors(self.folder), Session(self.engine) as session:
             if write:
                 begin_writing(session.connection())
@@ -64,19 +64,19 @@ class Catalog(Known):
         self._release()
 
     def making(self, key: str, waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
-        """Hold the lock of one thing to be made: who comes second waits, and then finds it made."""
+        """Hold the lock of one item to be made: a second process waits, and then finds it."""
         return locks.held(self.folder / locks.FOLDER / key, waiting)
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:
-        """Hold the measuring lock: builds of one catalog compile side by side but measure in turn."""
+        """Hold the measuring lock: builds of one catalog compile in parallel but measure in turn."""
         with locks.held(self.folder / ".measuring"):
             yield
 
     # --- programs ------------------------------------------------------------------------------------------------
 
     def record_import(self, key: str, inputs: Mapping[str, object], program: Program, seconds: float) -> None:
-        """Keep what an import made."""
+        """Record the result of an import."""
         name = digest.of(program)
         row = {
             "digest": name,
@@ -98,26 +98,26 @@ class Catalog(Known):
             return session.execute(select(t.ProgramRow.parameters).where(t.ProgramRow.digest == program)).scalar()
 
     def find_reference(self, key: str) -> str | None:
-        """Return the blob of a reference made before."""
+        """Return the blob of an earlier reference."""
         with self.session() as session:
             blob = session.execute(select(t.ReferenceRow.blob).where(t.ReferenceRow.key == key)).scalar()
         return blob if blob and self.blobs.intact(blob) else None
 
     def record_reference(self, key: str, inputs: Mapping[str, object], blob: str) -> None:
-        """Keep what the library's own model says."""
+        """Record the logits of the library's own model."""
         values = {"key": key, "blob": blob, "inputs": plain(inputs), "created_at": now()}
         with self.session(write=True) as session:
             _replace(session, t.ReferenceRow, values)
 
     def found_again(self, blobs: Iterable[str]) -> None:
-        """Note that blobs which were missing are there again."""
+        """Record that missing blobs are present again."""
         with self.session(write=True) as session:
             _made(session, *blobs)
 
     # --- artifacts -----------------------------------------------------------------------------------------------
 
     def record_compile(self, key: str, inputs: Mapping[str, object], artifact: Artifact, seconds: float) -> None:
-        """Keep what a compile made."""
+        """Record the result of a compile."""
         with self.session(write=True) as session:
             row = {
                 "digest": artifact.digest,
@@ -139,7 +139,7 @@ class Catalog(Known):
     # --- trials --------------------------------------------------------------------------------------------------
 
     def register(self, job: Registered) -> None:
-        """Keep target, machine and toolchain of a build; what is known already costs one read."""
+        """Record target, machine and toolchain of a build; known ones cost one read."""
         self._keep(t.TargetRow, {"digest": job.target_digest, "name": job.target.name, "body": plain(job.target)})
         self._keep(
             t.MachineRow, {"digest": job.machine_digest, "name": job.machine.describe(), "body": plain(job.machine)}
@@ -154,7 +154,7 @@ class Catalog(Known):
                 session.execute(upsert(table).values(row).on_conflict_do_nothing())
 
     def record_trial(self, trial: Trial, owner: Owner) -> None:
-        """Keep one finished trial whole: the variant, its measurements or its failure, in one transaction."""
+        """Record one finished trial: the variant, its measurements or its failure, in one transaction."""
         with self.session(write=True) as session:
             session.execute(_variant_upsert(trial, owner))
             failure = self._add_failure(session, trial, owner.model) if trial.failure else None
@@ -174,7 +174,7 @@ class Catalog(Known):
             )
 
     def record_failure(self, model: str, variant: str | None, failure: Failure) -> None:
-        """Keep a failure that belongs to no trial, such as that of a plain compile."""
+        """Record a failure without a trial, such as that of a plain compile."""
         with self.session(write=True) as session:
             session.add(_failure_row(model, variant, failure))
 
@@ -186,10 +186,10 @@ class Catalog(Known):
         return row.id
 
     def record_compiled(self, trial: Trial, owner: Owner, workloads: Sequence[str], unmade: str = "") -> None:
-        """Keep a variant that was compiled, and let a loader find it; one that was measured anywhere stays as it is.
+        """Record a compiled variant, and make it visible to a loader; a variant with measurements is unchanged.
 
-        One that could not be made stands as failed. `unmade` is what this one was called when it could not be. What was
-        compiled of earlier inputs, or of another model by this name, stands no more.
+        A variant that could not be compiled has the standing failed. `unmade` is this variant's name in an earlier
+        failure. Compiled variants of earlier inputs, or of another model with this name, lose their standing.
         """
         row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
         row |= {"source": owner.source, "tokenizer": owner.tokenizer if owner.source else None}
@@ -237,12 +237,12 @@ class Catalog(Known):
             return history.scopes_of(session, model)
 
     def find_limits(self, machine: str) -> JsonObject | None:
-        """Return what was measured of a machine's limits."""
+        """Return the measured limits of a machine."""
         with self.session() as session:
             return session.execute(select(t.LimitRow.body).where(t.LimitRow.machine == machine)).scalar()
 
     def record_limits(self, machine: str, body: object) -> None:
-        """Keep a machine's limits."""
+        """Record a machine's limits."""
         values = {"machine": machine, "body": plain(body), "created_at": now()}
         with self.session(write=True) as session:
             session.execute(
@@ -254,13 +254,13 @@ class Catalog(Known):
     def record_build(
         self, key: str, model: str, scope: str, inputs: Mapping[str, object], **state: Unpack[State]
     ) -> None:
-        """Keep how far a build has come; `state` holds `seconds`, `raced` and `ended`."""
+        """Record the progress of a build; `state` holds `seconds`, `raced` and `ended`."""
         values = {"key": key, "model": model, "scope": scope, "inputs": plain(inputs), "created_at": now(), **state}
         with self.session(write=True) as session:
             _replace(session, t.BuildRow, values)
 
     def reset_build(self, key: str) -> None:
-        """Forget how far a build has come."""
+        """Delete the progress of a build."""
         with self.session(write=True) as session:
             session.execute(delete(t.BuildRow).where(t.BuildRow.key == key))
 
@@ -270,7 +270,7 @@ class Catalog(Known):
             return history.fronts_elsewhere(session, model, target)
 
     def add_standing(self, model: str, names: Registered, standing: Standing) -> None:
-        """Add or replace one standing, beside those of other machines."""
+        """Add or replace one standing, without changing those of other machines."""
         row = {"model": model, "target": names.target_digest, "machine": names.machine_digest, **plain(standing)}
         keys = ["model", "target", "machine", "workload", "variant"]
         same = (t.StandingRow.model == model, t.StandingRow.variant == standing.variant)
@@ -289,9 +289,9 @@ class Catalog(Known):
         standings: list[Standing],
         by: Ranking = NOT_TOLD,
     ) -> None:
-        """Replace the standings of a recipe on a target and machine, all at once: these are the present ones.
+        """Replace the standings of a recipe on a target and machine, atomically: these are the current ones.
 
-        Those of another source by this name stand nowhere any more. The build becomes the latest one.
+        Standings of another source with this name are removed. The build becomes the latest one.
         """
         place = {"model": model, "target": target, "machine": machine}
         told = {"ranking": by.ranking, "source": by.source, "tokenizer": by.tokenizer}
@@ -310,13 +310,13 @@ class Catalog(Known):
 
 
 def _retire(session: Session, model: str, source: str | None) -> None:
-    """Let no row stand that is of another model by this name."""
+    """Remove the standings of another model with this name."""
     if source is not None:
         session.execute(delete(t.StandingRow).where(t.StandingRow.model == model, t.StandingRow.source != source))
 
 
 def _retire_compiled(session: Session, model: str, target: str, lineages: set[str]) -> None:
-    """Let nothing stand that was only compiled, of inputs that are not those of these `lineages`."""
+    """Remove the standings of compiled variants whose inputs are not those of these `lineages`."""
     mine = select(t.VariantRow.digest).where(t.VariantRow.lineage.in_(lineages))
     where = (t.StandingRow.model == model, t.StandingRow.target == target, t.StandingRow.machine == NOWHERE)
     if lineages:
@@ -324,7 +324,7 @@ def _retire_compiled(session: Session, model: str, target: str, lineages: set[st
 
 
 def _made(session: Session, *blobs: str) -> None:
-    """Note that blobs which may have been collected are there again."""
+    """Record that blobs which may have been collected are present again."""
     session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(blobs)))
 
 

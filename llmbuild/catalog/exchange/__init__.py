@@ -1,1 +1,1 @@
-"""Catalogs between places: publish, pull, sign, merge, compare; folders, object stores and OCI registries."""
+"""Exchange of catalogs: publish, pull, sign, merge, compare; folders, object stores and OCI registries."""

@@ -1,4 +1,4 @@
-"""What changed between two catalogs: fronts, readings beyond noise, and bytes that should have been the same."""
+"""Differences of two catalogs: fronts, readings beyond noise, and different bytes of the same key."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAILING = ("regression", "gone", "bytes")
 """Kinds of change that `--fail-on-regression` fails on."""
 
 NOISE = 0.05
-"""Relative change below which a timed reading is never called better or worse."""
+"""Relative change below which a timed reading counts as unchanged."""
 
 COMPARED = (
     "tpot_s",
@@ -34,7 +34,7 @@ COMPARED = (
 
 @dataclass(frozen=True)
 class Change:
-    """One difference; `before` and `after` are medians where a metric moved, statuses where a place did."""
+    """One difference; `before` and `after` are medians for a metric, statuses for a standing."""
 
     kind: str
     model: str
@@ -53,16 +53,16 @@ class Change:
 
 @dataclass(frozen=True)
 class Ruler:
-    """When two readings differ: `noise` is relative, `floors` are absolute and by metric."""
+    """Thresholds of a difference: `noise` is relative, `floors` are absolute and by metric."""
 
     noise: float = NOISE
     floors: Mapping[str, float] | None = None
 
 
 def compare(before: Sequence[Row], after: Sequence[Row], ruler: Ruler) -> list[Change]:
-    """Return what changed from one catalog's rows to another's, what fails first.
+    """Return what changed from one catalog's rows to another's, failures first.
 
-    Variants are told apart by model, target, machine, workload and choices, not by digest: another compiler makes
+    Variants are identified by model, target, machine, workload and choices, not by digest: another compiler makes
     another digest of the same choices.
     """
     old, new = _groups(before), _groups(after)
@@ -78,7 +78,7 @@ def compare(before: Sequence[Row], after: Sequence[Row], ruler: Ruler) -> list[C
 
 
 def bytes_changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[Change]:
-    """Return the compiles that have the same key and made other bytes: one of them is not what its key says."""
+    """Return the compiles with the same key and different bytes: the key of one of them is incomplete."""
     return [
         Change("bytes", "", "", "", "", f"compile {short(key)}", short(before[key]), short(after[key]), "same inputs")
         for key in sorted({*before} & {*after})
@@ -90,7 +90,7 @@ def _groups(rows: Sequence[Row]) -> dict[Group, dict[str, Row]]:
     found: dict[Group, dict[str, Row]] = {}
     for row in rows:
         if row["machine_digest"] == NOWHERE:
-            continue  # compiled only: nothing was read that could be compared
+            continue  # compiled only: there are no readings to compare
         group = (row["model"], row["target"], row["machine_digest"], row["workload"])
         found.setdefault(group, {})[canonical(row["point"])] = row
     return {group: points for group, points in found.items() if any(r["status"] in FRONT for r in points.values())}
@@ -124,7 +124,7 @@ def _readings(group: Group, a: Row, b: Row, ruler: Ruler) -> Iterator[Change]:
 
 
 def _best(group: Group, old: Mapping[str, Row], new: Mapping[str, Row], ruler: Ruler) -> Iterator[Change]:
-    """Compare the best of each front: a lost point matters when nothing else is as good."""
+    """Compare the best of each front: a lost point matters when no other is as good."""
     for name in COMPARED:
         a, b = _champion(old, name), _champion(new, name)
         if a is None or b is None:

@@ -1,4 +1,4 @@
-"""What publishing and pulling need of a place, whatever kind it is."""
+"""The interface of a place for publishing and pulling."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ Pointer = JsonObject
 
 
 class Remote(Protocol):
-    """What publishing and pulling need of a place; every error is a `CatalogError`."""
+    """A place for publishing and pulling; every error is a `CatalogError`."""
 
     location: str
 
     def ready(self) -> None:
-        """Refuse a place that cannot be published to, before anything is sent."""
+        """Refuse a place that cannot be published to, before any upload."""
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Keep others from publishing there meanwhile, as far as the place can."""
+        """Lock out other publishers meanwhile, as far as the place can."""
 
     def pointer(self) -> bytes | None:
-        """Return the pointer as it stands; None where nothing is published yet."""
+        """Return the current pointer; None where nothing is published yet."""
 
     def has(self, digest: str, size: int) -> bool:
-        """Say whether a blob was sent whole."""
+        """Return whether a blob is uploaded completely."""
 
     def put(self, digest: str, path: Path) -> None:
-        """Send a blob."""
+        """Upload a blob."""
 
     def fetch(self, digest: str, path: Path) -> None:
-        """Write a blob to a file; its bytes are checked by the caller."""
+        """Download a blob to a file; the caller checks its bytes."""
 
     def finish(self, pointer: Pointer, publication: Publication) -> None:
-        """Make what was sent current, all at once."""
+        """Make the uploaded publication current, atomically."""

@@ -1,8 +1,9 @@
-"""Bring the rows and blobs of one catalog into another.
+"""Merge the rows and blobs of one catalog into another.
 
-Rows are named by content, so most are the same or new. Where both know a measurement, the later one stays; where one
-compile key made different bytes, ours stays and it is told; where both ranked the same fronts, no rank is trusted
-until the next build ranks them all. A name that stands for another model there is told, and its front stays behind.
+Rows are named by content, so most are equal or new. Where both have a measurement, the later one is kept; where one
+compile key has different bytes, those of the destination are kept and the conflict is reported; where both ranked the
+same fronts, the ranks are invalid until the next build ranks them all. A name of another model in the destination is
+reported, and its front is not merged.
 """
 
 from __future__ import annotations
@@ -23,14 +24,14 @@ from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.trial import FRONT
 
 APART = ("info", "failure", "standing", "collected", "measurement")
-"""Tables with a rule of their own; of all others, rows that are not known yet are added."""
+"""Tables with a special rule; of all others, unknown rows are added."""
 
 UNRANKED = "from another catalog: the next build ranks it with the others"
 
 
 @dataclass
 class Merged:
-    """How many rows and bytes were added, and what the two catalogs do not agree on."""
+    """Numbers of added rows and bytes, and the conflicts of the two catalogs."""
 
     rows: dict[str, int] = field(default_factory=dict)
     blobs: int = 0
@@ -39,9 +40,9 @@ class Merged:
 
 
 def merge(source: Catalog, into: Catalog) -> Merged:
-    """Add what `source` has to `into`: blobs first, then every row in one transaction.
+    """Add the contents of `source` to `into`: blobs first, then every row in one transaction.
 
-    A blob whose bytes are not those of its name is left behind and told.
+    A blob that does not match its digest is left out and reported.
     """
     done = Merged()
     with source.session() as session:
@@ -99,7 +100,7 @@ def _renumbered(row: Cells, failures: dict[int, int]) -> Cells:
 
 
 def _failures(session: Session, rows: list[Cells], done: Merged) -> dict[int, int]:
-    """Add failures that are not known yet, and return the number that each has here."""
+    """Add unknown failures, and return the id of each in the destination."""
     numbers = {}
     for row in rows:
         same = ("model", "variant", "stage", "command", "created_at")
@@ -125,7 +126,7 @@ def _measurements(session: Session, rows: list[Cells], done: Merged) -> None:
 
 
 def _standings(session: Session, rows: list[Cells], done: Merged) -> None:
-    """Add standings; what both sides ranked apart is undecided and marked to be ranked again."""
+    """Add standings; those that both sides ranked separately are undecided and marked for a new ranking."""
     table = t.StandingRow.__table__
     names = ("model", "target", "machine", "workload")
     rows = _of_our_models(session, rows, done)
@@ -149,7 +150,7 @@ def _standings(session: Session, rows: list[Cells], done: Merged) -> None:
 
 
 def _of_our_models(session: Session, rows: list[Cells], done: Merged) -> list[Cells]:
-    """Return the standings whose name stands for the same model here, and tell the names that do not."""
+    """Return the standings whose name stands for the same model in both catalogs, and report the other names."""
     known = select(t.StandingRow.model, t.StandingRow.source).where(t.StandingRow.source.is_not(None)).distinct()
     ours = {row[0]: row[1] for row in session.execute(known)}
     other = {r["model"] for r in rows if r["source"] and ours.get(r["model"], r["source"]) != r["source"]}

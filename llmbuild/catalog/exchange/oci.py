@@ -34,7 +34,7 @@ LOCAL_6 = "[::1]"
 
 
 class Registry:
-    """`oci://HOST/NAME[:TAG]`; a registry on this machine is spoken to without TLS, as every client does."""
+    """`oci://HOST/NAME[:TAG]`; a local registry is used without TLS, as other clients do."""
 
     def __init__(self, location: str) -> None:
         try:
@@ -50,20 +50,20 @@ class Registry:
         self.container.tag, self.container.digest = self.named.tag, self.named.digest or None
         with reported_by_place(location):
             self.client.auth.load_configs(self.container)
-            # oras tries for two minutes: right for a hiccup, not for a name that is wrong
+            # oras retries for two minutes: right for a temporary error, not for a wrong name
             self.client.session.get(f"{self.client.prefix}://{host}/v2/", timeout=CONNECT_S)
 
     def ready(self) -> None:
-        """Refuse a digest, which names what is there already."""
+        """Refuse a digest, which names existing content."""
         if self.named.digest:
             raise InputError(f"{self.location}: a digest names what was published: publish to a tag")
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Hold nothing: a registry frees what no tag names by rules of its own."""
+        """Do nothing: a registry collects untagged content by its own rules."""
         return contextlib.nullcontext()
 
     def pointer(self) -> bytes | None:
-        """Return the pointer that the tag's manifest amounts to."""
+        """Return the pointer that corresponds to the tag's manifest."""
         with reported_by_place(self.location):
             url = f"{self.client.prefix}://{self.container.manifest_url()}"
             answer = self.client.do_request(url, "GET", headers={"Accept": MANIFEST})
@@ -82,23 +82,23 @@ class Registry:
         return dumps(found).encode()
 
     def has(self, digest: str, size: int) -> bool:
-        """Say whether a blob was sent; a registry takes it whole or not at all."""
+        """Return whether a blob is uploaded; uploads to a registry are atomic."""
         with reported_by_place(self.location):
             return bool(self.client.blob_exists({"digest": f"sha256:{digest}"}, self.container))
 
     def put(self, digest: str, path: Path) -> None:
-        """Send a blob."""
+        """Upload a blob."""
         layer = {"digest": f"sha256:{digest}", "size": path.stat().st_size, "mediaType": BLOB}
         with reported_by_place(self.location):
             _good(self.client.upload_blob(str(path), self.container, layer), self.location)
 
     def fetch(self, digest: str, path: Path) -> None:
-        """Write a blob to a file."""
+        """Download a blob to a file."""
         with reported_by_place(self.location):
             self.client.download_blob(self.container, f"sha256:{digest}", str(path))
 
     def finish(self, pointer: Pointer, publication: Publication) -> None:
-        """Put the tag's manifest: what it names was sent before."""
+        """Put the tag's manifest; its blobs are uploaded before."""
         body = loads(publication.manifest)
         layers = [self._layer(body["catalog"]["digest"], body["catalog"]["bytes"], DATABASE, {})]
         for name, entry in body["blobs"].items():
@@ -123,7 +123,7 @@ class Registry:
 
 
 def is_local(host: str) -> bool:
-    """Say whether a registry is on this machine."""
+    """Return whether a registry is on this machine."""
     return host.startswith(LOCAL_6) or host.partition(":")[0] in LOCAL
 
 
@@ -135,12 +135,12 @@ def _good(answer: Any, location: str) -> None:
 
 @contextlib.contextmanager
 def reported_by_place(location: str) -> Iterator[None]:
-    """Turn what the network or the library says into one message."""
+    """Turn an error of the network or the library into one message."""
     import requests
 
     try:
         yield
     except requests.RequestException as error:
         raise CatalogError(f"{location}: the registry cannot be reached: {error}") from None
-    except ValueError as error:  # how the library tells refused credentials
+    except ValueError as error:  # how the library reports rejected credentials
         raise CatalogError(f"{location}: {error}") from None

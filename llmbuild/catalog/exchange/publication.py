@@ -1,4 +1,4 @@
-"""What is published: a database of the fronts' rows, the blobs they need, and a manifest that names them all."""
+"""The contents of a publication: a database of the fronts' rows, their blobs, and a manifest of both."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ EXPORT = ".export"
 
 @dataclass(frozen=True)
 class Publication:
-    """A manifest's bytes, and where every blob that it names lies; `annotations` describe a blob to a registry."""
+    """A manifest's bytes, and the path of every blob in it; `annotations` describe a blob to a registry."""
 
     manifest: bytes
     blobs: dict[str, Path]
@@ -36,17 +36,17 @@ class Publication:
 
     @property
     def digest(self) -> str:
-        """Name of the manifest."""
+        """The manifest's digest."""
         return digest.of_bytes(self.manifest)
 
 
 def prepare(catalog: Catalog, models: Sequence[str], folder: Path) -> Publication:
-    """Write the rows of the fronts into a database in `folder`, and name all that belongs to them.
+    """Write the rows of the fronts into a database in `folder`, and list all that belongs to them.
 
     The same catalog gives the same bytes.
 
     Raises:
-        InputError: nothing of these models is on a front.
+        InputError: no variant of these models is on a front.
     """
     with catalog.session() as session:
         rows = _rows(session, models)
@@ -70,7 +70,7 @@ def prepare(catalog: Catalog, models: Sequence[str], folder: Path) -> Publicatio
 
 
 def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Cells]]:
-    """Return the rows of each table that a front needs, in an order of their own."""
+    """Return the rows of each table that a front needs, in a deterministic order."""
     front = front_variants(session)
     rows: dict[str, list[Cells]] = {}
     standings = [
@@ -93,7 +93,7 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Cells]]:
         rows[table.name] = sorted(found, key=partial(_order, names))
         _want(wanted, table, rows[table.name])
     told = {r["variant"]: r["tokenizer"] for r in rows["standing"] if r["source"]}
-    for row in rows["variant"]:  # another recipe, which is not published, may have written its own there
+    for row in rows["variant"]:  # another recipe, which is not published, may have written different values
         row["tokenizer"] = told.get(row["digest"], row["tokenizer"])
     return rows
 
@@ -104,7 +104,7 @@ def _order(names: Sequence[str], row: Cells) -> list[str]:
 
 _PLACE = ("model", "target", "machine", "workload", "variant")
 _LEFT_BEHIND = ("info", "trial", "build", "failure", "collected", "reference")
-"""Tables of a build's own memory, which nobody needs who only opens what it made."""
+"""Tables of build state, which a reader of artifacts does not need."""
 
 
 def _all(session: Session, table: FromClause) -> Iterable[Cells]:
@@ -125,7 +125,7 @@ def _want(wanted: dict[str, set[object]], table: FromClause, rows: Iterable[Cell
 
 
 def _belongs(table: Table, row: Cells, wanted: dict[str, set[object]]) -> bool:
-    """Say whether a row is named by one that is published, or is about one: all it names are published."""
+    """Return whether a published row refers to this row, or this row refers only to published rows."""
     (key,) = table.primary_key.columns.keys()[:1]
     if row[key] in wanted.get(table.name, set()):
         return True
@@ -199,7 +199,7 @@ def _variant(row: Cells, rows: dict[str, list[Cells]]) -> Cells:
 
 
 def _annotations(body: Cells) -> dict[str, dict[str, str]]:
-    """Return what a registry shows of a blob: for an artifact its targets, metrics and the versions it needs."""
+    """Return a registry's annotations of a blob: for an artifact its targets, metrics and required versions."""
     told: dict[str, dict[str, str]] = {
         name: {"dev.llmbuild.kind": entry["kind"], "org.opencontainers.image.title": f"{entry['kind']}-{name[:12]}"}
         for name, entry in body["blobs"].items()

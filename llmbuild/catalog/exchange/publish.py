@@ -1,4 +1,4 @@
-"""Send the fronts of a catalog to a place that others pull from."""
+"""Upload the fronts of a catalog to a place that others pull from."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Sent:
-    """What a publication came to: its digest, how many blobs it has, how many bytes were sent, whether it is new."""
+    """The result of a publication: its digest, the number of its blobs, the bytes sent, and whether it is new."""
 
     digest: str
     blobs: int
@@ -40,12 +40,12 @@ def publish(
     key: Path | None,
     tell: Tell = lambda what, done, total: None,
 ) -> Sent:
-    """Publish the fronts of `models` (all of them if none are named), signed where a `key` is given.
+    """Publish the fronts of `models` (default: all), signed where a `key` is given.
 
-    What an earlier, interrupted upload has sent is not sent again. The pointer moves last, at once.
+    Blobs of an earlier, interrupted upload are not sent again. The pointer is replaced last, atomically.
 
     Raises:
-        CatalogError, InputError: what is wrong with the catalog, the place or the key.
+        CatalogError, InputError: the catalog, the place or the key is invalid.
     """
     place = remote(location)
     place.ready()
@@ -71,7 +71,7 @@ def _published(place: Remote, publication: Publication, signature: str | None, f
 
 
 def _send(place: Remote, publication: Publication, folder: Path, tell: Tell) -> tuple[int, int, int]:
-    """Send what is missing; return the bytes of all, and how many blobs and bytes were sent."""
+    """Send missing blobs; return the bytes of all, and the numbers of sent blobs and bytes."""
     manifest = folder / "manifest.json"
     manifest.write_bytes(publication.manifest)
     blobs = {**publication.blobs, publication.digest: manifest}
@@ -87,7 +87,7 @@ def _send(place: Remote, publication: Publication, folder: Path, tell: Tell) -> 
 
 
 def _same(place: Remote, pointer: Pointer) -> bool:
-    """Say whether this very publication is current already; Ed25519 signs the same bytes the same way."""
+    """Return whether this publication is already current; Ed25519 signatures are deterministic."""
     there = place.pointer()
     if there is None:
         return False
@@ -96,7 +96,7 @@ def _same(place: Remote, pointer: Pointer) -> bool:
 
 
 def _record(catalog: Catalog, publication: Publication) -> None:
-    """Keep a copy of the manifest, so that `gc` keeps what was published."""
+    """Keep a copy of the manifest, so that `gc` keeps its blobs."""
     folder = catalog.folder / RECORDS
     try:
         with database_errors(catalog.folder):

@@ -1,4 +1,4 @@
-"""Bring a publication here: its manifest is checked first, then what is asked for is fetched and verified."""
+"""Pull a publication: its manifest is checked first, then the requested blobs are fetched and verified."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ Tell = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to fetch: the variants an SLO picks on this host, one for each model, or everything."""
+    """What to fetch: the variants that an SLO picks on this host, one for each model, or everything."""
 
     slo: Slo
     models: Sequence[str] = ()
@@ -46,7 +46,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Pulled:
-    """What was fetched, whose signature it carries, and the rows that were picked."""
+    """The fetched bytes, the signing key, and the picked rows."""
 
     digest: str
     rows: tuple[Row, ...]
@@ -67,8 +67,8 @@ class _Source:
 def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = lambda w, d, t: None) -> Pulled:
     """Fetch from a publication into a folder; into a catalog that is built in, everything is merged.
 
-    Nothing is fetched when nothing meets the SLO on this host. A reader of `into` sees the publication before, or this
-    one, whole.
+    Nothing is fetched when nothing meets the SLO on this host. A reader of `into` sees either the previous publication
+    or this one, complete.
 
     Raises:
         CatalogError, InputError, LoadRefused, NoVariant: what is wrong, where, and what to do.
@@ -100,13 +100,13 @@ def pull(location: str, into: Path, wanted: Wanted, rule: Policy, tell: Tell = l
 
 
 def rows_only(location: str, folder: Path, rule: Policy) -> None:
-    """Bring a publication's database into an empty folder, to be read and thrown away."""
+    """Fetch a publication's database into an empty, temporary folder."""
     _database(_source(location, rule), folder)
 
 
 @contextlib.contextmanager
 def opened(folder: Path) -> Iterator[Catalog]:
-    """Open a published folder for reading through the models: its rows are copied, its blobs are its own."""
+    """Open a published folder for reading through the models: its rows are copied, its blobs are used in place."""
     from llmbuild.catalog.writer import Catalog
 
     with TemporaryDirectory(prefix="llmbuild-") as name:
@@ -161,7 +161,7 @@ def _take(source: _Source, store: BlobStore, name: str, kind: str) -> None:
 
 
 def _picked(folder: Path, wanted: Wanted) -> list[Row]:
-    """Return the row that the SLO picks on this host for each model asked for.
+    """Return the row that the SLO picks on this host for each requested model.
 
     Raises:
         InputError: no such model is published.
@@ -209,7 +209,7 @@ def _fetch(source: _Source, store: BlobStore, blobs: Sequence[str], tell: Tell) 
 
 
 def _mirror(source: _Source, store: BlobStore, into: Path, database: Path, complete: bool) -> None:
-    """Make `into` a publication of its own, with what was fetched; the pointer moves last."""
+    """Make `into` a publication with the fetched blobs; the pointer is replaced last."""
     store.put_bytes(source.manifest)
     name = store.put_file(database)
     pointer = {**source.pointer, "source": resolved(source.place.location), "partial": not complete}

@@ -1,7 +1,7 @@
-"""Where a catalog is published: a folder, or anything fsspec reaches. Blobs first, then one small pointer.
+"""Places of publications: a folder, or any fsspec file system. Blobs first, then one small pointer.
 
-The pointer is the only file that ever changes, and it changes at once: a reader sees a whole publication or the one
-before it. Blobs are named by their bytes, so what an interrupted upload has sent is not sent again.
+The pointer is the only file that changes, and it is replaced atomically: a reader sees either the previous publication
+or the new one, complete. Blobs are named by their digests, so a resumed upload does not send them again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def remote(location: str) -> Remote:
-    """Return the place that a folder or URL names.
+    """Return the place of a folder or URL.
 
     Raises:
         InputError: a URL whose library is not installed, or of an unknown kind.
@@ -56,18 +56,18 @@ class Folder:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Hold the folder: what another one sends there would look as if no publication needed it."""
+        """Lock the folder: another publisher's new blobs would look unused."""
         with reported_by_place(self.location), locks.held(self.folder / locks.PUBLISHING):
             yield
 
     def pointer(self) -> bytes | None:
-        """Return the pointer as it stands."""
+        """Return the current pointer."""
         with reported_by_place(self.location):
             path = self.folder / PUBLISHED_FILE
             return path.read_bytes() if path.is_file() else None
 
     def has(self, digest: str, size: int) -> bool:
-        """Say whether a blob is there; it was renamed into place whole."""
+        """Return whether a blob is present; it is renamed into place when complete."""
         path = self.blobs.path(digest)
         return path.is_file() and path.stat().st_size == size
 
@@ -90,10 +90,10 @@ class Folder:
 
 @contextlib.contextmanager
 def replaced(folder: Path) -> Iterator[None]:
-    """Remove, once the pointer has moved, the blobs that neither the new publication nor the one before it names.
+    """After the pointer is replaced, remove the blobs that are in neither the new nor the previous publication.
 
-    The one before stays, for whoever read its pointer and has not opened its files yet; open files outlive their names.
-    Where what was published before cannot be told, nothing is removed.
+    The previous one is kept for readers of its pointer that have not opened its files yet; open files survive their
+    removal. Where the previous publication is unknown, nothing is removed.
     """
     before = _named(folder)
     yield
@@ -108,7 +108,7 @@ def replaced(folder: Path) -> Iterator[None]:
 
 
 def _named(folder: Path) -> frozenset[str]:
-    """Return the blobs of the publication that is current in a folder, its manifest too; none where nothing is."""
+    """Return the blobs of a folder's current publication and its manifest; none where nothing is published."""
     try:
         pointer, body = published(folder)
     except LoadRefused:
@@ -117,7 +117,7 @@ def _named(folder: Path) -> frozenset[str]:
 
 
 def renamed(path: Path, data: bytes) -> None:
-    """Write a file that is only read from then on; it appears, or replaces an earlier one, at once."""
+    """Write a file that is read-only afterwards; it appears, or replaces an earlier one, atomically."""
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
         temporary.write_bytes(data)
@@ -131,7 +131,7 @@ class Filesystem:
     """Any fsspec URL: s3, gs, az, sftp, memory, ..."""
 
     OBJECTS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "memory")
-    """File systems where a file appears whole or not at all; on others it is renamed into place."""
+    """File systems with atomic writes of a file; on others it is renamed into place."""
 
     def __init__(self, location: str) -> None:
         try:
@@ -148,17 +148,17 @@ class Filesystem:
         self.whole = bool(set([protocol] if isinstance(protocol, str) else protocol) & set(self.OBJECTS))
 
     def ready(self) -> None:
-        """Take any place: nothing is built in one."""
+        """Accept any place: nothing is built in one."""
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Hold nothing: no blob is ever removed there."""
+        """Do nothing: no blob is ever removed there."""
         return contextlib.nullcontext()
 
     def _path(self, digest: str) -> str:
         return f"{self.root}/blobs/sha256/{digest[:2]}/{digest}"
 
     def pointer(self) -> bytes | None:
-        """Return the pointer as it stands."""
+        """Return the current pointer."""
         with reported_by_place(self.location):
             self.system.invalidate_cache()
             try:
@@ -167,7 +167,7 @@ class Filesystem:
                 return None
 
     def has(self, digest: str, size: int) -> bool:
-        """Say whether a blob was sent whole."""
+        """Return whether a blob is uploaded completely."""
         with reported_by_place(self.location):
             try:
                 return int(self.system.info(self._path(digest))["size"]) == size
@@ -175,7 +175,7 @@ class Filesystem:
                 return False
 
     def put(self, digest: str, path: Path) -> None:
-        """Send a blob."""
+        """Upload a blob."""
         with reported_by_place(self.location):
             self._write(self._path(digest), path)
 
@@ -191,14 +191,14 @@ class Filesystem:
     def _rename(self, source: str, name: str) -> None:
         from fsspec.spec import AbstractFileSystem
 
-        if type(self.system).mv is AbstractFileSystem.mv:  # it takes `?`, `*` and `[` of a path for a pattern
+        if type(self.system).mv is AbstractFileSystem.mv:  # it interprets `?`, `*` and `[` of a path as a pattern
             self.system.cp_file(source, name)
             self.system.rm_file(source)
         else:
             self.system.mv(source, name)
 
     def fetch(self, digest: str, path: Path) -> None:
-        """Write a blob to a file."""
+        """Download a blob to a file."""
         with reported_by_place(self.location):
             self.system.get_file(self._path(digest), str(path))
 
@@ -215,12 +215,12 @@ class Filesystem:
 
 
 CLIENTS = ("botocore", "aiobotocore", "google", "gcsfs", "aiohttp", "requests")
-"""Libraries whose errors are about the place, not faults of ours."""
+"""Libraries whose errors concern the place and are not llmbuild's bugs."""
 
 
 @contextlib.contextmanager
 def reported_by_place(location: str) -> Iterator[None]:
-    """Turn what a file system or a network says into one message."""
+    """Turn an error of a file system or a network into one message."""
     try:
         yield
     except FileNotFoundError as error:
@@ -229,9 +229,9 @@ def reported_by_place(location: str) -> Iterator[None]:
         raise CatalogError(
             f"{location}: cannot be used: {error.strerror or error}; run the same command again"
         ) from None
-    except ValueError as error:  # a URL whose parts make no sense is found by the library when it is used
+    except ValueError as error:  # the library detects an invalid URL only on use
         raise InputError(f"{location}: no place that can be used: {error}") from None
-    except Exception as error:  # each kind of place brings its own library, which is not imported to name its errors
+    except Exception as error:  # each kind of place has its own library, which is not imported only to name its errors
         if type(error).__module__.split(".")[0] not in CLIENTS:
             raise
         raise CatalogError(f"{location}: cannot be used: {type(error).__name__}: {error}") from None

@@ -1,4 +1,4 @@
-"""Make Ed25519 keys and sign with them; verifying is the loader's (`llmbuild.runtime.trust`)."""
+"""Make Ed25519 keys and sign with them; the loader verifies (`llmbuild.runtime.trust`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from llmbuild.runtime.trust import SIGNED
 
 
 def make_keys(name: Path) -> tuple[Path, Path]:
-    """Write `NAME.key`, which only its owner may read, and `NAME.pub`, and return both.
+    """Write `NAME.key`, readable only by its owner, and `NAME.pub`, and return both.
 
     Raises:
-        InputError: one of them is there already, or they cannot be written.
+        InputError: one of them exists already, or they cannot be written.
     """
     from cryptography.hazmat.primitives import serialization as form
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
