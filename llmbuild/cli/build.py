@@ -86,7 +86,7 @@ COMMANDS = (build, compile_, profile, tune)
 
 
 def build_request(recipes: tuple[Path, ...], options: Mapping[str, Any]) -> BuildRequest:
-    """Return what the options of a command ask for; those that it does not have are as the request's defaults."""
+    """Return the request of a command's options; missing options have the request's defaults."""
     from llmbuild.build.request import BuildRequest, pins_of, seconds_of
 
     given = {name: options[name] for name in _PLAIN if name in options}
@@ -100,4 +100,4 @@ def build_request(recipes: tuple[Path, ...], options: Mapping[str, Any]) -> Buil
 
 
 _PLAIN = ("targets", "random_init", "seed", "trials", "sampler", "until", "on", "jobs", "force", "dry_run", "explain")
-"""Options whose values a request holds as they are."""
+"""Options whose values are copied into a request."""

@@ -1,4 +1,4 @@
-"""What the commands that build do, apart from parsing and printing: a request in, plain rows out."""
+"""The build commands without parsing and printing: a request in, plain rows out."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Built:
-    """What a build has to show: rows of the front and the default, or the plan of a dry run."""
+    """The output of a build: rows of the front and the default, or the plan of a dry run."""
 
     rows: list[Row]
     usable: bool
     advice: str
     plan: list[dict[str, object]] | None = None
     made: list[dict[str, object]] | None = None
-    """What an import or a compile made, in place of rows: printed as it is."""
+    """The result of an import or a compile, in place of rows: printed unchanged."""
 
 
 def prefetch(jobs: Sequence[Callable[[], Job]], request: BuildRequest) -> None:
-    """With `-j`, make what several jobs try first side by side, before any of them measures.
+    """With `-j`, build the first points of several jobs in parallel, before any of them measures.
 
-    What is wrong with a job is told when its turn comes. Under `-B` each job makes its own.
+    A job's errors are reported in its turn. Under `-B` each job builds its own points.
     """
     alone = len(jobs) < 2 or request.jobs < 2
     if alone or request.force or request.dry_run or request.until == "import":
@@ -69,7 +69,7 @@ def prefetch(jobs: Sequence[Callable[[], Job]], request: BuildRequest) -> None:
 
 
 def _startable(make: Callable[[], Job], catalog: Catalog, request: BuildRequest) -> Build | None:
-    """Return the build of a job that has something to do."""
+    """Return the build of a job that has work to do."""
     try:
         job = with_tunings(make(), catalog, request)
         budget = budget_of(job.recipe, request)
@@ -81,7 +81,7 @@ def _startable(make: Callable[[], Job], catalog: Catalog, request: BuildRequest)
 
 
 def build(job: Job, request: BuildRequest) -> Built:
-    """Build one job up to a step, or say what would be done and why."""
+    """Build one job up to a step, or return its plan."""
     if request.until in (None, "profile"):
         _runnable(job)
     budget, folder = budget_of(job.recipe, request), request.folder
@@ -99,7 +99,7 @@ def build(job: Job, request: BuildRequest) -> Built:
 
     catalog = Catalog(folder)
     try:
-        # the row by which a compile finds them: a merge may have brought a set that was never named here
+        # the row by which a compile finds the configurations: a merge may have added a set without a name here
         winners_of(catalog, digest.of(job.target.identity()), job.toolchain.compiler)
         job = with_tunings(job, catalog, request)
         if request.explain:
@@ -110,7 +110,7 @@ def build(job: Job, request: BuildRequest) -> Built:
 
 
 def _nothing_to_do(job: Job, known: Known, budget: Budget, request: BuildRequest) -> Built | None:
-    """Return what a build shows that is up to date; None where there is something to do, or every step is asked for."""
+    """Return the output of an up-to-date build; None where there is work to do, or every step is forced."""
     if request.force or request.until or request.explain:
         return None
     begin = monotonic()
@@ -215,7 +215,7 @@ def _built(job: Job, folder: Path, done: Outcome) -> Built:
 
 
 def _runnable(job: Job) -> None:
-    """Refuse to measure code that the host which is to run it cannot run."""
+    """Refuse to measure code that the measuring host cannot run."""
     facts = job.remote.facts if job.remote is not None else None
     where = job.remote.place.destination if job.remote is not None else "this host"
     sign, _, why = runs_here(job.target, facts).partition(": ")
@@ -240,7 +240,7 @@ def _made_row(job: Job, point: Point, made: Program | Artifact | Failure, kind: 
 
 
 def profile(what: Sequence[str], request: BuildRequest) -> Built:
-    """Measure what is compiled: every compiled point of recipes, or single variants anew."""
+    """Measure compiled variants: every compiled point of recipes, or single variants again."""
     files = [name for name in what if name.endswith((".yaml", ".yml"))]
     variants = [name for name in what if name not in files]
     jobs = jobs_of(replace(request, recipes=tuple(map(Path, files))))

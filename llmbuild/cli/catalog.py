@@ -149,7 +149,7 @@ def _printed(report: Report, form: str | None) -> int:
 
 
 def _counter(done: str) -> Callable[..., None]:
-    """Return what shows bytes on a terminal, on a line that the next one replaces; a log file gets none."""
+    """Return a function that shows a byte count on one terminal line; a log file gets none."""
     if not sys.stderr.isatty():
         return lambda *_: None
 

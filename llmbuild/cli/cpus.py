@@ -1,4 +1,4 @@
-"""Hosts that are not here: what a catalog would give them, by the name of their CPU."""
+"""Facts of hosts by the name of their CPU, for a pick for another host."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ ARCHITECTURES = ("x86_64", "aarch64")
 
 
 def facts_of(cpu: str) -> HostFacts:
-    """Return what decides a pick on a host with this CPU, one of archspec's names such as `haswell` or `neoverse_n1`.
+    """Return the facts of a host with this CPU, one of archspec's names such as `haswell` or `neoverse_n1`.
 
-    Its memory and its readings are not known, its runtime is taken to be the one that is installed here.
+    Its memory and its readings are unknown; its runtime is assumed to be the one installed here.
 
     Raises:
-        InputError: no such CPU, or none of an architecture that there are targets for.
+        InputError: an unknown CPU, or one of an architecture without targets.
     """
     found = _known().get(cpu)
     if found is None or found.family.name not in ARCHITECTURES:
@@ -27,7 +27,7 @@ def facts_of(cpu: str) -> HostFacts:
 
 
 def cpus() -> list[str]:
-    """Return the CPUs that there are facts of."""
+    """Return the CPUs with known facts."""
     return sorted(name for name, found in _known().items() if found.family.name in ARCHITECTURES and found.features)
 
 

@@ -1,4 +1,4 @@
-"""What `pull` does, apart from parsing and printing; it needs nothing but the loader's libraries."""
+"""`pull` without parsing and printing; it needs only the loader's libraries."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmbuild.spec.slo import parse_slo
 
 
 def fetch(request: PullRequest, rule: Policy, tell: pull.Tell) -> Report:
-    """Pull what an SLO needs on this host, or everything."""
+    """Pull the variants that an SLO picks on this host, or everything."""
     asked = request.selection
     slo = parse_slo(asked.slo, asked.objective)
     wanted = pull.Wanted(slo, request.models, asked.target, asked.workload, request.everything)

@@ -19,12 +19,12 @@ INTERRUPTED = 130
 
 
 class Group(click.Group):
-    """Turns every error of ours into one message and its exit code; a traceback is shown under `--debug` only."""
+    """Turns every error of llmbuild into one message and its exit code; a traceback is shown under `--debug` only."""
 
     debug = False
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Add a command, whose texts must be UTF-8, and that takes `--debug` as `llmbuild` itself does."""
+        """Add a command; its texts must be UTF-8, and it takes `--debug` as `llmbuild` itself does."""
         for parameter in cmd.params:
             if parameter.type is click.STRING:
                 parameter.type = TEXT
@@ -32,7 +32,7 @@ class Group(click.Group):
         super().add_command(cmd, name)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run a command, whose output is guarded to the last word."""
+        """Run a command with guarded output."""
         with guarded():
             return self.main(*args, **kwargs)
 
@@ -70,7 +70,7 @@ class Group(click.Group):
             told = streams.refusal(error)
             click.echo(f"error: {told}", err=True)
             code = InputError.exit_code
-        except Exception as error:  # the one broad except: a bug of ours must not look like the user's fault
+        except Exception as error:  # the one broad except: a bug of llmbuild must not look like the user's error
             if self.debug:
                 raise
             click.echo(
@@ -80,12 +80,12 @@ class Group(click.Group):
         sys.exit(code if isinstance(code, int) else 0)
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Read the command line; help may be printed to a pipe that is closed."""
+        """Parse the command line; help may be printed to a closed pipe."""
         with streams.piped():
             return super().make_context(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command; what it prints may go to a pipe that is closed."""
+        """Run a command; its output may go to a closed pipe."""
         with streams.piped():
             try:
                 return super().invoke(ctx)

@@ -1,4 +1,4 @@
-"""What the commands that keep a catalog in order do: check, free, compare, merge; options in, plain rows out."""
+"""The catalog commands without parsing and printing: check, free, compare, merge; options in, plain rows out."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from llmbuild.spec.slo import METRICS
 from llmbuild.system.terminal import cell
 
 PRIVATE = ("orphan", "stranger")
-"""Findings on what a publication does not promise: its database names no manifest, and it keeps the one before."""
+"""Findings that are normal in a publication: its database has no manifest, and its folder keeps the previous one."""
 Say = Callable[[str], None]
 UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 
 
 @contextlib.contextmanager
 def opened(folder: Path, alone: bool = False) -> Iterator[Catalog]:
-    """Open a catalog that must be there already.
+    """Open an existing catalog.
 
     Raises:
         InputError: there is none.
@@ -58,13 +58,13 @@ def opened(folder: Path, alone: bool = False) -> Iterator[Catalog]:
 
 
 def _writable(folder: Path) -> bool:
-    """Say whether a catalog can be written; whether a server's rows can is for the server to say."""
+    """Return whether a catalog can be written; for rows in a server, the server decides."""
     return os.access(folder, os.W_OK) and ((folder / URL_FILE).is_file() or os.access(folder / FILE, os.W_OK))
 
 
 @contextlib.contextmanager
 def _read_only(folder: Path) -> Iterator[Catalog]:
-    """Open a private copy of the rows of a catalog that cannot be written; the blobs are its own."""
+    """Open a private copy of the rows of a read-only catalog; the blobs are used in place."""
     with migrated_copy(folder) as copy:
         if (folder / RECORDS).is_dir():
             shutil.copytree(folder / RECORDS, copy / RECORDS)
@@ -77,7 +77,7 @@ def _read_only(folder: Path) -> Iterator[Catalog]:
 
 
 def check(folder: Path, rule: Policy, progress: Callable[[int, int], None]) -> Report:
-    """Verify everything in a catalog: of a published one the signature too."""
+    """Verify everything in a catalog; of a published one the signature too."""
     trust.require(folder, rule)
     with opened(folder) as catalog:
         found = verify.verify(catalog, progress)
@@ -97,8 +97,8 @@ def _amount(catalog: Catalog) -> tuple[int, int]:
 
 
 def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
-    """Free what no front and no publication needs."""
-    alone = not dry_run or is_published(folder)  # one that is only read is refused
+    """Remove blobs that no front and no publication needs."""
+    alone = not dry_run or is_published(folder)  # a read-only one is refused
     with opened(folder, alone) as catalog:
         swept = garbage.collect(catalog, None if budget is None else size_of(budget), dry_run)
     rows: list[dict[str, object]] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
@@ -110,7 +110,7 @@ def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
 
 
 def size_of(text: str) -> int:
-    """Return the bytes that `500M` or `2GB` says.
+    """Return the bytes of a size such as `500M` or `2GB`.
 
     Raises:
         InputError: not a size.
@@ -143,7 +143,7 @@ def diff(before: str, after: str, noise: float, rule: Policy) -> Report:
 
 @contextlib.contextmanager
 def looked_into(location: str, rule: Policy) -> Iterator[Path]:
-    """Yield a folder whose rows are those of a catalog or publication; blobs are not fetched."""
+    """Yield a folder with the rows of a catalog or publication; blobs are not fetched."""
     folder = Path(location)
     if not is_url(location) and folder.exists() and not (exists(folder) or is_published(folder)):
         raise InputError(f"{folder}: neither a catalog nor a publication: `llmbuild build -C {folder}` makes one")
@@ -164,7 +164,7 @@ def _compiles(folder: Path) -> dict[str, str]:
 def join(sources: Sequence[str], into: Path) -> Report:
     """Merge catalogs into one."""
     for name in sources:
-        with opened(Path(name)):  # all are there before anything is made
+        with opened(Path(name)):  # all sources are opened before anything is written
             pass
     catalog = Catalog(into)
     rows: list[dict[str, object]] = []
@@ -182,7 +182,7 @@ def join(sources: Sequence[str], into: Path) -> Report:
 
 
 def _check_models(folder: Path, models: Sequence[str], location: str) -> None:
-    """Refuse a model that the catalog does not have, and a model where the place to publish to is expected."""
+    """Refuse a model that the catalog does not have, and a model in the position of the destination."""
     there = reader.models(folder)
     if not models and location in there and not Path(location).exists():
         raise InputError(
@@ -214,7 +214,7 @@ def send(folder: Path, models: Sequence[str], location: str, key: Path | None, t
 
 
 def study(request: StudyRequest) -> Report:
-    """Add the searches of a model to a storage of Optuna's, one study for each of its inputs."""
+    """Add the searches of a model to an Optuna storage, one study for each set of inputs."""
     from llmbuild.search.export import export, objectives_of
 
     if wrong := [name for name in request.objectives if name not in METRICS]:
@@ -233,7 +233,7 @@ def study(request: StudyRequest) -> Report:
             trials = catalog.trials(scope)
             objectives = request.objectives or objectives_of(trials)
             if not objectives:
-                continue  # compiled and never measured: there is no value to study
+                continue  # compiled and never measured: a study needs values
             done = export(trials, objectives, request.storage, f"{request.model}-{target}-{scope[:8]}")
             rows.append(
                 {

@@ -1,4 +1,4 @@
-"""What commands share: their options, and the requests that groups of options stand for."""
+"""Shared options of commands, and the requests of groups of options."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 class _Named(click.Path):
-    """A file, a folder or a place; an empty name, which a script makes of a variable that is not set, is none."""
+    """A file, a folder or a place; an empty name, as from an unset variable of a script, is refused."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return what is named."""
+        """Return the name."""
         if value == "":
             self.fail("the name is empty; `.` is the current folder", param, ctx)
         return super().convert(value, param, ctx)
 
 
 class _Text(click.types.StringParamType):
-    """A text that is no path: only names of files may hold bytes that are no UTF-8."""
+    """A text that is not a path: only file names may contain bytes that are not UTF-8."""
 
     def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> str:
         """Return the text."""
@@ -45,15 +45,15 @@ PATH, PLACE, TEXT = _Named(path_type=Path), _Named(path_type=str), _Text()
 
 
 class Shared(click.Option):
-    """An option that stands before the command's name, as make's do, or behind it; two that differ are refused."""
+    """An option before the command's name, as make's, or after it; two different values are refused."""
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
-        """Let the parser collect every value that is given, not the last alone."""
+        """Let the parser collect all given values, not only the last."""
         action = "append_const" if self.is_flag else "append"
         parser.add_option(self, self.opts, self.name, action, self.nargs, self.flag_value)
 
     def consume_value(self, ctx: click.Context, opts: Mapping[str, Any]) -> tuple[object, ParameterSource]:
-        """Return the one value that is given before or behind the command's name."""
+        """Return the one value given before or after the command's name."""
         said = list(opts.get(str(self.name), ()))
         before = ctx.parent.params.get(str(self.name)) if ctx.parent is not None else None
         values = list(dict.fromkeys([*([] if before is None else [before]), *said]))
@@ -79,7 +79,7 @@ def catalog_option(command: F) -> F:
 
 
 def _folder(context: click.Context, option: click.Parameter, value: str) -> str:
-    """Return the folder of a catalog; the rows of one named by URL are in a server, its blobs in a folder here."""
+    """Return the folder of a catalog; for a URL the rows are in a server, the blobs in a local folder."""
     if context.get_parameter_source(str(option.name)) == ParameterSource.DEFAULT and os.environ.get(CATALOG) == "":
         raise InputError(f"${CATALOG} is empty: unset it, or name a folder")
     from llmbuild.catalog.location import is_url
@@ -98,7 +98,7 @@ def format_options(command: F) -> F:
 
 
 def before_command(command: F) -> F:
-    """Add what may stand before the command's name; the command itself takes it."""
+    """Add the options that may precede the command's name; the command itself takes them."""
     command = click.option(
         "-C", "--catalog", cls=Shared, type=PLACE, help="Folder of the catalog, or postgresql://..."
     )(command)
@@ -106,10 +106,10 @@ def before_command(command: F) -> F:
 
 
 def check_taken(group: click.Context, command: click.Command) -> None:
-    """Refuse what stands before the name of a command that has no such option.
+    """Refuse options before the name of a command that does not have them.
 
     Raises:
-        UsageError: it would be ignored.
+        UsageError: an option would be ignored.
     """
     taken = {(each.name, each.is_flag and each.flag_value) for each in command.params if isinstance(each, Shared)}
     for each in group.command.params:
@@ -132,11 +132,11 @@ LISTED_BY = {
     "after": "name a second catalog or publication to compare with",
     "name": "NAME.key and NAME.pub are written",
 }
-"""What to give for an argument that is missing, by its name."""
+"""Instructions for a missing argument, by its name."""
 
 
 def teaching(error: click.UsageError) -> click.UsageError:
-    """Return the error with what to give for the argument that is missing."""
+    """Return the error with instructions for the missing argument."""
     if isinstance(error, click.MissingParameter) and error.param is not None:
         told = LISTED_BY.get(str(error.param.name))
         if told and isinstance(error.param, click.Argument):
@@ -145,12 +145,12 @@ def teaching(error: click.UsageError) -> click.UsageError:
 
 
 class ByOption(click.Command):
-    """A command that takes no model as an argument, and says so where one is given."""
+    """A command that takes its model as an option, and reports that where an argument is given."""
 
     allow_extra_args = True
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Refuse arguments with the option that was meant."""
+        """Refuse arguments and name the correct option."""
         rest = super().parse_args(ctx, args)
         if rest:
             ctx.fail(f"unexpected argument {rest[0]!r}: a model is named with -m")
@@ -158,7 +158,7 @@ class ByOption(click.Command):
 
 
 def on_option(command: F) -> F:
-    """Add what says where it is measured."""
+    """Add the option that selects the measuring machine."""
     return click.option(
         "--on",
         metavar="ssh://[USER@]HOST[:PORT][/PYTHON]",
@@ -167,7 +167,7 @@ def on_option(command: F) -> F:
 
 
 def trust_options(command: F) -> F:
-    """Add what decides whose catalogs are opened."""
+    """Add the options that decide which catalogs are trusted."""
     for option in (
         click.option("--allow-unsigned", is_flag=True, help="Open an unsigned catalog although keys are trusted."),
         click.option(
@@ -183,7 +183,7 @@ def trust_options(command: F) -> F:
 
 
 def slo_options(command: F) -> F:
-    """Add what picks a row."""
+    """Add the options that pick a row."""
     for option in (
         click.option("--objective", metavar="METRIC", help="What to improve; the first SLO's metric if left out."),
         click.option("--slo", multiple=True, metavar="BOUND", help="What must hold, such as 'tpot_s<=0.02'."),
@@ -195,17 +195,17 @@ def slo_options(command: F) -> F:
 
 
 def selection_of(options: Mapping[str, Any]) -> Selection:
-    """Return what `slo_options` were given."""
+    """Return the values of `slo_options`."""
     return Selection(tuple(options["slo"]), options["objective"], options["target"], options["workload"])
 
 
 def trust_of(options: Mapping[str, Any]) -> Trust:
-    """Return what `trust_options` were given."""
+    """Return the values of `trust_options`."""
     return Trust(tuple(options["trust"]), options["allow_unsigned"])
 
 
 def build_options(command: F) -> F:
-    """Add what steers a build."""
+    """Add the options of a build."""
     for option in (
         click.option(
             "--random-init", is_flag=True, help="Take the model's shape only; weights are random, quality is absent."

@@ -1,4 +1,4 @@
-"""What commands print: rows as a table, JSON or CSV, and what came of several jobs."""
+"""Output of commands: rows as a table, JSON or CSV, and the results of several jobs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Report:
-    """Rows for stdout, one closing line of talk, and whether all is well."""
+    """Rows for stdout, one closing line of text, and whether all is well."""
 
     rows: Sequence[Mapping[str, object]]
     closing: str
@@ -26,9 +26,9 @@ class Report:
 
 
 def over(jobs: Sequence[Callable[[], Job]], keep_going: bool, act: Callable[[Job], Built], form: str | None) -> int:
-    """Do every job and print what came of all of them; with `-k` go on past an error and end with the first one's code.
+    """Run every job and print all results; with `-k` continue after an error and end with the first error's code.
 
-    Tables are printed as each job ends; JSON and CSV hold the rows of all jobs, and so does a plan.
+    Tables are printed as each job ends; JSON and CSV contain the rows of all jobs, and so does a plan.
     """
     codes: list[int] = []
     done: list[Built] = []
@@ -81,7 +81,7 @@ def print_public(rows: Sequence[Mapping[str, object]], form: str | None, none: s
 
 
 def print_rows(rows: Sequence[Mapping[str, object]], form: str | None, none: str = "nothing to list") -> int:
-    """Print rows as a table, JSON or CSV; where there are none, say `none` in place of a table."""
+    """Print rows as a table, JSON or CSV; for no rows, print `none` in place of a table."""
     from llmbuild.report.rows import as_csv, as_json
     from llmbuild.report.table import table, terminal
 

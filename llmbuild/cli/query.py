@@ -24,7 +24,7 @@ from llmbuild.errors import NoVariant
 from llmbuild.system.strict_json import dumps
 
 VERDICTS = 200
-"""Variants above which `pick` gives their verdicts only when asked."""
+"""Number of variants above which `pick` prints their verdicts only on request."""
 
 
 @click.command(cls=ByOption)

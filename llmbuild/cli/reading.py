@@ -1,4 +1,4 @@
-"""What the commands that only read do, apart from parsing and printing: a request in, plain rows or a text out."""
+"""The read-only commands without parsing and printing: a request in, plain rows or a text out."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def query(request: QueryRequest) -> list[Row]:
 
 
 def named(request: QueryRequest) -> tuple[Path, dict[str, str | None], bool]:
-    """Return what a query named: its catalog, the columns that it bound, and whether everything was asked for."""
+    """Return the catalog of a query, the columns of its bounds, and whether all rows were requested."""
     asked = request.selection
     return (
         request.catalog,
@@ -36,7 +36,7 @@ def named(request: QueryRequest) -> tuple[Path, dict[str, str | None], bool]:
 
 
 def pick(request: PickRequest) -> Pick:
-    """Return the variant that a loader would open, and pin it where a lock is asked for.
+    """Return the variant that a loader would open, and pin it where a lock is requested.
 
     Raises:
         NoVariant: none meets the SLO.
@@ -56,7 +56,7 @@ def pick(request: PickRequest) -> Pick:
 
 
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:
-    """Return the story of a variant."""
+    """Return the report on a variant."""
     from llmbuild.build.compiling import written
     from llmbuild.report.explain import explain as explain_text
 
@@ -77,7 +77,7 @@ def _compile_line(catalog: Path, row: Row) -> str:
     with reader.opened(catalog) as connection:
         module = connection.execute("SELECT module FROM program WHERE digest = ?", (row["program"],)).fetchone()[0]
     target = target_from(row["target_body"])
-    tool = "iree-compile" if iree.compiler_version() == "absent" else ""  # what is only told needs no compiler
+    tool = "iree-compile" if iree.compiler_version() == "absent" else ""  # printing the command needs no compiler
     command = iree.compile_command(reader.blob_path(catalog, module), Path("out.vmfb"), target, row["point"], tool)
     return shlex.join(command)
 
@@ -94,7 +94,7 @@ def targets(names: Sequence[str], catalog: Path, probed: bool) -> list[dict[str,
 
 
 def knobs(names: Sequence[str]) -> list[dict[str, object]]:
-    """Return the knobs of the search space, then what is left out of it on purpose; those of one target, if named."""
+    """Return the knobs of the search space, then the options left out of it; those of one target, if named."""
     from llmbuild.build.targets import find_target
     from llmbuild.report.knobs import knob_rows
 
@@ -104,7 +104,7 @@ def knobs(names: Sequence[str]) -> list[dict[str, object]]:
 
 
 def doctor(catalog: Path) -> list[dict[str, object]]:
-    """Return what was checked, what was found, and what to do about it."""
+    """Return the checks, their results, and instructions."""
     from llmbuild.report.doctor import checks
 
     return checks(catalog)

@@ -1,4 +1,4 @@
-"""What the commands that read, run and pull are asked for; `build/request.py` has what a build is."""
+"""Requests of the commands that read, run and pull; `build/request.py` has the request of a build."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Selection:
-    """What decides which variant is taken: bounds such as `tpot_s<=0.02`, what to improve, and of which rows."""
+    """The selection of a variant: bounds such as `tpot_s<=0.02`, the objective, and the rows."""
 
     slo: tuple[str, ...] = ()
     objective: str | None = None
@@ -18,7 +18,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Trust:
-    """Whose publications are opened: public keys or folders of them, and whether unsigned ones are."""
+    """The trusted publications: public keys or folders of them, and whether unsigned ones are allowed."""
 
     keys: tuple[str, ...] = ()
     allow_unsigned: bool = False
@@ -26,7 +26,7 @@ class Trust:
 
 @dataclass(frozen=True)
 class QueryRequest:
-    """Rows of a catalog; with `everything` those that are on no front too."""
+    """Rows of a catalog; with `everything` also those that are on no front."""
 
     catalog: Path
     model: str | None = None
@@ -48,7 +48,7 @@ class PickRequest:
 
 @dataclass(frozen=True)
 class RunRequest:
-    """The variant to open: the one that a lock or a digest names, or else the one that is picked."""
+    """The variant to open: by a lock, by a digest, or else by a pick."""
 
     catalog: Path
     model: str
@@ -61,7 +61,7 @@ class RunRequest:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How an answer is drawn from a model, and where it ends."""
+    """The sampling of an answer, and its end."""
 
     max_new_tokens: int
     temperature: float
@@ -74,7 +74,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class StudyRequest:
-    """The searches of a model, of one target if it is named, and the storage of Optuna's that they are added to."""
+    """The searches of a model, of one target if it is named, and the Optuna storage that they are added to."""
 
     catalog: Path
     model: str
@@ -85,7 +85,7 @@ class StudyRequest:
 
 @dataclass(frozen=True)
 class PullRequest:
-    """What to fetch of a publication: what is picked on this host, of these models, or everything."""
+    """What to fetch of a publication: the picks on this host, of these models, or everything."""
 
     source: str
     catalog: Path

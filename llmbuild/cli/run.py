@@ -71,7 +71,7 @@ def _opened(request: RunRequest) -> Model:
 
 
 def _given(prompt: str | None) -> str | None:
-    """Return the prompt: as it is given, or else what standard input holds; None where there is none."""
+    """Return the prompt: the given one, or else standard input; None where there is none."""
     if prompt not in (None, "-"):
         return prompt
     if sys.stdin is None or (prompt is None and sys.stdin.isatty()):
@@ -86,7 +86,7 @@ def _given(prompt: str | None) -> str | None:
 
 
 def _say(opened: Model, prompt: str | None, sampling: Sampling) -> int:
-    """Print the prompt and what the model makes of it; what is to be known about it goes to stderr."""
+    """Print the prompt and its continuation; notes go to stderr."""
     answer = opened.generate(prompt, **asdict(sampling))
     tpot = opened.row["tpot_s"]
     read = "never measured" if tpot is None else f"tpot {tpot:.3g} s"

@@ -1,4 +1,4 @@
-"""Where the commands meet the system: streams that are closed, full, pipes or of another encoding, and its refusals.
+"""Standard streams of the commands: closed, full, pipes or of another encoding, and errors of the system.
 
 The loader's and the commands' own code lets an `OSError` pass; here it becomes one sentence, and an exit code.
 """
@@ -15,30 +15,30 @@ from collections.abc import Iterator
 from llmbuild.errors import InputError, sentence
 
 CLOSED_PIPE = 128 + int(signal.SIGPIPE)
-"""What a shell shows of a command whose reader went away, as `head` does."""
+"""The exit status in a shell of a command whose reader is gone, as after `head`."""
 
 
 _OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
 
 
 class PipeClosed(Exception):
-    """Nobody reads our output any more; click must not see this as an `OSError`, which it ends with exit code 1."""
+    """The reader of the output is gone; not an `OSError`, which click ends with exit code 1."""
 
 
 def prepare() -> None:
-    """Make the streams fit for what is printed, before anything is done.
+    """Prepare the streams for output, before any work.
 
-    A descriptor of a closed stream would be given to the next file that is opened, and then be written to by whatever
-    prints; so what is closed is put to the null device first.
+    The descriptor of a closed stream would be reused for the next opened file, and output would go there; so a closed
+    stream is redirected to the null device first.
 
     Raises:
-        InputError: standard output is closed, so that all would be lost.
+        InputError: standard output is closed, so that all output would be lost.
     """
     lost = sys.stdout is None
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             _to_null(number)
-            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - a stream for good
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 - open until exit
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # an ASCII or Latin-1 terminal gets an escape, not an error
@@ -48,7 +48,7 @@ def prepare() -> None:
 
 @contextlib.contextmanager
 def piped() -> Iterator[None]:
-    """Turn a reader that went away into `PipeClosed`."""
+    """Turn an error of a closed pipe into `PipeClosed`."""
     try:
         yield
     except BrokenPipeError as error:
@@ -56,7 +56,7 @@ def piped() -> Iterator[None]:
 
 
 def refusal(error: OSError) -> str:
-    """Return one sentence for what the system refused; an error of writing that names no file is one of our output."""
+    """Return one sentence for an error of the system; a write error without a file name is one of llmbuild's output."""
     if error.filename is None and error.errno in _OF_WRITING:
         quiet("stdout")
         return f"the output cannot be written: {sentence(error)}"
@@ -64,7 +64,7 @@ def refusal(error: OSError) -> str:
 
 
 def quiet(*names: str) -> None:
-    """Let streams drop what they still hold, so that nothing fails when the process ends."""
+    """Let streams drop their buffers, so that no write fails when the process ends."""
     for name in names or ("stdout", "stderr"):
         with contextlib.suppress(OSError, ValueError):
             _to_null(getattr(sys, name).fileno())
