@@ -1,1 +1,1 @@
-"""Measuring elsewhere: variants packed into a folder here, and measured there."""
+"""Measurement on offline machines: variants are packed into a folder here, and measured there."""

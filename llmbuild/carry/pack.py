@@ -1,4 +1,4 @@
-"""Pack what was compiled into one folder that is measured on a machine without network or compiler: see `packed`."""
+"""Pack compiled variants into one folder, to be measured on a machine without network or compiler: see `packed`."""
 
 from __future__ import annotations
 
@@ -39,15 +39,16 @@ from llmbuild.spec.variant import Failure
 from llmbuild.system.strict_json import JsonObject
 
 MOST_BYTES = 60 << 20
-"""Bytes of a packed folder beside the weights."""
+"""Bytes of a packed folder without the weights."""
 MORE_CODE = (
     *("carry/__init__", "carry/packed", "carry/peers", "carry/seeded", "carry/table"),
     *("search/__init__", "search/front", "search/pairs"),
     *("transform/__init__", "transform/drawn", "transform/quantized", "transform/weights"),
 )
 CHECK_BYTES, COLUMNS = 1 << 20, 1024
-"""Bytes of logits that are carried as they are, and how many columns of larger ones: those spread evenly, and the
-likeliest token's of each row."""
+"""Maximum bytes of logits that are packed whole, and the number of columns of larger ones: evenly spread ones, and the
+most likely token of each row.
+"""
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy", "nvidia-ml-py")
 FORGOTTEN = (
     "standing",
@@ -61,7 +62,7 @@ FORGOTTEN = (
     "reference",
     "dispatch_tuning",
 )
-"""Tables that a packed catalog begins without: what was read here is no reading of there, and nothing is made there."""
+"""Tables that a packed catalog starts without: this machine's readings, and data of builds."""
 LEFT_OVER = {
     "variant": "digest NOT IN (SELECT digest FROM temp.packed)",
     "program": "digest NOT IN (SELECT program FROM variant)",
@@ -72,26 +73,26 @@ LEFT_OVER = {
     "toolchain": "digest NOT IN (SELECT toolchain FROM variant)",
     "machine": "1",
 }
-"""Rows that a packed catalog does without, by table: those of other variants."""
+"""Rows that a packed catalog omits, by table: those of other variants."""
 RUNNER = Path(__file__).with_name("runner.py")
 
 
 @dataclass
 class Packed:
-    """What a folder holds: variants, what was left out and why, and its bytes by kind."""
+    """The contents of a folder: variants, omissions with reasons, and its bytes by kind."""
 
     variants: int = 0
     left_out: list[str] = field(default_factory=list)
     weights_bytes: int = 0
     drawn_bytes: int = 0
-    """Of weights that are drawn from their seed there."""
+    """Bytes of weights that are drawn from their seed on the other machine."""
     drawn: dict[str, JsonObject | None] = field(default_factory=dict)
-    """How these are drawn, by archive; None for one that has to be carried."""
+    """How these are drawn, by archive; None for one that is packed."""
     other_bytes: int = 0
 
 
 def pack(jobs: Sequence[Job], catalog: Catalog, folder: Path, trials: int, tell: Tell) -> Packed:
-    """Compile the jobs' points that are tried first, and put all that measuring them needs into a new `folder`.
+    """Compile the jobs' points that are tried first, and write everything for their measurement into a new `folder`.
 
     Raises:
         InputError: the folder is not empty, or nothing compiled.
@@ -169,9 +170,9 @@ def _job(
 
 
 def _sampled(check: Path, catalog: Catalog) -> Path:
-    """Return check data with some columns of the logits alone, where there are many.
+    """Return check data with only some columns of the logits, where there are many.
 
-    A batch's logits over a large vocabulary would be most of a folder, and a part of them tells the same.
+    A batch's logits over a large vocabulary would dominate a folder's size, and some of them suffice.
     """
     with np.load(check) as data:
         found = {name: data[name] for name in data.files}
@@ -187,7 +188,7 @@ def _sampled(check: Path, catalog: Catalog) -> Path:
 
 
 def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict[str, Path]) -> JsonObject | None:
-    """Return how random weights are drawn again; None where they are not random, or not drawn to the last byte."""
+    """Return how random weights are drawn again; None where they are not random, or not reproduced byte for byte."""
     config = _shape(job)
     if not job.recipe.model.random_init or config is None:
         return None
@@ -203,7 +204,7 @@ def _drawn(job: Job, point: Point, catalog: Catalog, archive: Path, others: dict
 
 
 def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed) -> str | None:
-    """Compile what measures how fast the target's memory is read; None where its compiler will not."""
+    """Compile the bandwidth test of the target's memory; None where its compiler fails."""
     settings = {**job.space.level(job.space.default(), "codegen"), "opt_level": "O2"}
     with TemporaryDirectory(prefix="llmbuild-") as name:
         source, output = Path(name) / "bandwidth.mlir", Path(name) / "bandwidth.vmfb"
@@ -218,7 +219,7 @@ def _bandwidth(job: Job, catalog: Catalog, others: dict[str, Path], done: Packed
 
 
 def _shape(job: Job) -> JsonObject | None:
-    """Return the model's configuration, for another runtime to make the same shape; None where it is no plain Llama."""
+    """Return the model's configuration, for another runtime to make the same shape; None if it is not a plain Llama."""
     config: JsonObject = json.loads((job.model.folder / "config.json").read_text())
     return config if config.get("model_type") == "llama" else None
 
@@ -241,7 +242,7 @@ def _copy(source: Path, path: Path) -> None:
 
 
 def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
-    """Write the catalog's rows of these variants and targets, without what was measured or tried here.
+    """Write the catalog's rows of these variants and targets, without readings and trials.
 
     Targets of equal code share a variant, whose row names one of them.
     """
@@ -258,7 +259,7 @@ def _rows(catalog: Catalog, folder: Path, named: Sequence[str]) -> None:
 
 
 def _leave_checks(catalog: Catalog, folder: Path, carried: Collection[str]) -> None:
-    """Note in the packed catalog which check data is not carried whole: where it is merged, nobody misses it then."""
+    """Record in the packed catalog which check data is incomplete: after a merge, it does not count as missing."""
     with sqlite3.connect(folder / FILE) as connection:
         named = connection.execute("SELECT DISTINCT checks FROM program").fetchall()
         left = [(name, catalog.blobs.path(name).stat().st_size, now()) for (name,) in named if name not in carried]
@@ -267,7 +268,7 @@ def _leave_checks(catalog: Catalog, folder: Path, carried: Collection[str]) -> N
 
 
 def wheels(folder: Path, pythons: Sequence[str], platform: str) -> None:
-    """Download the wheels that the other side needs, for each Python and one platform such as `manylinux_2_28_x86_64`.
+    """Download the wheels for the other machine, for each Python and one platform such as `manylinux_2_28_x86_64`.
 
     Raises:
         InputError: an index does not have one of them.
@@ -296,7 +297,7 @@ def size(folder: Path) -> int:
 
 
 def closing(packed: Packed, folder: Path) -> str:
-    """Return what a person needs to know of a packed folder."""
+    """Return the instructions for a packed folder."""
     packed.other_bytes = size(folder) - packed.weights_bytes
     over = f", MORE THAN {MOST_BYTES / 1e6:.0f} MB" if packed.other_bytes > MOST_BYTES else ""
     drawn = f"; {packed.drawn_bytes / 1e6:.1f} MB are drawn from their seed there" if packed.drawn_bytes else ""

@@ -1,7 +1,7 @@
 """Measure a packed folder on this machine, and write the rows into its catalog: no network, compiler or SQLAlchemy.
 
-A packed folder is a catalog's folder (`catalog.sqlite`, `blobs/`) with a job beside it; `llmbuild merge FOLDER` takes
-the readings home as rows of the machine that ran it.
+A packed folder is a catalog's folder (`catalog.sqlite`, `blobs/`) and a job; `llmbuild merge FOLDER` adds the readings
+to a catalog as rows of the machine that ran it.
 """
 
 from __future__ import annotations
@@ -50,28 +50,28 @@ Tell = Callable[[str], None]
 
 JOB = "job.json"
 RACE_S = 10.0
-"""Seconds that must be left for a race."""
+"""Least remaining seconds for a race."""
 RACERS = 4
 WINDOWS_S = 12.0
-"""Seconds that each racer's energy windows take on a board: a race has no more racers than fit."""
+"""Seconds of each racer's energy windows on a board: a race has only as many racers as fit."""
 STEP_S = 90.0
-"""Seconds after which a device that does not answer is given up."""
+"""Seconds after which an unresponsive device is given up."""
 PEER_S = 45.0
-"""Seconds that must be left for PyTorch, which compiles its model first."""
+"""Least remaining seconds for PyTorch, which compiles its model first."""
 SCREEN_S = 25.0
-"""Seconds that a variant must have for several windows of energy when it is first measured; else it has one."""
+"""Least seconds for a variant's first measurement with several windows of energy; else it has one."""
 LEADING = 2
-"""Shares of the first target of a model; every other one has one."""
+"""Time shares of the first target of a model; each other target has one."""
 AFTER = 0.4
-"""Part of a model's time that is left for its targets in the same rounds, and for PyTorch."""
+"""Share of a model's time that is reserved for its targets in the same rounds, and for PyTorch."""
 RACE = 0.4
-"""Part of a target's time that is left for racing its survivors."""
+"""Share of a target's time that is reserved for racing its survivors."""
 
 
 class Run:
     """The jobs of a packed folder, on this machine, within so many seconds.
 
-    One class: the clock, the catalog and the rows that are told are shared by all of its steps.
+    One class: the clock, the catalog and the rows that are printed are shared by all of its steps.
     """
 
     def __init__(
@@ -94,10 +94,10 @@ class Run:
         self.jobs = [body for body in jobs if not only or body["model"] in only]
 
     def all(self) -> list[Line]:
-        """Run every job that this machine can; what is left out is told in its lines.
+        """Run every job that this machine supports; its lines list the omissions.
 
-        The time is shared: what is left goes to the models that are left in equal parts, and within one first to its
-        targets, the first of them twice as much as another, then to the best of all of them and to PyTorch.
+        The remaining time is divided equally among the remaining models. Within a model it goes first to its targets,
+        twice as much to the first as to each other, then to the best of all of them and to PyTorch.
         """
         models = list(dict.fromkeys(body["model"] for body in self.jobs))
         lines: list[Line] = []
@@ -122,7 +122,7 @@ class Run:
         return lines
 
     def across(self, lines: Sequence[Line], end: float) -> list[Across]:
-        """Race the best variant of each target in the same rounds, the fastest first; nothing for only one."""
+        """Race the best variant of each target in the same rounds, the fastest first; nothing for a single target."""
         best: dict[str, Line] = {}
         for line in sorted((x for x in lines if x.measurement), key=lambda x: _time(x.measurement)):
             best.setdefault(line.target, line)
@@ -144,11 +144,11 @@ class Run:
 
     @staticmethod
     def _on_board(bodies: Sequence[JsonObject]) -> bool:
-        """Say whether any of the variants is for a GPU."""
+        """Return whether any of the variants is for a GPU."""
         return any(one["subject"]["driver"] not in CPU_DRIVERS for body in bodies for one in body["subjects"])
 
     def _with_peers(self, lines: Sequence[Line]) -> bool:
-        """Say whether PyTorch takes part: where it is wanted, and where a GPU was measured."""
+        """Return whether PyTorch takes part: where requested, and where a GPU was measured."""
         done = {line.variant for line in lines if line.measurement}
         mine = [(b, one) for b in self.jobs for one in b["subjects"] if one["subject"]["variant"] in done]
         return (
@@ -158,9 +158,9 @@ class Run:
         )
 
     def _peers(self, lines: Sequence[Line], first: Collection[str], end: float) -> None:
-        """Let PyTorch answer in turns with the best variant on the same shape, where this Python has it.
+        """Run PyTorch and the best variant in turns on the same shape, where this Python has PyTorch.
 
-        The best is who came `first` among the targets in the same rounds, else the fastest that was measured.
+        The best variant is the `first` among the targets in the same rounds, else the fastest measured one.
         """
         measured = [line for line in lines if line.measurement]
         best = min(
@@ -226,7 +226,7 @@ class Run:
                     continue
                 rate = rate or self._bandwidth(body)
                 trial = self._trial(bench, body, one, number, scope_of(body, self.machine), rate)
-                if trial.failure and monotonic() >= self.end:  # it was ended, which says nothing of the variant
+                if trial.failure and monotonic() >= self.end:  # the worker was ended, not the variant at fault
                     left.append(self._line(body, one, "left out: the time was up"))
                     continue
                 known.append(trial)
@@ -239,7 +239,7 @@ class Run:
         return [*(self._found(body, trial, fronts.get(trial.variant, "")) for trial in known), *left]
 
     def _draw(self, body: JsonObject, one: JsonObject) -> str:
-        """Draw a variant's weights from their seed where they were not carried here; return why they cannot be used."""
+        """Draw a variant's weights from their seed where they were not packed; return why they cannot be used."""
         name = one["subject"]["parameters_path"]
         made, path = body.get("seeded", {}).get(name), self._where(name)
         if made is None or path.is_file():
@@ -256,7 +256,7 @@ class Run:
         return ""
 
     def _bandwidth(self, body: JsonObject) -> float | None:
-        """Measure how fast code for a target reads the memory of what it runs on; None where that failed."""
+        """Measure the read bandwidth of a target's device; None where that failed."""
         blob = body.get("bandwidth")
         if not blob or monotonic() > self.end:
             return None
@@ -294,7 +294,7 @@ class Run:
         )
 
     def _raced(self, bench: Bench, body: JsonObject, known: list[Trial], end: float) -> list[Trial]:
-        """Measure the best again in common rounds, where there is time for it."""
+        """Measure the best again in common rounds, if there is time."""
         alive = {s.variant for s in self._standings(body, known) if s.status in FRONT}
         leader = body["objectives"][0]
         racers = sorted((t for t in known if t.variant in alive), key=lambda t: _value(t, leader))[:RACERS]
@@ -314,7 +314,7 @@ class Run:
         return [replace(t, measurements=_again(t, again.get(t.variant), bodies[t.variant], rate)) for t in known]
 
     def _timed(self, body: JsonObject, known: list[Trial], end: float) -> list[Trial]:
-        """Time the operators of the fastest variant on a board; where the time is up, or it cannot, a note says so."""
+        """Time the operators of the fastest variant on a board; a note reports why it was skipped."""
         best = min((t for t in known if t.measurements), key=lambda t: _value(t, "tpot_s"), default=None)
         bodies = {one["subject"]["variant"]: one["subject"] for one in body["subjects"]}
         if best is None or bodies[best.variant]["driver"] in CPU_DRIVERS or monotonic() > end:
@@ -344,7 +344,7 @@ class Run:
         return replace(self._line(body, one, why), measurement=next(iter(trial.measurements), None), front=front)
 
     def _record(self, body: JsonObject, known: Sequence[Trial]) -> None:
-        """Write what was found as rows of this machine, all in one transaction."""
+        """Record the results as rows of this machine, in one transaction."""
         on = self.machine
         machine, scope, now = digest.of(on), scope_of(body, on), datetime.now(UTC).isoformat()
         with sqlite3.connect(self.folder / FILE) as connection:
@@ -366,7 +366,7 @@ class Run:
 def _again(
     trial: Trial, raced: tuple[Measurement, ...] | None, body: JsonObject, rate: float | None
 ) -> tuple[Measurement, ...]:
-    """Return the readings of a race in place of the first ones, where the variant took part."""
+    """Return a race's readings in place of the first ones, where the variant took part."""
     if raced is None:
         return trial.measurements
     subject = wire.subject_of(body, Path)
@@ -374,7 +374,7 @@ def _again(
 
 
 def _with_fraction(measured: Measurement, subject: Subject, rate: float | None) -> Measurement:
-    """Return a measurement with the part of the read rate that a decode step makes of the bytes it must read."""
+    """Return a measurement with the share of the read bandwidth that a decode step reaches for its required bytes."""
     if rate is None:
         return measured
     done, tpot = work(abi_from(subject.abi), subject.parameter_bytes, measured.workload), measured.readings["tpot_s"]
@@ -395,7 +395,7 @@ def _with_operators(trial: Trial, found: tuple[Operator, ...] | Failure) -> tupl
 
 
 def _fronts(known: Sequence[Trial]) -> dict[str, str]:
-    """Return where each variant stands by time per token and energy; nothing where no energy was measured."""
+    """Return each variant's standing by time per token and energy; nothing where no energy was measured."""
     metered = [t for t in known if t.measurements and t.measurements[0].energy_source]
     metered = [t for t in metered if t.measurements[0].energy_source not in ESTIMATES]
     if not metered:
@@ -405,9 +405,9 @@ def _fronts(known: Sequence[Trial]) -> dict[str, str]:
 
 
 def _within(body: JsonObject, race_s: float, racers: int, each_s: float = SCREEN_S) -> JsonObject:
-    """Return a bench whose races end within so many seconds, energy included, and whose screens are as short as asked.
+    """Return a bench whose races end within that many seconds, energy included, and whose screens last as requested.
 
-    A racer's window of energy is long; none is begun after what is left when each has had one.
+    A racer's window of energy is long; none begins beyond the time that gives each racer one.
     """
     protocol = body["protocol"]
     times = {
@@ -429,7 +429,7 @@ def _ranked(model: str, targets: Mapping[str, str], raced: Mapping[str, Measurem
 
 
 def scope_of(body: JsonObject, machine: Machine) -> str:
-    """Return what a build of the same job on this machine would call its trials' scope."""
+    """Return the scope of the trials of a build of the same job on this machine."""
     return digest.of({**body["scope_inputs"], "machine": digest.of(machine)})
 
 

@@ -1,4 +1,4 @@
-"""PyTorch on the same device in the same minutes: it and our best variant answer in turns, in random order."""
+"""PyTorch on the same device at the same time: it and llmbuild's best variant answer in turns, in random order."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ TIMES = ("tpot_s", "ttft_s")
 VISIT_S = 0.5
 LEAST_ROUNDS, MOST_ROUNDS = 3, 15
 OURS = -1
-"""The number of our own variant among PyTorch's modes."""
+"""The number of llmbuild's variant among PyTorch's modes."""
 WINDOWS, WINDOW_STEPS = 2, 30
 """Windows of energy for each of PyTorch's modes, and updates of the counter in each."""
 
 
 @dataclass(frozen=True)
 class Versus:
-    """One mode of PyTorch under a workload, and our variant over it in the same rounds: below 1 we are faster.
+    """One mode of PyTorch under a workload, and llmbuild's time over its own, paired: below 1 llmbuild is faster.
 
-    `reason` says why there are no readings; joules are of the whole board, `window_s` the length of their windows.
+    `reason` is why there are no readings; joules are of the whole board, `window_s` the length of their windows.
     """
 
     model: str
@@ -53,7 +53,7 @@ class Versus:
 
 
 class Peer:
-    """A process of PyTorch with a model of one shape, eager and compiled, that answers when it is told to."""
+    """A process of PyTorch with a model of one shape, eager and compiled, that answers on request."""
 
     def __init__(self, script: Path, shape: Path, workload: Workload) -> None:
         size = [str(shape.absolute()), str(workload.prompt), str(workload.output)]
@@ -78,7 +78,7 @@ class Peer:
         self._lines.put({})
 
     def ready(self, end: float) -> list[JsonObject]:
-        """Return what each mode says of itself, its `reason` where it cannot; nothing where PyTorch is not ready."""
+        """Return each mode's description, with a `reason` where it cannot run; nothing where PyTorch is not ready."""
         found: list[JsonObject] = []
         while told := self._next(end):
             if "ready" in told:
@@ -87,7 +87,7 @@ class Peer:
         return []
 
     def turn(self, number: int, seconds: float, end: float) -> JsonObject:
-        """Return what a mode did in so many seconds; nothing where the process has died or the time is up."""
+        """Return a mode's times in that many seconds; nothing where the process has died or the time is up."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(f"{number} {seconds}\n")
@@ -103,7 +103,7 @@ class Peer:
             return {}
 
     def said(self) -> str:
-        """Return the last line of what went wrong."""
+        """Return the last line of the error output."""
         self._log.seek(0)
         return next(
             (line.strip() for line in reversed(self._log.read().splitlines()) if line.strip()), "the time was up"
@@ -121,7 +121,7 @@ class Peer:
 
 
 def versus(peer: Peer, ours: Live, named: Versus, end: float) -> list[Versus]:
-    """Return a row for each mode of PyTorch, from turns with our variant, which is open; a reason where it has none."""
+    """Return a row for each mode of PyTorch, from turns with llmbuild's open variant; with a reason on failure."""
     told = peer.ready(end)
     if not told:
         return [_row(named, peer.said(), {"runtime": "PyTorch"})]
@@ -140,7 +140,7 @@ def versus(peer: Peer, ours: Live, named: Versus, end: float) -> list[Versus]:
 def _turns(
     peer: Peer, ours: Live, workload: Workload, modes: Sequence[int], end: float
 ) -> dict[int, dict[str, list[float]]] | None:
-    """Return the times of everyone, round by round; None where PyTorch did not last."""
+    """Return the times of all participants, round by round; None where PyTorch failed."""
     everyone = [OURS, *modes]
     taken: dict[int, dict[str, list[float]]] = {number: defaultdict(list) for number in everyone}
     order = random.Random(0)
@@ -184,7 +184,7 @@ def _found(
 
 
 def _joules(peer: Peer, number: int, end: float) -> list[Energy]:
-    """Return joules per token of windows in which one mode answers; none without a meter of the board, or in time."""
+    """Return joules per token of windows with one mode; none without a meter of the board, or without time."""
     meter = energy.find("cuda", measure_step=True).meter
     if meter is None:
         return []

@@ -1,7 +1,7 @@
 """Runs a packed folder: python3 run.py [--budget SECONDS] [--only MODEL]... [--torch] [--json]
 
-Needs Python 3.11 or newer and what lies beside it: no network, no compiler, nothing installed. It reads meters and
-changes no setting of a device. Wheels are unpacked into `lib/` once; readings go into `catalog.sqlite`.
+Needs only Python 3.11 or newer and its folder: no network, no compiler, nothing installed. It reads meters and changes
+no setting of a device. Wheels are unpacked into `lib/` once; readings go into `catalog.sqlite`.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def _unpack(archive: Path, folder: Path) -> None:
 
 
 def _unpack_blobs() -> None:
-    """Put what was carried compressed in its place, once; each file appears whole."""
+    """Decompress the packed blobs, once; each file appears atomically."""
     with zipfile.ZipFile(HERE / "blobs.zip") as file:
         for name in file.namelist():
             path = HERE / name

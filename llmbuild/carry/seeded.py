@@ -1,7 +1,7 @@
-"""Archives of random weights that are drawn from their seed where they are needed, instead of being carried there.
+"""Archives of random weights that are drawn from their seed on the other machine, instead of being packed.
 
-An archive is taken apart into matrices that a seed gives byte for byte, and the rest, which stays an archive. Whether
-it does is tried here; there, the digest of what was put together decides.
+An archive is split into matrices that a seed reproduces byte for byte, and the rest, which stays an archive. The split
+is tested here; there, the digest of the result decides.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from llmbuild.transform.drawn import draw, stored
 
 _MATRIX = ".matrix."
 MOST_THREADS = 16
-"""Matrices that are drawn side by side."""
+"""Matrices that are drawn in parallel."""
 
 
 def shapes(config: JsonObject) -> dict[str, tuple[int, int]]:
@@ -40,7 +40,7 @@ def shapes(config: JsonObject) -> dict[str, tuple[int, int]]:
 
 
 def take_apart(archive: Path, config: JsonObject, seed: int, forms: tuple[str, str], rest: Path) -> JsonObject | None:
-    """Write what no seed gives of an archive to `rest`, and return how to make it again; None where that fails.
+    """Write an archive's non-reproducible part to `rest`, and return the recipe of the others; None on failure.
 
     `forms` are the formats of the layers and of the token tables.
     """
@@ -66,7 +66,7 @@ def take_apart(archive: Path, config: JsonObject, seed: int, forms: tuple[str, s
 
 
 def put_together(made: JsonObject, rest: Path, archive: Path) -> None:
-    """Write the archive again; matrices are drawn side by side, for numpy lets other threads run meanwhile."""
+    """Write the archive again; matrices are drawn in parallel, since numpy releases the GIL meanwhile."""
 
     def parts(matrix: tuple[str, str, list[int], str]) -> dict[str, bytes]:
         name, source, shape, form = matrix
@@ -91,7 +91,7 @@ def _entries(archive: Path) -> dict[str, bytes]:
 
 
 def _save(archive: Path, entries: Mapping[str, bytes]) -> None:
-    """Write an archive as an import does: tensors in the order of their names."""
+    """Write an archive as an import does: tensors sorted by name."""
     index = ParameterIndex()
     for name in sorted(entries):
         index.add_buffer(name, np.frombuffer(entries[name], np.uint8))

@@ -38,14 +38,14 @@ VERSUS = (
 )
 FACTS = ("windows", "window_s", "step_s", "idle_w")
 TOP = 8
-"""Operators that are shown of a decode step."""
+"""Maximum number of printed operators of a decode step."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """One variant of the table: what came of it, or why nothing did.
+    """One variant of the table: its results, or why there are none.
 
-    `front` says where it stands among its target's variants by time per token and energy, where both are known.
+    `front` is its standing among its target's variants by time per token and energy, where both are known.
     """
 
     model: str
@@ -71,18 +71,18 @@ class Across:
 
 @dataclass(frozen=True)
 class Tables:
-    """All that a run found."""
+    """The results of a run."""
 
     machine: Machine
     lines: Sequence[Line]
     across: Sequence[Across] = ()
     versus: Sequence[Versus] = ()
     rates: Mapping[str, float] = field(default_factory=dict)
-    """Bytes per second at which sums of rows read memory, by target."""
+    """Bytes per second of row sums over memory, by target."""
 
 
 def text(found: Tables) -> str:
-    """Return the tables for people: variants, targets in the same rounds, PyTorch in turns, where the time goes."""
+    """Return the readable tables: variants, targets in the same rounds, PyTorch in turns, operators."""
     parts = [found.machine.describe(), table(found.lines)]
     if energy := _energy(found.lines):
         parts += ["energy, of the whole board, idle power included:", energy]
@@ -96,7 +96,7 @@ def text(found: Tables) -> str:
 
 
 def table(lines: Sequence[Line]) -> str:
-    """Return the table of variants, ranked by time per token; what was left out comes last, with the reason."""
+    """Return the table of variants, ranked by time per token; omitted ones come last, with the reason."""
     ranked = sorted(lines, key=lambda line: _median(line, "tpot_s") or float("inf"))
     return _aligned([HEADER, *(_cells(line) for line in ranked)])
 
@@ -118,7 +118,7 @@ def _cells(line: Line) -> tuple[str, ...]:
 
 
 def _energy(lines: Sequence[Line]) -> str:
-    """Return what the joules are of and how far they are known, for each variant that has some, the least first."""
+    """Return the source and the precision of the joules, for each variant that has some, the least first."""
     rows = []
     for line in sorted(lines, key=lambda line: _median(line, "energy_j_per_token") or float("inf")):
         measured = line.measurement
@@ -147,7 +147,7 @@ def across(found: Sequence[Across]) -> str:
 
 
 def versus(found: Sequence[Versus]) -> str:
-    """Return the table of PyTorch's modes, each with our variant over it in the same rounds."""
+    """Return the table of PyTorch's modes, each with llmbuild's variant over it in the same rounds."""
     rows = []
     for v in found:
         ratios, readings = v.ratios or {}, v.readings or {}
@@ -168,7 +168,7 @@ def versus(found: Sequence[Versus]) -> str:
 
 
 def _verdict(ratio: Reading | None) -> str:
-    """Return a ratio and what it decides, in a word."""
+    """Return a ratio and its meaning, in a word."""
     if ratio is None:
         return "-"
     word = "wins" if ratio.high < 1 else "loses" if ratio.low > 1 else "undecided"
@@ -185,7 +185,7 @@ def _with_operators(lines: Sequence[Line]) -> list[Line]:
 
 
 def operators(line: Line) -> str:
-    """Return where a decode step spends its time, the costliest operators first."""
+    """Return the time of a decode step by operator, the costliest first."""
     assert line.measurement is not None
     found: Sequence[Operator] = line.measurement.operators
     whole = sum(o.seconds for o in found)
@@ -221,7 +221,7 @@ def _aligned(rows: Sequence[Sequence[str]]) -> str:
 
 
 def as_json(found: Tables) -> str:
-    """Return everything as one JSON document."""
+    """Return all results as one JSON document."""
     return dumps(
         {
             "machine": plain(found.machine),
