@@ -1,8 +1,8 @@
-"""Dispatches of a front half: which of them are products, what makes two of them alike, and how to configure one.
+"""Dispatches of a front half: which of them are products, when two are of one kind, and how to configure one.
 
-A configuration is written onto the product itself, before the compiler configures dispatches: it takes what it finds
-and fits the operations around it. That reaches what a tuning spec's matchers reach and also products with fused
-dequantization, and it needs no names.
+A configuration is attached to the product itself, before the compiler configures dispatches: the compiler keeps it and
+fits the operations around it. This covers the products that a tuning spec's matchers find, and also products with
+fused dequantization, and it needs no names.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _TENSOR = re.compile(r"tensor<([0-9x?]*?)x?([a-z]+\d+)>")
 _PIPELINE = "#iree_codegen.translation_info<pipeline = #iree_cpu.pipeline<DoubleTilingExpert>>"
 
 ROWS, DEPTHS = (1, 16, 8, 4), (256, 128, 64, 16, 4)
-"""Sizes that are tried for the innermost parallel loop and for the reduction; two rows are a known trap."""
+"""Candidate sizes of the innermost parallel loop and of the reduction; two rows are known to be slow."""
 
 VOLUME = 2048
-"""Elements a tile may have: beyond it code is unrolled until the compiler refuses or takes minutes."""
+"""Maximum elements of a tile: beyond it code is unrolled until the compiler refuses or takes minutes."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Product:
     """A product with static shapes and one reduction, the only one of its dispatch.
 
     `name` is the dispatch's, without entry point and number. `signature` names its kind: the operations of the
-    dispatch with their types, so that equal ones in other layers and models are known again. `bounds` are those of its
-    loops, the last is the reduction.
+    dispatch with their types, so that equal ones in other layers and models are recognized. `bounds` are its loop
+    bounds, the reduction last.
     """
 
     name: str
@@ -61,7 +61,7 @@ def products(text: str) -> list[Product]:
 
 
 def short_name(name: str) -> str:
-    """Return a dispatch's name without its entry point and number, as the profiler tells it."""
+    """Return a dispatch's name without its entry point and number, as the profiler reports it."""
     return re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", name)
 
 
@@ -86,7 +86,7 @@ def _is_product(match: re.Match[str]) -> bool:
 
 
 def _nameless(line: str) -> str:
-    """Return an operation without names of values and places."""
+    """Return an operation without names of values and locations."""
     kept = re.sub(r" attrs =\s*\{linalg\.memoized_indexing_maps = \[.*?\]\}", "", line)
     return re.sub(r"\s*loc\(.*$", "", re.sub(r"%[\w#:]+", "%", kept)).strip()
 
@@ -106,7 +106,7 @@ def _bounds(match: re.Match[str]) -> tuple[int, ...]:
 
 
 def configurations(product: Product) -> list[str]:
-    """Return the configurations worth a try: tiles of the innermost parallel loop and of the reduction."""
+    """Return the candidate configurations: tiles of the innermost parallel loop and of the reduction."""
     *parallel, depth = product.bounds
     found = []
     for rows in ROWS if parallel[-1] not in (32, 64) else (parallel[-1], *ROWS):
@@ -127,7 +127,7 @@ def _configuration(parallel: list[int], rows: int, k: int) -> str:
 
 
 def configure(text: str, chosen: Mapping[str, str]) -> str:
-    """Return a front half whose products of these signatures have these configurations."""
+    """Return a front half with these configurations on the products of these signatures."""
     told = {
         p.line: f"lowering_config = {chosen[p.signature]}, translation_info = {_PIPELINE}"
         for p in products(text)
@@ -148,7 +148,7 @@ def annotated(text: str, told: Mapping[int, str]) -> str:
 
 
 def _with_attribute(line: str, match: re.Match[str], attribute: str) -> str:
-    """Return an operation with one more attribute, before those it has."""
+    """Return an operation with one more attribute, before its own."""
     if match["attributes"]:
         at = line.index("{", match.start("attributes")) + 1
         return f"{line[:at]}{attribute}, {line[at:]}"

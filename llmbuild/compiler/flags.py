@@ -1,7 +1,7 @@
-"""From a target and a point to the flags of iree-compile; the only place that knows a flag's name.
+"""From a target and a point to the flags of iree-compile; only this module names flags.
 
-A flag is data: which knob it serves, how a value is said, and in which phase the compiler reads it. The phase decides
-what a change costs: one that is read in the front half makes the whole compile anew, the others share it.
+A flag is data: its knob, the text of a value, and the phase in which the compiler reads it. The phase decides the cost
+of a change: a flag of the front half requires a whole new compile; the others share the front half.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from llmbuild.spec.space import Value
 from llmbuild.spec.target import CUDA, HOST, METAL, ROCM, VULKAN, Target
 
 Phase = Literal["front", "target", "configure", "translate", "emit"]
-"""When a flag is read: in the front half (and perhaps later too); when the executable target is written down, which is
-an attribute of the front half's result that can be edited; when dispatches are configured; when they are translated to
-LLVM; `emit`: written down as those of `target` are, and read by nothing before LLVM makes machine code."""
+"""When a flag is read: in the front half (and perhaps later too); when the executable target is written, as an
+attribute of the front half's result that can be edited; when dispatches are configured; when they are translated to
+LLVM; `emit`: an attribute as those of `target`, but not read before LLVM makes machine code.
+"""
 
 TRIPLES = {"x86_64": "x86_64-unknown-linux-gnu", "aarch64": "aarch64-unknown-linux-gnu"}
 
@@ -31,11 +32,11 @@ HYGIENE = (
 
 @dataclass(frozen=True)
 class Flag:
-    """How the compiler is told the value of a knob.
+    """The flag of a knob.
 
-    `text` holds `{}` for the value; `said` gives other words for some values, an empty text for none at all. `default`
-    is the value at which the flag is left out. `key` is the attribute of the executable target a flag of the phase
-    `target` or `emit` ends up as.
+    `text` holds `{}` for the value; `said` maps some values to other texts, an empty text to no flag. `default` is the
+    value at which the flag is left out. `key` is the attribute of the executable target that a flag of the phase
+    `target` or `emit` sets.
     """
 
     knob: str
@@ -136,7 +137,7 @@ FLAGS: tuple[Flag, ...] = (
     Flag("spirv_index_bits", "--iree-spirv-index-bits={}", 32, "translate"),
     Flag("promote_bf16", "--iree-input-promote-bf16-to-f32={}", False, "front"),
 )
-"""In the order in which they are said; a knob of the code generation level has exactly one."""
+"""In command-line order; a knob of the code generation level has exactly one."""
 
 
 _CHIP = {
@@ -149,7 +150,7 @@ _CHIP = {
         "--iree-metal-compile-to-metallib=false",  # the driver translates the source when loading: no SDK is needed
     ),
 }
-"""How a GPU is named; `{}` is the target's `cpu`."""
+"""The flag that names a GPU; `{}` is the target's `cpu`."""
 
 _FEATURES = {ROCM: "--iree-rocm-target-features={}", VULKAN: "--iree-vulkan-target-features={}"}
 
@@ -174,10 +175,10 @@ def target_flags(target: Target) -> list[str]:
 
 
 def point_flags(point: Mapping[str, Value], *phases: Phase) -> list[str]:
-    """Return the flags of the code generation level of a point, of these phases; of all where none is named.
+    """Return the flags of the code generation level of a point, of these phases; by default of all.
 
-    Only what differs from the compiler's own default is said, so that point 0 is what a plain call would do. A knob
-    that the point does not have is left at the default.
+    Only differences from the compiler's own defaults are included, so that point 0 is a plain call. A knob that the
+    point does not have is left at the default.
     """
     return [
         text
@@ -187,7 +188,7 @@ def point_flags(point: Mapping[str, Value], *phases: Phase) -> list[str]:
 
 
 def attributes(point: Mapping[str, Value], phase: Phase = "target") -> dict[str, Value]:
-    """Return what the flags of the phase `target` or `emit` change in the executable target: attribute and value."""
+    """Return the attributes of the executable target, with values, that the flags of phase `target` or `emit` set."""
     return {
         flag.key: point[flag.knob]
         for flag in FLAGS

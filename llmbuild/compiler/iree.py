@@ -1,4 +1,4 @@
-"""The IREE compiler of the installed wheel: where it is, what version, and one call of it."""
+"""The IREE compiler of the installed wheel: its path, its version, and a call of it."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ func.func @probe(%a: tensor<256x512xf16>, %x: tensor<512xf16>) -> tensor<256xf32
   return %out : tensor<256xf32>
 }
 """
-"""A matrix-vector product, which is most of decoding, as a program that code is generated for."""
+"""A matrix-vector product, the main operation of decoding, as a test program for code generation."""
 
 CUDA_CHIPS = "sm_60 sm_61 sm_62 sm_70 sm_72 sm_75 sm_80 sm_86 sm_87 sm_89 sm_120 sm_121".split()
-"""NVIDIA architectures the compiler has names for; of another one it complains only once code is generated."""
+"""NVIDIA architectures that the compiler supports; it rejects another one only during code generation."""
 
 SYSTEM_FEATURES = frozenset(
     "shstk pku mwaitx rdpru clzero wbnoinvd invpcid fsgsbase prefetchi rdpid rdrnd rdseed clflushopt clwb lwp xsave "
     "xsavec xsaveopt xsaves fxsr prfchw movdiri movdir64b sgx ptwrite cldemote waitpkg serialize uintr 64bit x87 mmx "
     "cx8 crc32 cmov pconfig tsxldtrk enqcmd hreset kl widekl invlpgb reserve-x18".split()
 )
-"""Features that generated code for tensors never uses, or that every x86-64 host has; a loader need not check them."""
+"""Features that generated tensor code never uses, or that every x86-64 host has; a loader need not check them."""
 
 
 @cache
@@ -85,14 +85,14 @@ def compiler_version() -> str:
 def compile_command(
     module: Path, output: Path, target: Target, point: Mapping[str, Value], tool: str = ""
 ) -> list[str]:
-    """Return the whole command line, which can be pasted into a shell; of another `tool` than the installed one."""
+    """Return the whole command line, for a shell; with `tool` in place of the installed compiler."""
     return [tool or str(binary()), str(module.absolute()), *compile_flags(target, point), "-o", str(output)]
 
 
 def compile_module(
     module: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits
 ) -> Failure | None:
-    """Compile MLIR to a `.vmfb` at `output`; None when it is there, else the failure."""
+    """Compile MLIR to a `.vmfb` at `output`; None on success, else the failure."""
     return run(compile_command(module, output, target, point), "compile", limits, output)
 
 
@@ -108,7 +108,7 @@ def check_known(target: Target) -> None:
     """Refuse a target that the installed compiler has no backend or no name for.
 
     Raises:
-        InputError: with the way out.
+        InputError: with instructions.
     """
     if target.backend not in backends():
         there = ", ".join(backends()) or "none"
@@ -123,7 +123,7 @@ def check_known(target: Target) -> None:
 
 
 def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
-    """Generate code for a matrix-vector product; None when the compiler does."""
+    """Generate code for a matrix-vector product; None on success."""
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         source = Path(folder) / "matvec.mlir"
         source.write_text(MATVEC)
@@ -131,10 +131,9 @@ def probe(target: Target, point: Mapping[str, Value]) -> Failure | None:
 
 
 def resolve(target: Target) -> Target:
-    """Return the target with the CPU and features, or the size of subgroups, that the compiler itself takes for it; no
-    `host` stays.
+    """Return the target with the compiler's resolved CPU and features, or subgroup size; `host` is replaced.
 
-    A Vulkan target requires the size of subgroups that its code is generated for: another one computes nonsense.
+    A Vulkan target requires the subgroup size that its code is generated for: another one gives wrong results.
 
     Raises:
         InputError: the compiler does not know this CPU, this GPU or these features.
@@ -163,7 +162,7 @@ def _resolved(target: Target, text: str) -> Target:
     features = re.search(r'\bcpu_features = "([^"]*)"', text)
     if not cpu or not features:
         raise InputError(f"target {target.name}: the compiler names no CPU for it")
-    last: dict[str, str] = {f[1:]: f[0] for f in features[1].split(",") if f}  # LLVM takes the last word on a feature
+    last: dict[str, str] = {f[1:]: f[0] for f in features[1].split(",") if f}  # LLVM uses the last setting of a feature
     flagged = tuple(sorted(sign + name for name, sign in last.items()))
     needed = tuple(sorted(n for n, sign in last.items() if sign == "+" and n not in SYSTEM_FEATURES))
     return replace(target, cpu=cpu[1], features=flagged, requires=tuple(sorted({*needed, *target.requires})))

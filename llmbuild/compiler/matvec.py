@@ -1,8 +1,8 @@
-"""Matrix-vector products on GPUs that the compiler gives a work-group for each row: how many rows share one instead.
+"""Matrix-vector products on GPUs that the compiler gives a work-group per row: several rows share one instead.
 
-A choice `lanes x subgroups` says how many lanes of a subgroup share a row, each with up to eight neighbouring elements
-at a time, and how many subgroups a work-group has. Fewer lanes for a row means longer reads by each and fewer steps to
-add up what they found. It is written onto each product that it divides evenly; the others keep the compiler's own.
+A choice `lanes x subgroups` is the number of lanes of a subgroup per row, each with up to eight adjacent elements at a
+time, and the number of subgroups of a work-group. Fewer lanes per row means longer reads per lane and fewer reduction
+steps. It is attached to each product that it divides evenly; the others keep the compiler's own configuration.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from llmbuild.compiler import dispatches
 from llmbuild.compiler.dispatches import Product
 
 ELEMENTS = (8, 4, 2, 1)
-"""Neighbouring elements that a lane may take at a time: sixteen bytes of f16 are the longest read there is."""
+"""Adjacent elements that a lane reads at a time: sixteen bytes of f16 are the longest read."""
 
 _SUBGROUP = re.compile(r"subgroup_size_choices = \[(\d+)")
 
 
 def configure(text: str, choice: str) -> str:
-    """Return a front half whose matrix-vector products are shared out as `choice` says, like `8x4`.
+    """Return a front half whose matrix-vector products are divided as `choice` says, such as `8x4`.
 
     Raises:
         ValueError: no GPU is described in the text.
@@ -33,7 +33,7 @@ def configure(text: str, choice: str) -> str:
 
 
 def _configuration(product: Product, lanes: int, groups: int, subgroup: int) -> str:
-    """Return what to write onto a product; empty where its rows or columns cannot be shared out evenly."""
+    """Return the configuration of a product; empty where its rows or columns cannot be divided evenly."""
     if len(product.bounds) != 2:
         return ""
     rows, columns = product.bounds

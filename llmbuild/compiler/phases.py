@@ -1,14 +1,14 @@
-"""The compile in four steps, so that points which differ late share what comes early.
+"""The compile in four phases, so that points that differ only in late phases share the early ones.
 
-front       whole-program passes, to `executable-sources`: the long part that all points of one model share
-configure   each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts
-translate   each dispatch becomes a function of LLVM's, to `executable-targets`; many flags change nothing in it
-emit        LLVM makes machine code of all of them, which is linked
+front       whole-program passes, to `executable-sources`: the long part that all points of one model share configure
+each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts translate
+each dispatch becomes a function of LLVM's, to `executable-targets`; many flags change nothing in it emit        LLVM
+makes machine code of all of them and links it
 
 The result is byte for byte that of one call with the same flags. The front half is kept as text with its locations
-(without them names change), because what the compiler wrote into the executable target is edited there: it ignores the
-flags that set it when it goes on from a front half. Translated dispatches are kept as bytecode, which is read faster,
-and become text only where what LLVM alone reads is edited.
+(without them names change), because its executable target is edited there: the compiler ignores the flags of the
+executable target when it continues from a front half. Translated dispatches are kept as bytecode, which is read
+faster, and become text only where attributes for LLVM are edited.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def front_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
 
 
 def configure_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
-    """Return the flags that act between a front half and translated dispatches; those of the target are edited in."""
+    """Return the flags that act between a front half and translated dispatches; the target's flags are edited in."""
     return [*target_flags(target), *point_flags(point, "front", "target", "configure", "translate"), *HYGIENE]
 
 
@@ -51,14 +51,14 @@ def translate_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
 
 
 def emit_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
-    """Return the flags that still act on translated dispatches: with those, they decide the artifact."""
+    """Return the flags that still act on translated dispatches: both together decide the artifact."""
     return [*target_flags(target), *point_flags(point, "front"), *HYGIENE]
 
 
 def front(
     module: Path, output: Path, statistics: Path, target: Target, point: Mapping[str, Value], limits: Limits
 ) -> Failure | None:
-    """Run the front half: text with locations at `output`, and what it schedules as JSON at `statistics`."""
+    """Run the front half: text with locations at `output`, and its scheduling features as JSON at `statistics`."""
     told = ["--iree-scheduling-dump-statistics-format=json", f"--iree-scheduling-dump-statistics-file={statistics}"]
     stop = [f"--compile-to={SOURCES}", "--mlir-print-debuginfo", "-o", str(output)]
     command = [str(binary()), str(module), *front_flags(target, point), *told, *stop]
@@ -68,7 +68,7 @@ def front(
 def configure(
     source: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits, text: bool = False
 ) -> Failure | None:
-    """Give each dispatch of a retargeted front half its configuration; bytecode, or `text` with locations."""
+    """Configure each dispatch of a retargeted front half; bytecode, or `text` with locations."""
     form = "--mlir-print-debuginfo" if text else "--emit-mlir-bytecode"
     steps = [f"--compile-from={SOURCES}", f"--compile-to={CONFIGURATIONS}", form]
     command = [str(binary()), str(source), *configure_flags(target, point), *steps, "-o", str(output)]
@@ -99,7 +99,7 @@ def emit(translated: Path, output: Path, target: Target, point: Mapping[str, Val
 
 
 def retarget(text: str, point: Mapping[str, Value], phase: Phase = "target") -> str:
-    """Return a front half, or translated dispatches, with the point's attributes of a phase in every executable target.
+    """Return a front half, or translated dispatches, with a phase's attributes in every executable target.
 
     Raises:
         ValueError: no executable target of the CPU is in the text.
@@ -121,7 +121,7 @@ def _attribute(value: Value) -> str:
 
 
 def features(statistics: Path) -> dict[str, object]:
-    """Return what the front half schedules: dispatches, executables, transient and constant bytes; empty if unknown."""
+    """Return the front half's scheduling: dispatches, executables, transient and constant bytes; empty if unknown."""
     try:
         told = json.loads(statistics.read_text())["stream-aggregate"]
         return {

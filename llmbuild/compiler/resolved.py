@@ -1,4 +1,4 @@
-"""Remember what the compiler took a target for: asking takes a quarter of a second, and the answer rarely changes."""
+"""Cache of targets as the compiler resolves them: a query takes a quarter of a second and rarely changes."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from llmbuild.system.strict_json import loads
 
 FIELDS = ("cpu", "features", "requires", "subgroup")
 FORM = 2
-"""Counts up when what is made of the compiler's answer changes."""
+"""Version of the results' interpretation."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Where answers are kept: a folder of a catalog. They may go at any time; without `keep` they are only read."""
+    """The cache of results: a folder of a catalog. It may be deleted at any time; without `keep` it is only read."""
 
     folder: Path
     keep: bool = True
 
 
 def resolve(target: Target, answers: Answers | None = None) -> Target:
-    """Return what `iree.resolve` does; known targets of this very compiler on this very CPU are not asked for again.
+    """Return the result of `iree.resolve`; cached for targets with this compiler on this CPU.
 
     Raises:
         InputError: the compiler does not know this CPU or these features.
@@ -49,7 +49,7 @@ def resolve(target: Target, answers: Answers | None = None) -> Target:
 
 
 def _write(path: Path, answer: dict[str, object]) -> None:
-    with contextlib.suppress(OSError):  # a folder that cannot be written costs a quarter of a second, no more
+    with contextlib.suppress(OSError):  # a read-only folder only costs a quarter of a second
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(answer, file)
@@ -57,7 +57,7 @@ def _write(path: Path, answer: dict[str, object]) -> None:
 
 
 def _key(target: Target) -> str:
-    """Return the digest of all that the answer depends on: the compiler by version and file, the CPU, the target."""
+    """Return the digest of the result's inputs: the compiler by version and file, the CPU, the target."""
     binary = iree.binary()
     stat = binary.stat()
     machine = host.machine()

@@ -1,8 +1,8 @@
-"""Sizes of subgroups in SPIR-V: code that adds up over a subgroup is right for one size, and has to say so.
+"""Subgroup sizes in SPIR-V: a reduction over a subgroup is correct for one size, which must be declared.
 
-The compiler generates it for the first size that it knows of the chip, but leaves out of the artifact which one that
-was. Drivers then take their own: llvmpipe 8 lanes, others perhaps 64 for code of 32. Each such sum is wrong, and
-nothing tells. With the size in the dispatch's configuration the runtime has the driver make subgroups of that size, or
+The compiler generates code for the first size that it knows of the chip, but does not record the size in the artifact.
+Drivers then use their own: llvmpipe 8 lanes, others perhaps 64 for code of 32. Each such sum is wrong, without an
+error. With the size in the dispatch's configuration the runtime requests subgroups of that size from the driver, or
 refuses the artifact.
 """
 
@@ -21,6 +21,6 @@ def size(text: str) -> int:
 
 
 def said(configured: str) -> str:
-    """Return configured dispatches of which each that depends on the size of its subgroups says it."""
+    """Return configured dispatches with the subgroup size declared on each that depends on it."""
     told = size(configured)
     return _UNSAID.sub(rf"\1 subgroup_size = {told}", configured) if told else configured
