@@ -1,1 +1,1 @@
-"""What lies between us and the system: child processes and why they fail, limits, the terminal, JSON texts."""
+"""Interfaces to the system: resource limits, paths, optional libraries, the terminal, JSON texts."""

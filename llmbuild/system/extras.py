@@ -1,4 +1,4 @@
-"""Which part of an installation brings a library that is not here."""
+"""Which extra of the installation has a missing library."""
 
 from __future__ import annotations
 
@@ -14,6 +14,6 @@ EXTRAS = {
 
 
 def advice(error: ImportError) -> str:
-    """Return the command that installs what could not be imported; empty where no extra brings it."""
+    """Return the command that installs a module that failed to import; empty where no extra has it."""
     module = (error.name or "").partition(".")[0]
     return next((f"pip install 'llmbuild[{extra}]'" for extra, names in EXTRAS.items() if module in names), "")

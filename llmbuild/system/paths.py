@@ -1,4 +1,4 @@
-"""Paths as they are given: what a path leads to, without asking whether it is there."""
+"""Paths as given: resolved without a check of existence."""
 
 from __future__ import annotations
 
@@ -7,5 +7,5 @@ from pathlib import Path
 
 
 def real(path: Path) -> Path:
-    """Return a path without links; of a link that leads to itself, the link. `Path.resolve` raises there."""
+    """Return a path without links; of a link that points to itself, the link, where `Path.resolve` raises."""
     return Path(os.path.realpath(path))

@@ -1,9 +1,9 @@
-"""What this host, and the control groups (cgroup v1 and v2) around this process, let it use: memory and CPUs.
+"""Memory and CPUs that this host, and the control groups (cgroup v1 and v2) of this process, provide.
 
-Standard library alone, so that the floor of child processes, the loader and what is shipped elsewhere ask one place.
-Every function takes the folder where the file system begins, so that a test can feed it another one.
+Standard library alone: shared by the child processes, the loader and code that is shipped elsewhere. Every function
+takes the root folder of the file system, so that a test can replace it.
 
-A group of a group has no more than its parent, so the least limit from the own group up to the root counts.
+A child group has no more than its parent, so the least limit from the own group up to the root counts.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 ROOT = Path("/")
 _UNLIMITED = 1 << 60
-"""What cgroup v1 writes where there is no limit is larger than this."""
+"""cgroup v1 writes a value above this where there is no limit."""
 _V2 = "cgroup2"
 _HOME = "sys/fs/cgroup"
-"""Where the groups are mounted if the mounts cannot be read."""
+"""Mount points of the groups if the mounts cannot be read."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """A limit in bytes, and the file that sets it, to be named where it bites."""
+    """A limit in bytes, and the file that sets it, to be named in messages."""
 
     bytes: int
     file: Path
@@ -31,12 +31,12 @@ class Bound:
 
 @dataclass(frozen=True)
 class _Names:
-    """What the files of one version of control groups are called, for memory."""
+    """File names of one version of control groups, for memory."""
 
     limits: tuple[str, ...]
     used: str
     cache: str
-    """The line of `memory.stat` with file pages that are dropped when memory is asked for."""
+    """The line of `memory.stat` with file pages that are reclaimable."""
 
 
 _MEMORY = {
@@ -46,7 +46,7 @@ _MEMORY = {
 
 
 def memory_limit(root: Path = ROOT) -> Bound | None:
-    """Return the most memory that a process here can have: the host's, or a control group's; None if nothing tells."""
+    """Return the maximum memory of a process here: the host's, or a control group's; None if unknown."""
     found = [bound for group, names in _memory_groups(root) if (bound := _limit(group, names))]
     total = meminfo("MemTotal", root)
     if total is not None:
@@ -61,7 +61,7 @@ def group_memory_limit(root: Path = ROOT) -> Bound | None:
 
 
 def memory_available(root: Path = ROOT) -> Bound | None:
-    """Return how much memory a new process could use now, and which file bounds it; None if nothing tells."""
+    """Return how much memory a new process could use now, and which file bounds it; None if unknown."""
     found = []
     for group, names in _memory_groups(root):
         if bound := _limit(group, names):
@@ -87,19 +87,19 @@ def cpu_quota(root: Path = ROOT) -> float | None:
 
 
 def group_cpus(root: Path = ROOT) -> frozenset[int] | None:
-    """Return the numbers of the CPUs that the control groups allow; None where nothing tells."""
+    """Return the numbers of the CPUs that the control groups allow; None if unknown."""
     names = ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus")
     told = (cpu_list(_text(group / name)) for group in _groups("cpuset", root) for name in names)
     return next((cpus for cpus in told if cpus), None)
 
 
 def host_cpus(root: Path = ROOT) -> frozenset[int] | None:
-    """Return the numbers of the CPUs that are online; None where nothing tells."""
+    """Return the numbers of the CPUs that are online; None if unknown."""
     return cpu_list(_text(root / "sys/devices/system/cpu/online")) or None
 
 
 def cpu_list(text: str) -> frozenset[int]:
-    """Return the numbers that `0-3,8` lists; none where it lists nothing."""
+    """Return the numbers of a list such as `0-3,8`; none for an invalid one."""
     found: set[int] = set()
     for part in text.strip().split(","):
         first, dash, last = part.partition("-")
@@ -110,7 +110,7 @@ def cpu_list(text: str) -> frozenset[int]:
 
 
 def meminfo(name: str, root: Path = ROOT) -> int | None:
-    """Return a figure of /proc/meminfo in bytes; None where the system does not tell."""
+    """Return a value of /proc/meminfo in bytes; None if unknown."""
     match = re.search(rf"^{name}:\s*(\d+) kB", _text(root / "proc/meminfo"), re.MULTILINE)
     return int(match[1]) * 1024 if match else None
 
@@ -131,7 +131,7 @@ def _limit(group: Path, names: _Names) -> Bound | None:
 
 
 def _groups(controller: str, root: Path) -> Iterator[Path]:
-    """Yield the folders of the groups that a controller holds this process in, its own first, then their parents.
+    """Yield the folders of this process's groups in a controller, its own first, then their parents.
 
     Both versions may be mounted side by side; a controller belongs to one of them, and the other has no file of it.
     """
@@ -146,7 +146,7 @@ def _groups(controller: str, root: Path) -> Iterator[Path]:
         for count in range(len(parts), -1, -1):
             group = mount.joinpath(*parts[:count])
             if _text(group / "memory.use_hierarchy").strip() == "0" and count < len(parts):
-                break  # of cgroup v1: what a parent like that is bound by says nothing of its children
+                break  # of cgroup v1: a parent's limit then does not apply to its children
             if group.is_dir():
                 yield group
 
@@ -167,7 +167,7 @@ def _own_groups(root: Path) -> dict[str, str]:
 
 
 def _mounts(root: Path) -> list[tuple[str, Path, str]]:
-    """Return, for each mounted hierarchy, its controllers (or `cgroup2`), its folder, and the group it begins at."""
+    """Return, for each mounted hierarchy, its controllers (or `cgroup2`), its folder, and its root group."""
     found = []
     for line in _text(root / "proc/self/mountinfo").splitlines():
         before, dash, after = line.partition(" - ")
@@ -203,7 +203,7 @@ def _number(path: Path) -> int | None:
 
 
 def _whole(text: str) -> int | None:
-    """Return a whole number; None for `max`, for nothing, and for anything else."""
+    """Return a whole number; None for `max`, for an empty text, and for anything else."""
     return int(text) if re.fullmatch(r"-?\d{1,20}", text) else None
 
 

@@ -1,7 +1,7 @@
-"""JSON that is JSON: no `NaN` and no `Infinity`, neither written nor read; the one place that knows how.
+"""Strict JSON: `NaN` and `Infinity` are neither written nor read.
 
-Python's own module writes and takes both, and no other reader of JSON does. A number too large for a float is infinite
-as well.
+Python's own module writes and reads both, unlike other JSON readers. A number too large for a float is infinite as
+well.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ import math
 from typing import Any, NoReturn
 
 JsonObject = dict[str, Any]
-"""An object that was read: what its names hold, its reader knows from who wrote it, or has to check."""
+"""A parsed object: the types of its values are guaranteed by its writer, or checked by its reader."""
 
 
 def loads(text: str | bytes) -> Any:
-    """Return what a JSON document says.
+    """Return the value of a JSON document.
 
     Raises:
-        ValueError: not JSON, a number that is not finite, or nested deeper than anything of ours is.
+        ValueError: not JSON, a number that is not finite, or nested deeper than any document of llmbuild.
     """
     try:
         return json.loads(text, parse_constant=_refused, parse_float=_finite)
@@ -38,16 +38,16 @@ def _finite(text: str) -> float:
 
 
 def dumps(value: object, indent: int | None = None) -> str:
-    """Return a JSON document in printable ASCII; a number that is not finite is null in it, as what is absent is."""
+    """Return a JSON document in printable ASCII; a number that is not finite is null."""
     try:
         text = json.dumps(value, allow_nan=False, indent=indent)
     except ValueError:
         text = json.dumps(finite(value), allow_nan=False, indent=indent)
-    return text.replace("\x7f", "\\u007f")  # the one control that JSON lets pass
+    return text.replace("\x7f", "\\u007f")  # the one control character that JSON allows unescaped
 
 
 def finite(value: object) -> object:
-    """Return plain data with None in the place of every number that is not finite."""
+    """Return plain data with None in place of every number that is not finite."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

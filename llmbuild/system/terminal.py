@@ -1,7 +1,7 @@
-"""What a terminal is shown: text from outside is data, so whatever would steer a terminal is written as an escape.
+"""Terminal output: external text is data, so its control characters are escaped.
 
-The standard streams of a command are guarded, so that there is one place which prints, whoever calls it. Rows of a
-stranger's catalog, names of files, errors of libraries and logs all pass through it.
+The standard streams of a command are guarded, so that all output passes through one place. Rows of an untrusted
+catalog, names of files, errors of libraries and logs all pass through it.
 """
 
 from __future__ import annotations
@@ -15,41 +15,42 @@ from collections.abc import Iterator
 from typing import TextIO
 
 _STEERING = frozenset(("Cc", "Cf", "Cs", "Zl", "Zp"))
-"""Controls of C0 and C1, marks without a width (bidirectional overrides are among them), halves of a character that no
-encoding has (what is left of a file's name in no known encoding), and separators of lines and paragraphs."""
+"""Control characters of C0 and C1, zero-width marks (including bidirectional overrides), surrogates (from undecodable
+file names), and line and paragraph separators.
+"""
 
 
 def _escaped(one: str) -> str:
     code = ord(one)
     if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"  # the byte that `os.fsdecode` could not read
+        return f"\\x{code - 0xDC00:02x}"  # a byte that `os.fsdecode` could not decode
     if one in "\n\t\r":
         return {"\n": "\\n", "\t": "\\t", "\r": "\\r"}[one]
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
 
 
 def shown(text: str, kept: str = "\n") -> str:
-    """Return text of several lines as a terminal may be given it; what is `kept` stays as it is."""
+    """Return text of several lines, escaped for a terminal; the characters in `kept` are unchanged."""
     if text.isascii() and (text.replace("\n", "") if kept else text).isprintable():
         return text
     return "".join(_escaped(one) if one not in kept and unicodedata.category(one) in _STEERING else one for one in text)
 
 
 def cell(text: object) -> str:
-    """Return what stands in one line: a value of a row, a name; ends of lines are escaped, too."""
+    """Return text for one line, such as a value or a name; line ends are escaped, too."""
     return shown(str(text), "")
 
 
 class _Guarded(io.TextIOWrapper):
-    """A standard stream that writes what may be shown."""
+    """A standard stream that escapes control characters."""
 
     def write(self, text: str) -> int:
-        """Write text of whatever origin."""
+        """Write text of any origin."""
         super().write(shown(text))
         return len(text)
 
     def as_is(self, text: str) -> None:
-        """Write text that is our own to the last character, or that is no terminal's to read."""
+        """Write llmbuild's own text, or text that does not go to a terminal."""
         super().write(text)
 
 
@@ -69,7 +70,7 @@ def _guarded(stream: TextIO) -> TextIO:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """Guard the standard streams, for as long as a command runs."""
+    """Guard the standard streams while a command runs."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = map(_guarded, before)
     ours = [
@@ -82,37 +83,37 @@ def guarded() -> Iterator[None]:
     finally:
         sys.stdout, sys.stderr = before
         for stream in ours:
-            with contextlib.suppress(OSError):  # whoever wrote was told already
-                stream.detach()  # flushes; what is below stays open, for it belongs to the stream before
+            with contextlib.suppress(OSError):  # the error was reported on write
+                stream.detach()  # flushes; the underlying buffer stays open, since it belongs to the original stream
 
 
 def control(stream: TextIO, text: str) -> None:
-    """Write our own text with what steers a terminal; whatever of it came from outside went through `cell`."""
+    """Write llmbuild's own text with control sequences; external parts of it went through `cell`."""
     stream.as_is(text) if isinstance(stream, _Guarded) else stream.write(text)
 
 
 _live: list[TextIO] = []
-"""The terminal whose last line is one that the next replaces."""
+"""The terminal whose last line the next one replaces."""
 
 
 def replace_line(stream: TextIO, text: str) -> None:
-    """Write a line that the next one replaces, no wider than the terminal, which would break it into two."""
+    """Write a line that the next one replaces, at most as wide as the terminal, so that it does not wrap."""
     control(stream, "\r\x1b[K" + cell(text)[: shutil.get_terminal_size().columns - 1])
     stream.flush()
     _live[:] = [stream]
 
 
 def clear_line() -> None:
-    """Take back a line that was to be replaced, so that nothing else is written behind it."""
+    """Clear the replaceable line, so that nothing else is appended to it."""
     for stream in _live:
-        with contextlib.suppress(OSError, ValueError):  # the terminal is gone: nobody sees the line
+        with contextlib.suppress(OSError, ValueError):  # the terminal is closed
             control(stream, "\r\x1b[K")
             stream.flush()
     _live.clear()
 
 
 def data(text: str) -> None:
-    """Write data to standard output: as it is where a program reads it, guarded where a terminal shows it."""
+    """Write data to standard output: unchanged for a program, escaped for a terminal."""
     stream = sys.stdout
     control(stream, shown(text, "\n\t") if stream.isatty() else text)
     stream.flush()
