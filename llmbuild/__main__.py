@@ -4,7 +4,7 @@ import os
 import sys
 
 if not sys.flags.safe_path and sys.path[:1] == [os.getcwd()]:  # noqa: PTH109 - pathlib is not loaded yet
-    del sys.path[0]  # as the script has it: what lies in the caller's folder is not what we import
+    del sys.path[0]  # as the script does: modules in the caller's folder are not imported
 
 from llmbuild.cli.main import main
 

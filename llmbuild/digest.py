@@ -1,4 +1,4 @@
-"""The one way anything is named by content: sha256 of bytes, or of canonical JSON."""
+"""Content digests: sha256 of bytes, or of canonical JSON."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 SHOWN = 12
-"""How many of a digest's 64 hex digits people are shown."""
+"""Number of hex digits of a digest that are shown."""
 
 
 def canonical(value: object) -> str:
     """Return `value` as JSON with sorted keys and no spaces; dataclasses become objects, tuples become lists.
 
     Raises:
-        TypeError: `value` holds something that JSON cannot say, such as NaN or a path.
+        TypeError: `value` contains something that JSON cannot represent, such as NaN or a path.
     """
     try:
         return json.dumps(plain(value), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False)
@@ -56,5 +56,5 @@ def of_file(path: Path) -> str:
 
 
 def short(digest: str) -> str:
-    """Return the part of a digest that people are shown."""
+    """Return the short form of a digest."""
     return digest[:SHOWN]

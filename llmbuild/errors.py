@@ -1,8 +1,8 @@
-"""The tree of our own faults; what a tool does wrong is a `Failure` value instead.
+"""llmbuild's exceptions; an error of a tool is a `Failure` value instead.
 
-LlmbuildError            anything a command reports in one message, without a traceback
-├── InputError           a recipe, target, option or model that cannot be taken        exit 2
-│   └── ChoiceRefused    choices that do not go with a model or with each other: to a search one point's `Failure`
+LlmbuildError            reported by a command in one message, without a traceback
+├── InputError           an invalid recipe, target, option or model                    exit 2
+│   └── ChoiceRefused    choices that conflict with a model or each other: for a search one point's `Failure`
 ├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
 ├── LoadRefused          an artifact that must not be opened on this host              exit 2
 ├── NothingUsable        a build that ended without one usable variant                 exit 1
@@ -40,7 +40,7 @@ class InputError(LlmbuildError):
 
 
 class ChoiceRefused(InputError):
-    """Choices that do not go with a model, a target or with each other; another point of the space may go well."""
+    """Choices that conflict with a model, a target or each other; another point of the space may be valid."""
 
 
 class CatalogError(LlmbuildError):
@@ -72,7 +72,7 @@ class NoVariant(LlmbuildError):
 
 
 def sentence(error: OSError) -> str:
-    """Return what the system refused, as one sentence: the path, the cause, and what to do where that is known."""
+    """Return an error of the system as one sentence: the path, the cause, and what to do where known."""
     paths = [os.fsdecode(p) for p in (error.filename, error.filename2) if isinstance(p, (str, bytes, os.PathLike))]
     cause = error.strerror or str(error) or type(error).__name__
     todo = _TODO.get(error.errno or 0, "")
@@ -83,7 +83,7 @@ def sentence(error: OSError) -> str:
 
 @contextlib.contextmanager
 def as_our_errors(kind: type[LlmbuildError] = InputError) -> Iterator[None]:
-    """Turn what the system refuses into an error of ours, for who calls us as a library."""
+    """Turn errors of the system into llmbuild's, for callers of the library."""
     try:
         yield
     except OSError as error:

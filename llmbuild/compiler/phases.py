@@ -1,14 +1,14 @@
 """The compile in four phases, so that points that differ only in late phases share the early ones.
 
-front       whole-program passes, to `executable-sources`: the long part that all points of one model share configure
-each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts translate
-each dispatch becomes a function of LLVM's, to `executable-targets`; many flags change nothing in it emit        LLVM
-makes machine code of all of them and links it
+front       whole-program passes, to `executable-sources`: the long part that all points of one model share
+configure   each dispatch gets its tile sizes, to `executable-configurations`: short; equal results mean equal artifacts
+translate   each dispatch becomes a function of LLVM's, to `executable-targets`; many flags change nothing in it
+emit        LLVM makes machine code of all of them and links it
 
 The result is byte for byte that of one call with the same flags. The front half is kept as text with its locations
 (without them names change), because its executable target is edited there: the compiler ignores the flags of the
-executable target when it continues from a front half. Translated dispatches are kept as bytecode, which is read
-faster, and become text only where attributes for LLVM are edited.
+executable target when it continues from a front half. Translated dispatches are kept as bytecode, which is read faster,
+and become text only where attributes for LLVM are edited.
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
 """The server of a remote measurement: JSON requests on stdin, one JSON answer a line on stdout; files by digest.
 
-facts    {}                              -> machine, runtime, memory_bytes have     {blobs}                         ->
-missing: those that the cache lacks put      {blob, bytes}, then the bytes   -> stored limits   {}
--> source: kernels to compile, and their arguments roofline {artifact, plan, seconds}       -> roofline, or failure
-bench    {workloads, quality, ...}       -> ready, or refused where this host must not open the target measure
-{subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}; the answer is {why} race
-{subjects}                      -> raced; asks {contenders, reach} in between; the answer is {left}
+facts    {}                              -> machine, runtime, memory_bytes
+have     {blobs}                         -> missing: those that the cache lacks
+put      {blob, bytes}, then the bytes   -> stored
+limits   {}                              -> source: kernels to compile, and their arguments
+roofline {artifact, plan, seconds}       -> roofline, or failure
+bench    {workloads, quality, ...}       -> ready, or refused where this host must not open the target
+measure  {subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}; the answer is {why}
+race     {subjects}                      -> raced; asks {contenders, reach} in between; the answer is {left}
 
 The end of stdin ends all processes here: the client was interrupted, or the connection lost.
 """

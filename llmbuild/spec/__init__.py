@@ -1,1 +1,1 @@
-"""The nouns: frozen dataclasses on the standard library alone; nothing here reads a file or knows a tool."""
+"""Shared data types: frozen dataclasses on the standard library alone; only `files` reads files."""

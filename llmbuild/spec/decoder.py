@@ -1,4 +1,4 @@
-"""The facts of a model that decide which choices apply to it."""
+"""The properties of a model that decide which choices apply to it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Decoder:
-    """Sizes and parts of a decoder, as its configuration says them."""
+    """Sizes and parts of a decoder, from its configuration."""
 
     hidden: int
     inner: int
@@ -17,16 +17,16 @@ class Decoder:
     head_dim: int
     vocabulary: int
     activation: str = "silu"
-    """By the library's name (`hidden_act`)."""
+    """The library's name (`hidden_act`)."""
     head_norms: bool = False
     """Whether each head's query and key are normalized."""
 
     @property
     def attended(self) -> int:
-        """Width of all query heads together."""
+        """Total width of the query heads."""
         return self.heads * self.head_dim
 
     @property
     def cached(self) -> int:
-        """Width of all key heads together."""
+        """Total width of the key heads."""
         return self.kv_heads * self.head_dim

@@ -1,31 +1,31 @@
-"""The names of weight formats and what they mean: shared by the search, the frontend and the transforms."""
+"""The names and parameters of weight formats: shared by the search, the frontend and the transforms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 SHARED = "f12_e4m7"
-"""Weights of 12 bits: sign, 4 bits of exponent, 7 stored bits of significand (those of bf16), and one exponent that a
-row shares, that of its largest weight. What is below the 15 binades that 4 bits reach is 0 or the smallest number,
-whichever is nearer: no weight is off by more than 2^-8 of itself or 2^-15 of the row's largest.
+"""Weights of 12 bits: sign, 4 bits of exponent, 7 stored bits of significand (those of bf16), and one exponent per
+row, that of its largest weight. A value below the 15 binades of 4 bits is rounded to 0 or the smallest number: no
+weight is off by more than 2^-8 of itself or 2^-15 of the row's largest.
 """
 
 FLOATS = ("f32", "f16", "bf16", SHARED)
 GROUPS = (32, 64, 128)
 LEAST_GROUP = 8
-"""A group shorter than this spends as many bits on scales as on codes."""
+"""A shorter group spends as many bits on scales as on codes."""
 
 
 @dataclass(frozen=True)
 class Format:
-    """How integers stand for weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
+    """The integer encoding of weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
 
     bits: int
     """8, 7 or 4: codes are -128..127, -64..63 or -8..7."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
-    """Whether the zero is always code 0; else each group has a code of its own for it."""
+    """Whether the zero is always code 0; else each group has its own zero code."""
 
 
 INTEGERS: dict[str, Format] = {
@@ -44,7 +44,7 @@ SAME = "same"
 
 
 def fit_group(columns: int, group: int) -> int:
-    """Return the group that is used: halved until it divides the columns, and the whole row where 8 does not.
+    """Return the effective group: halved until it divides the columns, and the whole row where 8 does not.
 
     All groups of a matrix are equally long, so that it has the shape `[N, groups, group]` for every kernel.
     """
@@ -56,7 +56,7 @@ def fit_group(columns: int, group: int) -> int:
 
 
 def bits(form: str) -> float:
-    """Return the bits that a weight takes in a format, its share of scales and zeros included."""
+    """Return the bits per weight of a format, scales and zeros included."""
     if form in INTEGERS:
         of = INTEGERS[form]
         overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group

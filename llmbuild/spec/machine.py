@@ -1,15 +1,15 @@
-"""What a measurement ran on: the machine, which names its readings, and the conditions, which are noted beside them.
+"""The environment of a measurement: the machine, which names its readings, and the conditions, which accompany them.
 
-A machine is what changes speed and stays as long as the host, or the container around us, does: the chip and its
-instruction sets, the GPUs with the major version of their driver, the CPUs that the host or the container's limits give
-to any process, the size its memory is sold in, the line of the kernel, the hypervisor, the version of the runtime.
-Readings of two machines are never compared, so whatever is in it has everything measured again when it changes.
+A machine consists of what changes speed and is permanent on the host or its container: the chip and its instruction
+sets, the GPUs with the major version of their driver, the CPUs that the host or the container's limits give to any
+process, the nominal memory size, the kernel's release line, the hypervisor, the version of the runtime. Readings of
+two machines are never compared, so a change of any of these requires new measurements.
 
-Conditions are what one command or one hour may change (the CPUs a process is pinned to, the governor of the clock), and
-what changes without changing speed (one kB of memory, a kernel's or a driver's patch level). A governor and a pinned
-process do change speed, but not the machine: were they part of its name, a laptop on battery or a build under `taskset`
-would throw away all that is known. So they are written down with each reading, and readings taken while they held
-the machine back are marked as such; `llmbuild profile` takes them anew.
+Conditions are what one command or one hour may change (the CPUs a process is pinned to, the governor of the clock),
+and what changes without changing speed (one kB of memory, a kernel's or a driver's patch level). A governor and
+pinning do change speed, but not the machine: as part of its name, a laptop on battery or a build under `taskset` would
+discard all known readings. So they are recorded with each reading, and readings taken while they slowed the machine
+are marked; `llmbuild profile` takes them again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from dataclasses import dataclass
 from llmbuild.system.strict_json import JsonObject
 
 NOWHERE = "0" * 64
-"""Stands where a machine's fingerprint would: the variant was compiled and never measured."""
+"""In place of a machine's fingerprint: the variant was compiled and never measured."""
 
 FULL_SPEED = "performance"
-"""The governor under which the clock does not lag behind the load."""
+"""The governor with which the clock does not lag behind the load."""
 
 _SIZES_GIB = sorted({size << shift for size in (2, 3) for shift in range(20)} | {1})
-"""Sizes that memory is sold in, and most virtual machines are given."""
+"""Nominal memory sizes of hosts and of most virtual machines."""
 _MORE = 1.12
-"""How much more than a size still counts as that size: what is odd is put with what it is nearest to."""
+"""Tolerance above a size: the first size within the tolerance is taken."""
 _INSTRUCTIONS = re.compile(
     r"mmx|sse.*|ssse3|avx.*|amx-.*|fma4?|f16c|xop|bmi2?|lzcnt|popcnt|tbm|adx|v?aes|v?pclmul.*|gfni|sha.*|movbe"
     r"|neon|fp-armv8|fullfp16|fp16fml|dotprod|i8mm|bf16|f(32|64)mm|sve.*|sme.*|lse2?|rdm|crc|jsconv|complxnum|rcpc|pmull"
 )
-"""Features that code is made of. The kernel lists many more, and each of its updates some new ones."""
+"""Features that code generation uses. The kernel lists many more, and each of its updates adds some."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +56,14 @@ class Machine:
         return f"{self.chip}, {self.cores} cores, {self.memory_gib} GiB, {self.system}{kind}"
 
     def fields(self) -> dict[str, object]:
-        """Return what the fingerprint is made of, by name; each feature under a name of its own, to be told apart."""
+        """Return the inputs of the fingerprint by name; each feature under its own name, for a comparison."""
         told = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "features"}
         return {**told, "features": dict.fromkeys(self.features, True)}
 
 
 @dataclass(frozen=True)
 class Conditions:
-    """What held while a reading was taken. `pinned` are the CPUs of the process where it may not use all `cpus`."""
+    """The conditions of a reading. `pinned` are the CPUs of the process where it may not use all `cpus`."""
 
     system: str
     devices: str
@@ -73,19 +73,19 @@ class Conditions:
     pinned: str
 
     def note(self) -> str:
-        """Return what is kept beside a reading."""
+        """Return the record that is kept with a reading."""
         told = [self.system, self.devices, f"{self.memory_bytes >> 10} kB of memory" if self.memory_bytes else ""]
         told += [f"governor {self.governor}" if self.governor else "", self._pinned()]
         return ", ".join(text for text in told if text)
 
     def slowed(self) -> str:
-        """Return what may have kept the machine from its full speed; empty where nothing did."""
+        """Return what may have slowed the machine; empty where nothing did."""
         lazy = self.governor and self.governor != FULL_SPEED
         told = (self._pinned(), f"the clock follows the governor {self.governor}" if lazy else "")
         return ", ".join(text for text in told if text)
 
     def notes(self) -> dict[str, str]:
-        """Return the notes of a reading that was taken so."""
+        """Return the notes of a reading under these conditions."""
         held = self.slowed()
         return {"conditions": self.note(), **({"held back": held} if held else {})}
 
@@ -94,7 +94,7 @@ class Conditions:
 
 
 def machine_from(body: JsonObject) -> Machine:
-    """Return the machine that a record is of, whichever version of llmbuild wrote it: one machine has one digest.
+    """Return the machine of a record of any llmbuild version: one machine has one digest.
 
     Raises:
         TypeError, KeyError, ValueError, AttributeError: not a record of a machine.
@@ -112,10 +112,10 @@ def machine_from(body: JsonObject) -> Machine:
 
 
 def memory_class(gib: int) -> int:
-    """Return the size that memory of so many GiB was sold as; what the kernel keeps for itself is missing from it."""
+    """Return the nominal size of memory of that many GiB; the kernel's own part is missing from it."""
     return next((size for size in _SIZES_GIB if gib <= size * _MORE), gib) if gib > 0 else 0
 
 
 def instructions(features: Iterable[str]) -> tuple[str, ...]:
-    """Return those of a CPU's features that code is made of, sorted."""
+    """Return the CPU features that code generation uses, sorted."""
     return tuple(sorted({name for name in features if _INSTRUCTIONS.fullmatch(name)}))

@@ -1,4 +1,4 @@
-"""What was read on a machine."""
+"""The readings of a variant on a machine."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from llmbuild.digest import plain
 from llmbuild.spec.workload import Workload
 
 PROTOCOL = 3
-"""Version of how things are measured; readings of different versions are never compared."""
+"""Version of the measurement protocol; readings of different versions are never compared."""
 
 ESTIMATES = ("model",)
-"""Energy sources that measure nothing: their figures are shown as estimates, and decide nothing."""
+"""Energy sources without a meter: their values are shown as estimates, and decide nothing."""
 
 SCREENED = "screened"
-"""The note of a measurement that was cut short: who beats the variant beyond doubt, by its name and how."""
+"""The note of a measurement that was cut short: which variant dominates this one, and by how much."""
 
 MEDIANS = (
     "ttft_s",
@@ -59,9 +59,9 @@ class Measurement:
     """Readings of an artifact under a workload on a machine.
 
     `ratios` holds, per metric, this variant over the baseline measured in the same rounds (paired), with its interval.
-    `notes` say what a number alone cannot: why energy is absent, why quality is absent, what was noisy. Measurements
-    of one `session` were taken in the same rounds: their samples of equal index are paired. `energy` says of what the
-    joules are, over which windows, and what the machine draws idle.
+    `notes` explain the numbers: why energy is absent, why quality is absent, what was noisy. Measurements of one
+    `session` were taken in the same rounds: their samples of equal index are paired. `energy` holds the joules' source
+    and windows, and the machine's idle power.
     """
 
     key: str
@@ -80,7 +80,7 @@ class Measurement:
 
 
 def row_of(scope: str, m: Measurement) -> dict[str, object]:
-    """Return the cells of a catalog's `measurement`, but for `created_at`: medians as columns, the rest as JSON."""
+    """Return the cells of a catalog's `measurement`, except `created_at`: medians as columns, the rest as JSON."""
     return {
         "key": m.key,
         "scope": scope,

@@ -1,4 +1,4 @@
-"""What a model's configuration says of its sizes and parts, read without any library: the facts that choices go by."""
+"""A model's sizes and parts from its configuration, read without any library: the inputs of the choices."""
 
 from __future__ import annotations
 
@@ -43,33 +43,33 @@ DEFAULTS: dict[str, JsonObject] = {
         "max_position_embeddings": 32768,
     },
 }
-"""By `model_type`, which decides what is built: what the library takes for a key that config.json leaves out."""
+"""By `model_type`, for the supported types: the library's defaults for keys that config.json omits."""
 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Sizes and parts of a model, by its configuration; which choices it can take follows from these alone."""
+    """Sizes and parts of a model from its configuration; the applicable choices follow from these alone."""
 
     kind: str
     """`model_type`: a key of `DEFAULTS`."""
     decoder: Decoder
     layers: int
     positions: int
-    """Positions that the model was made for."""
+    """Maximum number of positions."""
     tied: bool
-    """Whether the head and the token table are one matrix."""
+    """Whether the head and the token table share one matrix."""
     projection_biases: bool
-    """Whether the projections of queries, keys and values have biases."""
+    """Whether the query, key and value projections have biases."""
     output_bias: bool
-    """Whether the projection that ends attention has one."""
+    """Whether attention's output projection has a bias."""
     mlp_biases: bool
 
 
 def facts_of(config: Mapping[str, object], where: str = "config.json") -> ModelFacts:
-    """Return the facts that a parsed config.json says; `where` names the file.
+    """Return the facts of a parsed config.json; `where` names the file.
 
     Raises:
-        InputError: a model type that is not taken, or a size that is no positive integer.
+        InputError: an unsupported model type, or a size that is not a positive integer.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in DEFAULTS:
@@ -106,10 +106,10 @@ def facts_of(config: Mapping[str, object], where: str = "config.json") -> ModelF
 
 
 def read_facts(config: Path) -> ModelFacts:
-    """Return the facts that a config.json says.
+    """Return the facts of a config.json.
 
     Raises:
-        InputError: it cannot be read, is no JSON object, or `facts_of` finds no facts in it.
+        InputError: it cannot be read, is not a JSON object, or `facts_of` finds no facts in it.
     """
     try:
         body = json.loads(config.read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""What the loader chose, and for every other variant the reason it was not."""
+"""The loader's choice, and for every other variant the reason for its rejection."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from llmbuild.system.terminal import cell
 
 @dataclass(frozen=True)
 class Candidate:
-    """One row of the catalog and the verdict on it; `reason` is empty for the one that was chosen."""
+    """One row of the catalog and its verdict; `reason` is empty for the chosen one."""
 
     row: Row
     accepted: bool
@@ -21,10 +21,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Pick:
-    """The chosen row, if any; all candidates with their reasons; and the SLO that was asked.
+    """The chosen row, if any; all candidates with their reasons; and the requested SLO.
 
-    `fallbacks` are the other rows that meet the SLO here, the best first. `candidates` may be read from the catalog
-    when they are first looked at.
+    `fallbacks` are the other rows that meet the SLO here, the best first. `candidates` may be read from the catalog on
+    first access.
     """
 
     slo: Slo

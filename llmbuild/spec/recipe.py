@@ -1,4 +1,4 @@
-"""What is to be built: data only, so that it can be hashed, diffed and stored."""
+"""The description of a build: data only, so that it can be hashed, compared and stored."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from llmbuild.spec.workload import Workload
 Sampler = Literal["auto", "gp", "tpe", "nsga2", "random"]
 SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 AUTO: Sampler = "gp"
-"""The sampler that `auto` is."""
+"""The sampler of `auto`."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. `location` is an absolute folder or a hub id; it is never part of a key."""
+    """The source of a model. `location` is an absolute folder or a hub id; it is never part of a key."""
 
     kind: str
     location: str
@@ -27,9 +27,9 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class Quality:
-    """The gate a variant must pass on held-out text: `stdlib` module names, or one text file.
+    """The quality gate of a variant on held-out text: `stdlib` module names, or one text file.
 
-    `tokens` is how many are scored. A bound is a quality metric with a limit.
+    `tokens` is the number of scored tokens. A bound is a quality metric with a limit.
     """
 
     stdlib: tuple[str, ...] = ()
@@ -40,7 +40,7 @@ class Quality:
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text that weights are rounded for: `stdlib` module names, or one text file; `tokens` is how much is read.
+    """The text for the calibration of weights: `stdlib` module names, or one text file, of which `tokens` are read.
 
     It must not be the text that quality is measured on.
     """
@@ -52,7 +52,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Budget:
-    """How much a build may spend: unique evaluations, and seconds."""
+    """The limits of a build: unique evaluations, and seconds."""
 
     trials: int = 12
     seconds: float = 1200.0
@@ -72,14 +72,14 @@ class Recipe:
     knobs: tuple[tuple[str, tuple[Value, ...]], ...] = ()
     calibration: Calibration | None = None
     sampler: Sampler = "auto"
-    """What chooses the next point: our own (`gp`, which `auto` takes), or one of Optuna's."""
+    """The sampler of points: llmbuild's own (`gp`, which `auto` selects), or one of Optuna's."""
 
     @property
     def context(self) -> int:
-        """Tokens of KV cache that every workload fits in."""
+        """Tokens of the KV cache, sufficient for every workload."""
         return max(w.context for w in self.workloads)
 
     @property
     def batch(self) -> int:
-        """Sequences that every workload answers together."""
+        """The batch size of every workload."""
         return self.workloads[0].batch

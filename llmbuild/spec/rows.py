@@ -1,4 +1,4 @@
-"""Rows of a catalog's view `variants`, as its reader gives them: checked, JSON columns parsed."""
+"""Rows of a catalog's view `variants`, as the reader returns them: checked, JSON columns parsed."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from llmbuild.system.strict_json import JsonObject
 
 T = TypeVar("T")
 File = Literal["artifact", "parameters", "tokenizer"]
-"""Columns that name a blob which opening a variant reads."""
+"""Columns with a blob that opening a variant reads."""
 
 
 class Row(TypedDict, total=False):
     """One variant on a machine under a workload.
 
-    What was asked decides which columns there are: a verdict needs few, and catalogs of earlier schemas lack some.
+    The columns depend on the query: a verdict needs few, and catalogs of earlier schemas lack some.
     """
 
     variant: str
@@ -47,14 +47,14 @@ class Row(TypedDict, total=False):
     operators: list[JsonObject] | None
     point: dict[str, Value]
     choices: str | dict[str, Value]
-    """The point of a row that was read for a verdict, as it is stored."""
+    """The point as stored, in a row that was read for a verdict."""
     artifact: str | None
     toolchain: str
     confidence: float | None
     reason: str | None
     machine_digest: str
     machine_stored: str
-    """The digest that the machine is stored under, where an earlier version named it otherwise."""
+    """The digest that the machine is stored under, if an earlier version named it differently."""
     target_digest: str
     target_body: JsonObject
     program: str | None
@@ -66,22 +66,22 @@ class Row(TypedDict, total=False):
     intervals: dict[str, list[float]] | None
     notes: dict[str, str] | None
     workload_body: JsonObject
-    """Of a measurement, which is read like a row."""
+    """A column of a measurement, which is read like a row."""
 
 
 def reading(row: Mapping[str, object], metric: str) -> float | None:
-    """Return the number in a column that is known by name only; None where there is none."""
+    """Return the number in a column given by name; None where there is none."""
     value = row.get(metric)
     return value if isinstance(value, (int, float)) else None
 
 
 def number(row: Mapping[str, object], metric: str) -> float:
-    """Return the number in a column of a row that has one there."""
+    """Return the number in a column of a row that has one."""
     return held(reading(row, metric))
 
 
 def held(cell: T | None) -> T:
-    """Return a cell that cannot be empty, for what it is of was checked."""
+    """Return a cell that is not empty, after a check."""
     assert cell is not None
     return cell
 

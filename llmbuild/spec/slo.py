@@ -1,4 +1,4 @@
-"""Metrics, what must hold of them, and which one to improve."""
+"""Metrics, bounds on them, and the objective."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Direction = Literal["min", "max"]
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured quantity in SI units; `direction` says which way is better."""
+    """A measured quantity in SI units; `direction` is the better direction."""
 
     name: str
     unit: str
@@ -64,7 +64,7 @@ _SHAPE = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 
 @dataclass(frozen=True)
 class Bound:
-    """One thing that must hold: `tpot_s <= 0.02`."""
+    """One bound of a metric: `tpot_s <= 0.02`."""
 
     metric: str
     operator: str
@@ -74,7 +74,7 @@ class Bound:
         return f"{self.metric}{self.operator}{self.limit:g}"
 
     def holds(self, value: float | None) -> bool:
-        """Say whether `value` is inside; one that is absent or not finite never is."""
+        """Return whether `value` is inside; an absent or non-finite value never is."""
         if value is None or not math.isfinite(value):
             return False
         return {
@@ -95,13 +95,13 @@ class Bound:
 
 @dataclass(frozen=True)
 class Slo:
-    """What must hold, and the objective to improve among what holds."""
+    """The bounds, and the objective among the rows that meet them."""
 
     bounds: tuple[Bound, ...]
     objective: str
 
     def misses(self, row: Mapping[str, object]) -> list[str]:
-        """Return, for each bound that `row` breaks, what was found and what was asked."""
+        """Return, for each bound that `row` breaks, its value and the bound."""
         found = []
         for bound in self.bounds:
             value = measured(row, bound.metric)
@@ -116,7 +116,7 @@ class Slo:
 
 
 def measured(row: Mapping[str, object], metric: str) -> float | None:
-    """Return what `row` holds of a metric; None where that is absent, not finite, or energy that was only estimated."""
+    """Return the value of a metric in `row`; None where it is absent, not finite, or estimated energy."""
     value = reading(row, metric)
     if isinstance(value, float) and not math.isfinite(value):
         return None
@@ -124,7 +124,7 @@ def measured(row: Mapping[str, object], metric: str) -> float | None:
 
 
 def absence(row: Mapping[str, object], metric: str) -> str:
-    """Return what is wrong with a metric that `measured` has nothing of."""
+    """Return why `measured` has no value of a metric."""
     value = row.get(metric)
     if isinstance(value, float) and not math.isfinite(value):
         return f"{value}, which is no reading"
@@ -143,7 +143,7 @@ def metric(name: str) -> Metric:
 
 
 def parse_bound(text: str) -> Bound:
-    """Return the bound that `text` says.
+    """Return the bound in `text`.
 
     Raises:
         InputError: not of the form METRIC<=NUMBER, or an unknown metric.

@@ -11,16 +11,16 @@ Value = str | int | bool
 Level = Literal["model", "codegen", "runtime"]
 
 TUNING, UNTUNED = "tuning", "none"
-"""The knob whose other values name configurations that a catalog holds, and its default."""
+"""The knob whose other values name configurations in a catalog, and its default."""
 MATVEC, AUTO = "matvec", "auto"
-"""The knob that shares out matrix-vector products on GPUs, and its default."""
+"""The knob that divides matrix-vector products on GPUs, and its default."""
 WRITTEN = {TUNING: UNTUNED, MATVEC: AUTO}
-"""Knobs that no flag says: they are written into the front half. And their defaults."""
+"""Knobs without a flag: they are written into the front half. And their defaults."""
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A knob is asked about only where `knob` has one of `values`; elsewhere it keeps its default."""
+    """A knob is active only where `knob` has one of `values`; elsewhere it keeps its default."""
 
     knob: str
     values: tuple[Value, ...]
@@ -28,11 +28,11 @@ class Condition:
 
 @dataclass(frozen=True)
 class Knob:
-    """A named choice. `default` is what the compiler does when nobody chooses.
+    """A named choice. `default` is the compiler's behaviour without a choice.
 
-    `level` says what a change costs: an import and a compile (model), a compile (codegen), nothing (runtime).
-    `backends` are those the knob applies to; `features` the CPU features each value needs. `searched` is the part of
-    the domain that a search takes where nobody names values; all of it when empty.
+    `level` is the cost of a change: an import and a compile (model), a compile (codegen), nothing (runtime).
+    `backends` are the knob's backends; `features` the CPU features that each value needs. `searched` is the part of
+    the domain that a search uses by default; all of it when empty.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Knob:
 
 @dataclass(frozen=True)
 class Point:
-    """One value for each knob, sorted by name; equal points are equal whatever order they were made in."""
+    """One value for each knob, sorted by name; the order of creation does not matter."""
 
     values: tuple[tuple[str, Value], ...]
 
@@ -67,7 +67,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Space:
-    """All knobs of one build, in the order in which they are asked about: a condition names an earlier knob."""
+    """All knobs of one build, in the order of selection: a condition names an earlier knob."""
 
     knobs: tuple[Knob, ...]
 
@@ -80,11 +80,11 @@ class Space:
             seen.add(knob.name)
 
     def default(self) -> Point:
-        """Return point 0, the compiler's defaults, whatever the domains have been narrowed to."""
+        """Return point 0, the compiler's defaults, even where the domains exclude them."""
         return Point.of({k.name: k.default for k in self.knobs})
 
     def active(self, knob: Knob, values: Mapping[str, Value]) -> bool:
-        """Say whether `knob` is a choice at all, given the values of the knobs before it."""
+        """Return whether `knob` is active, given the values of the knobs before it."""
         return not knob.when or all(values[c.knob] in c.values for c in knob.when)
 
     def complete(self, values: Mapping[str, Value]) -> Point:
@@ -101,7 +101,7 @@ class Space:
         return {name: value for name, value in point.values if name in names}
 
     def contains(self, point: Point) -> bool:
-        """Say whether `point` is one of this space's, without listing them."""
+        """Return whether the space contains `point`, without an enumeration."""
         values = point.as_dict()
         if values.keys() != self._names:
             return False
@@ -114,11 +114,11 @@ class Space:
         return frozenset(k.name for k in self.knobs)
 
     def points(self) -> Iterator[Point]:
-        """Yield every distinct point of the space, without an order that means anything."""
+        """Yield every distinct point of the space, in no particular order."""
         yield from map(Point.of, self._from(0, {}))
 
     def _from(self, index: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
-        """Yield every way to go on from the values of the knobs before `index`."""
+        """Yield every completion of the values of the knobs before `index`."""
         if index == len(self.knobs):
             yield chosen
             return

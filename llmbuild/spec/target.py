@@ -1,4 +1,4 @@
-"""What code is compiled for."""
+"""Targets of the compiler."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ LLVM_CPU, CUDA, ROCM, VULKAN, METAL = "llvm-cpu", "cuda", "rocm", "vulkan-spirv"
 
 @dataclass(frozen=True)
 class Backend:
-    """What all targets of one compiler backend have in common.
+    """Common properties of all targets of one compiler backend.
 
-    `device` is the URI under which IREE's runtime finds what runs the code; `meters` are the sources of energy readings
-    that there are for such devices, the best first.
+    `device` is the device URI in IREE's runtime; `meters` are the energy sources for such devices, the best first.
     """
 
     device: str
@@ -33,17 +32,18 @@ BACKENDS: dict[str, Backend] = {
     VULKAN: Backend("vulkan", ("spirv",), _NVML),
     METAL: Backend("metal", ("spirv",)),
 }
-"""By the compiler's names."""
+"""With the compiler's names."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """A named kind of hardware. `arch`, `cpu` and `features` are LLVM's names; `host` never stays in a resolved target.
+    """A named kind of hardware. `arch`, `cpu` and `features` are LLVM's names; a resolved target never contains
+    `host`.
 
     `requires` are the CPU features that a host must have before an artifact of this target may be opened. `device` is
-    the URI of what runs it and `meters` the sources of energy readings that are its own. `attribute` is the whole
-    device attribute where the compiler has no name for the chip. `knobs` narrows what is searched for this target.
-    `subgroup` is the number of lanes that run as one where the compiler was asked for it: 0 for a CPU.
+    its device URI and `meters` its energy sources. `attribute` is the whole device attribute where the compiler has no
+    name for the chip. `knobs` narrows the search for this target. `subgroup` is the compiler's subgroup size in lanes:
+    0 for a CPU.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Target:
 
     @property
     def is_cpu(self) -> bool:
-        """Whether the host's own processor runs it."""
+        """Whether the host's own processor runs its artifacts."""
         return self.backend == LLVM_CPU
 
     def identity(self) -> dict[str, object]:
-        """Return what decides the code that is generated; names, descriptions and what runs it do not."""
+        """Return the inputs of code generation; names, descriptions and the device are not among them."""
         named: dict[str, object] = {
             "backend": self.backend,
             "arch": self.arch,

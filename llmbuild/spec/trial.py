@@ -1,4 +1,4 @@
-"""One evaluated point, and where it stands among the others."""
+"""One evaluated point, and its standing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from llmbuild.spec.variant import Failure
 
 UNDECIDED = "undecided"
 FRONT = ("pareto", UNDECIDED)
-"""Where a variant stands that belongs to a front: nothing is proven to beat it."""
+"""The statuses on a front: no variant is proven better."""
 USABLE = (*FRONT, "dominated")
-"""Where a variant stands that meets the recipe's bounds."""
+"""The statuses of variants that meet the recipe's bounds."""
 FAILED = "failed"
-"""Where a variant stands that could not be made or measured."""
+"""The status of a variant that could not be built or measured."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What came of a point: a measurement for each workload, or a failure.
+    """The result of a point: a measurement for each workload, or a failure.
 
-    `scope` is the digest of everything that decides the outcome but the point. `program` and `artifact` are absent
-    where making them failed.
+    `scope` is the digest of all inputs of the outcome except the point. `program` and `artifact` are absent where they
+    could not be made.
     """
 
     scope: str
@@ -41,7 +41,7 @@ class Trial:
 
 @dataclass(frozen=True)
 class Finished:
-    """What a build must know of a trial to see whether it has anything to do; `reused` ones cost no evaluation."""
+    """The data of a trial from which a build sees whether it has anything to do; `reused` ones cost no evaluation."""
 
     point: Point
     variant: str
@@ -51,7 +51,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a variant stands on one workload: `pareto`, `undecided`, `dominated`, `infeasible` or `failed`."""
+    """The standing of a variant on one workload: `pareto`, `undecided`, `dominated`, `infeasible` or `failed`."""
 
     variant: str
     workload: str

@@ -1,4 +1,4 @@
-"""What is built: toolchain, variant, artifact, and the failure that stands where one could not be made."""
+"""The results of a build: toolchain, variant, artifact, and the failure in place of a missing one."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Stage = Literal["import", "compile", "check", "quality", "profile"]
 
 @dataclass(frozen=True)
 class Toolchain:
-    """Versions of what turns a recipe into an artifact; a change of one makes everything after it stale."""
+    """Versions of the tools from a recipe to an artifact; a change of one makes everything after it stale."""
 
     llmbuild: str
     importer: str
@@ -35,7 +35,7 @@ class Variant:
 
     @property
     def digest(self) -> str:
-        """The name: 64 hex digits over everything that decides the bytes and how they are run."""
+        """The name: 64 hex digits over all inputs of the bytes and the run-time settings."""
         return digest.of(self.key())
 
     def key(self) -> dict[str, object]:
@@ -59,9 +59,9 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Failure:
-    """A tool did not do what it was asked: why, the command to paste, what it printed, and whether to try again.
+    """A tool's failure: the reason, the command to repeat it, its output, and whether it is permanent.
 
-    `lasting` says that the same inputs will fail again; a passing one (a time-out, a full disk) is tried anew.
+    `lasting` means that the same inputs fail again; a transient failure (a time-out, a full disk) is tried again.
     """
 
     stage: Stage

@@ -1,4 +1,4 @@
-"""What a variant is asked to do while it is measured."""
+"""The workload of a measurement."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 class Workload:
     """A prompt of `prompt` tokens, then `output` tokens one by one, in a cache of `context` tokens.
 
-    `batch` such sequences are answered together, each with a prompt of its own: times are those of a step of all, rates
-    and energy count the tokens of all.
+    A batch has `batch` such sequences, each with its own prompt: times are per step of the batch, rates and energy
+    count all tokens.
     """
 
     name: str

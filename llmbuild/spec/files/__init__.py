@@ -1,1 +1,1 @@
-"""The strict readers of recipes and targets: every error at once, with its path and line."""
+"""Strict readers of recipes and targets: all errors at once, each with its path and line."""

@@ -35,9 +35,9 @@ _UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 MAX_FILE_BYTES = 1 << 20
-"""A recipe or target larger than this is refused unread: it is not one."""
+"""Maximum size of a recipe or target; a larger file is refused unread."""
 MAX_BATCH = 256
-"""Sequences that are answered together at most."""
+"""Maximum batch size."""
 
 
 def seconds(text: object) -> float:
@@ -77,7 +77,7 @@ def _backend(name: object) -> str:
 
 
 _ALSO = {**dict.fromkeys(BACKENDS, ()), LLVM_CPU: ("local-sync",)}
-"""Devices of a backend that are not its first choice."""
+"""Additional devices of a backend, after its default one."""
 
 _Bound = Annotated[Bound, BeforeValidator(_bound)]
 _Seconds = Annotated[float, BeforeValidator(seconds)]
@@ -196,7 +196,7 @@ class _Target(_Strict):
 
     @property
     def own_meters(self) -> tuple[str, ...]:
-        return () if self.arch == "aarch64" else self.kind.meters  # RAPL is in x86 processors alone
+        return () if self.arch == "aarch64" else self.kind.meters  # only x86 processors have RAPL
 
     @field_validator("attribute")
     @classmethod
@@ -231,10 +231,10 @@ class _Target(_Strict):
 
 
 def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
-    """Return the recipe in a YAML file; a model location that is a path is taken from the recipe's folder.
+    """Return the recipe in a YAML file; a relative model path is resolved against the recipe's folder.
 
     Raises:
-        InputError: every fault of the file at once, each with line and key path.
+        InputError: all errors of the file at once, each with line and key path.
     """
     raw = _read(path, RECIPE_HINT)
     if "backend" in raw and "model" not in raw:
@@ -278,7 +278,7 @@ def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration |
 
 
 def _relative_to(path: Path, file: str) -> str:
-    """Return the file that a recipe names, taken from the recipe's folder."""
+    """Return a file of a recipe, resolved against the recipe's folder."""
     return str(real(path.parent / file)) if file else ""
 
 
@@ -286,7 +286,7 @@ def read_target(path: Path) -> Target:
     """Return the target in a YAML file, not yet resolved.
 
     Raises:
-        InputError: every fault of the file at once.
+        InputError: all errors of the file at once.
     """
     raw = _read(path)
     if "model" in raw and "backend" not in raw:
@@ -324,7 +324,7 @@ RECIPE_HINT = f"a recipe is a YAML file, at least {EXAMPLE}"
 
 
 def _near(path: Path) -> str:
-    """Return the recipe or target that was probably meant by a name that is no file; empty where none is like it."""
+    """Return the recipe or target most similar to a name that is not a file; empty where none is similar."""
     there = [each for folder in (path.parent, Path("recipes")) for each in sorted(folder.glob("*.y*ml"))]
     named = {each.name: each for each in reversed(there)} | {each.stem: each for each in reversed(there)}
     close = get_close_matches(path.name, list(named), 1, 0.75)
@@ -379,7 +379,7 @@ def _validate(kind: type[_M], raw: object, path: Path) -> _M:
     except ValidationError as error:
         faults = error.errors()
         inner = [f["loc"] for f in faults]
-        # a list whose items are all bad is also told as too short: say only what is wrong with the items
+        # An invalid list item also makes the list count as too short: report only the items.
         told = [f for f in faults if not any(len(x) > len(f["loc"]) and x[: len(f["loc"])] == f["loc"] for x in inner)]
         lines = [_fault_line(fault, raw, path) for fault in told]
         raise InputError("\n".join(lines)) from None
@@ -397,7 +397,7 @@ def _fault_line(fault: ErrorDetails, raw: object, path: Path) -> str:
 
 
 def _line(raw: object, where: tuple[int | str, ...]) -> int:
-    """Return the 1-based line of the deepest key of `where` that the file has."""
+    """Return the 1-based line of the deepest key of `where` that is in the file."""
     node: Any = raw
     line = 1
     for part in where:
