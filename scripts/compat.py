@@ -1,11 +1,10 @@
-"""Every target × weight format for one shape: it runs, it compiles, or why it fails.
+"""Every target × weight format for one shape: whether it runs, whether it compiles, or why it fails.
 
     python scripts/compat.py [RECIPE] [-C CATALOG] [-t TARGET]... [--formats NAME...] [--seconds N] [--again] [--json]
 
-Each cell is one point: the compiler's defaults at O2 with that weight format. What this host can run is opened and its
-logits are held against PyTorch's, which is tried on every device that a GPU's driver has; the rest is compiled only.
-Results are kept in `compat.json` in the catalog: a run that is stopped, or out of its `--seconds`, goes on where it
-was; `--again` tries anew what failed.
+Each cell is one point: the compiler's defaults at O2 with that weight format. An artifact for this host is opened and
+its logits are compared with PyTorch's, on every device of a GPU's driver; other artifacts are compiled only. Results
+are kept in `compat.json` in the catalog: a stopped run, also by `--seconds`, resumes; `--again` repeats failures.
 """
 
 from __future__ import annotations

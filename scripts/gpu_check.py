@@ -5,8 +5,8 @@
     (back here)             llmbuild merge FOLDER -C CATALOG
 
 The folder holds artifacts, parameters, check data, the profiler's code, and wheels of IREE's runtime, numpy and NVML:
-the other machine needs a Python and its GPU's driver, no network and no compiler. `run.py` keeps to its budget and says
-what it left out: who is named first comes first, and the time is shared out by model, then by target. It reads counters
+the other machine needs a Python and its GPU's driver, no network and no compiler. `run.py` keeps to its budget and
+reports omissions: models run in the given order, and the time is divided by model, then by target. It reads counters
 and changes no clock, power limit or MIG setting.
 """
 

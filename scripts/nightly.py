@@ -1,11 +1,11 @@
-"""Build every recipe for every target, compare with the last publication, publish what is no worse, leave a report.
+"""Build every recipe for every target, compare with the last publication, publish if nothing is worse, write a report.
 
 python scripts/nightly.py [RECIPE...] [-t TARGET]... -C CATALOG --published PLACE [--sign KEY] [--out FOLDER]
                           [--trials N] [--budget TIME] [--noise 0.1] [--publish-anyway]
 
-A job that fails is a row with its log, and the others go on. Exit 0: all built, nothing worse, published. Exit 1: a job
-failed or something is worse than what is published; on a regression nothing is published. The report is `report.md` and
-`report.json` in FOLDER, beside one log for each job.
+A failed job is a row with its log, and the others continue. Exit 0: all built, no regression, published. Exit 1: a job
+failed or there is a regression; on a regression nothing is published. The report is `report.md` and `report.json` in
+FOLDER, beside one log for each job.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The text that the model of recipes/pystdlib learns from and is measured on, its tokens, and a bigram model of them.
+"""The training and test text of the model of recipes/pystdlib, its tokens, and a bigram model of them.
 
 Needs numpy and tokenizers.  The text is the source of the running interpreter's standard library; none of it is kept.
 """

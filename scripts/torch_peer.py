@@ -2,12 +2,12 @@
 
     python torch_peer.py SHAPE.json PROMPT OUTPUT [--batch B]... [--seconds S] [--dtype bfloat16] [--turns]
 
-Stands alone: it needs torch and nothing else, runs on the first GPU (the CPU where there is none), draws its weights at
-random, and keeps the cache in place as a served model does. The compiled one captures its decode step as a graph.
-Positions are not stretched (`rope_scaling`): that changes no product and no size.
+It needs only torch, runs on the first GPU (the CPU where there is none), draws its weights at random, and keeps the
+cache in place as a served model does. The compiled one captures its decode step as a graph. Positions are not
+stretched (`rope_scaling`): that changes no product and no size.
 
-With --turns the lines say who is ready, and each line `NUMBER SECONDS` on stdin, the number being that of a ready line,
-is answered with a line of what that one did in so many seconds: so it takes turns with whoever holds the other end.
+With --turns the lines report the ready modes, and each line `NUMBER SECONDS` on stdin, with the number of a ready
+line, is answered with a line of that mode's times in that many seconds: so it takes turns with the caller.
 """
 
 from __future__ import annotations

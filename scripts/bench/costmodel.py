@@ -1,13 +1,13 @@
-"""Judge cost models on recorded studies: trained on the others, how well do they rank the points of one held out.
+"""Evaluate cost models on recorded studies: the ranking of one study's points after training on the others.
 
     python scripts/bench/costmodel.py [STUDY.jsonl.gz...] [--json]
 
 Two models, both trained on losses relative to point 0: `knobs` is the process of llmbuild.search.transfer over the
-choices alone, known before anything is compiled; `static` is a ridge regression on choices and on what a front half
-and the sizes tell (dispatches, executables, transient, artifact and parameter bytes), known before anything is run.
-Kendall's tau compares all pairs of points; the regret is how far the best of the k points ranked first is from the
-best of all. `chance` is the mean over 200 random rankings. A model is used in the search only if the replay of
-scripts/bench/search.py gains by it (`ours` against `ours-cold`).
+choices alone, known before anything is compiled; `static` is a ridge regression on choices and on the data of a front
+half and the sizes (dispatches, executables, transient, artifact and parameter bytes), known before a run. Kendall's
+tau compares all pairs of points; the regret is the distance from the best of the first k points to the best of all.
+`chance` is the mean over 200 random rankings. A model is used in the search only if it improves the replay of
+scripts/bench/search.py (`ours` against `ours-cold`).
 """
 
 from __future__ import annotations

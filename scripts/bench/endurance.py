@@ -3,11 +3,11 @@
 python scripts/bench/endurance.py kill [--tiny | --recipe recipes/pystdlib.yaml] [--moments 50] [--json]
 python scripts/bench/endurance.py write [--tiny] [--processes 8] [--seconds 60] [--json]
 
-`kill` checks after each kill -9: the database's integrity, every digest, that nothing finished was lost, and that what
-was published can be pulled whole; at the end, that the next run of each command completes. One of the processes records
-synthetic variants through the writer; with --recipe, or --tiny for a shape that compiles in seconds, real builds are
-killed too. `replaced` counts what a rebuild wrote other bytes or another variant for. `write` lets processes record
-synthetic variants; with --tiny one in four compiles real ones, each another choice of flags.
+`kill` checks after each kill -9: the database's integrity, every digest, that no finished item was lost, and that
+publications can be pulled completely, and at the end that the next run of each command completes. One of the
+processes records synthetic variants through the writer; with --recipe, or --tiny for a shape that compiles in seconds,
+real builds are killed too. `replaced` counts items for which a rebuild wrote other bytes or another variant. `write`
+lets processes record synthetic variants; with --tiny one in four compiles real ones, each with other flags.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Feed mutated and odd recipes, targets, locks, catalogs, model folders, tokenizers and texts to what reads them.
+"""Feed mutated and unusual recipes, targets, locks, catalogs, model folders, tokenizers and texts to their readers.
 
 python scripts/bench/fuzz.py [--cases 10000] [--seed 0] [--only KIND]... [--loaded 0.01] [--json]
 
-Each case must be taken, or refused with one error of ours, within seconds, and must write nothing but where it was told
-to. A fault is anything else: a traceback, a hang, a file somewhere else. Cases are drawn by Hypothesis.
+Each case must be accepted, or refused with one llmbuild error, within seconds, and must write only to its output.
+Anything else is a fault: a traceback, a hang, a file elsewhere. Cases are drawn by Hypothesis.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Run odd command lines in odd places: options that repeat, values that make no sense, files that are none.
+"""Run unusual command lines: repeated options, invalid values, paths that are not files.
 
 python scripts/bench/fuzz_cli.py [--cases 2000] [--seed 0] [--only NUMBER] [--json]
 
-Each case calls the entry of the command line in this process, in a folder of its own, without a network. It must end
-within seconds with an exit code of the contract and say one thing on stderr at most; what it prints as JSON or CSV must
-be that. Long work is left out: a sound recipe is only planned. A fault is anything else: a traceback, an internal
-error, a hang, a file written elsewhere.
+Each case calls the command line's entry point in this process, in its own folder, without a network. It must end
+within seconds with an exit code of the contract and at most one message on stderr; JSON and CSV output must be valid.
+Long work is left out: a valid recipe is only planned. Anything else is a fault: a traceback, an internal error, a
+hang, a file written elsewhere.
 """
 
 from __future__ import annotations

@@ -2,11 +2,11 @@
 
     python scripts/bench/gain.py [RECIPE] [-C CATALOG] [--trials N] [--rounds N] [--seed N] [--json]
 
-The build searches as `llmbuild build` does, with N trials and no limit of time; what the catalog knows is not done
-again. Then the variant that is best in each objective runs in interleaved rounds with the compiler's default flags and
-with its `-O3`, both on the plain f32 export: fresh processes, every round all of them, in random order. A factor is how
-many times better than those the variant is, paired by round, with its 95 % bootstrap interval; a size has none, and
-quality is told as it is. Exit code 1 when an interval does not exclude 1.
+The build searches as `llmbuild build` does, with N trials and no time limit; known results of the catalog are reused.
+Then the best variant in each objective runs in interleaved rounds with the compiler's default flags and with its
+`-O3`, both on the plain f32 export: fresh processes, every round all of them, in random order. A factor is the
+variant's gain over each, paired by round, with its 95 % bootstrap interval; a size has no interval, and quality is
+absolute. Exit code 1 when an interval does not exclude 1.
 """
 
 from __future__ import annotations

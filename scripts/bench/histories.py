@@ -1,11 +1,11 @@
-"""Change the inputs of a build and change them back, lose files: is what is served what a build from nothing gives?
+"""Change the inputs of a build and change them back, lose files, and compare the catalog with a build from nothing.
 
 python scripts/bench/histories.py [--json] [--only NAME]...
 
-Every build is a real one, of a model that compiles in seconds, through the command line. After each step the rows that
-readers see (variants, workloads, artifacts, weights, tokenizer) are held against those of a build of the same inputs
-into a new catalog. `back_s` is what the last step took, in which the first inputs come back, and `measured` how many
-trials it made; a history that loses files makes them again, and measures nothing.
+Every build is real, of a model that compiles in seconds, through the command line. After each step the rows that
+readers see (variants, workloads, artifacts, weights, tokenizer) are compared with those of a build of the same inputs
+into a new catalog. `back_s` is the duration of the last step, which restores the first inputs, and `measured` its
+number of trials; a history that loses files rebuilds them, and measures nothing.
 """
 
 from __future__ import annotations

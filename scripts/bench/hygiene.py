@@ -1,4 +1,4 @@
-"""Time what must stay quick however much a catalog holds: a build with nothing to do, a dry run, pick and query.
+"""Time the commands that must stay fast on large catalogs: a build with nothing to do, a dry run, pick and query.
 
 python scripts/bench/hygiene.py [--json] [--rounds N] [--variants 1000] [--rows 10000] [--front 0.1] [--keep FOLDER]
 

@@ -1,8 +1,8 @@
-"""Install the wheel of this tree into a fresh environment, and print what its distributions take on disk.
+"""Install the wheel of this tree into a fresh environment, and print the disk space of its distributions.
 
     python scripts/bench/install.py [--extra NAME] [--keep FOLDER] [--json]
 
-`pip install llmbuild` is the loader and the commands that deploy with it; `--extra build` is what builds.
+`pip install llmbuild` installs the loader and its commands; `--extra build` adds the build path.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Compare our kernels with the compiler's own code for a target, in interleaved rounds on this machine.
+"""Compare llmbuild's kernels with the compiler's own code for a target, in interleaved rounds on this machine.
 
     python scripts/bench/kernels.py [-t TARGET] [--format FORMAT] [--recipe RECIPE] [-C CATALOG] [--json]
 
 Both read the same weights in the same format. The compiler is given each layout it knows (row after row, packed when
-the model is imported, packed by itself when it is loaded) at O2 and at O3; the fastest of these counts. A ratio is
-theirs over ours, paired by round, with its 95 % bootstrap interval: above 1 ours is faster. Artifacts are made once and
-kept in the catalog.
+the model is imported, packed by itself when it is loaded) at O2 and at O3; the fastest of these counts. A ratio is the
+compiler's time over llmbuild's, paired by round, with its 95 % bootstrap interval: above 1 llmbuild is faster.
+Artifacts are made once and kept in the catalog.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Which energy meters this machine has, how they step, what it draws idle, and whether two of them agree.
+"""The energy meters of this machine, their update intervals, the idle power, and the agreement of two meters.
 
     python scripts/bench/meters.py [--seconds 10] [--json]
 
-Nothing is set on any device. The work between is a loop of this process, or whatever runs beside it: for a GPU, start
-its load first. The counter and the polled power of a board are held against each other over the same window.
+No device setting is changed. The load is a loop of this process, or another running process: for a GPU, start its load
+first. The counter and the polled power of a board are compared over the same window.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Model folders that are odd in one or more ways, drawn by seed: values of the configuration, tensors, files."""
+"""Model folders that are unusual in one or more ways, drawn by seed: values of the configuration, tensors, files."""
 
 from __future__ import annotations
 

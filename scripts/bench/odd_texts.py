@@ -1,4 +1,4 @@
-"""Odd texts, token ids and tokenizer files for `fuzz.py`: each is answered by one law, or refused with one error."""
+"""Unusual texts, token ids and tokenizer files for `fuzz.py`: each has one correct result, or one error."""
 
 from __future__ import annotations
 

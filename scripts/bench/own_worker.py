@@ -1,4 +1,4 @@
-"""Run one of our variants under the same requests as peer_worker.py: `open` a session, then `round` after `round`."""
+"""Run one of llmbuild's variants under the requests of peer_worker.py: `open` a session, then `round` after `round`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""Compare our best variants with other CPU runtimes on the same shape, in interleaved rounds.
+"""Compare llmbuild's best variants with other CPU runtimes on the same shape, in interleaved rounds.
 
     python scripts/bench/peers.py [--recipe RECIPE] [-C CATALOG] [--peers llama.cpp openvino:int8 torch] [--json]
 
-The peers live in an environment of their own, `.peers/`, made on first use (llama.cpp is built from source: minutes).
-Every participant is a live process; each round runs all of them in random order: the same prompt, then the same tokens
-one by one behind `--context` of them, on the same number of threads. A ratio is ours over the peer's, paired by round,
-with its 95 % bootstrap interval: below 1 ours is faster. `of streaming` is the part that decoding reaches of the rate
-at which the same bytes are read by a loop that does nothing else, in the same rounds. Speed does not depend on the
-values of the weights, so random ones do; quality is not compared here.
+The peers have their own environment, `.peers/`, made on first use (llama.cpp is built from source: minutes). Every
+participant is a running process; each round runs all of them in random order: the same prompt, then the same tokens
+one by one behind `--context` of them, on the same number of threads. A ratio is llmbuild's time over the peer's,
+paired by round, with its 95 % bootstrap interval: below 1 llmbuild is faster. `of streaming` is decoding's share of
+the rate of a loop that only reads the same bytes, in the same rounds. Speed does not depend on the values of the
+weights, so random ones do; quality is not compared here.
 """
 
 from __future__ import annotations

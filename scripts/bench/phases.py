@@ -1,11 +1,10 @@
-"""What a compile in phases saves over whole compiles, on many settings of code generation for one program.
+"""The time that a compile in phases saves over whole compiles, on many code generation settings of one program.
 
     python scripts/bench/phases.py [RECIPE] [--set KNOB=VALUE]... [--points N] [--seed N] [--json]
 
 N points are drawn that differ in the knobs read after the front half. Each is compiled whole, as one call of
-iree-compile, and in phases: the front half once, and what follows only where the phase before came out new. Both
-artifacts must be equal byte for byte. Seconds are wall time on this
-machine, one compile at a time.
+iree-compile, and in phases: the front half once, and later phases only where the previous phase's result is new. Both
+artifacts must be equal byte for byte. Seconds are wall time on this machine, one compile at a time.
 """
 
 from __future__ import annotations

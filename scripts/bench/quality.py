@@ -1,11 +1,11 @@
-"""What each weight format costs in quality, and what calibration wins back, on a recipe's held-out text.
+"""The quality loss of each weight format, and the gain from calibration, on a recipe's held-out text.
 
     python scripts/bench/quality.py [RECIPE] [--tokens N] [--formats NAME...] [--json]
 
-PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled; for our
-own kernels it rounds what the matrices read as they do. KL divergence and top-1 agreement are against the f32 model,
-per token, each with the standard error of its mean over the windows; bits per weight are those of all matrices, scales
-included, tied ones counted once.
+PyTorch runs the library's model on weights that were quantized and dequantized, so that nothing is compiled; for
+llmbuild's kernels it rounds the matrices' inputs as they do. KL divergence and top-1 agreement are against the f32
+model, per token, each with the standard error of its mean over the windows; bits per weight are those of all matrices,
+scales included, tied ones counted once.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Record what timing samples look like on this machine, round by round: variants of a catalog, some of them twice.
+"""Record timing samples on this machine, round by round: variants of a catalog, some of them twice.
 
     python scripts/bench/record_noise.py -C CATALOG [--model M] [--racers 8] [--twins 4] [--rounds 100] [--busy] -o FILE
 
-One call is one start: every entrant is a fresh process, as it is in a build. Further calls add further starts to the
-same file, so that what differs from process to process is in it too. The entrants are the compiler's default, the
-first racers of the front, and twins: the same artifact opened once more. `--busy` keeps one core busy with another
-process. `trust.py` draws its trials from such files.
+One call is one start: every entrant is a fresh process, as in a build. Further calls add further starts to the same
+file, so that it includes the variation between processes. The entrants are the compiler's default, the first racers of
+the front, and twins: the same artifact opened once more. `--busy` keeps one core busy with another process. `trust.py`
+draws its trials from such files.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Open a variant, let it answer, and close it, again and again in several processes at once: does each closing end?
+"""Open a variant, generate, and close it, repeatedly in several processes, and check that each close returns.
 
 python scripts/bench/reopen.py -C CATALOG [-m MODEL] [--variant VARIANT] [--processes 4] [--times 2000] [--json]
 
-More processes than cores, so that workers and their caller are held up at every place there is. A process that is at
-one opening for longer than a minute has hung: it says where and ends. Seconds are those of one process's openings, the
-first of which also loads what the runtime needs once.
+Use more processes than cores, so that workers and their caller are preempted everywhere. A process with one opening of
+more than a minute has hung: it reports the place and ends. Seconds are those of one process's openings, the first of
+which also loads what the runtime needs once.
 """
 
 from __future__ import annotations

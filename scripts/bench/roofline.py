@@ -1,11 +1,11 @@
-"""Measure what this machine can do at most, and with a catalog how near its variants come.
+"""Measure the limits of this machine, and the shares of them that a catalog's variants reach.
 
     python scripts/bench/roofline.py [-C CATALOG [--model MODEL]] [--seconds S] [--json]
 
 Three limits, with one worker and with all cores: bytes read per second over a buffer much larger than the caches, and
-multiplications plus additions per second on f32 and on int8. Decoding is held against the first: weights and cache are
-read once for each token. A prompt is held against the others: every weight meets every token, the output matrix the
-last one alone.
+multiplications plus additions per second on f32 and on int8. Decoding is compared with the first: weights and cache
+are read once for each token. A prompt is compared with the others: every weight is multiplied with every token, the
+output matrix with the last only.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Build models of many shapes by default: does every build end with a front, and are its variants right?
+"""Build models of many shapes with defaults, and check that every build has a front with correct variants.
 
 python scripts/bench/shapes.py [--shapes N] [--seed N] [--only NAME]... [--trials N] [--budget TIME] [--json]
 
-The shapes are that of a small trained Llama, with a tokenizer and without one, and N that are drawn by seed from all
-that is taken. Their weights are drawn so that what comes next is not equally likely. Each is built three times through
-the command line into one catalog: by a recipe that names no knob, then our own kernels in int8 and in int4. Read from
-the catalog: the variants on the front, points that failed, and the error of int8 and int4 logits against PyTorch on the
-same weights, as the profiler found it, with what is allowed. `f32` says whether the variant of f32 generates the same
+The shapes are that of a small trained Llama, with a tokenizer and without one, and N drawn by seed from all supported
+shapes. Their weights are drawn so that the next tokens are not equally likely. Each is built three times through the
+command line into one catalog: by a recipe that names no knob, then llmbuild's kernels in int8 and in int4. Read from
+the catalog: the variants on the front, points that failed, and the error of int8 and int4 logits against PyTorch on
+the same weights, as the profiler measured it, with its bound. `f32` says whether the variant of f32 generates the same
 tokens as the library's own model, untouched.
 """
 

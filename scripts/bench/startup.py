@@ -1,4 +1,4 @@
-"""Time what must start quickly, in interleaved rounds: the loader's import, `--help`, and a build with nothing to do.
+"""Time the fast starts, in interleaved rounds: the loader's import, `--help`, and a build with nothing to do.
 
 python scripts/bench/startup.py [--json] [--rounds N] [--recipe R -C CATALOG]
 """

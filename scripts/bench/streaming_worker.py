@@ -1,4 +1,4 @@
-"""Read as many bytes as a variant has and do nothing else: no decode step is faster. Requests as for peer_worker.py."""
+"""Only read as many bytes as a variant has: a lower bound of a decode step. Requests as for peer_worker.py."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Catalogs that were never built, for tests and benchmarks of what handles catalogs: made through the writer itself.
+"""Synthetic catalogs for tests and benchmarks of catalog commands: made with the writer itself.
 
-`fill` records a few variants whole, blobs included; `multiply` copies their rows until there are as many as asked for.
+`fill` records a few complete variants with blobs; `multiply` copies their rows up to the requested number.
 """
 
 from __future__ import annotations

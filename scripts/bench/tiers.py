@@ -1,10 +1,10 @@
-"""What a lower tier costs on this machine: the same model and format for several targets, in interleaved rounds.
+"""The cost of a lower tier on this machine: the same model and format for several targets, in interleaved rounds.
 
     python scripts/bench/tiers.py [-t TARGET]... [--format FORMAT]... [--recipe RECIPE] [-C CATALOG] [--json]
 
-Each target runs the kernels it would be given: ours where there are some for its instruction set and the format, else
-the compiler's on packed weights. A ratio is a tier over the last target, of the same format, paired by round, with its
-95 % bootstrap interval: above 1 the tier is slower. Artifacts are made once and kept in the catalog.
+Each target runs its usual kernels: llmbuild's where they support its instruction set and the format, else the
+compiler's on packed weights. A ratio is a tier over the last target, of the same format, paired by round, with its 95
+% bootstrap interval: above 1 the tier is slower. Artifacts are made once and kept in the catalog.
 """
 
 from __future__ import annotations

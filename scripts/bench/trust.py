@@ -1,11 +1,11 @@
-"""Can its comparisons be trusted? Equal things compared, a known slowdown looked for, a ranking repeated under load.
+"""Error rates of comparisons: equal variants compared, a known slowdown detected, a ranking repeated under load.
 
     python scripts/bench/trust.py [--noise FILE] [--trials 200] [-C CATALOG [--model M] [--live 1]] [--json]
 
-The trials are races between samples recorded on a machine by `record_noise.py`: blocks of consecutive rounds drawn with
-replacement, so that what lasts longer than a round stays in. In each block of a trial of equals (A/A) the two swap
-names or not, by chance, since the drawn blocks would otherwise hand on the error of the recording itself; `as recorded`
-leaves them as they were. With a catalog, the best variant also races against itself, live.
+The trials are races between samples recorded on a machine by `record_noise.py`: blocks of consecutive rounds drawn
+with replacement, so that disturbances longer than a round are included. In each block of a trial of equals (A/A) the
+two names are swapped at random, since the drawn blocks would otherwise include the error of the recording itself; `as
+recorded` does not swap. With a catalog, the best variant also races against itself.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What peers.py is made of: the peers' environment, interleaved rounds over worker processes, and the table."""
+"""The parts of peers.py: the peers' environment, interleaved rounds over worker processes, and the table."""

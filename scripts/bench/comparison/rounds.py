@@ -1,4 +1,4 @@
-"""Run participants in interleaved rounds: each a live worker process, all of them in every round, in random order."""
+"""Run participants in interleaved rounds: each a running process, all of them in every round, in random order."""
 
 from __future__ import annotations
 

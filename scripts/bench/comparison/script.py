@@ -1,4 +1,4 @@
-"""How a benchmark ends: with its exit code, or with one message and the error's."""
+"""The exit of a benchmark: its exit code, or one message and the error's code."""
 
 from __future__ import annotations
 

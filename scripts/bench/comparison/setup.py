@@ -1,4 +1,4 @@
-"""Make what the comparison needs: the peers' environment, the model as they take it, and our variants of it."""
+"""Set up the comparison: the peers' environment, the model in their formats, and llmbuild's variants of it."""
 
 from __future__ import annotations
 

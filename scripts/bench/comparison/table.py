@@ -1,4 +1,4 @@
-"""From what participants took to rows: medians, who is compared with whom, paired ratios, and the table for people."""
+"""From the participants' times to rows: medians, pairs, paired ratios, and the readable table."""
 
 from __future__ import annotations
 
