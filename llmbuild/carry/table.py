@@ -33,7 +33,17 @@ ENERGY = (
 )
 ACROSS = ("model", "target", "variant", "tpot_ms", "ttft_ms", "J/token", "over the first")
 VERSUS = (
-    *("model", "workload", "batch", "tpot_ms", "ttft_ms", "J/token", "ours/its tpot", "ours/its ttft", "runtime"),
+    *(
+        "model",
+        "workload",
+        "batch",
+        "tpot_ms",
+        "ttft_ms",
+        "J/token",
+        "llmbuild/its tpot",
+        "llmbuild/its ttft",
+        "runtime",
+    ),
     "ours",
 )
 FACTS = ("windows", "window_s", "step_s", "idle_w")
@@ -89,7 +99,7 @@ def text(found: Tables) -> str:
     if found.across:
         parts += ["targets in the same rounds:", across(found.across)]
     if found.versus:
-        parts += ["in turns with PyTorch (below 1 we are faster):", versus(found.versus)]
+        parts += ["in turns with PyTorch (below 1: llmbuild is faster):", versus(found.versus)]
     for line in _with_operators(found.lines):
         parts += [f"a decode step of {line.model} on {line.target}, {line.choices}:", operators(line)]
     return "\n".join(parts)

@@ -215,7 +215,7 @@ def build_options(command: F) -> F:
         click.option(
             "--sampler",
             type=click.Choice(SAMPLERS),
-            help="What chooses the next point: ours (gp, auto), or one of Optuna's; else as the recipe says.",
+            help="Sampler: llmbuild's (gp, auto) or one of Optuna's; default: the recipe's.",
         ),
         click.option("--budget", metavar="TIME", help="Stop the search after this long, such as 20m."),
         click.option("--trials", type=click.IntRange(min=1), help="Unique evaluations, known ones included."),
@@ -224,7 +224,12 @@ def build_options(command: F) -> F:
             "-k", "--keep-going", is_flag=True, help="Go on with the other recipes and targets when one fails."
         ),
         click.option(
-            "-j", "--jobs", type=click.IntRange(1, 64), default=1, show_default=True, help="Compiles side by side."
+            "-j",
+            "--jobs",
+            type=click.IntRange(1, 64),
+            default=1,
+            show_default=True,
+            help="Number of parallel compiles.",
         ),
         click.option("-n", "--dry-run", is_flag=True, help="Print each step and why it would run; do nothing."),
         click.option("--explain", is_flag=True, help="Give each step's key, and each field of it that changed."),

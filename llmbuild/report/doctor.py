@@ -72,7 +72,7 @@ def _features() -> dict[str, object]:
     found = host.features()
     if not found:
         return _row(
-            "CPU features", "wrong", "this system does not tell them", "artifacts cannot be checked before opening"
+            "CPU features", "wrong", "this system does not report them", "artifacts cannot be checked before opening"
         )
     named = [
         f
@@ -85,7 +85,7 @@ def _features() -> dict[str, object]:
 def _memory() -> dict[str, object]:
     free, limit = resources.memory_available(), resources.group_memory_limit()
     if free is None:
-        return _row("memory", "note", "this system does not tell how much is free", "picks are not held against it")
+        return _row("memory", "note", "this system does not report how much is free", "picks are not held against it")
     told = f"{free.bytes / 1e9:.1f} GB available"
     return _row("memory", "ok", told if limit is None else f"{told}, {limit.bytes / 1e9:.1f} GB at most ({limit.file})")
 

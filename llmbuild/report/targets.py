@@ -50,7 +50,7 @@ def runs_here(target: Target, facts: HostFacts | None = None) -> str:
     """
     if not target.is_cpu:
         if facts is not None:
-            return "not checked: the other host's driver will tell"
+            return "not checked: only the other host's driver knows"
         driver = target.device.partition("://")[0]
         lacks = devices.lacks(driver, target.requires)
         return f"no: {lacks}" if lacks else f"not checked: {', '.join(devices.find(driver).found)}"

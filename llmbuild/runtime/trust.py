@@ -169,7 +169,7 @@ def require(folder: Path, rule: Policy) -> None:
     published = (folder / POINTER).is_file()
     if not published and not rule.unsigned:
         raise LoadRefused(
-            f"{folder}: is not a published catalog, so nobody signed it: `llmbuild publish {folder} DEST --sign KEY`"
+            f"{folder}: is not a published catalog, so it is unsigned: `llmbuild publish {folder} DEST --sign KEY`"
         )
     if published:
         current(folder, rule)

@@ -28,7 +28,7 @@ class Metric:
 METRICS: dict[str, Metric] = {
     m.name: m
     for m in (
-        Metric("ttft_s", "s", "min", "time to first token: the call of prefill until its token is read"),
+        Metric("ttft_s", "s", "min", "time to first token: from the call of prefill until its token is read"),
         Metric("tpot_s", "s", "min", "time per output token after the first, mean over one answer"),
         Metric(
             "itl_p99_s",
@@ -36,23 +36,23 @@ METRICS: dict[str, Metric] = {
             "min",
             "99th percentile of the time between two tokens; NULL with fewer than 459 of them",
         ),
-        Metric("e2e_s", "s", "min", "the whole answer: prefill and every decode step"),
+        Metric("e2e_s", "s", "min", "end-to-end time of an answer: prefill and every decode step"),
         Metric("output_tokens_per_s", "1/s", "max", "output tokens over e2e_s"),
-        Metric("energy_j_per_token", "J", "min", "energy of one answer over its output tokens; NULL without a counter"),
+        Metric("energy_j_per_token", "J", "min", "energy of one answer per output token; NULL without a counter"),
         Metric("peak_memory_bytes", "B", "min", "peak resident memory of the process that runs the workload"),
         Metric("artifact_bytes", "B", "min", "size of the .vmfb"),
         Metric("parameter_bytes", "B", "min", "size of the parameter archive the artifact maps"),
-        Metric("load_s", "s", "min", "opening the artifact and its parameters until the first call can be made"),
+        Metric("load_s", "s", "min", "time to open the artifact and its parameters, until the first call is possible"),
         Metric("dispatches_per_token", "1", "min", "dispatches of one decode step"),
         Metric(
             "bandwidth_fraction",
             "1",
             "max",
-            "bytes a decode step must read, over tpot_s and measured bandwidth; above 1 where a cache holds them",
+            "least bytes read per decode step, over tpot_s and measured bandwidth; above 1 where they are cached",
         ),
-        Metric("peak_fraction", "1", "max", "operations of the prompt, over ttft_s and the measured arithmetic peak"),
+        Metric("peak_fraction", "1", "max", "operations of the prompt over ttft_s and the measured arithmetic peak"),
         Metric("quality_kl", "nat", "min", "mean KL divergence per token from the f32 model on held-out text"),
-        Metric("quality_top1", "1", "max", "share of tokens on which the most likely next token is the f32 model's"),
+        Metric("quality_top1", "1", "max", "share of tokens whose most likely next token equals the f32 model's"),
         Metric("quality_perplexity", "1", "min", "perplexity on the held-out text"),
     )
 }

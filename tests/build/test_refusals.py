@@ -178,7 +178,7 @@ def test_the_knobs_say_what_they_ask_of_a_model() -> None:
     from llmbuild.report.knobs import knob_rows
 
     when = {row["knob"]: row["when"] for row in knob_rows(AVX2)}
-    assert "own asks of a model sizes, activation and norms that our kernels take" in when["kernel"]
+    assert "own asks of a model sizes, activation and norms that llmbuild's kernels support" in when["kernel"]
     assert "gptq asks of a model a tokenizer.json that makes enough tokens" in when["quantization"]
     assert {knob for knob, _ in judging.ASKED_OF_MODELS} == {k for k, text in when.items() if "asks of a model" in text}
 

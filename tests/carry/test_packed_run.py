@@ -157,7 +157,7 @@ def test_pytorch_answers_in_turns_with_us_and_each_mode_is_held_against_us(tmp_p
     assert (eager.ratios["tpot_s"].median, compiled.ratios["tpot_s"].median) == pytest.approx((0.5, 2.0))
     assert len(eager.ratios["ttft_s"].samples) == peers.MOST_ROUNDS
     rows = text(Tables(host.machine(), [], versus=[eager, compiled])).splitlines()
-    assert rows[2] == "in turns with PyTorch (below 1 we are faster):"
+    assert rows[2] == "in turns with PyTorch (below 1: llmbuild is faster):"
     assert "0.5 [0.5, 0.5] wins" in rows[4] and "2 [2, 2] loses" in rows[5]
 
 

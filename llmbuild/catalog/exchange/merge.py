@@ -173,7 +173,7 @@ def _irreproducible(session: Session, rows: list[Cells]) -> list[str]:
     known = compiles(session)
     return [
         f"compile {short(row['key'])}: made {short(row['artifact'])} there and {short(known[row['key']])} here: "
-        "the same inputs should make the same bytes; ours is kept"
+        "the same inputs should make the same bytes; the destination's is kept"
         for row in rows
         if row["key"] in known and known[row["key"]] != row["artifact"]
     ]

@@ -213,5 +213,5 @@ def _instant_watts(board: Board) -> float | Absent:
     except api.NVMLError as error:
         return Absent(POLLED, f"the board's power cannot be read: {error}")
     if value.nvmlReturn != 0:
-        return Absent(POLLED, "the board does not tell its instantaneous power")
+        return Absent(POLLED, "the board does not report its instantaneous power")
     return float(value.value.uiVal) / 1e3

@@ -44,7 +44,7 @@ def find(root: Path = POWERCAP, clock: Clock = monotonic, in_vm: bool | None = N
     try:
         ranges = tuple(int((c.parent / "max_energy_range_uj").read_text()) for c in counters)
     except (OSError, ValueError) as error:
-        return Absent("rapl", f"it is not told when the RAPL counter starts over: {error}")
+        return Absent("rapl", f"the RAPL counter's range is unknown: {error}")
 
     def read() -> tuple[int, ...] | Absent:
         try:

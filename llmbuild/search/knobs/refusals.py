@@ -15,7 +15,7 @@ CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensiti
 OWN = "own"
 
 ASKED_OF_MODELS: Mapping[tuple[str, Value], str] = {
-    ("kernel", OWN): "sizes, activation and norms that our kernels take",
+    ("kernel", OWN): "sizes, activation and norms that llmbuild's kernels support",
     **dict.fromkeys(CALIBRATED.items(), "a tokenizer.json that makes enough tokens of the calibration text"),
 }
 """Requirements of values on a model, in words; `refusals` checks them."""

@@ -249,7 +249,7 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
     if batch > 1:
         if _only_own(asked):
             raise InputError(
-                f"knob kernel=own: our kernels answer one sequence at a time, the workloads {batch}: choose "
+                f"knob kernel=own: llmbuild's kernels serve one sequence at a time, the workloads {batch}: choose "
                 "kernel=compiler"
             )
         return replace(knob, domain=COMPILER)

@@ -31,7 +31,7 @@ BROKEN: tuple[Broken, ...] = (
         "kv_dtype",
         "f16",
         ("vulkan-spirv", "metal-spirv"),
-        "the compiler does not end on a decode step's product of attention and values",
+        "the compiler does not terminate on a decode step's product of attention and values",
     ),
 )
 
@@ -50,21 +50,21 @@ TRAPS: tuple[Trap, ...] = (
     Trap(
         "data_tiling dispatch and global together",
         ("llvm-cpu", "rocm"),
-        "two paths to the same packing; the second would pack what the first has packed",
+        "two paths to the same packing; the second would pack the packed data again",
     ),
-    Trap("data_tiling", ("cuda", "vulkan-spirv"), "no backend code packs there: a knob without effect"),
-    Trap("two rows per tile in a matrix-vector product", ("llvm-cpu",), "a cliff: 2.5 GB/s where 1 row reads 21 GB/s"),
+    Trap("data_tiling", ("cuda", "vulkan-spirv"), "these backends do not pack: no effect"),
+    Trap("two rows per tile in a matrix-vector product", ("llvm-cpu",), "slow: 2.5 GB/s, with 1 row 21 GB/s"),
     Trap("int4 dequantized in f16", ("llvm-cpu",), "f16 arithmetic is emulated: four times slower than in f32"),
     Trap(
         "--iree-torch-emit-async-entry-points=false",
         (),
         "entry points without fences cannot take the mutable KV cache",
     ),
-    Trap("masks of minus infinity", (), "rows that are masked whole become NaN; ours are finite"),
+    Trap("masks of minus infinity", (), "fully masked rows become NaN; llmbuild's masks are finite"),
     Trap(
         "--iree-cuda-target=sm_90",
         ("cuda",),
-        "the compiler knows no sm_90: name sm_80 or sm_89, or a target of one's own",
+        "the compiler knows no sm_90: use sm_80 or sm_89, or a custom target",
     ),
     Trap(
         "shared-memory-limit, matmul-c-matrix-threshold",
@@ -73,17 +73,17 @@ TRAPS: tuple[Trap, ...] = (
         "split-reduction-low-parallelism",
     ),
     Trap("--iree-rocm-llvm-global-isel", ("rocm",), "LLVM aborts in its register banks on a plain matrix product"),
-    Trap("scaled_dot_product_attention", ("vulkan-spirv",), "does not compile: attention is written out there"),
-    Trap("bf16 prompts", ("vulkan-spirv",), "cooperative matrices of bf16 do not compile: promote_bf16 is the way out"),
+    Trap("scaled_dot_product_attention", ("vulkan-spirv",), "does not compile: attention is decomposed there"),
+    Trap("bf16 prompts", ("vulkan-spirv",), "cooperative matrices of bf16 do not compile: use promote_bf16"),
     Trap(
         "slice assignment into the KV cache",
         (),
-        "becomes a slow copy and a read-back in every step; ours is index_put_",
+        "becomes a slow copy and a read-back in every step; llmbuild uses index_put_",
     ),
     Trap(
         "--iree-opt-const-eval=false, assertions, debug symbols, source maps",
         (),
-        "hygiene, not choices: fixed, so that equal code has equal bytes",
+        "not choices: fixed, so that equal code has equal bytes",
     ),
     Trap(
         "--iree-execution-model other than async-external",
