@@ -52,9 +52,9 @@ class Build:
         with self.catalog.making(f"build-{self.job.scope}", self._waiting):
             self.freshness = self._look()
             if self.freshness.displaced:
-                self._stand_again()
+                self._restore_standings()
             if self.freshness.missing and not self.job.force:
-                self._mend()
+                self._rebuild_missing()
             if not self.freshness.reason():
                 return self.freshness.up_to_date(monotonic() - self._begin)
             self.results.read(self.freshness.lost, self.job.force)
@@ -81,7 +81,7 @@ class Build:
 
     # --- known results that are not current, and known results whose files are lost ---------------------------------
 
-    def _stand_again(self) -> None:
+    def _restore_standings(self) -> None:
         """Make the known trials of these inputs the current standings: nothing is built or measured."""
         self.results.read()
         if not self.results.known:
@@ -94,7 +94,7 @@ class Build:
             front = len({s.variant for s in found if s.status in FRONT})
             self.tell(Event("front", f"{front} variants of these inputs stand again: nothing was made or measured"))
 
-    def _mend(self) -> None:
+    def _rebuild_missing(self) -> None:
         """Rebuild missing or damaged files; their measurements are kept if the bytes are the same.
 
         A point whose bytes differ, or that fails, is another variant: it is evaluated again.

@@ -26,7 +26,7 @@ def search(evaluator: Evaluator, seed: int, spent: Callable[[], float]) -> str:
             return f"{budget.trials} trials done"
         if results.known and spent() >= budget.seconds:
             return f"{budget.seconds:.0f} s spent"
-        batch = _asked(study, evaluator)
+        batch = _next_batch(study, evaluator)
         if not batch:
             return "every point of the space is known"
         done = evaluator.evaluate(batch)
@@ -51,7 +51,7 @@ def study_of(evaluator: Evaluator, seed: int) -> TrialStudy:
     return TrialStudy(job.space, recipe.objectives, seed, known, bounds, related, lessons, recipe.sampler)
 
 
-def _asked(study: TrialStudy, evaluator: Evaluator) -> list[Point]:
+def _next_batch(study: TrialStudy, evaluator: Evaluator) -> list[Point]:
     """Ask for as many points as compile in parallel; point 0 alone, since all others are paired with it."""
     results = evaluator.results
     wanted = min(evaluator.jobs, evaluator.budget.trials - results.evaluations) if results.known else 1

@@ -109,14 +109,14 @@ class Live:
         opened = self.open(LOADS)
         self.readings["load_s"] = statistics.median_of(opened)
         if not shares_memory(self.subject.driver):
-            self._cold()
+            self._open_cold()
         self.warm(workload, warmup_s)
         peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
         if peak is not None:
             self.readings["peak_memory_bytes"] = statistics.exact(peak)
         self._check()
 
-    def _cold(self) -> None:
+    def _open_cold(self) -> None:
         """Open once in a process without the driver's cache of compiled code, and record the seconds."""
         warm, child = self.child, Child(self.child.limits, COLD)
         self.child = child

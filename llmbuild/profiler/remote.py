@@ -312,7 +312,7 @@ class RemoteBench:
         except (Lost, Refused) as error:
             return self.remote.failure(error)
         if "failure" in told:
-            return self._of_there(wire.failure_of(told["failure"]))
+            return self._remote_failure(wire.failure_of(told["failure"]))
         self._baseline = self._baseline or baseline
         return tuple(wire.measurement_of(body) for body in told["measurements"])
 
@@ -344,7 +344,7 @@ class RemoteBench:
             connection.ask("bench", **self._body)
             self._standing, self._baseline = connection, False
 
-    def _of_there(self, failure: Failure) -> Failure:
+    def _remote_failure(self, failure: Failure) -> Failure:
         command = f"ssh {self.remote.place.destination} {shlex.quote(failure.command)}"
         return replace(failure, command=command)
 

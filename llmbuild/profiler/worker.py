@@ -135,7 +135,7 @@ class Worker:
     def round(self, request: JsonObject) -> dict[str, object]:
         """Answer for `seconds`, at least once: prefill, then decode its own greedy tokens; return all times."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
-        self._come_back(calls, output)
+        self._warm_caches(calls, output)
         end = perf_counter() + request["seconds"]
         answers = [self._answer(calls, output)]
         while perf_counter() < end:
@@ -174,7 +174,7 @@ class Worker:
     def energy(self, request: JsonObject) -> dict[str, object]:
         """Answer repeatedly in one window of at least `steps` updates of the meter."""
         calls, output = Calls.of(self.session, request["prompts"]), request["output"]
-        self._come_back(calls, output)
+        self._warm_caches(calls, output)
         tokens = 0
 
         def answer() -> None:
@@ -200,7 +200,7 @@ class Worker:
             window.keep()
         return _energy_reading(meter, window)
 
-    def _come_back(self, calls: Calls, output: int) -> None:
+    def _warm_caches(self, calls: Calls, output: int) -> None:
         """Work untimed for a moment: other processes have used the caches since this process last ran.
 
         Without it, a model that fits the last-level cache measures up to twice as slow in interleaved rounds as alone;

@@ -324,13 +324,13 @@ class Decoder:
         """Take the stages, new or copied, and a function from a token to its text (None: not shown)."""
         self._stages = [copy(stage) for stage in made]
         self._text_of = text_of
-        self._owed = ""
+        self._prefix = ""
 
     def begin(self, tokens: Iterable[int]) -> None:
         """Take the tokens that precede the text; their text is not emitted."""
         for token in tokens:
             self.push(token)
-        self._owed = Decoder(self._stages, self._text_of).end()
+        self._prefix = Decoder(self._stages, self._text_of).end()
 
     def push(self, token: int) -> str:
         """Take one token and return the text that is now final."""
@@ -346,16 +346,16 @@ class Decoder:
             parts = stage.feed(parts)
             if ends:
                 parts += stage.end()
-        return self._less_owed("".join(text for text, _ in parts))
+        return self._without_prefix("".join(text for text, _ in parts))
 
-    def _less_owed(self, text: str) -> str:
+    def _without_prefix(self, text: str) -> str:
         """Remove the held-back text of the preceding tokens: it belongs to them."""
-        if not self._owed or not text:
+        if not self._prefix or not text:
             return text
-        if text.startswith(self._owed):
-            text, self._owed = text[len(self._owed) :], ""
-        elif self._owed.startswith(text):
-            text, self._owed = "", self._owed[len(text) :]
+        if text.startswith(self._prefix):
+            text, self._prefix = text[len(self._prefix) :], ""
+        elif self._prefix.startswith(text):
+            text, self._prefix = "", self._prefix[len(text) :]
         else:
-            self._owed = ""
+            self._prefix = ""
         return text

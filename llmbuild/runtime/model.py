@@ -66,7 +66,7 @@ def pick(
         InputError: the SLO cannot be read, or the catalog has no such model.
         NoVariant: nothing meets the SLO here; the error carries the pick with the nearest row and its distance.
     """
-    folder, bounds = _asked(catalog, slo, model=model, objective=objective, target=target, workload=workload)
+    folder, bounds = _checked_request(catalog, slo, model=model, objective=objective, target=target, workload=workload)
     asked = parse_slo(bounds, objective)
     name = model or _only_model(folder)
     facts, absent = facts or host_facts(), _absent(folder)
@@ -96,7 +96,7 @@ def pick(
     return replace(made, candidates=tuple(_with(c, made.chosen) for c in made.candidates))
 
 
-def _asked(catalog: object, slo: object, **names: object) -> tuple[Path, list[str]]:
+def _checked_request(catalog: object, slo: object, **names: object) -> tuple[Path, list[str]]:
     """Return the catalog's location and the bounds of an SLO, given as one string or a list.
 
     Raises:
@@ -201,7 +201,7 @@ def load(
     Raises:
         CatalogError, InputError, NoVariant, LoadRefused: what is wrong, where, and what to do.
     """
-    folder, slo = _asked(
+    folder, slo = _checked_request(
         catalog, slo, model=model, objective=objective, target=target, workload=workload, variant=variant
     )
     trust.require(folder, trust.policy(trust_keys, allow_unsigned))

@@ -46,7 +46,7 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.study.set_metric_names(list(self.objectives))
         self._candidates = Candidates(space, random.Random(seed))
-        self._told: dict[Point, Losses | None] = {}
+        self._results: dict[Point, Losses | None] = {}
         self._under_way: dict[Point, optuna.Trial] = {}
         for point in initial:
             self.study.enqueue_trial(params_of(space, point), {POINT: point.as_dict()})
@@ -58,14 +58,14 @@ class Study:
             trial = self.study.ask()
             initial = POINT in trial.user_attrs
             point = self._suggested(trial)
-            if point not in self._told and point not in self._under_way:
+            if point not in self._results and point not in self._under_way:
                 return self._started(point, trial)
             if initial:
                 self.study.tell(trial, state=optuna.trial.TrialState.FAIL)  # its result is known already
             else:
                 self._answer(trial, point)
                 asked += 1
-        found = self._candidates.any({*self._told, *self._under_way})
+        found = self._candidates.any({*self._results, *self._under_way})
         if found is None:
             return None
         self.study.enqueue_trial(params_of(self.space, found), {POINT: found.as_dict()})
@@ -74,7 +74,7 @@ class Study:
 
     def tell(self, point: Point, losses: Losses | None) -> None:
         """Add the result of a point; None, a failure or a broken bound, is a constraint, never a bad value."""
-        self._told[point] = losses
+        self._results[point] = losses
         values = [FAILED] * len(self.objectives) if losses is None else list(losses)
         trial = self._under_way.pop(point, None)
         if trial is None:
@@ -104,10 +104,10 @@ class Study:
 
     def _answer(self, trial: optuna.Trial, point: Point) -> None:
         """Answer a repeated ask from the known results; a point in progress counts as failed for the sampler."""
-        if point not in self._told:
+        if point not in self._results:
             self.study.tell(trial, state=optuna.trial.TrialState.FAIL)
             return
-        losses = self._told[point]
+        losses = self._results[point]
         trial.set_user_attr(POINT, point.as_dict())
         trial.set_constraint(FEASIBLE, _constraint(losses))
         self.study.tell(trial, [FAILED] * len(self.objectives) if losses is None else list(losses))

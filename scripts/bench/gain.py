@@ -148,7 +148,7 @@ def text(found: dict[str, Any]) -> str:
             row["objective"],
             row["variant"][:12],
             quantity(row["value"], METRICS[row["objective"]].unit),
-            *(_told(row["factors"].get(name)) for name in PLAIN),
+            *(_factor(row["factors"].get(name)) for name in PLAIN),
         ]
         for row in found["rows"]
     ]
@@ -157,7 +157,7 @@ def text(found: dict[str, Any]) -> str:
     return head + "\n" + table(["best in", "variant", "value", *(f"times {n}" for n in PLAIN)], lines) + noise
 
 
-def _told(of: list[float] | None) -> str:
+def _factor(of: list[float] | None) -> str:
     if of is None:
         return ""
     return f"{of[0]:.2f}" if of[1] == of[2] else "{:.2f} [{:.2f}, {:.2f}]".format(*of)

@@ -171,13 +171,17 @@ def text(made: dict[str, Any]) -> str:
     """Return the table and what it says."""
     header = ["variant", f"prefill {made['prompt']}", "decode/token", "prefill over ours", "decode over ours"]
     lines = [
-        [row["participant"], *(quantity(row[m], "s") for m in METRICS), *(_told(row["ratios"].get(m)) for m in METRICS)]
+        [
+            row["participant"],
+            *(quantity(row[m], "s") for m in METRICS),
+            *(_factor(row["ratios"].get(m)) for m in METRICS),
+        ]
         for row in made["rows"]
     ]
     best = made["best"] or {}
     rows = {row["participant"]: row for row in made["rows"]}
     fastest = [
-        f"{what}: ours is {_told(rows[best[m]]['ratios'][m])} times as fast as the fastest of the compiler's: {best[m]}"
+        f"{what}: llmbuild is {_factor(rows[best[m]]['ratios'][m])} times as fast as the compiler: {best[m]}"
         for m, what in zip(METRICS, ("prefill", "decode"), strict=True)
         if m in best
     ]
@@ -185,7 +189,7 @@ def text(made: dict[str, Any]) -> str:
     return "\n".join([table(header, lines), "", *fastest, *reasons])
 
 
-def _told(found: dict[str, float] | None) -> str:
+def _factor(found: dict[str, float] | None) -> str:
     return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
 
 

@@ -291,7 +291,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
             *(row["name"], row["shape"], f"{row['parameters']:,}", " ".join(map(str, row["exit"])), row["front"]),
             row["own"] or row["why_no_own"],
             {True: "same", False: "DIFFER", None: "absent"}[row["f32"]],
-            *(_told(row[form]) for form in ("int8", "int4")),
+            *(_text(row[form]) for form in ("int8", "int4")),
             len(row["failed"]),
         ]
         for row in rows
@@ -300,7 +300,7 @@ def shown(rows: list[dict[str, Any]]) -> str:
     return "\n".join([table(header, lines, left=(0, 1)), *below])
 
 
-def _told(found: dict[str, tuple[float, float]]) -> str:
+def _text(found: dict[str, tuple[float, float]]) -> str:
     return ", ".join(f"{kernel} {error:.2g}/{allowed:.2g}" for kernel, (error, allowed) in found.items()) or "-"
 
 

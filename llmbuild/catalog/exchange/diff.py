@@ -126,7 +126,7 @@ def _readings(group: Group, a: Row, b: Row, ruler: Ruler) -> Iterator[Change]:
 def _best(group: Group, old: Mapping[str, Row], new: Mapping[str, Row], ruler: Ruler) -> Iterator[Change]:
     """Compare the best of each front: a lost point matters when no other is as good."""
     for name in COMPARED:
-        a, b = _champion(old, name), _champion(new, name)
+        a, b = _best_row(old, name), _best_row(new, name)
         if a is None or b is None:
             continue
         if canonical(a["point"]) != canonical(b["point"]) and _verdict(name, a, b, ruler) == "regression":
@@ -134,7 +134,7 @@ def _best(group: Group, old: Mapping[str, Row], new: Mapping[str, Row], ruler: R
             yield _change("regression", group, b["variant"], f"best {name}", *moved, _explanation(name, a, b))
 
 
-def _champion(rows: Mapping[str, Row], name: str) -> Row | None:
+def _best_row(rows: Mapping[str, Row], name: str) -> Row | None:
     sign = 1.0 if METRICS[name].direction == "min" else -1.0
     there = [r for r in rows.values() if r["status"] in FRONT and r.get(name) is not None]
     return min(there, key=lambda r: sign * number(r, name), default=None)
