@@ -85,7 +85,7 @@ class Sampler:
         """Return a token drawn from f32[V]; the logits are only read.
 
         Raises:
-            InputError: the logits are not a row of numbers, or one is NaN or positive infinity.
+            InputError: the logits are not a row of numbers, one is NaN or +inf, or all are -inf.
         """
         if not isinstance(logits, np.ndarray) or logits.ndim != 1 or not logits.size or logits.dtype.kind != "f":
             raise InputError("logits must be a row of floating-point numbers, one for each token")
