@@ -34,7 +34,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ("rtn", "gptq"),
         "rtn",
-        "rounding of weights to integers: each to the nearest, or to fit the calibration text",
+        "how weights become integers: each to the nearest, or for the calibration text",
         when=(Condition("weight_format", tuple(INTEGERS)),),
     ),
     Knob(
@@ -42,7 +42,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ("none", "activation"),
         "none",
-        "scale channels between layers to lower their rounding error on the calibration text",
+        "scale channels between layers so that rounding them costs less on the calibration text",
         when=(Condition("weight_format", tuple(INTEGERS)),),
     ),
     Knob(
@@ -50,7 +50,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ("none", "sensitive"),
         "none",
-        "keep the quarter of the weights that is most sensitive on the calibration text in int8",
+        "keep the quarter of the weights in int8 whose rounding the calibration text shows most",
         when=(Condition("weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4)),),
     ),
     Knob(
@@ -66,7 +66,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ("compiler", "own"),
         "compiler",
-        "code generator of the matrix products: IREE, or llmbuild's MLIR kernels",
+        "who generates the matrix products: IREE, or our MLIR kernels",
         when=(
             Condition("weight_format", OWN_FORMATS),
             Condition("head_format", (SAME, *OWN_FORMATS)),
@@ -81,7 +81,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ("compiler", "own"),
         "compiler",
-        "code generator of a decode step's matrix products: IREE, or llmbuild's MLIR kernels",
+        "who generates the matrix products of a decode step: IREE, or our MLIR kernels",
         when=(Condition("weight_format", GPU_FORMATS), Condition("layout", ("row_major",))),
         backends=GPUS,
     ),
@@ -90,7 +90,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ROW_TILES,
         ROW_TILES[0],
-        "rows per step of a lane in llmbuild's kernels, and subgroups of a work-group",
+        "rows that lanes of our kernels sum at a time, and subgroups of a work-group",
         when=(Condition("kernel", ("own",)),),
         backends=GPUS,
         searched=ROW_TILES[:1],
@@ -100,8 +100,8 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         ROW_READS,
         ROW_READS[0],
-        "bytes that a lane of llmbuild's kernels reads at a time: narrow is 4 of int4 and 8 of int8, wide 16 of each, "
-        "for which another dispatch rearranges the activations",
+        "bytes that lanes of our kernels read at a time: narrow is 4 of int4 and 8 of int8, wide 16 of each, for which "
+        "another dispatch arranges what they are multiplied by",
         when=(Condition("kernel", ("own",)),),
         backends=GPUS,
         searched=ROW_READS[:1],
@@ -111,7 +111,7 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         (1, 2, 4, 8, 16, 32, 64),
         1,
-        "pieces of a layer in llmbuild's kernels; one per worker is enough",
+        "pieces our kernels cut a layer into; one for each worker is enough",
         when=(Condition("kernel", ("own",)),),
         backends=(LLVM_CPU,),
     ),

@@ -73,8 +73,7 @@ def space_for(
 
     Raises:
         InputError: an unknown knob, a value outside its domain, one that the target or the model does not support, or
-        a pin
-            whose conditions another one excludes.
+            a pin whose conditions another one excludes.
     """
     there = target_knobs(target)
     names = {knob.name for knob in there}
@@ -94,7 +93,7 @@ def space_for(
     narrowed = {knob.name: _narrow(knob, target, asked.get(knob.name)) for knob in fitting}
     said = {name: False for name, values in asked.items() if len(values) == 1 and name in dict(recipe.knobs)}
     said |= dict.fromkeys(pinned, True)
-    for name in reversed(narrowed):  # a condition names an earlier knob, which may have its own conditions
+    for name in reversed(narrowed):  # a condition names an earlier knob, which may have conditions of its own
         if name in said:
             held = _hold(narrowed[name], narrowed, able, {*asked, *said}, said[name])
             said |= {other: said.get(other, False) or said[name] for other in held}
@@ -118,7 +117,7 @@ def _fitting(knob: Knob, refused: Sequence[Refusal], asked: dict[str, tuple[Valu
         named = only and only <= {*(str(v).lower() for v in out), str(refusal.value).lower()}
         if named and all(set(map(str, asked.get(other, ()))) == {value} for other, value in refusal.beside):
             raise InputError(f"knob {refusal}")
-    if only:  # the other values of a recipe remain
+    if only:  # of several values that a recipe names, the others are left
         asked[knob.name] = tuple(v for v in asked[knob.name] if str(v).lower() not in {str(o).lower() for o in out})
     beside = {pair for refusal in mine for pair in refusal.beside}
     when = (replace(c, values=tuple(v for v in c.values if (c.knob, v) not in beside)) for c in knob.when)
@@ -249,13 +248,13 @@ def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch
     if batch > 1:
         if _only_own(asked):
             raise InputError(
-                f"knob kernel=own: llmbuild's kernels serve one sequence at a time, the workloads {batch}: choose "
+                f"knob kernel=own: our kernels answer one sequence at a time, the workloads {batch}: choose "
                 "kernel=compiler"
             )
         return replace(knob, domain=COMPILER)
     if not target.is_cpu:
         return knob
-    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does not import
+    from llmbuild.kernels.choose import needs, readable  # the kernels themselves, which a listing does without
 
     formats = readable(target.requires)
     wanted = [form for form in map(str, asked.get("weight_format", OWN_FORMATS)) if form in OWN_FORMATS]
