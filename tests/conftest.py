@@ -50,14 +50,23 @@ SLOW = (
 """Modules that compile or build models, or wait for servers: `scripts/test --fast` goes without them."""
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow modules."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let a run have all of each sweep."""
+    parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests of slow modules, and leave out what only an exhaustive run has."""
     here = Path(__file__).parent
     slow = {here / folder / f"test_{name}.py" for folder, _, name in (each.partition("/") for each in SLOW)}
     assert all(path.is_file() for path in slow), sorted(path for path in slow if not path.is_file())
     for item in items:
         if item.path in slow:
             item.add_marker(pytest.mark.slow)
+    left = [item for item in items if item.get_closest_marker("exhaustive")]
+    if left and not config.getoption("exhaustive"):
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 @dataclass(frozen=True)

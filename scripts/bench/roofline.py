@@ -1,6 +1,6 @@
 """Measure the limits of this machine, and the shares of them that a catalog's variants reach.
 
-    python scripts/bench/roofline.py [-C CATALOG [--model MODEL]] [--seconds S] [--json]
+    python scripts/bench/roofline.py [-C CATALOG [--model MODEL]] [--seconds S] [--mib N] [--json]
 
 Three limits, with one worker and with all cores: bytes read per second over a buffer much larger than the caches, and
 multiplications plus additions per second on f32 and on int8. Decoding is compared with the first: weights and cache

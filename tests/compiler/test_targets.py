@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
+from functools import cache
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ from llmbuild.spec.space import MATVEC, Value
 from llmbuild.spec.target import BACKENDS, Target, target_from
 from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.transform.quantized import quantize
-from tests.conftest import Project, llmbuild
+from tests.conftest import Project, llmbuild, make_project, project_in, shared
 from tests.search.test_space import recipe
 from tests.support import tiny
 
@@ -148,28 +150,32 @@ def test_the_h200_is_compiled_for_as_such(tmp_path: Path) -> None:
 # --- a decoder ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[1, 8], ids=["batch-1", "batch-8"])
-def decoder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> tuple[Path, Abi]:
-    """A tiny decoder in f16, imported for one sequence and for eight."""
-    folder = tmp_path_factory.mktemp("decoder")
-    job = ImportJob(
-        str(tiny.write(folder / "model", num_hidden_layers=1)), 64, request.param, choices=(("weight_format", "f16"),)
-    )
-    return folder / "module.mlirbc", import_model(job, folder).program.abi
+@pytest.fixture(scope="module")
+def decoders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], tuple[Path, Abi]]:
+    """Import a tiny decoder in f16 for a number of sequences, once for each."""
+
+    @cache
+    def imported(batch: int) -> tuple[Path, Abi]:
+        folder = tmp_path_factory.mktemp("decoder")
+        model = tiny.write(folder / "model", num_hidden_layers=1)
+        job = ImportJob(str(model), 64, batch, choices=(("weight_format", "f16"),))
+        return folder / "module.mlirbc", import_model(job, folder).program.abi
+
+    return imported
 
 
-@pytest.mark.parametrize("name", ONE_OF_EACH)
-def test_a_decoder_is_cross_compiled(decoder: tuple[Path, Abi], tmp_path: Path, name: str) -> None:
-    output = tmp_path / "module.vmfb"
-    assert iree.compile_module(decoder[0], output, ALL[name], POINT, Limits(120)) is None
+LEFT = [pytest.param(8, name, marks=pytest.mark.exhaustive) for name in ONE_OF_EACH[1::2]]
+"""What a batch needs of LLVM and of SPIR-V, one target of each shows."""
+
+
+@pytest.mark.parametrize(("batch", "name"), [*product((1,), ONE_OF_EACH), *product((8,), ONE_OF_EACH[::2]), *LEFT])
+def test_a_decoder_is_cross_compiled(
+    decoders: Callable[[int], tuple[Path, Abi]], tmp_path: Path, batch: int, name: str
+) -> None:
+    """For SPIR-V its one layer says more: computed inside the softmax, the mask would need memory that is not there."""
+    (module, _), output = decoders(batch), tmp_path / "module.vmfb"
+    assert iree.compile_module(module, output, ALL[name], POINT, Limits(120)) is None
     assert output.stat().st_size > 10_000
-
-
-def test_a_model_of_one_layer_is_compiled_to_spirv(tmp_path: Path) -> None:
-    """Its mask has one reader, and computed inside the softmax it would need memory that SPIR-V has not."""
-    import_model(ImportJob(str(tiny.write(tmp_path / "model", num_hidden_layers=1)), 64), tmp_path)
-    module, output = tmp_path / "module.mlirbc", tmp_path / "module.vmfb"
-    assert iree.compile_module(module, output, ALL["metal"], POINT, Limits(120)) is None
 
 
 class Int8Head(torch.nn.Module):
@@ -217,7 +223,7 @@ def test_a_knob_of_a_gpu_changes_the_code(tmp_path: Path, said: dict[str, Value]
     assert outputs[0].read_bytes() != outputs[1].read_bytes()
 
 
-def product(rows: int, columns: int) -> str:
+def front_half(rows: int, columns: int) -> str:
     """A front half of one product for a GPU with subgroups of 32."""
     return (
         "subgroup_size_choices = [32]\nhal.executable.export public @decode$async_dispatch_1_matvec x\n"
@@ -229,7 +235,7 @@ def product(rows: int, columns: int) -> str:
 
 @given(st.integers(1, 300), st.integers(1, 600), st.sampled_from(("8x1", "8x4", "16x4", "32x1", "32x4")))
 def test_rows_and_columns_are_shared_out_evenly_or_left_to_the_compiler(rows: int, columns: int, choice: str) -> None:
-    text = product(rows, columns)
+    text = front_half(rows, columns)
     told = matvec.configure(text, choice)
     numbers = re.search(r"workgroup = \[(\d+), 0\], partial_reduction = \[0, (\d+)\], thread = \[0, (\d+)\]", told)
     lanes, groups = map(int, choice.split("x"))
@@ -252,10 +258,11 @@ MOVES = re.compile(
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
+@pytest.mark.parametrize("batch", [1, 8])
 def test_a_decode_step_is_one_submission_that_moves_token_and_position_only(
-    decoder: tuple[Path, Abi], tmp_path: Path, name: str
+    decoders: Callable[[int], tuple[Path, Abi]], tmp_path: Path, batch: int, name: str
 ) -> None:
-    module, abi = decoder
+    module, abi = decoders(batch)
     output = tmp_path / "stream.mlir"
     command = [*iree.compile_command(module, output, ALL[name], POINT), "--compile-to=stream"]
     subprocess.run(command, check=True, capture_output=True)
@@ -387,28 +394,36 @@ def test_a_row_for_each_target_with_a_reason_for_each_no(tmp_path: Path) -> None
     assert (found[1]["compiles"], found[1]["runs"].partition(":")[0]) == ("yes", "no")
 
 
-def test_compile_takes_a_gpu_on_the_command_line_and_build_refuses_it(project: Project, tmp_path: Path) -> None:
-    where = ["-C", tmp_path / "c"]
-    done = llmbuild("compile", project.recipe, "-t", "h200", "--trials", "1", "--json", *where)
-    assert done.returncode == 0, done.stderr
-    made = json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def crossed(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """A project of one layer, compiled for two kinds of GPU on the command line; `rows.json` is what that told."""
+
+    def make(folder: Path) -> None:
+        made = make_project(folder)
+        tiny.write(made.model, num_hidden_layers=1)
+        targets = ("-t", "vulkan-rdna3", "-t", "cuda-sm80")
+        done = llmbuild("compile", made.recipe, *targets, "--trials", "1", "--json", "-C", made.catalog)
+        assert done.returncode == 0, done.stderr
+        (folder / "rows.json").write_text(done.stdout)
+
+    return project_in(shared(tmp_path_factory, "crossed", make))
+
+
+def test_compile_takes_gpus_on_the_command_line_and_build_refuses_them(crossed: Project) -> None:
+    made = json.loads((crossed.folder / "rows.json").read_text())
     assert all(row["artifact"] for row in made)
-    assert {row["target"] for row in made} == {"h200"}
-    told = llmbuild("build", project.recipe, "-t", "metal", *where)
+    assert {row["target"] for row in made} == {"vulkan-rdna3", "cuda-sm80"}
+    told = llmbuild("build", crossed.recipe, "-t", "metal", "-C", crossed.catalog)
     assert (told.returncode, "cannot run on this host: the installed IREE runtime" in told.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(("name", "told"), [("vulkan-rdna3", {"subgroups": "said"}), ("cuda-sm80", {})])
-def test_explain_says_what_its_command_leaves_out(
-    project: Project, tmp_path: Path, name: str, told: dict[str, str]
-) -> None:
-    where = ["-C", tmp_path / "c"]
-    made = llmbuild("compile", project.recipe, "-t", name, "--trials", "1", *where)
-    assert made.returncode == 0, made.stderr
-    (row,) = json.loads(llmbuild("query", "--all", "--json", *where).stdout)
-    as_data = llmbuild("explain", row["variant"], "--json", *where)
+def test_explain_says_what_its_command_leaves_out(crossed: Project, name: str, told: dict[str, str]) -> None:
+    found = json.loads(llmbuild("query", "--all", "--json", "-C", crossed.catalog).stdout)
+    (variant,) = (row["variant"] for row in found if row["target"] == name)
+    as_data = llmbuild("explain", variant, "--json", "-C", crossed.catalog)
     assert json.loads(as_data.stdout)[0]["written"] == told
-    as_text = llmbuild("explain", row["variant"], *where)
+    as_text = llmbuild("explain", variant, "-C", crossed.catalog)
     less = [line for line in as_text.stdout.splitlines() if line.startswith("less ")]
     assert [line.split()[1].rstrip(":") for line in less] == ["subgroups=said"] * len(told)
 

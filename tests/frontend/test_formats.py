@@ -4,31 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.calibration import Calibration, read_tokens
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.own import OwnHead, PanelEmbedding
-from llmbuild.frontend.program import import_model
+from llmbuild.frontend.program import apply, formats_of, import_model, settle, take
 from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.layouts import FORMATS
 from llmbuild.profiler.heldout import check_apart, windows
 from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import INTEGERS
-from llmbuild.spec.program import ImportJob, ImportResult
+from llmbuild.spec.program import ImportJob
 from llmbuild.spec.recipe import Calibration as Text
 from llmbuild.spec.recipe import Quality
 from llmbuild.transform.gptq import gptq
 from llmbuild.transform.panels import encode
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
 from llmbuild.transform.weights import from_bf16
-from tests.support import tiny
-from tests.support.artifact import Loaded, compile_file, relative_error
+from tests.frontend.conftest import ONE, Imports
+from tests.support.artifact import relative_error
 
 HIDDEN = 64
 """Columns that every format's layout takes."""
@@ -38,8 +40,8 @@ CONTEXT = 32
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"), num_hidden_layers=1, vocab_size=323, intermediate_size=200)
+def model(imports: Imports) -> Path:
+    return imports.model(**ONE)
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -55,53 +57,62 @@ def test_a_packed_token_table_is_read_as_the_weights_it_was_made_from(form: str)
     assert np.array_equal(expected, table(torch.arange(323)[None])[0].numpy())
 
 
-@pytest.fixture(scope="module")
-def tokens(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("calibration") / "tokens.npy"
-    np.save(path, np.random.default_rng(0).integers(0, 320, (4, CONTEXT)))
-    return path
-
-
-@pytest.fixture(scope="module")
-def imported(model: Path, tokens: Path) -> Callable[..., ImportResult]:
-    def get(out: Path, **choices: str) -> ImportResult:
-        return import_model(
-            ImportJob(str(model), CONTEXT, choices=tuple(choices.items()), calibration=str(tokens)), out
-        )
-
-    return get
+CALIBRATED = {
+    "weight_format": "int4_g32",
+    "layout": "packed",
+    "head_format": "int4a_g32",
+    "mixed": "sensitive",
+    "quantization": "gptq",
+}
 
 
 @pytest.mark.parametrize(
     "choices",
     [
-        {"weight_format": "int4_g32", "layout": "packed", "head_format": "int4a_g32", "mixed": "sensitive"},
-        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int4_g32"},
+        CALIBRATED,
         {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"},
-        {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
+        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8", "kv_dtype": "int8"},
     ],
     ids=lambda c: "-".join(c.values()),
 )
-def test_an_artifact_computes_what_pytorch_does(
-    imported: Callable[..., ImportResult], tmp_path: Path, choices: dict[str, str]
-) -> None:
-    imported(tmp_path, **choices)
-    loaded = Loaded(tmp_path, compile_file(tmp_path / "module.mlirbc", tmp_path / "m.vmfb", "--iree-opt-level=O2"))
-    with np.load(tmp_path / "check.npz") as data:
-        actual = loaded.forced(data["prompt"][0].tolist(), data["forced"][0].tolist())[:, None]
-        tolerance = 1e-2 if choices.get("kv_dtype") == "int8" else 1e-4  # a code of the cache may round the other way
-        assert relative_error(actual, data["logits"]) < tolerance
+def test_an_artifact_computes_what_pytorch_does(imports: Imports, model: Path, choices: dict[str, str]) -> None:
+    made = imports(model, choices, context=CONTEXT)
+    actual, expected, noise = made.checked(made.at())
+    tolerance = 1e-2 if choices.get("kv_dtype") == "int8" else 0.0  # a code of the cache may round the other way
+    assert relative_error(actual, expected) < max(1e-5, 10 * noise, tolerance)
 
 
-def test_the_same_calibration_gives_the_same_bytes_and_four_bits_take_half_a_byte(
-    imported: Callable[..., ImportResult], tmp_path: Path
-) -> None:
-    choices = {"weight_format": "int4_g32", "quantization": "gptq", "mixed": "sensitive"}
-    first, again = (imported(tmp_path / name, **choices) for name in ("a", "b"))
-    assert first.program == again.program
-    nearest = imported(tmp_path / "c", weight_format="int4_g32")
-    assert nearest.program.parameters != first.program.parameters
-    assert nearest.parameter_bytes < 0.7 * nearest.program.abi.parameters
+def test_the_same_calibration_gives_the_same_bytes(imports: Imports, model: Path, tmp_path: Path) -> None:
+    first, job = imports(model, CALIBRATED, context=CONTEXT).result, imports.job(model, CALIBRATED, context=CONTEXT)
+    assert first == plain(import_model(job, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def taken(imports: Imports, model: Path) -> Callable[..., tuple[Any, ImportJob]]:
+    def get(**choices: str) -> tuple[Any, ImportJob]:
+        job = imports.job(model, {"weight_format": "int4_g32", **choices}, context=CONTEXT)
+        return take(job, settle(job)).model, job
+
+    return get
+
+
+def test_four_bits_take_half_a_byte(taken: Callable[..., tuple[Any, ImportJob]]) -> None:
+    loaded, job = taken()
+    count = sum(part.numel() for part in loaded.parameters())
+    apply(loaded, job, settle(job))
+    stored = {part.data_ptr(): part for part in (*loaded.parameters(), *loaded.buffers())}
+    assert sum(part.nbytes for part in stored.values()) < 0.7 * count
+
+
+def test_calibrated_weights_are_what_is_stored(taken: Callable[..., tuple[Any, ImportJob]]) -> None:
+    name, stored = "model.layers.0.mlp.down_proj", []
+    for method in ("rtn", "gptq"):
+        loaded, job = taken(quantization=method)
+        dense = loaded.get_submodule(name).weight.numpy()
+        stored.append(formats_of(loaded, job, settle(job))(name, dense))
+    nearest, fitted = stored
+    assert isinstance(nearest, Quantized) and isinstance(fitted, Quantized)
+    assert not np.array_equal(nearest.codes, fitted.codes)
 
 
 @pytest.mark.parametrize(

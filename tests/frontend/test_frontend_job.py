@@ -16,16 +16,20 @@ from iree.compiler import ir
 
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
+from llmbuild.frontend.__main__ import main
 from llmbuild.frontend.importer import import_programs
 from llmbuild.frontend.program import describe, export, import_model, settle
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.spec.program import ImportJob
+from tests.frontend.conftest import ONE, TWO, Imports
 from tests.support import tiny
+
+AVX512 = next(unit for unit in KNOWN if unit.name == "avx512").kernels["int8"].features
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write(tmp_path_factory.mktemp("tiny"))
+def model(imports: Imports) -> Path:
+    return imports.model(**ONE)
 
 
 def run_job(folder: Path, hash_seed: str = "0", **job: Any) -> tuple[int, dict[str, Any]]:
@@ -43,40 +47,43 @@ def run_job(folder: Path, hash_seed: str = "0", **job: Any) -> tuple[int, dict[s
     return done.returncode, json.loads((folder / "out" / "result.json").read_text())
 
 
-def test_same_job_gives_the_same_bytes_in_every_process(model: Path, tmp_path: Path) -> None:
-    programs = []
-    for seed in ("1", "2"):
-        (tmp_path / seed).mkdir()
-        code, result = run_job(
-            tmp_path / seed, seed, verb="import", model=str(model), context=32, seed=3,
-            features=next(unit for unit in KNOWN if unit.name == "avx512").kernels["int8"].features,
-            choices={"weight_format": "int8", "layout": "packed", "kernel": "own"},
-        )  # fmt: skip
-        assert code == 0
-        programs.append(result["program"])
-    assert programs[0] == programs[1]
-    assert str(tmp_path).encode() not in (tmp_path / "1" / "out" / "module.mlirbc").read_bytes()
+def test_same_job_gives_the_same_bytes_in_every_process(imports: Imports, tmp_path: Path) -> None:
+    """A process of its own, whose sets are ordered otherwise, against one that has imported other models before."""
+    model, choices = imports.model(**TWO), {"weight_format": "int8", "layout": "packed", "kernel": "own"}
+    here = imports(model, choices, context=64, features=AVX512)
+    seed = "1" if os.environ.get("PYTHONHASHSEED") != "1" else "2"
+    job = {"verb": "import", "model": str(model), "context": 64, "features": AVX512, "choices": choices}
+    code, result = run_job(tmp_path, seed, **job)
+    assert (code, result) == (0, here.result)
+    for folder in (tmp_path / "out", here.folder):
+        assert str(folder.parent).encode() not in (folder / "module.mlirbc").read_bytes()
+
+
+def test_bad_job_is_one_message_and_exit_2(tmp_path: Path) -> None:
+    code, result = run_job(tmp_path, verb="import", model="nobody/no-such-model", context=32)
+    assert (code, list(result)) == (2, ["error"])
+    assert result["error"].startswith("model 'nobody/no-such-model': neither a folder here nor to be had from the hub")
+
+
+def job_here(folder: Path, **job: Any) -> tuple[int, dict[str, Any]]:
+    """Run one job in this process and return its exit code and result."""
+    (folder / "job.json").write_text(json.dumps({"out": str(folder / "out"), **job}))
+    code = main([str(folder / "job.json")])
+    return code, json.loads((folder / "out" / "result.json").read_text())
 
 
 def test_reference_job_writes_what_it_is_asked_for(model: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "windows.npy", np.array([[1, 2, 3, 4], [5, 6, 7, 8]]))
-    code, result = run_job(
-        tmp_path, verb="reference", model=str(model), windows=str(tmp_path / "windows.npy"), prompt=[1, 2], count=5
-    )
-    assert (code, result) == (0, {"logits": "logits.npy", "greedy": "greedy.npy"})
-    assert np.load(tmp_path / "out" / "logits.npy").shape == (2, 4, 320)
+    windows = str(tmp_path / "windows.npy")
+    done = job_here(tmp_path, verb="reference", model=str(model), windows=windows, prompt=[1, 2], count=5)
+    assert done == (0, {"logits": "logits.npy", "greedy": "greedy.npy"})
+    assert np.load(tmp_path / "out" / "logits.npy").shape == (2, 4, 323)
     assert np.load(tmp_path / "out" / "greedy.npy").shape == (5,)
 
 
-def test_bad_job_is_one_message_and_exit_2(tmp_path: Path) -> None:
-    code, result = run_job(tmp_path, verb="import", model=str(tmp_path / "nothing"), context=32)
-    assert (code, result) == (2, {"error": f"{tmp_path / 'nothing'}: no such model folder"})
-
-
-def test_unknown_hub_model_is_one_message(tmp_path: Path) -> None:
-    code, result = run_job(tmp_path, verb="import", model="nobody/no-such-model", context=32)
-    assert code == 2
-    assert result["error"].startswith("model 'nobody/no-such-model': neither a folder here nor to be had from the hub")
+def test_a_folder_that_is_not_there_is_one_message(tmp_path: Path) -> None:
+    done = job_here(tmp_path, verb="import", model=str(tmp_path / "nothing"), context=32)
+    assert done == (2, {"error": f"{tmp_path / 'nothing'}: no such model folder"})
 
 
 def refused(job: ImportJob, folder: Path) -> str:

@@ -13,13 +13,13 @@ from safetensors.torch import save_file as save_torch
 
 from llmbuild.errors import InputError
 from llmbuild.frontend import huggingface, program, truth
-from llmbuild.frontend.program import import_model
 from llmbuild.frontend.reference import reference_greedy, reference_logits
 from llmbuild.frontend.source import find_model
 from llmbuild.frontend.tensors import places
 from llmbuild.spec.model import facts_of
 from llmbuild.spec.program import ImportJob
 from llmbuild.spec.recipe import ModelSource
+from tests.frontend.conftest import BIASED, Imports
 from tests.support import folders
 
 CONTEXT = 64
@@ -83,14 +83,14 @@ def test_the_reference_of_a_model_whose_window_the_context_fits_in_is_taken(
         reference_greedy(str(folder), False, 0, windows[0, :4], 5)
 
 
-def test_check_data_of_f32_is_what_the_untouched_library_says(model: Path, tmp_path: Path) -> None:
+def test_check_data_of_f32_is_what_the_untouched_library_says(imports: Imports) -> None:
     from transformers import AutoModelForCausalLM
 
-    import_model(ImportJob(str(model), CONTEXT, batch=2), tmp_path / "out")
-    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
+    made = imports(imports.model(**BIASED), context=CONTEXT, batch=3)  # as in `test_batch`
+    plain = AutoModelForCausalLM.from_pretrained(made.model, dtype=torch.float32, attn_implementation="eager")
     assert type(plain).__name__ == "LlamaForCausalLM"
-    with np.load(tmp_path / "out" / "check.npz") as check, torch.inference_mode():
-        for row in range(2):
+    with np.load(made.folder / "check.npz") as check, torch.inference_mode():
+        for row in range(3):
             start = check["start"][row]
             text = np.concatenate([check["prompt"][row, :start], check["forced"][row]])
             last = plain(torch.from_numpy(check["prompt"][row : row + 1])).logits[0, -1].numpy()

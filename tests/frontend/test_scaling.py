@@ -24,8 +24,9 @@ from llmbuild.spec.program import ImportJob
 from llmbuild.transform.gptq import nearest
 from llmbuild.transform.quantized import dequantize, quantize
 from llmbuild.transform.reference import quantized_rows
+from tests.frontend.conftest import AVX2, ONE, Imports
 from tests.support import tiny
-from tests.support.artifact import Loaded, compile_file, relative_error
+from tests.support.artifact import relative_error
 
 CONTEXT = 32
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -150,19 +151,11 @@ def test_a_clipped_range_serves_the_inputs_better() -> None:
 @pytest.mark.parametrize(
     "kernel", ["compiler", pytest.param("own", marks=pytest.mark.skipif("avx2" not in HOST, reason="needs AVX2"))]
 )
-def test_an_artifact_of_a_scaled_model_computes_what_pytorch_does(
-    folder: Callable[[bool], Path], tokens: np.ndarray, tmp_path: Path, kernel: str
-) -> None:
-    np.save(tmp_path / "tokens.npy", tokens)
+def test_an_artifact_of_a_scaled_model_computes_what_pytorch_does(imports: Imports, kernel: str) -> None:
     choices = {"weight_format": "int8", "scaling": "activation", "layout": "packed", "kernel": kernel}
-    features = ("avx2", "fma", "f16c")
-    job = ImportJob(str(folder(True)), CONTEXT, choices=tuple(choices.items()), features=features,
-                    calibration=str(tmp_path / "tokens.npy"))  # fmt: skip
-    import_model(job, tmp_path)
-    loaded = Loaded(tmp_path, compile_file(tmp_path / "module.mlirbc", tmp_path / "m.vmfb", "--iree-opt-level=O2"))
-    with np.load(tmp_path / "check.npz") as data:
-        actual = loaded.forced(data["prompt"][0].tolist(), data["forced"][0].tolist())[:, None]
-        assert relative_error(actual, data["logits"]) < max(1e-5, 10 * float(data["noise"]))
+    made = imports(imports.model(**ONE), choices, features=AVX2)
+    actual, expected, noise = made.checked(made.at("O2", cpu="x86-64-v3" if kernel == "own" else "host"))
+    assert relative_error(actual, expected) < max(1e-5, 10 * noise)
 
 
 def test_scaling_is_refused_where_nothing_is_rounded(folder: Callable[[bool], Path], tmp_path: Path) -> None:

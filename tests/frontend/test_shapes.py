@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from llmbuild.frontend import attention, modules, own, single_row
 from llmbuild.frontend.config import judge
 from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.program import apply, describe, formats_of, import_model, settle
+from llmbuild.frontend.program import apply, describe, formats_of, settle
 from llmbuild.frontend.source import find_model
 from llmbuild.frontend.truth import CheckTokens, run_eagerly
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem, gpu_problem
@@ -30,8 +30,9 @@ from llmbuild.spec.program import ImportJob
 from llmbuild.spec.recipe import ModelSource
 from llmbuild.transform.quantized import dequantize, pad_columns, quantize, split_groups
 from scripts.bench import shapes as shapes_to_build
+from tests.frontend.conftest import Imports
 from tests.support import tiny
-from tests.support.artifact import Loaded, compile_file, relative_error
+from tests.support.artifact import relative_error
 from tests.support.machines import MACHINES
 
 CONTEXT = 32
@@ -116,19 +117,20 @@ CASES = {
     "heads of 8": (
         "Llama",
         {**ODD, "hidden_size": 40, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
-        "int8",
+        ("int7_g64", "f12_e4m7"),
     ),
     "heads of 40": (
         "Qwen3",
         {**ODD, "head_dim": 40, "hidden_act": "gelu", "tie_word_embeddings": False, "hidden_size": 100},
-        "int4_g64",
+        ("int4_g64", "int8"),
     ),
     "heads of 24, biases": (
         "Llama",
         {**ODD, "head_dim": 24, "hidden_act": "gelu_new", "attention_bias": True, "tie_word_embeddings": False},
-        "f12_e4m7",
+        ("f12_e4m7", "int7_g32"),
     ),
 }
+"""Models, with the formats of their layers and of their tables: each kind of format is that of some layers."""
 
 
 UNIT = next((unit for unit in ("avx512", "avx2") if not MACHINES[unit].lacks), "")
@@ -137,23 +139,16 @@ UNIT = next((unit for unit in ("avx512", "avx2") if not MACHINES[unit].lacks), "
 
 @pytest.mark.skipif(not UNIT, reason="this CPU has neither AVX2 nor AVX-512")
 @pytest.mark.parametrize(("unit", "name"), [(UNIT, name) for name in CASES])
-def test_compiled_models_of_odd_shapes_agree_with_torch(tmp_path: Path, unit: str, name: str) -> None:
-    kind, shape, form = CASES[name]
-    folder = tiny.write(tmp_path / "model", kind=kind, **shape)
-    choices = tuple({**OWN, "weight_format": form}.items())
-    features = UNITS[unit].kernels[form.partition("_g")[0]].features
-    result = import_model(ImportJob(str(folder), CONTEXT, choices=choices, features=features), tmp_path)
-    assert result.program.abi.required_features == features
-    compile_file(
-        tmp_path / "module.mlirbc",
-        tmp_path / "m.vmfb",
-        "--iree-opt-level=O2",
-        *MACHINES[unit].flags,
-        cpu=MACHINES[unit].cpu,
-    )
-    with np.load(tmp_path / "check.npz") as check:
-        actual = Loaded(tmp_path, tmp_path / "m.vmfb").forced(check["prompt"][0], check["forced"][0])[:, None]
-        assert relative_error(actual, check["logits"]) < max(1e-5, 10 * float(check["noise"]))
+def test_compiled_models_of_odd_shapes_agree_with_torch(imports: Imports, unit: str, name: str) -> None:
+    kind, shape, forms = CASES[name]
+    choices = {**OWN, "weight_format": forms[0], "head_format": forms[1]}
+    kernels = [UNITS[unit].kernels[form.partition("_g")[0]] for form in forms]
+    features = tuple(dict.fromkeys(feature for kernel in kernels for feature in kernel.features))
+    made = imports(imports.model(kind, **shape), choices, context=CONTEXT, features=features)
+    loaded = made.at("O2", "local-task", MACHINES[unit].cpu, *MACHINES[unit].flags)
+    assert loaded.abi["required_features"] == list(features)
+    actual, expected, noise = made.checked(loaded)
+    assert relative_error(actual, expected) < max(1e-5, 10 * noise)
 
 
 def test_what_our_kernels_do_not_take_is_told_from_the_facts_of_a_model() -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.head import HeadShape, head
@@ -24,6 +27,7 @@ from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
 from tests.support.machines import MACHINES
 from tests.support.products import prepared, products_module
+from tests.support.units import UNITS, all_pairs, covering, families, with_all, with_enough
 
 SHAPES = {
     "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, False, 2),
@@ -49,25 +53,16 @@ IN_PARTS = {
     ),
 }
 """Shapes whose cache a single row attends to in parts; `test_layers_agree_with_numpy` never has more than one."""
-LONG_ONLY = ("whole panels", "smallest", "int4 in one group", "int4 smallest", "whole panel", "part of a panel")
-"""Cases that only the longest registers are tried with: what they are about is the same for all."""
+FORMS = {name: shape.weights for name, shape in SHAPES.items()}
+LONG_FORMS = {name: shape.weights for name, shape in IN_PARTS.items()}
+ANY = dict.fromkeys(IN_PARTS, "any format")
+"""Formats do not matter where positions are attended to."""
 COUNT = 2
-
-
-def on_every_unit(argument: str, cases: dict[str, str], indirect: bool = False) -> pytest.MarkDecorator:
-    """Give a test (instruction set, name of the case) for each case, name and format, that there is a kernel for."""
-    pairs = [(unit, name) for unit in KNOWN for name, form in cases.items() if family(form) in unit.kernels]
-    lacks = {unit.name: MACHINES[unit.name].lacks for unit in KNOWN}
-    params = [
-        pytest.param(
-            (unit, name),
-            id=f"{unit.name}-{name.replace(' ', '-')}",
-            marks=pytest.mark.skipif(bool(lacks[unit.name]), reason=lacks[unit.name]),
-        )
-        for unit, name in pairs
-        if unit.name == "avx512" or name not in LONG_ONLY
-    ]
-    return pytest.mark.parametrize(argument, params, indirect=indirect)
+CALLS = ((1, 0), (1, 15), (5, 3), (6, 0), (16, 0))
+"""Rows, and the position of the first."""
+EMULATED_CALLS = CALLS[1:3]
+LONG_CALLS = ((1, 15), (1, 16), (1, 47), (1, 299), (1, 699), (3, 299))
+SIZES = (0.0, 1e-12, 1e12)
 
 
 def draw(shape: DecoderShape, rng: np.random.Generator) -> dict[str, Any]:
@@ -88,40 +83,51 @@ def draw(shape: DecoderShape, rng: np.random.Generator) -> dict[str, Any]:
     return arrays | {norm: rng.standard_normal(shape.head_dim).astype(np.float32) for norm in HEAD_NORMS}
 
 
+Call = tuple[Any, int, list[Any], list[Any]]
+"""Hidden states, the position of the first row, cache buffers, and the cosines and sines of the rows."""
+
+
 class Layers:
     """Two compiled layers with random weights."""
 
     def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
+        """Compile them; where a process would be needed for each call, with functions that make several."""
         self.shape = shape = replace(shape, narrow=unit.kernels[family(shape.weights)].narrow)
         rng = np.random.default_rng(1)
         self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
-        text = layers("layers", shape, COUNT, unit) + self._main()
-        (folder / "layers.mlir").write_text(text)
         self.machine = MACHINES[unit.name]
+        several = {len(EMULATED_CALLS), len(LONG_CALLS), len(SIZES)} if self.machine.emulated else set()
+        mains = [self._main("main", 1), *(self._main(f"main_{n}", n) for n in sorted(several))]
+        (folder / "layers.mlir").write_text("".join([layers("layers", shape, COUNT, unit), *mains]))
         self.artifact = self.machine.compile(folder / "layers.mlir")
 
-    def _main(self) -> str:
+    def _main(self, name: str, calls: int) -> str:
         s = self.shape
         cache = f"tensor<{s.context}x{s.kv_heads}x{s.head_dim}x{'f16' if s.half_cache else 'f32'}>"
         wide, angle = f"tensor<?x{s.width}xf32>", f"tensor<?x{s.head_dim}xf32>"
         kinds = [wide, angle, angle, "tensor<1xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + [cache] * 2 * COUNT
-        names = [f"%a{i}" for i in range(len(kinds))]
-        taken = ", ".join(f"{n}: {k}" for n, k in zip(names, kinds, strict=True))
+        names = [[f"%a{call}_{i}" for i in range(len(kinds))] for call in range(calls)]
+        taken = ", ".join(f"{n}: {k}" for each in names for n, k in zip(each, kinds, strict=True))
+        made = ", ".join([wide] * calls)
+        body = "".join(
+            f"%r{call} = util.call @layers({', '.join(each)}) : ({', '.join(kinds)}) -> {wide}\n"
+            for call, each in enumerate(names)
+        )
+        results = ", ".join(f"%r{call}" for call in range(calls))
         return f"""
-util.func public @main({taken}) -> {wide} {{
-%r = util.call @layers({", ".join(names)}) : ({", ".join(kinds)}) -> {wide}
-util.return %r : {wide}
+util.func public @{name}({taken}) -> ({made}) {{
+{body}util.return {results} : {made}
 }}"""
 
-    def run(self, x: Any, start: int, cache: list[Any], angles: list[Any], driver: str) -> tuple[Any, list[Any]]:
-        """Return the new hidden states, and the cache buffers after the call where they can be seen."""
+    def run(self, calls: list[Call], driver: str) -> list[tuple[Any, list[Any]]]:
+        """Return the new hidden states of each call, and the cache buffers after it where they can be seen."""
         packed = np.concatenate(self.buffers).view(np.int8)
-        inputs = [x, *angles, np.array([start]), packed, *cache]
-        (out,), after = self.machine.call(self.artifact, inputs, 1, driver)
-        return out, after[len(inputs) - len(cache) :]
+        inputs = [[x, *angles, np.array([start]), packed, *cache] for x, start, cache, angles in calls]
+        return [(out, after[-2 * COUNT :]) for out, after in self.machine.call_each(self.artifact, inputs, driver)]
 
-    def expect(self, x: Any, start: int, cache: list[Any], angles: list[Any]) -> tuple[Any, list[Any]]:
+    def expect(self, call: Call) -> tuple[Any, list[Any]]:
         """Return what `run` should, by NumPy."""
+        x, start, cache, angles = call
         after: list[Any] = []
         for i, buffer in enumerate(self.buffers):
             x, *new = reference.layer(self.shape, x, *angles, start, buffer, *cache[2 * i : 2 * i + 2])
@@ -129,61 +135,98 @@ util.return %r : {wide}
         return x, after
 
 
+def layers_of(
+    request: pytest.FixtureRequest, shapes: dict[str, DecoderShape], factory: pytest.TempPathFactory
+) -> Layers:
+    unit, name = request.param
+    return Layers(shapes[name], unit, factory.mktemp("layers"))
+
+
 @pytest.fixture(scope="module")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
-    unit, name = request.param
-    return Layers((SHAPES | IN_PARTS)[name], unit, tmp_path_factory.mktemp("layers"))
+    return layers_of(request, SHAPES, tmp_path_factory)
 
 
-on_every_shape = on_every_unit("compiled", {name: shape.weights for name, shape in SHAPES.items()}, indirect=True)
+@pytest.fixture(scope="module")
+def in_parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Layers:
+    """A fixture of its own: pytest would run tests of equal places in two lists in turns, and compile for each."""
+    return layers_of(request, IN_PARTS, tmp_path_factory)
 
 
-@on_every_shape
-@pytest.mark.parametrize("driver", ["local-sync", "local-task"])
-def test_layers_agree_with_numpy(compiled: Layers, driver: str) -> None:
-    calls = [(1, 0), (1, 15), (5, 3), (6, 0), (16, 0)]
-    for rows, start in calls[1:3] if compiled.machine.emulated else calls:  # each is a process of its own there
-        assert_agree(compiled, rows, start, driver)
+on_enough_shapes = with_enough("compiled", FORMS, families(FORMS))
 
 
-@on_every_unit("compiled", {name: shape.weights for name, shape in IN_PARTS.items()}, indirect=True)
-@pytest.mark.parametrize(("rows", "start"), [(1, 15), (1, 16), (1, 47), (1, 299), (1, 699), (3, 299)])
-def test_a_single_row_attends_to_long_caches_in_parts(compiled: Layers, rows: int, start: int) -> None:
-    assert_agree(compiled, rows, start, "local-task")
+@on_enough_shapes
+def test_layers_agree_with_numpy(compiled: Layers) -> None:
+    for driver in ("local-sync", "local-task"):
+        assert_agree(compiled, EMULATED_CALLS if compiled.machine.emulated else CALLS, driver)
 
 
-def assert_agree(compiled: Layers, rows: int, start: int, driver: str) -> None:
-    shape, rng = compiled.shape, np.random.default_rng(rows)
+@with_enough("in_parts", LONG_FORMS, ANY)
+def test_a_single_row_attends_to_long_caches_in_parts(in_parts: Layers) -> None:
+    assert_agree(in_parts, LONG_CALLS, "local-task")
+
+
+def random_call(shape: DecoderShape, rows: int, start: int) -> Call:
+    rng = np.random.default_rng(rows)
     x = pad_width(rng.standard_normal((rows, shape.hidden)).astype(np.float32), shape.width)
     angles = [rng.standard_normal((rows, shape.head_dim)).astype(np.float32) for _ in range(2)]
     kind = np.float16 if shape.half_cache else np.float32
     size = (shape.context, shape.kv_heads, shape.head_dim)
-    cache = [rng.standard_normal(size).astype(kind) for _ in range(2 * COUNT)]
-    actual, after = compiled.run(x, start, cache, angles, driver)
-    expected, expected_after = compiled.expect(x, start, cache, angles)
-    tolerance = 2e-2 if shape.half_cache else 1e-2  # a rounding to int8 that falls the other way, in two layers
-    assert relative_error(actual, expected) < tolerance
-    assert not actual[:, shape.hidden :].any()
-    assert len(after) == (0 if compiled.machine.emulated else len(cache))
-    for ours, theirs in zip(after, expected_after, strict=bool(after)):
-        untouched = [i for i in range(shape.context) if not start <= i < start + rows]
-        assert np.array_equal(ours[untouched], theirs[untouched])
-        assert relative_error(ours, theirs) < tolerance
+    return x, start, [rng.standard_normal(size).astype(kind) for _ in range(2 * COUNT)], angles
 
 
-@on_every_shape
-@pytest.mark.parametrize("size", [0.0, 1e-12, 1e12])
-def test_layers_take_extreme_values(compiled: Layers, size: float) -> None:
+def assert_agree(compiled: Layers, places: Sequence[tuple[int, int]], driver: str) -> None:
     shape = compiled.shape
+    calls = [random_call(shape, rows, start) for rows, start in places]
+    tolerance = 2e-2 if shape.half_cache else 1e-2  # a rounding to int8 that falls the other way, in two layers
+    for call, (actual, after) in zip(calls, compiled.run(calls, driver), strict=True):
+        rows, start = len(call[0]), call[1]
+        expected, expected_after = compiled.expect(call)
+        assert relative_error(actual, expected) < tolerance, (driver, rows, start)
+        assert not actual[:, shape.hidden :].any()
+        assert len(after) == (0 if compiled.machine.emulated else 2 * COUNT)
+        for ours, theirs in zip(after, expected_after, strict=bool(after)):
+            untouched = [i for i in range(shape.context) if not start <= i < start + rows]
+            assert np.array_equal(ours[untouched], theirs[untouched])
+            assert relative_error(ours, theirs) < tolerance, (driver, rows, start)
+
+
+@on_enough_shapes
+def test_layers_take_extreme_values(compiled: Layers) -> None:
+    calls = [extreme_call(compiled.shape, size) for size in SIZES]
+    for size, call, (actual, _) in zip(SIZES, calls, compiled.run(calls, "local-task"), strict=True):
+        assert np.isfinite(actual).all(), size
+        assert relative_error(actual, compiled.expect(call)[0]) < 2e-2, size
+
+
+def extreme_call(shape: DecoderShape, size: float) -> Call:
     x = pad_width(np.full((2, shape.hidden), size, np.float32), shape.width)
     x[:, ::3] *= -1
     angles = [np.ones((2, shape.head_dim), np.float32), np.zeros((2, shape.head_dim), np.float32)]
     kind = np.float16 if shape.half_cache else np.float32
-    cache = [np.zeros((shape.context, shape.kv_heads, shape.head_dim), kind) for _ in range(2 * COUNT)]
-    actual, _ = compiled.run(x, 0, cache, angles, "local-task")
-    expected, _ = compiled.expect(x, 0, cache, angles)
-    assert np.isfinite(actual).all()
-    assert relative_error(actual, expected) < 2e-2
+    return x, 0, [np.zeros((shape.context, shape.kv_heads, shape.head_dim), kind) for _ in range(2 * COUNT)], angles
+
+
+@pytest.mark.parametrize(("forms", "groups"), [(FORMS, families(FORMS)), (LONG_FORMS, ANY)], ids=["shapes", "parts"])
+@given(lacking=st.sets(st.sampled_from(sorted(UNITS))))
+def test_enough_pairs_are_every_kernel_and_two_instruction_sets_for_every_shape(
+    forms: dict[str, str], groups: dict[str, str], lacking: set[str]
+) -> None:
+    pairs = [pair for pair in all_pairs(forms) if pair[0] not in lacking]
+    enough = covering(pairs, groups)
+    assert set(enough) <= set(pairs)
+    assert {(unit, groups[case]) for unit, case in enough} == {(unit, groups[case]) for unit, case in pairs}
+    for name in forms:
+        had, kept = (sum(case == name for _, case in each) for each in (pairs, enough))
+        assert kept >= min(had, 2)
+
+
+@pytest.mark.parametrize("calls", [CALLS, EMULATED_CALLS], ids=["here", "emulated"])
+def test_every_kernel_multiplies_one_row_and_a_tile_of_rows(calls: tuple[tuple[int, int], ...]) -> None:
+    rows = {rows for rows, _ in calls}
+    tiles = {kernel.row_tile for unit in KNOWN for kernel in unit.kernels.values() if calls is CALLS or unit.lanes == 4}
+    assert 1 in rows and max(rows) >= max(tiles)
 
 
 def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
@@ -204,7 +247,7 @@ HEADS = {
 }
 
 
-@on_every_unit("case", {name: form for name, (_, form) in HEADS.items()})
+@with_all("case", {name: form for name, (_, form) in HEADS.items()})
 def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, case: tuple[Instructions, str]) -> None:
     unit, (vocabulary, form) = case[0], HEADS[case[1]]
     wide = 96 if form.startswith("int7") else 48
@@ -248,7 +291,7 @@ def _as(held: str, name: str, wanted: str) -> str:
     )
 
 
-@on_every_unit("case", {form: form for form in ("int8", "int7_g64", "int4_g64")})
+@with_all("case", {form: form for form in ("int8", "int7_g64", "int4_g64")})
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_are_exact_at_the_ends_of_integers(
     tmp_path: Path, case: tuple[Instructions, str], together: bool
@@ -256,13 +299,19 @@ def test_products_are_exact_at_the_ends_of_integers(
     (unit, form), columns, rng = case, 64, np.random.default_rng(0)
     layout, bits = Layout(form, columns), INTEGERS[form].bits
     rows = unit.kernels[layout.family].row_tile if together else 1
-    (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows))
-    artifact = MACHINES[unit.name].compile(tmp_path / "products.mlir")
     low, high = code_range(bits)
     mixed = rng.choice([low, high, low + 1, 0, 1, -1], (64, columns))
-    for codes in (np.full((64, columns), low), np.full((64, columns), high), mixed):
-        for x in (np.full((rows, columns), -127), rng.choice([-127, 127, -126, 0, 1, -1], (rows, columns))):
-            ones = np.ones((64, 1), np.float32)
-            data, _ = pack(layout, Quantized(codes.astype(np.int8), ones, None, bits, columns))
-            (sums,), _ = MACHINES[unit.name].call(artifact, [data, prepared(layout, x)], 1, "local-sync")
-            assert np.array_equal(sums.reshape(rows, 64), x @ codes.T)
+    calls = [
+        (codes, x)
+        for codes in (np.full((64, columns), low), np.full((64, columns), high), mixed)
+        for x in (np.full((rows, columns), -127), rng.choice([-127, 127, -126, 0, 1, -1], (rows, columns)))
+    ]
+    (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows, len(calls)))
+    artifact, ones = MACHINES[unit.name].compile(tmp_path / "products.mlir"), np.ones((64, 1), np.float32)
+    inputs = []
+    for codes, x in calls:
+        data, _ = pack(layout, Quantized(codes.astype(np.int8), ones, None, bits, columns))
+        inputs += [data, prepared(layout, x)]
+    made, _ = MACHINES[unit.name].call(artifact, inputs, len(calls), "local-sync")
+    for (codes, x), sums in zip(calls, made, strict=True):
+        assert np.array_equal(sums.reshape(rows, 64), x @ codes.T)

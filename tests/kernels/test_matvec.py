@@ -41,6 +41,7 @@ from llmbuild.kernels.matvec import (
     work,
 )
 from llmbuild.process.child import Limits
+from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.files.reader import read_target
 from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
@@ -48,7 +49,7 @@ from llmbuild.spec.program import ImportJob
 from llmbuild.spec.target import VULKAN, Target
 from llmbuild.transform.quantized import pack_nibbles, quantize
 from tests.support import tiny
-from tests.support.artifact import Loaded, relative_error
+from tests.support.artifact import answers, relative_error
 
 TARGETS = Path(__file__).parents[2] / "targets"
 BACKENDS = {"h200": 32, "rocm-gfx942": 64, "rocm-gfx1100": 32, "vulkan-rdna3": 32, "metal": 32}
@@ -249,25 +250,6 @@ def test_products_agree_with_numpy(tmp_path: Path, form: str) -> None:
         assert relative_error(actual, dense @ x) < 2e-6
 
 
-class OnVulkan(Loaded):
-    """A program on the Vulkan device; numpy's memory is none that it can copy to."""
-
-    def prefill(self, tokens: Any, start: int = 0) -> tuple[int, Any]:
-        return self._read(self._module.prefill(np.asarray(tokens, np.int64)[None], np.array([start]), *self.kv))
-
-    def decode(self, token: int, position: int) -> tuple[int, Any]:
-        return self._read(self._module.decode(np.array([token]), np.array([position]), *self.kv))
-
-    def _read(self, made: Any) -> tuple[int, Any]:
-        import iree.runtime as rt
-
-        from llmbuild.runtime.readback import Readback
-
-        read = Readback(rt.get_device("vulkan"))
-        token, logits = (part._buffer_view for part in made)
-        return int(read(token, np.int64)[0]), read(logits, np.float32).copy()
-
-
 @on_vulkan
 @pytest.mark.parametrize(
     "choices",
@@ -278,16 +260,19 @@ class OnVulkan(Loaded):
     ids=lambda choices: "-".join(choices.values()),
 )
 def test_a_decoder_with_our_kernels_agrees_with_torch(tmp_path: Path, choices: dict[str, str]) -> None:
-    model = tiny.write(tmp_path / "model")
+    model = tiny.write(tmp_path / "model", num_hidden_layers=1)
     told = tuple({**choices, "kernel": "own", "row_tile": "2x4"}.items())
-    import_model(ImportJob(str(model), 64, choices=told, subgroup=SOFTWARE.subgroup), tmp_path)
+    job = ImportJob(str(model), 64, choices=told, subgroup=SOFTWARE.subgroup)
+    abi = import_model(job, tmp_path).program.abi
     artifact = tmp_path / "m.vmfb"
     assert iree.compile_module(tmp_path / "module.mlirbc", artifact, SOFTWARE, POINT, Limits(120)) is None
     assert b"llmbuild_matvec" in artifact.read_bytes()
     with np.load(tmp_path / "check.npz") as check:
         prompt, forced, expected = check["prompt"][0], check["forced"][0], check["logits"][:, 0]
         noise = float(check["noise"])
-    actual = OnVulkan(tmp_path, artifact, "vulkan").forced(prompt, forced)
+    session = Session(artifact, tmp_path / "parameters.irpa", abi, Settings("vulkan", 0))
+    actual = answers(session, prompt, forced)
+    session.close()  # the threads of an open Vulkan device never sleep
     assert relative_error(actual, expected) < max(1e-5, 10 * noise)
 
 

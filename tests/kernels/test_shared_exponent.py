@@ -85,9 +85,10 @@ UNITS = [
 def test_products_agree_with_float64_over_the_whole_range(tmp_path: Path, unit: Instructions, together: bool) -> None:
     kernel, drawn = unit.kernels[SHARED], np.random.default_rng(0)
     layout, rows = Layout(SHARED, 48, kernel.narrow), kernel.row_tile if together else 1
-    (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows))
-    artifact = MACHINES[unit.name].compile(tmp_path / "products.mlir")
-    for spread, magnitude in ((0, 1.0), (8, 1e-20), (8, 1e20), (0, 0.0)):
+    drawn_with = ((0, 1.0), (8, 1e-20), (8, 1e20), (0, 0.0))
+    (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows, len(drawn_with)))
+    artifact, calls, inputs = MACHINES[unit.name].compile(tmp_path / "products.mlir"), [], []
+    for spread, magnitude in drawn_with:
         dense = drawn.standard_normal((64, 48)) * np.exp(spread * drawn.standard_normal((64, 48))) * magnitude
         data, power = pack(layout, encode(SHARED, dense.astype(np.float32)))
         x = (drawn.standard_normal((rows, 48)) * np.exp(drawn.standard_normal((rows, 48)))).astype(np.float32)
@@ -95,8 +96,9 @@ def test_products_agree_with_float64_over_the_whole_range(tmp_path: Path, unit: 
         lifted = to_bf16(x * np.float32(LIFT)) if kernel.narrow else x * np.float32(LIFT)
         prepared = np.zeros((rows, layout.prepared_bytes), np.uint8)
         prepared[:, LINE : LINE + lifted[0].nbytes] = lifted.view(np.uint8)
-        inputs = [data, prepared.reshape(-1).view(np.int8)]
-        (sums,), _ = MACHINES[unit.name].call(artifact, inputs, 1, "local-task")
-        weights = unpack(layout, data.view(np.uint8), power.view(np.uint8))[0].astype(np.float64)
+        inputs += [data, prepared.reshape(-1).view(np.int8)]
+        calls.append((x, unpack(layout, data.view(np.uint8), power.view(np.uint8))[0].astype(np.float64)))
+    made, _ = MACHINES[unit.name].call(artifact, inputs, len(calls), "local-task")
+    for (x, weights), sums in zip(calls, made, strict=True):
         expected, size = x.astype(np.float64) @ weights.T, np.abs(x).astype(np.float64) @ np.abs(weights).T
         assert (np.abs(sums.reshape(rows, 64) - expected) <= 48 * 2.0**-24 * size).all()

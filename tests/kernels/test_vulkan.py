@@ -32,6 +32,7 @@ from llmbuild.spec.program import ImportJob
 from llmbuild.spec.target import VULKAN, Target
 from llmbuild.spec.variant import Artifact
 from tests.support import tiny
+from tests.support.artifact import answers
 
 TARGETS = {path.stem: read_target(path) for path in (Path(__file__).parents[2] / "targets").glob("*.yaml")}
 POINT = {"opt_level": "O2"}
@@ -121,16 +122,6 @@ def compiled(module: bytes, target: Target, catalog: Catalog) -> Path:
     made = compiling.compile(catalog.blobs.put_bytes(module), POINT)
     assert isinstance(made, Artifact), made
     return catalog.blobs.path(made.digest)
-
-
-def answers(session: Session, prompt: list[int], forced: list[int]) -> np.ndarray:
-    """Return logits after the prompt and each forced token."""
-    session.prefill(prompt)
-    rows = [session.logits()]
-    for position, token in enumerate(forced, len(prompt)):
-        session.decode(token, position)
-        rows.append(session.logits())
-    return np.stack(rows)
 
 
 def greedy(session: Session, prompt: list[int], count: int) -> list[int]:

@@ -25,6 +25,7 @@ from llmbuild.profiler.meters.meter import (
     window_s,
     with_measured_step,
 )
+from llmbuild.runtime import reader
 from tests.conftest import Project, llmbuild
 from tests.support.meters import FakeNvml, NVMLError_LibraryNotFound, NVMLError_NoPermission, World, Zones
 
@@ -434,7 +435,7 @@ def test_an_estimate_is_shown_as_one_and_meets_no_bound(built: Project, tmp_path
         pytest.skip("this machine has a meter, so nothing is estimated")
     catalog = tmp_path / "catalog"
     shutil.copytree(built.catalog, catalog)
-    rows = json.loads(llmbuild("query", "-C", catalog, "--json").stdout)
+    rows = reader.variants(catalog, "tiny")
     chosen = next(row["variant"] for row in rows if not row["default"])
     done = llmbuild("profile", chosen[:12], "-C", catalog, "--json", **{estimate.VARIABLE: "20:65"})
     assert done.returncode == 0, done.stderr
@@ -448,7 +449,7 @@ def test_an_estimate_is_shown_as_one_and_meets_no_bound(built: Project, tmp_path
 
 
 def test_a_power_model_that_cannot_be_read_ends_a_profile_with_bad_input(built: Project) -> None:
-    rows = json.loads(llmbuild("query", "-C", built.catalog, "--json").stdout)
+    rows = reader.variants(built.catalog, "tiny")
     done = llmbuild("profile", rows[0]["variant"][:12], "-C", built.catalog, **{estimate.VARIABLE: "much"})
     assert (done.returncode, "IDLE_WATTS:FULL_LOAD_WATTS" in done.stderr) == (2, True)
 

@@ -65,7 +65,8 @@ def test_a_job_that_fails_is_a_row_with_its_log_and_the_others_go_on(nights: lis
 
 def test_the_workflow_is_yaml_and_runs_the_script() -> None:
     flow = YAML(typ="safe").load((ROOT / ".github" / "workflows" / "nightly.yml").read_text())
-    (job,) = flow["jobs"].values()
+    job, tests = flow["jobs"]["night"], flow["jobs"]["exhaustive"]
+    assert tests["steps"][-1]["run"] == "bash .ci/run --exhaustive"
     runs = [step.get("run", "") for step in job["steps"]]
     assert any("scripts/nightly" in run for run in runs)
     assert job["strategy"]["fail-fast"] is False

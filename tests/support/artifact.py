@@ -7,9 +7,12 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from llmbuild.runtime.session import Session
 
 COMPILER = Path(sys.executable).parent / "iree-compile"
 FLAGS = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
@@ -64,6 +67,16 @@ class Loaded:
         while len(found) < count:
             found.append(self.decode(found[-1], len(prompt) + len(found) - 1)[0])
         return found
+
+
+def answers(session: Session, prompt: Sequence[int], forced: Sequence[int]) -> Any:
+    """Return logits f32[1+D,V] of an opened session after the prompt and after each forced token."""
+    session.prefill(list(prompt))
+    rows = [session.logits()]
+    for position, token in enumerate(forced, len(prompt)):
+        session.decode(int(token), position)
+        rows.append(session.logits())
+    return np.stack(rows)
 
 
 def relative_error(actual: Any, expected: Any) -> float:

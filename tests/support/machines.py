@@ -40,6 +40,17 @@ class Machine:
             source, source.with_suffix(".vmfb"), "--iree-opt-level=O2", *self.flags, *flags, cpu=self.cpu
         )
 
+    def call_each(self, artifact: Path, calls: Sequence[Sequence[Any]], driver: str) -> list[tuple[Any, list[Any]]]:
+        """Return the result of each call of `main` and its inputs after it.
+
+        Where calls are emulated, one process makes them all, through `main_N`, which takes the inputs of N calls.
+        """
+        if not self.emulated:
+            return [(made, after) for (made,), after in (self.call(artifact, inputs, 1, driver) for inputs in calls)]
+        inputs = [part for call in calls for part in call]
+        made = emulate(artifact, inputs, len(calls), f"--device={driver}", f"--function=main_{len(calls)}")
+        return [(one, []) for one in made]
+
     def call(self, artifact: Path, inputs: Sequence[Any], outputs: int, driver: str) -> tuple[list[Any], list[Any]]:
         """Return the results of `main` and its inputs after the call; those of an emulated call are not known."""
         if self.emulated:

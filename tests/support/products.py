@@ -25,8 +25,8 @@ def prepared(layout: Layout, x: Any) -> Any:
     return rows.reshape(-1).view(np.int8)
 
 
-def products_module(unit: Instructions, layout: Layout, rows: int) -> str:
-    """Return MLIR of `main(panel, prepared rows) -> f32[64 * rows]`."""
+def products_module(unit: Instructions, layout: Layout, rows: int, calls: int = 1) -> str:
+    """Return MLIR of `main(panel, prepared rows, ...) -> (f32[64 * rows], ...)`, of as many products as `calls`."""
     w, names, row = Writer(), ["panel", "x", "out"], layout.prepared_bytes
     p = bind(w, names, {"panel": layout.panel_bytes, "x": rows * row, "out": 4 * 64 * rows})
     kernel = unit.kernels[layout.family]
@@ -34,9 +34,15 @@ def products_module(unit: Instructions, layout: Layout, rows: int) -> str:
     for i, block in enumerate(block for blocks in sums for block in blocks):
         w.store(block, w.at(p["out"], 64 * i), VF)
     panel, x, out = f"tensor<{layout.panel_bytes}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
+    taken = ", ".join(f"%panel{i}: {panel}, %x{i}: {x}" for i in range(calls))
+    products = "\n".join(
+        f"%out{i} = flow.dispatch @products_ex::@products(%panel{i}, %x{i}, %one) : ({panel}, {x}, index) -> {out}"
+        for i in range(calls)
+    )
+    made = ", ".join([out] * calls)
     return f"""{executable("products", names, w.text(), 1)}
-util.func public @main(%panel: {panel}, %x: {x}) -> {out} {{
+util.func public @main({taken}) -> ({made}) {{
 %one = arith.constant 1 : index
-%out = flow.dispatch @products_ex::@products(%panel, %x, %one) : ({panel}, {x}, index) -> {out}
-util.return %out : {out}
+{products}
+util.return {", ".join(f"%out{i}" for i in range(calls))} : {made}
 }}"""
