@@ -71,7 +71,8 @@ CALIBRATED = {
     [
         CALIBRATED,
         {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"},
-        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8", "kv_dtype": "int8"},
+        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8"},
+        {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
     ],
     ids=lambda c: "-".join(c.values()),
 )
@@ -101,7 +102,7 @@ def test_four_bits_take_half_a_byte(taken: Callable[..., tuple[Any, ImportJob]])
     count = sum(part.numel() for part in loaded.parameters())
     apply(loaded, job, settle(job))
     stored = {part.data_ptr(): part for part in (*loaded.parameters(), *loaded.buffers())}
-    assert sum(part.nbytes for part in stored.values()) < 0.7 * count
+    assert 0.5 * count < sum(part.nbytes for part in stored.values()) < 0.7 * count
 
 
 def test_calibrated_weights_are_what_is_stored(taken: Callable[..., tuple[Any, ImportJob]]) -> None:
