@@ -9,8 +9,9 @@ what has the executable and settings of a point measured before, costs it none; 
 such points, `of points` of the whole grid. Seconds are those of the recording, each import and each compile paid for
 once. Medians over the seeds, in brackets the quartiles; a search that never gets there counts as one that needs all.
 
-    ours             as `llmbuild build` searches: point 0, then a model that starts from what the other studies tell
-    ours-cold        the same without the other studies
+    ours             as `llmbuild build` searches: point 0, points that did well elsewhere, then a model that starts
+                     from the other studies
+    ours-cold        the same from point 0 alone, without the other studies
     ours-warm        without them, but with a list of points that did well elsewhere right after point 0
     ours-related     the same with the fronts of the other studies as the list
     tpe              Optuna's TPE, multivariate in groups
