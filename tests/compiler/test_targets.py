@@ -347,7 +347,7 @@ def test_a_recipe_may_speak_of_knobs_of_other_backends_but_the_command_line_may_
 
 
 def test_what_the_compiler_does_not_get_through_is_refused_before() -> None:
-    with pytest.raises(InputError, match="kv_dtype=f16: not on vulkan-spirv, where the compiler does not end"):
+    with pytest.raises(InputError, match="kv_dtype=f16: not on vulkan-spirv, where the compiler does not terminate"):
         space_for(ALL["vulkan-rdna3"], recipe(), {"kv_dtype": "f16"})
     assert next(space_for(ALL["h200"], recipe(kv_dtype=("f16",)), {}).points())["kv_dtype"] == "f16"
 
