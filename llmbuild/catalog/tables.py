@@ -17,7 +17,7 @@ Cells = dict[str, Any]
 class Base(DeclarativeBase):
     """Base of all tables; digests are 64 hex digits, times are UTC in ISO 8601."""
 
-    type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON, list[JsonObject]: JSON}
+    type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON}
 
 
 class Info(Base):
@@ -142,7 +142,7 @@ class TuningRow(Base):
     inputs: Mapped[JsonObject]
     configuration: Mapped[str] = mapped_column(Text)
     gain: Mapped[float] = mapped_column(Float)
-    tried: Mapped[list[JsonObject]]
+    tried: Mapped[list[JsonObject]] = mapped_column(JSON)
     created_at: Mapped[str]
 
 
@@ -204,7 +204,7 @@ class MeasurementRow(Base):
     dispatches_per_token: Mapped[float | None] = mapped_column(Float)
     bandwidth_fraction: Mapped[float | None] = mapped_column(Float)
     peak_fraction: Mapped[float | None] = mapped_column(Float)
-    operators: Mapped[list[JsonObject]]
+    operators: Mapped[list[JsonObject]] = mapped_column(JSON)
     intervals: Mapped[JsonObject]
     ratios: Mapped[JsonObject]
     samples: Mapped[JsonObject]
