@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Boolean, Float, ForeignKey, Index, Integer, String, Text, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Double,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    String,
+    Text,
+    UniqueConstraint,
+)
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from llmbuild.system.strict_json import JsonObject
@@ -17,7 +29,7 @@ Cells = dict[str, Any]
 class Base(DeclarativeBase):
     """Base of all tables; digests are 64 hex digits, times are UTC in ISO 8601."""
 
-    type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON}
+    type_annotation_map: ClassVar[dict[object, object]] = {JsonObject: JSON, float: Double}
 
 
 class Info(Base):
