@@ -86,7 +86,7 @@ def test_logits_that_are_no_numbers_are_told(worst: float) -> None:
 @given(logits, st.sampled_from([1e-320, 1e-45, 1e300]), st.integers(0, 9))
 def test_any_finite_temperature_draws_a_token(row: np.ndarray, temperature: float, seed: int) -> None:
     token = Sampler(Sampling(temperature=temperature, seed=seed)).choose(row)
-    assert temperature > 1 or row[token] == row.max()
+    assert float(row.max()) - float(row[token]) <= 1000 * temperature  # what is less likely has probability 0
 
 
 @given(st.integers(0, 5), st.integers(0, 5), st.integers(0, 5), st.integers(0, 5))
