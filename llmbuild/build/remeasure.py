@@ -21,7 +21,7 @@ from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.model import host_facts, verify
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, Reading
-from llmbuild.spec.rows import Row, held, number
+from llmbuild.spec.rows import Row, number, present
 from llmbuild.spec.target import Target, target_from
 from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
@@ -104,7 +104,7 @@ def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
         workload=Workload(**decoded["workload_body"]),
         checks=checks["checks"],
         target=target_from(row["target_body"]),
-        toolchain=Toolchain(**held(decoded["notes"])),
+        toolchain=Toolchain(**present(decoded["notes"])),
     )
 
 
@@ -151,7 +151,9 @@ def _bench(
 
     if remote is None:
         return Bench([known.workload], quality, machine, Limits(), Protocol(), limits)
-    return RemoteBench(remote, [known.workload], quality, Protocol(), limits, known.target, held(known.row["runtime"]))
+    return RemoteBench(
+        remote, [known.workload], quality, Protocol(), limits, known.target, present(known.row["runtime"])
+    )
 
 
 def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> Known | None:
@@ -167,14 +169,14 @@ def subject_of(folder: Path, known: Known) -> Subject:
     row, point, folder = known.row, known.row["point"], folder.absolute()
     return Subject(
         variant=row["variant"],
-        artifact=held(row["artifact"]),
-        artifact_path=reader.blob_path(folder, held(row["artifact"])),
-        parameters_path=reader.blob_path(folder, held(row["parameters"])),
+        artifact=present(row["artifact"]),
+        artifact_path=reader.blob_path(folder, present(row["artifact"])),
+        parameters_path=reader.blob_path(folder, present(row["parameters"])),
         check_path=reader.blob_path(folder, known.checks),
-        abi=held(row["abi"]),
+        abi=present(row["abi"]),
         driver=str(point["driver"]),
         workers=int(point["workers"]),
-        parameter_bytes=held(row["parameter_bytes"]),
+        parameter_bytes=present(row["parameter_bytes"]),
         meters=known.target.meters,
         integer=str(point["weight_format"]).startswith("int"),
         tolerance=max(TOLERANCE[str(point["weight_format"])], TOLERANCE[str(point["kv_dtype"])]),

@@ -28,7 +28,7 @@ from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime import host, reader
 from llmbuild.spec.measurement import Operator, Reading
 from llmbuild.spec.program import abi_from
-from llmbuild.spec.rows import held
+from llmbuild.spec.rows import present
 from llmbuild.spec.space import TUNING, UNTUNED, Value
 from llmbuild.spec.target import target_from
 from llmbuild.spec.variant import Artifact, Failure
@@ -89,7 +89,7 @@ class Tuner:
             raise InputError(f"variant {digest.short(self.row['variant'])} was never measured: build its recipe first")
         self.module, self.checks = found["module"], found["checks"]
         self.workload = Workload(**reader.decode({"workload_body": body["workload_body"]})["workload_body"])
-        self.abi, self.limits = abi_from(held(self.row["abi"])), Limits()
+        self.abi, self.limits = abi_from(present(self.row["abi"])), Limits()
         self.settings: dict[str, Value] = {**self.row["point"], TUNING: UNTUNED}
         self.compiler = str(self.row["runtime"])
         self.compiling = Compiling(self.catalog, self.target, self.compiler, self.limits, lambda _: False)
@@ -130,7 +130,10 @@ class Tuner:
 
     def _times(self, artifact: Artifact) -> dict[str, Operator]:
         """Return the dispatches of a decode step by name, each with its minimum over some readings."""
-        path, archive = self.catalog.blobs.path(artifact.digest), self.catalog.blobs.path(held(self.row["parameters"]))
+        path, archive = (
+            self.catalog.blobs.path(artifact.digest),
+            self.catalog.blobs.path(present(self.row["parameters"])),
+        )
         least: dict[str, Operator] = {}
         with self.catalog.measuring():
             for _ in range(READINGS):
@@ -204,13 +207,13 @@ class Tuner:
             variant=name,
             artifact=artifact.digest,
             artifact_path=blobs.path(artifact.digest),
-            parameters_path=blobs.path(held(row["parameters"])),
+            parameters_path=blobs.path(present(row["parameters"])),
             check_path=blobs.path(self.checks),
-            abi=held(row["abi"]),
+            abi=present(row["abi"]),
             driver="local-sync",
             workers=0,
             tolerance=max(TOLERANCE[str(point["weight_format"])], TOLERANCE[str(point["kv_dtype"])]),
-            parameter_bytes=held(row["parameter_bytes"]),
+            parameter_bytes=present(row["parameter_bytes"]),
         )
 
     def _target(self) -> str:

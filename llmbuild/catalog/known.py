@@ -16,7 +16,7 @@ from llmbuild.catalog.place import PUBLISHED_FILE, exists
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError
 from llmbuild.runtime import machines, reader
-from llmbuild.runtime.connection import Cells
+from llmbuild.runtime.connection import Fetched
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.program import Program, abi_from
 from llmbuild.spec.space import Point, Value
@@ -52,7 +52,7 @@ class Known:
         self.folder = folder
         self.blobs = BlobStore(folder)
 
-    def _rows(self, query: str, *values: object) -> list[Cells]:
+    def _rows(self, query: str, *values: object) -> list[Fetched]:
         with reader.opened(self.folder) as connection:
             return list(connection.execute(query, values).fetchall())
 

@@ -30,7 +30,7 @@ from llmbuild.profiler.protocol import Protocol, Quality, Subject
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
-from llmbuild.spec.rows import held
+from llmbuild.spec.rows import present
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
@@ -137,9 +137,9 @@ class Connection:
         while {"contenders", "brief"} & (told := self._answer()).keys():
             measured = [wire.measurement_of(body) for body in told["contenders" if "contenders" in told else "brief"]]
             if "brief" in told:
-                self._send(_line({"verb": "dominated", "why": held(dominated)(measured, told["perfect"])}))
+                self._send(_line({"verb": "dominated", "why": present(dominated)(measured, told["perfect"])}))
             else:
-                self._send(_line({"verb": "left", "left": sorted(held(contenders)(measured, told["reach"]))}))
+                self._send(_line({"verb": "left", "left": sorted(present(contenders)(measured, told["reach"]))}))
         return told
 
     def put(self, files: Mapping[str, Path]) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
-Cells = Any
+Fetched = Any
 """A row of a query: cells by name and by index, of any type."""
 
 
@@ -13,16 +13,16 @@ class Found(Protocol):
     """The result of a query."""
 
     @property
-    def description(self) -> Cells:
+    def description(self) -> Fetched:
         """The columns, each a tuple whose first item is the name."""
 
-    def fetchone(self) -> Cells:
+    def fetchone(self) -> Fetched:
         """Return the next row; None after the last."""
 
-    def fetchall(self) -> list[Cells]:
+    def fetchall(self) -> list[Fetched]:
         """Return all remaining rows."""
 
-    def __iter__(self) -> Iterator[Cells]: ...
+    def __iter__(self) -> Iterator[Fetched]: ...
 
 
 class Connection(Protocol):

@@ -16,7 +16,7 @@ from llmbuild.runtime import checks, devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, nothing_chosen, refusal
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
-from llmbuild.spec.rows import File, Row, held
+from llmbuild.spec.rows import File, Row, present
 from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
@@ -310,9 +310,9 @@ class Model:
             raise InputError(f"model {self.row['model']} is closed: load it again")
         point = self.row["point"]
         return Session(
-            reader.blob_path(self.catalog, held(self.row["artifact"])),
-            reader.blob_path(self.catalog, held(self.row["parameters"])),
-            abi_from(held(self.row["abi"])),
+            reader.blob_path(self.catalog, present(self.row["artifact"])),
+            reader.blob_path(self.catalog, present(self.row["parameters"])),
+            abi_from(present(self.row["abi"])),
             Settings(str(point["driver"]), int(point["workers"])),
         )
 

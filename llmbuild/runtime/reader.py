@@ -20,6 +20,7 @@ from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.rows import Row
 from llmbuild.spec.slo import ENERGY, METRICS, Slo
+from llmbuild.system.extras import advice
 from llmbuild.system.paths import real
 from llmbuild.system.strict_json import JsonObject, loads
 
@@ -188,8 +189,8 @@ def _served(file: Path) -> Iterator[Connection]:
     """Open a catalog whose rows are in Postgres."""
     try:
         import psycopg
-    except ImportError:
-        raise CatalogError(f"{file}: rows are in Postgres: pip install 'llmbuild[postgres]'") from None
+    except ImportError as error:
+        raise CatalogError(f"{file}: rows are in Postgres: {advice(error)}") from None
     try:
         with psycopg.connect(file.read_text().strip(), row_factory=_row_of, connect_timeout=60) as connection:
             server = _Server(connection)

@@ -77,10 +77,10 @@ def reading(row: Mapping[str, object], metric: str) -> float | None:
 
 def number(row: Mapping[str, object], metric: str) -> float:
     """Return the number in a column of a row that has one."""
-    return held(reading(row, metric))
+    return present(reading(row, metric))
 
 
-def held(cell: T | None) -> T:
+def present(cell: T | None) -> T:
     """Return a cell that is not empty, after a check."""
     assert cell is not None
     return cell

@@ -14,6 +14,7 @@ from llmbuild.catalog.exchange.interface import Pointer
 from llmbuild.catalog.location import reference
 from llmbuild.digest import of_bytes
 from llmbuild.errors import CatalogError, InputError, LoadRefused
+from llmbuild.system.extras import advice
 from llmbuild.system.strict_json import dumps, loads
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class Registry:
         try:
             from oras.container import Container
             from oras.provider import Registry as Oras
-        except ImportError:
-            raise InputError(f"{location}: needs oras: pip install 'llmbuild[publish]'") from None
+        except ImportError as error:
+            raise InputError(f"{location}: needs {error.name}: {advice(error)}") from None
         self.location, self.named = location, reference(location)
         host, name = self.named.host, self.named.name
         self.client: Any = Oras(hostname=host, insecure=is_local(host))

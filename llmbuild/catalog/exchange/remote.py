@@ -21,6 +21,7 @@ from llmbuild.catalog.place import FILE, PUBLISHED_FILE, exists
 from llmbuild.catalog.store import BlobStore
 from llmbuild.errors import CatalogError, InputError, LoadRefused
 from llmbuild.runtime.trust import published
+from llmbuild.system.extras import advice
 from llmbuild.system.strict_json import dumps, loads
 
 if TYPE_CHECKING:
@@ -136,8 +137,8 @@ class Filesystem:
     def __init__(self, location: str) -> None:
         try:
             import fsspec
-        except ImportError:
-            raise InputError(f"{location}: needs fsspec: pip install 'llmbuild[publish]'") from None
+        except ImportError as error:
+            raise InputError(f"{location}: needs {error.name}: {advice(error)}") from None
         self.location = bucket(location)
         try:
             with reported_by_place(location):
