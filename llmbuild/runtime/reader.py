@@ -190,7 +190,7 @@ def _served(file: Path) -> Iterator[Connection]:
     try:
         import psycopg
     except ImportError as error:
-        raise CatalogError(f"{file}: rows are in Postgres: {advice(error)}") from None
+        raise CatalogError(f"{file}: rows are in Postgres: {advice(error, 'postgres')}") from None
     try:
         with psycopg.connect(file.read_text().strip(), row_factory=_row_of, connect_timeout=60) as connection:
             server = _Server(connection)

@@ -146,7 +146,7 @@ def _verifies(pem: bytes, name: str, signature: object, manifest: bytes) -> bool
         from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
         from cryptography.hazmat.primitives.serialization import load_pem_public_key
     except ImportError as error:
-        raise InputError(f"trusted key {name}: signatures need {error.name}: {advice(error)}") from None
+        raise InputError(f"trusted key {name}: signatures need cryptography: {advice(error, 'publish')}") from None
     try:
         key = load_pem_public_key(pem)
     except ValueError:

@@ -13,7 +13,11 @@ EXTRAS = {
 """
 
 
-def advice(error: ImportError) -> str:
-    """Return the command that installs a module that failed to import; empty where no extra has it."""
+def advice(error: ImportError, otherwise: str = "") -> str:
+    """Return the command that installs what could not be imported.
+
+    For a module of no extra, such as a library's own dependency, it is that of the extra `otherwise`; empty without one.
+    """
     module = (error.name or "").partition(".")[0]
-    return next((f"pip install 'llmbuild[{extra}]'" for extra, names in EXTRAS.items() if module in names), "")
+    extra = next((extra for extra, names in EXTRAS.items() if module in names), otherwise)
+    return f"pip install 'llmbuild[{extra}]'" if extra else ""

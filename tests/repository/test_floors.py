@@ -82,4 +82,5 @@ def test_every_module_of_an_extra_is_told_by_its_name() -> None:
 
 def test_what_no_extra_brings_is_not_told_as_one() -> None:
     assert advice(ModuleNotFoundError("no", name="json.decoder")) == ""
+    assert advice(ImportError("no pq wrapper"), "postgres") == "pip install 'llmbuild[postgres]'"
     assert advice(ModuleNotFoundError("no", name="iree.compiler")) == "pip install 'llmbuild[build]'"

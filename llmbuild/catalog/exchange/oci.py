@@ -42,7 +42,7 @@ class Registry:
             from oras.container import Container
             from oras.provider import Registry as Oras
         except ImportError as error:
-            raise InputError(f"{location}: needs {error.name}: {advice(error)}") from None
+            raise InputError(f"{location}: needs oras: {advice(error, 'publish')}") from None
         self.location, self.named = location, reference(location)
         host, name = self.named.host, self.named.name
         self.client: Any = Oras(hostname=host, insecure=is_local(host))

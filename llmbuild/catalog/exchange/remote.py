@@ -138,7 +138,7 @@ class Filesystem:
         try:
             import fsspec
         except ImportError as error:
-            raise InputError(f"{location}: needs {error.name}: {advice(error)}") from None
+            raise InputError(f"{location}: needs fsspec: {advice(error, 'publish')}") from None
         self.location = bucket(location)
         try:
             with reported_by_place(location):
