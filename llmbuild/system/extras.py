@@ -16,7 +16,7 @@ EXTRAS = {
 def advice(error: ImportError, otherwise: str = "") -> str:
     """Return the command that installs what could not be imported.
 
-    For a module of no extra, such as a library's own dependency, it is that of the extra `otherwise`; empty without one.
+    For a module of no extra, such as a library's own dependency, it names the extra `otherwise`; empty without one.
     """
     module = (error.name or "").partition(".")[0]
     extra = next((extra for extra, names in EXTRAS.items() if module in names), otherwise)
