@@ -50,7 +50,7 @@ def run_reference(job: dict[str, Any], out: Path) -> dict[str, Any]:
     source = (job["model"], bool(job.get("random_init", False)), int(job.get("seed", 0)))
     files: dict[str, Any] = {}
     if "windows" in job:
-        np.save(out / LOGITS_FILE, reference_logits(*source, np.load(job["windows"])))
+        reference_logits(*source, np.load(job["windows"]), out / LOGITS_FILE)
         files["logits"] = LOGITS_FILE
     if "prompt" in job:
         np.save(out / GREEDY_FILE, reference_greedy(*source, np.asarray(job["prompt"], np.int64), int(job["count"])))

@@ -1,14 +1,14 @@
 """Quantize a model for the text it is meant for: what flows into each linear layer decides how its weights are rounded.
 
 The library's own layers are run here, one after another, on calibration tokens; each sees what the layers before it
-make of the text once they are quantized, and can make good some of their error.
+make of the text once they are quantized, and can make good some of their error. One layer is held at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,15 @@ import torch
 from torch import nn
 
 from llmbuild.errors import ChoiceRefused
-from llmbuild.frontend.attention import causal_mask
-from llmbuild.frontend.cache import CallerCache, cache_name
+from llmbuild.frontend.archive import LOOKED_UP
+from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.formats import TABLES, Formats
+from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
+from llmbuild.frontend.layerwise import Layers, Look, embedded, head_parts, own_vectors
 from llmbuild.frontend.modules import FUSED_GROUPS
 from llmbuild.frontend.scaling import Site, fitting_scale, fold, sites, spread
+from llmbuild.frontend.tensors import HEAD
+from llmbuild.frontend.weights import Patch, Source
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.gptq import DAMPING, gptq, nearest
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
@@ -54,95 +58,133 @@ def read_tokens(path: str) -> np.ndarray:
     return tokens
 
 
-class Calibration:
-    """A model of the library and calibration tokens i64[W,L]; weights are replaced in place by what is stored."""
+@dataclass(frozen=True)
+class Asked:
+    """What calibration is asked for: GPTQ, scaled channels, and whether a kernel rounds what matrices read."""
 
-    def __init__(self, model: Any, tokens: np.ndarray) -> None:
+    fitted: bool
+    scaled: bool
+    rounded: bool
+
+
+class Calibration:
+    """A model and calibration tokens i64[W,L]: patches for the token tables, and for one layer after another.
+
+    `tables` comes first: what layers are fitted to begins with the token vectors as they are stored.
+    """
+
+    def __init__(self, config: Any, model: Model, tokens: np.ndarray) -> None:
         """Take both.
 
         Raises:
             ChoiceRefused: the tokens are not of this model, or a window is longer than the model can read.
         """
-        vocabulary = model.config.vocab_size
+        vocabulary = config.vocab_size
         if tokens.ndim != 2 or tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
             raise ChoiceRefused(f"calibration tokens must be i64[W,L] with values from 0 to {vocabulary - 1}")
-        self.model, self.tokens = model, torch.from_numpy(tokens)
-        config, length = model.config, tokens.shape[1]
-        limit = getattr(config, "max_position_embeddings", length)
+        limit, length = getattr(config, "max_position_embeddings", tokens.shape[1]), tokens.shape[1]
         if length > limit:
             raise ChoiceRefused(
                 f"calibration windows of {length} tokens are longer than the {limit} that the model reads"
             )
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        pair = 2 * config.num_hidden_layers
-        cache = [torch.zeros(length, config.num_key_value_heads, head_dim) for _ in range(pair)]
-        positions = torch.arange(length)[None]
-        self._context = {
-            "attention_mask": causal_mask(positions, length),
-            "position_ids": positions,
-            cache_name(model.model): CallerCache(cache, positions, torch.zeros(1, dtype=torch.int64)),
-            "use_cache": True,
-        }
+        self.config, self.model, self.tied, self.tokens = config, model, model.tied, tokens
+        self._layers = Layers(config, LIBRARY_ATTENTION)
+        self._state: dict[str, np.ndarray] = {}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the hidden states that the next layer's patch is made from."""
+        return self._state
 
     # --- running the model ---------------------------------------------------------------------------------------
 
-    def hidden(self) -> list[torch.Tensor]:
-        """Return the final hidden states f32[1,L,hidden] of each window, normalized: the head's inputs."""
-        return [self.model.model(input_ids=w[None], **self._context).last_hidden_state for w in self.tokens]
+    def _begin(self, windows: int | None = None) -> torch.Tensor:
+        """Return the token vectors f32[W,L,hidden]."""
+        return embedded(own_vectors(self.model), self.tokens[:windows])
 
-    def logits(self, windows: int) -> torch.Tensor:
-        """Return log-probabilities f32[windows*L,V] of the first windows."""
-        rows = [self.model(input_ids=w[None], **self._context).logits[0] for w in self.tokens[:windows]]
-        return torch.log_softmax(torch.cat(rows), -1)
+    def _load(self, index: int) -> Any:
+        """Return a layer with its own weights, which may be changed in place."""
+        self._layers.layer(index, lambda name: np.array(self.model.whole(name), np.float32))
+        return self._layers.module
 
-    def _embedded(self) -> tuple[list[torch.Tensor], dict[str, Any]]:
-        """Return the first layer's inputs for each window, and what every layer gets besides."""
-        layer, taken = self.model.model.layers[0], {}
+    def final(self) -> torch.Tensor:
+        """Return the final hidden states f32[W,L,hidden], before the norm."""
+        states = self._begin()
+        for index in range(self.config.num_hidden_layers):
+            self._load(index)
+            states = self._layers.run(states)
+        return states
 
-        def take(_: Any, args: Any, kwargs: Any) -> None:
-            taken.update(kwargs)
+    # --- token tables --------------------------------------------------------------------------------------------
 
-        handle = layer.register_forward_pre_hook(take, with_kwargs=True)
-        self.model.model(input_ids=self.tokens[:1], **self._context)
-        handle.remove()
-        taken.pop("hidden_states", None)
-        return [self.model.model.embed_tokens(w[None]) for w in self.tokens], taken
+    def tables(self, formats: Formats, asked: Asked) -> Patch:
+        """Return the patch of the final norm, the head and the token table."""
+        if formats.head not in INTEGERS or not (asked.fitted or asked.scaled):
+            return Patch()
+        states = self.final()
+        norm, head = nn.Module(), nn.Module()
+        norm.weight = nn.Parameter(torch.from_numpy(self.model.whole("model.norm.weight").copy()), False)
+        head.weight = nn.Parameter(torch.cat([rows for _, rows in head_parts(self.model)]), False)
+        inputs = self._layers.normalized(states, norm.weight.numpy()).flatten(0, -2)
+        dense: dict[str, Floats] = {}
+        if asked.scaled:
+            site = Site(norm, {TABLES[1]: head})  # type: ignore[dict-item]
+            scale = fitting_scale(site, inputs, INTEGERS[formats.head], asked.rounded)
+            fold(site, scale)
+            inputs = inputs / scale
+            dense = {"model.norm.weight": norm.weight.numpy(), HEAD: head.weight.numpy()}
+            if self.tied:
+                dense[LOOKED_UP] = (1 / scale).numpy()
+        return Patch(dense, self._fit_tables(formats, head.weight.numpy(), inputs) if asked.fitted else {})
 
-    @property
-    def tied(self) -> bool:
-        """Whether the head and the embedding are one table."""
-        model = self.model
-        return bool(model.model.embed_tokens.weight.data_ptr() == model.lm_head.weight.data_ptr())
+    def _fit_tables(self, formats: Formats, head: Floats, inputs: torch.Tensor) -> dict[str, Quantized]:
+        """Round the head for its inputs f32[n,K]; the token table, whose rows are looked up, to the nearest.
 
-    # --- scaling -------------------------------------------------------------------------------------------------
-
-    def scaled(self, formats: Formats, rounded: bool, clipped: bool = True) -> Formats:
-        """Scale the channels that matrices of integers read so that rounding costs less; return the formats.
-
-        The model's weights change, in place, what it computes does not. `rounded` says that the inputs are rounded too.
-        If `clipped`, layers of 4 bits are rounded to the nearest, in ranges that clip what the text hardly needs.
+        A tied table serves both. Looked up, every column counts alike, which is what more damping says.
         """
-        ready: dict[str, Quantized] = {}
-        states, extra = self._embedded()
-        for index, layer in enumerate(self.model.model.layers):
-            found = sites(layer, f"model.layers.{index}", self.model.config)
-            with _keeping(found) as inputs:
-                states = [_tensor(layer(state, **extra)) for state in states]
-            for site, scale in [(site, self._fold(site, inputs[site.first], formats, rounded)) for site in found]:
-                if scale is not None and clipped:
-                    ready |= _clipped(site, inputs[site.first] / scale, formats)
-        return replace(formats, ready=ready, looked_up=self._scale_head(formats, states, rounded))
+        form, hessian = INTEGERS[formats.head], (inputs.T @ inputs).numpy()
+        fitted = gptq(head, hessian, form, TIED_DAMPING if self.tied else DAMPING)
+        return dict.fromkeys(TABLES, fitted) if self.tied else {TABLES[1]: fitted}
 
-    def _scale_head(self, formats: Formats, states: list[torch.Tensor], rounded: bool) -> torch.Tensor | None:
-        """Scale what the head reads; return the factor f32[K] that undoes it in rows of a tied table."""
-        norm, head = self.model.model.norm, self.model.lm_head
-        inputs, tied = torch.cat([norm(state)[0] for state in states]), self.tied
-        scale = self._fold(Site(norm, {TABLES[1]: head}), inputs, formats, rounded)
-        if scale is None or not tied:
-            return None
-        factor = 1 / scale
-        self.model.model.embed_tokens.register_forward_hook(lambda _, __, rows: rows * factor)
-        return factor
+    # --- layers --------------------------------------------------------------------------------------------------
+
+    def layers(
+        self, source: Source, look: Look, asked: Asked, first: int, saved: Mapping[str, np.ndarray]
+    ) -> Iterator[Patch]:
+        """Yield the patch of each layer from `first` on; `source` has that of the token tables.
+
+        `look` gives token vectors as they are stored; `saved` is what `state` returned before the first.
+        """
+        exact = torch.from_numpy(saved["exact"]) if saved else self._begin()
+        stored = exact
+        if asked.fitted:
+            stored = torch.from_numpy(saved["stored"]) if saved else embedded(look, self.tokens)
+        for index in range(first, self.config.num_hidden_layers):
+            layer = self._load(index)
+            ready: dict[str, Quantized] = {}
+            if asked.scaled:
+                exact, ready = self._scale(index, layer, exact, source.formats, asked)
+            if asked.fitted:
+                stored, ready = self._fit(index, layer, stored, source.formats)
+            self._state = {"exact": exact.numpy(), "stored": stored.numpy()}
+            prefix = f"model.layers.{index}."
+            yield Patch({prefix + n: p.numpy() for n, p in layer.state_dict().items()}, ready)
+
+    def _scale(
+        self, index: int, layer: Any, states: torch.Tensor, formats: Formats, asked: Asked
+    ) -> tuple[torch.Tensor, dict[str, Quantized]]:
+        """Scale the channels that matrices of integers read so that rounding costs less; return what comes out.
+
+        The layer's weights change, in place, what it computes does not. Unless they will be fitted, layers of 4 bits
+        are rounded to the nearest in ranges that clip what the text hardly needs.
+        """
+        found, ready = sites(layer, f"model.layers.{index}", self.config), dict[str, Quantized]()
+        with _keeping(found) as inputs:
+            out = self._layers.run(states)
+        scales = [(site, self._fold(site, inputs[site.first], formats, asked.rounded)) for site in found]
+        for site, scale in scales:
+            if scale is not None and not asked.fitted:
+                ready |= _clipped(site, inputs[site.first] / scale, formats)
+        return out, ready
 
     @staticmethod
     def _fold(site: Site, inputs: torch.Tensor, formats: Formats, rounded: bool) -> torch.Tensor | None:
@@ -153,45 +195,22 @@ class Calibration:
         fold(site, scale)
         return spread(site, scale)
 
-    # --- gptq ----------------------------------------------------------------------------------------------------
-
-    def fitted(self, formats: Formats) -> Formats:
-        """Return the formats with every integer matrix rounded for the calibration text."""
-        ready: dict[str, Quantized] = {}
-        if formats.head in INTEGERS:
-            ready |= self._fit_tables(formats)
-        states, extra = self._embedded()
-        for index, layer in enumerate(self.model.model.layers):
-            prefix = f"model.layers.{index}."
-            linears = {
-                prefix + name: part
-                for name, part in layer.named_modules()
-                if isinstance(part, nn.Linear) and formats.of(prefix + name) in INTEGERS
-            }
-            with _collecting(linears) as sums:
-                for state in states:
-                    layer(state, **extra)
-            for name, part in linears.items():
-                hessian = sums[_input_of(name)].numpy()
-                ready[name] = gptq(part.weight.numpy(), hessian, INTEGERS[formats.of(name)])
-                part.weight.copy_(torch.from_numpy(dequantize(ready[name])))
-            states = [_tensor(layer(state, **extra)) for state in states]
-        return replace(formats, ready=ready)
-
-    def _fit_tables(self, formats: Formats) -> dict[str, Quantized]:
-        """Round the token tables: the head for its inputs, the embedding, whose rows are looked up, to the nearest.
-
-        A tied table serves both. Looked up, every column counts alike, which is what more damping says.
-        """
-        form = INTEGERS[formats.head]
-        tables = (self.model.model.embed_tokens, self.model.lm_head)
-        table, head = (part.weight.numpy() for part in tables)
-        tied, inputs = self.tied, torch.cat([x[0] for x in self.hidden()])
-        fitted = gptq(head, (inputs.T @ inputs).numpy(), form, TIED_DAMPING if tied else DAMPING)
-        ready = dict(zip(TABLES, (fitted if tied else quantize(table, form), fitted), strict=True))
-        for part, name in zip(tables, TABLES, strict=True):
+    def _fit(
+        self, index: int, layer: Any, states: torch.Tensor, formats: Formats
+    ) -> tuple[torch.Tensor, dict[str, Quantized]]:
+        """Round a layer's integer matrices for the text, in place; return what comes out of it as it is stored."""
+        prefix, ready = f"model.layers.{index}.", dict[str, Quantized]()
+        linears = {
+            prefix + name: part
+            for name, part in layer.named_modules()
+            if isinstance(part, nn.Linear) and formats.of(prefix + name) in INTEGERS
+        }
+        with _collecting(linears) as sums:
+            self._layers.run(states)
+        for name, part in linears.items():
+            ready[name] = gptq(part.weight.numpy(), sums[_input_of(name)].numpy(), INTEGERS[formats.of(name)])
             part.weight.copy_(torch.from_numpy(dequantize(ready[name])))
-        return ready
+        return self._layers.run(states), ready
 
     # --- mixed precision -----------------------------------------------------------------------------------------
 
@@ -202,19 +221,18 @@ class Calibration:
         exact, and the KL divergence of the next token is measured on the first windows. Those with the most of it for
         each weight are kept, as long as they are a quarter of all weights.
         """
-        exact = self.logits(SENSITIVE_WINDOWS)
-        units = self._units()
-        harm, size = {}, {}
-        for unit, parts in units.items():
-            before = {name: part.weight.clone() for name, part in parts.items()}
-            for name, part in parts.items():
-                rounded = dequantize(quantize(part.weight.numpy(), INTEGERS[formats.of(name)]))
-                part.weight.copy_(torch.from_numpy(rounded))
-            now = self.logits(SENSITIVE_WINDOWS)
-            for name, part in parts.items():
-                part.weight.copy_(before[name])
-            harm[unit] = float((exact.exp() * (exact - now)).sum(-1).mean())
-            size[unit] = sum(part.weight.numel() for part in parts.values())
+        before = [self._begin(SENSITIVE_WINDOWS)]
+        for index in range(self.config.num_hidden_layers):
+            self._load(index)
+            before.append(self._layers.run(before[-1]))
+        exact = self._log_probabilities(before[-1])
+        harm, size, units = dict[str, float](), dict[str, int](), dict[str, list[str]]()
+        for index in range(self.config.num_hidden_layers):
+            for unit, names in self._units(index).items():
+                units[unit] = names
+                size[unit] = sum(int(np.prod(self.model.shape(f"{name}.weight"))) for name in names)
+                now = self._log_probabilities(self._after(index, before[index], names, formats))
+                harm[unit] = float((exact.exp() * (exact - now)).sum(-1).mean())
         left, kept = SENSITIVE_SHARE * sum(size.values()), {}
         for unit in sorted(units, key=lambda u: (-harm[u] / size[u], u)):
             if size[unit] <= left:
@@ -222,12 +240,29 @@ class Calibration:
                 kept.update(dict.fromkeys(units[unit], SENSITIVE_FORMAT))
         return kept
 
-    def _units(self) -> Mapping[str, dict[str, nn.Linear]]:
-        units: dict[str, dict[str, nn.Linear]] = {}
-        for name, part in self.model.model.layers.named_modules():
+    def _after(self, index: int, states: torch.Tensor, names: Sequence[str], formats: Formats) -> torch.Tensor:
+        """Return the final states f32[W,L,hidden] where some matrices of a layer are rounded."""
+        layer = self._load(index)
+        for name in names:
+            part = layer.get_submodule(name.removeprefix(f"model.layers.{index}."))
+            part.weight.copy_(torch.from_numpy(dequantize(quantize(part.weight.numpy(), INTEGERS[formats.of(name)]))))
+        states = self._layers.run(states)
+        for later in range(index + 1, self.config.num_hidden_layers):
+            self._load(later)
+            states = self._layers.run(states)
+        return states
+
+    def _log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
+        """Return f32[W*L,V] of final states."""
+        rows = self._layers.normalized(states, self.model.whole("model.norm.weight")).flatten(0, 1)
+        return torch.log_softmax(torch.cat([rows @ part.T for _, part in head_parts(self.model)], -1), -1)
+
+    def _units(self, index: int) -> Mapping[str, list[str]]:
+        units: dict[str, list[str]] = {}
+        for name, part in self._layers.module.named_modules():
             if isinstance(part, nn.Linear):
-                full = f"model.layers.{name}"
-                units.setdefault(_input_of(full), {})[full] = part
+                full = f"model.layers.{index}.{name}"
+                units.setdefault(_input_of(full), []).append(full)
         return units
 
 
@@ -235,11 +270,6 @@ def _input_of(name: str) -> str:
     """Return the first of the layers that have the same input as this one."""
     parent, _, last = name.rpartition(".")
     return f"{parent}.{SHARES_INPUT.get(last, last)}"
-
-
-def _tensor(out: Any) -> torch.Tensor:
-    found: torch.Tensor = out[0] if isinstance(out, tuple) else out
-    return found
 
 
 def _clipped(site: Site, inputs: torch.Tensor, formats: Formats) -> dict[str, Quantized]:

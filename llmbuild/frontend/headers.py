@@ -33,6 +33,8 @@ class Stored:
     dtype: str
     shape: tuple[int, ...]
     file: str
+    begin: int = 0
+    """Where its bytes begin, behind the header of a safetensors file."""
 
 
 def read_header(path: Path) -> dict[str, Stored]:
@@ -58,7 +60,13 @@ def read_header(path: Path) -> dict[str, Stored]:
         _check_spans(((begin, end) for _, begin, end in spans.values()), size - 8 - length)
     except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: weights are truncated or corrupt: their header says so: {error}") from None
-    return {name: Stored(dtype, shape, path.name) for name, ((dtype, shape), _, _) in spans.items()}
+    return {name: Stored(dtype, shape, path.name, begin) for name, ((dtype, shape), begin, _) in spans.items()}
+
+
+def data_start(path: Path) -> int:
+    """Return where the tensors of a file begin."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder or hub id to a model of the library, strictly: one clear `InputError` for what does not fit."""
+"""Models of the library, strictly: whole, or as a skeleton without weights. What does not fit is one `InputError`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import pickle
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,20 @@ import safetensors
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llmbuild.errors import InputError
+from llmbuild.frontend.checkpoint import Checkpoint, Drawn, Model, Pickled, Safetensors, untied
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.documents import shown
 from llmbuild.frontend.files import Files, alone
 from llmbuild.frontend.headers import Stored
 from llmbuild.frontend.source import Examined, examine, locate
 from llmbuild.frontend.tensors import misplaced
-from llmbuild.spec.model import facts_of
-from llmbuild.transform.drawn import draw
+from llmbuild.spec.model import ModelFacts, facts_of
+
+LIBRARY_ATTENTION = "eager"
+"""The library's plainest attention."""
 
 _library: Any = transformers
 """The library without its types: they do not cover what is called here."""
@@ -50,6 +53,52 @@ class Loaded:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Skeleton:
+    """A model of the library without weights: torch's fake tensors on the CPU, which have shapes and hold no bytes.
+
+    An export sees what it would see of real ones. What it computes with them is computed in `mode`.
+    """
+
+    model: Any
+    mode: FakeTensorMode
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model that was examined, and its weights."""
+
+    model: str
+    found: Examined
+    weights: Model
+    notes: tuple[str, ...]
+
+    def skeleton(self, attention: str) -> Skeleton:
+        """Return its structure.
+
+        Raises:
+            InputError: the library cannot build it.
+        """
+        return skeleton(self.model, self.found, attention, self.weights.tied)
+
+
+UNTIED = "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them: both are kept"
+
+
+def source_of(model: str, random_init: bool, seed: int, context: int = 0) -> ModelFiles:
+    """Return a model's files and weights; nothing of the weights is read yet.
+
+    Raises:
+        InputError: the model is missing, incomplete, corrupt, or holds what the library would leave out.
+    """
+    found = examine(locate(model, random_init), random_init, context)
+    stored = opened(found, random_init, seed)
+    tied = facts_of(found.config).tied
+    apart = tied and untied(stored)
+    return ModelFiles(model, found, Model(stored, model, tied and not apart), (UNTIED,) if apart else ())
+
+
 def load(model: str, random_init: bool, seed: int, attention: str, context: int = 0) -> Any:
     """Return the model in f32, in evaluation mode, with weights from its files or drawn from `seed`.
 
@@ -62,9 +111,42 @@ def load(model: str, random_init: bool, seed: int, attention: str, context: int 
 def load_told(model: str, random_init: bool, seed: int, attention: str, context: int = 0) -> Loaded:
     """Return the same, with what the library said."""
     found = examine(locate(model, random_init), random_init, context)
+
+    def make(folder: Path) -> Any:
+        if random_init:
+            return _filled(found, folder, Drawn(*_drawn_from(found, seed)), attention)
+        return _read(found, folder, attention)
+
+    built, notes = _built(model, found, make)
+    _check_values(model, built)
+    return Loaded(built, notes)
+
+
+def skeleton(model: str, found: Examined, attention: str, tied: bool) -> Skeleton:
+    """Return a model without its weights; `tied` says whether its head and its token table are one.
+
+    Raises:
+        InputError: the library cannot build it.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def make(folder: Path) -> Any:
+        config = _configuration(folder)
+        config.tie_word_embeddings = tied
+        with mode:
+            return _library.AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, trust_remote_code=False
+            )
+
+    built, notes = _built(model, found, make)
+    return Skeleton(built, mode, notes)
+
+
+def _built(model: str, found: Examined, make: Callable[[Path], Any]) -> tuple[Any, tuple[str, ...]]:
+    """Have the library build a model of a folder that holds its files and no others."""
     with _listening() as said, alone(found.files) as folder:
         try:
-            built = _drawn(folder, seed, attention) if random_init else _read(found, folder, attention)
+            built = make(folder)
         except _REFUSALS as error:
             raise InputError(f"{model}: the library cannot load this model: {_said(error, folder, model)}") from error
     if type(built).__name__ != KINDS[found.config["model_type"]].name:
@@ -73,9 +155,16 @@ def load_told(model: str, random_init: bool, seed: int, attention: str, context:
     for name in ("output_hidden_states", "output_attentions"):
         setattr(built.config, name, False)
     built.config.return_dict = True
-    _check_values(model, built)
     notes = dict.fromkeys(text.replace(str(folder), model) for text in said)
-    return Loaded(built.eval().requires_grad_(False), tuple(notes))
+    return built.eval().requires_grad_(False), tuple(notes)
+
+
+def _configuration(folder: Path) -> Any:
+    config = _library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.dtype = torch.float32
+    return config
 
 
 @contextmanager
@@ -111,41 +200,43 @@ def _said(error: Exception, folder: Path, model: str) -> str:
     return text[:400] if text and not isinstance(error, KeyError) else f"{type(error).__name__} {text}".strip()
 
 
-# --- random weights ----------------------------------------------------------------------------------------------
+# --- weights ------------------------------------------------------------------------------------------------------
 
 
-def _drawn(folder: Path, seed: int, attention: str) -> Any:
-    config = _library.AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    torch.manual_seed(seed)
-    config.dtype = torch.float32
-    with _Undrawn():
+def _filled(found: Examined, folder: Path, stored: Checkpoint, attention: str) -> Any:
+    """Return a model of the library with all of its weights, which it did not read itself."""
+    with torch.device("meta"):
         built = _library.AutoModelForCausalLM.from_config(
-            config, attn_implementation=attention, trust_remote_code=False
+            _configuration(folder), attn_implementation=attention, trust_remote_code=False
         )
-    _draw_matrices(built, seed, config.initializer_range)
+    weights = Model(stored, str(found.files.folder), built.config.tie_word_embeddings)
+    built.load_state_dict({n: torch.from_numpy(weights.whole(n).copy()) for n in built.state_dict()}, assign=True)
+    built.tie_weights()
+    built.model.rotary_emb = type(built.model.rotary_emb)(built.config)
     return built
 
 
-class _Undrawn(TorchFunctionMode):
-    """Leaves out the random numbers that a model's matrices begin with, where others take their place."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.Tensor.uniform_, torch.Tensor.normal_) and args[0].dim() > 1:
-            return args[0]
-        return func(*args, **(kwargs or {}))
+def _drawn_from(found: Examined, seed: int) -> tuple[ModelFacts, int, float]:
+    return facts_of(found.config), seed, float(found.config.get("initializer_range", 0.02))
 
 
-def _draw_matrices(built: Any, seed: int, spread: float) -> None:
-    """Give every matrix weights that numpy alone can draw again, on a machine without PyTorch."""
-    with torch.no_grad():
-        for name, weights in built.named_parameters():
-            if weights.dim() > 1:
-                weights.copy_(torch.from_numpy(draw(seed, name, tuple(weights.shape), spread)))
+def opened(found: Examined, random_init: bool, seed: int) -> Checkpoint:
+    """Return the weights of a model.
 
-
-# --- weights from files ------------------------------------------------------------------------------------------
+    Raises:
+        InputError: pickled ones do not fit the configuration.
+    """
+    facts = facts_of(found.config)
+    if random_init:
+        return Drawn(*_drawn_from(found, seed))
+    if found.files.pickled:
+        try:
+            _check_pickled(found)
+            return Pickled(found.files.weights, facts)
+        except _REFUSALS as error:
+            told = _said(error, found.files.folder, str(found.files.folder))
+            raise InputError(f"{found.files.folder}: the library cannot load this model: {told}") from error
+    return Safetensors(found.files.weights, facts)
 
 
 def _read(found: Examined, folder: Path, attention: str) -> Any:

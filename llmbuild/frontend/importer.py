@@ -1,18 +1,18 @@
 """Exported torch programs to one MLIR module whose weights live in a parameter archive beside it.
 
-It names tensors and writes files; what the programs compute is not its business.
+It names tensors; what the programs compute, and what the weights are, is not its business.
 """
 
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from iree.compiler import ir
 from iree.compiler.extras import fx_importer
-from iree.runtime import ParameterIndex
 from torch.export.graph_signature import OutputKind
 
 from llmbuild.frontend import fusion_barrier, nibbles
@@ -38,35 +38,37 @@ class _NoLocations(fx_importer.ContextCache):  # type: ignore[misc]
 
 
 class Parameters(fx_importer.FxImporterHooks):  # type: ignore[misc]
-    """Turns every parameter and buffer into a module global backed by the archive; one tensor becomes one global."""
+    """Turns every parameter and buffer into a module global backed by the archive; one tensor becomes one global.
 
-    def __init__(self) -> None:
+    `names` says which name each of a tensor's names stands for: tied weights have several.
+    """
+
+    def __init__(self, names: Mapping[str, str]) -> None:
         self.tensors: dict[str, torch.Tensor] = {}
-        self._names: dict[tuple[object, ...], str] = {}
+        self._names = names
 
     def resolve_input(self, gni: Any, value: Any, info: Any) -> ir.Value | None:
-        """Load the global of a parameter or buffer; tied weights share their storage and so their global."""
-        tensor = value.detach()
-        name = self._name(info.input_spec.target, tensor)
+        """Load the global of a parameter or buffer."""
+        tensor, target = value.detach(), info.input_spec.target.removeprefix("model.")
+        name = self._names.get(target, target)
         if name not in self.tensors:
             self.tensors[name] = tensor
             _declare(gni.fx_importer.module, name, tensor)
         return _load(gni, name, tensor, info.ir_type)
 
-    def _name(self, target: str, tensor: torch.Tensor) -> str:
-        identity = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype)
-        return self._names.setdefault(identity, target.removeprefix("model."))
+    def sizes(self) -> dict[str, int]:
+        """Return the size of each tensor in bytes."""
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
 
-    def size_bytes(self) -> int:
-        """Return the size of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
 
-    def save(self, path: Path) -> None:
-        """Write the archive, tensors in name order."""
-        index = ParameterIndex()
-        for name in sorted(self.tensors):
-            index.add_buffer(name, self.tensors[name].contiguous().flatten().view(torch.uint8).numpy())
-        index.create_archive_file(str(path))
+def canonical(model: torch.nn.Module) -> dict[str, str]:
+    """Return the first name of each tensor of a model, by all of its names."""
+    first: dict[int, str] = {}
+    found = {}
+    for tensors in (model.named_parameters, model.named_buffers):
+        for name, tensor in tensors(remove_duplicate=False):
+            found[name] = first.setdefault(id(tensor), name)
+    return found
 
 
 def _builtin_type(tensor: torch.Tensor) -> str:
@@ -97,9 +99,14 @@ def _load(gni: Any, name: str, tensor: torch.Tensor, torch_type: ir.Type) -> ir.
         ).result
 
 
-def import_programs(programs: dict[str, torch.export.ExportedProgram]) -> tuple[ir.Module, Parameters]:
-    """Import exported programs, by function name, into one module; also return the parameters it names."""
-    parameters = Parameters()
+def import_programs(
+    programs: dict[str, torch.export.ExportedProgram], names: Mapping[str, str]
+) -> tuple[ir.Module, Parameters]:
+    """Import exported programs, by function name, into one module; also return the parameters it names.
+
+    `names` are those of `canonical`.
+    """
+    parameters = Parameters(names)
     importer = fx_importer.FxImporter(hooks=parameters)
     importer._cc = _NoLocations(importer._c, py_attr_tracker=importer._py_attr_tracker)
     for name, program in programs.items():

@@ -1,5 +1,5 @@
 """Linear layers and embeddings that read weights in the chosen format and layout, and the swap that puts them into
-a model.
+a model. They hold no weights: `archive` says how those are made.
 """
 
 from __future__ import annotations
@@ -7,19 +7,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from llmbuild.frontend import nibbles
 from llmbuild.transform import weights as layouts
-from llmbuild.transform.quantized import Quantized, pack_nibbles, stack
+from llmbuild.transform.stored import Rows, StoredMatrix
 
-Weights = Quantized | torch.Tensor
-"""A matrix `[N, K]` ready to be stored: quantized, or floating-point in the type it is stored in."""
+TORCH = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "int8", "uint8")}
+"""Element types by their names."""
 
-Prepare = Callable[[str, np.ndarray], Weights]
-"""From the name of a layer and its weights f32[N,K] to what is stored of them."""
+Form = Callable[[str], str]
+"""From the name of a layer to the format that its weights are stored in."""
 
 
 class Matrix(nn.Module):
@@ -29,32 +28,20 @@ class Matrix(nn.Module):
     groups of columns, and then `zero` points as well where its format has them.
     """
 
+    packed = False
     data: torch.Tensor
     scale: torch.Tensor | None
     zero: torch.Tensor | None
 
-    def __init__(self, weights: Weights) -> None:
+    def __init__(self, rows: Rows, columns: int, form: str) -> None:
         super().__init__()
-        shape: tuple[int, ...] = (weights.codes if isinstance(weights, Quantized) else weights).shape
-        self.rows, self.columns = shape
-        self.group, self.nibbles = self.columns, False
-        scale = zero = None
-        if isinstance(weights, Quantized):
-            self.group, self.nibbles = weights.group, weights.bits == 4
-            data = torch.from_numpy(self._stored(weights.codes))
-            if self.groups == 1 and weights.zero is None:
-                scale = torch.from_numpy(weights.scale[:, 0].copy())
-            else:
-                scale = torch.from_numpy(self.lay_out(weights.scale)).to(torch.bfloat16)
-                zero = None if weights.zero is None else torch.from_numpy(self.lay_out(weights.zero)).to(torch.int8)
-        else:
-            data = torch.from_numpy(self.lay_out(weights.float().numpy())).to(weights.dtype)
-        for name, tensor in (("data", data), ("scale", scale), ("zero", zero)):
-            self.register_buffer(name, tensor)
-
-    def _stored(self, codes: np.ndarray) -> np.ndarray:
-        laid_out = self.lay_out(codes)
-        return pack_nibbles(laid_out).view(np.int8) if self.nibbles else laid_out
+        self.stored = StoredMatrix(rows, columns, form, self.packed)
+        self.rows, self.columns = rows.count, columns
+        self.group, self.nibbles = self.stored.group, self.stored.nibbles
+        kinds = self.stored.tensors()
+        for name in ("data", "scale", "zero"):
+            kind = kinds.get(name)
+            self.register_buffer(name, None if kind is None else torch.empty(kind.shape, dtype=TORCH[kind.dtype]))
 
     @property
     def groups(self) -> int:
@@ -69,10 +56,6 @@ class Matrix(nn.Module):
     def values(self) -> torch.Tensor:
         """Return what is stored, in f32 and in this layout, without the scales."""
         return (nibbles.unpack(self.data) if self.nibbles else self.data).float()
-
-    def lay_out(self, stored: np.ndarray) -> np.ndarray:
-        """Return an array `[N, ...]` in the order in which it is stored."""
-        raise NotImplementedError
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         """Return x f32[1,T,K] times the transposed stored matrix: f32[1,T,N], without scales of rows."""
@@ -116,12 +99,6 @@ vector of them, which it cannot make code of (IREE 3.13: "failed to legalize ope
 
 class RowMajor(Matrix):
     """`[N, K]` as torch keeps it; scales `[N, K/group]`. Rows of an odd number of 4-bit codes end in half a byte."""
-
-    def lay_out(self, stored: np.ndarray) -> np.ndarray:
-        return np.ascontiguousarray(stored)
-
-    def _stored(self, codes: np.ndarray) -> np.ndarray:
-        return super()._stored(np.pad(codes, ((0, 0), (0, codes.shape[1] % 2))) if self.nibbles else codes)
 
     @property
     def apart(self) -> bool:
@@ -200,8 +177,7 @@ class RowMajor(Matrix):
 class Packed(Matrix):
     """`[N/64, K, 64]`: panels of 64 rows; scales `[N/64, K/group, 64]`."""
 
-    def lay_out(self, stored: np.ndarray) -> np.ndarray:
-        return layouts.pack_panels(stored)
+    packed = True
 
     def values(self) -> torch.Tensor:
         if not self.nibbles or self.columns % I4_MULTIPLE == 0:
@@ -242,20 +218,20 @@ class Packed(Matrix):
         return (row // layouts.PANEL * columns + column) * layouts.PANEL + row % layouts.PANEL
 
 
-Store = Callable[[Weights], Matrix]
-"""From what is stored of a matrix to the matrix."""
+Store = Callable[[Rows, int, str], Matrix]
+"""From rows, columns and format to the matrix."""
 
 LAYOUTS: dict[str, Store] = {"row_major": RowMajor, "packed": Packed}
 
 
 class Linear(nn.Module):
-    """A linear layer over a stored matrix."""
+    """A linear layer over a stored matrix; `biased` says whether the layers whose rows it has have biases."""
 
-    def __init__(self, matrix: Matrix, bias: torch.Tensor | None = None) -> None:
+    def __init__(self, matrix: Matrix, biased: bool = False) -> None:
         super().__init__()
         self.matrix = matrix
         self.bias: torch.Tensor | None
-        self.register_buffer("bias", bias)
+        self.register_buffer("bias", torch.empty(matrix.rows) if biased else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.matrix.multiply(x)
@@ -276,11 +252,11 @@ class Embedding(nn.Module):
 class ScaledColumns(nn.Module):
     """A table of token vectors and a factor f32[K] for their columns."""
 
-    def __init__(self, table: nn.Module, factor: torch.Tensor) -> None:
+    def __init__(self, table: nn.Module, columns: int) -> None:
         super().__init__()
         self.table = table
         self.factor: torch.Tensor
-        self.register_buffer("factor", factor)
+        self.register_buffer("factor", torch.empty(columns))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         rows: torch.Tensor = self.table(tokens)
@@ -320,7 +296,7 @@ FUSED_GROUPS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers of one parent module that the library calls with the same input, in this order."""
 
 
-def swap(model: Any, prepare: Prepare, kind: Store, fused: bool) -> None:
+def swap(model: Any, form: Form, kind: Store, fused: bool) -> None:
     """Put stored matrices into the model, in place: every linear layer, the embedding, and a tied head only once.
 
     Layers of one input become one matrix if `fused`.
@@ -329,34 +305,27 @@ def swap(model: Any, prepare: Prepare, kind: Store, fused: bool) -> None:
     if fused:
         for parent in list(model.modules()):
             for group in FUSED_GROUPS:
-                if all(isinstance(getattr(parent, name, None), nn.Linear) for name in group):
-                    _fuse(parent, group, kind, [_prepared(getattr(parent, name), names, prepare) for name in group])
+                layers = [getattr(parent, name, None) for name in group]
+                if all(isinstance(layer, nn.Linear) for layer in layers):
+                    _fuse(parent, group, [names[id(layer)] for layer in layers], kind, form)
     stored: dict[int, Matrix] = {}
     for parent in list(model.modules()):
         for name, layer in list(parent.named_children()):
             if not isinstance(layer, nn.Linear | nn.Embedding):
                 continue
-            address = layer.weight.data_ptr()
-            if address not in stored:
-                stored[address] = kind(_prepared(layer, names, prepare))
-            if isinstance(layer, nn.Embedding):
-                setattr(parent, name, Embedding(stored[address]))
-            else:
-                bias = None if layer.bias is None else layer.bias.detach()
-                setattr(parent, name, Linear(stored[address], bias))
+            weight, full = layer.weight, names[id(layer)]
+            if id(weight) not in stored:
+                stored[id(weight)] = kind(Rows(((full, weight.shape[0]),)), weight.shape[1], form(full))
+            matrix = stored[id(weight)]
+            is_table = isinstance(layer, nn.Embedding)
+            setattr(parent, name, Embedding(matrix) if is_table else Linear(matrix, layer.bias is not None))
 
 
-def _prepared(layer: Any, names: dict[int, str], prepare: Prepare) -> Weights:
-    return prepare(names[id(layer)], layer.weight.detach().numpy())
-
-
-def _fuse(parent: nn.Module, names: tuple[str, ...], kind: Store, weights: Sequence[Weights]) -> None:
-    layers = [getattr(parent, name) for name in names]
-    quantized = [w for w in weights if isinstance(w, Quantized)]
-    together = stack(quantized) if quantized else torch.cat([w for w in weights if isinstance(w, torch.Tensor)])
-    biases = [layer.bias for layer in layers]
-    bias = None if biases[0] is None else torch.cat([b.detach() for b in biases])
-    fused, start = Fused(Linear(kind(together), bias), len(layers)), 0
+def _fuse(parent: nn.Module, names: tuple[str, ...], full: Sequence[str], kind: Store, form: Form) -> None:
+    layers: list[Any] = [getattr(parent, name) for name in names]
+    rows = Rows(tuple((name, layer.out_features) for name, layer in zip(full, layers, strict=True)))
+    matrix = kind(rows, layers[0].in_features, form(full[0]))
+    fused, start = Fused(Linear(matrix, layers[0].bias is not None), len(layers)), 0
     for name, layer in zip(names, layers, strict=True):
         setattr(parent, name, Part(fused, start, layer.out_features))
         start += layer.out_features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,22 +14,21 @@ from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache
 from llmbuild.frontend.formats import TABLES, Formats
-from llmbuild.frontend.modules import Embedding, RowMajor, ScaledColumns, Weights
+from llmbuild.frontend.modules import Embedding, RowMajor
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, family
-from llmbuild.kernels.shapes import DecoderShape
+from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, Layout, family
+from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
-from llmbuild.transform.decoder import layer_buffer
-from llmbuild.transform.panels import encode_for, pack
-from llmbuild.transform.quantized import Quantized, pad_columns
-from llmbuild.transform.weights import pad_width
+from llmbuild.transform.stored import Rows
 
 LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
+_ELEMENTS = {"i8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
+"""Types of stored elements, by their names in MLIR."""
 NAMES = {
     "query": "self_attn.q_proj",
     "key": "self_attn.k_proj",
@@ -37,21 +37,26 @@ NAMES = {
     "gate": "mlp.gate_proj",
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
+}
+"""Our names of a layer's matrices, and the library's."""
+
+NORM_NAMES = {
     "norm1": "input_layernorm",
     "norm2": "post_attention_layernorm",
+    "query_norm": "self_attn.q_norm",
+    "key_norm": "self_attn.k_norm",
 }
-HEAD_NORMS = {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
-"""Our names of a layer's parts, and the library's."""
+"""Our names of a layer's norms, and the library's; those of heads are not in every model."""
 
 
 class OwnLayers(nn.Module):
     """Decoder layers as one operator; they are called like one of the library's."""
 
-    def __init__(self, buffers: list[np.ndarray], first: int, kernel: str) -> None:
+    def __init__(self, shape: DecoderShape, first: int, count: int, kernel: str) -> None:
         super().__init__()
-        self.first, self.count, self.kernel = first, len(buffers), kernel
+        self.shape, self.first, self.count, self.kernel = shape, first, count, kernel
         self.buffer: torch.Tensor
-        self.register_buffer("buffer", torch.from_numpy(np.concatenate(buffers).view(np.int8)))
+        self.register_buffer("buffer", torch.empty(count * buffer_bytes(shape), dtype=torch.int8))
 
     def forward(
         self,
@@ -72,19 +77,16 @@ class OwnLayers(nn.Module):
 class OwnHead(nn.Module):
     """The final norm and the output matrix as one operator, which finds the next token as well."""
 
-    def __init__(
-        self, shape: HeadShape, norm: torch.Tensor, weights: torch.Tensor, ready: Quantized | None = None
-    ) -> None:
-        """Take weights f32[V,hidden], and what was quantized of them before, if it was."""
+    def __init__(self, shape: HeadShape) -> None:
         super().__init__()
         self.shape = shape
         self.norm: torch.Tensor
         self.data: torch.Tensor
         self.scale: torch.Tensor
-        data, scale = pack(shape.layout, encode_for(shape.layout, weights.float().numpy(), ready))
-        self.register_buffer("norm", torch.from_numpy(pad_width(norm.numpy(), shape.width)))
-        self.register_buffer("data", _tensor(data))
-        self.register_buffer("scale", _tensor(scale))
+        layout, panels = shape.layout, shape.padded // PANEL
+        self.register_buffer("norm", torch.empty(shape.width))
+        self.register_buffer("data", torch.empty(panels * layout.panel_elements, dtype=_ELEMENTS[layout.element]))
+        self.register_buffer("scale", torch.empty(shape.padded * layout.groups, dtype=_ELEMENTS[layout.scale_element]))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,width]."""
@@ -92,11 +94,8 @@ class OwnHead(nn.Module):
         return logits.narrow(0, 0, self.shape.vocabulary), token
 
 
-def _tensor(stored: np.ndarray) -> torch.Tensor:
-    """Return the array as torch sees it; u16 are bf16."""
-    if stored.dtype == np.uint16:
-        return torch.from_numpy(stored.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(stored)
+POWERS = np.array([0.0, *(2.0 ** (e - 22) for e in range(1, 16))], np.float32)
+"""What the exponents of `f12_e4m7` stand for, with the seven bits of a significand before them."""
 
 
 class PanelEmbedding(nn.Module):
@@ -106,7 +105,7 @@ class PanelEmbedding(nn.Module):
         super().__init__()
         self.head = head
         self.powers: torch.Tensor
-        self.register_buffer("powers", torch.tensor([0.0, *(2.0 ** (e - 22) for e in range(1, 16))]))
+        self.register_buffer("powers", torch.empty(len(POWERS)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,width] of tokens i64[1,T]."""
@@ -212,12 +211,11 @@ def put_in(
     )
     operators.HEADS[HEAD] = head_shape
     kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
-    buffers = [layer_buffer(shape, _arrays(old), _ready(formats, i)) for i, old in enumerate(decoder.layers)]
     groups, first = [], 0
-    for part in _split(len(buffers)):
+    for part in _split(len(decoder.layers)):
         kernel = f"{LAYERS}_{part}"
         operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part, units.layers)
-        groups.append(OwnLayers(buffers[first : first + part], first, kernel))
+        groups.append(OwnLayers(shape, first, part, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)
     _put_in_tables(model, head_shape, formats)
@@ -227,31 +225,24 @@ def put_in(
 def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:
     """Replace embedding, final norm and head."""
     decoder = model.model
-    embedding, output = decoder.embed_tokens.weight.detach(), model.lm_head.weight.detach()
-    tied = embedding.data_ptr() == output.data_ptr()
-    model.lm_head = OwnHead(shape, decoder.norm.weight.detach(), output, formats.ready.get(TABLES[1]))
+    tied = decoder.embed_tokens.weight is model.lm_head.weight
+    model.lm_head = OwnHead(shape)
+    rows = Rows(((TABLES[0], shape.vocabulary),))
     decoder.embed_tokens = (
-        PanelEmbedding(model.lm_head)
-        if tied
-        else Embedding(RowMajor(_padded(formats(TABLES[0], embedding.numpy()), shape.width)))
+        PanelEmbedding(model.lm_head) if tied else Embedding(RowMajor(rows, shape.width, formats.head))
     )
     decoder.norm = nn.Identity()
-    if formats.looked_up is not None:
-        factor = torch.from_numpy(pad_width(formats.looked_up.numpy(), shape.width))
-        decoder.embed_tokens = ScaledColumns(decoder.embed_tokens, factor)
 
 
-def _padded(weights: Weights, width: int) -> Weights:
-    """Return a table with zeros behind its columns."""
-    if isinstance(weights, Quantized):
-        return pad_columns(weights, width)
-    return nn.functional.pad(weights, (0, width - weights.shape[1]))
-
-
-def _ready(formats: Formats, layer: int) -> dict[str, Quantized]:
-    """Return the matrices of a layer that were quantized before, by our names."""
-    names = {ours: f"model.layers.{layer}.{theirs}" for ours, theirs in NAMES.items()}
-    return {ours: formats.ready[theirs] for ours, theirs in names.items() if theirs in formats.ready}
+def rounding(model: Any) -> Callable[[str], Layout | None]:
+    """Return by which layout our kernels in a model round what a matrix reads, by its name in a decoder layer."""
+    if not isinstance(model.lm_head, OwnHead):
+        return lambda _: None
+    layouts = model.model.layers[0].shape.layouts()
+    homes = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate_up", "up": "gate_up"}
+    found = {theirs: layouts[homes.get(ours, ours)] for ours, theirs in NAMES.items()}
+    found[TABLES[1]] = model.lm_head.shape.layout
+    return lambda name: layout if (layout := found.get(name)) and (layout.rounded or layout.narrow) else None
 
 
 def _split(count: int) -> list[int]:
@@ -285,18 +276,3 @@ def _shape(
 
 def _narrow(unit: Instructions, form: str) -> bool:
     return unit.kernels[family(form)].narrow
-
-
-def _arrays(old: nn.Module) -> dict[str, np.ndarray]:
-    arrays = {}
-    for ours, theirs in NAMES.items():
-        part: Any = old.get_submodule(theirs)
-        arrays[ours] = part.weight.detach().numpy()
-        if getattr(part, "bias", None) is not None:
-            arrays[f"{ours}.bias"] = part.bias.detach().numpy()
-    norms = dict(old.named_parameters())
-    return arrays | {
-        ours: norms[f"{theirs}.weight"].detach().numpy()
-        for ours, theirs in HEAD_NORMS.items()
-        if f"{theirs}.weight" in norms
-    }

@@ -1,8 +1,9 @@
-"""The path of one import: load, apply the choices, export, import, write files and their check data."""
+"""The path of one import: take the model, apply the choices, trace its structure, and stream its weights to a file."""
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,18 @@ from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import ChoiceRefused, InputError
-from llmbuild.frontend import attention, huggingface, importer, modules, own, single_row, splice
+from llmbuild.frontend import archive, attention, huggingface, importer, modules, own, single_row, splice
 from llmbuild.frontend.cache import layer_buffers, new_cache
-from llmbuild.frontend.calibration import Calibration, read_tokens
+from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
+from llmbuild.frontend.check import Check
+from llmbuild.frontend.checkpoint import Model
 from llmbuild.frontend.entry import Decode, Prefill
 from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.reference import LIBRARY_ATTENTION
-from llmbuild.frontend.truth import CheckTokens, check_import, check_tokens, distance, library_says, run_eagerly
+from llmbuild.frontend.huggingface import Skeleton
+from llmbuild.frontend.layerwise import Look
+from llmbuild.frontend.truth import CheckTokens, cached, check_tokens, truth
+from llmbuild.frontend.weights import Patch, Source
+from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
@@ -52,8 +58,6 @@ KNOBS: dict[str, tuple[str, ...]] = {
 }
 """Model-level knobs; the first value is the default."""
 
-NUDGE = 1e-6
-
 
 def import_model(job: ImportJob, out: Path) -> ImportResult:
     """Import `job.model` into the folder `out`; the same job writes the same bytes.
@@ -64,16 +68,23 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     """
     choices = settle(job)
     taken = take(job, choices)
-    model, abi = taken.model, taken.abi
-    kernels = apply(model, job, choices)
-    out.mkdir(parents=True, exist_ok=True)
-    with torch.inference_mode():
-        data = check_data(model, abi, taken.tokens, taken.truth if is_exact(choices) else None)
-        np.savez(out / CHECK_FILE, **data)  # type: ignore[arg-type]
-    module, parameters = importer.import_programs(export(model, abi))
+    model, abi = taken.skeleton.model, taken.abi
+    calibration = calibrate(taken, job, choices)
+    formats = formats_of(choices, calibration)
+    with taken.skeleton.mode:
+        kernels = apply(model, job, choices, formats)
+        programs = export(model, abi)
+    module, parameters = importer.import_programs(programs, importer.canonical(model))
     splice.splice(module, kernels)
+    out.mkdir(parents=True, exist_ok=True)
     importer.save_module(module, out / MODULE_FILE)
-    parameters.save(out / PARAMETERS_FILE)
+    planned = archive.plan(model, parameters.sizes(), taken.constants)
+    source, patches = patched(Source(taken.weights, formats), model, calibration)
+    look = archive.vectors(model, source)
+    check = Check(taken.config, cached(abi, choices["kv_dtype"]), own.rounding(model), taken.tokens, look)
+    with torch.no_grad():
+        Writing(out / PARAMETERS_FILE, planned, source, job.key).write(check, patches, abi.vocabulary)
+    np.savez(out / CHECK_FILE, **check.data(taken.truth if is_exact(choices) else None))  # type: ignore[arg-type]
     (out / ABI_FILE).write_text(digest.canonical(abi) + "\n")
     program = Program(
         module=digest.of_file(out / MODULE_FILE),
@@ -81,34 +92,45 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         check=digest.of_file(out / CHECK_FILE),
         abi=abi,
     )
-    return ImportResult(program, type(model).__name__, parameters.size_bytes(), taken.notes)
+    return ImportResult(program, type(model).__name__, sum(parameters.sizes().values()), taken.notes)
 
 
 @dataclass(frozen=True)
 class Taken:
-    """A model with our attention and its own weights, and what the library said on `tokens` before: `truth`."""
+    """A model that can be imported: its structure, its weights, and what the library says on `tokens`: `truth`."""
 
-    model: Any
+    skeleton: Skeleton
+    weights: Model
     abi: Abi
     tokens: CheckTokens
     truth: np.ndarray
     notes: tuple[str, ...]
 
+    @property
+    def config(self) -> Any:
+        """The library's configuration."""
+        return self.skeleton.model.config
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        """The library's tensors that are computed, not read."""
+        rotary = type(self.skeleton.model.model.rotary_emb)(self.config)
+        return {f"model.rotary_emb.{name}": tensor.numpy() for name, tensor in rotary.named_buffers()}
+
 
 def take(job: ImportJob, choices: dict[str, str]) -> Taken:
-    """Load a model, ask it as the library runs it, and see that it says the same as we run it.
+    """Find a model and its structure, ask it as the library runs it, and see that it says the same as we run it.
 
     Raises:
         InputError: the model cannot be taken, or says something else.
     """
-    loaded = huggingface.load_told(job.model, job.random_init, job.seed, LIBRARY_ATTENTION, job.context)
-    abi = describe(loaded.model, job, choices)
-    tokens = check_tokens(abi, job.seed)
-    truth = library_says(loaded.model, tokens)
+    files = huggingface.source_of(job.model, job.random_init, job.seed, job.context)
     attention.register()
-    loaded.model.set_attn_implementation(attention.NAME)
-    check_import(loaded.model, job.model, abi, tokens, truth)
-    return Taken(loaded.model, abi, tokens, truth, loaded.notes)
+    skeleton = files.skeleton(attention.NAME)
+    abi = describe(skeleton.model, job, choices)
+    tokens = check_tokens(abi, job.seed)
+    says = truth(skeleton.model.config, files.weights, abi, tokens)
+    return Taken(skeleton, files.weights, abi, tokens, says, (*skeleton.notes, *files.notes))
 
 
 def settle(job: ImportJob) -> dict[str, str]:
@@ -127,32 +149,29 @@ def settle(job: ImportJob) -> dict[str, str]:
     return settled
 
 
-def apply(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
-    """Put the chosen weights and kernels into the model, in place; return the MLIR of our own kernels by name."""
+def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats) -> dict[str, str]:
+    """Put the chosen matrices and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "own" and job.batch > 1:
         raise ChoiceRefused(
             f"kernel=own answers one sequence at a time, the batch is {job.batch}: choose kernel=compiler"
         )
     if choices["kernel"] == "own" and job.subgroup:
-        return _apply_to_rows(model, job, choices)
-    units = None if choices["kernel"] == "compiler" else _check_own(model, job, choices)
-    formats, kernels = formats_of(model, job, choices), {}
-    if units is None:
-        layout = choices["layout"]
-        modules.swap(model, formats, modules.LAYOUTS[layout], fused=layout != "row_major")
-        _scale_table(model, formats)
-    else:
+        kernels = _apply_to_rows(model, job, choices, formats)
+    elif choices["kernel"] == "own":
+        units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
         kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
+    else:
+        layout, kernels = choices["layout"], {}
+        modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")
+    if choices["scaling"] == "activation" and formats.head in INTEGERS and model.config.tie_word_embeddings:
+        table = model.model.embed_tokens
+        columns = model.lm_head.shape.width if isinstance(model.lm_head, own.OwnHead) else model.config.hidden_size
+        model.model.embed_tokens = modules.ScaledColumns(table, columns)
     return kernels
 
 
-def _scale_table(model: Any, formats: Formats) -> None:
-    if formats.looked_up is not None:
-        model.model.embed_tokens = modules.ScaledColumns(model.model.embed_tokens, formats.looked_up)
-
-
-def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[str, str]:
+def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats) -> dict[str, str]:
     """Put weights and our kernels for a GPU into the model, in place; return the kernels' MLIR by name.
 
     Raises:
@@ -163,9 +182,7 @@ def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str]) -> dict[
     work = matvec.work(job.subgroup, choices["row_tile"], choices["row_reads"])
     if problem := gpu_problem(own.facts(model), *stored_formats(choices), work):
         raise ChoiceRefused(f"{job.model}: kernel=own: {problem}")
-    formats = formats_of(model, job, choices)
-    modules.swap(model, formats, single_row.stored_for(work), fused=choices["mixed"] == "none")
-    _scale_table(model, formats)
+    modules.swap(model, formats.of, single_row.stored_for(work), fused=choices["mixed"] == "none")
     return single_row.kernels(model)
 
 
@@ -186,35 +203,70 @@ def stored_formats(choices: dict[str, str]) -> tuple[str, str]:
     return layers, layers if head == SAME else head
 
 
-def formats_of(model: Any, job: ImportJob, choices: dict[str, str]) -> Formats:
-    """Return the stored weights that the choices ask for; calibration replaces the model's by what is stored of them.
+@dataclass(frozen=True)
+class Calibrated:
+    """Calibration, and what is asked of it."""
+
+    calibration: Calibration
+    asked: Asked
+    mixed: bool
+
+
+def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrated | None:
+    """Return the calibration that the choices ask for.
 
     Raises:
         ChoiceRefused: a choice that does not go with the format, or calibration tokens that are missing or unfit.
     """
     layers, head = stored_formats(choices)
-    formats = Formats(layers, head)
     fitted, mixed = choices["quantization"] == "gptq", choices["mixed"] == "sensitive"
     scaled = choices["scaling"] == "activation"
     if mixed and (layers not in INTEGERS or INTEGERS[layers].bits != 4):
         raise ChoiceRefused(
             f"mixed=sensitive keeps some layers in int8 where the rest is int4; weight_format is {layers}"
         )
-    if fitted and not {layers, formats.head} & set(INTEGERS):
+    if fitted and not {layers, head} & set(INTEGERS):
         raise ChoiceRefused(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
-    if scaled and not {layers, formats.head} & set(INTEGERS):
+    if scaled and not {layers, head} & set(INTEGERS):
         raise ChoiceRefused(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
     if not (fitted or mixed or scaled):
+        return None
+    calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
+    return Calibrated(calibration, Asked(fitted, scaled, choices["kernel"] == "own" and not job.subgroup), mixed)
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Patches of layers by calibration."""
+
+    calibrated: Calibrated
+    look: Look
+
+    def layers(self, source: Source, first: int, saved: Mapping[str, np.ndarray]) -> Iterator[Patch]:
+        """Yield the patches of the layers from `first` on."""
+        return self.calibrated.calibration.layers(source, self.look, self.calibrated.asked, first, saved)
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what the next layer's patch is made from."""
+        return self.calibrated.calibration.state()
+
+
+def patched(source: Source, model: Any, calibrated: Calibrated | None) -> tuple[Source, Patches]:
+    """Return the weights with the patch of the token tables, and the patches of the layers."""
+    if calibrated is None or not (calibrated.asked.fitted or calibrated.asked.scaled):
+        return source, Unchanged()
+    with torch.no_grad():
+        tables = replace(source, patch=calibrated.calibration.tables(source.formats, calibrated.asked))
+    return tables, Fitting(calibrated, archive.vectors(model, tables))
+
+
+def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Formats:
+    """Return the formats of all layers; some keep more bits where calibration finds them sensitive."""
+    formats = Formats(*stored_formats(choices))
+    if calibrated is None or not calibrated.mixed:
         return formats
     with torch.no_grad():
-        calibration = Calibration(model, read_tokens(job.calibration))
-        if mixed:
-            formats = replace(formats, kept=calibration.sensitive(formats))
-        if scaled:
-            formats = calibration.scaled(
-                formats, rounded=choices["kernel"] == "own" and not job.subgroup, clipped=not fitted
-            )
-        return calibration.fitted(formats) if fitted else formats
+        return replace(formats, kept=calibrated.calibration.sensitive(formats))
 
 
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
@@ -231,7 +283,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         kv=layer_buffers(choices["kv_dtype"], job.batch * job.context, config.num_key_value_heads, head_dim)
         * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
-        parameters=sum(p.numel() for p in model.parameters()),
+        parameters=sum(p.numel() for p in model.parameters()),  # tied ones once
         required_features=required_features(job.features, *stored_formats(choices))
         if choices["kernel"] == "own" and not job.subgroup
         else (),
@@ -260,24 +312,3 @@ def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
 def is_exact(choices: dict[str, str]) -> bool:
     """Say whether a program computes in f32 all that the library does, so that the library's logits are its own."""
     return {*stored_formats(choices), choices["kv_dtype"]} == {"f32"}
-
-
-def check_data(model: Any, abi: Abi, tokens: CheckTokens, truth: np.ndarray | None) -> dict[str, np.ndarray]:
-    """Return prompts, forced tokens and logits: see `Program.check`.
-
-    The logits are the library's own where there is `truth`, else what PyTorch computes on the weights as they are
-    stored. `noise` is how far the logits move, root mean square over their own, when every token vector moves by a
-    millionth: rounding to integers inside the model can make much of little, and no artifact can be nearer than that.
-    """
-    logits = run_eagerly(model, abi, tokens, tokens.forced.shape[1] if truth is None else 2)
-    hook = model.get_input_embeddings().register_forward_hook(_nudge)
-    moved = run_eagerly(model, abi, tokens, 2)
-    hook.remove()
-    noise = distance(moved, logits[: len(moved)])
-    found = {"prompt": tokens.prompt, "forced": tokens.forced, "start": tokens.start}
-    return {**found, "logits": logits if truth is None else truth, "noise": np.asarray(noise, np.float32)}
-
-
-def _nudge(_: nn.Module, __: object, vectors: torch.Tensor) -> torch.Tensor:
-    signs = torch.arange(vectors.numel()).remainder(2).mul(2).sub(1).view(vectors.shape)
-    return vectors * (1 + NUDGE * signs)

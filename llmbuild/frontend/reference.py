@@ -4,38 +4,52 @@ measured against.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from llmbuild.errors import InputError
 from llmbuild.frontend import huggingface
+from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
+from llmbuild.frontend.layerwise import Layers, embedded, own_vectors, through_head
 
-LIBRARY_ATTENTION = "eager"
 
-
-def _model(model: str, random_init: bool, seed: int, tokens: np.ndarray, length: int) -> Any:
-    built = huggingface.load(model, random_init, seed, LIBRARY_ATTENTION, length)
-    vocabulary = built.config.vocab_size
+def _check_tokens(model: str, vocabulary: int, tokens: np.ndarray) -> None:
     if tokens.size == 0 or tokens.min() < 0 or tokens.max() >= vocabulary:
         raise InputError(f"{model}: tokens must be at least one, each from 0 to {vocabulary - 1}")
-    return built
 
 
-def reference_logits(model: str, random_init: bool, seed: int, windows: np.ndarray) -> np.ndarray:
-    """Return logits f32[W,L,V] of windows i64[W,L], each read from its own first position."""
-    built = _model(model, random_init, seed, windows, windows.shape[-1])
+def reference_logits(model: str, random_init: bool, seed: int, windows: np.ndarray, out: Path) -> None:
+    """Write logits f32[W,L,V] of windows i64[W,L], each read from its own first position, to an `.npy`.
+
+    The library's layers are run one after another: memory is that of one layer, whatever the model's size.
+
+    Raises:
+        InputError: the model cannot be taken, or tokens that are not of it.
+    """
+    found = huggingface.source_of(model, random_init, seed, windows.shape[-1])
+    config, weights = found.skeleton(LIBRARY_ATTENTION).model.config, found.weights
+    _check_tokens(model, config.vocab_size, windows)
+    layers = Layers(config, LIBRARY_ATTENTION)
     with torch.inference_mode():
-        rows = [built(torch.from_numpy(window[None]), use_cache=False).logits[0] for window in windows]
-    return torch.stack(rows).float().numpy()
+        states = embedded(own_vectors(weights), windows)
+        for index in range(config.num_hidden_layers):
+            layers.layer(index, weights.whole)
+            states = layers.run(states)
+        states = layers.normalized(states, weights.whole("model.norm.weight"))
+        shape = (*windows.shape, config.vocab_size)
+        logits = np.lib.format.open_memmap(out, "w+", np.float32, shape)
+        through_head(weights, states, logits)
+        logits.flush()
 
 
 def reference_greedy(model: str, random_init: bool, seed: int, prompt: np.ndarray, count: int) -> np.ndarray:
     """Return the `count` tokens i64[count] that the library's `generate` puts after the prompt i64[P], end tokens
     ignored.
     """
-    built = _model(model, random_init, seed, prompt, prompt.size + count)
+    built = huggingface.load(model, random_init, seed, LIBRARY_ATTENTION, prompt.size + count)
+    _check_tokens(model, built.config.vocab_size, prompt)
     tokens = torch.from_numpy(prompt[None])
     with torch.inference_mode():
         text = built.generate(

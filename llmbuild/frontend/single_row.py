@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
-from llmbuild.frontend.modules import Matrix, RowMajor, Weights
+from llmbuild.frontend.modules import Matrix, RowMajor, Store
 from llmbuild.kernels.matvec import Plan, Stored, Work, kernel, plan
 from llmbuild.transform.quantized import unpack_nibbles
+from llmbuild.transform.stored import Rows
 
 PLANS: dict[str, Plan] = {}
 """By kernel name: an operator can carry a name, not a dataclass."""
@@ -46,8 +45,8 @@ class SingleRow(RowMajor):
     `plan` is nothing where its rows do not fit the kernel: then all is left to the compiler.
     """
 
-    def __init__(self, weights: Weights, work: Work) -> None:
-        super().__init__(weights)
+    def __init__(self, rows: Rows, columns: int, form: str, work: Work) -> None:
+        super().__init__(rows, columns, form)
         stored = stored_as(self)
         self.plan = plan(stored, work) if stored else None
         if self.plan is not None:
@@ -92,6 +91,6 @@ def kernels(model: nn.Module) -> dict[str, str]:
     return {name: kernel(name, plan) for name, plan in plans.items()}
 
 
-def stored_for(work: Work) -> Callable[[Weights], Matrix]:
-    """Return what stores weights for a GPU."""
-    return lambda weights: SingleRow(weights, work)
+def stored_for(work: Work) -> Store:
+    """Return what stores matrices for a GPU."""
+    return lambda rows, columns, form: SingleRow(rows, columns, form, work)

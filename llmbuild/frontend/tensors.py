@@ -55,7 +55,7 @@ def misplaced(stored: Sequence[tuple[str, Stored]], facts: ModelFacts) -> list[s
     filled: dict[str, Stored] = {}
     extra, twice, types, shapes = [], [], [], []
     for name, tensor in stored:
-        place = _place(name, wanted)
+        place = place_of(name, wanted)
         if place is None:
             if not _SILENT.search(name):
                 extra.append(f"{_named(name)} ({tensor.dtype} {_shape(tensor.shape)})")
@@ -79,7 +79,7 @@ def misplaced(stored: Sequence[tuple[str, Stored]], facts: ModelFacts) -> list[s
     return [f"weights do not fit config.json: {what}: {_list(names)}" for what, names in faults if names]
 
 
-def _place(name: str, wanted: Mapping[str, Any]) -> str | None:
+def place_of(name: str, wanted: Mapping[str, Any]) -> str | None:
     """Return the place of a stored tensor; the library adds or takes away the name of the inner model."""
     for candidate in (name, _PREFIX + name, name.removeprefix(_PREFIX)):
         if candidate in wanted:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
 from llmbuild.errors import InputError
-from llmbuild.frontend.cache import layer_buffers, new_cache
-from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.frontend import attention
+from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.checkpoint import Model
+from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
+from llmbuild.frontend.layerwise import Cached, Layers, embedded, own_vectors, through_head
 from llmbuild.spec.program import Abi
 
 CHECK_PROMPT, CHECK_FORCED = 16, 8
-FIRST = 2
-"""Forced tokens that an import is held against the library on, before any choice is applied."""
 
 DIFFERS = 1e-3
 """How far logits in f32 may be from the library's, root mean square over their own: only sums are ordered otherwise."""
@@ -33,6 +35,32 @@ class CheckTokens:
     forced: np.ndarray
     start: np.ndarray
 
+    def texts(self, forced: int | None = None) -> Texts:
+        """Return the texts whose logits are compared, with this many of the forced tokens, or all of them."""
+        lines: list[np.ndarray] = []
+        picked: list[list[tuple[int, int]]] = []
+        for prompt, then, start in zip(self.prompt, self.forced[:, :forced], self.start, strict=True):
+            own = len(lines)
+            lines.append(np.concatenate([prompt[:start], then]))
+            first = (own, len(prompt) - 1)
+            if start != len(prompt):
+                lines.append(prompt)
+                first = (own + 1, len(prompt) - 1)
+            picked.append([first, *((own, int(start) + step) for step in range(len(then)))])
+        return Texts(tuple(lines), tuple(zip(*picked, strict=True)))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts i64[T], each read from position 0 on; `picked[r][b]` is the text and position of row r of sequence b."""
+
+    lines: tuple[np.ndarray, ...]
+    picked: tuple[tuple[tuple[int, int], ...], ...]
+
+    def rows(self, states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Return states f32[R,B,hidden] of the picked positions."""
+        return torch.stack([torch.stack([states[text][0, at] for text, at in row]) for row in self.picked])
+
 
 def check_tokens(abi: Abi, seed: int) -> CheckTokens:
     """Return tokens drawn from the vocabulary: a model without a tokenizer is tried as well."""
@@ -42,34 +70,39 @@ def check_tokens(abi: Abi, seed: int) -> CheckTokens:
     return CheckTokens(prompt, forced, length - np.arange(abi.batch) % length)
 
 
-def library_says(model: Any, tokens: CheckTokens) -> np.ndarray:
-    """Return logits f32[1+D,B,V] of the library's model, without a cache: after the prompts, then after each token."""
-    rows = []
-    with torch.inference_mode():
-        for prompt, forced, start in zip(tokens.prompt, tokens.forced, tokens.start, strict=True):
-            first, then = (_whole(model, line) for line in (prompt, np.concatenate([prompt[:start], forced])))
-            rows.append(torch.cat([first[-1:], then[start:]]))
-    found: np.ndarray = torch.stack(rows, 1).numpy()
-    return found
+def cached(abi: Abi, kind: str) -> Cached:
+    """Return our attention over a cache of a kind, for one layer of a program."""
+    _, heads, size = abi.kv[0].shape
+    return Cached(partial(layer_buffers, kind, kv_heads=heads, head_dim=size))
 
 
-def _whole(model: Any, tokens: np.ndarray) -> torch.Tensor:
-    logits: torch.Tensor = model(torch.from_numpy(tokens[None]), use_cache=False).logits[0].float()
-    return logits
-
-
-def check_import(model: Any, name: str, abi: Abi, tokens: CheckTokens, truth: np.ndarray) -> None:
-    """Hold the model, still with its own weights but with our attention and cache, against what the library said.
+def truth(config: Any, model: Model, abi: Abi, tokens: CheckTokens) -> np.ndarray:
+    """Return logits f32[1+D,B,V] of the library's model, without a cache: after the prompts, then after each token.
 
     Raises:
-        InputError: the logits differ, so that every program of this model would compute something else.
+        InputError: our attention and cache say something else, so that every program of this model would.
     """
-    config = model.config
-    buffers = layer_buffers("f32", abi.batch * abi.context, *abi.kv[0].shape[1:]) * config.num_hidden_layers
+    attention.register()
+    theirs, ours = Layers(config, LIBRARY_ATTENTION), Layers(config, attention.NAME, cached(abi, "f32"))
+    texts = tokens.texts()
     with torch.inference_mode():
-        ours = run_eagerly(model, abi, tokens, FIRST, new_cache(buffers))
-    theirs = truth[: len(ours)]
-    if not np.isfinite(truth).all():
+        states = [embedded(own_vectors(model), line[None]) for line in texts.lines]
+        moved = list(states)
+        for index in range(config.num_hidden_layers):
+            theirs.layer(index, model.whole)
+            ours.module.load_state_dict(theirs.module.state_dict(), assign=True)
+            states = [theirs.run(state) for state in states]
+            moved = [ours.run(state) for state in moved]
+        norm = model.whole("model.norm.weight")
+        rows = torch.stack([theirs.normalized(texts.rows(found), norm) for found in (states, moved)])
+        found = np.empty((*rows.shape[:-1], abi.vocabulary), np.float32)
+        through_head(model, rows, found)
+    _compare(model.name, found[1], found[0])
+    return np.ascontiguousarray(found[0])
+
+
+def _compare(name: str, ours: np.ndarray, theirs: np.ndarray) -> None:
+    if not np.isfinite(theirs).all():
         raise InputError(f"{name}: the library's own model answers with numbers that are NaN or infinite")
     off = distance(ours, theirs)
     if not off < DIFFERS:
@@ -83,16 +116,3 @@ def distance(found: np.ndarray, wanted: np.ndarray) -> float:
     """Return the root mean square of a difference over that of what is wanted."""
     off, size = (np.sqrt(np.square(x, dtype=np.float64).mean()) for x in (found - wanted, wanted))
     return float(off / max(size, np.finfo(np.float32).tiny))
-
-
-def run_eagerly(
-    model: Any, abi: Abi, tokens: CheckTokens, count: int, cache: Sequence[torch.Tensor] | None = None
-) -> np.ndarray:
-    """Return logits f32[1+count,B,V]: of the prompts' last tokens, then of the first forced tokens."""
-    kv = new_cache(abi.kv) if cache is None else list(cache)
-    prefill, decode = Prefill(model, abi.context), Decode(model, abi.context)
-    rows = [prefill(torch.from_numpy(tokens.prompt), torch.zeros(abi.batch, dtype=torch.int64), kv)[1]]
-    for offset, forced in enumerate(tokens.forced.T[:count].copy()):
-        rows.append(decode(torch.from_numpy(forced), torch.from_numpy(tokens.start + offset), kv)[1])
-    found: np.ndarray = torch.stack(rows).view(len(rows), abi.batch, -1).numpy()
-    return found

@@ -95,6 +95,9 @@ class ImportJob:
     calibration: str = ""
     """An `.npy` of tokens i64[W,L], for `gptq`, `activation` and `sensitive`; it is read, never named, in what is
     written."""
+    key: str = ""
+    """The name of all that the import is made from, by content. With it, an import that was interrupted goes on in the
+    same folder."""
 
 
 @dataclass(frozen=True)

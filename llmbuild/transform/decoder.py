@@ -3,61 +3,72 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
-from llmbuild.kernels.shapes import HEAD_NORMS, NORMS, DecoderShape, buffer_bytes, sections
-from llmbuild.transform.panels import Matrix, encode_for, pack, unpack
-from llmbuild.transform.quantized import Quantized
+from llmbuild.kernels.layouts import Layout
+from llmbuild.kernels.shapes import HEAD_NORMS, NORMS, DecoderShape, sections
+from llmbuild.transform.panels import Matrix, pack, unpack
+from llmbuild.transform.stored import Encode, Encoded, Keep, Place, Rows, regions, tasks
+from llmbuild.transform.stream import Piece, Region, Unit
 from llmbuild.transform.weights import Array, interleave, pad_rows, pad_width
 
 PARTS = {"qkv": ("query", "key", "value"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
 """The matrices of a layer, and those of the model that each is made of."""
 
 
-def layer_buffer(
-    shape: DecoderShape, arrays: Mapping[str, Array], ready: Mapping[str, Quantized] | None = None
-) -> Array:
-    """Return bytes u8[buffer_bytes(shape)].
+def part_shapes(shape: DecoderShape) -> dict[str, tuple[int, int]]:
+    """Return rows and columns of each of a layer's matrices as the model has them."""
+    hidden, inner = shape.hidden, shape.inner
+    return {
+        "query": (shape.attended, hidden),
+        "key": (shape.cached, hidden),
+        "value": (shape.cached, hidden),
+        "out": (hidden, shape.attended),
+        "gate": (inner, hidden),
+        "up": (inner, hidden),
+        "down": (hidden, inner),
+    }
 
-    `arrays` holds `norm1`, `norm2` f32[hidden], the `HEAD_NORMS` f32[head_dim] of a shape that has them, and the
-    matrices f32[N,K] `query`, `key`, `value`, `out`, `gate`, `up`, `down`; a bias f32[N] of one of them is
-    `<name>.bias`. A matrix that is `ready` was quantized before; the others are rounded to the nearest.
+
+def layer_units(
+    tensor: str, base: int, shape: DecoderShape, vectors: Mapping[str, Array], encode: Encode, keep: Keep | None
+) -> list[Unit]:
+    """Return the units that make a layer's buffer, from byte `base` of a tensor on.
+
+    `vectors` holds `norm1`, `norm2` f32[hidden], the `HEAD_NORMS` f32[head_dim] of a shape that has them, and biases
+    `<part>.bias` f32[N]; `encode` and `keep` name a matrix by its part (`query`, `gate` ...), and rows that are encoded
+    have the columns of their layout.
     """
-    parts = {name: pad_width(arrays[name], shape.width) for name in NORMS.values()}
-    parts |= {name: arrays[name] for name in HEAD_NORMS if shape.head_norms}
+    sizes, places = part_shapes(shape), sections(shape)
+    small = {name: pad_width(vectors[name], shape.width) for name in NORMS.values()}
+    small |= {name: vectors[name] for name in HEAD_NORMS if shape.head_norms}
+    units = []
     for name, layout in shape.layouts().items():
-        encoded = [encode_for(layout, arrays[part], (ready or {}).get(part)) for part in PARTS[name]]
-        join = interleave if name == "gate_up" else _stack
-        data, scale = pack(layout, _joined(encoded, join))
-        bias = join(*[_bias(arrays, part) for part in PARTS[name]])
-        parts |= {f"{name}.data": data, f"{name}.scale": scale, f"{name}.bias": pad_rows(bias)}
-    buffer = np.zeros(buffer_bytes(shape), np.uint8)
-    for name, section in sections(shape).items():
-        stored = np.ascontiguousarray(parts[name])
-        if stored.nbytes != section.size:
-            raise ValueError(f"{name}: {stored.nbytes} bytes where the layout has {section.size}")
-        buffer[section.offset : section.offset + section.size] = stored.reshape(-1).view(np.uint8)
-    return buffer
+        rows = Rows(tuple((part, sizes[part][0]) for part in PARTS[name]), turns=name == "gate_up")
+        biases = [vectors.get(f"{part}.bias", np.zeros(sizes[part][0], np.float32)) for part in PARTS[name]]
+        small[f"{name}.bias"] = pad_rows(interleave(*biases) if rows.turns else np.concatenate(biases))
+        where = {
+            part: Place(tensor, base + places[f"{name}.{part}"].offset, each, places[f"{name}.{part}"].size)
+            for part, each in (("data", layout.panel_bytes), ("scale", layout.scale_bytes))
+        }
+        made = tasks(rows, sizes[PARTS[name][0]][1], encode, packer(layout), where, keep)
+        units.append(Unit(f"{tensor}+{base} {name}", regions(where), made))
+    pieces = tuple(
+        Piece(tensor, base + places[name].offset, array.astype(np.float32, copy=False)) for name, array in small.items()
+    )
+    covered = tuple(Region(p.tensor, p.offset, p.data.nbytes) for p in pieces)
+    return [*units, Unit(f"{tensor}+{base} vectors", covered, (lambda: pieces,))]
 
 
-def _joined(parts: list[Quantized | Array], join: Callable[..., Array]) -> Quantized | Array:
-    """Return matrices of one format as one; `join` says in which order their rows come."""
-    quantized = [part for part in parts if isinstance(part, Quantized)]
-    if not quantized:
-        return join(*parts)
-    codes, scale = (join(*[getattr(part, field) for part in quantized]) for field in ("codes", "scale"))
-    return replace(quantized[0], codes=codes, scale=scale)
+def packer(layout: Layout) -> Callable[[Encoded], dict[str, Array]]:
+    """Return what puts encoded rows into panels."""
 
+    def packed(part: Encoded) -> dict[str, Array]:
+        data, scale = pack(layout, part)
+        return {"data": data, "scale": scale}
 
-def _stack(*parts: Array) -> Array:
-    return np.concatenate(parts)
-
-
-def _bias(arrays: Mapping[str, Array], name: str) -> Array:
-    bias = arrays.get(f"{name}.bias")
-    return np.zeros(len(arrays[name]), np.float32) if bias is None else bias
+    return packed
 
 
 def layer_matrices(shape: DecoderShape, buffer: Array) -> dict[str, Matrix]:

@@ -36,7 +36,9 @@ class Matrix:
 
 
 def encode(form: str, dense: Array) -> Quantized | Array:
-    """Return f32[N,K] in a format: quantized, or rounded to f16, to bf16 as u16, or to `f12_e4m7` as f32."""
+    """Return f32[N,K] in a format: as it is, quantized, or rounded to f16, to bf16 as u16, or to `f12_e4m7` as f32."""
+    if form == "f32":
+        return dense
     if form in INTEGERS:
         return quantize(dense, INTEGERS[form])
     if form == SHARED:

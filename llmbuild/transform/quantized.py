@@ -136,6 +136,12 @@ def split_groups(quantized: Quantized, group: int) -> Quantized | None:
     return replace(quantized, scale=np.repeat(scale, quantized.group // group, axis=1), group=group)
 
 
+def rows_of(quantized: Quantized, start: int, stop: int) -> Quantized:
+    """Return some rows of a matrix."""
+    zero = None if quantized.zero is None else quantized.zero[start:stop]
+    return replace(quantized, codes=quantized.codes[start:stop], scale=quantized.scale[start:stop], zero=zero)
+
+
 def stack(parts: Sequence[Quantized]) -> Quantized:
     """Return the rows of several matrices of one format and width as one."""
     first = parts[0]
