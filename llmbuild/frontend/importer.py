@@ -15,7 +15,7 @@ from iree.compiler import ir
 from iree.compiler.extras import fx_importer
 from torch.export.graph_signature import OutputKind
 
-from llmbuild.frontend import fusion_barrier, nibbles
+from llmbuild.frontend import fusion_barrier, nibbles, repeat
 from llmbuild.spec.program import PARAMETER_SCOPE
 
 BUILTIN_TYPES = {
@@ -100,11 +100,11 @@ def _load(gni: Any, name: str, tensor: torch.Tensor, torch_type: ir.Type) -> ir.
 
 
 def import_programs(
-    programs: dict[str, torch.export.ExportedProgram], names: Mapping[str, str]
-) -> tuple[ir.Module, Parameters]:
-    """Import exported programs, by function name, into one module; also return the parameters it names.
+    programs: dict[str, torch.export.ExportedProgram], names: Mapping[str, str], layers: int
+) -> tuple[ir.Module, dict[str, int]]:
+    """Import exported programs, by function name, into one module; also return the sizes of its parameters in bytes.
 
-    `names` are those of `canonical`.
+    `names` are those of `canonical`; `layers` is how many the programs have once what was traced of them is repeated.
     """
     parameters = Parameters(names)
     importer = fx_importer.FxImporter(hooks=parameters)
@@ -112,10 +112,12 @@ def import_programs(
     for name, program in programs.items():
         _write_in_place(program)
         importer.import_program(program, func_name=name)
+    sizes = parameters.sizes()
+    sizes |= {name: sizes[like] for name, like in repeat.repeat(importer.module, layers).items()}
     nibbles.lower(importer.module)
     fusion_barrier.lower(importer.module)
     importer.module.operation.verify()
-    return importer.module, parameters
+    return importer.module, sizes
 
 
 def _write_in_place(program: torch.export.ExportedProgram) -> None:

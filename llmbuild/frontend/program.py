@@ -14,7 +14,7 @@ from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import ChoiceRefused, InputError
-from llmbuild.frontend import archive, attention, huggingface, importer, modules, own, single_row, splice
+from llmbuild.frontend import archive, attention, huggingface, importer, modules, own, repeat, single_row, splice
 from llmbuild.frontend.cache import layer_buffers, new_cache
 from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.check import Check
@@ -74,11 +74,12 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     with taken.skeleton.mode:
         kernels = apply(model, job, choices, formats)
         programs = export(model, abi)
-    module, parameters = importer.import_programs(programs, importer.canonical(model))
+    layers = model.config.num_hidden_layers
+    module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
     splice.splice(module, kernels)
     out.mkdir(parents=True, exist_ok=True)
     importer.save_module(module, out / MODULE_FILE)
-    planned = archive.plan(model, parameters.sizes(), taken.constants)
+    planned = archive.plan(model, sizes, taken.constants)
     source, patches = patched(Source(taken.weights, formats), model, calibration)
     look = archive.vectors(model, source)
     check = Check(taken.config, cached(abi, choices["kv_dtype"]), own.rounding(model), taken.tokens, look)
@@ -92,7 +93,7 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         check=digest.of_file(out / CHECK_FILE),
         abi=abi,
     )
-    return ImportResult(program, type(model).__name__, sum(parameters.sizes().values()), taken.notes)
+    return ImportResult(program, type(model).__name__, sum(sizes.values()), taken.notes)
 
 
 @dataclass(frozen=True)
@@ -291,9 +292,31 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
 
 
 def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
-    """Trace both entry points; the prompt length stays dynamic."""
+    """Trace both entry points; the prompt length stays dynamic.
+
+    Of layers that are alike, two are traced: `repeat` makes the others.
+    """
+    if len({type(layer) for layer in model.model.layers}) > 1 or not _alike(model):
+        return _traced(model, abi, new_cache(abi.kv))
+    per_layer = len(abi.kv) // model.config.num_hidden_layers
+    with repeat.shortened(model.model) as count:
+        kv = new_cache(abi.kv[: per_layer * min(count, repeat.TRACED)])
+        return _traced(model, abi, kv)
+
+
+def _alike(model: Any) -> bool:
+    """Return whether decoder layers store the same: our kernels' layers are several in one, and are few."""
+
+    def kinds(layer: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
+        tensors = (*layer.named_parameters(), *layer.named_buffers())
+        return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
+
+    layers = list(model.model.layers)
+    return len(layers) == model.config.num_hidden_layers and all(kinds(x) == kinds(layers[0]) for x in layers)
+
+
+def _traced(model: Any, abi: Abi, kv: list[torch.Tensor]) -> dict[str, torch.export.ExportedProgram]:
     length = torch.export.Dim("T", min=2, max=abi.context)
-    kv = new_cache(abi.kv)
     fixed = [None] * len(kv)
     long = torch.zeros(abi.batch, min(8, abi.context), dtype=torch.int64)
     one, start = torch.zeros(abi.batch, dtype=torch.int64), torch.zeros(abi.batch, dtype=torch.int64)
