@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +16,11 @@ from llmbuild import digest
 from llmbuild.build.compiling import once
 from llmbuild.build.job import Job
 from llmbuild.errors import InputError
+from llmbuild.frontend.files import CONFIG
 from llmbuild.process.child import python, run
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Quality
-from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
+from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, SIZES_FILE, Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
 from llmbuild.system.strict_json import JsonObject
@@ -40,6 +42,8 @@ class Imports:
         self.job, self.catalog, self._forced = job, catalog, forced
         self.notes: dict[str, None] = {}
         """The library's messages about the model during imports, each once."""
+        self.resumed: list[str] = []
+        """What was there of imports that had been interrupted."""
 
     def program(self, point: Point) -> Program | Failure:
         """Return the program of a point, from the catalog or a child process.
@@ -56,9 +60,42 @@ class Imports:
         )
 
     def _import(self, key: str, inputs: Mapping[str, object]) -> Program | Failure:
+        truth = self._truth(inputs)
+        if isinstance(truth, Failure):
+            return truth
+        structure = self._structure_inputs(inputs)
+        request = {**self._request("import", inputs), "key": key, "truth": str(self.catalog.blobs.path(truth))}
+        if known := self._known_structure(digest.of(structure)):
+            request |= known
+        if "calibration" in inputs:
+            request["calibration"] = str(self._calibration_file())
+        folder, begin = self.catalog.importing(key), monotonic()
+        try:
+            result = self._frontend(request, folder)
+        except InputError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        if isinstance(result, Failure):
+            if result.lasting:
+                shutil.rmtree(folder, ignore_errors=True)
+            return result
+        self.notes.update(dict.fromkeys(result["notes"]))
+        if result["resumed"]:
+            self.resumed.append(f"an import that was interrupted went on: {result['resumed']} layers were there")
+        files = (folder / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
+        blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
+        seconds = monotonic() - begin
+        if (sizes := folder / SIZES_FILE).is_file():
+            self._record_structure(structure, blobs[0], sizes.read_text(), seconds)
+        program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
+        self.catalog.record_import(key, inputs, program, seconds)
+        shutil.rmtree(folder, ignore_errors=True)
+        return program
+
+    def _request(self, verb: str, inputs: Mapping[str, object]) -> dict[str, object]:
         source = self.job.recipe.model
-        request: dict[str, object] = {
-            "verb": "import",
+        return {
+            "verb": verb,
             "model": str(self.job.model.folder.absolute()),
             "random_init": source.random_init,
             "seed": source.seed,
@@ -68,19 +105,52 @@ class Imports:
             "features": inputs["features"],
             "subgroup": inputs.get("subgroup", 0),
         }
-        if "calibration" in inputs:
-            request["calibration"] = str(self._calibration_file())
-        begin = monotonic()
-        with TemporaryDirectory(prefix="llmbuild-") as folder:
-            result = self._frontend(request, Path(folder))
-            if isinstance(result, Failure):
-                return result
-            self.notes.update(dict.fromkeys(result["notes"]))
-            files = (Path(folder) / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
-            blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
-        program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
-        self.catalog.record_import(key, inputs, program, monotonic() - begin)
-        return program
+
+    # --- what imports share --------------------------------------------------------------------------------------
+
+    def _truth(self, inputs: Mapping[str, object]) -> str | Failure:
+        """Return the blob of what the library's own model says on the check's tokens."""
+        shared = {name: inputs[name] for name in ("model", "context", "batch", "importer")}
+        key = digest.of({"truth": shared})
+
+        def make() -> str | Failure:
+            with TemporaryDirectory(prefix="llmbuild-") as name:
+                request = {**self._request("truth", inputs), "choices": {}, "features": (), "subgroup": 0}
+                result = self._frontend(request, Path(name))
+                if isinstance(result, Failure):
+                    return result
+                blob = self.catalog.blobs.put_file(Path(name) / result["truth"])
+            self.catalog.record_reference(key, {"truth": shared}, blob)
+            return blob
+
+        return once(self.catalog, self._forced, "truth", key, self.catalog.find_reference, make)
+
+    def _structure_inputs(self, inputs: Mapping[str, object]) -> dict[str, object]:
+        """Return all inputs of a module's text: the weights are not among them, nor how they are rounded."""
+        choices = inputs["choices"]
+        assert isinstance(choices, Mapping)
+        settled = {name: value for name, value in choices.items() if name != "quantization"}
+        shared = {name: inputs[name] for name in ("context", "batch", "features", "importer")}
+        by_value = {"model": inputs["model"]} if settled.get("mixed", "none") != "none" else {}
+        config = json.loads((self.job.model.folder / CONFIG).read_text())
+        subgroup = inputs.get("subgroup", 0)
+        return {"structure": {**shared, **by_value, "config": config, "choices": settled, "subgroup": subgroup}}
+
+    def _known_structure(self, key: str) -> dict[str, object]:
+        """Return the module and its tensors' sizes of an import with the same structure, if there was one."""
+        from llmbuild.catalog.phases import find_front
+
+        found, blobs = find_front(self.catalog, key), self.catalog.blobs
+        module = str(found.features["module"]) if found else ""
+        if found is None or not blobs.intact(module) or self.job.force:
+            return {}
+        return {"module": str(blobs.path(module)), "sizes": str(blobs.path(found.blob))}
+
+    def _record_structure(self, inputs: Mapping[str, object], module: str, sizes: str, seconds: float) -> None:
+        from llmbuild.catalog.phases import Front, record_front
+
+        blob = self.catalog.blobs.put_bytes(sizes.encode())
+        record_front(self.catalog, digest.of(inputs), inputs, Front(blob, {"module": module}, seconds))
 
     def _calibration_file(self) -> Path:
         """Return an `.npy` of the calibration tokens in the store, so that a printed command finds it too."""
@@ -93,6 +163,7 @@ class Imports:
 
     def _frontend(self, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
         job_file, result = folder / "job.json", folder / "result.json"
+        result.unlink(missing_ok=True)  # of an earlier run in this folder
         job_file.write_text(json.dumps({**request, "out": str(folder)}))
         command = python("llmbuild.frontend", str(job_file))
         failure = run(command, "import", self.job.limits, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from llmbuild.catalog import tables as t
 from llmbuild.catalog.place import FILE
 from llmbuild.catalog.references import blobs_of, collected, front_variants, published_blobs, references, stranger
 from llmbuild.catalog.schema import now
-from llmbuild.catalog.writer import Catalog
+from llmbuild.catalog.writer import IMPORTS, Catalog
 from llmbuild.errors import CatalogError
 
 ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
@@ -115,6 +116,7 @@ def _tidy(catalog: Catalog) -> None:
         path.unlink(missing_ok=True)
     for path in (catalog.folder / locks.FOLDER).glob("*"):
         path.unlink(missing_ok=True)
+    shutil.rmtree(catalog.folder / IMPORTS, ignore_errors=True)
     there = {name for name, _ in catalog.blobs.digests()}
     with catalog.session(write=True) as session:
         session.execute(delete(t.CollectedRow).where(t.CollectedRow.digest.in_(there)))

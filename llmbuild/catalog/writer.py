@@ -30,6 +30,8 @@ from llmbuild.spec.variant import Artifact, Failure
 from llmbuild.system.strict_json import JsonObject
 
 NOT_TOLD = Ranking()
+IMPORTS = ".imports"
+"""Folder of a catalog with the imports that are under way."""
 COMPILED = "compiled, and never measured"
 _NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
@@ -66,6 +68,12 @@ class Catalog(Known):
     def making(self, key: str, waiting: Callable[[], None] | None = None) -> contextlib.AbstractContextManager[None]:
         """Hold the lock of one item to be made: a second process waits, and then finds it."""
         return locks.held(self.folder / locks.FOLDER / key, waiting)
+
+    def importing(self, key: str) -> Path:
+        """Return the folder in which an import is made: one that was interrupted goes on there."""
+        folder = self.folder / IMPORTS / key
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
 
     @contextlib.contextmanager
     def measuring(self) -> Iterator[None]:

@@ -1,9 +1,9 @@
 """`python -m llmbuild.frontend JOB.json`: one import or reference run in a process of its own.
 
-The job is a JSON object with `verb` and `out`, a folder. `import` takes the fields of `ImportJob`; `reference`
-takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt` (ids) and
-`count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message} in it,
-and exit code 2; choices that the model does not go with become {"refused": message}.
+The job is a JSON object with `verb` and `out`, a folder. `import` and `truth` take the fields of `ImportJob`;
+`reference` takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt`
+(ids) and `count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message}
+in it, and exit code 2; choices that the model does not go with become {"refused": message}.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import ChoiceRefused, InputError
-from llmbuild.spec.program import ImportJob
+from llmbuild.spec.program import TRUTH_FILE, ImportJob
 
 RESULT_FILE, LOGITS_FILE, GREEDY_FILE = "result.json", "logits.npy", "greedy.npy"
 
@@ -26,6 +26,19 @@ def run_import(job: dict[str, Any], out: Path) -> dict[str, Any]:
     """Import a model into `out` and return its `ImportResult` as plain data."""
     from llmbuild.frontend.program import import_model
 
+    result: dict[str, Any] = digest.plain(import_model(_import_job(job), out))
+    return result
+
+
+def run_truth(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write `truth.npz` f32[1+D,B,V]: what the library's own model says on the tokens that imports are checked on."""
+    from llmbuild.frontend.program import ask
+
+    ask(_import_job(job), out)
+    return {"truth": TRUTH_FILE}
+
+
+def _import_job(job: dict[str, Any]) -> ImportJob:
     known = {field.name for field in dataclasses.fields(ImportJob)}
     if unknown := sorted(set(job) - known):
         raise InputError(f"import job: unknown keys {', '.join(unknown)}")
@@ -36,8 +49,7 @@ def run_import(job: dict[str, Any], out: Path) -> dict[str, Any]:
         "choices": tuple((str(knob), str(value)) for knob, value in pairs),
         "features": tuple(job.get("features", ())),
     }
-    result: dict[str, Any] = digest.plain(import_model(ImportJob(**settled), out))
-    return result
+    return ImportJob(**settled)
 
 
 def run_reference(job: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -58,7 +70,11 @@ def run_reference(job: dict[str, Any], out: Path) -> dict[str, Any]:
     return files
 
 
-VERBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {"import": run_import, "reference": run_reference}
+VERBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
+    "import": run_import,
+    "truth": run_truth,
+    "reference": run_reference,
+}
 
 
 def main(arguments: list[str]) -> int:

@@ -82,6 +82,11 @@ class ModelFiles:
         """
         return skeleton(self.model, self.found, attention, self.weights.tied)
 
+    @property
+    def apart(self) -> bool:
+        """Whether head and token table differ though the configuration ties them."""
+        return UNTIED in self.notes
+
 
 UNTIED = "lm_head.weight and model.embed_tokens.weight differ, though config.json ties them: both are kept"
 

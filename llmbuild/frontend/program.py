@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -37,6 +39,8 @@ from llmbuild.spec.program import (
     MODULE_FILE,
     PARAMETERS_FILE,
     PREFILL,
+    SIZES_FILE,
+    TRUTH_FILE,
     Abi,
     ImportJob,
     ImportResult,
@@ -69,31 +73,46 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     choices = settle(job)
     taken = take(job, choices)
     model, abi = taken.skeleton.model, taken.abi
-    calibration = calibrate(taken, job, choices)
-    formats = formats_of(choices, calibration)
+    calibrated = calibrate(taken, job, choices)
+    formats = formats_of(choices, calibrated)
     with taken.skeleton.mode:
         kernels = apply(model, job, choices, formats)
-        programs = export(model, abi)
-    layers = model.config.num_hidden_layers
-    module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
-    splice.splice(module, kernels)
     out.mkdir(parents=True, exist_ok=True)
-    importer.save_module(module, out / MODULE_FILE)
-    planned = archive.plan(model, sizes, taken.constants)
-    source, patches = patched(Source(taken.weights, formats), model, calibration)
+    sizes = structure(job, taken, kernels, out)
+    source, patches = patched(Source(taken.weights, formats), model, calibrated)
     look = archive.vectors(model, source)
     check = Check(taken.config, cached(abi, choices["kv_dtype"]), own.rounding(model), taken.tokens, look)
     with torch.no_grad():
-        Writing(out / PARAMETERS_FILE, planned, source, job.key).write(check, patches, abi.vocabulary)
+        writing = Writing(out / PARAMETERS_FILE, archive.plan(model, sizes, taken.constants), source, job.key)
+        parameters = writing.write(check, patches, abi.vocabulary)
     np.savez(out / CHECK_FILE, **check.data(taken.truth if is_exact(choices) else None))  # type: ignore[arg-type]
     (out / ABI_FILE).write_text(digest.canonical(abi) + "\n")
     program = Program(
-        module=digest.of_file(out / MODULE_FILE),
-        parameters=digest.of_file(out / PARAMETERS_FILE),
-        check=digest.of_file(out / CHECK_FILE),
-        abi=abi,
+        module=digest.of_file(out / MODULE_FILE), parameters=parameters, check=digest.of_file(out / CHECK_FILE), abi=abi
     )
-    return ImportResult(program, type(model).__name__, sum(sizes.values()), taken.notes)
+    writing.forget()
+    return ImportResult(program, type(model).__name__, sum(sizes.values()), taken.notes, writing.resumed)
+
+
+def structure(job: ImportJob, taken: Taken, kernels: dict[str, str], out: Path) -> dict[str, int]:
+    """Write the module of a model that the choices were applied to; return the sizes of its tensors in bytes.
+
+    It does not depend on the values of weights, and is traced only if no earlier import made the same.
+    """
+    if job.module and not taken.apart:
+        shutil.copyfile(job.module, out / MODULE_FILE)
+        sizes: dict[str, int] = json.loads(Path(job.sizes).read_text())
+        return sizes
+    model = taken.skeleton.model
+    with taken.skeleton.mode:
+        programs = export(model, taken.abi)
+    layers = model.config.num_hidden_layers
+    module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
+    splice.splice(module, kernels)
+    importer.save_module(module, out / MODULE_FILE)
+    if not taken.apart:
+        (out / SIZES_FILE).write_text(json.dumps(sizes))
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -105,6 +124,8 @@ class Taken:
     abi: Abi
     tokens: CheckTokens
     truth: np.ndarray
+    apart: bool
+    """Whether head and token table differ though the configuration ties them."""
     notes: tuple[str, ...]
 
     @property
@@ -130,8 +151,23 @@ def take(job: ImportJob, choices: dict[str, str]) -> Taken:
     skeleton = files.skeleton(attention.NAME)
     abi = describe(skeleton.model, job, choices)
     tokens = check_tokens(abi, job.seed)
-    says = truth(skeleton.model.config, files.weights, abi, tokens)
-    return Taken(skeleton, files.weights, abi, tokens, says, (*skeleton.notes, *files.notes))
+    if job.truth:
+        with np.load(job.truth) as known:
+            says = known["logits"]
+    else:
+        says = truth(skeleton.model.config, files.weights, abi, tokens)
+    return Taken(skeleton, files.weights, abi, tokens, says, files.apart, (*skeleton.notes, *files.notes))
+
+
+def ask(job: ImportJob, out: Path) -> None:
+    """Write what the library's own model says on the check's tokens, for all imports of it.
+
+    Raises:
+        InputError: the model cannot be taken, or says something else as we run it.
+    """
+    taken = take(job, settle(job))
+    out.mkdir(parents=True, exist_ok=True)
+    np.savez(out / TRUTH_FILE, logits=taken.truth)
 
 
 def settle(job: ImportJob) -> dict[str, str]:

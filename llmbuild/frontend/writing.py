@@ -16,6 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from llmbuild import digest
 from llmbuild.frontend.archive import Plan
 from llmbuild.frontend.check import Check, Kept
 from llmbuild.frontend.weights import Patch, Source
@@ -61,8 +62,8 @@ class Writing:
         self.resumed = 0
         """Layers that an earlier run had finished."""
 
-    def write(self, check: Check, patches: Patches, vocabulary: int) -> None:
-        """Write all tensors; `check` is run on the way.
+    def write(self, check: Check, patches: Patches, vocabulary: int) -> str:
+        """Write all tensors and return the digest of the archive; `check` is run on the way.
 
         Raises:
             InputError: weights that are no numbers.
@@ -77,6 +78,10 @@ class Writing:
         finally:
             pipeline.close()
             self._draft.close()
+        return digest.of_file(self._draft.path)
+
+    def forget(self) -> None:
+        """Remove what is beside a finished archive, so that it is finished for good."""
         self._draft.forget()
         self._progress.unlink(missing_ok=True)
 

@@ -66,6 +66,9 @@ class Program:
 MODULE_FILE, PARAMETERS_FILE, CHECK_FILE, ABI_FILE = "module.mlirbc", "parameters.irpa", "check.npz", "abi.json"
 """What an import writes into its folder: MLIR bytecode, the weights, the check data and the `Abi` as canonical JSON."""
 
+SIZES_FILE, TRUTH_FILE = "sizes.json", "truth.npz"
+"""What imports may share: the sizes of a module's tensors in bytes, and what the library's own model says."""
+
 
 @dataclass(frozen=True)
 class ImportJob:
@@ -98,6 +101,12 @@ class ImportJob:
     key: str = ""
     """The name of all that the import is made from, by content. With it, an import that was interrupted goes on in the
     same folder."""
+    truth: str = ""
+    """The `TRUTH_FILE` of an earlier import of this model, context and batch: it is not computed again."""
+    module: str = ""
+    """The `MODULE_FILE` of an earlier import whose structure is the same, with `sizes`: it is not traced again."""
+    sizes: str = ""
+    """The `SIZES_FILE` beside `module`."""
 
 
 @dataclass(frozen=True)
@@ -110,3 +119,5 @@ class ImportResult:
     """Size of the weights as stored."""
     notes: tuple[str, ...] = ()
     """What the library said of the model while loading it."""
+    resumed: int = 0
+    """Layers that an earlier run of this import had finished."""

@@ -73,7 +73,7 @@ class Draft:
         if same:
             os.ftruncate(self._file, layout.file_bytes)
         elif layout.file_bytes and hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(self._file, 0, layout.file_bytes)
+            self._reserve()
         else:
             os.ftruncate(self._file, layout.file_bytes)
         os.pwrite(self._file, layout.head, 0)
@@ -81,6 +81,13 @@ class Draft:
         if not same:
             self._say(self._heading)
         self._told = dict(filter(None, map(_entry, lines[1:]))) if same else {}
+
+    def _reserve(self) -> None:
+        try:
+            os.posix_fallocate(self._file, 0, self.layout.file_bytes)
+        except OSError:
+            self.path.unlink()  # what there is of it would keep the disk full
+            raise
 
     def has(self, unit: Unit) -> bool:
         """Return whether a unit was finished by an earlier run, and its bytes are what they were."""
