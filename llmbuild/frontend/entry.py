@@ -1,4 +1,4 @@
-"""The two entry points of a program as torch modules: `spec/program.py` has their signatures."""
+"""The entry points of a program as torch modules: `spec/program.py` has their signatures."""
 
 from __future__ import annotations
 
@@ -32,14 +32,7 @@ class _Entry(nn.Module):
         no dimension for the batch (SPIR-V backends of IREE 3.13 give up on the cache's write where they have one).
         """
         batch, length = tokens.shape
-        mask = causal_mask(positions, self.context)
-        hidden = self.model.model(
-            input_ids=tokens.view(1, -1),
-            attention_mask=fusion_barrier(mask) if self.model.config.num_hidden_layers == 1 else mask,
-            position_ids=positions.view(1, -1),
-            use_cache=True,
-            **{cache_name(self.model.model): CallerCache(kv, positions, start)},
-        ).last_hidden_state
+        hidden = self.states(tokens, positions, start, kv)
         hidden = hidden[:, -1:] if batch == 1 else hidden.view(batch, length, -1)[:, -1].unsqueeze(0)
         if isinstance(self.model.lm_head, OwnHead):
             logits, token = self.model.lm_head(hidden)
@@ -48,6 +41,20 @@ class _Entry(nn.Module):
         if batch == 1:
             return fusion_barrier(logits[-1]).argmax(-1, keepdim=True), logits[-1]
         return largest(fusion_barrier(logits)), logits
+
+    def states(
+        self, tokens: torch.Tensor, positions: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        """Return the final hidden states f32[1,B*T,hidden]."""
+        mask = causal_mask(positions, self.context)
+        found: torch.Tensor = self.model.model(
+            input_ids=tokens.view(1, -1),
+            attention_mask=fusion_barrier(mask) if self.model.config.num_hidden_layers == 1 else mask,
+            position_ids=positions.view(1, -1),
+            use_cache=True,
+            **{cache_name(self.model.model): CallerCache(kv, positions, start)},
+        ).last_hidden_state
+        return found
 
 
 def largest(logits: torch.Tensor) -> torch.Tensor:
@@ -77,3 +84,14 @@ class Decode(_Entry):
         self, tokens: torch.Tensor, positions: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         return self.step(tokens[:, None], positions[:, None], positions, kv)
+
+
+class Score(_Entry):
+    """`score(tokens i64[1,T], start i64[1], *kv)`."""
+
+    def forward(self, tokens: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]) -> torch.Tensor:
+        hidden = self.states(tokens, start[:, None] + torch.arange(tokens.shape[1]), start, kv)
+        if isinstance(self.model.lm_head, OwnHead):
+            return self.model.lm_head.scores(hidden)
+        logits: torch.Tensor = self.model.lm_head(hidden)[0]
+        return logits

@@ -79,3 +79,14 @@ def _(
     x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty(HEADS[kernel].padded), x.new_empty(1, dtype=torch.int64)
+
+
+@torch.library.custom_op("llmbuild::scores", mutates_args=())
+def scores(x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
+    """Return logits f32[T,padded vocabulary] of hidden states f32[T,width]."""
+    return torch.stack([head(row[None], norm, data, scale, kernel)[0] for row in x])
+
+
+@scores.register_fake
+def _(x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
+    return x.new_empty(x.shape[0], HEADS[kernel].padded)

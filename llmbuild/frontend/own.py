@@ -17,7 +17,7 @@ from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import Embedding, RowMajor
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
-from llmbuild.kernels.head import HeadShape, head
+from llmbuild.kernels.head import HeadShape, head, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, Layout, family
@@ -26,7 +26,7 @@ from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
 from llmbuild.transform.stored import Rows
 
-LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
+LAYERS, HEAD, SCORES = "llmbuild_layers", "llmbuild_head", "llmbuild_scores"
 _ELEMENTS = {"i8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 """Types of stored elements, by their names in MLIR."""
 NAMES = {
@@ -92,6 +92,11 @@ class OwnHead(nn.Module):
         """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,width]."""
         logits, token = operators.head(x[0], self.norm, self.data, self.scale, HEAD)
         return logits.narrow(0, 0, self.shape.vocabulary), token
+
+    def scores(self, x: torch.Tensor) -> torch.Tensor:
+        """Return logits f32[T,V] of hidden states f32[1,T,width]."""
+        logits: torch.Tensor = operators.scores(x[0], self.norm, self.data, self.scale, SCORES)
+        return logits.narrow(1, 0, self.shape.vocabulary)
 
 
 POWERS = np.array([0.0, *(2.0 ** (e - 22) for e in range(1, 16))], np.float32)
@@ -209,8 +214,9 @@ def put_in(
     head_shape = HeadShape(
         shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow, layer_weights=formats.layers
     )
-    operators.HEADS[HEAD] = head_shape
-    kernels, decoder = {HEAD: head(HEAD, head_shape, units.head)}, model.model
+    operators.HEADS[HEAD] = operators.HEADS[SCORES] = head_shape
+    kernels = {HEAD: head(HEAD, head_shape, units.head), SCORES: scores(SCORES, head_shape, units.head)}
+    decoder = model.model
     groups, first = [], 0
     for part in _split(len(decoder.layers)):
         kernel = f"{LAYERS}_{part}"

@@ -21,7 +21,7 @@ from llmbuild.frontend.cache import layer_buffers, new_cache
 from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.check import Check
 from llmbuild.frontend.checkpoint import Model
-from llmbuild.frontend.entry import Decode, Prefill
+from llmbuild.frontend.entry import Decode, Prefill, Score
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.huggingface import Skeleton
 from llmbuild.frontend.layerwise import Look
@@ -39,6 +39,7 @@ from llmbuild.spec.program import (
     MODULE_FILE,
     PARAMETERS_FILE,
     PREFILL,
+    SCORE,
     SIZES_FILE,
     TRUTH_FILE,
     Abi,
@@ -324,11 +325,12 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         required_features=required_features(job.features, *stored_formats(choices))
         if choices["kernel"] == "own" and not job.subgroup
         else (),
+        score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
     )
 
 
 def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
-    """Trace both entry points; the prompt length stays dynamic.
+    """Trace the entry points; the prompt length stays dynamic.
 
     Of layers that are alike, two are traced: `repeat` makes the others.
     """
@@ -360,6 +362,8 @@ def _traced(model: Any, abi: Abi, kv: list[torch.Tensor]) -> dict[str, torch.exp
         PREFILL: (Prefill(model, abi.context), (long, start, kv), ({1: length}, None, fixed)),
         DECODE: (Decode(model, abi.context), (one, start, kv), (None, None, fixed)),
     }
+    if abi.score:
+        calls[SCORE] = Score(model, abi.context), (long, start, kv), ({1: length}, None, fixed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own use of its own tree specs
         return {
