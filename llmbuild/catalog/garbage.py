@@ -16,7 +16,10 @@ from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import CatalogError
 
-ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
+ORDER = (
+    *("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "chat_template", "tuning"),
+    "reference",
+)
 """The order of removal under a size budget; a reference, which takes the longest to make again, is last."""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -100,7 +100,11 @@ class Tokenizer:
             self._before, self.behind = _around(found.post_processor)
             found.encode(_PROBE, add_special_tokens=False)  # some errors of a file appear with the first text
             added = found.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
+        self.special = frozenset(token.content for token in added if token.special and token.content)
+        self.added = frozenset(token.content for token in added if not token.special and token.content)
+        """Names of the special tokens, and of the other tokens that are found in a text before it is split."""
+        self._late = frozenset(token.content for token in added if token.normalized and found.normalizer is not None)
+        self._with_text: tuple[dict[str, str], Any] | None = None
         self._shown: dict[int, str | None] = {}
 
     @cached_property
@@ -136,13 +140,50 @@ class Tokenizer:
         missing = self._before[: self._before.index(own[0])] if own and own[0] in self._before else self._before
         return Encoded(missing + own, tuple(self.name(token) for token in missing))
 
-    def encode_chat(self, rendered: str) -> Encoded:
+    def encode_chat(self, rendered: str, stand_ins: Mapping[str, str] | None = None) -> Encoded:
         """Return the tokens of a chat that its template has rendered: the template contains all special tokens.
+
+        `stand_ins` are characters of `rendered`, each with the character that it is in a token: one that is not part
+        of a special token's name. Each such name must be one that `can_be_text`.
 
         Raises:
             InputError: as `encode`.
         """
-        return self.encode(rendered, add_special_tokens=False)
+        if not stand_ins:
+            return self.encode(rendered, add_special_tokens=False)
+        checks.text("the text", rendered)
+        with _library_errors(f"{self.path}: the text cannot be tokenized"):
+            return Encoded(tuple(self._restoring(dict(stand_ins)).encode(rendered, add_special_tokens=False).ids))
+
+    def can_be_text(self, name: str) -> bool:
+        """Return whether a text that is an added token's name can be read as plain text.
+
+        It cannot where the library looks for the name after it has normalized a text.
+        """
+        return name not in self._late
+
+    def token(self, name: str) -> int | None:
+        """Return the token of a string in the vocabulary; None where there is none."""
+        found = self._library.token_to_id(name)
+        return None if found is None else int(found)
+
+    def _restoring(self, stand_ins: dict[str, str]) -> Any:
+        """Return this tokenizer with a first step of its normalizer that restores characters.
+
+        Tokens that are found in the text as it is are found before that step.
+        """
+        if self._with_text is None or self._with_text[0] != stand_ins:
+            from tokenizers import Tokenizer as Library
+
+            state = json.loads(self._library.to_str())
+            steps = [{"type": "Replace", "pattern": {"String": own}, "content": one} for own, one in stand_ins.items()]
+            if state["normalizer"] is None:  # a normalized text is the text as it is
+                state["added_tokens"] = [{**token, "normalized": False} for token in state["added_tokens"]]
+            else:
+                steps.append(state["normalizer"])
+            state["normalizer"] = {"type": "Sequence", "normalizers": steps}
+            self._with_text = stand_ins, Library.from_str(json.dumps(state))
+        return self._with_text[1]
 
     def name(self, token: int) -> str:
         """Return a token's string in the vocabulary; `<N>` where the vocabulary lacks it."""
@@ -170,7 +211,7 @@ class Tokenizer:
         if token not in self._shown:
             with _library_errors(f"{self.path}: token {token} cannot be made text"):
                 found = self._library.id_to_token(token)
-            self._shown[token] = None if found in self._special else found
+            self._shown[token] = None if found in self.special else found
         return self._shown[token]
 
 
