@@ -91,20 +91,16 @@ class Tokenizer:
         from tokenizers import Tokenizer as Library
 
         with _library_errors(f"{self.path}: the tokenizer cannot be read"), _quiet():
-            found = Library.from_file(str(self.path))
-            found.no_truncation()
-            found.no_padding()
-            if getattr(found.model, "dropout", None) is not None:
-                found.model.dropout = None
+            found = _settled(Library.from_file(str(self.path)))
             self._library: Any = found
             self._before, self.behind = _around(found.post_processor)
             found.encode(_PROBE, add_special_tokens=False)  # some errors of a file appear with the first text
-            added = found.get_added_tokens_decoder().values()
+            added = self._added = tuple(found.get_added_tokens_decoder().values())
         self.special = frozenset(token.content for token in added if token.special and token.content)
         self.added = frozenset(token.content for token in added if not token.special and token.content)
         """Names of the special tokens, and of the other tokens that are found in a text before it is split."""
         self._late = frozenset(token.content for token in added if token.normalized and found.normalizer is not None)
-        self._with_text: tuple[dict[str, str], Any] | None = None
+        self._one_at_a_time = Lock()
         self._shown: dict[int, str | None] = {}
 
     @cached_property
@@ -152,8 +148,8 @@ class Tokenizer:
         if not stand_ins:
             return self.encode(rendered, add_special_tokens=False)
         checks.text("the text", rendered)
-        with _library_errors(f"{self.path}: the text cannot be tokenized"):
-            return Encoded(tuple(self._restoring(dict(stand_ins)).encode(rendered, add_special_tokens=False).ids))
+        with _library_errors(f"{self.path}: the text cannot be tokenized"), self._one_at_a_time:
+            return Encoded(tuple(self._restoring(stand_ins).encode(rendered, add_special_tokens=False).ids))
 
     def can_be_text(self, name: str) -> bool:
         """Return whether a text that is an added token's name can be read as plain text.
@@ -167,23 +163,26 @@ class Tokenizer:
         found = self._library.token_to_id(name)
         return None if found is None else int(found)
 
-    def _restoring(self, stand_ins: dict[str, str]) -> Any:
-        """Return this tokenizer with a first step of its normalizer that restores characters.
+    @cached_property
+    def _second(self) -> Any:
+        """The same tokenizer once more, to change its normalizer; all that `can_be_text` is found before that."""
+        from tokenizers import Tokenizer as Library
 
-        Tokens that are found in the text as it is are found before that step.
-        """
-        if self._with_text is None or self._with_text[0] != stand_ins:
-            from tokenizers import Tokenizer as Library
+        late = self._library.normalizer is None and any(t.normalized for t in self._added)
+        if not late:
+            return _settled(Library.from_file(str(self.path)))
+        state = json.loads(self._library.to_str())
+        tokens = [{**token, "normalized": False} for token in state["added_tokens"]]  # a text is as it is
+        return Library.from_str(json.dumps({**state, "added_tokens": tokens}))
 
-            state = json.loads(self._library.to_str())
-            steps = [{"type": "Replace", "pattern": {"String": own}, "content": one} for own, one in stand_ins.items()]
-            if state["normalizer"] is None:  # a normalized text is the text as it is
-                state["added_tokens"] = [{**token, "normalized": False} for token in state["added_tokens"]]
-            else:
-                steps.append(state["normalizer"])
-            state["normalizer"] = {"type": "Sequence", "normalizers": steps}
-            self._with_text = stand_ins, Library.from_str(json.dumps(state))
-        return self._with_text[1]
+    def _restoring(self, stand_ins: Mapping[str, str]) -> Any:
+        """Return a tokenizer whose normalizer restores characters first, after it has found the added tokens."""
+        from tokenizers import normalizers
+
+        own = self._library.normalizer
+        steps = [normalizers.Replace(stand_in, one) for stand_in, one in stand_ins.items()]
+        self._second.normalizer = normalizers.Sequence([*steps, *([] if own is None else [own])])
+        return self._second
 
     def name(self, token: int) -> str:
         """Return a token's string in the vocabulary; `<N>` where the vocabulary lacks it."""
@@ -213,6 +212,15 @@ class Tokenizer:
                 found = self._library.id_to_token(token)
             self._shown[token] = None if found in self.special else found
         return self._shown[token]
+
+
+def _settled(found: Any) -> Any:
+    """Return a tokenizer of the library without what a training run sets."""
+    found.no_truncation()
+    found.no_padding()
+    if getattr(found.model, "dropout", None) is not None:
+        found.model.dropout = None
+    return found
 
 
 def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:
