@@ -40,6 +40,7 @@ TEXT = "def push(self, item):\n    self.items.append(item)\n\n" * 40
 
 SLOW = (
     "build/build build/freshness build/tuning carry/drawn carry/pack carry/peers_bench catalog/postgres "
+    "cli/chat "
     "catalog/publish cli/cli cli/endurance cli/isolated cli/study compiler/phases compiler/targets frontend/batch "
     "frontend/formats frontend/frontend frontend/frontend_job frontend/hub frontend/loading frontend/odd_widths "
     "frontend/pystdlib_model frontend/scaling frontend/shapes kernels/aarch64 kernels/kernels kernels/matvec "
@@ -145,6 +146,24 @@ def built(tmp_path_factory: pytest.TempPathFactory, project: Project) -> Project
         assert done.returncode == 0, done.stderr
 
     return project_in(shared(tmp_path_factory, "built", make))
+
+
+CHAT = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}a:"
+"""The chat template of `chatty`: the model's context is short."""
+
+
+@pytest.fixture(scope="session")
+def chatty(tmp_path_factory: pytest.TempPathFactory, built: Project) -> Project:
+    """The built project, built once more with a chat template."""
+
+    def make(folder: Path) -> None:
+        shutil.copytree(built.folder, folder)
+        made = project_in(folder)
+        (made.model / "chat_template.jinja").write_text(CHAT)
+        done = llmbuild("build", made.recipe, "-C", made.catalog)
+        assert (done.returncode, "nothing was made or measured" in done.stderr) == (0, True), done.stderr
+
+    return project_in(shared(tmp_path_factory, "chatty", make))
 
 
 TIERS = ("v2", "v3", "v4", "arm")

@@ -102,7 +102,7 @@ class Build:
         missing, lost, intact = self.freshness.missing, self.freshness.lost, self.catalog.blobs.intact
         self.tell(Event("mend", self.freshness.reason()))
         self.catalog.register(self.steps.registered)
-        owner(self.steps)  # the tokenizer is copied
+        owner(self.steps)  # the tokenizer and the chat template are copied
         try:
             for trial in finished_trials(self.steps):
                 if self.results.reproducible(trial) and not all(map(intact, lost.get(trial.variant, ()))):

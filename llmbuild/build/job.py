@@ -118,14 +118,18 @@ class Job:
 
     @cached_property
     def ranking(self) -> str:
-        """Digest of the inputs of the ranking, except the trials."""
-        recipe = self.recipe
+        """Digest of the inputs of the ranking, except the trials.
+
+        A chat template ranks nothing: it is here so that standings with an earlier one are made current.
+        """
+        recipe, chat = self.recipe, self.model.chat
         return digest.of(
             {
                 "scope": self.scope,
                 "objectives": recipe.objectives,
                 "bounds": (*recipe.constraints, *recipe.quality.bounds),
                 "spaces": (self.space, self.declared or self.space),
+                **({} if chat is None else {"chat": digest.of_bytes(chat)}),
             }
         )
 

@@ -75,6 +75,7 @@ class Results:
         if found:
             job, names = self.job, self.steps.registered
             place = (job.recipe.name, names.target_digest, names.machine_digest)
-            by = Ranking(job.ranking, job.source, owner(self.steps).tokenizer, self.key)
+            mine = owner(self.steps)
+            by = Ranking(job.ranking, job.source, mine.tokenizer, self.key, mine.chat)
             self.catalog.record_standings(*place, found, by)
         return found

@@ -38,12 +38,14 @@ def stand(job: Job, trials: Iterable[Trial]) -> list[Standing]:
 
 
 def owner(steps: Steps) -> Owner:
-    """Return the fields that all variants of a job share; the tokenizer is added to the store."""
-    tokenizer = steps.job.model.tokenizer
-    blob = steps.catalog.blobs.put_file(tokenizer) if tokenizer else None
+    """Return the fields that all variants of a job share; tokenizer and chat template are added to the store."""
+    model, blobs = steps.job.model, steps.catalog.blobs
+    tokenizer = blobs.put_file(model.tokenizer) if model.tokenizer else None
+    chat = None if model.chat is None else blobs.put_bytes(model.chat)
     names = steps.registered
     job = steps.job
-    return Owner(job.recipe.name, names.target_digest, names.toolchain_digest, job.lineage, blob, job.source)
+    shared = (job.recipe.name, names.target_digest, names.toolchain_digest, job.lineage)
+    return Owner(*shared, tokenizer, job.source, chat)
 
 
 def trial_of(

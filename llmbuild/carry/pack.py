@@ -131,8 +131,8 @@ def _job(
         raise InputError(f"{job.recipe.name}: {quality.stage}: {quality.reason}")
     if quality.data is not None:
         others[quality.data.name] = quality.data
-    if tokenizer := owner(steps).tokenizer:
-        others[tokenizer] = catalog.blobs.path(tokenizer)
+    mine = owner(steps)
+    others |= {name: catalog.blobs.path(name) for name in (mine.tokenizer, mine.chat) if name}
     subjects: list[JsonObject] = []
     names = set()
     for point, artifact in made:

@@ -17,7 +17,10 @@ from llmbuild.catalog.schema import now
 from llmbuild.catalog.writer import IMPORTS, Catalog
 from llmbuild.errors import CatalogError
 
-ORDER = ("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "tuning", "reference")
+ORDER = (
+    *("orphan", "front_half", "artifact", "checks", "module", "parameters", "tokenizer", "chat_template", "tuning"),
+    "reference",
+)
 """The order of removal under a size budget; a reference, which takes the longest to make again, is last."""
 
 

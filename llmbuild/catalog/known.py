@@ -31,7 +31,8 @@ LEFT JOIN failure f ON f.id = t.failure WHERE t.scope = ? AND (t.failure IS NULL
 _DEFAULTS = "SELECT digest FROM variant WHERE is_default AND digest IN (SELECT variant FROM standing)"
 _MADE = """
 SELECT v.digest, v.artifact, p.parameters, p.module, p.checks,
-CASE WHEN s.source IS NULL THEN v.tokenizer ELSE s.tokenizer END
+CASE WHEN s.source IS NULL THEN v.tokenizer ELSE s.tokenizer END,
+CASE WHEN s.source IS NULL THEN v.chat ELSE s.chat END
 FROM variant v JOIN program p ON p.digest = v.program LEFT JOIN standing s ON s.variant = v.digest
 WHERE v.artifact IS NOT NULL
 """
@@ -134,7 +135,7 @@ class Known:
 
     def kinds(self, blobs: Iterable[str]) -> dict[str, str]:
         """Return the role of each of these blobs in the variants that need it."""
-        asked, kinds = set(blobs), ("artifact", "parameters", "module", "checks", "tokenizer")
+        asked, kinds = set(blobs), ("artifact", "parameters", "module", "checks", "tokenizer", "chat_template")
         rows = [tuple(row)[1:] for row in self._rows(_MADE)] if asked else []
         return {name: kind for row in rows for kind, name in zip(kinds, row, strict=True) if name in asked}
 

@@ -14,7 +14,8 @@ from llmbuild.spec.variant import Toolchain
 class Owner:
     """The shared fields of a build's variants: the recipe's name, and digests of target, toolchain and lineage.
 
-    `tokenizer` is a blob, absent for a model without one; `source` is the digest of the weights and the tokenizer.
+    `tokenizer` and `chat`, the chat template, are blobs, absent for a model without one; `source` is the digest of the
+    weights and the tokenizer.
     """
 
     model: str
@@ -23,6 +24,7 @@ class Owner:
     lineage: str
     tokenizer: str | None
     source: str | None = None
+    chat: str | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Ranking:
     source: str | None = None
     tokenizer: str | None = None
     build: str | None = None
+    chat: str | None = None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,12 @@ from llmbuild.system.strict_json import loads
 RECORDS = "published"
 """Folder of a catalog that holds a copy of every published manifest."""
 
+_OF_TEXT = {
+    "tokenizer": (t.VariantRow.tokenizer, t.StandingRow.tokenizer),
+    "chat_template": (t.VariantRow.chat, t.StandingRow.chat),
+}
+"""Columns with the blobs that texts need, by the blob's role."""
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -42,9 +48,10 @@ def references(session: Session, blobs: BlobStore) -> list[Reference]:
             found.append(Reference(name, kind, f"program {program.digest[:12]}", ""))
     for artifact in session.scalars(select(t.ArtifactRow)):
         found.append(Reference(artifact.digest, "artifact", f"artifact {artifact.digest[:12]}", artifact.created_at))
-    for column in (t.VariantRow.tokenizer, t.StandingRow.tokenizer):
-        tokenizers = session.scalars(select(column).where(column.is_not(None)).distinct())
-        found += [Reference(str(name), "tokenizer", "variants", "") for name in tokenizers]
+    for kind, columns in _OF_TEXT.items():
+        for column in columns:
+            names = session.scalars(select(column).where(column.is_not(None)).distinct())
+            found += [Reference(str(name), kind, "variants", "") for name in names]
     for table in t.Base.metadata.sorted_tables:
         if "blob" in table.c:  # all cached results of slow steps: references, front halves of compiles
             for row in session.execute(select(table)).mappings():
@@ -67,12 +74,13 @@ def blobs_of(session: Session, variants: set[str]) -> set[str]:
             t.VariantRow.digest,
             t.VariantRow.artifact,
             t.VariantRow.tokenizer,
+            t.VariantRow.chat,
             t.ProgramRow.module,
             t.ProgramRow.parameters,
             t.ProgramRow.checks,
         ).join(t.ProgramRow, t.ProgramRow.digest == t.VariantRow.program)
     )
-    stand = select(t.StandingRow.variant, t.StandingRow.tokenizer).where(t.StandingRow.tokenizer.is_not(None))
+    stand = select(t.StandingRow.variant, t.StandingRow.tokenizer, t.StandingRow.chat)
     found = [tuple(row) for row in rows] + [tuple(row) for row in session.execute(stand)]
     return {name for row in found if row[0] in variants for name in row[1:] if name}
 

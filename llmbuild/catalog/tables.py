@@ -168,6 +168,7 @@ class VariantRow(Base):
     toolchain: Mapped[str] = mapped_column(ForeignKey("toolchain.digest"))
     artifact: Mapped[str | None] = mapped_column(ForeignKey("artifact.digest"))
     tokenizer: Mapped[str | None] = mapped_column(Digest)
+    chat: Mapped[str | None] = mapped_column(Digest)
     lineage: Mapped[str] = mapped_column(Digest, index=True)
     point: Mapped[JsonObject]
     is_default: Mapped[bool] = mapped_column(Boolean)
@@ -261,7 +262,8 @@ class StandingRow(Base):
     `ranking` is the digest of its inputs, and `source` that of the weights and the tokenizer: all current standings
     are of one ranking, and a name stands for one source. Both are absent in older rows, and `ranking` in those that
     were ranked elsewhere. Recipes that differ in the tokenizer share variants, so the tokenizer is here too; a row
-    without a source has its variant's tokenizer.
+    without a source has its variant's tokenizer. `chat` is the model's chat template, a blob, and goes with the
+    tokenizer; it decides no reading, so that all standings of a name and source have the one that was built last.
     """
 
     __tablename__ = "standing"
@@ -279,6 +281,7 @@ class StandingRow(Base):
     ranking: Mapped[str | None] = mapped_column(Digest)
     source: Mapped[str | None] = mapped_column(Digest)
     tokenizer: Mapped[str | None] = mapped_column(Digest)
+    chat: Mapped[str | None] = mapped_column(Digest)
     __table_args__ = (
         UniqueConstraint("model", "target", "machine", "workload", "variant"),
         Index("standing_by_model", "model", "status"),

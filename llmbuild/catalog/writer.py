@@ -33,6 +33,8 @@ NOT_TOLD = Ranking()
 IMPORTS = ".imports"
 """Folder of a catalog with the imports that are under way."""
 COMPILED = "compiled, and never measured"
+OF_TEXT = ("tokenizer", "chat")
+"""Columns with the blobs that texts need."""
 _NOWHERE = {"digest": NOWHERE, "name": "none yet", "body": {}}
 
 
@@ -200,7 +202,7 @@ class Catalog(Known):
         failure. Compiled variants of earlier inputs, or of another model with this name, lose their standing.
         """
         row = {"model": owner.model, "target": owner.target, "variant": trial.variant, "measurement": None}
-        row |= {"source": owner.source, "tokenizer": owner.tokenizer if owner.source else None}
+        row |= {"source": owner.source, **({name: getattr(owner, name) for name in OF_TEXT} if owner.source else {})}
         told = {"status": UNDECIDED, "reason": COMPILED}
         if trial.failure:
             told = {"status": FAILED, "reason": f"{trial.failure.stage}: {trial.failure.reason}"}
@@ -208,6 +210,7 @@ class Catalog(Known):
             session.execute(_variant_upsert(trial, owner))
             failure = self._add_failure(session, trial, owner.model) if trial.failure else None
             _retire(session, owner.model, owner.source)
+            _give_chat(session, owner.model, owner.source, owner.chat)
             _retire_compiled(session, owner.model, owner.target, {owner.lineage})
             nowhere = (t.StandingRow.machine == NOWHERE, t.StandingRow.status == FAILED)
             gone = t.StandingRow.variant.in_({unmade, trial.variant})
@@ -283,10 +286,9 @@ class Catalog(Known):
         keys = ["model", "target", "machine", "workload", "variant"]
         same = (t.StandingRow.model == model, t.StandingRow.variant == standing.variant)
         with self.session(write=True) as session:
-            known = select(t.StandingRow.source, t.StandingRow.tokenizer).where(
-                *same, t.StandingRow.source.is_not(None)
-            )
-            row["source"], row["tokenizer"] = session.execute(known).first() or (None, None)
+            columns = [getattr(t.StandingRow, name) for name in ("source", *OF_TEXT)]
+            known = session.execute(select(*columns).where(*same, t.StandingRow.source.is_not(None))).first()
+            row |= dict.fromkeys(("source", *OF_TEXT)) if known is None else known._mapping
             session.execute(upsert(t.StandingRow).values(row).on_conflict_do_update(index_elements=keys, set_=row))
 
     def record_standings(
@@ -299,10 +301,11 @@ class Catalog(Known):
     ) -> None:
         """Replace the standings of a recipe on a target and machine, atomically: these are the current ones.
 
-        Standings of another source with this name are removed. The build becomes the latest one.
+        Standings of another source with this name are removed; the others get this chat template. The build becomes
+        the latest one.
         """
         place = {"model": model, "target": target, "machine": machine}
-        told = {"ranking": by.ranking, "source": by.source, "tokenizer": by.tokenizer}
+        told = {name: getattr(by, name) for name in ("ranking", "source", *OF_TEXT)}
         rows = [{**place, **told, **plain(s), "failure": None} for s in standings]
         where = (t.StandingRow.model == model, t.StandingRow.target == target)
         known = t.StandingRow.variant.in_({s.variant for s in standings})
@@ -310,6 +313,7 @@ class Catalog(Known):
             session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == machine))
             session.execute(delete(t.StandingRow).where(*where, t.StandingRow.machine == NOWHERE, known))
             _retire(session, model, by.source)
+            _give_chat(session, model, by.source, by.chat)
             of = select(t.VariantRow.lineage).where(t.VariantRow.digest.in_({s.variant for s in standings}))
             _retire_compiled(session, model, target, set(session.scalars(of)))
             session.execute(update(t.BuildRow).where(t.BuildRow.key == by.build).values(created_at=now()))
@@ -321,6 +325,13 @@ def _retire(session: Session, model: str, source: str | None) -> None:
     """Remove the standings of another model with this name."""
     if source is not None:
         session.execute(delete(t.StandingRow).where(t.StandingRow.model == model, t.StandingRow.source != source))
+
+
+def _give_chat(session: Session, model: str, source: str | None, chat: str | None) -> None:
+    """Give all standings of a model its chat template: a name has one, whatever machine a standing is of."""
+    if source is not None:
+        same = (t.StandingRow.model == model, t.StandingRow.source == source)
+        session.execute(update(t.StandingRow).where(*same).values(chat=chat))
 
 
 def _retire_compiled(session: Session, model: str, target: str, lineages: set[str]) -> None:
@@ -353,11 +364,12 @@ def _variant_upsert(trial: Trial, owner: Owner) -> Insert:
         "lineage": owner.lineage,
         "artifact": trial.artifact,
         "tokenizer": owner.tokenizer,
+        "chat": owner.chat,
         "point": trial.point.as_dict(),
         "is_default": trial.is_default,
         "created_at": now(),
     }
-    changed = {k: v for k, v in row.items() if k in ("program", "artifact", "tokenizer", "is_default", "lineage")}
+    changed = {k: v for k, v in row.items() if k in ("program", "artifact", *OF_TEXT, "is_default", "lineage")}
     return upsert(t.VariantRow).values(row).on_conflict_do_update(index_elements=["digest"], set_=changed)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError
+from llmbuild.frontend.chat import SETTINGS, TEMPLATE, chat_of, unusable
 from llmbuild.frontend.config import end_fault, end_tokens, judge
 from llmbuild.frontend.documents import check_file, meaning, read_json, shown
 from llmbuild.frontend.files import (
@@ -31,7 +32,7 @@ from llmbuild.runtime.tokenizer import Tokenizer
 from llmbuild.spec.model import facts_of
 from llmbuild.spec.recipe import ModelSource
 
-_SMALL = (CONFIG, GENERATION, TOKENIZER, ADAPTER, INDEX, PICKLED_INDEX, "tokenizer_config.json", "chat_template.jinja")
+_SMALL = (CONFIG, GENERATION, TOKENIZER, ADAPTER, INDEX, PICKLED_INDEX, SETTINGS, TEMPLATE)
 """What is fetched from the hub before the weights: what says which weights there are, and what texts need."""
 
 
@@ -43,6 +44,8 @@ class Examined:
     config: dict[str, Any]
     generation: dict[str, Any]
     notes: tuple[str, ...] = ()
+    chat: bytes | None = None
+    """The chat template, as a catalog keeps it; absent where there is none, or no tokenizer."""
 
     @property
     def end_tokens(self) -> tuple[int, ...]:
@@ -59,6 +62,8 @@ class FoundModel:
     tokenizer: Path | None
     notes: tuple[str, ...] = field(default=(), compare=False)
     """What is worth telling of it once: what lies beside and is not used, what the library does not read."""
+    chat: bytes | None = None
+    """The chat template, as a catalog keeps it; absent where there is none."""
 
 
 def find_model(source: ModelSource, context: int = 0) -> FoundModel:
@@ -69,7 +74,11 @@ def find_model(source: ModelSource, context: int = 0) -> FoundModel:
     """
     found = examine(locate(source.location, source.random_init), source.random_init, context)
     return FoundModel(
-        found.files.folder, _digest(found, source.random_init, source.seed), found.files.tokenizer, found.notes
+        found.files.folder,
+        _digest(found, source.random_init, source.seed),
+        found.files.tokenizer,
+        found.notes,
+        found.chat,
     )
 
 
@@ -109,9 +118,11 @@ def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
     if files.tokenizer is not None:
         check_file(files.tokenizer)
         Tokenizer(files.tokenizer)
+    chat = chat_of(folder) if files.tokenizer is not None else None
     if faults:
         raise InputError(_told(folder, faults))
-    return Examined(files, config, generation, (*judged.notes, *_beside(files)))
+    notes = (*judged.notes, *_beside(files), *unusable(chat))
+    return Examined(files, config, generation, notes, None if chat is None else chat.blob())
 
 
 def _with_configuration(fault: str, folder: Path, random_init: bool, context: int) -> str:

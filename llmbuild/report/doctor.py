@@ -23,7 +23,7 @@ from llmbuild.system import resources
 from llmbuild.system.paths import real
 
 NEEDED = {
-    "runtime": ("iree-base-runtime", "numpy", "tokenizers"),
+    "runtime": ("iree-base-runtime", "numpy", "tokenizers", "jinja2"),
     "build": ("iree-base-compiler", "torch", "transformers", "safetensors", "optuna"),
 }
 

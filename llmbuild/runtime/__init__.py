@@ -1,6 +1,7 @@
 """The thin loader: read a catalog, pick a variant, open it, generate.
 
-Needs the standard library, numpy, iree.runtime and (for text) tokenizers; imports only `spec`, `errors` and `digest`.
+Needs the standard library, numpy, iree.runtime, and for text tokenizers, for chats jinja2; imports only `spec`,
+`system`, `errors` and `digest`.
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ class Asked:
     prompt: tuple[int, ...]
     max_new_tokens: int
     sampling: Sampling
+    ends: tuple[int, ...] = ()
+    """Tokens that end this answer, besides the model's end tokens."""
 
     @staticmethod
     def of(session: Session, name: str, prompt: object, max_new_tokens: object, sampling: Sampling | None) -> Asked:
@@ -41,9 +43,12 @@ class Asked:
         return Asked(tuple(tokens), most, sampling or Sampling())
 
 
-def ended(session: Session, token: int, count: int, most: int, position: int) -> str | None:
-    """Return the finish reason if an answer of `count` tokens ends with `token` at `position`; None if it continues."""
-    if token in session.abi.eos_tokens:
+def ended(session: Session, token: int, count: int, most: int, position: int, ends: Sequence[int] = ()) -> str | None:
+    """Return the finish reason if an answer of `count` tokens ends with `token` at `position`; None if it continues.
+
+    `ends` are end tokens of this answer, besides the model's.
+    """
+    if token in session.abi.eos_tokens or token in ends:
         return STOP
     if count >= most:
         return LENGTH
@@ -191,7 +196,7 @@ def _tokens(session: Session, turn: Lock, asked: Asked, ending: Ending) -> Itera
         with turn:
             token = choose(session.prefill(asked.prompt, cache=cache))
         while True:
-            ending.reason = ended(session, token, count, asked.max_new_tokens, position)
+            ending.reason = ended(session, token, count, asked.max_new_tokens, position, asked.ends)
             yield token
             if ending.reason:
                 return

@@ -14,6 +14,8 @@ from llmbuild.system.strict_json import JsonObject, dumps, loads
 
 VERSION = 1
 PINNED = ("artifact", "parameters", "tokenizer", "runtime")
+CHAT = "chat"
+"""The chat template is pinned too; lock files of earlier llmbuild versions, and their catalogs, have no such key."""
 PLACE = ("model", "variant", "target_digest", "machine_digest", "workload")
 
 
@@ -24,6 +26,7 @@ def pinned(made: Pick) -> dict[str, object]:
     return {
         "version": VERSION,
         **cells(row, (*PLACE, "target", "machine", *PINNED)),
+        CHAT: row.get(CHAT),
         "requires": row["target_body"]["requires"],
         "slo": [str(bound) for bound in made.slo.bounds],
         "objective": made.slo.objective,
@@ -77,7 +80,7 @@ def row_of(lock: JsonObject, rows: list[Row], path: Path) -> Row:
     row = next((r for r, told in pairs if cells(told, PLACE) == cells(lock, PLACE)), None)
     if row is None:
         raise LoadRefused(f"{path}: variant {lock['variant'][:12]} is not in this catalog: pull it, or {again}")
-    for name, there in cells(row, PINNED).items():
+    for name, there in {**cells(row, PINNED), **({CHAT: row.get(CHAT)} if CHAT in lock else {})}.items():
         if there != lock.get(name):
             raise LoadRefused(f"{path}: pins {name} {lock.get(name)}, this catalog has {there}: {again}")
     return row

@@ -8,12 +8,13 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, TypeVar, Unpack, overload
+from typing import TYPE_CHECKING, Unpack
 
 from llmbuild import digest
 from llmbuild.errors import CatalogError, InputError, LoadRefused, NoVariant, as_our_errors
 from llmbuild.runtime import checks, devices, host, lock, ranking, reader, trust
 from llmbuild.runtime.choose import HostFacts, choose, nothing_chosen, refusal
+from llmbuild.runtime.judged import Judged, Later
 from llmbuild.spec.pick import Candidate, Pick
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.rows import File, Row, present
@@ -21,15 +22,16 @@ from llmbuild.spec.slo import Slo, parse_slo
 
 if TYPE_CHECKING:
     from llmbuild.runtime.answers import Answer, Completion
+    from llmbuild.runtime.chat import ChatTemplate, Message
     from llmbuild.runtime.sampling import Options, Sampling
     from llmbuild.runtime.session import Session
     from llmbuild.runtime.tokenizer import Encoded, Tokenizer
 
 
-LOADED: tuple[File, ...] = ("artifact", "parameters", "tokenizer")
+LOADED: tuple[File, ...] = ("artifact", "parameters", "tokenizer", "chat")
 """The files of a variant that opening it reads."""
-
-T = TypeVar("T")
+_CALLED: dict[File, str] = {"chat": "chat template"}
+"""What a file is called where that is not the name of its column."""
 
 LEADERS = 8
 """Number of best rows that are tried before every row is read."""
@@ -141,40 +143,6 @@ def _absent(folder: Path) -> Callable[[Row], str]:
     return absent
 
 
-class Later:
-    """A pick that is computed on first access."""
-
-    def __init__(self, judged: Callable[[], Pick]) -> None:
-        self._judged = judged
-
-    @cached_property
-    def pick(self) -> Pick:
-        """All rows of the catalog, each with its verdict."""
-        return self._judged()
-
-
-class Judged(Sequence[T]):
-    """The candidates of a pick, computed on first access."""
-
-    def __init__(self, later: Later, part: Callable[[Pick], Sequence[T]]) -> None:
-        self._later, self._part = later, part
-
-    def _tuple(self) -> tuple[T, ...]:
-        return tuple(self._part(self._later.pick))
-
-    def __len__(self) -> int:
-        return len(self._tuple())
-
-    @overload
-    def __getitem__(self, index: int) -> T: ...
-
-    @overload
-    def __getitem__(self, index: slice) -> tuple[T, ...]: ...
-
-    def __getitem__(self, index: int | slice) -> T | tuple[T, ...]:
-        return self._tuple()[index]
-
-
 @as_our_errors(CatalogError)
 def load(
     catalog: str | Path,
@@ -253,10 +221,10 @@ def verify(catalog: Path, row: Row) -> None:
             there = digest.of_file(path) if path.is_file() else None
         if there is None:
             again = _again(catalog) or "run `llmbuild build` to make it again"
-            raise LoadRefused(f"{path}: the {kind} is missing: {again}")
+            raise LoadRefused(f"{path}: the {_CALLED.get(kind, kind)} is missing: {again}")
         if there != name:
             again = _again(catalog) or "delete it and run `llmbuild build`"
-            raise LoadRefused(f"{path}: the {kind} was changed after it was built: {again}")
+            raise LoadRefused(f"{path}: the {_CALLED.get(kind, kind)} was changed after it was built: {again}")
 
 
 def _again(catalog: Path) -> str:
@@ -273,7 +241,8 @@ def _again(catalog: Path) -> str:
 class Model:
     """An opened variant. `pick` holds the reasons for it; `session` is opened on first use.
 
-    Several answers may be interleaved: each has its own KV cache until it ends or is closed.
+    Several answers may be interleaved: each has its own KV cache until it ends or is closed. One class: all ways to an
+    answer share the session, the tokenizer and the chat template, which are opened on first use.
     """
 
     def __init__(self, catalog: Path, made: Pick) -> None:
@@ -332,6 +301,16 @@ class Model:
             return Tokenizer(reader.blob_path(self.catalog, name))
         except InputError as error:
             raise LoadRefused(f"{error}: build with one that can") from None
+
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's chat template; None where the catalog has none."""
+        name = self.row.get("chat")
+        if not name:
+            return None
+        from llmbuild.runtime.chat import ChatTemplate
+
+        return ChatTemplate.read(reader.blob_path(self.catalog, name))
 
     def tokens(self, prompt: Sequence[int], max_new_tokens: int = 64, sampling: Sampling | None = None) -> Answer[int]:
         """Yield the continuation of `prompt` token by token, up to an end token or the end of the context.
@@ -413,6 +392,43 @@ class Model:
         asked = answers.Asked.of(self.session, "the prompt", begun.ids, max_new_tokens, drawn)
         text = answers.Text(self.tokenizer.decoder(begun.tokens), self.session.abi.eos_tokens, stops)
         return answers.pieces(answers.tokens(self.session, self._turn, asked), text, begun.before)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        max_new_tokens: int = 64,
+        *,
+        stop: str | Sequence[str] = (),
+        **sampling: float,
+    ) -> Answer[str]:
+        """Yield the model's answer to `messages`, as `generate` does; the chat template makes the prompt of them.
+
+        A message is a mapping with the texts `role` and `content`. The answer ends before the model's end tokens, and
+        before the end token that the template names.
+
+        Raises:
+            InputError: at once, as `generate` and `encode_chat`.
+        """
+        from llmbuild.runtime import answers
+        from llmbuild.runtime.sampling import Sampling
+
+        stops, drawn = answers.stop_strings(stop), Sampling.of(sampling)
+        prompt, template = self.encode_chat(messages).ids, self.chat_template
+        more = template.ends(self.tokenizer) if template else ()
+        asked = replace(answers.Asked.of(self.session, "the chat", prompt, max_new_tokens, drawn), ends=more)
+        text = answers.Text(self.tokenizer.decoder(prompt), (*self.session.abi.eos_tokens, *more), stops)
+        return answers.pieces(answers.tokens(self.session, self._turn, asked), text)
+
+    def encode_chat(self, messages: Sequence[Message]) -> Encoded:
+        """Return the tokens of a chat, up to where the model answers; messages contain no control tokens.
+
+        Raises:
+            InputError: the model has no chat template, or it refuses these messages.
+        """
+        if self.chat_template is None:
+            todo = "give `generate` a text, or build again from a folder that has chat_template.jinja"
+            raise InputError(f"model {self.row['model']} has no chat template in {self.catalog}: {todo}")
+        return self.chat_template.encode(messages, self.tokenizer)
 
     def beginning(self) -> Encoded:
         """Return the first tokens of a text without a prompt: the tokenizer's, or an end token.

@@ -24,7 +24,7 @@ from llmbuild.system.extras import advice
 from llmbuild.system.paths import real
 from llmbuild.system.strict_json import JsonObject, loads
 
-SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6)
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
 """Schemas that this loader reads."""
 
 COPIES = 3
@@ -37,7 +37,7 @@ LARGEST = "1.7976931348623157e308"
 FRONT = "status IN ('pareto', 'undecided')"
 NARROW = (
     "variant model target machine workload status reason machine_digest target_digest target_body artifact parameters "
-    "tokenizer runtime energy_source"
+    "tokenizer chat runtime energy_source"
 ).split()
 """The columns that a verdict on a row needs, besides its metrics; the rest is JSON that is slow to parse."""
 CHOICES = "point AS choices"
@@ -362,7 +362,7 @@ def _damaged(row: JsonObject, name: str) -> CatalogError:
 _KINDS: tuple[tuple[tuple[str, ...], type | tuple[type, ...]], ...] = (
     (tuple(METRICS), (int, float, type(None))),
     (("variant", "model", "target", "machine", "workload", "status", "machine_digest", "target_digest"), str),
-    (("artifact", "parameters", "tokenizer", "runtime", "reason", "program"), (str, type(None))),
+    (("artifact", "parameters", "tokenizer", "chat", "runtime", "reason", "program"), (str, type(None))),
     (("point", "target_body"), dict),
     (("ratios", "intervals", "notes", "abi"), (dict, type(None))),
 )

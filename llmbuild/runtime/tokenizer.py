@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -91,16 +91,16 @@ class Tokenizer:
         from tokenizers import Tokenizer as Library
 
         with _library_errors(f"{self.path}: the tokenizer cannot be read"), _quiet():
-            found = Library.from_file(str(self.path))
-            found.no_truncation()
-            found.no_padding()
-            if getattr(found.model, "dropout", None) is not None:
-                found.model.dropout = None
+            found = _settled(Library.from_file(str(self.path)))
             self._library: Any = found
             self._before, self.behind = _around(found.post_processor)
             found.encode(_PROBE, add_special_tokens=False)  # some errors of a file appear with the first text
-            added = found.get_added_tokens_decoder().values()
-        self._special = frozenset(token.content for token in added if token.special)
+            added = self._added = tuple(found.get_added_tokens_decoder().values())
+        self.special = frozenset(token.content for token in added if token.special and token.content)
+        self.added = frozenset(token.content for token in added if not token.special and token.content)
+        """Names of the special tokens, and of the other tokens that are found in a text before it is split."""
+        self._late = frozenset(token.content for token in added if token.normalized and found.normalizer is not None)
+        self._one_at_a_time = Lock()
         self._shown: dict[int, str | None] = {}
 
     @cached_property
@@ -136,13 +136,53 @@ class Tokenizer:
         missing = self._before[: self._before.index(own[0])] if own and own[0] in self._before else self._before
         return Encoded(missing + own, tuple(self.name(token) for token in missing))
 
-    def encode_chat(self, rendered: str) -> Encoded:
+    def encode_chat(self, rendered: str, stand_ins: Mapping[str, str] | None = None) -> Encoded:
         """Return the tokens of a chat that its template has rendered: the template contains all special tokens.
+
+        `stand_ins` are characters of `rendered`, each with the character that it is in a token: one that is not part
+        of a special token's name. Each such name must be one that `can_be_text`.
 
         Raises:
             InputError: as `encode`.
         """
-        return self.encode(rendered, add_special_tokens=False)
+        if not stand_ins:
+            return self.encode(rendered, add_special_tokens=False)
+        checks.text("the text", rendered)
+        with _library_errors(f"{self.path}: the text cannot be tokenized"), self._one_at_a_time:
+            return Encoded(tuple(self._restoring(stand_ins).encode(rendered, add_special_tokens=False).ids))
+
+    def can_be_text(self, name: str) -> bool:
+        """Return whether a text that is an added token's name can be read as plain text.
+
+        It cannot where the library looks for the name after it has normalized a text.
+        """
+        return name not in self._late
+
+    def token(self, name: str) -> int | None:
+        """Return the token of a string in the vocabulary; None where there is none."""
+        found = self._library.token_to_id(name)
+        return None if found is None else int(found)
+
+    @cached_property
+    def _second(self) -> Any:
+        """The same tokenizer once more, to change its normalizer; all that `can_be_text` is found before that."""
+        from tokenizers import Tokenizer as Library
+
+        late = self._library.normalizer is None and any(t.normalized for t in self._added)
+        if not late:
+            return _settled(Library.from_file(str(self.path)))
+        state = json.loads(self._library.to_str())
+        tokens = [{**token, "normalized": False} for token in state["added_tokens"]]  # a text is as it is
+        return Library.from_str(json.dumps({**state, "added_tokens": tokens}))
+
+    def _restoring(self, stand_ins: Mapping[str, str]) -> Any:
+        """Return a tokenizer whose normalizer restores characters first, after it has found the added tokens."""
+        from tokenizers import normalizers
+
+        own = self._library.normalizer
+        steps = [normalizers.Replace(stand_in, one) for stand_in, one in stand_ins.items()]
+        self._second.normalizer = normalizers.Sequence([*steps, *([] if own is None else [own])])
+        return self._second
 
     def name(self, token: int) -> str:
         """Return a token's string in the vocabulary; `<N>` where the vocabulary lacks it."""
@@ -170,8 +210,17 @@ class Tokenizer:
         if token not in self._shown:
             with _library_errors(f"{self.path}: token {token} cannot be made text"):
                 found = self._library.id_to_token(token)
-            self._shown[token] = None if found in self._special else found
+            self._shown[token] = None if found in self.special else found
         return self._shown[token]
+
+
+def _settled(found: Any) -> Any:
+    """Return a tokenizer of the library without what a training run sets."""
+    found.no_truncation()
+    found.no_padding()
+    if getattr(found.model, "dropout", None) is not None:
+        found.model.dropout = None
+    return found
 
 
 def _around(post_processor: Any) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -9,7 +9,7 @@ from llmbuild.spec.space import Value
 from llmbuild.system.strict_json import JsonObject
 
 T = TypeVar("T")
-File = Literal["artifact", "parameters", "tokenizer"]
+File = Literal["artifact", "parameters", "tokenizer", "chat"]
 """Columns with a blob that opening a variant reads."""
 
 
@@ -61,6 +61,7 @@ class Row(TypedDict, total=False):
     parameters: str | None
     abi: JsonObject | None
     tokenizer: str | None
+    chat: str | None
     runtime: str | None
     ratios: dict[str, list[float]] | None
     intervals: dict[str, list[float]] | None

@@ -96,7 +96,7 @@ def _record(job: Job, folder: Path, variants: int) -> None:
         catalog.record_trial(trial, owner(steps))
         known.append(trial)
     names = steps.registered
-    by = Ranking(job.ranking, job.source, owner(steps).tokenizer)
+    by = Ranking(job.ranking, job.source, owner(steps).tokenizer, chat=owner(steps).chat)
     catalog.record_standings(job.recipe.name, names.target_digest, names.machine_digest, stand(job, known), by)
     state = {"seconds": 1.0, "raced": True, "ended": f"{variants} trials done"}
     catalog.record_build(build_key(job, 0), job.recipe.name, job.scope, job.scope_inputs, **state)

@@ -21,6 +21,7 @@ import pytest
 from sqlalchemy import text
 
 from llmbuild.build import plan
+from llmbuild.build.freshness import DISPLACED
 from llmbuild.build.job import Job
 from llmbuild.build.jobs import jobs_of
 from llmbuild.build.request import BuildRequest
@@ -168,6 +169,11 @@ def test_another_tool_or_host_makes_stale_what_depends_on_it(
     found = planned(moved, changed(job_of(moved)))
     assert {step for step, reason in found.items() if not reason} == fresh
     assert found["search"] == f"changed: {field}"
+
+
+def test_a_chat_template_makes_nothing_stale_but_what_stands(moved: Project) -> None:
+    (moved.model / "chat_template.jinja").write_text("{{ messages }}")
+    assert planned(moved) == {**FRESH, "search": DISPLACED}
 
 
 def test_a_knob_makes_only_the_search_stale(moved: Project) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sqlite3
 from dataclasses import replace
 from pathlib import Path
 from tempfile import mkdtemp
@@ -13,16 +14,20 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llmbuild import digest
 from llmbuild.catalog import garbage, verify
 from llmbuild.catalog.exchange import merge
+from llmbuild.catalog.place import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.runtime import reader
+from llmbuild.runtime.chat import ChatTemplate
 from llmbuild.runtime.model import pick
 from llmbuild.spec.trial import FRONT
-from tests.support.quick import FORMATS, Asked, build
+from tests.support.quick import FORMATS, Asked, build, job_of
 
-SERVED = "variant workload status tpot_s quality_kl parameter_bytes artifact parameters tokenizer default".split()
+SERVED = "variant workload status tpot_s quality_kl parameter_bytes artifact parameters tokenizer chat default".split()
 A, B = Asked(), Asked(weights="two")
+CHATTY = replace(A, chat="{{ messages }}")
 
 
 def served(catalog: Path, name: str) -> list[dict[str, Any]]:
@@ -51,6 +56,7 @@ def picked(catalog: Path, asked: Asked) -> str:
 CHANGES = {
     "weights": B,
     "tokenizer": replace(A, tokenizer="other words"),
+    "chat template": CHATTY,
     "held-out text": replace(A, text="another text"),
     "objectives": replace(A, objectives=("ttft_s", "quality_kl")),
     "bounds": replace(A, bound=0.015),
@@ -91,10 +97,43 @@ def test_two_names_of_one_model_with_two_tokenizers_keep_their_own(tmp_path: Pat
     }
 
 
-@pytest.mark.parametrize("kind", ["artifact", "parameters", "module", "checks", "tokenizer"])
-def test_a_file_that_is_lost_is_made_again_and_nothing_is_measured_for_it(kind: str, tmp_path: Path) -> None:
+def test_another_chat_template_is_served_at_once_and_nothing_is_made_for_it(tmp_path: Path) -> None:
+    catalog = tmp_path / "c"
+    build(CHATTY, catalog, tmp_path / "m")
+    for other in (replace(A, chat="{{ another }}"), A, CHATTY):
+        done = build(other, catalog, tmp_path / "m")
+        assert (done.imported, done.compiled, done.measured, done.outcome.made) == (0, 0, 0, 0)
+        assert served(catalog, "m") == fresh(other, tmp_path)
+        assert build(other, catalog, tmp_path / "m").outcome.ended == "up to date"
+
+
+def test_a_chat_template_is_that_of_every_machine_that_ranked_the_model(tmp_path: Path) -> None:
+    """It decides no reading: what another machine measured is answered through the new one too."""
     catalog = tmp_path / "c"
     build(A, catalog, tmp_path / "m")
+    with sqlite3.connect(catalog / FILE) as connection:
+        connection.execute("INSERT INTO machine SELECT 'other', name, body FROM machine")
+        connection.execute("UPDATE standing SET machine = 'other', id = id + 100")
+    build(CHATTY, catalog, tmp_path / "m")
+    with sqlite3.connect(catalog / FILE) as connection:
+        found = set(connection.execute("SELECT machine = 'other', chat FROM standing"))
+    assert found == {(on_other, digest.of_bytes(ChatTemplate(CHATTY.chat).blob())) for on_other in (0, 1)}
+
+
+def test_a_key_does_not_depend_on_a_chat_template_where_there_is_none(tmp_path: Path) -> None:
+    """The digests of catalogs that were built before chat templates were kept."""
+    job = job_of(replace(A, name="fixed"), tmp_path)
+    inputs = {"scope": job.scope, "objectives": job.recipe.objectives, "spaces": (job.space, job.declared)}
+    assert job.ranking == digest.of({**inputs, "bounds": (*job.recipe.constraints, *job.recipe.quality.bounds)})
+    assert job_of(CHATTY, tmp_path).scope == job_of(A, tmp_path).scope
+    assert job_of(CHATTY, tmp_path).source == job_of(A, tmp_path).source
+    assert job_of(CHATTY, tmp_path).ranking != job_of(A, tmp_path).ranking
+
+
+@pytest.mark.parametrize("kind", ["artifact", "parameters", "module", "checks", "tokenizer", "chat_template"])
+def test_a_file_that_is_lost_is_made_again_and_nothing_is_measured_for_it(kind: str, tmp_path: Path) -> None:
+    catalog = tmp_path / "c"
+    build(CHATTY, catalog, tmp_path / "m")
     before = served(catalog, "m")
     opened = Catalog(catalog)
     names = {name for v in before for name in _files(opened, v["variant"])[kind]}
@@ -102,20 +141,20 @@ def test_a_file_that_is_lost_is_made_again_and_nothing_is_measured_for_it(kind: 
         opened.blobs.remove(name)
     assert {f.problem for f in verify.verify(opened)} == {"missing"}
     opened.close()
-    done = build(A, catalog, tmp_path / "m")
+    done = build(CHATTY, catalog, tmp_path / "m")
     opened = Catalog(catalog)
     found = verify.verify(opened)
     opened.close()
     assert (found, served(catalog, "m"), done.measured) == ([], before, 0)
-    assert build(A, catalog, tmp_path / "m").outcome.ended == "up to date"
+    assert build(CHATTY, catalog, tmp_path / "m").outcome.ended == "up to date"
 
 
 def _files(catalog: Catalog, variant: str) -> dict[str, set[str]]:
     query = (
-        "SELECT v.artifact, p.parameters, p.module, p.checks, s.tokenizer FROM variant v JOIN program p ON p.digest = "
-        "v.program LEFT JOIN standing s ON s.variant = v.digest WHERE v.digest = ?"
+        "SELECT v.artifact, p.parameters, p.module, p.checks, s.tokenizer, s.chat FROM variant v "
+        "JOIN program p ON p.digest = v.program LEFT JOIN standing s ON s.variant = v.digest WHERE v.digest = ?"
     )
-    kinds = ("artifact", "parameters", "module", "checks", "tokenizer")
+    kinds = ("artifact", "parameters", "module", "checks", "tokenizer", "chat_template")
     rows = catalog._rows(query, variant)
     return {kind: {row[n] for row in rows if row[n]} for n, kind in enumerate(kinds)}
 
@@ -168,9 +207,13 @@ class Histories(RuleBasedStateMachine):
         build(self.asked, self.catalog, Histories.scratch / "m")
         self.stands[self.asked.name] = self.asked
 
-    @rule(weights=st.sampled_from(["one", "two"]), tokenizer=st.sampled_from(["words", "other"]))
-    def change_the_model(self, weights: str, tokenizer: str) -> None:
-        self.asked = replace(self.asked, weights=weights, tokenizer=tokenizer)
+    @rule(
+        weights=st.sampled_from(["one", "two"]),
+        tokenizer=st.sampled_from(["words", "other"]),
+        chat=st.sampled_from(["", "{{ messages }}", "{{ another }}"]),
+    )
+    def change_the_model(self, weights: str, tokenizer: str, chat: str) -> None:
+        self.asked = replace(self.asked, weights=weights, tokenizer=tokenizer, chat=chat)
 
     @rule(objectives=st.sampled_from([("tpot_s", "parameter_bytes"), ("ttft_s",)]), bound=st.sampled_from([1.0, 0.015]))
     def change_the_objectives(self, objectives: tuple[str, ...], bound: float) -> None:

@@ -35,6 +35,7 @@ def test_a_kept_database_of_every_schema_opens_and_keeps_its_rows(version: int, 
     after = [(r["variant"], r["status"], r["tpot_s"]) for r in reader.variants(tmp_path, everything=True)]
     checked = sqlite3.connect(tmp_path / FILE)
     assert (found, sorted(after), len(scopes)) == ((version,), before, 1)
+    assert {r["chat"] for r in reader.variants(tmp_path, everything=True)} == {None}
     assert len(before) == 3
     assert checked.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert checked.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -108,6 +109,7 @@ def test_the_loader_reads_a_database_of_every_schema_without_migrating_it(versio
         model, machine = connection.execute("SELECT model, machine FROM standing LIMIT 1").fetchone()
     every = reader.candidates(tmp_path, model)
     assert len(every) == 3
+    assert [row.get("chat") for row in every] == [None] * 3
     assert [row.get("itl_p99_s") for row in every] == [None] * 3
     late, quick = parse_slo(["itl_p99_s<=1"], None), parse_slo(["tpot_s<=1e9"], None)
     assert ranking.leaders(tmp_path, model, None, None, late, machine, 9) == []

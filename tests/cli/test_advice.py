@@ -22,7 +22,7 @@ from llmbuild.runtime import reader
 from llmbuild.runtime.model import verify
 from tests.support.quick import Asked, build
 
-A = Asked()
+A = Asked(chat="{{ messages }}")
 
 
 @dataclass(frozen=True)
@@ -157,12 +157,14 @@ def pick_it(place: Place) -> tuple[int, str]:
     return place.run("query", "--json", "-C", place.catalog)
 
 
+FILES = ("artifact", "parameters", "tokenizer", "chat")
+
 TABLE: dict[str, tuple[Callable[[Place], None], Callable[[Place], tuple[int, str]]]] = {
-    **{f"{kind} is gone, by the loader": (gone(kind), load_it) for kind in ("artifact", "parameters", "tokenizer")},
-    **{f"{kind} was changed, by the loader": (changed(kind), load_it) for kind in ("artifact", "tokenizer")},
-    **{f"{kind} is gone, by verify": (gone(kind), verify_it) for kind in ("artifact", "parameters", "tokenizer")},
-    **{f"{kind} was changed, by verify": (changed(kind), verify_it) for kind in ("artifact", "tokenizer")},
-    **{f"{kind} is gone, by publish": (gone(kind), publish_it) for kind in ("artifact", "tokenizer")},
+    **{f"{kind} is gone, by the loader": (gone(kind), load_it) for kind in FILES},
+    **{f"{kind} was changed, by the loader": (changed(kind), load_it) for kind in FILES if kind != "parameters"},
+    **{f"{kind} is gone, by verify": (gone(kind), verify_it) for kind in FILES},
+    **{f"{kind} was changed, by verify": (changed(kind), verify_it) for kind in FILES if kind != "parameters"},
+    **{f"{kind} is gone, by publish": (gone(kind), publish_it) for kind in FILES if kind != "parameters"},
     **{f"{kind} are gone, by publish": (blob_of(kind), publish_it) for kind in ("module", "checks")},
     **{f"{kind} are gone, by verify": (blob_of(kind), verify_it) for kind in ("module", "checks")},
     **{f"a {table} is gone, by verify": (cached(table), verify_it) for table in ("front_half", "reference")},

@@ -160,13 +160,13 @@ def test_a_knob_that_is_named_takes_the_value(name: str, value: str) -> None:
 
 @pytest.mark.parametrize(("page", "text"), blocks("python"))
 def test_python_runs_on_a_catalog_that_was_built(
-    page: str, text: str, built: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    page: str, text: str, built: Project, chatty: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "catalog").symlink_to(built.catalog)
+    (tmp_path / "catalog").symlink_to((chatty if "model.chat(" in text else built).catalog)
     monkeypatch.chdir(tmp_path)
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(compile(text.replace('"pystdlib"', '"tiny"').replace("0.02", "10"), page, "exec"), {})
+        exec(compile(re.sub('"(pystdlib|my-model)"', '"tiny"', text).replace("0.02", "10"), page, "exec"), {})
     assert "chosen" in said.getvalue()
 
 

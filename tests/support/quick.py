@@ -27,6 +27,7 @@ from llmbuild.process.child import Limits
 from llmbuild.profiler.bench import measurement_key
 from llmbuild.profiler.protocol import Quality, Subject
 from llmbuild.runtime import host
+from llmbuild.runtime.chat import ChatTemplate
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement, Reading
 from llmbuild.spec.program import Program, abi_from
@@ -52,6 +53,7 @@ class Asked:
     name: str = "m"
     weights: str = "one"
     tokenizer: str = "words"
+    chat: str = ""
     text: str = "held out"
     workloads: tuple[str, ...] = ("short",)
     objectives: tuple[str, ...] = ("tpot_s", "parameter_bytes")
@@ -89,7 +91,8 @@ def job_of(asked: Asked, folder: Path) -> Job:
         quality=QualityAsked(file=str(files["text"])),
         budget=ALL,
     )
-    model = FoundModel(folder, digest.of(asked.weights), files["tokenizer"])
+    chat = ChatTemplate(asked.chat).blob() if asked.chat else None
+    model = FoundModel(folder, digest.of(asked.weights), files["tokenizer"], chat=chat)
     tools = Toolchain("0.1.0", "importer", asked.compiler, host.runtime_version())
     return QuickJob(recipe, TARGET, space, model, MACHINE, tools, Limits(), declared=space)
 

@@ -3,7 +3,7 @@
 Rows are named by content, so most are equal or new. Where both have a measurement, the later one is kept; where one
 compile key has different bytes, those of the destination are kept and the conflict is reported; where both ranked the
 same fronts, the ranks are invalid until the next build ranks them all. A name of another model in the destination is
-reported, and its front is not merged.
+reported, and its front is not merged; a name with another chat template is reported.
 """
 
 from __future__ import annotations
@@ -130,6 +130,7 @@ def _standings(session: Session, rows: list[Cells], done: Merged) -> None:
     table = t.StandingRow.__table__
     names = ("model", "target", "machine", "workload")
     rows = _of_our_models(session, rows, done)
+    done.conflicts += _other_chats(session, rows)
     ours = {tuple(row) for row in session.execute(select(*(table.c[n] for n in names)).distinct())}
     known = {tuple(row) for row in session.execute(select(*(table.c[n] for n in (*names, "variant"))))}
     mixed = set()
@@ -160,6 +161,17 @@ def _of_our_models(session: Session, rows: list[Cells], done: Merged) -> list[Ce
         for name in sorted(other)
     ]
     return [row for row in rows if row["model"] not in other]
+
+
+def _other_chats(session: Session, rows: list[Cells]) -> list[str]:
+    """Report the names with another chat template in the other catalog; every row keeps its own."""
+    known = select(t.StandingRow.model, t.StandingRow.chat).where(t.StandingRow.chat.is_not(None)).distinct()
+    ours = {row[0]: row[1] for row in session.execute(known)}
+    other = {r["model"] for r in rows if r["chat"] and ours.get(r["model"], r["chat"]) != r["chat"]}
+    return [
+        f"{name}: has another chat template there, which its rows keep: `llmbuild build` gives all rows the present one"
+        for name in sorted(other)
+    ]
 
 
 def _collected(session: Session, into: Catalog, rows: list[Cells]) -> None:

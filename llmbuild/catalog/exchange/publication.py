@@ -17,7 +17,7 @@ from llmbuild.catalog.place import FILE
 from llmbuild.catalog.references import front_variants, references
 from llmbuild.catalog.schema import SCHEMA_VERSION, copied
 from llmbuild.catalog.tables import Cells
-from llmbuild.catalog.writer import Catalog
+from llmbuild.catalog.writer import OF_TEXT, Catalog
 from llmbuild.errors import InputError
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.trial import FRONT
@@ -92,9 +92,9 @@ def _rows(session: Session, models: Sequence[str]) -> dict[str, list[Cells]]:
         names = table.primary_key.columns.keys()
         rows[table.name] = sorted(found, key=partial(_order, names))
         _want(wanted, table, rows[table.name])
-    told = {r["variant"]: r["tokenizer"] for r in rows["standing"] if r["source"]}
+    told = {r["variant"]: {name: r[name] for name in OF_TEXT} for r in rows["standing"] if r["source"]}
     for row in rows["variant"]:  # another recipe, which is not published, may have written different values
-        row["tokenizer"] = told.get(row["digest"], row["tokenizer"])
+        row |= told.get(row["digest"], {})
     return rows
 
 
@@ -157,7 +157,8 @@ def _latest(rows: dict[str, list[Cells]]) -> str:
 def _named(rows: dict[str, list[Cells]]) -> set[str]:
     found = {row["digest"] for row in rows["artifact"]}
     found |= {row[name] for row in rows["program"] for name in ("module", "parameters", "checks")}
-    return found | {row["tokenizer"] for name in ("standing", "variant") for row in rows[name] if row["tokenizer"]}
+    of_text = [row[column] for name in ("standing", "variant") for row in rows[name] for column in OF_TEXT]
+    return found | {*filter(None, of_text)}
 
 
 def _manifest(rows: dict[str, list[Cells]], database: Path, paths: dict[str, Path], kinds: dict[str, str]) -> Cells:
@@ -190,7 +191,7 @@ def _variant(row: Cells, rows: dict[str, list[Cells]]) -> Cells:
         "status": row["status"],
         "artifact": variant["artifact"],
         "parameters": found["program"][variant["program"]]["parameters"],
-        "tokenizer": row["tokenizer"] if row["source"] else variant["tokenizer"],
+        **{name: (row if row["source"] else variant)[name] for name in OF_TEXT},
         "runtime": found["artifact"][variant["artifact"]]["runtime"],
         "point": variant["point"],
         "protocol": measured.get("protocol"),
