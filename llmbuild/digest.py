@@ -11,6 +11,9 @@ from typing import Any
 SHOWN = 12
 """Number of hex digits of a digest that are shown."""
 
+OMITTED = {"omitted at its default": True}
+"""Metadata of a dataclass field that JSON leaves out at its default: adding such a field changes no earlier digest."""
+
 
 def canonical(value: object) -> str:
     """Return `value` as JSON with sorted keys and no spaces; dataclasses become objects, tuples become lists.
@@ -27,7 +30,8 @@ def canonical(value: object) -> str:
 def plain(value: object) -> Any:
     """Return `value` in terms of dict, list, str, int, float, bool and None."""
     if is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+        cells = [(f, getattr(value, f.name)) for f in fields(value)]
+        return {f.name: plain(cell) for f, cell in cells if f.metadata != OMITTED or cell != f.default}
     if isinstance(value, dict):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

@@ -62,7 +62,7 @@ def products(text: str) -> list[Product]:
 
 def short_name(name: str) -> str:
     """Return a dispatch's name without its entry point and number, as the profiler reports it."""
-    return re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", name)
+    return re.sub(r"^(?:prefill|decode|score)(?:\$async)?_dispatch_\d+_", "", name)
 
 
 def _dispatches(lines: list[str]) -> Iterator[tuple[str, list[tuple[int, str]]]]:

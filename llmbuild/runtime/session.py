@@ -20,7 +20,7 @@ from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.runtime.code import mapped
 from llmbuild.runtime.memory import shares_memory
 from llmbuild.runtime.readback import Readback
-from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, Abi, TensorType
+from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, SCORE, Abi, TensorType
 
 _ELEMENT = {
     "float32": rt.HalElementType.FLOAT_32,
@@ -41,6 +41,7 @@ _LARGEST_WORKERS = 2**16
 
 _RELEASED_IN_ORDER = (
     "_logits",
+    "_scored",
     "_tokens",
     "_positions",
     "_tokens_view",
@@ -114,6 +115,7 @@ class Session:
             self._tokens, self._tokens_view = self._steps()
             self._positions, self._positions_view = self._steps()
         self._logits: Any = None
+        self._scored: Any = None
 
     def close(self) -> None:
         """Release everything in the order that neither crashes nor deadlocks."""
@@ -135,7 +137,8 @@ class Session:
         self._context = rt.VmContext(instance, [*services, self._code])
         self._call = (PolledCaller if self._threaded else PlainCaller)(self._device, self._context, 2)
         suffix = "$async" if self._threaded else ""
-        self._entries = {name: self._code.lookup_function(name + suffix) for name in (PREFILL, DECODE)}
+        names = (PREFILL, DECODE, *((SCORE,) if self.abi.score else ()))
+        self._entries = {name: self._code.lookup_function(name + suffix) for name in names}
         self._keep = (instance, index, provider, services)
 
     @contextmanager
@@ -245,6 +248,23 @@ class Session:
             raise InputError(f"a position is outside a context of {self.abi.context}")
         return np.array(self._decode(found, places, cache))
 
+    def score(self, tokens: Sequence[int] | NDArray[np.int64], cache: Cache | None = None) -> NDArray[np.float32]:
+        """Run a text from the beginning of the context, and return the logits f32[T,V] after each of its tokens.
+
+        They are valid until the next call, and not copied where the device shares its memory. The cache is then as
+        after `prefill`; `logits` are still those of the last `prefill` or `decode`.
+
+        Raises:
+            InputError: the program has no `score`, no token, one outside the vocabulary, or more than fits.
+        """
+        if not self.abi.score:
+            raise InputError("the program has no `score`: run `prefill` and `decode`, and read `logits` after each")
+        row = np.array([self.prompt("the text", tokens)], np.int64)
+        self._check_open()
+        results = self._results(SCORE, self._buffer(row), 0, cache)
+        self._scored = results.get_as_object(0, rt.HalBufferView)
+        return self._read(self._scored, np.float32)
+
     def _places(self, name: str, value: object) -> NDArray[np.int64]:
         """Return one position per sequence; a single position is repeated."""
         found = checks.integers(name, value)
@@ -288,6 +308,13 @@ class Session:
         self, entry: str, tokens: Any, positions: int | NDArray[np.int64], cache: Cache | None
     ) -> NDArray[np.int64]:
         """Return the next tokens i64[B] without a copy; valid until the next call."""
+        results = self._results(entry, tokens, positions, cache)
+        token = results.get_as_object(0, rt.HalBufferView)
+        self._logits = results.get_as_object(1, rt.HalBufferView)
+        return self._read(token, np.int64)
+
+    def _results(self, entry: str, tokens: Any, positions: int | NDArray[np.int64], cache: Cache | None) -> Any:
+        """Call an entry point with tokens from their positions on, and return the list of its results."""
         if cache is None:
             cache = self._own = self._own or (self._spare.pop() if self._spare else self._new_cache())
         if not isinstance(cache, list) or len(cache) != len(self.abi.kv):
@@ -297,10 +324,7 @@ class Session:
             where = self._positions_view
         else:
             where = self._buffer(self._each(positions))
-        results = self._call(self._entries[entry], (tokens, where, *cache), steady=entry == DECODE)
-        token = results.get_as_object(0, rt.HalBufferView)
-        self._logits = results.get_as_object(1, rt.HalBufferView)
-        return self._read(token, np.int64)
+        return self._call(self._entries[entry], (tokens, where, *cache), steady=entry == DECODE)
 
     def _each(self, value: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return one value for each sequence: i64[B]."""

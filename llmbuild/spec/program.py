@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
+
+from llmbuild.digest import OMITTED
 
 PREFILL = "prefill"
 """`prefill(tokens i64[B,T], start i64[B], *kv) -> (next_tokens i64[B], logits f32[B,V])`, T dynamic, last logits.
@@ -13,6 +15,10 @@ B sequences are answered together, each in its part of the cache. With one seque
 
 DECODE = "decode"
 """`decode(tokens i64[B], positions i64[B], *kv) -> (next_tokens i64[B], logits f32[B,V])`; f32[V] of one sequence."""
+
+SCORE = "score"
+"""`score(tokens i64[1,T], start i64[1], *kv) -> logits f32[T,V]`, T dynamic: the logits after every token, of one
+sequence. Where `Abi.score` says so; the cache is then as after `prefill`."""
 
 PARAMETER_SCOPE = "model"
 """The scope under which a module names its parameters and a loader provides them."""
@@ -40,6 +46,8 @@ class Abi:
     """Sequences that one call goes on with."""
     required_features: tuple[str, ...] = ()
     """CPU features that kernels inside the module need (`avx512vnni`), by LLVM's names."""
+    score: bool = field(default=False, metadata=OMITTED)
+    """Whether the module has `score`; programs of one sequence alone have it."""
 
 
 def abi_from(body: Mapping[str, Any]) -> Abi:

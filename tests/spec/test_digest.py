@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild import digest
+from llmbuild.spec.program import abi_from
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
@@ -45,3 +46,13 @@ def test_what_json_cannot_say_is_refused(value: object) -> None:
 def test_a_file_is_named_by_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"bytes")
     assert hashlib.sha256(b"bytes").hexdigest() == digest.of_file(tmp_path / "a")
+
+
+def test_a_field_that_is_omitted_at_its_default_changes_no_earlier_digest() -> None:
+    body = {"vocabulary": 3, "context": 4, "kv": [], "eos_tokens": [1], "parameters": 5}
+    body |= {"batch": 1, "required_features": []}
+    abi = abi_from(body)
+    assert digest.plain(abi) == body
+    scoring = replace(abi, score=True)
+    assert digest.plain(scoring) == {**body, "score": True}
+    assert (abi_from(digest.plain(scoring)), digest.of(scoring) == digest.of(abi)) == (scoring, False)
