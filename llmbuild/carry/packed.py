@@ -24,12 +24,13 @@ from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.process.child import Limits
 from llmbuild.profiler import bandwidth, wire
-from llmbuild.profiler.bench import OPERATORS, Bench
+from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.board_operators import board_operators
 from llmbuild.profiler.child import ChildFailed
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.meters.energy import CPU_DRIVERS
 from llmbuild.profiler.protocol import Protocol, Subject
+from llmbuild.profiler.readings import OPERATORS
 from llmbuild.profiler.roofline import work
 from llmbuild.profiler.serve import bench_of, unfit
 from llmbuild.profiler.statistics import paired_ratio

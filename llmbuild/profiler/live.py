@@ -9,9 +9,10 @@ from time import monotonic
 
 from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
+from llmbuild.profiler.budget import LEAST_TOKENS
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.operators import decode_operators, dispatches
-from llmbuild.profiler.protocol import Quality, Subject
+from llmbuild.profiler.protocol import Prepared, Quality, Subject
 from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.measurement import Operator, Reading
 from llmbuild.spec.program import abi_from
@@ -20,6 +21,11 @@ from llmbuild.spec.workload import Workload
 from llmbuild.system.strict_json import JsonObject
 
 LOADS = 3
+"""Openings whose seconds are read; the worker stops after two where they are slow."""
+OPERATORS_S = 30.0
+"""Seconds after which the operators of a decode step are given up: the tool reads all weights and runs a few steps."""
+SLOW_ANSWER_S = 1.0
+"""Seconds of a whole answer above which a short one is warm-up enough."""
 NOISE = 3.0
 """Allowed error in units of the logits' change when token vectors change by a millionth: rounding flips steps of
 quantized activations, and random weights amplify that.
@@ -66,29 +72,23 @@ def _taken(told: JsonObject) -> WindowTaken:
     return WindowTaken(joules, seconds, tokens, "", told)
 
 
-@dataclass(frozen=True)
-class Prepared:
-    """The facts about a subject that are known before its first round and hold for every process that opens it."""
-
-    readings: dict[str, Reading]
-    notes: dict[str, str]
-    operators: tuple[Operator, ...]
-
-
 class Live:
     """A subject in a running worker."""
 
     def __init__(self, subject: Subject, limits: Limits) -> None:
         self.subject = subject
         self.child = Child(limits if shares_memory(subject.driver) else replace(limits, memory_bytes=0))
-        self.readings: dict[str, Reading] = {}
-        self.notes: dict[str, str] = {}
-        self.operators: tuple[Operator, ...] = ()
+        known = subject.known or Prepared({}, {})
+        self.readings: dict[str, Reading] = dict(known.readings)
+        self.notes: dict[str, str] = dict(known.notes)
+        self.operators: tuple[Operator, ...] = known.operators
         self._meter: MeterFound | None = None
         self.last: Answer | None = None
         """The last answer of a warm-up."""
         self.decode_steps = WHOLE
-        """Output tokens of one round; shortened for a baseline that is much slower than its candidates."""
+        """Output tokens of one round; shortened for a variant that is slow."""
+        self.prompt: Reading | None = None
+        """Seconds to the first token, where they are known and rounds only decode."""
 
     def prepare(self, workload: Workload, quality: Quality, warmup_s: float) -> None:
         """Open, warm up, then check numerics and quality; peak memory is read before the checks add to it.
@@ -97,24 +97,42 @@ class Live:
             ChildFailed: the artifact does not open or run, or its logits differ from PyTorch's.
         """
         self.begin(workload, warmup_s)
-        self.score(quality)
-        self.count()
+        self.complete(quality)
 
     def begin(self, workload: Workload, warmup_s: float) -> None:
-        """Open, warm up and check numerics, before any timing.
+        """Open, warm up and check numerics, before any timing; what is known is not measured again.
 
         Raises:
             ChildFailed: the artifact does not open or run, or its logits differ from PyTorch's.
         """
+        self._load()
+        self._warm_up(workload, warmup_s)
+        if "peak_memory_bytes" not in self.readings:
+            peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
+            if peak is not None:
+                self.readings["peak_memory_bytes"] = statistics.exact(peak)
+        if "check" not in self.notes:
+            self._check()
+
+    def complete(self, quality: Quality) -> None:
+        """Score held-out text and count the dispatches, where that is not known.
+
+        Raises:
+            ChildFailed: the worker died of it.
+        """
+        self.score(quality)
+        self.count()
+
+    def _load(self) -> None:
+        if "load_s" in self.readings:
+            self.open(1)
+            return
         opened = self.open(LOADS)
         self.readings["load_s"] = statistics.median_of(opened)
+        if len(opened) < LOADS:
+            self.notes["load"] = f"{len(opened)} openings, since one takes {opened[-1]:.2g} s"
         if not shares_memory(self.subject.driver):
             self._open_cold()
-        self.warm(workload, warmup_s)
-        peak = self.child.ask("profile", "memory")["peak_memory_bytes"]
-        if peak is not None:
-            self.readings["peak_memory_bytes"] = statistics.exact(peak)
-        self._check()
 
     def _open_cold(self) -> None:
         """Open once in a process without the driver's cache of compiled code, and record the seconds."""
@@ -126,24 +144,18 @@ class Live:
             self.child = warm
             child.close()
 
-    @property
-    def prepared(self) -> Prepared:
-        """The result of `prepare`."""
-        return Prepared(dict(self.readings), dict(self.notes), self.operators)
-
-    def resume(self, known: Prepared, workload: Workload, warmup_s: float) -> None:
-        """Open and warm up a subject that another process prepared: its bytes are already checked and scored.
-
-        Raises:
-            ChildFailed: the artifact does not open or run any more.
-        """
-        self.readings, self.notes, self.operators = dict(known.readings), dict(known.notes), known.operators
-        self.open(1)
-        self.warm(workload, warmup_s)
+    def _warm_up(self, workload: Workload, seconds: float) -> None:
+        """Answer briefly, then in full for `seconds`, unless that takes long or the variant is known."""
+        end, self.decode_steps = monotonic() + seconds, LEAST_TOKENS
+        self.last = answer = self.answers(workload, 0.0, settled=True)[0]
+        self.decode_steps = WHOLE
+        whole_s = answer.ttft_s + answer.tpot_s * (workload.output - 1)
+        if whole_s <= SLOW_ANSWER_S and self.subject.known is None:
+            self.warm(workload, max(0.0, end - monotonic()))
 
     @property
     def load_s(self) -> float:
-        """Seconds to open the artifact, from `prepare`."""
+        """Seconds to open the artifact."""
         found = self.readings.get("load_s")
         return math.inf if found is None else found.median
 
@@ -176,13 +188,19 @@ class Live:
             if monotonic() >= end:
                 return took
 
-    def answers(self, workload: Workload, seconds: float) -> list[Answer]:
-        """Answer for `seconds`, at least once."""
-        told = self.child.ask("profile", "round", **self._load(workload), seconds=seconds)["answers"]
-        return [Answer(a["ttft_s"], a["tpot_s"], tuple(a["gap_s"])) for a in told]
+    def answers(self, workload: Workload, seconds: float, settled: bool = False) -> list[Answer]:
+        """Answer for `seconds`, at least once; without untimed work before it where the worker is `settled`."""
+        alone = self.prompt is not None
+        asked = self._request(workload, min(workload.output, self.decode_steps))
+        told = self.child.ask("profile", "round", **asked, seconds=seconds, settled=settled, alone=alone)["answers"]
+        first = self.prompt.median if self.prompt is not None else None
+        return [Answer(first or a["ttft_s"], a["tpot_s"], tuple(a["gap_s"])) for a in told]
 
     def visit(self, workload: Workload, seconds: float) -> tuple[dict[str, float], tuple[float, ...]]:
-        """Answer for `seconds` and return the metrics' medians over the answers, and all seconds between tokens."""
+        """Answer for `seconds` and return the metrics' medians over the answers, and all seconds between tokens.
+
+        Those of an answer as a whole are computed for all of the workload's tokens, also where fewer were decoded.
+        """
         found = self.answers(workload, seconds)
         ttft, tpot = (statistics.middle([getattr(a, name) for a in found]) for name in ("ttft_s", "tpot_s"))
         full = statistics.middle([a.ttft_s + a.tpot_s * (workload.output - 1) for a in found])
@@ -198,11 +216,11 @@ class Live:
         return self._meter
 
     def energy(self, workload: Workload, steps: int) -> WindowTaken:
-        """Answer repeatedly in a window of `steps` updates of the meter."""
-        return _taken(self.child.ask("profile", "energy", **self._load(workload), steps=steps))
+        """Answer repeatedly, each time in full, in a window of `steps` updates of the meter."""
+        return _taken(self.child.ask("profile", "energy", **self._request(workload, workload.output), steps=steps))
 
-    def _load(self, workload: Workload) -> dict[str, object]:
-        return {"prompts": prompts_of(workload, self.subject.abi), "output": min(workload.output, self.decode_steps)}
+    def _request(self, workload: Workload, output: int) -> dict[str, object]:
+        return {"prompts": prompts_of(workload, self.subject.abi), "output": output}
 
     def idle(self, steps: int) -> WindowTaken:
         """Wait in a window of `steps` updates of the meter."""
@@ -225,7 +243,7 @@ class Live:
         Raises:
             ChildFailed: the worker died of it.
         """
-        if "quality_kl" in self.readings:
+        if "quality_kl" in self.readings or "quality" in self.notes:
             return
         if quality.data is None:
             self.notes["quality"] = quality.reason
@@ -236,10 +254,13 @@ class Live:
     def count(self) -> None:
         """Count and time the dispatches of a decode step; a failure of the tool is a note, not a failed variant."""
         s = self.subject
+        if self.operators or "operators" in self.notes:
+            return
         if not shares_memory(s.driver):
             self.notes["operators"] = "absent: dispatches are counted and timed on CPU drivers alone"
             return
-        found = decode_operators(s.artifact_path, s.parameters_path, abi_from(s.abi), self.child.limits)
+        limits = replace(self.child.limits, seconds=min(OPERATORS_S, self.child.limits.seconds))
+        found = decode_operators(s.artifact_path, s.parameters_path, abi_from(s.abi), limits)
         if isinstance(found, Failure):
             self.notes["operators"] = f"absent: {found.reason}"
             return

@@ -70,7 +70,7 @@ def decode_call(artifact: Path, archive: Path, abi: Abi) -> list[str]:
 
 def bare_name(name: str) -> str:
     """Return a dispatch's name without its function and number: dispatches with equal names are one operator."""
-    return re.sub(r"^(?:prefill|decode)(?:\$async)?_dispatch_\d+_", "", name)
+    return re.sub(r"^(?:prefill|decode|score)(?:\$async)?_dispatch_\d+_", "", name)
 
 
 def dispatches(operators: Sequence[Operator]) -> int:

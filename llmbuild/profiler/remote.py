@@ -25,8 +25,7 @@ from llmbuild.errors import InputError, NothingUsable
 from llmbuild.process.child import NEUTRAL, Limits, confine, environment, program, stop_group, tail
 from llmbuild.process.diagnosis import AGAIN
 from llmbuild.profiler import roofline, wire
-from llmbuild.profiler.bench import Contenders, Dominated
-from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.profiler.protocol import Contenders, Decided, Dominated, Protocol, Quality, Stage, Subject, Tell
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import Measurement
@@ -49,6 +48,34 @@ class Lost(Exception):
 
 class Refused(Exception):
     """The server refused; never leaves this module."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The client's answers to the server's questions during a measurement: the client has all trials."""
+
+    dominated: Dominated | None = None
+    decided: Decided | None = None
+    contenders: Contenders | None = None
+    tell: Tell = lambda _: None
+
+    def answer(self, told: JsonObject) -> JsonObject | None:
+        """Return the answer to a question; None for what only informs."""
+        if "stage" in told:
+            self.tell(Stage(**told["stage"]))
+            return None
+        if "brief" in told:
+            brief = [wire.measurement_of(body) for body in told["brief"]]
+            return {"verb": "dominated", "why": present(self.dominated)(brief, told["perfect"])}
+        if "reached" in told:
+            reached = wire.measurement_of(told["reached"])
+            return {"verb": "decided", "decided": present(self.decided)(reached)}
+        raced = [wire.measurement_of(body) for body in told["contenders"]]
+        return {"verb": "left", "left": sorted(present(self.contenders)(raced, told["reach"]))}
+
+
+ASKED = {"stage", "brief", "reached", "contenders"}
+NOBODY = Judge()
 
 
 @dataclass(frozen=True)
@@ -125,21 +152,17 @@ class Connection:
             self.close()
             raise
 
-    def ask(
-        self, verb: str, dominated: Dominated | None = None, contenders: Contenders | None = None, /, **request: object
-    ) -> JsonObject:
-        """Return the answer; the callbacks answer the server's questions about dominated or undecided measurements.
+    def ask(self, verb: str, judge: Judge = NOBODY, /, **request: object) -> JsonObject:
+        """Return the answer; `judge` answers the server's questions in between.
 
         Raises:
             Lost, Refused: there is no answer, or it is a refusal.
         """
         self._send(_line({"verb": verb, **request}))
-        while {"contenders", "brief"} & (told := self._answer()).keys():
-            measured = [wire.measurement_of(body) for body in told["contenders" if "contenders" in told else "brief"]]
-            if "brief" in told:
-                self._send(_line({"verb": "dominated", "why": present(dominated)(measured, told["perfect"])}))
-            else:
-                self._send(_line({"verb": "left", "left": sorted(present(contenders)(measured, told["reach"]))}))
+        while ASKED & (told := self._answer()).keys():
+            answer = judge.answer(told)
+            if answer is not None:
+                self._send(_line(answer))
         return told
 
     def put(self, files: Mapping[str, Path]) -> int:
@@ -293,6 +316,7 @@ class RemoteBench:
     ) -> None:
         self.remote, self.quality = remote, quality
         self._body = wire.bench_body(tuple(workloads), quality, protocol, target, runtime, limits)
+        self.tell: Tell = lambda _: None
         self._standing: Connection | None = None
         self._baseline = False
 
@@ -302,27 +326,44 @@ class RemoteBench:
         return self._baseline and self._standing is not None and self._standing is self.remote._connection
 
     def measure(
-        self, subject: Subject, baseline: bool = False, dominated: Dominated | None = None
+        self,
+        subject: Subject,
+        baseline: bool = False,
+        dominated: Dominated | None = None,
+        decided: Decided | None = None,
     ) -> tuple[Measurement, ...] | Failure:
         """Return a measurement for each workload, as `Bench.measure` does, or why there is none."""
-        try:
-            self._ready([subject])
-            asked = {"subject": wire.subject_body(subject), "baseline": baseline, "screen": dominated is not None}
-            told = self.remote.connection.ask("measure", dominated, **asked)
-        except (Lost, Refused) as error:
-            return self.remote.failure(error)
-        if "failure" in told:
-            return self._remote_failure(wire.failure_of(told["failure"]))
+        asked = {"baseline": baseline, "screen": dominated is not None, "stop": decided is not None}
+        told = self._ask("measure", subject, Judge(dominated, decided, tell=self.tell), **asked)
+        if isinstance(told, Failure):
+            return told
         self._baseline = self._baseline or baseline
         return tuple(wire.measurement_of(body) for body in told["measurements"])
 
+    def open_baseline(self, subject: Subject) -> Failure | None:
+        """Open the baseline for pairing, as `Bench.open_baseline` does; return why that failed."""
+        told = self._ask("baseline", subject, Judge(tell=self.tell))
+        if isinstance(told, Failure):
+            return told
+        self._baseline = True
+        return None
+
+    def _ask(self, verb: str, subject: Subject, judge: Judge, **asked: object) -> JsonObject | Failure:
+        try:
+            self._ready([subject])
+            told = self.remote.connection.ask(verb, judge, subject=wire.subject_body(subject), **asked)
+        except (Lost, Refused) as error:
+            return self.remote.failure(error)
+        return self._remote_failure(wire.failure_of(told["failure"])) if "failure" in told else told
+
     def race(self, subjects: Sequence[Subject], contenders: Contenders | None = None) -> list[tuple[Measurement, ...]]:
         """Measure the survivors again, as `Bench.race` does; nothing where the connection was lost."""
+        everyone = {s.variant for s in subjects}
+        judge = Judge(contenders=contenders or (lambda *_: everyone), tell=self.tell)
         try:
             self._ready(subjects)
             asked = [wire.subject_body(s) for s in subjects]
-            everyone = {s.variant for s in subjects}
-            told = self.remote.connection.ask("race", None, contenders or (lambda *_: everyone), subjects=asked)
+            told = self.remote.connection.ask("race", judge, subjects=asked)
         except (Lost, Refused) as error:
             self.remote.failure(error)
             return []

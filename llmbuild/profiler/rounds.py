@@ -59,24 +59,46 @@ class Rounds:
 
     def close(self, baseline: Live, visits: int) -> None:
         """Visit the baseline again at the end, where it had left: these samples are compared with its first ones."""
-        self._last = [baseline.visit(self.workload, self.protocol.visit_s)[0]["e2e_s"] for _ in range(visits)]
+        name = _whole(baseline)
+        self._last = [baseline.visit(self.workload, self.protocol.visit_s)[0][name] for _ in range(visits)]
+
+    def kept(self, live: Live, least: int) -> list[int]:
+        """Return the rounds of a subject that count: without disturbed ones, where at least `least` others remain.
+
+        Those who stayed longer than `least` rounds keep the same ones: equal places in their samples are pairs.
+        """
+        alike = [other for other in self.taken if other is live or self._count(other) > least]
+        calm = [i for i in range(self._count(live)) if not self.shares[i].disturbed]
+        enough = all(sum(not self.shares[i].disturbed for i in range(self._count(o))) >= least for o in alike)
+        return calm if enough else list(range(self._count(live)))
 
     def samples(self, live: Live, least: int) -> Samples:
-        """Return a subject's samples, without disturbed rounds where at least `least` others of it remain."""
-        taken = self.taken.get(live, {})
-        count = len(next(iter(taken.values()), []))
-        calm = [i for i in range(count) if not self.shares[i].disturbed]
-        kept = calm if len(calm) >= least else range(count)
-        return {name: [values[i] for i in kept] for name, values in taken.items()}
+        """Return a subject's samples of the rounds that count."""
+        kept = self.kept(live, least)
+        return {name: [values[i] for i in kept] for name, values in self.taken.get(live, {}).items()}
+
+    def pairs(self, mine: Live, theirs: Live, least: int) -> dict[str, list[tuple[float, float]]]:
+        """Return the samples of two subjects in the rounds that count for both."""
+        both = [i for i in self.kept(mine, least) if i in set(self.kept(theirs, least))]
+        ours, others = self.taken.get(mine, {}), self.taken.get(theirs, {})
+        return {name: [(ours[name][i], others[name][i]) for i in both] for name in ours if name in others}
+
+    def _count(self, live: Live) -> int:
+        return len(next(iter(self.taken.get(live, {}).values()), []))
 
     def noisy(self, baseline: Live | None) -> str:
         """Return what disturbed the rounds, or the baseline's drift; empty when there was neither."""
         told = [noise.description(self.shares, self.clocks_khz)]
         if baseline is not None and baseline in self.taken:
-            moved = statistics.drift([*self.taken[baseline]["e2e_s"], *self._last])
+            moved = statistics.drift([*self.taken[baseline][_whole(baseline)], *self._last])
             if moved is not None:
                 told.append(f"the baseline drifted by {moved - 1:+.0%} between the first and the last half")
         return ", ".join(t for t in told if t)
+
+
+def _whole(live: Live) -> str:
+    """Return the metric that all of a visit's time is in."""
+    return "e2e_s" if live.prompt is None else "tpot_s"
 
 
 class EnergyRounds:

@@ -6,8 +6,12 @@ put      {blob, bytes}, then the bytes   -> stored
 limits   {}                              -> source: kernels to compile, and their arguments
 roofline {artifact, plan, seconds}       -> roofline, or failure
 bench    {workloads, quality, ...}       -> ready, or refused where this host must not open the target
-measure  {subject, baseline, screen}     -> measurements, or failure; may ask {brief, perfect}; the answer is {why}
-race     {subjects}                      -> raced; asks {contenders, reach} in between; the answer is {left}
+baseline {subject}                       -> opened, or failure
+measure  {subject, baseline, screen, ...} -> measurements, or failure
+race     {subjects}                      -> raced
+
+In between, a measurement may ask {brief, perfect} (the answer is {why}) or {reached} ({decided}), a race {contenders,
+reach} ({left}); both tell {stage}, which has no answer.
 
 The end of stdin ends all processes here: the client was interrupted, or the connection lost.
 """
@@ -31,7 +35,7 @@ from llmbuild.errors import LlmbuildError, LoadRefused
 from llmbuild.process.child import Limits
 from llmbuild.profiler import roofline, wire
 from llmbuild.profiler.bench import Bench
-from llmbuild.profiler.protocol import Protocol
+from llmbuild.profiler.protocol import Protocol, Stage
 from llmbuild.runtime import host
 from llmbuild.runtime.choose import refusal
 from llmbuild.runtime.model import host_facts
@@ -154,11 +158,18 @@ class Server:
         if why:
             raise LoadRefused(why)
         self._bench = bench_of(request, self.blobs.path)
+        self._bench.tell = self._tell
         return {"ready": True}
+
+    def do_baseline(self, request: JsonObject) -> JsonObject:
+        failure = self._opened.open_baseline(wire.subject_of(request["subject"], self.blobs.path))
+        return {"failure": plain(failure)} if failure else {"opened": True}
 
     def do_measure(self, request: JsonObject) -> JsonObject:
         subject = wire.subject_of(request["subject"], self.blobs.path)
-        found = self._opened.measure(subject, request["baseline"], self._dominated if request["screen"] else None)
+        dominated = self._dominated if request["screen"] else None
+        decided = self._decided if request["stop"] else None
+        found = self._opened.measure(subject, request["baseline"], dominated, decided)
         return {"failure": plain(found)} if isinstance(found, Failure) else {"measurements": plain(found)}
 
     def do_race(self, request: JsonObject) -> JsonObject:
@@ -174,6 +185,14 @@ class Server:
         """Ask the client, which has all trials, which variant surely dominates this one."""
         self.say(brief=plain(list(brief)), perfect=perfect)
         return str(self.requests.next()["why"])
+
+    def _decided(self, reached: Measurement) -> bool:
+        """Ask the client, which has all trials, whether more rounds of this variant would add anything."""
+        self.say(reached=plain(reached))
+        return bool(self.requests.next()["decided"])
+
+    def _tell(self, stage: Stage) -> None:
+        self.say(stage=plain(stage))
 
     @property
     def _opened(self) -> Bench:

@@ -13,6 +13,8 @@ RESAMPLES = 2000
 CONFIDENCE = 0.95
 _STUDENT = (12.706, 4.303, 3.182, 2.776)
 """Quantiles of Student's distribution for 95 %, two-sided, with 1 to 4 degrees of freedom."""
+FEW = len(_STUDENT) + 1
+"""Most samples that `few_of` takes."""
 DRIFT_LEAST, DRIFT_Z, DRIFT_RATIO = 5, 2.576, 0.03
 
 
@@ -36,8 +38,8 @@ def few_of(samples: Sequence[float]) -> Reading:
         ValueError: fewer than 2 samples, more than there are quantiles for, or one that is not positive.
     """
     count = len(samples)
-    if not 2 <= count <= len(_STUDENT) + 1 or min(samples) <= 0:
-        raise ValueError(f"2 to {len(_STUDENT) + 1} positive samples are asked for")
+    if not 2 <= count <= FEW or min(samples) <= 0:
+        raise ValueError(f"2 to {FEW} positive samples are asked for")
     logs = np.log(np.asarray(samples, np.float64))
     reach = _STUDENT[count - 2] * float(np.std(logs, ddof=1)) / math.sqrt(count)
     low, high = math.exp(float(np.mean(logs)) - reach), math.exp(float(np.mean(logs)) + reach)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llmbuild.digest import plain
-from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Subject
 from llmbuild.spec.machine import Machine, machine_from
 from llmbuild.spec.measurement import Measurement, Operator, Reading
 from llmbuild.spec.target import Target
@@ -28,7 +28,17 @@ def subject_body(subject: Subject) -> JsonObject:
 def subject_of(body: JsonObject, where: Where) -> Subject:
     """Return a subject with the files at the paths that `where` returns."""
     listed = {name: tuple(value) for name, value in body.items() if isinstance(value, list)}
-    return Subject(**{**body, **listed, **{name: where(body[name]) for name in FILES}})
+    known = {"known": _prepared(body["known"])} if body.get("known") else {}
+    return Subject(**{**body, **listed, **known, **{name: where(body[name]) for name in FILES}})
+
+
+def _prepared(body: JsonObject) -> Prepared:
+    return Prepared(
+        readings=_readings(body["readings"]),
+        notes=body["notes"],
+        operators=tuple(Operator(**one) for one in body["operators"]),
+        timed={name: _readings(found) for name, found in body["timed"].items()},
+    )
 
 
 def files_of(subject: Subject) -> dict[str, Path]:
@@ -70,9 +80,13 @@ def measurement_of(body: JsonObject) -> Measurement:
         **body,
         "workload": Workload(**body["workload"]),
         "operators": tuple(Operator(**one) for one in body["operators"]),
-        **{name: {k: _reading(r) for k, r in body[name].items()} for name in ("readings", "ratios")},
+        **{name: _readings(body[name]) for name in ("readings", "ratios")},
     }
     return Measurement(**made)
+
+
+def _readings(body: JsonObject) -> dict[str, Reading]:
+    return {name: _reading(found) for name, found in body.items()}
 
 
 def _reading(body: JsonObject) -> Reading:

@@ -110,6 +110,30 @@ def dominated(
     return ""
 
 
+def decided(
+    trial: Trial, reached: Measurement, known: Sequence[Trial], objectives: Sequence[str], bounds: Sequence[Bound]
+) -> bool:
+    """Return whether further rounds cannot change a variant's standing on a workload.
+
+    That is so where its intervals hold it apart from every known variant of the front: each objective is decided, or
+    each of the two is better in one. A bound within an interval is undecided; one on what is not timed is not.
+    """
+    broken = [b for b in bounds if b.metric not in TIMED and b.metric != ENERGY and missed(trial, reached, [b])]
+    if broken:
+        return True
+    timed = [
+        (b.limit, reached.readings[b.metric]) for b in bounds if b.metric in TIMED and b.metric in reached.readings
+    ]
+    if any(r.low <= limit <= r.high for limit, r in timed):
+        return False
+    others = [(t, m) for t in known for m in t.measurements if m.workload.name == reached.workload.name]
+    feasible = [(t, m) for t, m in others if SCREENED not in m.notes and not missed(t, m, bounds)]
+    mine, *theirs = _entrants([(trial, reached), *feasible], objectives)
+    front = [one for one in theirs if not any(dominates(other, one) for other in theirs if other is not one)]
+    orders = [{compare(mine, rival, name) for name in mine.readings} for rival in front]
+    return bool(orders) and all("undecided" not in found or {"better", "worse"} <= found for found in orders)
+
+
 def _factor(
     trial: Trial, brief: Measurement, other: Trial, found: Measurement, name: str, perfect: bool
 ) -> float | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given
@@ -15,12 +17,13 @@ from hypothesis import strategies as st
 
 from llmbuild.process.child import Limits
 from llmbuild.profiler import bench as benches
+from llmbuild.profiler import live as lives
 from llmbuild.profiler import rounds
 from llmbuild.profiler.bench import BRIEF, Bench
-from llmbuild.profiler.budget import LEAST_TOKENS, Pace, plan
-from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound, Prepared
+from llmbuild.profiler.budget import LEAST_TOKENS, SLOW_PROMPT_S, Pace, plan, screen
+from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound
 from llmbuild.profiler.noise import Shares
-from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Subject
 from llmbuild.profiler.statistics import few_of
 from llmbuild.search.front import dominated, standings
 from llmbuild.spec.measurement import SCREENED, Measurement, Reading
@@ -44,70 +47,70 @@ class Clock:
         return self.now
 
 
+NOW: dict[str, Pace] = {}
+"""Paces other than at first: the machine drifts."""
+
+
 class StandIn(Live):
     """A variant of known pace; workers take some time to start and to open."""
 
     clock: Clock
     paces: dict[str, Pace]
     answered: dict[str, list[int]]
+    prompted: Counter[str]
 
     def __init__(self, subject: Subject, limits: Limits) -> None:
-        self.subject, self.readings, self.notes, self.operators = subject, {}, {}, ()
-        self.decode_steps = WHOLE
+        known = subject.known or Prepared({}, {})
+        self.subject, self.readings, self.notes = subject, dict(known.readings), dict(known.notes)
+        self.operators = known.operators
+        self.decode_steps, self.prompt = WHOLE, None
         self.child: Any = SimpleNamespace(pid=0, close=lambda: None)
         self.clock.now += 0.3
 
     def begin(self, workload: Workload, warmup_s: float) -> None:
-        self.open(3)
-        self.readings["load_s"] = Reading(0.03, 0.03, 0.03, (0.03,))
-        self.warm(workload, warmup_s)
+        self._load()
+        self._warm_up(workload, warmup_s)
 
     def score(self, quality: Quality) -> None:
-        if quality.data is not None:
+        if quality.data is not None and "quality_kl" not in self.readings:
             self.clock.now += SCORING_S
             self.readings["quality_kl"] = Reading(0.01, 0.01, 0.01, ())
 
     def count(self) -> None:
         self.operators = ()
 
-    def resume(self, known: Prepared, workload: Workload, warmup_s: float) -> None:
-        self.readings = dict(known.readings)
-        self.open(1)
-        self.warm(workload, warmup_s)
-
     def open(self, times: int) -> list[float]:
         self.clock.now += 0.03 * times
         return [0.03] * times
 
-    def warm(self, workload: Workload, seconds: float) -> float:
-        end = self.clock.now + seconds
-        while True:
-            self.last = answer = self.answers(workload, 0.0)[0]
-            if self.clock.now >= end:
-                return answer.ttft_s + answer.tpot_s * (workload.output - 1)
-
-    def answers(self, workload: Workload, seconds: float) -> list[Answer]:
-        pace, tokens = self.paces[self.subject.variant], min(workload.output, self.decode_steps)
+    def answers(self, workload: Workload, seconds: float, settled: bool = False) -> list[Answer]:
+        name, tokens = self.subject.variant, min(workload.output, self.decode_steps)
+        pace = NOW.get(name, self.paces[name])
         self.answered.setdefault(self.subject.variant, []).append(tokens)
-        self.clock.now += pace.ttft_s + min(pace.tpot_s * (tokens - 1), 0.2)
-        count = max(1, math.ceil(seconds / pace.answer_s(tokens)))
-        self.clock.now += count * pace.answer_s(tokens)
-        return [Answer(pace.ttft_s, pace.tpot_s, (pace.tpot_s,) * (tokens - 1))] * count
+        self.prompted[self.subject.variant] += self.prompt is None
+        mine = pace if self.prompt is None else replace(pace, ttft_s=0.0)
+        if not settled:
+            self.clock.now += (mine.ttft_s <= SLOW_PROMPT_S) * mine.ttft_s + min(pace.tpot_s * (tokens - 1), 0.2)
+        count = max(1, math.ceil(seconds / mine.answer_s(tokens)))
+        self.clock.now += count * mine.answer_s(tokens)
+        first = pace.ttft_s if self.prompt is None else self.prompt.median
+        return [Answer(first, pace.tpot_s, (pace.tpot_s,) * (tokens - 1))] * count
 
     def meter(self) -> MeterFound:
         return MeterFound(None, "none here", {})
 
 
 Start = Callable[[dict[str, Pace]], tuple[Bench, Clock, dict[str, list[int]]]]
+HELD = Path("held-out")
 
 
 @pytest.fixture
 def start(monkeypatch: pytest.MonkeyPatch) -> Start:
     def started(paces: dict[str, Pace]) -> tuple[Bench, Clock, dict[str, list[int]]]:
         clock = Clock()
-        made = type("Known", (StandIn,), {"clock": clock, "paces": paces, "answered": {}})
+        made = type("Known", (StandIn,), {"clock": clock, "paces": paces, "answered": {}, "prompted": Counter()})
         monkeypatch.setattr(benches, "Live", made)
-        for module in (benches, rounds):
+        for module in (benches, rounds, lives):
             monkeypatch.setattr(module, "monotonic", clock)
         monkeypatch.setattr(rounds.noise, "Watch", lambda _: SimpleNamespace(shares=lambda: Shares(0.0, 0.0)))
         return Bench([LOAD], Quality(None, "none"), "m", Limits(), PROTOCOL), clock, made.answered  # type: ignore[attr-defined]
@@ -295,3 +298,181 @@ def test_a_plan_is_within_its_budget_or_says_so(asked: list[Pace], baseline: Pac
     kept = [asked[i] for i in made.racers]
     cost = lambda p: p.visit_s(made.tokens, PROTOCOL.visit_s)  # noqa: E731
     assert all(cost(p) >= max(map(cost, kept)) for p in dropped)
+
+
+@given(paces, st.integers(1, 256))
+def test_a_screening_is_within_its_time_or_has_the_least_that_has_an_interval(pace: Pace, output: int) -> None:
+    made = screen(pace, output, PROTOCOL)
+    took = made.rounds * pace.visit_s(made.tokens, PROTOCOL.visit_s)
+    least = min(output, LEAST_TOKENS)
+    assert took <= PROTOCOL.screen_s or (made.rounds, made.tokens) == (BRIEF, least)
+    assert least <= made.tokens <= output
+    assert (made.note(pace, output) == "") == (made.tokens == output)
+    whole = PROTOCOL.rounds * pace.visit_s(output, PROTOCOL.visit_s)
+    assert whole > PROTOCOL.screen_s or (made.rounds, made.tokens) == (PROTOCOL.rounds, output)
+
+
+# --- a slow baseline ----------------------------------------------------------------------------------------------
+
+NAIVE = {"default": Pace(4.5, 0.06), "v0": Pace(0.055, 0.0037), "v1": Pace(0.06, 0.0048), "v2": Pace(0.058, 0.004)}
+"""About what the compiler's default and our kernels take for SmolLM2-135M on two cores."""
+
+
+def test_a_slow_baseline_is_read_in_few_tokens_and_says_so(start: Start) -> None:
+    bench, clock, answered = start(NAIVE)
+    measured = measured_in(bench, "default")
+    assert clock.now <= 25, "five whole answers would take 65 s"
+    assert set(answered["default"]) == {LEAST_TOKENS}
+    assert measured.notes["baseline"].startswith("answers of 8 of 64 output tokens in at least 3 rounds: a whole one")
+    readings = {name: measured.readings[name].median for name in ("ttft_s", "tpot_s", "e2e_s", "output_tokens_per_s")}
+    whole = 4.5 + 63 * 0.06
+    expected = {"ttft_s": 4.5, "tpot_s": 0.06, "e2e_s": whole, "output_tokens_per_s": 64 / whole}
+    assert readings == pytest.approx(expected), "those of an answer are computed for all of its tokens"
+
+
+def test_beside_others_a_baseline_with_a_slow_prompt_only_decodes(start: Start) -> None:
+    bench, clock, _ = start(NAIVE)
+    default = measured_in(bench, "default")
+    prompts, begin = bench_prompts(bench)["default"], clock.now
+    measured = measured_in(bench, "v0")
+    assert bench_prompts(bench)["default"] == prompts
+    assert clock.now - begin <= 10, "five visits with the prompt would take 25 s"
+    assert "without the prompt: it takes 4.5 s, and was read before" in measured.notes["baseline"]
+    ratio = measured.ratios["ttft_s"]
+    assert ratio.median == pytest.approx(0.055 / 4.5)
+    off = default.readings["ttft_s"].high / default.readings["ttft_s"].median
+    assert ratio.high / ratio.median >= off
+    assert measured.ratios["tpot_s"].median == pytest.approx(0.0037 / 0.06)
+
+
+def test_a_drift_since_the_prompt_was_read_widens_what_it_is_part_of(start: Start) -> None:
+    bench, _, _ = start(NAIVE)
+    measured_in(bench, "default")
+    calm = measured_in(bench, "v0")
+    NOW["default"] = Pace(4.5, 0.06 * 1.2)
+    try:
+        drifted = measured_in(bench, "v1")
+    finally:
+        NOW.clear()
+    spread = {m.variant: m.ratios["ttft_s"].high / m.ratios["ttft_s"].low for m in (calm, drifted)}
+    assert spread["v1"] == pytest.approx(spread["v0"] * 1.2**2)
+    assert drifted.ratios["tpot_s"].median == pytest.approx(0.0048 / 0.072), "decoding is paired as ever"
+
+
+def test_a_race_with_a_slow_baseline_keeps_to_its_budget_and_the_baselines_prompt(start: Start) -> None:
+    bench, clock, _ = start(NAIVE)
+    screened(bench, list(NAIVE))
+    alone = bench._alone[LOAD.name].ttft_s
+    prompts, begin = bench_prompts(bench)["default"], clock.now
+    raced = {found[0].variant: found[0] for found in bench.race([subject(name) for name in NAIVE], everyone)}
+    assert clock.now - begin <= 1.05 * PROTOCOL.race_seconds
+    assert bench_prompts(bench)["default"] == prompts
+    first = raced["default"].readings["ttft_s"]
+    assert (first.median, first.low, first.high, first.samples) == (alone.median, alone.low, alone.high, ())
+    assert len(raced["v0"].readings["tpot_s"].samples) >= PROTOCOL.race_rounds
+
+
+def bench_prompts(bench: Bench) -> Counter[str]:
+    return Counter(benches.Live.prompted)  # type: ignore[attr-defined]
+
+
+# --- what is known ------------------------------------------------------------------------------------------------
+
+
+def test_a_known_baseline_is_opened_and_nothing_of_it_is_read_again(start: Start) -> None:
+    bench, _, _ = start(SLOW)
+    bench.quality = Quality(HELD, "")
+    before = measured_in(bench, "default")
+    bench, clock, answered = start(SLOW)
+    bench.quality = Quality(HELD, "")
+    known = Prepared.of([before])
+    assert bench.open_baseline(replace(subject("default"), known=known)) is None
+    assert (bench.has_baseline, answered["default"]) == (True, [LEAST_TOKENS])
+    assert clock.now < 3
+    measured = measured_in(bench, "v0")
+    assert measured.ratios["tpot_s"].median == pytest.approx(0.002 / 0.05)
+    raced = bench.race([replace(subject("v0"), known=Prepared.of([measured]))])
+    assert raced[0][0].readings["quality_kl"] == before.readings["quality_kl"]
+
+
+def test_known_racers_are_neither_scored_nor_asked_for_their_pace(start: Start) -> None:
+    bench, _, _ = start(SLOW)
+    bench.quality = Quality(HELD, "")
+    known = {name: Prepared.of([measured_in(bench, name)]) for name in ("default", "v0", "v1")}
+    bench, clock, answered = start(SLOW)
+    bench.quality = Quality(HELD, "")
+    bench.open_baseline(replace(subject("default"), known=known["default"]))
+    begin = clock.now
+    raced = bench.race([replace(subject(name), known=known[name]) for name in ("v0", "v1")], everyone)
+    assert clock.now - begin <= 1.05 * PROTOCOL.race_seconds
+    assert [m.readings["quality_kl"].median for (m,) in raced] == [0.01] * 3
+    assert answered["v0"].count(LEAST_TOKENS) <= 1 or answered["v0"][-1] == LEAST_TOKENS
+
+
+def measured_with(notes: dict[str, str], protocol: int = 3) -> Measurement:
+    readings = {name: Reading(1.0, 1.0, 1.0, ()) for name in ("load_s", "tpot_s", "ttft_s", "quality_kl", "e2e_s")}
+    return Measurement("k", "v", "a", LOAD, "m", readings, {}, notes, protocol=protocol)
+
+
+def test_what_is_known_is_what_holds_for_every_process_and_was_read_at_full_speed() -> None:
+    plain = Prepared.of([measured_with({"check": "well", "noise": "some", "quality": "told", "race": "short"})])
+    assert plain is not None
+    assert (set(plain.readings), dict(plain.notes)) == ({"load_s", "quality_kl"}, {"check": "well", "quality": "told"})
+    assert {name: set(of) for name, of in plain.timed.items()} == {"chat": {"ttft_s", "tpot_s"}}
+    slowed = Prepared.of([measured_with({"held back": "pinned to CPU 0"})])
+    assert slowed is not None and set(slowed.readings) == {"quality_kl"}
+    brief = Prepared.of([measured_with({SCREENED: "by another", "quality": "absent: not scored"})])
+    assert brief is not None and "quality" not in brief.notes
+    assert Prepared.of([]) is None
+    assert Prepared.of([measured_with({}, protocol=2)]) is None
+
+
+# --- when it is decided -------------------------------------------------------------------------------------------
+
+
+def test_a_variant_whose_standing_is_decided_has_no_more_than_the_least_rounds(start: Start) -> None:
+    bench, _, _ = start({"default": Pace(0.002, 0.0002), "v0": Pace(0.001, 0.0001)})
+    measured_in(bench, "default")
+    asked: list[int] = []
+
+    def decided(reached: Measurement) -> bool:
+        asked.append(len(reached.readings["tpot_s"].samples))
+        assert reached.ratios["tpot_s"].median == pytest.approx(0.5)
+        return len(asked) > 2
+
+    rounds = [samples_of(bench.measure(subject("v0"), False, None, decided)) for _ in range(2)]
+    assert asked == [5, 10, 5]
+    assert rounds[0] > rounds[1] == PROTOCOL.rounds
+
+
+def samples_of(found: tuple[Measurement, ...] | Failure) -> int:
+    assert not isinstance(found, Failure)
+    return len(found[0].readings["tpot_s"].samples)
+
+
+def test_a_race_in_which_nobody_is_undecided_ends_with_its_first_look(start: Start) -> None:
+    fast = {"default": Pace(0.005, 0.0008), **{f"v{i}": Pace(0.001, 0.0001 * (1 + i)) for i in range(4)}}
+    bench, clock, _ = start(fast)
+    screened(bench, list(fast))
+    begin = clock.now
+    raced = bench.race([subject(name) for name in fast], lambda measured, reach: set())
+    assert {samples_of(found) for found in raced} == {PROTOCOL.race_rounds}
+    assert clock.now - begin < PROTOCOL.race_seconds / 2
+
+
+class Visited:
+    prompt = None
+
+
+def test_equal_places_in_the_samples_of_a_race_are_pairs_also_where_few_rounds_were_calm() -> None:
+    made = rounds.Rounds(LOAD, Random(0), PROTOCOL)
+    stayed, left = (cast(Live, Visited()) for _ in range(2))
+    made.taken = {stayed: {"tpot_s": [float(i) for i in range(24)]}, left: {"tpot_s": [float(i) for i in range(12)]}}
+    made.shares = [Shares(0.0, 0.5 if i < 9 else 0.0) for i in range(24)]
+    for one, other in ((stayed, left), (left, stayed)):
+        assert made.samples(one, 5)["tpot_s"][:12] == made.samples(other, 5)["tpot_s"][:12]
+    brief = cast(Live, Visited())
+    made.taken[brief] = {"tpot_s": [float(i) for i in range(5)]}
+    made.shares = [Shares(0.0, 0.5 if i == 2 else 0.0) for i in range(24)]
+    assert made.pairs(stayed, brief, 5)["tpot_s"] == [(float(i),) * 2 for i in (0, 1, 3, 4)]
+    assert len(made.samples(stayed, 5)["tpot_s"]) == 23, "who leaves first keeps no disturbed round for others"

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 from typing import cast
 
 import iree.runtime as rt
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -28,7 +27,6 @@ from llmbuild.profiler.noise import Shares, Snapshot, Watch, clock_khz, descript
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.profiler.protocol import Quality as Reference
 from llmbuild.profiler.rounds import Rounds
-from llmbuild.profiler.worker import log_softmax
 from llmbuild.runtime import reader
 from llmbuild.runtime.host import cores
 from llmbuild.runtime.session import Session, Settings
@@ -155,11 +153,6 @@ def test_a_race_asks_seven_times_at_most_and_each_time_after_twice_as_many_round
 def test_stolen_time_is_called_noise() -> None:
     assert "stolen" in verdict(Snapshot(0, 0), Snapshot(10, 100), 64)
     assert verdict(Snapshot(0, 0), Snapshot(1, 100), 64) == ""
-
-
-def test_log_softmax_is_normalized_and_takes_large_logits() -> None:
-    rows = log_softmax(np.array([[1e4, 0.0, -1e4], [1.0, 2.0, 3.0]], np.float32))
-    assert np.exp(rows).sum(-1) == pytest.approx([1.0, 1.0])
 
 
 def test_a_held_out_module_that_is_not_there_is_told() -> None:

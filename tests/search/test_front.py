@@ -3,10 +3,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmbuild.search.front import Entrant, contenders, dominates, standings
+from llmbuild.search.front import Entrant, contenders, decided, dominates, standings
 from llmbuild.spec.measurement import Measurement, Reading
 from llmbuild.spec.slo import parse_bound
 from llmbuild.spec.space import Point
@@ -188,3 +189,42 @@ def test_the_front_of_a_race_is_never_empty(rows: list) -> None:
     trials = [raced(str(i), a, b, c[0]) for i, (a, b, c, _) in enumerate(rows)]
     found = standings(trials, "w", (*TIMES, "peak_memory_bytes"), ())
     assert any(s.status in ("pareto", "undecided") for s in found)
+
+
+# --- when more rounds add nothing ---------------------------------------------------------------------------------
+
+FRONT = (
+    trial("fast", tpot_s=Reading(1.0, 0.95, 1.05, ()), quality_kl=exact(0.1)),
+    trial("exact", tpot_s=Reading(3.0, 2.9, 3.1, ()), quality_kl=exact(0.0)),
+)
+
+
+@pytest.mark.parametrize(
+    ("tpot", "kl", "expected"),
+    [
+        ((2.0, 1.9, 2.1), 0.05, True),  # between both, by either objective
+        ((4.0, 3.9, 4.1), 0.2, True),  # behind both
+        ((0.5, 0.4, 0.6), 0.0, True),  # ahead of both
+        ((1.0, 0.9, 1.1), 0.2, False),  # perhaps the equal of the first in time
+        ((1.0, 0.9, 1.1), 0.05, False),
+        ((3.0, 2.8, 3.2), 0.05, False),  # the second is better in quality, and perhaps faster
+        ((1.0, 0.9, 1.1), 0.0, False),
+        ((5.0, 4.9, 5.1), 0.3, True),  # behind both, and the equal of one who is behind both
+    ],
+)
+def test_a_variant_is_decided_once_it_stands_apart_from_the_front(
+    tpot: tuple[float, float, float], kl: float, expected: bool
+) -> None:
+    new = trial("new", tpot_s=Reading(*tpot, ()), quality_kl=exact(kl))
+    beaten = trial("beaten", tpot_s=Reading(5.0, 4.9, 5.1, ()), quality_kl=exact(0.3))
+    names = ("tpot_s", "quality_kl")
+    found = decided(replace(new, measurements=()), new.measurements[0], [*FRONT, beaten], names, ())
+    assert found == expected
+
+
+def test_what_a_bound_leaves_out_is_decided_unless_rounds_may_move_it() -> None:
+    new = trial("new", tpot_s=Reading(1.0, 0.9, 1.1, ()), quality_kl=exact(0.2))
+    asked = replace(new, measurements=()), new.measurements[0], FRONT, ("tpot_s", "quality_kl")
+    assert decided(*asked, [parse_bound("quality_kl<=0.15")])
+    assert not decided(*asked, [parse_bound("tpot_s<=1.05")])
+    assert not decided(asked[0], asked[1], (), ("tpot_s",), ()), "with nobody to stand apart from"

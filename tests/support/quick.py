@@ -24,8 +24,8 @@ from llmbuild.build.steps import Steps
 from llmbuild.catalog.writer import Catalog
 from llmbuild.frontend.source import FoundModel
 from llmbuild.process.child import Limits
-from llmbuild.profiler.bench import measurement_key
 from llmbuild.profiler.protocol import Quality, Subject
+from llmbuild.profiler.readings import measurement_key
 from llmbuild.runtime import host
 from llmbuild.runtime.chat import ChatTemplate
 from llmbuild.spec.machine import Machine
@@ -139,7 +139,9 @@ class QuickBench:
     def __init__(self, job: Job) -> None:
         self.job, self.measured = job, 0
 
-    def measure(self, subject: Subject, baseline: bool = False, dominated: Any = None) -> tuple[Measurement, ...]:
+    def measure(
+        self, subject: Subject, baseline: bool = False, dominated: Any = None, decided: Any = None
+    ) -> tuple[Measurement, ...]:
         """Return readings that are a function of the variant, the workload and the held-out text."""
         self.measured += not baseline
         return tuple(self._read(subject, w) for w in self.job.recipe.workloads)
