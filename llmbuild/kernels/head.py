@@ -1,4 +1,6 @@
-"""The end of a decoder as one dispatch: final norm, output matrix, and the first largest logit."""
+"""The end of a decoder as one dispatch: final norm and output matrix, of one row with the first largest logit, or of
+many rows.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,7 @@ from llmbuild.kernels.text import I32, I64, VF, VI, Writer
 
 PHASES = 3
 ARGUMENTS = ["x", "norm", "data", "scale", "counters", "logits", "token", "scratch"]
+SCORES = [name for name in ARGUMENTS if name != "token"]
 LOWEST = -3.0e38
 
 
@@ -47,45 +50,70 @@ class HeadShape:
         return up_to(self.vocabulary, PANEL)
 
 
-def _body(shape: HeadShape, unit: Instructions) -> str:
-    w = Writer()
-    rows = w.integer(1)
-    p = bind(w, ARGUMENTS, dict(_sizes(shape)))
-    phases = Phases(w, p["counters"], worker(w), shape.workers, unit.pause)
+class HeadWriter:
+    """Writes the body of a dispatch for `rows` (i64) hidden states; each method is one phase."""
 
-    def normalize(row: str) -> None:
-        source, weight = k.vectors(w, p["x"]), k.vectors(w, p["norm"])
-        factor = w.splat(k.inverse_norm(w, source, shape.hidden, shape.epsilon, shape.width))
+    def __init__(self, w: Writer, shape: HeadShape, unit: Instructions, arguments: list[str], rows: str) -> None:
+        self.w, self.shape, self.unit, self.rows = w, shape, unit, rows
+        self.p = bind(w, arguments, {name: _size(w, shape, name, rows) for name in arguments})
+        self.phases = Phases(w, self.p["counters"], worker(w), shape.workers, unit.pause)
 
-        def normal(i: str) -> str:
-            return w.op("arith.mulf", w.op("arith.mulf", source(i), factor), weight(i))
+    def normalize(self) -> None:
+        """Normalize rows and prepare them for the matrix."""
+        w, shape, layout = self.w, self.shape, self.shape.layout
 
-        products.prepare(w, shape.layout, normal, w.at(p["scratch"], w.mul(row, shape.layout.prepared_bytes)))
+        def unit(row: str) -> None:
+            source = k.vectors(w, w.at(self.p["x"], w.mul(row, 4 * shape.width)))
+            weight = k.vectors(w, self.p["norm"])
+            factor = w.splat(k.inverse_norm(w, source, shape.hidden, shape.epsilon, shape.width))
 
-    def store(_: str, first: str, blocks: list[str]) -> None:
-        for b, block in enumerate(blocks):
-            w.store(block, w.at(p["logits"], w.mul(w.add(first, b * k.LANES), 4)), VF)
+            def normal(i: str) -> str:
+                return w.op("arith.mulf", w.op("arith.mulf", source(i), factor), weight(i))
 
-    panels = products.Panels(shape.layout, p["data"], p["scale"], None)
-    phases.run(1, normalize)
-    phases.run(
-        shape.padded // PANEL,
-        lambda panel: products.multiply_panel(w, unit, panels, panel, p["scratch"], rows, store),
-    )
-    phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], shape.vocabulary), p["token"], I64, 8))
-    return w.text()
+            products.prepare(w, layout, normal, w.at(self.p["scratch"], w.mul(row, layout.prepared_bytes)))
+
+        self.phases.run(self.rows, unit)
+
+    def multiply(self) -> None:
+        """Multiply the prepared rows by the matrix, panel by panel."""
+        w, p, shape = self.w, self.p, self.shape
+        panels = products.Panels(shape.layout, p["data"], p["scale"], None)
+
+        def store(row: str, first: str, blocks: list[str]) -> None:
+            for b, block in enumerate(blocks):
+                place = w.mul(w.add(first, b * k.LANES), 4)
+                w.store(block, w.at(p["logits"], w.mul(row, 4 * shape.padded), place), VF)
+
+        self.phases.run(
+            shape.padded // PANEL,
+            lambda panel: products.multiply_panel(w, self.unit, panels, panel, p["scratch"], self.rows, store),
+        )
+
+    def choose(self) -> None:
+        """Find the token of the only row."""
+        w, p = self.w, self.p
+        vocabulary = self.shape.vocabulary
+        self.phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], vocabulary), p["token"], I64, 8))
 
 
-def _sizes(shape: HeadShape) -> dict[str, int | str]:
+def _size(w: Writer, shape: HeadShape, name: str, rows: str) -> int | str:
+    """Return the bytes of an argument."""
+    size, per_row = _bytes(shape)[name]
+    return w.mul(rows, size) if per_row else size
+
+
+def _bytes(shape: HeadShape) -> dict[str, tuple[int, bool]]:
+    """Return the bytes of each argument, and whether they are for each row."""
+    panels = shape.padded // PANEL
     return {
-        "x": 4 * shape.width,
-        "norm": 4 * shape.width,
-        "data": shape.padded // PANEL * shape.layout.panel_bytes,
-        "scale": shape.padded // PANEL * shape.layout.scale_bytes,
-        "counters": counter_bytes(PHASES, shape.workers),
-        "logits": 4 * shape.padded,
-        "token": 8,
-        "scratch": shape.layout.prepared_bytes,
+        "x": (4 * shape.width, True),
+        "norm": (4 * shape.width, False),
+        "data": (panels * shape.layout.panel_bytes, False),
+        "scale": (panels * shape.layout.scale_bytes, False),
+        "counters": (counter_bytes(PHASES, shape.workers), False),
+        "logits": (4 * shape.padded, True),
+        "token": (8, False),
+        "scratch": (shape.layout.prepared_bytes, True),
     }
 
 
@@ -114,23 +142,72 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
     return w.cast("arith.extui", w.let(f"vector.reduction <minsi>, {left} : {VI} into {I32}"), I32, I64)
 
 
+@dataclass(frozen=True)
+class _Types:
+    """The types of MLIR that a dispatch takes besides its rows."""
+
+    norm: str
+    data: str
+    scale: str
+    counters: str
+
+
+def _types(shape: HeadShape) -> _Types:
+    layout = shape.layout
+    return _Types(
+        f"tensor<{shape.width}xf32>",
+        f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>",
+        f"tensor<{shape.padded * layout.groups}x{layout.scale_element}>",
+        f"tensor<{_bytes(shape)['counters'][0]}xi8>",
+    )
+
+
 def head(name: str, shape: HeadShape, unit: Instructions) -> str:
-    """Return the executable and `util.func @name(x [1,hidden], norm, data, scale) -> (logits [padded], token
+    """Return the executable and `util.func @name(x [1,width], norm, data, scale) -> (logits [padded], token
     i64[1])`.
     """
-    sizes, layout = _sizes(shape), shape.layout
-    wide, norm = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.width}xf32>"
-    data = f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>"
-    scale = f"tensor<{shape.padded * layout.groups}x{layout.scale_element}>"
-    logits = f"tensor<{shape.padded}xf32>"
-    counters, room = f"tensor<{sizes['counters']}xi8>", f"tensor<{sizes['scratch']}xi8>"
-    kinds = f"{wide}, {norm}, {data}, {scale}, {counters}, index"
-    return f"""{executable(name, ARGUMENTS, _body(shape, unit), shape.workers)}
-util.func private @{name}(%x: {wide}, %norm: {norm}, %data: {data}, %scale: {scale}) -> ({logits}, tensor<1xi64>) {{
+    w = Writer()
+    body = HeadWriter(w, shape, unit, ARGUMENTS, w.integer(1))
+    body.normalize()
+    body.multiply()
+    body.choose()
+    of = _types(shape)
+    wide, logits = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
+    room = f"tensor<{shape.layout.prepared_bytes}xi8>"
+    kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
+    return f"""{executable(name, ARGUMENTS, w.text(), shape.workers)}
+util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
+    -> ({logits}, tensor<1xi64>) {{
 %one = arith.constant 1 : index
 %none = arith.constant 0 : i8
-%counters = flow.tensor.splat %none : {counters}
+%counters = flow.tensor.splat %none : {of.counters}
 %r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %one)
     : ({kinds}) -> (%counters, {logits}, tensor<1xi64>, {room})
 util.return %r#1, %r#2 : {logits}, tensor<1xi64>
+}}"""
+
+
+def scores(name: str, shape: HeadShape, unit: Instructions) -> str:
+    """Return the executable and `util.func @name(x [T,width], norm, data, scale) -> logits [T,padded]`.
+
+    Rows are rounded as `head` rounds its own, and share passes over the panels like those of a prompt.
+    """
+    w = Writer()
+    body = HeadWriter(w, shape, unit, SCORES, w.cast("arith.index_cast", "%rows", "index", I64))
+    body.normalize()
+    body.multiply()
+    of = _types(shape)
+    wide, logits, room = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>", "tensor<?xi8>"
+    kinds = f"{wide}{{%rows}}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
+    return f"""{executable(name, SCORES, w.text(), shape.workers)}
+util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale}) -> {logits} {{
+%zero = arith.constant 0 : index
+%rows = tensor.dim %x, %zero : {wide}
+%each = arith.constant {shape.layout.prepared_bytes} : index
+%room = arith.muli %rows, %each : index
+%none = arith.constant 0 : i8
+%counters = flow.tensor.splat %none : {of.counters}
+%r:3 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %rows)
+    : ({kinds}) -> (%counters, {logits}{{%rows}}, {room}{{%room}})
+util.return %r#1 : {logits}
 }}"""

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.kernels.choose import KNOWN
-from llmbuild.kernels.head import HeadShape, head
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import Layout, family
@@ -21,7 +20,7 @@ from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import reference
 from llmbuild.transform.decoder import layer_buffer
-from llmbuild.transform.panels import Matrix, encode, pack, unpack
+from llmbuild.transform.panels import pack
 from llmbuild.transform.quantized import Quantized, code_range
 from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
@@ -232,63 +231,6 @@ def test_every_kernel_multiplies_one_row_and_a_tile_of_rows(calls: tuple[tuple[i
 def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     (unit,) = (unit for unit in KNOWN if unit.name == "avx512")
     assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
-
-
-HEADS = {
-    "whole panel": (64, "int8"),
-    "part of a panel": (100, "int8"),
-    "panels and a part": (333, "int8"),
-    "int4 in one group": (100, "int4_g64"),
-    "int4 in groups": (333, "int4_g32"),
-    "int7 in groups": (333, "int7_g32"),
-    "f16": (100, "f16"),
-    "bf16": (333, "bf16"),
-    "f12_e4m7": (333, "f12_e4m7"),
-}
-
-
-@with_all("case", {name: form for name, (_, form) in HEADS.items()})
-def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, case: tuple[Instructions, str]) -> None:
-    unit, (vocabulary, form) = case[0], HEADS[case[1]]
-    wide = 96 if form.startswith("int7") else 48
-    shape, rng = (
-        HeadShape(wide, vocabulary, 1e-5, 2, form, unit.kernels[family(form)].narrow),
-        np.random.default_rng(vocabulary),
-    )
-    dense = -np.abs(rng.standard_normal((vocabulary, wide))).astype(np.float32)
-    dense[vocabulary // 2] = dense[vocabulary - 1] = dense[3] = -1e-3
-    data, scales = (part.view(np.uint8) for part in pack(shape.layout, encode(form, dense)))
-    held = [f"tensor<{data.size}xi8>", f"tensor<{scales.size}xi8>"]
-    element, scale_element = shape.layout.element, shape.layout.scale_element
-    sizes = [data.size // (2 if shape.layout.is_half else 1), scales.size // (2 if scale_element == "bf16" else 4)]
-    cast = [f"tensor<{sizes[0]}x{element}>", f"tensor<{sizes[1]}x{scale_element}>"]
-    kinds, logits_kind = [f"tensor<1x{wide}xf32>", f"tensor<{wide}xf32>", *held], f"tensor<{shape.padded}xf32>"
-    main = f"""
-util.func public @main({", ".join(f"%a{i}: {k}" for i, k in enumerate(kinds))}) -> ({logits_kind}, tensor<1xi64>) {{
-%data = {_as(held[0], "%a2", cast[0])}
-%scale = {_as(held[1], "%a3", cast[1])}
-%r:2 = util.call @head(%a0, %a1, %data, %scale)
-    : ({", ".join(kinds[:2] + cast)}) -> ({logits_kind}, tensor<1xi64>)
-util.return %r#0, %r#1 : {logits_kind}, tensor<1xi64>
-}}"""
-    (tmp_path / "head.mlir").write_text(head("head", shape, unit) + main)
-    artifact = MACHINES[unit.name].compile(tmp_path / "head.mlir")
-    x, norm = np.abs(rng.standard_normal((1, wide))).astype(np.float32), np.ones(wide, np.float32)
-    inputs = [x, norm, data.view(np.int8), scales.view(np.int8)]
-    (logits, token), _ = MACHINES[unit.name].call(artifact, inputs, 2, "local-task")
-    matrix = Matrix(*unpack(shape.layout, data, scales), np.zeros(shape.padded, np.float32), shape.layout)
-    expected = reference.multiply(reference.normalize(x, norm, 1e-5), matrix)[0]
-    assert relative_error(logits[:vocabulary], expected[:vocabulary]) < 1e-5
-    assert token.tolist() == [3]
-
-
-def _as(held: str, name: str, wanted: str) -> str:
-    """Return the operation that sees bytes as another type."""
-    return (
-        f"flow.tensor.bitcast {name} : {held} -> {wanted}"
-        if held != wanted
-        else f"util.optimization_barrier {name} : {held}"
-    )
 
 
 @with_all("case", {form: form for form in ("int8", "int7_g64", "int4_g64")})
