@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import nibbles
 from llmbuild.transform import weights as layouts
 from llmbuild.transform.quantized import Quantized, pack_nibbles, stack
@@ -40,6 +41,10 @@ class Matrix(nn.Module):
         self.group, self.nibbles = self.columns, False
         scale = zero = None
         if isinstance(weights, Quantized):
+            if weights.halves:
+                raise ChoiceRefused(
+                    "the blocks of GGUF files, q8_0, q4_0 and q4_1, are read by kernel=own on CPUs alone"
+                )
             self.group, self.nibbles = weights.group, weights.bits == 4
             data = torch.from_numpy(self._stored(weights.codes))
             if self.groups == 1 and weights.zero is None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from llmbuild.kernels.shapes import HEAD_NORMS, NORMS, DecoderShape, buffer_bytes, sections
 from llmbuild.transform.panels import Matrix, encode_for, pack, unpack
-from llmbuild.transform.quantized import Quantized
+from llmbuild.transform.quantized import Quantized, joined
 from llmbuild.transform.weights import Array, interleave, pad_rows, pad_width
 
 PARTS = {"qkv": ("query", "key", "value"), "out": ("out",), "gate_up": ("gate", "up"), "down": ("down",)}
@@ -47,8 +46,7 @@ def _joined(parts: list[Quantized | Array], join: Callable[..., Array]) -> Quant
     quantized = [part for part in parts if isinstance(part, Quantized)]
     if not quantized:
         return join(*parts)
-    codes, scale = (join(*[getattr(part, field) for part in quantized]) for field in ("codes", "scale"))
-    return replace(quantized[0], codes=codes, scale=scale)
+    return joined(quantized, join)
 
 
 def _stack(*parts: Array) -> Array:
