@@ -12,7 +12,8 @@ from pydantic import BaseModel
 def write(folder: Path) -> None:
     """Write every generated page into `folder`; a page that did not change keeps its time."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in {"knobs": knobs(), "metrics": metrics(), "recipe": recipe(), "target": target()}.items():
+    pages = {"knobs": knobs(), "formats": formats(), "metrics": metrics(), "recipe": recipe(), "target": target()}
+    for name, text in pages.items():
         path = folder / f"{name}.md"
         if not path.is_file() or path.read_text() != text:
             path.write_text(text)
@@ -33,6 +34,34 @@ def knobs() -> str:
             table(columns, ([row[c] for c in columns] for row in kept)),
             "\n## Left out of the search space\n",
             table(("choice", "backends", "reason"), ([r["knob"], r["backends"], r["meaning"]] for r in left)),
+            "",
+        ]
+    )
+
+
+def formats() -> str:
+    """Return the page of all weight formats: their size, and which code reads them on which targets."""
+    from llmbuild.kernels.choose import needs
+    from llmbuild.kernels.layouts import FORMATS as OWN
+    from llmbuild.kernels.matvec import FORMATS as GPU
+    from llmbuild.spec.formats import BLOCKS, WEIGHT_FORMATS, bits
+
+    rows = (
+        [
+            f"`{form}`",
+            f"{bits(form):g}",
+            "" if form in BLOCKS else "every target",
+            f"CPUs with {needs(form)}" if form in OWN else "",
+            "GPUs" if form in GPU else "",
+        ]
+        for form in WEIGHT_FORMATS
+    )
+    columns = ("format", "bits per weight", "`kernel=compiler`", "`kernel=own`, packed", "`kernel=own`, row-major")
+    return "\n".join(
+        [
+            "# Weight formats\n",
+            "Values of the knobs `weight_format` and `head_format`, and what reads them. Bits include scales.\n",
+            table(columns, rows),
             "",
         ]
     )

@@ -25,13 +25,14 @@ class Matrix(nn.Module):
     """A weight matrix `[N, K]` as it is stored; tied layers hold the same one, so that it is stored once.
 
     `data` is floating-point, int8, or 4-bit codes two in a byte. A quantized matrix has a `scale` for each row, or in
-    groups of columns, and then `zero` points as well where its format has them.
+    groups of columns, and then `zero` points or a `minimum` as well where its format has them.
     """
 
     packed = False
     data: torch.Tensor
     scale: torch.Tensor | None
     zero: torch.Tensor | None
+    minimum: torch.Tensor | None
 
     def __init__(self, rows: Rows, columns: int, form: str) -> None:
         super().__init__()
@@ -39,7 +40,7 @@ class Matrix(nn.Module):
         self.rows, self.columns = rows.count, columns
         self.group, self.nibbles = self.stored.group, self.stored.nibbles
         kinds = self.stored.tensors()
-        for name in ("data", "scale", "zero"):
+        for name in ("data", "scale", "zero", "minimum"):
             kind = kinds.get(name)
             self.register_buffer(name, None if kind is None else torch.empty(kind.shape, dtype=TORCH[kind.dtype]))
 
@@ -89,7 +90,10 @@ class Matrix(nn.Module):
         shared = self.place(row, column // self.group, self.groups)
         if self.zero is not None:
             found = found - self.zero.flatten()[shared].float()
-        return found * self.scale.flatten()[shared].float()
+        if self.minimum is None:
+            return found * self.scale.flatten()[shared].float()
+        unsigned = (found.to(torch.int32) & 15).float()
+        return unsigned * self.scale.flatten()[shared].float() + self.minimum.flatten()[shared].float()
 
 
 I4_MULTIPLE = 64

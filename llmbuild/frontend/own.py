@@ -86,7 +86,7 @@ class OwnHead(nn.Module):
         layout, panels = shape.layout, shape.padded // PANEL
         self.register_buffer("norm", torch.empty(shape.width))
         self.register_buffer("data", torch.empty(panels * layout.panel_elements, dtype=_ELEMENTS[layout.element]))
-        self.register_buffer("scale", torch.empty(shape.padded * layout.groups, dtype=_ELEMENTS[layout.scale_element]))
+        self.register_buffer("scale", torch.empty(shape.padded * layout.scales, dtype=_ELEMENTS[layout.scale_element]))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,width]."""
@@ -119,7 +119,7 @@ class PanelEmbedding(nn.Module):
         shared = 2 if layout.is_nibble else 1
         if layout.is_shared:
             return self._shared(row, column) * self.head.scale[row]
-        if layout.in_groups:
+        if layout.family == "int7":
             return (self._sevens(row, column) - layout.offset).float() * self._scale(row, column // layout.group)
         together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
         step = column // (together * shared)
@@ -131,7 +131,8 @@ class PanelEmbedding(nn.Module):
         code = stored.to(torch.int32) & 255
         if layout.is_nibble:
             code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
-        return (code - layout.offset).float() * scale
+        found = (code - layout.offset).float() * scale
+        return found + self._scale(row, column // layout.group, 1) if layout.has_minimum else found
 
     def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
         """Return numbers of 12 bits without the power of two of their row."""
@@ -163,11 +164,14 @@ class PanelEmbedding(nn.Module):
         bits = [self.head.data[first + i * line].to(torch.int32) >> 7 & 1 for i in range(7)]
         return torch.where(quad < 7, own, sum((bit << i for i, bit in enumerate(bits)), torch.zeros_like(own)))
 
-    def _scale(self, row: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-        groups = self.head.shape.layout.groups
-        if groups == 1:
+    def _scale(self, row: torch.Tensor, group: torch.Tensor, which: int = 0) -> torch.Tensor:
+        """Return the scales of groups, or with `which` 1 their minima."""
+        layout = self.head.shape.layout
+        if layout.by_row:
             return self.head.scale[row]
-        return self.head.scale[(row // PANEL * groups + group) * PANEL + row % PANEL].float()
+        each = layout.scales // layout.groups
+        place = (row // PANEL * layout.groups + group) * each + which
+        return self.head.scale[place * PANEL + row % PANEL].float()
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
-from llmbuild.spec.formats import INTEGERS, SAME, WEIGHT_FORMATS
+from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
@@ -199,6 +199,8 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
         units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
         kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
+    elif blocks := sorted({*stored_formats(choices)} & {*BLOCKS}):
+        raise ChoiceRefused(f"{' and '.join(blocks)}: the blocks of GGUF files are read by kernel=own on CPUs alone")
     else:
         layout, kernels = choices["layout"], {}
         modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")

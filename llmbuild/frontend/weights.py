@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.formats import Formats
 from llmbuild.kernels.layouts import Layout
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.panels import encode, encode_for
-from llmbuild.transform.quantized import Quantized, rows_of
+from llmbuild.transform.quantized import Quantized, pad_columns, rows_of
 from llmbuild.transform.stored import Encoded
 from llmbuild.transform.weights import pad_width
 
@@ -44,10 +47,24 @@ class Source:
         ready = self.patch.ready.get(layer)
         if ready is not None and ready.codes.shape[1] == width:
             return rows_of(ready, start, stop)
+        if (kept := self._blocks(layer, self.formats.of(layer), start, stop)) is not None:
+            return pad_columns(kept, width)
         return encode(self.formats.of(layer), pad_width(self.rows(f"{layer}.weight", start, stop), width))
 
     def encoded_for(self, layout: Layout, layer: str, start: int, stop: int) -> Encoded:
         """Return rows of a layer's matrix as a layout of our kernels has them."""
         ready = self.patch.ready.get(layer)
-        part = None if ready is None else rows_of(ready, start, stop)
+        part = self._blocks(layer, layout.form, start, stop) if ready is None else rows_of(ready, start, stop)
+        if part is not None and part.halves:
+            return pad_columns(part, layout.columns)
         return encode_for(layout, self.rows(f"{layer}.weight", start, stop), part)
+
+    def _blocks(self, layer: str, form: str, start: int, stop: int) -> Quantized | None:
+        """Return rows as a file keeps them, if it keeps them in the blocks of this format."""
+        name = f"{layer}.weight"
+        if name in self.patch.dense or self.model.blocks(name) != form:
+            return None
+        found = self.model.quantized(name, start, stop)
+        minimum = None if found.minimum is None else found.minimum.astype(np.float32)
+        scale = found.scale.astype(np.float32)
+        return Quantized(found.codes, scale, None, INTEGERS[form].bits, INTEGERS[form].group, minimum, halves=True)

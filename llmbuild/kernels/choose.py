@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmbuild.errors import ChoiceRefused
-from llmbuild.kernels import avx2, neon, products, short
+from llmbuild.kernels import avx2, blocks, neon, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
-from llmbuild.spec.formats import SHARED
+from llmbuild.spec.formats import BLOCKS, SHARED
 
 _PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
 _PAUSE_ARM = 'llvm.inline_asm has_side_effects "isb", "" : () -> ()'
@@ -25,6 +25,7 @@ KNOWN = (
         "int8": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int8_sums),
         "int7": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int7_sums),
         "int4": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int4_sums),
+        **dict.fromkeys(BLOCKS, Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, blocks.sums(products.AVX512))),
         "f16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         SHARED: Kernel(_AVX512, products.ROW_TILE, products.half_sums),
@@ -33,11 +34,13 @@ KNOWN = (
         "int8": Kernel((*_AVX2, "avxvnni"), 4, short.int8_sums(avx2.AVXVNNI)),
         "int7": Kernel((*_AVX2, "avxvnni"), 4, short.int7_sums(avx2.AVXVNNI)),
         "int4": Kernel((*_AVX2, "avxvnni"), 4, short.int4_sums(avx2.AVXVNNI)),
+        **dict.fromkeys(BLOCKS, Kernel((*_AVX2, "avxvnni"), 4, blocks.sums(avx2.AVXVNNI))),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
         "int8": Kernel(_AVX2, 4, short.int8_sums(avx2.AVX2)),
         "int7": Kernel(_AVX2, 4, short.int7_sums(avx2.AVX2)),
         "int4": Kernel(_AVX2, 4, short.int4_sums(avx2.AVX2)),
+        **dict.fromkeys(BLOCKS, Kernel(_AVX2, 4, blocks.sums(avx2.AVX2))),
         "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         SHARED: Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
@@ -49,6 +52,7 @@ KNOWN = (
         "int8": Kernel(_ARM, 4, short.int8_sums(neon.DOTPROD)),
         "int7": Kernel(_ARM, 4, short.int7_sums(neon.DOTPROD)),
         "int4": Kernel(_ARM, 4, short.int4_sums(neon.DOTPROD)),
+        **dict.fromkeys(BLOCKS, Kernel(_ARM, 4, blocks.sums(neon.DOTPROD))),
         "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         SHARED: Kernel(_ARM, 4, short.half_sums(neon.LANES)),

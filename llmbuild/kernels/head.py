@@ -157,7 +157,7 @@ def _types(shape: HeadShape) -> _Types:
     return _Types(
         f"tensor<{shape.width}xf32>",
         f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>",
-        f"tensor<{shape.padded * layout.groups}x{layout.scale_element}>",
+        f"tensor<{shape.padded * layout.scales}x{layout.scale_element}>",
         f"tensor<{_bytes(shape)['counters'][0]}xi8>",
     )
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.spec.formats import GROUPS, INTEGERS, SHARED, fit_group
+from llmbuild.spec.formats import BLOCKS, GROUPS, INTEGERS, SHARED, fit_group
 
 PANEL, LINE, QUAD = 64, 64, 4
 PERIOD = 32
-"""Columns of `int7` that lie together: eight quads of codes in the bytes of seven."""
+"""Columns of `int7` that lie together: eight quads of codes in the bytes of seven. A block of GGUF has as many."""
 LIFT = 2.0**112
 """The exponent bits of `f12_e4m7` are read as the lowest of f32, so that all its numbers are 2^-112 of their own: what
 they are multiplied by makes up for it, and nothing is added to every weight.
 """
 
 HALVES = ("f16", "bf16")
-FORMATS = ("int8", *(f"int{bits}_g{group}" for bits in (7, 4) for group in GROUPS), *HALVES, SHARED)
+FORMATS = ("int8", *(f"int{bits}_g{group}" for bits in (7, 4) for group in GROUPS), *HALVES, SHARED, *BLOCKS)
 """Formats that our kernels read."""
 
 
@@ -26,26 +26,28 @@ def up_to(size: int, multiple: int) -> int:
 
 def family(form: str) -> str:
     """Return what kernels tell formats apart by: `int4` and `int7` whatever their groups."""
-    return f"int{INTEGERS[form].bits}" if form in INTEGERS else form
+    return f"int{INTEGERS[form].bits}" if form in INTEGERS and form not in BLOCKS else form
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A matrix of so many columns, a multiple of 16 (for `int7` of 32), in a format.
+    """A matrix of so many columns, a multiple of 16 (for `int7` and the blocks of GGUF of 32), in a format.
 
     A panel's data are
 
-    - `int8`: bytes (code + 128) `[K/4][64][4]`;
+    - `int8` and `q8_0`: bytes (code + 128) `[K/4][64][4]`;
     - `int7`: bytes `[K/32][7][64][4]`, codes + 64, of columns 32j+4i..32j+4i+3 in the lower bits of the i-th, and bit i
       of the codes of 32j+28..32j+31 above them;
-    - `int4`: bytes `[K/8][64][4]`, codes + 8, of columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them;
+    - `int4` and `q4_0`: bytes `[K/8][64][4]`, codes + 8, of columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them;
+    - `q4_1`: the same with codes as they are, 0..15;
     - `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`;
     - `f12_e4m7`: `[K/8][3][64]` of 32 bits, of columns 8j+2i and 8j+2i+1 in the i-th: sign in bit 15, code in 10..0.
       8j+6 and 8j+7 are, in these bits, the exclusive or of the three shifted right by 4, by 8, and rotated right by 12;
       bits 14..11 of the three are chosen for that.
 
     Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1, those of
-    `f12_e4m7` the powers of two that the rows share.
+    `f12_e4m7` the powers of two that the rows share. Those of `q8_0` and `q4_0` are f16`[K/32][64]`, also where that is
+    one for a row; those of `q4_1` are f16`[K/32][2][64]`, the 64 scales of a group and then its 64 minima.
 
     A row of activations is prepared for it
 
@@ -54,7 +56,9 @@ class Layout:
       bf16`[K]` where it is `narrow`;
     - for `int8` as a line with a scale, f32, and the sum of the bytes, i32, and then signed bytes `[K]`;
     - for `int4` as a line with a scale, lines with the sum of each group's bytes times -8, i32, and then bytes;
-    - for `int7` as lines with a scale for each group, lines with their sums times -64, and then bytes.
+    - for `int7` as lines with a scale for each group, lines with their sums times -64, and then bytes;
+    - for `q8_0` and `q4_0` likewise, with sums times -128 and -8, i32;
+    - for `q4_1` likewise, with sums times the group's scale, f32.
     """
 
     form: str
@@ -66,6 +70,8 @@ class Layout:
     def group(self) -> int:
         """Columns that share a scale."""
         wanted = INTEGERS[self.form].group if self.form in INTEGERS else 0
+        if self.is_block:
+            return wanted
         return fit_group(self.columns, wanted) if wanted else self.columns
 
     @property
@@ -94,14 +100,29 @@ class Layout:
         return self.is_half or self.is_shared
 
     @property
+    def is_block(self) -> bool:
+        """Whether weights are in the blocks of GGUF, of 32 columns."""
+        return self.form in BLOCKS
+
+    @property
+    def has_minimum(self) -> bool:
+        """Whether each group has a minimum besides its scale."""
+        return self.is_block and INTEGERS[self.form].minimum
+
+    @property
     def offset(self) -> int:
         """What is added to codes, so that none is negative."""
-        return 1 << (INTEGERS[self.form].bits - 1)
+        return -INTEGERS[self.form].lowest
 
     @property
     def in_groups(self) -> bool:
         """Whether activations are rounded in the groups of the weights."""
-        return self.family == "int7"
+        return self.is_block or self.family == "int7"
+
+    @property
+    def by_row(self) -> bool:
+        """Whether a row has one scale, f32; else its groups have 16 bits each."""
+        return self.groups == 1 and not self.is_block
 
     @property
     def rounded(self) -> int:
@@ -111,7 +132,7 @@ class Layout:
     @property
     def is_nibble(self) -> bool:
         """Whether two codes share a byte."""
-        return self.family == "int4"
+        return self.form in INTEGERS and INTEGERS[self.form].bits == 4
 
     @property
     def element(self) -> str:
@@ -121,13 +142,18 @@ class Layout:
     @property
     def scale_element(self) -> str:
         """Type of the stored scales in MLIR."""
-        return "bf16" if self.groups > 1 else "f32"
+        return "f32" if self.by_row else "f16" if self.is_block else "bf16"
+
+    @property
+    def scales(self) -> int:
+        """Stored scales and minima of a row."""
+        return 2 * self.groups if self.has_minimum else self.groups
 
     @property
     def panel_elements(self) -> int:
         """Stored elements of one panel."""
         size = PANEL * self.columns
-        eighths = 12 if self.is_shared else 4 if self.is_nibble else 7 if self.in_groups else 8
+        eighths = 12 if self.is_shared else 4 if self.is_nibble else 7 if self.family == "int7" else 8
         return size * eighths // 8
 
     @property
@@ -138,7 +164,7 @@ class Layout:
     @property
     def scale_bytes(self) -> int:
         """Bytes of one panel's scales."""
-        return PANEL * (2 * self.groups if self.groups > 1 else 4)
+        return PANEL * (4 if self.by_row else 2 * self.scales)
 
     @property
     def sums_bytes(self) -> int:

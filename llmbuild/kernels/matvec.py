@@ -14,9 +14,9 @@ from math import gcd, prod
 from typing import NamedTuple
 
 from llmbuild.kernels.text import F32, I32, Writer
-from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS, fit_group
+from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, WEIGHT_FORMATS, fit_group
 
-FORMATS = tuple(form for form in WEIGHT_FORMATS if form != "f32")
+FORMATS = tuple(form for form in WEIGHT_FORMATS if form not in ("f32", *BLOCKS))
 """Formats that these kernels read; f12_e4m7 lies as bf16 in row-major matrices, codes of 7 bits lie as bytes."""
 
 ROW_TILES = ("4x4", "1x4", "2x4", "8x4", "4x2", "4x8")
@@ -82,7 +82,7 @@ class Stored:
 
 
 def stored_as(rows: int, columns: int, form: str) -> Stored | None:
-    """Return how a matrix lies in a format; nothing for f32, which these kernels do not read."""
+    """Return how a matrix lies in a format; nothing for one that these kernels do not read."""
     if form not in FORMATS:
         return None
     if form not in INTEGERS:

@@ -13,6 +13,7 @@ from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
 from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, QUAD, Layout
+from llmbuild.kernels.short import Registers
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
@@ -104,10 +105,15 @@ def _rounded(
 
 
 def _store_start(w: Writer, layout: Layout, total: str, row: str, group: str) -> None:
-    """Store what takes the offset of a group's codes off again."""
+    """Store what takes the offset of a group's codes off again, or what the group's minimum is multiplied by."""
+    place = w.at(row, layout.factors_bytes, w.mul(group, 4))
+    if layout.has_minimum:
+        scale = w.load(w.at(row, w.mul(group, 4)), F32)
+        w.store(w.op("arith.mulf", w.cast("arith.sitofp", total, I32, F32), scale, kind=F32), place, F32)
+        return
     offset = w.constant(str(-layout.offset), I32)
     start = w.op("arith.muli", total, offset, kind=I32)
-    w.store(start, w.at(row, layout.factors_bytes, w.mul(group, 4)), I32)
+    w.store(start, place, I32)
 
 
 def _copy(w: Writer, layout: Layout, source: Reader, row: str, index: str) -> list[str]:
@@ -145,11 +151,11 @@ def multiply_panel(
 def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks: list[str]) -> list[str]:
     """Return the sums of one row times what scales are left for the end, plus the biases."""
     layout, reals = panels.layout, []
-    done = layout.is_half or (layout.in_groups and layout.groups > 1)
+    done = layout.is_half or (layout.in_groups and not layout.by_row)
     whole = None if done else w.splat(w.load(row, F32))
     for b, block in enumerate(blocks):
         factor = whole
-        if layout.groups == 1:
+        if layout.by_row:
             own = w.load(w.at(scales, 4 * b * LANES), VF)
             factor = own if whole is None else w.op("arith.mulf", own, whole)
         if panels.bias is None:
@@ -170,6 +176,15 @@ def _dot(w: Writer, total: str, unsigned: str, signed: str) -> str:
         f'llvm.call_intrinsic "llvm.x86.avx512.vpdpbusd.512"({total}, {unsigned}, {signed}) '
         f": ({VI}, {BYTES}, {BYTES}) -> {VI}"
     )
+
+
+def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
+    for both in zip(codes, fours, strict=True):
+        total = _dot(w, total, *both)
+    return total
+
+
+AVX512 = Registers(LANES, True, _dot, _dot_codes, _dot)
 
 
 def _quad(w: Writer, pointer: str) -> str:

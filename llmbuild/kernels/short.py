@@ -94,7 +94,7 @@ def int8_sums(unit: Registers) -> SumsOf:
                 return new
 
             carried = [(_start(w, unit, row), unit.integers) for row in rows for _ in registers]
-            return _by_row(_reals(w, unit, w.loop(0, layout.columns, QUAD, body, carried)), len(registers))
+            return by_row(as_reals(w, unit, w.loop(0, layout.columns, QUAD, body, carried)), len(registers))
 
         return by_blocks(w, unit.lanes, rows, one_pass)
 
@@ -158,7 +158,7 @@ def _group_sums(unit: Registers, step: int, products: Products) -> SumsOf:
                 return [s for part in parts for s in _group(w, unit, layout, data, rows, part, group, step, products)]
 
             if layout.groups == 1:
-                return _by_row(exact_sums(w.integer(0)), len(registers))
+                return by_row(exact_sums(w.integer(0)), len(registers))
 
             def body(group: str, *totals: str) -> list[str]:
                 exact = exact_sums(group)
@@ -168,7 +168,7 @@ def _group_sums(unit: Registers, step: int, products: Products) -> SumsOf:
                 return [w.op("math.fma", *term, kind=unit.reals) for term in terms]
 
             carried = [(w.lanes(0.0, unit.reals), unit.reals)] * (len(rows) * len(registers))
-            return _by_row(w.loop(0, layout.groups, 1, body, carried), len(registers))
+            return by_row(w.loop(0, layout.groups, 1, body, carried), len(registers))
 
         return by_blocks(w, unit.lanes, rows, one_pass)
 
@@ -208,7 +208,7 @@ def _group(
 
     first = w.mul(group, layout.group)
     carried = [(start, unit.integers) for start in starts for _ in registers]
-    return _reals(w, unit, w.loop(first, w.add(first, layout.group), step, body, carried))
+    return as_reals(w, unit, w.loop(first, w.add(first, layout.group), step, body, carried))
 
 
 def half_sums(lanes: int) -> SumsOf:
@@ -231,7 +231,7 @@ def half_sums(lanes: int) -> SumsOf:
                 return new
 
             carried = [(w.lanes(0.0, reals), reals)] * (len(rows) * len(registers))
-            return _by_row(w.loop(0, layout.columns, count, body, carried), len(registers))
+            return by_row(w.loop(0, layout.columns, count, body, carried), len(registers))
 
         return by_blocks(w, lanes, rows, one_pass)
 
@@ -263,9 +263,11 @@ def _scales(w: Writer, lanes: int, pointer: str) -> str:
     return w.cast("arith.bitcast", bits, integers, f"vector<{lanes}xf32>")
 
 
-def _reals(w: Writer, unit: Registers, registers: list[str]) -> list[str]:
+def as_reals(w: Writer, unit: Registers, registers: list[str]) -> list[str]:
+    """Return registers of i32 as f32."""
     return [w.cast("arith.sitofp", register, unit.integers, unit.reals) for register in registers]
 
 
-def _by_row(flat: list[str], each: int) -> Sums:
+def by_row(flat: list[str], each: int) -> Sums:
+    """Return so many of a list for each row."""
     return [flat[i : i + each] for i in range(0, len(flat), each)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 SHARED = "f12_e4m7"
 """Weights of 12 bits: sign, 4 bits of exponent, 7 stored bits of significand (those of bf16), and one exponent per
@@ -18,14 +19,35 @@ LEAST_GROUP = 8
 
 @dataclass(frozen=True)
 class Format:
-    """The integer encoding of weights: `(code - zero) * scale`, with one scale for each group of a row's columns."""
+    """The integer encoding of weights: `(code - zero) * scale + minimum`, with one scale for each group of a row's
+    columns.
+    """
 
     bits: int
-    """8, 7 or 4: codes are -128..127, -64..63 or -8..7."""
+    """8, 7 or 4: codes are -128..127, -64..63 or -8..7; 0..15 above a minimum."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
     """Whether the zero is always code 0; else each group has its own zero code."""
+    scale: Literal["bf16", "f16"] = "bf16"
+    """Type of the scales of groups; those of whole rows are f32."""
+    minimum: bool = False
+    """Whether codes count from the least weight of their group, which is stored in the type of the scales."""
+
+    @property
+    def is_block(self) -> bool:
+        """Whether groups are the blocks of GGUF files: never fitted to a row's length, its last one may be short."""
+        return self.scale == "f16"
+
+    @property
+    def lowest(self) -> int:
+        """The lowest code."""
+        return 0 if self.minimum else -(1 << (self.bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The highest code."""
+        return self.lowest + (1 << self.bits) - 1
 
 
 INTEGERS: dict[str, Format] = {
@@ -34,8 +56,15 @@ INTEGERS: dict[str, Format] = {
     **{f"int7_g{group}": Format(7, group) for group in GROUPS},
     **{f"int4_g{group}": Format(4, group) for group in GROUPS},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
+    "q8_0": Format(8, 32, scale="f16"),
+    "q4_0": Format(4, 32, scale="f16"),
+    "q4_1": Format(4, 32, scale="f16", minimum=True),
 }
-"""`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zeros (asymmetric)."""
+"""`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zeros (asymmetric).
+`q8_0`, `q4_0`, `q4_1`: the blocks of GGUF files, by GGUF's names; their scales may be 0, those of `q4_0` negative.
+"""
+
+BLOCKS = tuple(name for name, form in INTEGERS.items() if form.is_block)
 
 WEIGHT_FORMATS = (*FLOATS, *INTEGERS)
 
@@ -60,5 +89,6 @@ def bits(form: str) -> float:
     if form in INTEGERS:
         of = INTEGERS[form]
         overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group
+        overhead += 16 / of.group if of.minimum else 0.0
         return of.bits + overhead
     return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)

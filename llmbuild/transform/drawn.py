@@ -52,11 +52,14 @@ def _key(seed: int, name: str) -> int:
 
 
 def stored(dense: Array, form: str) -> dict[str, Array]:
-    """Return what an archive holds of a matrix f32[N,K] in a format, row by row: `data`, and `scale` and `zero`."""
+    """Return what an archive holds of a matrix f32[N,K] in a format, row by row: `data`, `scale`, `zero`, `minimum`."""
     if form not in INTEGERS:
         return {"data": to_bf16(dense) if form == "bf16" else dense.astype({"f32": "<f4", "f16": "<f2"}[form])}
     found = quantize(dense, INTEGERS[form])
     data = pack_nibbles(found.codes) if found.bits == 4 else found.codes
+    if found.halves:
+        minimum = {} if found.minimum is None else {"minimum": found.minimum.astype("<f2")}
+        return {"data": data, "scale": found.scale.astype("<f2"), **minimum}
     if found.zero is None and found.scale.shape[1] == 1:
         return {"data": data, "scale": found.scale[:, 0]}
     zero = {} if found.zero is None else {"zero": found.zero.astype(np.int8)}

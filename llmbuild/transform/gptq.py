@@ -6,10 +6,13 @@ output is made good in those that are still to come.
 
 from __future__ import annotations
 
+from operator import itemgetter
+
 import numpy as np
 
-from llmbuild.spec.formats import Format, fit_group
-from llmbuild.transform.quantized import Quantized, by_group, encode, full_range
+from llmbuild.spec.formats import Format
+from llmbuild.transform.quantized import Quantized, Steps, by_group, full_range, group_of, matrix
+from llmbuild.transform.quantized import nearest as nearest_codes
 from llmbuild.transform.weights import Array
 
 DAMPING = 0.01
@@ -27,53 +30,42 @@ def gptq(dense: Array, hessian: Array, form: Format, damping: float = DAMPING) -
 
     Scales are chosen before any column is rounded, so that columns may be taken in any order.
     """
-    columns = dense.shape[1]
-    group = fit_group(columns, form.group or columns)
     weight = np.maximum(np.diag(hessian).astype(np.float32), 0)
-    scale, zero = fitting_range(dense, weight, form)
+    steps = fitting_range(dense, weight, form)
     order = np.argsort(-weight, kind="stable")
-    of_column = order // group
+    of_column = order // group_of(dense.shape[1], form)
     codes = _rounded(
         np.ascontiguousarray(dense.T[order]),
         inverse_factor(hessian[np.ix_(order, order)], damping),
-        np.ascontiguousarray(scale.T)[of_column],
-        None if zero is None else np.ascontiguousarray(zero.T)[of_column],
-        form.bits,
+        steps.each(lambda by_groups: np.ascontiguousarray(by_groups.T)[of_column]),
     )
     placed = np.empty_like(codes)
     placed[order] = codes
-    return Quantized(np.ascontiguousarray(placed.T), scale, zero, form.bits, group)
+    return matrix(np.ascontiguousarray(placed.T), steps)
 
 
 def nearest(dense: Array, weight: Array, form: Format) -> Quantized:
     """Return the matrix f32[N,K], each weight rounded to the nearest code of the range that `fitting_range` finds."""
-    scale, zero = fitting_range(dense, weight, form)
-    group = dense.shape[1] // scale.shape[1]
-    codes = encode(by_group(dense, group), scale[..., None], None if zero is None else zero[..., None], form.bits)
-    return Quantized(codes.reshape(dense.shape), scale, zero, form.bits, group)
+    return nearest_codes(dense, fitting_range(dense, weight, form))
 
 
-def fitting_range(dense: Array, weight: Array, form: Format) -> tuple[Array, Array | None]:
-    """Return scale and zero f32[N,K/group] of the least squared error, where column k counts `weight` f32[K] times."""
-    scale, zero = full_range(dense, form)
-    parts = by_group(dense, dense.shape[1] // scale.shape[1])
-    shares = weight.reshape(1, scale.shape[1], -1)
-    least = _error(parts, shares, scale, zero, form.bits)
+def fitting_range(dense: Array, weight: Array, form: Format) -> Steps:
+    """Return the steps of the least squared error, where column k counts `weight` f32[K] times."""
+    found = full_range(dense, form)
+    group = group_of(dense.shape[1], form)
+    parts, shares = by_group(dense, group), by_group(weight[None], group)
+    least = _error(parts, shares, found)
     for shrink in SHRINKS[1:]:
-        tried, tried_zero = full_range(dense, form, shrink)
-        error = _error(parts, shares, tried, tried_zero, form.bits)
+        tried = full_range(dense, form, shrink)
+        error = _error(parts, shares, tried)
         better = error < least
-        least, scale = np.where(better, error, least), np.where(better, tried, scale)
-        if zero is not None and tried_zero is not None:
-            zero = np.where(better, tried_zero, zero)
-    return scale, zero
+        least, found = np.where(better, error, least), tried.where(better, found)
+    return found
 
 
-def _error(parts: Array, shares: Array, scale: Array, zero: Array | None, bits: int) -> Array:
-    steps, origin = scale[..., None], None if zero is None else zero[..., None]
-    codes = encode(parts, steps, origin, bits).astype(np.float32)
-    back = (codes if origin is None else codes - origin) * steps
-    return np.asarray((np.square(back - parts) * shares).sum(axis=2))
+def _error(parts: Array, shares: Array, steps: Steps) -> Array:
+    spread = steps.each(lambda by_groups: by_groups[..., None])
+    return np.asarray((np.square(spread.weights(spread.codes(parts)) - parts) * shares).sum(axis=2))
 
 
 def inverse_factor(hessian: Array, damping: float = DAMPING) -> Array:
@@ -84,17 +76,16 @@ def inverse_factor(hessian: Array, damping: float = DAMPING) -> Array:
     return np.asarray(np.linalg.cholesky(np.linalg.inv(damped)).T.astype(np.float32))
 
 
-def _rounded(rows: Array, factor: Array, scale: Array, zero: Array | None, bits: int) -> Array:
-    """Return codes int8[K,N] of weights [K,N], which are used up, in the order of the rows."""
+def _rounded(rows: Array, factor: Array, steps: Steps) -> Array:
+    """Return codes int8[K,N] of weights [K,N], which are used up, in the order of the rows; steps are of rows too."""
     codes = np.empty(rows.shape, np.int8)
     for start in range(0, len(rows), BLOCK):
         block = slice(start, min(start + BLOCK, len(rows)))
         errors = np.empty_like(rows[block])
         for k in range(block.start, block.stop):
-            origin = None if zero is None else zero[k]
-            codes[k] = encode(rows[k], scale[k], origin, bits)
-            back = (codes[k] if origin is None else codes[k] - origin) * scale[k]
-            error = (rows[k] - back) / factor[k, k]
+            own = steps.each(itemgetter(k))
+            codes[k] = own.codes(rows[k])
+            error = (rows[k] - own.weights(codes[k])) / factor[k, k]
             errors[k - start] = error
             rows[k + 1 : block.stop] -= factor[k, k + 1 : block.stop, None] * error
         rows[block.stop :] -= factor[block, block.stop :].T @ errors

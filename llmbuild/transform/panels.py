@@ -51,6 +51,8 @@ def encode_for(layout: Layout, dense: Array, ready: Quantized | None = None) -> 
 
     What is `ready` was quantized before and is kept, unless it has groups that the layout has not.
     """
+    if layout.is_block and ready is None:  # rounded first: a code of zero is chosen with the columns there are
+        ready = quantize(dense, INTEGERS[layout.form])
     if ready is not None:
         kept = split_groups(pad_columns(ready, layout.columns), layout.group)
         if kept is not None:
@@ -59,7 +61,7 @@ def encode_for(layout: Layout, dense: Array, ready: Quantized | None = None) -> 
 
 
 def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
-    """Return data and scales as they lie there; data is int8, f16 or u16 (bf16), scales are f32 or u16 (bf16)."""
+    """Return data and scales as they lie there: data is int8, f16 or u16 (bf16), scales are f32, f16 or u16 (bf16)."""
     if layout.is_shared and not isinstance(weights, Quantized):
         rows = pad_rows(weights)
         bytes_ = shared.pack_codes(shared.codes(rows)).reshape(-1, PANEL, layout.columns // 8, 3, 4)
@@ -69,12 +71,18 @@ def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
         each = 1 if layout.form == "f16" else 2
         data = rows.reshape(-1, PANEL, layout.columns // each, each).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(data).reshape(-1), np.ones(len(rows), np.float32)
-    if weights.group != layout.group or 2 ** (weights.bits - 1) != layout.offset:
+    form = INTEGERS[layout.form]
+    if (weights.halves, weights.minimum is not None) != (form.is_block, form.minimum):
+        raise ValueError(f"{layout.form}: weights have other scales or minima than the layout")
+    if weights.group != layout.group or weights.bits != form.bits:
         raise ValueError(f"{layout.form}: weights in groups of {weights.group} where the layout has {layout.group}")
-    packers = {"int4": _pack_nibbles, "int7": _pack_sevens, "int8": pack_quads}
-    data = packers[layout.family](weights.codes)
+    data = {4: _pack_nibbles, 7: _pack_sevens, 8: _pack_bytes}[form.bits](weights.codes, layout.offset)
     scale = pad_rows(weights.scale.astype(np.float32))
-    if layout.groups == 1:
+    if layout.is_block:
+        stored = [scale] if weights.minimum is None else [scale, pad_rows(weights.minimum)]
+        halves = np.stack(stored, axis=2).astype(np.float16).reshape(-1, PANEL, layout.groups, len(stored))
+        return data.reshape(-1).view(np.int8), np.ascontiguousarray(halves.transpose(0, 2, 3, 1)).reshape(-1)
+    if layout.by_row:
         return data.reshape(-1).view(np.int8), np.ascontiguousarray(scale[:, 0])
     short = to_bf16(scale).reshape(-1, PANEL, layout.groups).transpose(0, 2, 1)
     return data.reshape(-1).view(np.int8), np.ascontiguousarray(short).reshape(-1)
@@ -92,23 +100,32 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
         bytes_ = data.view(np.uint8).reshape(panels, layout.columns // 8, 3, PANEL, 4).transpose(0, 3, 1, 2, 4)
         values = shared.values(shared.unpack_codes(bytes_)).reshape(panels * PANEL, layout.columns)
     elif layout.is_nibble:
-        values = _unpack_nibbles(data.view(np.uint8), panels, layout.columns).astype(np.float32)
+        values = (_unpack_nibbles(data.view(np.uint8), panels, layout.columns) - layout.offset).astype(np.float32)
     elif layout.family == "int7":
         values = _unpack_sevens(data.view(np.uint8), panels, layout.columns).astype(np.float32)
     else:
         quads = data.view(np.uint8).reshape(panels, layout.columns // 4, 4, 16, 4)
         values = unpack_quads(quads, panels * PANEL).astype(np.float32)
-    if layout.groups == 1:
+    if layout.by_row:
         return values, scale.view(np.float32)
+    if layout.is_block:
+        halves = scale.view(np.float16).astype(np.float32).reshape(panels, layout.groups, -1, PANEL)
+        spread = np.repeat(halves.transpose(0, 3, 1, 2), layout.group, axis=2).reshape(*values.shape, -1)
+        values *= spread[..., 0]
+        return values + spread[..., 1] if layout.has_minimum else values, np.ones(panels * PANEL, np.float32)
     short = scale.view(np.uint16).reshape(panels, layout.groups, PANEL).transpose(0, 2, 1)
     grouped = from_bf16(np.ascontiguousarray(short)).reshape(panels * PANEL, layout.groups)
     values *= np.repeat(grouped, layout.group, axis=1)
     return values, np.ones(panels * PANEL, np.float32)
 
 
-def _pack_sevens(codes: Array) -> Array:
+def _pack_bytes(codes: Array, _: int) -> Array:
+    return pack_quads(codes)
+
+
+def _pack_sevens(codes: Array, offset: int) -> Array:
     """Return bytes u8[N/64, K/32, 7, 64, 4] of codes in -64..63: seven quads, and the bits of the eighth above them."""
-    quads = (pad_rows(codes) + 64).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // PERIOD, 8, 4)
+    quads = (pad_rows(codes) + offset).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // PERIOD, 8, 4)
     bits = quads[:, :, :, 7:] >> np.arange(7, dtype=np.uint8)[:, None] & 1
     return np.ascontiguousarray((quads[:, :, :, :7] | bits << 7).transpose(0, 2, 3, 1, 4))
 
@@ -120,13 +137,13 @@ def _unpack_sevens(data: Array, panels: int, columns: int) -> Array:
     return both.reshape(panels * PANEL, columns).astype(np.int8) - 64
 
 
-def _pack_nibbles(codes: Array) -> Array:
-    """Return bytes u8[N/64, K/8, 64, 4]: columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them, codes plus 8."""
-    shifted = (pad_rows(codes) + 8).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // 8, 2, 4)
+def _pack_nibbles(codes: Array, offset: int) -> Array:
+    """Return bytes u8[N/64, K/8, 64, 4]: columns 8j..8j+3 in the low halves, 8j+4..8j+7 above, none negative."""
+    shifted = (pad_rows(codes) + offset).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // 8, 2, 4)
     return np.ascontiguousarray((shifted[:, :, :, 0] | shifted[:, :, :, 1] << 4).transpose(0, 2, 1, 3))
 
 
 def _unpack_nibbles(data: Array, panels: int, columns: int) -> Array:
     pairs = data.reshape(panels, columns // 8, PANEL, 4).transpose(0, 2, 1, 3)
     both = np.stack([pairs & 15, pairs >> 4], axis=3)
-    return both.reshape(panels * PANEL, columns).astype(np.int8) - 8
+    return both.reshape(panels * PANEL, columns).astype(np.int8)

@@ -2,25 +2,64 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
 from llmbuild.spec.formats import Format, fit_group
-from llmbuild.transform.weights import Array, from_bf16, to_bf16
+from llmbuild.transform import blocks
+from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
 LEAST_WEIGHT = 2.0**-100
 """A group with nothing larger is zero: scales of it would leave the normal numbers of f32."""
 
 
 @dataclass(frozen=True)
-class Quantized:
-    """A matrix `[N, K]`: `(codes - zero) * scale`, with scale and zero of the column's group.
+class Steps:
+    """What codes say, `(code - zero) * scale + minimum`, by group: arrays f32[N,K/group], or spread over weights."""
 
-    `codes` are int8[N,K] in -8..7 for 4 bits and in -128..127 for 8; `scale` is f32[N,K/group], positive. `zero` is f32
-    of the same shape, integers within the range of the codes, or None where it is 0 throughout. Scales of groups
-    smaller than a row, and those beside zeros, are numbers that bf16 holds exactly, and are stored so.
+    form: Format
+    scale: Array
+    zero: Array | None = None
+    minimum: Array | None = None
+
+    def each(self, spread: Callable[[Array], Array]) -> Steps:
+        """Return the same with something done to each array."""
+        zero, minimum = (None if x is None else spread(x) for x in (self.zero, self.minimum))
+        return replace(self, scale=spread(self.scale), zero=zero, minimum=minimum)
+
+    def where(self, better: Array, others: Steps) -> Steps:
+        """Return these steps where a mask of groups says so, else the others, which are of the same format."""
+        pairs = ((self.zero, others.zero), (self.minimum, others.minimum))
+        zero, minimum = (None if x is None or y is None else np.where(better, x, y) for x, y in pairs)
+        return replace(self, scale=np.where(better, self.scale, others.scale), zero=zero, minimum=minimum)
+
+    def codes(self, weights: Array) -> Array:
+        """Return the codes int8 of weights, each rounded to the nearest; the arrays are broadcast against them."""
+        bottom = -self.form.highest if self.form.bits == 8 and self.zero is None else self.form.lowest
+        scale = np.where(self.scale == 0, np.float32(1), self.scale) if self.form.is_block else self.scale
+        found = np.rint((weights if self.minimum is None else weights - self.minimum) / scale)
+        return np.clip(found if self.zero is None else found + self.zero, bottom, self.form.highest).astype(np.int8)
+
+    def weights(self, codes: Array) -> Array:
+        """Return the weights f32 that codes say; the arrays are broadcast against them."""
+        found: Array = (codes if self.zero is None else codes - self.zero) * self.scale
+        return found if self.minimum is None else found + self.minimum
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A matrix `[N, K]`: `(codes - zero) * scale + minimum`, with those of the column's group.
+
+    `codes` are int8[N,K] in -8..7 for 4 bits (in 0..15 above a minimum) and in -128..127 for 8; `scale` is
+    f32[N,K/group], positive. `zero` is f32 of the same shape, integers within the range of the codes, or None where it
+    is 0 throughout. Scales of groups smaller than a row, and those beside zeros, are numbers that bf16 holds exactly,
+    and are stored so.
+
+    In the blocks of GGUF, `halves`, the last group may be shorter than the others. Scales, which may be 0 or negative,
+    and `minimum`, None where it is 0 throughout, are numbers that f16 holds exactly, and are stored so.
     """
 
     codes: Array
@@ -28,24 +67,46 @@ class Quantized:
     zero: Array | None
     bits: int
     group: int
+    minimum: Array | None = None
+    halves: bool = False
 
     @property
     def bits_per_weight(self) -> float:
-        """What one weight takes in the archive, scales and zeros included."""
+        """What one weight takes in the archive, scales, zeros and minima included."""
         rows, columns = self.codes.shape
-        scale = 16 if self.group < columns else 32
-        zero = 0 if self.zero is None else 8
-        return float(self.bits + self.scale.size * (scale + zero) / (rows * columns))
+        scale = 16 if self.halves or self.group < columns else 32
+        beside = (0 if self.zero is None else 8) + (0 if self.minimum is None else 16)
+        return float(self.bits + self.scale.size * (scale + beside) / (rows * columns))
+
+    @property
+    def form(self) -> Format:
+        """The format of the matrix, with the length that its groups have."""
+        scale: Literal["f16", "bf16"] = "f16" if self.halves else "bf16"
+        return Format(self.bits, self.group, self.zero is None, scale, self.minimum is not None)
 
 
 def code_range(bits: int) -> tuple[int, int]:
-    """Return the lowest and the highest code."""
-    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+    """Return the lowest and the highest code of the formats without a minimum."""
+    return Format(bits).lowest, Format(bits).highest
+
+
+def group_of(columns: int, form: Format) -> int:
+    """Return the columns that share a scale in rows of so many."""
+    return form.group if form.is_block else fit_group(columns, form.group or columns)
 
 
 def by_group(dense: Array, group: int) -> Array:
-    """Return the view `[N, K/group, group]`."""
-    return dense.reshape(len(dense), -1, group)
+    """Return the view `[N, K/group, group]`; of a copy that ends in zeros where groups do not divide K."""
+    return pad_width(dense, -(-dense.shape[1] // group) * group).reshape(len(dense), -1, group)
+
+
+def _joined(parts: Array, columns: int) -> Array:
+    """Return `[N, K]` of what `by_group` made of it."""
+    return np.ascontiguousarray(parts.reshape(len(parts), -1)[:, :columns])
+
+
+def _over_columns(by_groups: Array) -> Array:
+    return by_groups[..., None]
 
 
 def round_up_to_bf16(x: Array) -> Array:
@@ -54,17 +115,21 @@ def round_up_to_bf16(x: Array) -> Array:
     return ((bits + np.uint32(0xFFFF)) & np.uint32(0xFFFF0000)).view(np.float32)
 
 
-def full_range(dense: Array, form: Format, shrink: float = 1.0) -> tuple[Array, Array | None]:
-    """Return scale and zero f32[N,K/group] that reach the largest and the smallest weight of each group.
+def full_range(dense: Array, form: Format, shrink: float = 1.0) -> Steps:
+    """Return steps that reach the largest and the smallest weight of each group.
 
     With `shrink` below 1 they reach that part of it only, and what lies beyond is clipped. Scales of groups are rounded
-    up to bf16, so that rounding them clips nothing.
+    up to bf16, so that rounding them clips nothing; those of blocks to the nearest f16. In a row that ends in a short
+    block a code is exactly 0: that of columns which are added.
     """
-    group = fit_group(dense.shape[1], form.group or dense.shape[1])
+    group = group_of(dense.shape[1], form)
     parts = by_group(dense, group)
+    if form.is_block:
+        scale, minimum = blocks.steps(parts, form, shrink, with_zero=_ends_short(dense, form))
+        return Steps(form, scale, None, minimum)
     high = np.maximum(parts.max(axis=2), 0).astype(np.float64) * shrink
     low = np.minimum(parts.min(axis=2), 0).astype(np.float64) * shrink
-    bottom, top = code_range(form.bits)
+    bottom, top = form.lowest, form.highest
     if not form.symmetric:
         wanted = (high - low) / (top - bottom)
     elif form.bits == 8:
@@ -76,44 +141,53 @@ def full_range(dense: Array, form: Format, shrink: float = 1.0) -> tuple[Array, 
     if group < dense.shape[1] or not form.symmetric:
         scale = round_up_to_bf16(scale)
     if form.symmetric:
-        return scale, None
-    return scale, np.clip(np.rint(-low / scale) + bottom, bottom, top).astype(np.float32)
+        return Steps(form, scale)
+    return Steps(form, scale, np.clip(np.rint(-low / scale) + bottom, bottom, top).astype(np.float32))
 
 
-def encode(parts: Array, scale: Array, zero: Array | None, bits: int) -> Array:
-    """Return the codes int8 of weights, each rounded to the nearest; scale and zero are broadcast against them."""
-    bottom, top = code_range(bits)
-    if bits == 8 and zero is None:
-        bottom = -top
-    codes = np.rint(parts / scale)
-    return np.clip(codes if zero is None else codes + zero, bottom, top).astype(np.int8)
+def _ends_short(dense: Array, form: Format) -> bool:
+    return bool(dense.shape[1] % form.group)
+
+
+def matrix(codes: Array, steps: Steps) -> Quantized:
+    """Return the matrix of codes int8[N,K] and the steps of its groups."""
+    form, group = steps.form, group_of(codes.shape[1], steps.form)
+    return Quantized(codes, steps.scale, steps.zero, form.bits, group, steps.minimum, form.is_block)
+
+
+def nearest(dense: Array, steps: Steps) -> Quantized:
+    """Return the matrix f32[N,K], each weight rounded to the nearest code of its group."""
+    parts = by_group(dense, group_of(dense.shape[1], steps.form))
+    return matrix(_joined(steps.each(_over_columns).codes(parts), dense.shape[1]), steps)
 
 
 def quantize(dense: Array, form: Format) -> Quantized:
-    """Return the matrix f32[N,K] with every weight rounded to the nearest code: off by half a scale at most."""
-    scale, zero = full_range(dense, form)
-    group = dense.shape[1] // scale.shape[1]
-    spread_zero = None if zero is None else zero[..., None]
-    codes = encode(by_group(dense, group), scale[..., None], spread_zero, form.bits)
-    return Quantized(codes.reshape(dense.shape), scale, zero, form.bits, group)
+    """Return the matrix f32[N,K] with every weight rounded to the nearest code: off by half a scale at most.
+
+    Blocks of GGUF are rounded as its reference does it, unless a row ends in a short one that has minima.
+    """
+    if not form.is_block or (form.minimum and _ends_short(dense, form)):
+        return nearest(dense, full_range(dense, form))
+    codes, scale, minimum = blocks.nearest(by_group(dense, form.group), form)
+    return matrix(_joined(codes, dense.shape[1]), Steps(form, scale, None, minimum))
 
 
 def dequantize(quantized: Quantized) -> Array:
     """Return f32[N,K]."""
-    parts = by_group(quantized.codes, quantized.group).astype(np.float32)
-    if quantized.zero is not None:
-        parts -= quantized.zero[..., None]
-    return (parts * quantized.scale[..., None]).reshape(quantized.codes.shape)
+    steps = Steps(quantized.form, quantized.scale, quantized.zero, quantized.minimum).each(_over_columns)
+    return _joined(steps.weights(by_group(quantized.codes, quantized.group)), quantized.codes.shape[1])
 
 
 def pad_columns(quantized: Quantized, columns: int) -> Quantized:
     """Return the matrix with zeros behind its columns, which groups divide; the scale of a whole row goes for them too.
 
-    There must be no zero points.
+    There must be no zero points, and a code for 0 in a short block.
     """
     rows, own = quantized.codes.shape
     if own == columns:
         return quantized
+    if quantized.halves:
+        return _pad_blocks(quantized, columns)
     if quantized.zero is not None:
         raise ValueError("columns of zeros have no code of their own where there are zero points")
     codes = np.concatenate([quantized.codes, np.zeros((rows, columns - own), np.int8)], axis=1)
@@ -123,51 +197,74 @@ def pad_columns(quantized: Quantized, columns: int) -> Quantized:
     return replace(quantized, codes=codes, scale=np.concatenate([quantized.scale, added], axis=1))
 
 
+def _pad_blocks(quantized: Quantized, columns: int) -> Quantized:
+    """Return the matrix with zeros behind its columns: in its last block if that is short, then in empty blocks."""
+    groups, own, last = -(-columns // quantized.group), quantized.codes.shape[1], quantized.scale.shape[1] - 1
+    scale = pad_width(quantized.scale, groups)
+    minimum = None if quantized.minimum is None else pad_width(quantized.minimum, groups)
+    short = own % quantized.group
+    codes = pad_width(quantized.codes, columns)
+    if short:
+        ends = slice(last, last + 1)
+        codes[:, own : own - short + quantized.group] = blocks.zero_codes(
+            scale[:, ends], None if minimum is None else minimum[:, ends]
+        )
+    return replace(quantized, codes=codes, scale=scale, minimum=minimum)
+
+
 def split_groups(quantized: Quantized, group: int) -> Quantized | None:
     """Return the matrix with a scale for each `group` of columns; None where some would need more than one.
 
-    The scale of a whole row is rounded to bf16 for that.
+    The scale of a whole row is rounded to bf16 for that. Blocks of GGUF are kept as they are.
     """
     if quantized.group % group or quantized.zero is not None:
         return None
     if quantized.group == group:
         return quantized
+    if quantized.halves:
+        return None
     scale = from_bf16(to_bf16(quantized.scale))
     return replace(quantized, scale=np.repeat(scale, quantized.group // group, axis=1), group=group)
 
 
 def rows_of(quantized: Quantized, start: int, stop: int) -> Quantized:
     """Return some rows of a matrix."""
-    zero = None if quantized.zero is None else quantized.zero[start:stop]
-    return replace(quantized, codes=quantized.codes[start:stop], scale=quantized.scale[start:stop], zero=zero)
+    zero, minimum = (None if x is None else x[start:stop] for x in (quantized.zero, quantized.minimum))
+    codes, scale = quantized.codes[start:stop], quantized.scale[start:stop]
+    return replace(quantized, codes=codes, scale=scale, zero=zero, minimum=minimum)
 
 
 def stack(parts: Sequence[Quantized]) -> Quantized:
     """Return the rows of several matrices of one format and width as one."""
-    first = parts[0]
-    if any((p.bits, p.group, p.zero is None) != (first.bits, first.group, first.zero is None) for p in parts):
+    if any(part.form != parts[0].form for part in parts):
         raise ValueError("matrices of different formats cannot be stacked")
-    zeros = [p.zero for p in parts if p.zero is not None]
-    return Quantized(
-        np.concatenate([p.codes for p in parts]),
-        np.concatenate([p.scale for p in parts]),
-        np.concatenate(zeros) if zeros else None,
-        first.bits,
-        first.group,
+    return joined(parts, lambda *arrays: np.concatenate(arrays))
+
+
+def joined(parts: Sequence[Quantized], join: Callable[..., Array]) -> Quantized:
+    """Return matrices of one format and width as one; `join` says in which order their rows come."""
+    zeros = [part.zero for part in parts if part.zero is not None]
+    minima = [part.minimum for part in parts if part.minimum is not None]
+    return replace(
+        parts[0],
+        codes=join(*[part.codes for part in parts]),
+        scale=join(*[part.scale for part in parts]),
+        zero=join(*zeros) if zeros else None,
+        minimum=join(*minima) if minima else None,
     )
 
 
 def pack_nibbles(codes: Array) -> Array:
-    """Return bytes u8[..., n/2] of codes int8[..., n] in -8..7: the first of two in the low half of a byte.
+    """Return bytes u8[..., n/2] of codes int8[..., n] in -8..7 or 0..15: the first of two in the low half of a byte.
 
-    Each is kept in two's complement, as a compiler keeps `i4`.
+    Each is kept in two's complement, as a compiler keeps `i4`, or as it is.
     """
     pairs = codes.reshape(*codes.shape[:-1], -1, 2).view(np.uint8)
     return (pairs[..., 0] & 15) | (pairs[..., 1] << 4)
 
 
 def unpack_nibbles(packed: Array) -> Array:
-    """Return the codes int8[..., n] of bytes u8[..., n/2]."""
+    """Return the codes int8[..., n] of bytes u8[..., n/2], in -8..7: those in 0..15 are their four bits."""
     unsigned = packed.view(np.uint8)
     pairs = np.stack([unsigned << 4, unsigned & 0xF0], axis=-1).view(np.int8) >> 4
     return pairs.reshape(*packed.shape[:-1], -1)

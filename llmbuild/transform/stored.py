@@ -7,7 +7,7 @@ CPU's cache.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 
 import numpy as np
@@ -16,6 +16,7 @@ from llmbuild.kernels.layouts import up_to
 from llmbuild.spec.formats import INTEGERS, SHARED, fit_group
 from llmbuild.transform import weights
 from llmbuild.transform.quantized import Quantized, dequantize, pack_nibbles
+from llmbuild.transform.quantized import joined as as_one
 from llmbuild.transform.stream import Piece, Region, Task, Unit
 from llmbuild.transform.weights import PANEL, Array, from_bf16, to_bf16
 
@@ -86,15 +87,9 @@ class Rows:
 def joined(rows: Rows, parts: Sequence[Encoded]) -> Encoded:
     """Return encoded rows as one."""
     quantized = [part for part in parts if isinstance(part, Quantized)]
-    if not quantized:
-        return rows.joined([part for part in parts if not isinstance(part, Quantized)])
-    zeros = [part.zero for part in quantized if part.zero is not None]
-    return replace(
-        quantized[0],
-        codes=rows.joined([part.codes for part in quantized]),
-        scale=rows.joined([part.scale for part in quantized]),
-        zero=rows.joined(zeros) if zeros else None,
-    )
+    if quantized:
+        return as_one(quantized, lambda *arrays: rows.joined(arrays))
+    return rows.joined([part for part in parts if not isinstance(part, Quantized)])
 
 
 def plain(encoded: Encoded, columns: int) -> Array:
@@ -107,7 +102,7 @@ def plain(encoded: Encoded, columns: int) -> Array:
 
 @dataclass(frozen=True)
 class StoredMatrix:
-    """A matrix in one of the compiler's layouts: `data`, and `scale` and `zero` where its format has them.
+    """A matrix in one of the compiler's layouts: `data`, and `scale`, `zero` and `minimum` where its format has them.
 
     `row_major` is `[N, K]` as torch keeps it, scales `[N, K/group]`; `packed` are panels `[N/64, K, 64]`, scales
     `[N/64, K/group, 64]`. Two codes of 4 bits share a byte; a row of an odd number ends in half a byte. Scales of whole
@@ -123,7 +118,7 @@ class StoredMatrix:
     def group(self) -> int:
         """Columns that share a scale."""
         wanted = INTEGERS[self.form].group if self.form in INTEGERS else 0
-        return fit_group(self.columns, wanted or self.columns)
+        return wanted if self.blocks else fit_group(self.columns, wanted or self.columns)
 
     @property
     def groups(self) -> int:
@@ -141,9 +136,14 @@ class StoredMatrix:
         return self.form in INTEGERS and not INTEGERS[self.form].symmetric
 
     @property
+    def blocks(self) -> bool:
+        """Whether groups are the blocks of GGUF files."""
+        return self.form in INTEGERS and INTEGERS[self.form].is_block
+
+    @property
     def grouped(self) -> bool:
         """Whether scales go with the columns; else they can wait until the row is summed."""
-        return self.form in INTEGERS and (self.groups > 1 or self.zeros)
+        return self.form in INTEGERS and (self.groups > 1 or self.zeros or self.blocks)
 
     def tensors(self) -> dict[str, ArrayType]:
         """Return what is stored."""
@@ -158,6 +158,10 @@ class StoredMatrix:
             found["scale"] = ArrayType(groups, BF16) if self.grouped else ArrayType((count,), "float32")
         if self.zeros:
             found["zero"] = ArrayType(groups, "int8")
+        if self.blocks:
+            found["scale"] = ArrayType(groups, "float16")
+        if self.blocks and INTEGERS[self.form].minimum:
+            found["minimum"] = ArrayType(groups, "float16")
         return found
 
     def encode(self, part: Encoded) -> dict[str, Array]:
@@ -171,6 +175,9 @@ class StoredMatrix:
             found = {"data": pack_nibbles(self._laid_out(even))}
         else:
             found = {"data": self._laid_out(codes)}
+        if self.blocks:
+            minimum = {} if part.minimum is None else {"minimum": self._laid_out(part.minimum).astype("<f2")}
+            return {**found, "scale": self._laid_out(part.scale).astype("<f2"), **minimum}
         scale = to_bf16(self._laid_out(part.scale)) if self.grouped else part.scale[:, 0]
         zero = {} if part.zero is None else {"zero": self._laid_out(part.zero).astype(np.int8)}
         return {**found, "scale": scale, **zero}

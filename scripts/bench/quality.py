@@ -30,7 +30,7 @@ from llmbuild.kernels.layouts import Layout
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
 from llmbuild.spec.files.reader import read_recipe
-from llmbuild.spec.formats import INTEGERS, SHARED, WEIGHT_FORMATS
+from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, WEIGHT_FORMATS
 from llmbuild.spec.formats import bits as bits_of
 from llmbuild.transform.quantized import Quantized, dequantize
 from llmbuild.transform.reference import rounded_rows
@@ -68,7 +68,7 @@ def cases(formats: Sequence[str]) -> Iterator[Case]:
             if layers in ("bf16", SHARED):
                 yield Case(layers, layers, kernel="own")
             continue
-        for method in METHODS:
+        for method in METHODS if layers not in BLOCKS else ():
             yield Case(layers, HEAD, *method)
         if layers in OWN_FORMATS:
             for head in dict.fromkeys((HEAD, layers) if layers in EIGHT_BITS else (HEAD,)):

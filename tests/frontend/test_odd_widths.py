@@ -19,7 +19,7 @@ from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.target import Target
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
 
-FOURS = [name for name, form in INTEGERS.items() if form.bits == 4]
+FOURS = [name for name, form in INTEGERS.items() if form.bits == 4 and not form.is_block]
 
 
 def quantized(rows: int, columns: int, form: str) -> Quantized:

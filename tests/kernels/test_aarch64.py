@@ -41,6 +41,8 @@ def innermost_loops(assembly: str) -> list[str]:
         ("dotprod", "int8", True, "sdot", 16),
         ("dotprod", "int4_g32", False, "sdot", 16),
         ("dotprod", "int4_g32", True, "sdot", 32),
+        ("dotprod", "q8_0", True, "sdot", 64),
+        ("dotprod", "q4_0", True, "sdot", 64),
         ("i8mm", "int8", False, "usdot", 16),
         ("i8mm", "int8", True, "usmmla", 16),
     ],

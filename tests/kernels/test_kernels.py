@@ -17,15 +17,14 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
 from llmbuild.kernels.layouts import Layout, family
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
-from llmbuild.spec.formats import INTEGERS
+from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference
 from llmbuild.transform.decoder import layer_buffer
-from llmbuild.transform.panels import pack
-from llmbuild.transform.quantized import Quantized, code_range
+from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
 from tests.support.machines import MACHINES
-from tests.support.products import prepared, products_module
+from tests.support.products import panel, prepared, products_module
 from tests.support.units import UNITS, all_pairs, covering, families, with_all, with_enough
 
 SHAPES = {
@@ -42,6 +41,9 @@ SHAPES = {
     "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, False, 2, "f16", head_norms=True),
     "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, True, 2, "bf16", activation="gelu_tanh"),
     "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
+    "q8_0": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q8_0"),
+    "q4_0 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "q4_0"),
+    "q4_1": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "q4_1", activation="gelu"),
     "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, False, 2, activation="gelu", head_norms=True),
 }
 IN_PARTS = {
@@ -233,27 +235,28 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
 
 
-@with_all("case", {form: form for form in ("int8", "int7_g64", "int4_g64")})
+@with_all("case", {form: form for form in ("int8", "int7_g64", "int4_g64", *BLOCKS)})
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_are_exact_at_the_ends_of_integers(
     tmp_path: Path, case: tuple[Instructions, str], together: bool
 ) -> None:
     (unit, form), columns, rng = case, 64, np.random.default_rng(0)
-    layout, bits = Layout(form, columns), INTEGERS[form].bits
+    layout, of = Layout(form, columns), INTEGERS[form]
     rows = unit.kernels[layout.family].row_tile if together else 1
-    low, high = code_range(bits)
-    mixed = rng.choice([low, high, low + 1, 0, 1, -1], (64, columns))
+    low, high, least = of.lowest, of.highest, -3 if of.minimum else 0
+    mixed = rng.choice(np.clip([low, high, low + 1, 0, 1, -1], low, high), (64, columns))
     calls = [
         (codes, x)
         for codes in (np.full((64, columns), low), np.full((64, columns), high), mixed)
         for x in (np.full((rows, columns), -127), rng.choice([-127, 127, -126, 0, 1, -1], (rows, columns)))
     ]
     (tmp_path / "products.mlir").write_text(products_module(unit, layout, rows, len(calls)))
-    artifact, ones = MACHINES[unit.name].compile(tmp_path / "products.mlir"), np.ones((64, 1), np.float32)
+    artifact, ones = MACHINES[unit.name].compile(tmp_path / "products.mlir"), np.ones((64, layout.groups), np.float32)
     inputs = []
     for codes, x in calls:
-        data, _ = pack(layout, Quantized(codes.astype(np.int8), ones, None, bits, columns))
-        inputs += [data, prepared(layout, x)]
+        minimum = ones * least if of.minimum else None
+        weights = Quantized(codes.astype(np.int8), ones, None, of.bits, layout.group, minimum, of.is_block)
+        inputs += [panel(layout, weights), prepared(layout, x)]
     made, _ = MACHINES[unit.name].call(artifact, inputs, len(calls), "local-sync")
     for (codes, x), sums in zip(calls, made, strict=True):
-        assert np.array_equal(sums.reshape(rows, 64), x @ codes.T)
+        assert np.array_equal(sums.reshape(rows, 64), x @ (codes + least).T)

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import resolve
-from llmbuild.errors import InputError
+from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.frontend import single_row
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.modules import RowMajor
@@ -44,7 +44,7 @@ from llmbuild.process.child import Limits
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.files.reader import read_target
-from llmbuild.spec.formats import INTEGERS, WEIGHT_FORMATS
+from llmbuild.spec.formats import BLOCKS, INTEGERS, WEIGHT_FORMATS
 from llmbuild.spec.program import ImportJob
 from llmbuild.spec.target import VULKAN, Target
 from llmbuild.transform.quantized import pack_nibbles, quantize
@@ -304,10 +304,22 @@ def test_a_matrix_that_does_not_fit_is_left_to_the_compiler() -> None:
     assert torch.equal(ours.multiply(x), RowMajor(weights).multiply(x))
 
 
-@given(st.sampled_from(WEIGHT_FORMATS), st.integers(1, 40).map(lambda n: 4 * n))
+@given(
+    st.sampled_from([form for form in WEIGHT_FORMATS if form not in BLOCKS]), st.integers(1, 40).map(lambda n: 4 * n)
+)
 def test_a_format_says_how_a_matrix_is_stored_before_it_is(form: str, columns: int) -> None:
     weights = Formats(form, form)("any", np.ones((3, columns), np.float32))
     assert stored_as(3, columns, form) == single_row.stored_as(RowMajor(weights))
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+def test_blocks_of_gguf_are_not_for_gpus(form: str) -> None:
+    assert stored_as(64, 64, form) is None
+    assert "finds no matrix to read in" in gpu_problem(
+        Decoder(64, 64, 2, 2, 32, 64), form, form, work(32, "4x4", "narrow")
+    )
+    with pytest.raises(ChoiceRefused, match="read by kernel=own on CPUs alone"):
+        RowMajor(quantize(np.ones((3, 64), np.float32), INTEGERS[form]))
 
 
 def test_no_matrix_for_the_kernels_is_told_from_the_facts_of_a_model() -> None:

@@ -8,17 +8,28 @@ import numpy as np
 
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable
-from llmbuild.kernels.layouts import LINE, Layout
+from llmbuild.kernels.layouts import Layout
 from llmbuild.kernels.text import VF, Writer
+from llmbuild.transform.panels import pack
+from llmbuild.transform.quantized import Quantized
+from llmbuild.transform.weights import Array
+
+
+def panel(layout: Layout, weights: Quantized | Array) -> Any:
+    """Return the bytes of one panel, with its scales behind its data where products take them."""
+    data, scales = (part.view(np.int8) for part in pack(layout, weights))
+    return data if layout.by_row else np.concatenate([data, scales])
 
 
 def prepared(layout: Layout, x: Any) -> Any:
     """Return rows of bytes as the layout wants them, with scales of one."""
     rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
-    rows[:, :4] = np.ones((len(x), 1), np.float32).view(np.uint8)
-    total, first = x.sum(1, keepdims=True).astype(np.int32), layout.header_bytes
+    factors = np.ones((len(x), layout.groups if layout.in_groups else 1), np.float32)
+    rows[:, : 4 * factors.shape[1]] = factors.view(np.uint8)
+    total, first = x.reshape(len(x), layout.groups, -1).sum(2).astype(np.int32), layout.header_bytes
     if layout.sums_bytes:
-        rows[:, LINE : LINE + 4] = (-layout.offset * total).view(np.uint8)
+        starts = total.astype(np.float32) if layout.has_minimum else -layout.offset * total
+        rows[:, layout.factors_bytes : layout.factors_bytes + 4 * layout.groups] = starts.view(np.uint8)
     else:
         rows[:, 4:8] = total.view(np.uint8)
     rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)
@@ -26,14 +37,20 @@ def prepared(layout: Layout, x: Any) -> Any:
 
 
 def products_module(unit: Instructions, layout: Layout, rows: int, calls: int = 1) -> str:
-    """Return MLIR of `main(panel, prepared rows, ...) -> (f32[64 * rows], ...)`, of as many products as `calls`."""
+    """Return MLIR of `main(panel, prepared rows, ...) -> (f32[64 * rows], ...)`, of as many products as `calls`.
+
+    Panels are as `panel` gives them.
+    """
     w, names, row = Writer(), ["panel", "x", "out"], layout.prepared_bytes
-    p = bind(w, names, {"panel": layout.panel_bytes, "x": rows * row, "out": 4 * 64 * rows})
+    size = layout.panel_bytes + (0 if layout.by_row else layout.scale_bytes)
+    p = bind(w, names, {"panel": size, "x": rows * row, "out": 4 * 64 * rows})
     kernel = unit.kernels[layout.family]
-    sums = kernel.sums(w, layout, p["panel"], p["panel"], [w.at(p["x"], r * row) for r in range(rows)])
+    sums = kernel.sums(
+        w, layout, p["panel"], w.at(p["panel"], layout.panel_bytes), [w.at(p["x"], r * row) for r in range(rows)]
+    )
     for i, block in enumerate(block for blocks in sums for block in blocks):
         w.store(block, w.at(p["out"], 64 * i), VF)
-    panel, x, out = f"tensor<{layout.panel_bytes}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
+    panel, x, out = f"tensor<{size}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
     taken = ", ".join(f"%panel{i}: {panel}, %x{i}: {x}" for i in range(calls))
     products = "\n".join(
         f"%out{i} = flow.dispatch @products_ex::@products(%panel{i}, %x{i}, %one) : ({panel}, {x}, index) -> {out}"

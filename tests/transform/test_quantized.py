@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.spec.formats import INTEGERS, Format
+from llmbuild.spec.formats import bits as formats_bits
 from llmbuild.transform.quantized import (
     Quantized,
     by_group,
@@ -90,10 +91,19 @@ def test_a_group_is_halved_until_it_divides_the_row(columns: int, asked: int, fi
 
 @pytest.mark.parametrize(
     ("name", "bits"),
-    [("int8_g32", 8.5), ("int7_g64", 7.25), ("int4_g32", 4.5), ("int4_g128", 4.125), ("int4a_g64", 4.375)],
+    [
+        ("int8_g32", 8.5),
+        ("int7_g64", 7.25),
+        ("int4_g32", 4.5),
+        ("int4_g128", 4.125),
+        ("int4a_g64", 4.375),
+        ("q8_0", 8.5),
+        ("q4_0", 4.5),
+        ("q4_1", 5.0),
+    ],
 )
 def test_bits_per_weight_count_scales_and_zeros(name: str, bits: float) -> None:
-    assert quantize(np.ones((64, 256), np.float32), INTEGERS[name]).bits_per_weight == bits
+    assert quantize(np.ones((64, 256), np.float32), INTEGERS[name]).bits_per_weight == bits == formats_bits(name)
 
 
 @given(st.integers(0, 99), st.sampled_from((2, 6, 64)))

@@ -69,7 +69,7 @@ def test_activations_of_any_size_are_quantized(value: float) -> None:
 
 
 @pytest.mark.parametrize("columns", [32, 64, 96, 576])
-@pytest.mark.parametrize("form", ["int8", "int7_g32", "int7_g64", "int4_g64"])
+@pytest.mark.parametrize("form", ["int8", "int7_g32", "int7_g64", "int4_g64", "q8_0", "q4_0", "q4_1"])
 def test_packing_keeps_every_code(form: str, columns: int) -> None:
     quantized = quantize(
         np.random.default_rng(columns).standard_normal((100, columns)).astype(np.float32), INTEGERS[form]

@@ -18,7 +18,7 @@ KNOBS: tuple[Knob, ...] = (
         WEIGHT_FORMATS,
         "f32",
         "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros; "
-        "f12_e4m7: bf16 with 4 bits of exponent below that of the row's largest",
+        "f12_e4m7: bf16 with 4 bits of exponent below that of the row's largest; q8_0, q4_0, q4_1: blocks as in GGUF",
         searched=("f32", "f16", "int8", "int4_g128", "int4a_g64"),
     ),
     Knob(
@@ -51,7 +51,11 @@ KNOBS: tuple[Knob, ...] = (
         ("none", "sensitive"),
         "none",
         "keep the quarter of the weights in int8 whose rounding the calibration text shows most",
-        when=(Condition("weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4)),),
+        when=(
+            Condition(
+                "weight_format", tuple(name for name, form in INTEGERS.items() if form.bits == 4 and not form.is_block)
+            ),
+        ),
     ),
     Knob(
         "kv_dtype",
