@@ -96,7 +96,7 @@ class Imports:
         source = self.job.recipe.model
         return {
             "verb": verb,
-            "model": str(self.job.model.folder.absolute()),
+            "model": str(self.job.model.location.absolute()),
             "random_init": source.random_init,
             "seed": source.seed,
             "context": inputs["context"],
@@ -212,7 +212,7 @@ class Imports:
             np.save(folder / "windows.npy", windows)
             request = {
                 "verb": "reference",
-                "model": str(self.job.model.folder.absolute()),
+                "model": str(self.job.model.location.absolute()),
                 "windows": str(folder / "windows.npy"),
             }
             result = self._frontend(request, folder)

@@ -32,7 +32,11 @@ _TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state|ran
 
 @dataclass(frozen=True)
 class Files:
-    """The files of a model that are read. `weights` are all safetensors or all pickled; random weights have none."""
+    """The files of a model that are read.
+
+    Random weights have no `weights`; else these are all safetensors, all pickled, or one GGUF file, whose `folder` is
+    one of the cache.
+    """
 
     folder: Path
     config: Path
@@ -42,15 +46,18 @@ class Files:
     tokenizer: Path | None
     beside: tuple[str, ...]
     """What lies beside, looks as if it belonged to the model, and is not used."""
+    gguf: bool = False
+    """Whether `weights` is one GGUF file."""
 
     @property
     def pickled(self) -> bool:
         """Whether the weights are pickled: what they hold is known when they are loaded."""
-        return any(path.suffix != ".safetensors" for path in self.weights)
+        return not self.gguf and any(path.suffix != ".safetensors" for path in self.weights)
 
     def read(self) -> tuple[Path, ...]:
         """Return the files that the library reads."""
-        return tuple(path for path in (self.config, self.generation, self.index, *self.weights) if path is not None)
+        weights = () if self.gguf else self.weights  # the library has another reader for GGUF
+        return tuple(path for path in (self.config, self.generation, self.index, *weights) if path is not None)
 
 
 def files_of(folder: Path, random_init: bool) -> Files:

@@ -23,6 +23,7 @@ from llmbuild.frontend.checkpoint import Checkpoint, Drawn, Model, Pickled, Safe
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.documents import shown
 from llmbuild.frontend.files import Files, alone
+from llmbuild.frontend.gguf_weights import GgufCheckpoint
 from llmbuild.frontend.headers import Stored
 from llmbuild.frontend.source import Examined, examine, locate
 from llmbuild.frontend.tensors import misplaced
@@ -118,8 +119,8 @@ def load_told(model: str, random_init: bool, seed: int, attention: str, context:
     found = examine(locate(model, random_init), random_init, context)
 
     def make(folder: Path) -> Any:
-        if random_init:
-            return _filled(found, folder, Drawn(*_drawn_from(found, seed)), attention)
+        if random_init or found.is_gguf:
+            return _filled(found, folder, opened(found, random_init, seed), attention)
         return _read(found, folder, attention)
 
     built, notes = _built(model, found, make)
@@ -234,6 +235,8 @@ def opened(found: Examined, random_init: bool, seed: int) -> Checkpoint:
     facts = facts_of(found.config)
     if random_init:
         return Drawn(*_drawn_from(found, seed))
+    if found.is_gguf:
+        return GgufCheckpoint(found.files.weights[0])
     if found.files.pickled:
         try:
             _check_pickled(found)

@@ -11,6 +11,7 @@ from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError
+from llmbuild.frontend import gguf_place
 from llmbuild.frontend.chat import SETTINGS, TEMPLATE, chat_of, unusable
 from llmbuild.frontend.config import end_fault, end_tokens, judge
 from llmbuild.frontend.documents import check_file, meaning, read_json, shown
@@ -30,7 +31,7 @@ from llmbuild.frontend.headers import read_header
 from llmbuild.frontend.tensors import misplaced
 from llmbuild.runtime.tokenizer import Tokenizer
 from llmbuild.spec.model import facts_of
-from llmbuild.spec.recipe import ModelSource
+from llmbuild.spec.recipe import GGUF, ModelSource
 
 _SMALL = (CONFIG, GENERATION, TOKENIZER, ADAPTER, INDEX, PICKLED_INDEX, SETTINGS, TEMPLATE)
 """What is fetched from the hub before the weights: what says which weights there are, and what texts need."""
@@ -48,6 +49,11 @@ class Examined:
     """The chat template, as a catalog keeps it; absent where there is none, or no tokenizer."""
 
     @property
+    def is_gguf(self) -> bool:
+        """Whether the weights are those of one GGUF file."""
+        return self.files.gguf
+
+    @property
     def end_tokens(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         return end_tokens(self.config, self.generation)
@@ -55,7 +61,10 @@ class Examined:
 
 @dataclass(frozen=True)
 class FoundModel:
-    """A model on this disk. `digest` covers what an import reads; `tokenizer` is absent where there is none."""
+    """A model on this disk. `digest` covers what an import reads; `tokenizer` is absent where there is none.
+
+    `folder` has config.json, and the weights too unless these are in `weights`, a GGUF file.
+    """
 
     folder: Path
     digest: str
@@ -64,21 +73,29 @@ class FoundModel:
     """What is worth telling of it once: what lies beside and is not used, what the library does not read."""
     chat: bytes | None = None
     """The chat template, as a catalog keeps it; absent where there is none."""
+    weights: Path | None = None
+
+    @property
+    def location(self) -> Path:
+        """What an import is told to read: a folder, or a GGUF file."""
+        return self.weights or self.folder
 
 
 def find_model(source: ModelSource, context: int = 0) -> FoundModel:
     """Return where a model is and what its content is named, for a cache of `context` positions.
 
     Raises:
-        InputError: no such folder, a hub that does not answer, or a model that cannot be built as it stands.
+        InputError: no such folder or file, a hub that does not answer, or a model that cannot be built as it stands.
     """
-    found = examine(locate(source.location, source.random_init), source.random_init, context)
+    place = gguf_place.find(source.location) if source.kind == GGUF else locate(source.location, source.random_init)
+    found = examine(place, source.random_init, context)
     return FoundModel(
         found.files.folder,
         _digest(found, source.random_init, source.seed),
         found.files.tokenizer,
         found.notes,
         found.chat,
+        found.files.weights[0] if found.is_gguf else None,
     )
 
 
@@ -96,11 +113,13 @@ def _digest(found: Examined, random_init: bool, seed: int) -> str:
 
 
 def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
-    """Return what a model folder holds, judged without reading its weights: every fault at once.
+    """Return what a model folder or a GGUF file holds, judged without reading its weights: every fault at once.
 
     Raises:
         InputError: a file, a key of the configuration or a tensor that cannot be taken.
     """
+    if folder.is_file() or gguf_place.is_place(str(folder)):
+        return _examine_gguf(folder, random_init, context)
     try:
         files = files_of(folder, random_init)
     except InputError as error:
@@ -123,6 +142,43 @@ def examine(folder: Path, random_init: bool, context: int = 0) -> Examined:
         raise InputError(_told(folder, faults))
     notes = (*judged.notes, *_beside(files), *unusable(chat))
     return Examined(files, config, generation, notes, None if chat is None else chat.blob())
+
+
+def _examine_gguf(path: Path, random_init: bool, context: int) -> Examined:
+    """Return the same for a GGUF file: its metadata as a folder of the cache, its tensors where they are."""
+    from llmbuild.frontend.gguf_file import describe
+    from llmbuild.frontend.gguf_folder import folder_of
+    from llmbuild.frontend.gguf_header import read_header
+    from llmbuild.frontend.gguf_weights import unfit
+
+    header = read_header(path)
+    described = describe(header)
+    faults = list(described.faults)
+    notes: tuple[str, ...] = ()
+    if not faults:
+        judged = judge(described.config, random_init, context)
+        faults, notes = [f"as {CONFIG}: {fault}" for fault in judged.faults], judged.notes
+    if not faults and not random_init:
+        faults += unfit(header, described.config)
+    if faults:
+        raise InputError(_told(path, faults))
+    made = folder_of(header, described)
+    tokenizer = made.path / TOKENIZER
+    files = Files(
+        made.path,
+        made.path / CONFIG,
+        made.path / GENERATION if described.generation else None,
+        None,
+        () if random_init else (path,),
+        tokenizer if tokenizer.is_file() else None,
+        (),
+        gguf=not random_init,
+    )
+    if files.tokenizer is not None:
+        Tokenizer(files.tokenizer)
+    chat = chat_of(made.path) if files.tokenizer is not None else None
+    notes = (*notes, *made.notes, *unusable(chat))
+    return Examined(files, described.config, described.generation, notes, None if chat is None else chat.blob())
 
 
 def _with_configuration(fault: str, folder: Path, random_init: bool, context: int) -> str:
@@ -156,20 +212,22 @@ def _beside(files: Files) -> list[str]:
 
 
 def at_hand(location: str, random_init: bool) -> Path | None:
-    """Return the folder of a model without asking the hub: None where the hub would have to be asked.
+    """Return where a model is without asking the hub: None where the hub would have to be asked.
 
     Raises:
-        InputError: the location is no folder, and no id of the hub either.
+        InputError: the location is no folder or GGUF file, and no id of the hub either.
     """
-    return locate(location, random_init) if _is_local(location) else None
+    return locate(location, random_init) if gguf_place.is_place(location) or _is_local(location) else None
 
 
 def locate(location: str, random_init: bool) -> Path:
-    """Return the folder of a model; what is missing of one of the hub is fetched first.
+    """Return the folder of a model, or its GGUF file; what is missing of one of the hub is fetched first.
 
     Raises:
-        InputError: neither a folder here nor to be had from the hub.
+        InputError: neither a folder nor a GGUF file here, nor to be had from the hub.
     """
+    if gguf_place.is_place(location):
+        return gguf_place.find(location)
     folder = Path(location).expanduser()
     try:
         if folder.is_dir():

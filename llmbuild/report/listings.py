@@ -58,9 +58,9 @@ def _recipe_row(path: Path) -> dict[str, object]:
     try:
         recipe = read_recipe(path)
         model = recipe.model
-        if (folder := at_hand(model.location, model.random_init)) is not None:
-            examine(folder, model.random_init, recipe.context)
-            row["left_out"] = "; ".join(map(str, left_out_here(recipe, folder)))
+        if (place := at_hand(model.location, model.random_init)) is not None:
+            found = examine(place, model.random_init, recipe.context)
+            row["left_out"] = "; ".join(map(str, left_out_here(recipe, found.files.folder)))
     except InputError as error:
         return {**row, "state": "; ".join(line.strip() for line in str(error).splitlines())}
     loads = " ".join(f"{w.name}:{w.prompt}+{w.output}" for w in recipe.workloads)

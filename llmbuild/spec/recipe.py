@@ -14,10 +14,18 @@ SAMPLERS: tuple[Sampler, ...] = get_args(Sampler)
 AUTO: Sampler = "gp"
 """The sampler of `auto`."""
 
+HUGGINGFACE, GGUF = "huggingface", "gguf"
+"""Kinds of sources of a model: the keys of a recipe that name one."""
+PACKAGE = "package:"
+"""How the place of a file in an installed Python package begins: `package:NAME/FILE`."""
+
 
 @dataclass(frozen=True)
 class ModelSource:
-    """The source of a model. `location` is an absolute folder or a hub id; it is never part of a key."""
+    """The source of a model, of kind `huggingface` or `gguf`; `location` is never part of a key.
+
+    It is an absolute folder or a hub id; of GGUF an absolute file, or `package:NAME/FILE`, a file of a Python package.
+    """
 
     kind: str
     location: str

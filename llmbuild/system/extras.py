@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 EXTRAS = {
-    "build": "alembic archspec iree optuna pydantic ruamel safetensors sqlalchemy torch transformers".split(),
+    "build": "alembic archspec gguf iree optuna pydantic ruamel safetensors sqlalchemy torch transformers".split(),
     "publish": "cryptography fsspec gcsfs oras requests s3fs".split(),
     "postgres": ["psycopg"],
 }

@@ -118,3 +118,10 @@ class Imports:
 def imports(tmp_path_factory: pytest.TempPathFactory) -> Imports:
     """Imports that all modules of all workers share."""
     return Imports(lambda name, make: shared(tmp_path_factory, name, make))
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of this test's own, for what is made from GGUF files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.spec.files.reader import read_recipe, read_target, seconds
-from llmbuild.spec.recipe import Calibration
+from llmbuild.spec.recipe import Calibration, ModelSource
 
 GOOD = "model: {huggingface: ./m}\nworkloads:\n  - {name: w, prompt: 4, output: 4}\n"
 
@@ -66,6 +66,44 @@ def test_every_fault_is_told_at_once(tmp_path: Path) -> None:
 )
 def test_bad_recipe_is_told(tmp_path: Path, text: str, told: str) -> None:
     assert told in recipe_error(tmp_path, text)
+
+
+WORK = "workloads:\n  - {name: w, prompt: 4, output: 4}\n"
+
+
+@pytest.mark.parametrize(
+    ("place", "location"),
+    [
+        ("m.gguf", "{folder}/m.gguf"),
+        ("./models/blob", "{folder}/models/blob"),
+        ("/models/m.gguf", "/models/m.gguf"),
+        ("package:some_models/sub/m.gguf", "package:some_models/sub/m.gguf"),
+    ],
+)
+def test_a_gguf_file_is_a_source_of_a_model(tmp_path: Path, place: str, location: str) -> None:
+    (tmp_path / "r.yaml").write_text(f"model: {{gguf: '{place}', random_init: true, seed: 7}}\n{WORK}")
+    wanted = ModelSource("gguf", location.format(folder=tmp_path), True, 7)
+    assert read_recipe(tmp_path / "r.yaml").model == wanted
+
+
+@pytest.mark.parametrize(
+    "place", ["package:", "package:m.gguf", "package:a/", "package:a.b/m.gguf", "package:a/../m.gguf"]
+)
+def test_a_file_of_no_package_is_told(tmp_path: Path, place: str) -> None:
+    told = recipe_error(tmp_path, f"model: {{gguf: '{place}'}}\n{WORK}")
+    assert told == f"r.yaml:1 $.model.gguf: '{place}' names no file of a Python package: write package:NAME/FILE"
+
+
+@pytest.mark.parametrize("model", ["{}", "{huggingface: m, gguf: m.gguf}", "{gguf: ''}"])
+def test_a_model_has_one_source(tmp_path: Path, model: str) -> None:
+    told = recipe_error(tmp_path, f"model: {model}\n{WORK}")
+    assert told == "r.yaml:1 $.model: name either `huggingface`, a folder or hub id, or `gguf`, a file"
+
+
+def test_a_gguf_file_that_is_named_as_a_folder_is_told(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").touch()
+    told = recipe_error(tmp_path, f"model:\n  huggingface: m.gguf\n{WORK}")
+    assert told == f"r.yaml:2 $.model.huggingface: {tmp_path / 'm.gguf'} is a GGUF file: name it with `gguf`"
 
 
 def test_comments_order_and_spaces_change_nothing(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
 _UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
+_PACKAGE_FILE = re.compile(rf"{nouns.PACKAGE}[A-Za-z_]\w*(/(?!\.\.?(/|$))[^/\0]+)+", re.ASCII)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
 MAX_FILE_BYTES = 1 << 20
@@ -107,9 +108,23 @@ class _Strict(BaseModel):
 
 
 class _Model(_Strict):
-    huggingface: str = Field(min_length=1)
+    huggingface: str = ""
+    gguf: str = ""
     random_init: Annotated[bool, Field(strict=True)] = False
     seed: Annotated[int, Field(ge=0, lt=1 << 31, strict=True)] = 0
+
+    @field_validator("gguf")
+    @classmethod
+    def _in_package(cls, place: str) -> str:
+        if place.startswith(nouns.PACKAGE) and not _PACKAGE_FILE.fullmatch(place):
+            raise ValueError(f"{place!r} names no file of a Python package: write {nouns.PACKAGE}NAME/FILE")
+        return place
+
+    @model_validator(mode="after")
+    def _one(self) -> _Model:
+        if bool(self.huggingface) == bool(self.gguf):
+            raise ValueError("name either `huggingface`, a folder or hub id, or `gguf`, a file")
+        return self
 
 
 class _Workload(_Strict):
@@ -242,16 +257,12 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     parsed = _validate(_Recipe, raw, path)
     if parsed.name is None and not path.stem.isprintable():
         raise InputError(f"{str(path)!a}: its name is no text to call a model by: add `name: NAME` to the recipe")
-    folder = real(path.parent / parsed.model.huggingface)
-    looks_local = (
-        folder.exists() or parsed.model.huggingface.startswith((".", "/")) or "/" not in parsed.model.huggingface
-    )
     text = parsed.quality.text
     return nouns.Recipe(
         name=parsed.name or path.stem,
         model=nouns.ModelSource(
-            "huggingface",
-            str(folder) if looks_local else parsed.model.huggingface,
+            nouns.GGUF if parsed.model.gguf else nouns.HUGGINGFACE,
+            _location(parsed.model, raw, path),
             parsed.model.random_init or random_init,
             parsed.model.seed,
         ),
@@ -269,6 +280,20 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
         calibration=_calibration(parsed.calibration, path),
         sampler=parsed.sampler,
     )
+
+
+def _location(model: _Model, raw: object, path: Path) -> str:
+    """Return where a model is: a path of the recipe's folder, else a hub id or a file of a package."""
+    if model.gguf:
+        if model.gguf.startswith(nouns.PACKAGE):
+            return model.gguf
+        return str((path.parent / model.gguf).absolute())  # links stay: their names say what they are
+    folder = real(path.parent / model.huggingface)
+    if folder.suffix.lower() == ".gguf" and folder.is_file():
+        line = _line(raw, ("model", "huggingface"))
+        raise InputError(f"{path}:{line} $.model.huggingface: {folder} is a GGUF file: name it with `gguf`")
+    local = folder.exists() or model.huggingface.startswith((".", "/")) or "/" not in model.huggingface
+    return str(folder) if local else model.huggingface
 
 
 def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
