@@ -39,7 +39,7 @@ TEXT = "def push(self, item):\n    self.items.append(item)\n\n" * 40
 
 
 SLOW = (
-    "build/build build/freshness build/tuning carry/drawn carry/pack carry/peers_bench catalog/postgres "
+    "build/build build/freshness build/imports build/tuning carry/drawn carry/pack carry/peers_bench catalog/postgres "
     "cli/chat "
     "catalog/publish cli/cli cli/endurance cli/isolated cli/study compiler/phases compiler/targets frontend/batch "
     "frontend/formats frontend/frontend frontend/frontend_job frontend/hub frontend/loading frontend/odd_widths "

@@ -63,6 +63,7 @@ class Build:
     def _run(self, raced: bool) -> Outcome:
         self.catalog.register(self.steps.registered)
         try:
+            self.steps.imports.expect(self.job.space.default())
             for point in self.again:
                 self.evaluator.evaluate([point])
             self.results.stand()
@@ -125,6 +126,7 @@ class Build:
     def import_(self) -> list[tuple[Point, Program | Failure]]:
         """Import the points that are tried first, without a compile."""
         points = self.initial_points()
+        self.steps.imports.expect(self.job.space.default())
         with ThreadPoolExecutor(self.jobs) as pool:
             try:
                 return list(zip(points, pool.map(self.steps.import_, points), strict=True))
@@ -135,6 +137,7 @@ class Build:
     def compile(self) -> list[tuple[Point, Artifact | Failure]]:
         """Compile artifacts without measurements, up to the budget: for a target that is not this host."""
         points = self.initial_points()
+        self.steps.imports.expect(self.job.space.default())
         self.catalog.register(self.steps.registered)
         done: list[tuple[Point, Artifact | Failure]] = []
         try:
@@ -184,7 +187,9 @@ class Build:
         self.tell(Event("wait", "another build of this is under way: waiting for what it makes"))
 
     def _report_notes(self) -> None:
-        """Report the library's messages about the model from this run's imports."""
+        """Report the library's messages about the model from this run's imports, and what slowed these."""
+        for text in self.steps.imports.told():
+            self.tell(Event("note", text))
         for text in self.steps.notes:
             self.tell(Event("note", f"the library says of this model: {text}"))
 

@@ -152,7 +152,8 @@ class Steps:
         return iree.compile_module(source, output, self.job.target, plainly, self.job.limits)
 
     def close(self) -> None:
-        """End the running worker."""
+        """End the running worker, and what is kept for more imports."""
+        self.imports.close()
         if self._bench is not None:
             self._bench.close()
 

@@ -16,9 +16,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from math import inf
 from pathlib import Path
 from time import monotonic
@@ -93,8 +93,8 @@ class Limits:
         return TIME_UP if monotonic() >= self.until else f"ran past {self.seconds:.0f} s"
 
 
-_running: set[subprocess.Popen[bytes]] = set()
-"""Running children, so that an interruption in one thread ends all of them."""
+_running: set[Callable[[], None]] = set()
+"""What ends each running child, so that an interruption in one thread ends all of them."""
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
@@ -172,17 +172,14 @@ def run(
                 "",
                 lasting=False,
             )
-        _running.add(child)
-        try:
-            code: int | None = child.wait(limits.left_s())
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            _running.discard(child)
-            stop_group(child)
-        if code == 0 and output.is_file():
-            return None
-        return failure_of(command, stage, limits, code, tail(log.fileno()))
+        with stopped_with_all(partial(stop_group, child)):
+            try:
+                code: int | None = child.wait(limits.left_s())
+            except subprocess.TimeoutExpired:
+                code = None
+            finally:
+                stop_group(child)
+        return outcome(command, stage, limits, code, output, log.fileno())
 
 
 def say(text: str) -> None:
@@ -197,10 +194,20 @@ def say(text: str) -> None:
         left = left[os.write(sys.stdout.fileno(), left) :]
 
 
+@contextlib.contextmanager
+def stopped_with_all(stop: Callable[[], None]) -> Iterator[None]:
+    """Let `stop_all` end, by `stop`, the child that this thread waits for."""
+    _running.add(stop)
+    try:
+        yield
+    finally:
+        _running.discard(stop)
+
+
 def stop_all() -> None:
-    """End every child that `run` waits for in any thread."""
-    for child in list(_running):
-        stop_group(child)
+    """End every child that a `run` waits for in any thread."""
+    for stop in list(_running):
+        stop()
 
 
 def stop_group(child: subprocess.Popen[bytes]) -> None:
@@ -220,6 +227,15 @@ def tail(descriptor: int) -> str:
     parts = (os.pread(descriptor, half, 0), os.pread(descriptor, half, size - half))
     head, end = (part.decode(errors="replace") for part in parts)
     return f"{head}\n[{size - 2 * half} bytes left out]\n{end}"
+
+
+def outcome(
+    command: Sequence[str], stage: Stage, limits: Limits, code: int | None, output: Path, log: int
+) -> Failure | None:
+    """Return None for a child that ended well and wrote `output`, else its failure; `log`: what it printed."""
+    if code == 0 and output.is_file():
+        return None
+    return failure_of(command, stage, limits, code, tail(log))
 
 
 def failure_of(command: Sequence[str], stage: Stage, limits: Limits, code: int | None, log: str) -> Failure:

@@ -35,7 +35,12 @@ def main(arguments: list[str]) -> None:
     if str(PACKAGE.parent) not in sys.path:
         sys.path.append(str(PACKAGE.parent))
     _register()
-    name, sys.argv = arguments[0], arguments
+    launch(arguments)
+
+
+def launch(words: list[str]) -> None:
+    """Run a module or script, the first of the words, with the others as its arguments."""
+    name, sys.argv = words[0], words
     if name.endswith(".py"):
         runpy.run_path(name, run_name="__main__")
     else:

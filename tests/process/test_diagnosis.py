@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from llmbuild.process.child import Limits, failure_of, run
 from llmbuild.process.diagnosis import AGAIN, CHOOSE, diagnose
 from llmbuild.spec.variant import Failure, Stage
 from llmbuild.system.resources import Bound
+from tests.process.conftest import RunCode
 
 PRELUDE = """\
 import sys
@@ -23,13 +25,19 @@ def error_of(x): return x
 """
 
 
-def ended(code: str, tmp_path: Path, stage: Stage = "import", limits: Limits | None = None) -> Failure:
+Ended = Callable[..., Failure]
+
+
+@pytest.fixture
+def ended(run_code: RunCode, tmp_path: Path) -> Ended:
     """Return the failure of a Python child that runs a script."""
-    script = tmp_path / "child.py"
-    script.write_text(PRELUDE + textwrap.dedent(code))
-    failure = run([sys.executable, str(script)], stage, limits or Limits(20), tmp_path / "out")
-    assert failure is not None
-    return failure
+
+    def ended(code: str, stage: Stage = "import", limits: Limits | None = None) -> Failure:
+        failure = run_code(PRELUDE + textwrap.dedent(code), tmp_path / "out", limits or Limits(20), stage)
+        assert failure is not None
+        return failure
+
+    return ended
 
 
 @pytest.mark.parametrize(
@@ -100,19 +108,19 @@ def ended(code: str, tmp_path: Path, stage: Stage = "import", limits: Limits | N
     ],
 )
 def test_the_reason_of_a_python_child_is_its_exception_and_what_to_do_and_it_passes(
-    code: str, reason: str, tmp_path: Path
+    code: str, reason: str, ended: Ended
 ) -> None:
-    failure = ended(code, tmp_path)
+    failure = ended(code)
     assert reason in failure.reason
     assert failure.lasting is False
 
 
 def test_memory_names_the_limit_that_was_set_and_what_the_host_has(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ended: Ended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(child, "memory_limit", lambda: Bound(8 << 30, Path("/proc/meminfo")))
     monkeypatch.setattr(child, "group_memory_limit", lambda: None)
-    failure = ended("bytearray(8 << 30)", tmp_path, limits=Limits(20, 1 << 30))
+    failure = ended("bytearray(8 << 30)", limits=Limits(20, 1 << 30))
     assert failure.reason == (
         "MemoryError; it reached the limit of 1 GiB that llmbuild set (this host has 8 GiB): free memory, use a larger "
         f"machine or a smaller model; {AGAIN}"
@@ -154,9 +162,9 @@ def test_children_may_use_what_the_host_or_its_container_has(monkeypatch: pytest
     assert container == (2 << 30, f"the limit of 6 GiB that llmbuild set {told}")
 
 
-def test_a_killed_child_says_what_there_is_of_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_child_says_what_there_is_of_memory(ended: Ended, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "memory_told", lambda: "this container may use 2 GiB")
-    failure = ended("import os, signal; os.kill(os.getpid(), signal.SIGKILL)", tmp_path)
+    failure = ended("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
     assert "crashed with SIGKILL: the kernel does that where memory runs out, and this container may" in failure.reason
     assert failure.lasting is False
 
@@ -236,9 +244,9 @@ def test_only_a_compile_lasts(tmp_path: Path) -> None:
     assert lasting == {"compile"}
 
 
-def test_the_first_diagnostic_of_a_long_log_is_kept(tmp_path: Path) -> None:
+def test_the_first_diagnostic_of_a_long_log_is_kept(ended: Ended) -> None:
     code = "print('x.mlir:1:1: error: the cause'); print('dump ' * 100_000); print('the end'); sys.exit(1)"
-    failure = ended(code, tmp_path, "compile")
+    failure = ended(code, "compile")
     assert failure.reason == f"x.mlir:1:1: error: the cause; {CHOOSE}"
     assert failure.log.endswith("the end\n")
     assert len(failure.log) < child.LOG_BYTES + 100

@@ -15,27 +15,22 @@ from llmbuild.errors import InputError
 from llmbuild.process.child import TIME_UP, Limits, run
 from llmbuild.search.knobs.space import KNOBS
 from llmbuild.spec.target import Target
-from llmbuild.spec.variant import Failure
+from tests.process.conftest import RunCode
 
 DEFAULTS = {k.name: k.default for k in KNOBS}
-BRIEF = Limits(20)
 HOST = Target("host", "llvm-cpu", "x86_64", "host")
 
 
-def python(code: str, output: Path, limits: Limits = BRIEF) -> Failure | None:
-    return run([sys.executable, "-c", code], "compile", limits, output)
-
-
-def test_a_tool_that_writes_its_file_did_its_work(tmp_path: Path) -> None:
+def test_a_tool_that_writes_its_file_did_its_work(tmp_path: Path, run_code: RunCode) -> None:
     out = tmp_path / "out"
-    assert python(f"open({str(out)!r}, 'w').write('x')", out) is None
+    assert run_code(f"open({str(out)!r}, 'w').write('x')", out) is None
 
 
 @pytest.mark.parametrize("asked", [0, 1 << 33])
-def test_addresses_are_bounded_as_asked_and_not_at_all_by_0(asked: int, tmp_path: Path) -> None:
+def test_addresses_are_bounded_as_asked_and_not_at_all_by_0(asked: int, tmp_path: Path, run_code: RunCode) -> None:
     out = tmp_path / "out"
     code = f"import resource; open({str(out)!r}, 'w').write(str(resource.getrlimit(resource.RLIMIT_AS)[0]))"
-    assert python(code, out, Limits(20, asked)) is None
+    assert run_code(code, out, Limits(20, asked)) is None
     assert int(out.read_text()) == (asked or resource.getrlimit(resource.RLIMIT_AS)[0])
 
 
@@ -50,30 +45,32 @@ def test_addresses_are_bounded_as_asked_and_not_at_all_by_0(asked: int, tmp_path
         ("pass", "ended well but wrote no file", False),
     ],
 )
-def test_what_a_tool_does_wrong_is_a_value(tmp_path: Path, code: str, reason: str, lasting: bool) -> None:
-    failure = python(code, tmp_path / "out")
+def test_what_a_tool_does_wrong_is_a_value(
+    tmp_path: Path, run_code: RunCode, code: str, reason: str, lasting: bool
+) -> None:
+    failure = run_code(code, tmp_path / "out")
     assert failure is not None
     assert reason in failure.reason
     assert failure.lasting == lasting
     assert shlex.split(failure.command)[0] == sys.executable
 
 
-def test_a_tool_that_never_ends_is_ended_with_what_it_started(tmp_path: Path) -> None:
+def test_a_tool_that_never_ends_is_ended_with_what_it_started(tmp_path: Path, run_code: RunCode) -> None:
     code = "import subprocess, time; subprocess.Popen(['sleep', '61']); print('begun', flush=True); time.sleep(60)"
-    failure = python(code, tmp_path / "out", Limits(1.0))
+    failure = run_code(code, tmp_path / "out", Limits(1.0))
     assert failure is not None
     assert (failure.reason.split(" ran past ")[1], failure.lasting, "begun" in failure.log) == ("1 s", False, True)
     assert "sleep 61" not in subprocess.run(["ps", "-ax", "-o", "args"], capture_output=True, text=True).stdout
 
 
-def test_a_tool_is_ended_when_the_time_of_the_whole_run_is_up(tmp_path: Path) -> None:
-    failure = python("import time; time.sleep(60)", tmp_path / "out", Limits(seconds=60, until=monotonic() + 0.2))
+def test_a_tool_is_ended_when_the_time_of_the_whole_run_is_up(tmp_path: Path, run_code: RunCode) -> None:
+    failure = run_code("import time; time.sleep(60)", tmp_path / "out", Limits(seconds=60, until=monotonic() + 0.2))
     assert failure is not None
     assert (failure.reason.partition(" ")[2], failure.lasting) == (TIME_UP, False)
 
 
-def test_a_tool_that_wants_too_much_memory_fails_alone(tmp_path: Path) -> None:
-    failure = python("bytearray(8 << 30)", tmp_path / "out", Limits(20, memory_bytes=1 << 30))
+def test_a_tool_that_wants_too_much_memory_fails_alone(tmp_path: Path, run_code: RunCode) -> None:
+    failure = run_code("bytearray(8 << 30)", tmp_path / "out", Limits(20, memory_bytes=1 << 30))
     assert failure is not None
     assert "MemoryError" in failure.log
 
