@@ -12,7 +12,9 @@ from time import monotonic
 
 from llmbuild.build.evaluate import Evaluator, Made
 from llmbuild.build.events import Event, Tell
+from llmbuild.build.forecast import forecast, race_s
 from llmbuild.build.freshness import Freshness, Outcome
+from llmbuild.build.price import Price, left_s
 from llmbuild.build.race import race
 from llmbuild.build.results import Results
 from llmbuild.build.search import search
@@ -67,6 +69,8 @@ class Build:
             for point in self.again:
                 self.evaluator.evaluate([point])
             self.results.stand()
+            cost = forecast(self.job, self.catalog, self.freshness, self.budget, raced)
+            self.evaluator.left = lambda: self._left(cost, raced) if cost else None
             ended = self._search()
             if raced:
                 race(self.evaluator)
@@ -173,6 +177,15 @@ class Build:
             stop_all()
             self.steps.close()
         return self._outcome("profiled")
+
+    def _left(self, cost: Price, raced: bool) -> float:
+        """Return the expected seconds until this build ends, by its own trials and, as one more, by what it costs."""
+        took, results = self.evaluator.took, self.results
+        each = (cost.trial_s + sum(took)) / (1 + len(took))
+        made = results.known[len(results.known) - len(took) :]
+        begun = monotonic() - self._begin - sum(t.seconds for t in made)
+        trials = self.budget.trials - results.evaluations
+        return left_s(trials, each, begun, self.budget.seconds - self.spent(), race_s(self.job) if raced else 0.0)
 
     # --- book-keeping --------------------------------------------------------------------------------------------
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from llmbuild.build.events import Event, Tell
+from llmbuild.build.events import Event, Stopwatch, Tell
 from llmbuild.build.parallel import side_by_side
 from llmbuild.build.results import Results
 from llmbuild.build.trials import best_of, describe, scoped, trial_of
-from llmbuild.profiler.protocol import Subject
-from llmbuild.search.front import dominated
+from llmbuild.profiler.protocol import Prepared, Stage, Subject
+from llmbuild.search.front import decided, dominated
 from llmbuild.spec.measurement import SCREENED, Measurement
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Budget
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 
 Made = tuple[Program, Artifact]
 
+ONCE = ("reference", "limits")
+"""Steps of a build's first trial that no later one has."""
+
 
 class Evaluator:
     """Turns the points of a job into trials; `recorded` is called after each."""
@@ -34,20 +38,28 @@ class Evaluator:
         self.results, self.steps, self.job, self.catalog = results, results.steps, results.job, results.catalog
         self.budget, self.jobs, self.tell, self.recorded = budget, jobs, tell, recorded
         self.made = 0
+        self.took: list[float] = []
+        """Seconds of the trials of this run, without the steps that only the first one has."""
+        self.left: Callable[[], float | None] = lambda: None
+        """Returns the expected seconds until the build ends."""
+        self._watches: dict[Point, Stopwatch] = {}
+        self._watch = Stopwatch()
 
     # --- make ----------------------------------------------------------------------------------------------------
 
     def artifact(self, point: Point, quietly: bool = False) -> Made | Failure:
         """Return a point's artifact, from the catalog or made now."""
-        if not quietly:
-            self._progress("import", point)
-        program = self.steps.import_(point)
-        if isinstance(program, Failure):
-            return program
-        if not quietly:
-            self._progress("compile", point)
-        artifact = self.steps.compile(program, point)
-        return artifact if isinstance(artifact, Failure) else (program, artifact)
+        watch = self._watches[point] = Stopwatch()
+        try:
+            self._step("import", point, watch, quietly)
+            program = self.steps.import_(point)
+            if isinstance(program, Failure):
+                return program
+            self._step("compile", point, watch, quietly)
+            artifact = self.steps.compile(program, point)
+            return artifact if isinstance(artifact, Failure) else (program, artifact)
+        finally:
+            watch.stop()
 
     def artifacts(self, points: Sequence[Point]) -> list[Made | Failure]:
         """Return the artifacts of points, made in parallel."""
@@ -56,9 +68,18 @@ class Evaluator:
         return side_by_side(self.artifact, points, self.jobs)
 
     def subject(self, trial: Trial) -> Subject | None:
-        """Return the subject of a trial's variant; None where it cannot be rebuilt."""
+        """Return the subject of a trial's variant, with what is known of it; None where it cannot be rebuilt."""
         made = self.artifact(trial.point, quietly=True)
-        return None if isinstance(made, Failure) else self.steps.subject(trial.point, *made)
+        if isinstance(made, Failure):
+            return None
+        subject = self.steps.subject(trial.point, *made)
+        return replace(subject, known=self._known(trial, subject))
+
+    def _known(self, trial: Trial, subject: Subject) -> Prepared | None:
+        """Return what the trial's measurements say of these very bytes; nothing under `-B` of an earlier build's."""
+        mine = all((m.variant, m.artifact) == (subject.variant, subject.artifact) for m in trial.measurements)
+        old = self.job.force and trial.point not in {t.point for t in self.results.known}
+        return Prepared.of(trial.measurements) if mine and not old else None
 
     # --- evaluate ------------------------------------------------------------------------------------------------
 
@@ -72,9 +93,12 @@ class Evaluator:
                 told = f"{describe(self.job, point)}: {'; '.join(broken)}"
                 self.tell(Event("skip", told, len(self.results.known)))
                 continue
+            self._watch = self._watches[point]
             trial = self._trial(point, made, begin)
+            self._watch.stop()
             self.results.add(trial)
             self.made += 1
+            self.took.append(trial.seconds - sum(s for name, s in self._watch.parts if name in ONCE))
             self.recorded()
             self._report(trial)
             done.append(trial)
@@ -93,14 +117,22 @@ class Evaluator:
         if isinstance(made, Failure):
             return trial_of(self.steps, point, None, None, (), made, number, monotonic() - begin)
         program, artifact = made
-        self._progress("profile", point)
         measured = self._measure(self.steps.subject(point, program, artifact), point, artifact.size_bytes)
         failure = measured if isinstance(measured, Failure) else None
         readings = () if isinstance(measured, Failure) else tuple(scoped(m, self.job.scope) for m in measured)
         return trial_of(self.steps, point, program, artifact, readings, failure, number, monotonic() - begin)
 
-    def _progress(self, step: str, point: Point) -> None:
-        self.tell(Event(step, describe(self.job, point), self.results.evaluations + 1, self.budget.trials))
+    def _step(self, step: str, point: Point, watch: Stopwatch, quietly: bool = False, more: str = "") -> None:
+        """Begin a step of a point."""
+        watch.begin(step)
+        if not quietly:
+            text, number = describe(self.job, point) + more, self.results.evaluations + 1
+            self.tell(Event(step, text, number, self.budget.trials, left_s=self.left()))
+
+    def _stage(self, point: Point, stage: Stage) -> None:
+        """Begin or go on with what a bench says that it does."""
+        rounds = f", {stage.done} rounds" if stage.done else ""
+        self._step(stage.name, point, self._watch, more=rounds)
 
     def _report(self, trial: Trial) -> None:
         text = describe(self.job, trial.point)
@@ -110,7 +142,8 @@ class Evaluator:
         if by:
             text = f"{text}: screened: {by}"
         best = best_of(self.results.known, self.job.recipe.objectives[0])
-        self.tell(Event("done", text, self.results.evaluations, self.budget.trials, trial.seconds, best))
+        done, total, parts = self.results.evaluations, self.budget.trials, self._watch.parts
+        self.tell(Event("done", text, done, total, trial.seconds, best, parts, self.left()))
 
     # --- measure -------------------------------------------------------------------------------------------------
 
@@ -120,11 +153,15 @@ class Evaluator:
             return equal
         with self.catalog.measuring():
             default = point == self.job.space.default()
-            bench = self.bench(baseline=not default)
+            bench = self.bench(baseline=not default, step=lambda step: self._step(step, point, self._watch))
             if isinstance(bench, Failure):
                 return bench
+            bench.tell = partial(self._stage, point)
+            if default:
+                return bench.measure(subject, baseline=True)
             unmeasured = self._unmeasured(subject, point, size)
-            return bench.measure(subject, default, None if default else partial(self._dominated, unmeasured))
+            judges = partial(self._dominated, unmeasured), partial(self._decided, unmeasured)
+            return bench.measure(subject, False, *judges)
 
     def _unmeasured(self, subject: Subject, point: Point, size: int) -> Trial:
         """Return a trial with its sizes only."""
@@ -150,19 +187,32 @@ class Evaluator:
         found = [dominated(unmeasured, m, everyone, recipe.objectives, bounds, perfect) for m in brief]
         return found[0] if all(found) else ""
 
-    def bench(self, baseline: bool) -> Bench | RemoteBench | Failure:
-        """Return the bench; with `baseline`, with the worker of point 0 running, as the other half of each pair."""
+    def _decided(self, unmeasured: Trial, reached: Measurement) -> bool:
+        """Return whether more rounds of this variant would not change its standing."""
+        recipe = self.job.recipe
+        bounds = (*recipe.constraints, *recipe.quality.bounds)
+        return decided(unmeasured, reached, self.results.all, recipe.objectives, bounds)
+
+    def bench(self, baseline: bool, step: Callable[[str], None] = lambda _: None) -> Bench | RemoteBench | Failure:
+        """Return the bench; with `baseline`, with the worker of point 0 running, as the other half of each pair.
+
+        `step` is called before each step that a catalog's first build has.
+        """
+        step("reference")
         quality = self.steps.reference()
         if isinstance(quality, Failure):
             return quality
+        step("limits")
         bench = self.steps.bench(quality)
+        step("check")
         if baseline and not bench.has_baseline:
             self._open_baseline(bench)
         return bench
 
     def _open_baseline(self, bench: Bench | RemoteBench) -> None:
-        """Restart point 0 in a resumed build; where it never ran, readings are not paired."""
+        """Open point 0 in a resumed build; where it never ran, or fails now, readings are not paired."""
         zero = self.results.default
         subject = self.subject(zero) if zero else None
-        if subject:
-            bench.measure(subject, baseline=True)
+        failure = bench.open_baseline(subject) if subject else None
+        if failure:
+            self.tell(Event("note", f"readings are not paired with the compiler's defaults: {failure.reason}"))

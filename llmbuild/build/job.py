@@ -22,7 +22,7 @@ from llmbuild.search.knobs.refusals import CALIBRATED, Refusal, refusals
 from llmbuild.search.knobs.space import space_for
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL
-from llmbuild.spec.model import read_facts
+from llmbuild.spec.model import ModelFacts, read_facts
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import Recipe
 from llmbuild.spec.space import TUNING, UNTUNED, Point, Space
@@ -58,6 +58,8 @@ class Job:
     """The machine's digest in the catalog, where it is not the fingerprint."""
     refused: tuple[Refusal, ...] = ()
     """Values of knobs that the model does not support on this target: they are not in the space."""
+    facts: ModelFacts | None = None
+    """The model's sizes."""
 
     @property
     def registered(self) -> Registered:
@@ -247,6 +249,7 @@ def make_job(
         remote=remote,
         declared=declared,
         refused=refused,
+        facts=facts,
     )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from llmbuild.build.evaluate import Evaluator
 from llmbuild.build.events import Event
+from llmbuild.build.forecast import race_s
 from llmbuild.build.trials import rank, scoped
-from llmbuild.profiler.protocol import Subject
+from llmbuild.profiler.protocol import Stage, Subject
 from llmbuild.search.front import contenders
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.trial import FRONT, Trial
@@ -35,16 +36,30 @@ def race(evaluator: Evaluator) -> None:
     if len(subjects) < 2:
         return
     total = evaluator.budget.trials
-    tell(Event("race", f"{len(subjects)} survivors in interleaved rounds", results.evaluations, total))
+    text = f"{len(subjects)} survivors in interleaved rounds"
+    tell(Event("race", text, results.evaluations, total, left_s=race_s(results.job)))
     begin = monotonic()
     with results.catalog.measuring():
         bench = evaluator.bench(baseline=True)
         if isinstance(bench, Failure):
             return
+        bench.tell = _telling(evaluator, len(subjects))
         _run(evaluator, bench, subjects, able)
     results.read_again()
     results.stand()
     tell(Event("front", "kept", results.evaluations, total, monotonic() - begin))
+
+
+def _telling(evaluator: Evaluator, racers: int) -> Callable[[Stage], None]:
+    """Return what is called with the stages of a race: of its rounds, the time left is that of its budget."""
+    begin, budget, total = monotonic(), race_s(evaluator.job), evaluator.budget.trials
+
+    def tell(stage: Stage) -> None:
+        text = f"{racers} survivors, {stage.done} rounds" if stage.done else f"{racers} survivors, opened"
+        left = max(0.0, budget - (monotonic() - begin))
+        evaluator.tell(Event("rounds", text, evaluator.results.evaluations, total, left_s=left))
+
+    return tell
 
 
 def _run(evaluator: Evaluator, bench: Bench | RemoteBench, subjects: Sequence[Subject], able: Sequence[Trial]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from llmbuild.catalog.names import Registered
 from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import LoadRefused, NothingUsable
 from llmbuild.process.child import Limits
-from llmbuild.profiler.protocol import Protocol, Quality, Subject
+from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Stage, Subject
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import HostFacts, refusal
 from llmbuild.runtime.model import host_facts, verify
@@ -67,13 +68,18 @@ def remeasure(
     catalog = Catalog(folder)
     try:
         for number, one in enumerate(known, 1):
-            tell(Event("profile", digest.short(one.row["variant"]), number, len(known)))
-            _measure(catalog, folder, one, remote)
-            tell(Event("done", digest.short(one.row["variant"]), number, len(known)))
+            name = digest.short(one.row["variant"])
+            _measure(catalog, folder, one, remote, partial(_tell, tell, name, number, len(known)))
+            tell(Event("done", name, number, len(known)))
     finally:
         catalog.close()
     rows = [row for prefix in prefixes for row in reader.find_variant(folder, prefix)]
     return [row for row in rows if row["machine_digest"] == facts.machine]
+
+
+def _tell(tell: Callable[[Event], None], name: str, number: int, total: int, stage: Stage) -> None:
+    rounds = f", {stage.done} rounds" if stage.done else ""
+    tell(Event(stage.name, f"{name}{rounds}", number, total))
 
 
 def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
@@ -108,7 +114,9 @@ def known_of(folder: Path, row: Row, facts: HostFacts | None = None) -> Known:
     )
 
 
-def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None) -> None:
+def _measure(
+    catalog: Catalog, folder: Path, known: Known, remote: Remote | None, tell: Callable[[Stage], None]
+) -> None:
     from llmbuild.profiler.roofline import from_body
 
     machine = remote.machine if remote is not None else host.machine()
@@ -120,10 +128,12 @@ def _measure(catalog: Catalog, folder: Path, known: Known, remote: Remote | None
         limits = catalog.find_limits(names.machine_digest) if known.target.is_cpu else None
         known_limits = from_body(limits) if limits else None
         bench = _bench(known, quality, names.machine_digest, known_limits, remote)
+        bench.tell = tell
         try:
             default = find_default(folder, known, remote.facts if remote is not None else None)
             if default:
-                bench.measure(subject_of(folder, default), baseline=True)
+                there = catalog.measurements(default.scope, default.row["variant"], names.machine_digest)
+                bench.open_baseline(replace(subject_of(folder, default), known=Prepared.of(there)))
             measured = bench.measure(subject_of(folder, known), baseline=default is None)
         finally:
             bench.close()

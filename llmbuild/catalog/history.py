@@ -32,6 +32,12 @@ def trials(session: Session, scope: str) -> list[Trial]:
     return [_trial(*row, measured=measured) for row in found]
 
 
+def measurements(session: Session, scope: str, variant: str, machine: str) -> list[Measurement]:
+    """Return the measurements of a variant on a machine within a scope."""
+    mine = (t.MeasurementRow.scope == scope, t.MeasurementRow.variant == variant, t.MeasurementRow.machine == machine)
+    return [_measurement(row) for row in session.scalars(select(t.MeasurementRow).where(*mine))]
+
+
 def scopes(session: Session, backend: str, at_most: int) -> list[str]:
     """Return the scopes that have trials for a backend, the latest first."""
     latest = func.max(t.TrialRow.created_at)

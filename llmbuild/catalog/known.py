@@ -29,6 +29,11 @@ SELECT v.point, v.digest, v.is_default FROM variant v JOIN trial t ON t.variant 
 LEFT JOIN failure f ON f.id = t.failure WHERE t.scope = ? AND (t.failure IS NULL OR f.lasting)
 """
 _DEFAULTS = "SELECT digest FROM variant WHERE is_default AND digest IN (SELECT variant FROM standing)"
+_EARLIER = """
+SELECT t.scope, p.abi, t.seconds FROM trial t JOIN variant v ON v.digest = t.variant
+JOIN program p ON p.digest = v.program
+WHERE t.failure IS NULL AND t.scope IN (SELECT scope FROM measurement WHERE machine = ?)
+"""
 _MADE = """
 SELECT v.digest, v.artifact, p.parameters, p.module, p.checks,
 CASE WHEN s.source IS NULL THEN v.tokenizer ELSE s.tokenizer END,
@@ -115,6 +120,17 @@ class Known:
         reused = self._names(told, scope, '%"reused"%')
         rows = self._rows(_FINISHED, scope)
         return [Finished(_point(row[0]), row[1], bool(row[2]), row[1] in reused) for row in rows]
+
+    def earlier(self, machine: str) -> list[tuple[int, float]]:
+        """Return the builds with trials on a machine: the weights of each one's model, and its trials' mean seconds."""
+        told: dict[str, list[tuple[int, float]]] = {}
+        for scope, abi, seconds in map(tuple, self._rows(_EARLIER, machine)):
+            told.setdefault(scope, []).append((int(_parsed(abi)["parameters"]), float(seconds)))
+        return [(found[0][0], sum(s for _, s in found) / len(found)) for found in told.values()]
+
+    def has_limits(self, machine: str) -> bool:
+        """Return whether a machine's limits are known."""
+        return bool(self._rows("SELECT machine FROM machine_limit WHERE machine = ?", machine))
 
     def usable(self, model: str, target: str, machine: str) -> int:
         """Return the number of usable variants of a recipe on a target and machine."""

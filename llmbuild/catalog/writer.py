@@ -236,6 +236,11 @@ class Catalog(Known):
         with self.session() as session:
             return history.trials(session, scope)
 
+    def measurements(self, scope: str, variant: str, machine: str) -> list[Measurement]:
+        """Return the measurements of a variant on a machine, one for each workload."""
+        with self.session() as session:
+            return history.measurements(session, scope, variant, machine)
+
     def trials_elsewhere(self, scope: str, backend: str, at_most: int) -> list[list[Trial]]:
         """Return the finished trials of a backend's other scopes (models, targets, machines), the latest first."""
         with self.session() as session:

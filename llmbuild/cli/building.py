@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build.build import Build
+from llmbuild.build.forecast import forecast, to_go
 from llmbuild.build.freshness import Freshness, Outcome, recognized
 from llmbuild.build.job import Job
 from llmbuild.build.jobs import budget_of, jobs_of, remote_of, tell_once, with_tunings
 from llmbuild.build.plan import changes, explained, left_out, plan, until
+from llmbuild.build.price import Price
 from llmbuild.build.request import BuildRequest
 from llmbuild.build.steps import Steps
 from llmbuild.build.trials import describe
@@ -89,6 +91,8 @@ def build(job: Job, request: BuildRequest) -> Built:
         tell_once(f"{job.recipe.name} on {job.target.name}: left out for this model: {refusal}")
     if request.dry_run:
         with looked_at(folder) as known:
+            if request.until in (None, "profile"):
+                _tell_price(job, known, budget, request)
             return Built([], True, "", _planned(job, known, budget, request))
     known = known_in(folder)
     done = _nothing_to_do(job, known, budget, request) if known else None
@@ -119,9 +123,18 @@ def _nothing_to_do(job: Job, known: Known, budget: Budget, request: BuildRequest
         return None
     done = look.up_to_date(monotonic() - begin)
     talk = Progress()
-    talk.say(_opening(job, budget))
+    talk.say(f"{_named(job)}: up to {budget.trials} trials")
     talk.say(_closing(done, ""))
     return _built(job, known.folder, done)
+
+
+def _tell_price(job: Job, known: Known | None, budget: Budget, request: BuildRequest) -> None:
+    """Print what a build would cost; nothing for one that has nothing to do."""
+    job = with_tunings(job, known, request) if known else job
+    look = Freshness(job, known, budget, request.seed) if known else None
+    if look is None or job.force or look.reason():
+        cost = forecast(job, known, look, budget, raced=request.until is None)
+        Progress().say(_opening(job, budget, None if job.force else look, cost))
 
 
 def _planned(job: Job, known: Known | None, budget: Budget, request: BuildRequest) -> list[dict[str, object]]:
@@ -148,7 +161,8 @@ def _build(job: Job, catalog: Catalog, budget: Budget, request: BuildRequest) ->
         return _imported(job, doing.import_())
     if request.until == "compile":
         return _compiled(job, doing.compile())
-    talk.say(_opening(job, budget))
+    cost = forecast(job, catalog, doing.freshness, budget, raced=request.until is None)
+    talk.say(_opening(job, budget, None if job.force else doing.freshness, cost))
     if job.remote is None and (held := host.conditions().slowed()):
         talk.say(f"readings will be marked: {held}")
     if catalog.sources(job.recipe.name) - {job.source}:
@@ -158,8 +172,15 @@ def _build(job: Job, catalog: Catalog, budget: Budget, request: BuildRequest) ->
     return _built(job, catalog.folder, done)
 
 
-def _opening(job: Job, budget: Budget) -> str:
-    return f"{job.recipe.name} on {job.target.name} ({job.target.cpu}): up to {budget.trials} trials"
+def _named(job: Job) -> str:
+    return f"{job.recipe.name} on {job.target.name} ({job.target.cpu})"
+
+
+def _opening(job: Job, budget: Budget, look: Freshness | None, cost: Price | None) -> str:
+    """Return the first line of a build: what there is to do, how long that takes, and what it adds to the catalog."""
+    count = to_go(look, budget)
+    trials = f"{count} of {budget.trials} trials to go" if look and look.finished else f"up to {count} trials"
+    return f"{_named(job)}: {trials}" + (f"; {cost.told()}" if cost else "")
 
 
 def tune(variant: str, catalog: Path) -> list[dict[str, object]]:

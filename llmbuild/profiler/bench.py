@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import monotonic
 
 from llmbuild.process.child import Limits
 from llmbuild.profiler import budget, statistics
 from llmbuild.profiler.budget import BRIEF, LEAST_TOKENS, Pace, Plan, baseline_tokens, plan
-from llmbuild.profiler.child import ChildFailed
+from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.live import WHOLE, Answer, Live
 from llmbuild.profiler.meters import estimate
 from llmbuild.profiler.meters.meter import RANK_STEPS, SCREEN_STEPS
@@ -31,9 +31,18 @@ from llmbuild.profiler.protocol import (
 from llmbuild.profiler.readings import Known, Reader, noted
 from llmbuild.profiler.roofline import Roofline
 from llmbuild.profiler.rounds import EnergyRounds, Rounds
+from llmbuild.runtime.memory import shares_memory
 from llmbuild.spec.measurement import SCREENED, Measurement
 from llmbuild.spec.variant import Failure
 from llmbuild.spec.workload import Workload
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A worker that starts while the next variant is compiled, for variants of drivers that `shares` memory or not."""
+
+    shares: bool
+    child: Child
 
 
 class Bench:
@@ -61,6 +70,7 @@ class Bench:
         self._baseline: Live | None = None
         self._alone: dict[str, Known] = {}
         """The baseline's readings alone, by workload."""
+        self._spare: Spare | None = None
         self._prepared: dict[str, Prepared] = {}
         self._paces: dict[tuple[str, str], Pace] = {}
 
@@ -96,6 +106,7 @@ class Bench:
         finally:
             if live is not self._baseline:
                 live.child.close()
+            self._spare = self._spare or Spare(shares_memory(subject.driver), Live.start(subject.driver, self.limits))
 
     def open_baseline(self, subject: Subject) -> Failure | None:
         """Open the baseline for pairing without measuring it; return why that failed."""
@@ -110,9 +121,17 @@ class Bench:
 
     def _start(self, subject: Subject) -> Live:
         known = subject.known or self._prepared.get(subject.variant)
-        live = Live(replace(subject, known=known), self.limits)
+        live = Live(replace(subject, known=known), self.limits, self._taken(subject.driver))
         self._learn_paces(live.subject)
         return live
+
+    def _taken(self, driver: str) -> Child | None:
+        """Take the spare worker, if it suits a driver and runs."""
+        spare, self._spare = self._spare, None
+        if spare is None or (spare.shares == shares_memory(driver) and spare.child.running):
+            return spare.child if spare else None
+        spare.child.close()
+        return None
 
     def _open(self, live: Live) -> None:
         self.tell(Stage("check"))
@@ -122,7 +141,7 @@ class Bench:
             self._keep_pace(live.subject, workload, live.last.ttft_s, live.last.tpot_s, live.load_s)
 
     def _become_baseline(self, live: Live) -> None:
-        self.close()
+        self._end_baseline()
         self._baseline, known = live, live.subject.known
         self._alone = {
             name: Known(timed["ttft_s"], timed["tpot_s"])
@@ -365,7 +384,13 @@ class Bench:
         return self._baseline is not None and subject.variant == self._baseline.subject.variant
 
     def close(self) -> None:
-        """End the baseline's worker."""
+        """End the workers."""
+        if self._spare is not None:
+            self._spare.child.close()
+            self._spare = None
+        self._end_baseline()
+
+    def _end_baseline(self) -> None:
         if self._baseline is not None:
             self._baseline.child.close()
             self._baseline = None

@@ -47,6 +47,11 @@ class Child:
         """The worker's process."""
         return self._process.pid
 
+    @property
+    def running(self) -> bool:
+        """Whether the worker has not ended."""
+        return self._process.poll() is None
+
     def ask(self, stage: Stage, verb: str, **request: object) -> JsonObject:
         """Return the worker's answer.
 

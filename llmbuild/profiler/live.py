@@ -73,11 +73,16 @@ def _taken(told: JsonObject) -> WindowTaken:
 
 
 class Live:
-    """A subject in a running worker."""
+    """A subject in a running worker: one that was started before, or a new one."""
 
-    def __init__(self, subject: Subject, limits: Limits) -> None:
+    @staticmethod
+    def start(driver: str, limits: Limits) -> Child:
+        """Start a worker for variants of a driver."""
+        return Child(limits if shares_memory(driver) else replace(limits, memory_bytes=0))
+
+    def __init__(self, subject: Subject, limits: Limits, started: Child | None = None) -> None:
         self.subject = subject
-        self.child = Child(limits if shares_memory(subject.driver) else replace(limits, memory_bytes=0))
+        self.child = started or self.start(subject.driver, limits)
         known = subject.known or Prepared({}, {})
         self.readings: dict[str, Reading] = dict(known.readings)
         self.notes: dict[str, str] = dict(known.notes)

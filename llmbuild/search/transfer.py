@@ -12,6 +12,7 @@ import gzip
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib.resources import files
 
 import numpy as np
@@ -123,10 +124,13 @@ def prior(lessons: Sequence[Lesson], objectives: Sequence[str]) -> Callable[[Seq
     """Return the prior of unmeasured points: losses f64[P,D] relative to those of point 0.
 
     The lessons' predictions come first; sizes and quality of a weight format without a lesson follow from its bits.
+    They are learned when a point is first asked for: a build that tries its first points alone, or only races, does
+    not take that second.
     """
-    learned = learn(lessons)
+    known = cache(lambda: learn(lessons))
 
     def told(points: Sequence[Point]) -> Array:
+        learned = known()
         expected = learned.predict(points, objectives) if learned else np.zeros((len(points), len(objectives)))
         for d, name in enumerate(objectives):
             for row, point in zip(expected, points, strict=True):

@@ -8,16 +8,25 @@ import sqlite3
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from llmbuild.build import race
+from llmbuild.build.jobs import jobs_of
+from llmbuild.build.request import BuildRequest
 from llmbuild.catalog.schema import FILE
+from llmbuild.cli import building
 from llmbuild.errors import LoadRefused, NoVariant
 from llmbuild.frontend.reference import reference_greedy
+from llmbuild.profiler.child import Child
 from llmbuild.runtime import load, reader
 from llmbuild.runtime.model import pick
+from llmbuild.spec.trial import USABLE
 from tests.conftest import Project, llmbuild, make_project
 from tests.support.limits import give_limits
 
@@ -131,6 +140,62 @@ def test_more_trials_go_on_from_those_known(built: Project, tmp_path: Path) -> N
     with sqlite3.connect(moved / "catalog" / FILE) as connection:
         counts = connection.execute("SELECT count(*), count(DISTINCT point) FROM trial").fetchone()
     assert counts == (4, 4)
+
+
+class Verbs:
+    """Counts what workers are asked for, by artifact."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.asked: dict[str, Counter[str]] = defaultdict(Counter)
+        self._opened: dict[Child, str] = {}
+        ask = Child.ask
+
+        def counted(child: Child, stage: Any, verb: str, **request: Any) -> Any:
+            if verb == "open":
+                self._opened[child] = Path(request["artifact"]).name
+            self.asked[self._opened.get(child, "none")][verb] += 1
+            return ask(child, stage, verb, **request)
+
+        patch.setattr(Child, "ask", counted)
+
+
+def test_what_is_known_is_neither_checked_nor_scored_again(
+    built: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved = tmp_path / "resumed"
+    subprocess.run(["cp", "-r", built.folder, moved], check=True)
+    catalog = moved / "catalog"
+    before = {row["variant"]: row for row in reader.variants(catalog, everything=True)}
+    known = {row["artifact"] for row in before.values()}
+    with sqlite3.connect(catalog / FILE) as connection:
+        connection.execute("UPDATE build SET raced = 0")  # as if it had been killed in its race
+    request = BuildRequest(recipes=(moved / built.recipe.name,), catalog=catalog)
+
+    def build(patch: pytest.MonkeyPatch, **options: Any) -> Verbs:
+        verbs = Verbs(patch)
+        (make,) = jobs_of(replace(request, **options))
+        building.build(make(), replace(request, **options))
+        return verbs
+
+    with monkeypatch.context() as patch:
+        patch.setattr(race, "FRONT", USABLE)  # whoever survives with these readings
+        raced = build(patch)
+    assert len(raced.asked) == len(known)
+    assert {verb for counts in raced.asked.values() for verb in counts} == {"open", "round", "meter"}
+    with monkeypatch.context() as patch:
+        extended = build(patch, trials=4, budget_s=1e6)
+    new = extended.asked.keys() - known
+    assert len(new) == 1
+    assert {"check", "quality"} <= set(extended.asked[new.pop()])
+    for artifact in known & extended.asked.keys():
+        assert set(extended.asked[artifact]) == {"open", "round", "meter"}
+    kept = ("quality_kl", "quality_top1", "quality_perplexity", "load_s", "peak_memory_bytes", "dispatches_per_token")
+    for row in reader.variants(catalog, everything=True):
+        if row["variant"] in before:
+            was = before[row["variant"]]
+            assert {n: row[n] for n in kept} == {n: was[n] for n in kept}
+            assert row["operators"] == was["operators"]
+            assert row["notes"]["check"] == was["notes"]["check"]
 
 
 def test_a_pinned_build_adds_to_what_is_known_and_takes_nothing_away(built: Project, tmp_path: Path) -> None:

@@ -59,13 +59,17 @@ class StandIn(Live):
     answered: dict[str, list[int]]
     prompted: Counter[str]
 
-    def __init__(self, subject: Subject, limits: Limits) -> None:
+    @staticmethod
+    def start(driver: str, limits: Limits) -> Any:
+        return SimpleNamespace(pid=0, running=True, close=lambda: None)
+
+    def __init__(self, subject: Subject, limits: Limits, started: Any = None) -> None:
         known = subject.known or Prepared({}, {})
         self.subject, self.readings, self.notes = subject, dict(known.readings), dict(known.notes)
         self.operators = known.operators
         self.decode_steps, self.prompt = WHOLE, None
-        self.child: Any = SimpleNamespace(pid=0, close=lambda: None)
-        self.clock.now += 0.3
+        self.child = started or self.start(subject.driver, limits)
+        self.clock.now += 0.0 if started else 0.3
 
     def begin(self, workload: Workload, warmup_s: float) -> None:
         self._load()
@@ -425,6 +429,26 @@ def test_what_is_known_is_what_holds_for_every_process_and_was_read_at_full_spee
     assert brief is not None and "quality" not in brief.notes
     assert Prepared.of([]) is None
     assert Prepared.of([measured_with({}, protocol=2)]) is None
+
+
+def test_the_next_variants_worker_starts_while_it_is_compiled_and_ends_with_the_bench(start: Start) -> None:
+    bench, _, _ = start(SLOW)
+    assert bench._spare is None
+    measured_in(bench, "default")
+    spare = bench._spare
+    assert spare is not None
+    used = [bench._start(subject(name)) for name in ("v0", "v1")]
+    assert [live.child is spare.child for live in used] == [True, False]
+    measured_in(bench, "v0")
+    assert bench._spare is not None
+    ended = bench._spare.child
+    bench._spare.child.running = False  # type: ignore[misc]
+    assert bench._start(subject("v0")).child is not ended
+    measured_in(bench, "v0")
+    closed: list[bool] = []
+    bench._spare.child.close = lambda: closed.append(True)  # type: ignore[method-assign]
+    bench.close()
+    assert (closed, bench._spare) == ([True], None)
 
 
 # --- when it is decided -------------------------------------------------------------------------------------------

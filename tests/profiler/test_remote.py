@@ -20,7 +20,7 @@ from llmbuild import digest
 from llmbuild.carry.pack import MORE_CODE
 from llmbuild.errors import InputError, NothingUsable
 from llmbuild.profiler import serve, wire
-from llmbuild.profiler.protocol import Protocol, Quality
+from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Stage, Subject
 from llmbuild.profiler.remote import Place, Remote, RemoteBench, archive, place_of
 from llmbuild.runtime import devices, host, reader
 from llmbuild.spec.measurement import Measurement, Operator, Reading
@@ -69,6 +69,16 @@ def test_a_measurement_survives_the_wire() -> None:
     )  # fmt: skip
     assert wire.measurement_of(json.loads(json.dumps(digest.plain(made)))) == made
     assert wire.machine_of(json.loads(json.dumps(digest.plain(host.machine())))) == host.machine()
+
+
+def test_what_is_known_of_a_subject_survives_the_wire(tmp_path: Path) -> None:
+    reading = Reading(1.0, 0.5, 2.0, (1.0, 0.5))
+    known = Prepared({"load_s": reading}, {"check": "well"}, (Operator("matmul", 3, 0.1),), {"w": {"tpot_s": reading}})
+    paths = [tmp_path / name for name in "abc"]
+    for one in (Subject("v", "a", *paths, {}, "local-sync", 1, 0.1, meters=("rapl",), known=known), None):
+        made = one or Subject("v", "a", *paths, {}, "local-sync", 1, 0.1)
+        body = json.loads(json.dumps(wire.subject_body(made)))
+        assert wire.subject_of(body, lambda name: tmp_path / name) == made
 
 
 def test_a_target_that_would_crash_is_refused_before_anything_is_opened() -> None:
@@ -221,6 +231,34 @@ def test_a_race_there_asks_here_who_is_still_undecided(far: sshd.Far, compiled: 
     assert [m.variant for (m,) in raced] == [one.variant, twin.variant]
     assert {m.session for (m,) in raced} == {raced[0][0].session}
     assert all(len(m.readings["tpot_s"].samples) <= 4 for (m,) in raced)
+
+
+@needs_sshd
+def test_what_is_known_here_is_not_measured_there_and_a_decided_variant_has_the_least_rounds(
+    far: sshd.Far, compiled: Project
+) -> None:
+    there, one = Remote(place_of(far.url)), subject_in(compiled)
+    bench, told, reached = bench_on(there), list[Stage](), list[Measurement]()
+
+    def decided(so_far: Measurement) -> bool:
+        reached.append(so_far)
+        return True
+
+    try:
+        alone = bench.measure(one, baseline=True)
+        assert not isinstance(alone, Failure), alone.reason
+        bench.close()
+        bench.tell = told.append
+        assert bench.open_baseline(replace(one, known=Prepared.of(alone))) is None
+        assert (bench.has_baseline, told) == (True, [Stage("check")])
+        twin = replace(one, variant="f" * 64)
+        found = bench.measure(twin, False, None, decided)
+    finally:
+        bench.close()
+    assert not isinstance(found, Failure), found.reason
+    assert [len(m.readings["tpot_s"].samples) for m in (*reached, *found)] == [3, 3]
+    assert told[1:] == [Stage("check"), *(Stage("measure", n, 3) for n in (1, 2, 3))]
+    assert found[0].ratios["tpot_s"].median > 0
 
 
 def bench_on(there: Remote) -> RemoteBench:
