@@ -175,6 +175,7 @@ def _prepare(command: tuple[str, ...], peer: str, kind: str, recipe: Recipe, fol
             random_init=recipe.model.random_init,
             seed=recipe.model.seed,
             folder=str(folder),
+            checkpoint=peer != "llama.cpp",
             gguf=[kind] if peer == "llama.cpp" else [],
         )
         if peer == "openvino":
