@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from time import monotonic
 
+from comparison.script import end
 from comparison.watched import cpu_s
 
 import llmbuild
@@ -46,4 +47,4 @@ def main(recipe: str, folder: str, *formats: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    end(lambda: main(*sys.argv[1:]))

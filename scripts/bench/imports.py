@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -27,7 +28,7 @@ from typing import Any
 from comparison import conversion, setup
 from comparison.conversion import FORMATS, ROOT, Imported
 from comparison.script import end, say
-from comparison.watched import needs_linux
+from comparison.watched import TICK_S, needs_linux
 
 from llmbuild.errors import InputError
 from llmbuild.profiler import noise, statistics
@@ -73,14 +74,15 @@ class Timed:
 class Rounds:
     """The participants of one shape."""
 
-    def __init__(self, asked: argparse.Namespace, weights: Path, context: int, place: setup.Environment, tree: Path):
-        self.asked, self.weights, self.place, self.tree = asked, weights, place, tree
-        self.recipe = conversion.recipe_for(weights, context, asked.formats, asked.work / f"{weights.name}.yaml")
+    def __init__(self, asked: argparse.Namespace, recipe: Path, place: setup.Environment, tree: Path):
+        self.asked, self.place, self.tree, self.shape = asked, place, tree, recipe.stem
+        self.weights = weights = conversion.weights_of(recipe, asked.work, asked.seed)
+        context, file = read_recipe(recipe).context, asked.work / f"{weights.name}.yaml"
+        self.recipe = conversion.recipe_for(weights, context, asked.formats, file)
+        self.busy_s = 0.0
         self.timed: dict[tuple[str, str], Timed] = {}
-        self.converted: dict[int, tuple[float, float]] = {}
         self.source = asked.work / f"{weights.name}-bf16.gguf"
-        checkouts = {OURS: ROOT, **({BASELINE: asked.baseline} if asked.baseline else {})}
-        self._checkouts: dict[str, Path] = checkouts
+        self._checkouts = {OURS: ROOT, **({BASELINE: asked.baseline} if asked.baseline else {})}
 
     def at(self, participant: str, form: str) -> Timed:
         """Return where a participant's samples of a format are kept."""
@@ -94,7 +96,7 @@ class Rounds:
             acts = self._acts(number)
             for act in order.sample(acts, len(acts)) if number else acts:
                 act()
-            say(f"[{number}/{self.asked.rounds}] rounds of {self.weights.name}")
+            say(f"[{number}/{self.asked.rounds}] rounds of {self.shape}")
         self.source.unlink(missing_ok=True)
 
     def _acts(self, number: int) -> list[Callable[[], None]]:
@@ -116,38 +118,40 @@ class Rounds:
             self._keep(number, who, made)
 
     def _keep(self, number: int, who: str, made: Imported) -> None:
+        self.busy_s += made.cpu_s
         timed = self.at(who, made.format)
         timed.took(number, made.first, made.wall_s, made.cpu_s)
         timed.had(made.anonymous_bytes, made.resident_bytes, made.largest_process_bytes, made.stored_bytes)
 
     def _convert(self, number: int) -> None:
         """Convert to what is quantized; the file of an earlier round stays in place until then."""
-        out = self.source.with_suffix(".new.gguf")
-        ran = conversion.converted(self.place.python, self.tree, self.weights, out, "bf16")
-        out.rename(self.source)
-        timed = self.at(PEER, "bf16")
-        timed.took(number, True, ran.wall_s, ran.cpu_s)
-        timed.had(ran.peak().anonymous, ran.peak().resident, ran.largest_bytes, self.source.stat().st_size)
+        self._converted(number, "bf16").rename(self.source)
 
     def _convert_directly(self, number: int) -> None:
-        out = self.source.with_suffix(".f16.gguf")
-        ran = conversion.converted(self.place.python, self.tree, self.weights, out, "f16")
-        timed = self.at(PEER, "f16")
+        self._converted(number, "f16").unlink()
+
+    def _converted(self, number: int, kind: str) -> Path:
+        out: Path = self.source.with_suffix(f".{kind}.new.gguf")
+        ran = conversion.converted(self.place.python, self.tree, self.weights, out, kind)
+        self.busy_s += ran.cpu_s
+        timed = self.at(PEER, kind)
         timed.took(number, True, ran.wall_s, ran.cpu_s)
         timed.had(ran.peak().anonymous, ran.peak().resident, ran.largest_bytes, out.stat().st_size)
-        out.unlink()
+        return out
 
     def _quantize(self, number: int, kind: str) -> None:
         out = self.source.with_suffix(f".{kind}.made.gguf")
         told, ran = conversion.quantized(self.place.python, self.source, out, kind, self.asked.threads)
         out.unlink()
+        self.busy_s += ran.cpu_s
         timed = self.at(PEER, kind)
         timed.took(number, False, told["seconds"], told["cpu_s"])
         timed.had(ran.peak().anonymous, ran.peak().resident, ran.largest_bytes, told["bytes"])
 
     def rows(self) -> list[dict[str, Any]]:
         """Return one row for each participant and format."""
-        return [self._row(timed) for timed in self.timed.values()]
+        order = (OURS, BASELINE, PEER)
+        return [self._row(t) for t in sorted(self.timed.values(), key=lambda t: (order.index(t.participant), t.format))]
 
     def _row(self, timed: Timed) -> dict[str, Any]:
         kinds = ("first_s", "first_cpu_s", "further_s", "further_cpu_s")
@@ -155,7 +159,7 @@ class Rounds:
         reads = {kind: statistics.median_of(values) for kind, values in samples.items() if values}
         sizes = {name: value for name, value in asdict(timed).items() if name.endswith("_bytes")}
         return {
-            "shape": self.weights.name.rpartition("-")[0],
+            "shape": self.shape,
             "participant": timed.participant,
             "format": timed.format,
             **{kind: reads[kind].median if kind in reads else None for kind in kinds},
@@ -256,14 +260,15 @@ def report(asked: argparse.Namespace) -> dict[str, Any]:
     if PEER in place.reasons:
         raise InputError(f"{PEER}: {place.reasons[PEER]}")
     tree = conversion.converter(place, own, say)
-    before, rows = noise.snapshot(), []
+    before, rows, busy_s = noise.snapshot(), [], 0.0
     for recipe in asked.recipes:
-        weights = conversion.weights_of(recipe, asked.work, asked.seed)
-        rounds = Rounds(asked, weights, read_recipe(recipe).context, place, tree)
+        rounds = Rounds(asked, recipe, place, tree)
         rounds.run()
         rows += rounds.rows()
+        busy_s += rounds.busy_s
     asked_for = {n: getattr(asked, n) for n in ("formats", "rounds", "threads", "seed")}
-    disturbed = noise.verdict(before, noise.snapshot(), asked.threads)
+    own_ticks = noise.cpu_ticks([os.getpid()]) + round(busy_s / TICK_S)
+    disturbed = noise.verdict(before, noise.snapshot(), asked.threads, own_ticks)
     return {"machine": host.machine().describe(), "weights": "bf16", **asked_for, "noise": disturbed, "rows": rows}
 
 
@@ -279,7 +284,7 @@ def main() -> int:
     print(
         "seconds and ratios are medians with the least and the most of all rounds; ratios below 1: llmbuild is faster"
     )
-    print(f"noisy machine: {made['noise']}" if made["noise"] else "no time was stolen, and the load was low")
+    print(f"noisy machine: {made['noise']}" if made["noise"] else "the machine was quiet")
     return 0
 
 

@@ -38,6 +38,7 @@ from comparison.conversion import ROOT
 from comparison.script import end, say
 from comparison.watched import gone, needs_linux, tree
 
+from llmbuild.catalog import locks
 from llmbuild.catalog.place import FILE
 from llmbuild.errors import InputError
 from llmbuild.report.rows import table
@@ -45,6 +46,9 @@ from llmbuild.runtime import host
 
 RESUMED = re.compile(r"resumed: (\d+) of (\d+) tensors were there")
 """What a run tells of an import that it goes on with."""
+
+BLOB = re.compile(r"[0-9a-f]{64}")
+"""Name of a file that is whole."""
 
 ENDED_S = 10.0
 """Seconds that the children of a killed process may take to end."""
@@ -90,10 +94,14 @@ class Place:
             return dict(connection.execute('SELECT key, created_at FROM "import"'))
 
     def leftovers(self) -> list[str]:
-        """Return what is neither a blob nor a part of the database, by its path."""
-        inside = [p for p in self.catalog.rglob("*") if p.is_file() and p.name.startswith(".") and p.stat().st_size]
+        """Return what is neither a blob nor a lock nor a part of the database, by its path."""
+        inside = [path for path in self.catalog.rglob("*") if path.is_file() and not self._has_its_place(path)]
         beside = list(self.temporary.iterdir()) if self.temporary.is_dir() else []
         return sorted(str(path.relative_to(self.folder)) for path in [*inside, *beside])
+
+    def _has_its_place(self, path: Path) -> bool:
+        first = path.relative_to(self.catalog).parts[0]
+        return first == locks.FOLDER or first.startswith(FILE) or bool(BLOB.fullmatch(path.name))
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ RECIPE = """\
 name: {name}
 model: {{huggingface: {folder}}}
 workloads:
-  - {{name: chat, prompt: 128, output: 64, context: {context}}}
+  - {{name: chat, prompt: 8, output: 8, context: {context}}}
 objectives: [tpot_s, ttft_s, parameter_bytes]
 knobs:
   kernel: [own]

@@ -11,7 +11,6 @@ from math import pi
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 from numpy.typing import NDArray
 
@@ -52,6 +51,8 @@ def write(config: Config, values: Values, path: Path, kind: str, alike: bool = F
     Raises:
         ValueError: not a plain Llama, Mistral, Qwen2 or Qwen3.
     """
+    import gguf
+
     form = gguf.GGMLQuantizationType[STORED[kind]]
     partial = path.with_suffix(".partial")
     out = gguf.GGUFWriter(str(partial), ARCHITECTURES[config["model_type"]])
@@ -100,6 +101,8 @@ def _rotated_heads(config: Config, name: str) -> int:
 
 
 def _bytes(rows: NDArray[np.float32], form: Any) -> NDArray[np.uint8]:
+    import gguf
+
     if form == gguf.GGMLQuantizationType.F16:
         return rows.astype(np.float16).view(np.uint8)
     found: NDArray[np.uint8] = gguf.quants.quantize(np.ascontiguousarray(rows), form)
