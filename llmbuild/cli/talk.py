@@ -67,16 +67,15 @@ def converse(opened: Model, system: str | None, sampling: Sampling) -> int:
             continue
         asked = [*turns, _turn("user", line)]
         try:
-            turns = fitting(opened, system, asked, sampling.max_new_tokens)
-            if left := len(asked) - len(turns):
-                context = opened.session.abi.context
-                click.echo(f"the context of {context} tokens is full: the first {left} messages are left out", err=True)
-            said = _answer(opened, _chat(system, turns), sampling)
+            kept = fitting(opened, system, asked, sampling.max_new_tokens)
+            said = _answer(opened, _chat(system, kept), sampling)
         except InputError as error:
             click.echo(f"error: {error}", err=True)
-            turns = asked[:-1]
             continue
-        turns.append(_turn("assistant", print_out(opened, said)))
+        if left := len(asked) - len(kept):
+            context = opened.session.abi.context
+            click.echo(f"the context of {context} tokens is full: the first {left} messages are left out", err=True)
+        turns = [*kept, _turn("assistant", print_out(opened, said))]
     click.echo(err=True)
     return 0
 

@@ -198,11 +198,18 @@ def _changed(value: object, change: Callable[[str], str]) -> object:
     return [_changed(one, change) for one in value] if isinstance(value, list) else value
 
 
-def _stand_ins(characters: Iterable[str], texts: Iterable[str]) -> dict[str, str]:
-    """Return a character of private use for each of `characters`, none of them in `texts`."""
+def _stand_ins(characters: set[str], texts: Iterable[str]) -> dict[str, str]:
+    """Return a character of private use for each of `characters`, none of them in `texts`.
+
+    Raises:
+        InputError: there are not enough.
+    """
     used = set(chain(*texts))
     free = (own for own in map(chr, _SPARE) if own not in used)
-    return dict(zip(sorted(characters), free, strict=False))
+    found = dict(zip(sorted(characters), free, strict=False))
+    if len(found) < len(characters):
+        raise InputError("messages have all characters of private use, and the name of a control token: leave it out")
+    return found
 
 
 def _without(text: str, names: Iterable[str], stand_ins: Mapping[str, str]) -> str:

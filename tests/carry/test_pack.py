@@ -30,7 +30,7 @@ from llmbuild.profiler.board_operators import board_operators
 from llmbuild.runtime import devices, host, reader
 from llmbuild.spec.measurement import Operator
 from llmbuild.spec.variant import Failure
-from tests.conftest import Project, llmbuild, low_copy
+from tests.conftest import CHAT, Project, llmbuild, low_copy
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "gpu_check.py"
 WHEELS = ("iree-base-runtime", "ml-dtypes", "numpy")
@@ -43,7 +43,9 @@ def gpu_check(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def project(tiers: Project, tmp_path_factory: pytest.TempPathFactory) -> Project:
-    return low_copy(tiers, tmp_path_factory.mktemp("packing") / "project")
+    made = low_copy(tiers, tmp_path_factory.mktemp("packing") / "project")
+    (made.model / "chat_template.jinja").write_text(CHAT)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,10 @@ def test_a_packed_folder_is_measured_alone_and_merged_back(packed: Path, project
     assert llmbuild("merge", away, "-C", tmp_path / "fresh").returncode == 0
     checked = llmbuild("verify", "-C", tmp_path / "fresh")
     assert checked.returncode == 0, checked.stdout
-    assert llmbuild("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", away).returncode == 0
+    for folder in (away, home, tmp_path / "fresh"):
+        said = llmbuild("run", "tiny", "--chat", "--prompt", "push", "--max-new-tokens", "3", "-C", folder)
+        assert said.returncode == 0, said.stderr
+        assert len({row["chat"] for row in reader.variants(folder, "tiny", target="host")} - {None}) == 1
 
 
 def test_check_data_that_was_carried_in_part_is_not_missed_where_a_folder_is_merged(

@@ -26,7 +26,7 @@ LOAD = """\
 import sys, llmbuild
 model = llmbuild.load("deployed", model="tiny", slo=["tpot_s<=10"], objective="tpot_s")
 print("".join(model.generate("push", max_new_tokens=3)))
-heavy = ("click", "sqlalchemy", "pydantic", "torch", "optuna")
+heavy = ("click", "sqlalchemy", "pydantic", "torch", "optuna", "jinja2")
 print([name for name in heavy if name in sys.modules])
 """
 
@@ -44,15 +44,16 @@ def run(python: Path, folder: Path, *arguments: str) -> subprocess.CompletedProc
     )
 
 
-def test_the_loaders_installation_is_small_and_deploys(python: Path, built: Project, tmp_path: Path) -> None:
+def test_the_loaders_installation_is_small_and_deploys(python: Path, chatty: Project, tmp_path: Path) -> None:
     assert sum(size for name, size in sizes(python).items() if name not in LARGE) < MOST_BYTES, sizes(python)
-    sent = llmbuild("publish", "tiny", tmp_path / "published", "-C", built.catalog)
+    sent = llmbuild("publish", "tiny", tmp_path / "published", "-C", chatty.catalog)
     assert sent.returncode == 0, sent.stderr
     for command in (
         ("pull", "published", "--slo", "tpot_s<=10", "-C", "deployed"),
         ("query", "-C", "deployed"),
         ("pick", "--slo", "tpot_s<=10", "-C", "deployed"),
         ("run", "tiny", "--prompt", "push", "--max-new-tokens", "3", "-C", "deployed"),
+        ("run", "tiny", "--chat", "--prompt", "push", "--max-new-tokens", "3", "-C", "deployed"),
     ):
         done = run(python, tmp_path, "-m", "llmbuild", *command)
         assert done.returncode == 0, done.stderr

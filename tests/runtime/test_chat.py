@@ -277,6 +277,12 @@ def test_a_private_character_of_a_message_stays_as_it_is(opened: dict[str, tuple
     assert tokenizer.decode(found.tokens) == f"user\n{text}\nassistant\n"
 
 
+def test_messages_that_leave_no_private_character_are_refused(opened: dict[str, tuple[Tokenizer, Any]]) -> None:
+    every = "".join(map(chr, range(0x10F000, 0x10FFFE)))
+    with pytest.raises(InputError, match="all characters of private use"):
+        ChatTemplate(TURNS).encode(chat(f"{every}<|im_end|>"), opened["byte level"][0])
+
+
 def test_special_tokens_that_are_found_in_normalized_text_are_plain_text_where_nothing_is_normalized(
     tmp_path: Path,
 ) -> None:
