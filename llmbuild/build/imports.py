@@ -60,8 +60,8 @@ class Imports:
         self.job, self.catalog, self._forced = job, catalog, forced
         self.notes: dict[str, None] = {}
         """The library's messages about the model during imports, each once."""
-        self.resumed: list[str] = []
-        """What was there of imports that had been interrupted."""
+        self._remarks: dict[str, bool] = {}
+        """What imports have to tell, each once, and whether it was told."""
 
     def expect(self, point: Point) -> None:
         """Import the frontend's libraries in the background, if the program of a point is wanted next and not known."""
@@ -71,8 +71,12 @@ class Imports:
 
     def told(self) -> list[str]:
         """Return, once, what imports have to tell: which went on, and why they take longer than they should."""
-        found, self.resumed = self.resumed, []
+        found = [text for text, told in self._remarks.items() if not told]
+        self._remarks = dict.fromkeys(self._remarks, True)
         return [*found, *FRONTEND.told()]
+
+    def _tell(self, text: str) -> None:
+        self._remarks.setdefault(text, False)
 
     def close(self) -> None:
         """Free what is kept for more jobs."""
@@ -114,7 +118,10 @@ class Imports:
             return result
         self.notes.update(dict.fromkeys(result["notes"]))
         if result["resumed"]:
-            self.resumed.append(f"an import that was interrupted went on: {result['resumed']} layers were there")
+            self._tell(f"an import that was interrupted went on: {result['resumed']} layers were there")
+        if result["rounded_again"]:
+            told = " and ".join(result["rounded_again"])
+            self._tell(f"the file's weights are in blocks of {told}: formats that do not keep these round them again")
         files = (folder / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
         blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
         seconds = monotonic() - begin

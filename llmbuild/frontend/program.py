@@ -92,7 +92,8 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
         module=digest.of_file(out / MODULE_FILE), parameters=parameters, check=digest.of_file(out / CHECK_FILE), abi=abi
     )
     writing.forget()
-    return ImportResult(program, type(model).__name__, sum(sizes.values()), taken.notes, writing.resumed)
+    size, again = sum(sizes.values()), rounded_again(taken.weights, formats)
+    return ImportResult(program, type(model).__name__, size, taken.notes, writing.resumed, again)
 
 
 def structure(job: ImportJob, taken: Taken, kernels: dict[str, str], out: Path) -> dict[str, int]:
@@ -298,6 +299,16 @@ def patched(source: Source, model: Any, calibrated: Calibrated | None) -> tuple[
     with torch.no_grad():
         tables = replace(source, patch=calibrated.calibration.tables(source.formats, calibrated.asked))
     return tables, Fitting(calibrated, archive.vectors(model, tables))
+
+
+def rounded_again(weights: Model, formats: Formats) -> tuple[str, ...]:
+    """Return the formats of blocks in which a file keeps matrices that are stored in another one, with losses."""
+    found = set()
+    for name in weights.stored.shapes:
+        blocks, form = weights.blocks(name), formats.of(name.removesuffix(".weight"))
+        if blocks and form not in (blocks, "f32"):
+            found.add(blocks)
+    return tuple(sorted(found))
 
 
 def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Formats:

@@ -63,16 +63,16 @@ def _work(words: list[str]) -> None:
     """Run a job, and end its process."""
     try:
         start.launch(words)
-        code: object = 0
+        code = 0
     except SystemExit as ended:
-        code = ended.code or 0
-        if not isinstance(code, int):
+        if not isinstance(ended.code or 0, int):
             gc.unfreeze()
             raise
+        code = int(ended.code or 0)
     except BaseException:
         gc.unfreeze()
         raise
-    _leave(int(code))
+    _leave(code)
 
 
 def _leave(code: int) -> None:

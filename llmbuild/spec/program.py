@@ -129,3 +129,5 @@ class ImportResult:
     """What the library said of the model while loading it."""
     resumed: int = 0
     """Layers that an earlier run of this import had finished."""
+    rounded_again: tuple[str, ...] = ()
+    """Formats of the file's blocks whose values were rounded again, into another format."""
