@@ -41,6 +41,7 @@ class Steps:
         self.registered = job.registered
         self._fresh: set[str] = set()
         self._bench: Bench | RemoteBench | None = None
+        self._reference: Quality | None = None
         self.imports = Imports(job, catalog, self._forced)
         self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
 
@@ -61,8 +62,13 @@ class Steps:
         return self.imports.program(point)
 
     def reference(self) -> Quality | Failure:
-        """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
-        return self.imports.reference()
+        """Return the f32 model's logits on the held-out text, from the catalog or a child process; looked up once."""
+        if self._reference is None:
+            found = self.imports.reference()
+            if isinstance(found, Failure):
+                return found
+            self._reference = found
+        return self._reference
 
     @property
     def notes(self) -> tuple[str, ...]:
