@@ -79,6 +79,15 @@ def answers(session: Session, prompt: Sequence[int], forced: Sequence[int]) -> A
     return np.stack(rows)
 
 
+def archived(path: Path) -> dict[str, bytes]:
+    """Return the bytes of the tensors in a parameter archive."""
+    import iree.runtime as rt
+
+    index = rt.ParameterIndex()
+    index.load(str(path))
+    return {name: bytes(entry.file_view) for name, entry in index.items()}
+
+
 def relative_error(actual: Any, expected: Any) -> float:
     """Return the largest difference over the largest value."""
     wide = np.asarray(expected, np.float64)
