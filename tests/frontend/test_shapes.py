@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmbuild.frontend import attention, modules, own, single_row
+from llmbuild.frontend.archive import LOOKED_UP
 from llmbuild.frontend.calibration import Asked, Calibration
 from llmbuild.frontend.config import judge
 from llmbuild.frontend.formats import Formats
@@ -35,7 +36,7 @@ from scripts.bench import shapes as shapes_to_build
 from tests.frontend.conftest import Imports
 from tests.support import tiny
 from tests.support.artifact import relative_error
-from tests.support.eager import fill, run_eagerly, weights_of
+from tests.support.eager import fill, layerwise, run_eagerly, weights_of
 from tests.support.machines import MACHINES
 
 CONTEXT = 32
@@ -102,23 +103,34 @@ def test_arithmetic_on_packed_weights_is_that_of_the_library(shape: tuple[str, d
 @pytest.mark.parametrize("form", ["int8", "int4_g64"])
 def test_calibrated_weights_are_kept_in_widths_that_are_padded(form: str) -> None:
     shape = {**tiny.SHAPE, "hidden_size": 60, "intermediate_size": 172, "head_dim": 24, "num_hidden_layers": 1}
+    calibrated = {"weight_format": form, "head_format": "int8", "quantization": "gptq", "scaling": "activation"}
     features, formats = UNITS["avx2"].kernels["int8"].features, Formats(form, "int8")
-    job, model = ImportJob("drawn", CONTEXT, choices=tuple(OWN.items()), features=features), drawn("Qwen3", shape)
+    job = ImportJob("drawn", CONTEXT, choices=tuple({**OWN, **calibrated}.items()), features=features)
+    model = drawn("Qwen3", shape)
     tokens = CheckTokens(np.arange(9)[None], np.array([[5, 7]]), np.array([9]))
     calibration = np.random.default_rng(0).integers(0, 99, (2, CONTEXT))
     with torch.inference_mode():
         abi, weights, config = describe(model, job, settle(job)), weights_of(model), model.config
-        expected = run_eagerly(model, abi, tokens, 2)
-        own.put_in(model, CONTEXT, False, 1, formats, own.check(model, "drawn", features, (form, "int8")))
-        asked = Asked(fitted=True, scaled=True, rounded=True)
-        calibrated = Calibrated(Calibration(config, weights, calibration), asked, mixed=False)
-        source, patches = patched(Source(weights, formats), model, calibrated)
+        apply(model, job, settle(job), formats)
+        asked = Calibrated(Calibration(config, weights, calibration), Asked(True, True, True), mixed=False)
+        source, patches = patched(Source(weights, formats), model, asked)
         (patch,) = patches.layers(source, 0, {})
         both = Patch({**source.patch.dense, **patch.dense}, {**source.patch.ready, **patch.ready})
         fill(model, replace(source, patch=both))
-        assert relative_error(run_eagerly(model, abi, tokens, 2), expected) < 0.03
-        fill(model, Source(weights, formats))
-        assert relative_error(run_eagerly(model, abi, tokens, 2), expected) > 0
+        actual = run_eagerly(model, abi, tokens, 2)
+    kept = {**both.dense, **{f"{layer}.weight": dequantize(matrix) for layer, matrix in both.ready.items()}}
+    assert {name for name in kept if "_proj" in name or "lm_head" in name} <= {
+        f"{layer}.weight" for layer in both.ready
+    }
+
+    def look(token: int) -> np.ndarray:
+        return kept["lm_head.weight"][token : token + 1] * kept[LOOKED_UP]
+
+    text = np.concatenate([tokens.prompt, tokens.forced], axis=1)
+    expected = layerwise(config, look, kept.__getitem__, text)[0, 8:, None]
+    assert (
+        relative_error(actual, expected) < 0.03
+    )  # of inputs rounded to bytes; weights of 4 bits alone cost ten times it
 
 
 ODD = {"hidden_size": 60, "intermediate_size": 172, "num_hidden_layers": 1, "vocab_size": 333}

@@ -55,6 +55,10 @@ class Loaded:
         token_out, logits = self._module.decode(np.array([token]), np.array([position]), *self.kv)
         return int(token_out.to_host()[0]), np.asarray(logits)
 
+    def score(self, tokens: Sequence[int]) -> Any:
+        """Return logits f32[T,V] after each token of a text from position 0 on."""
+        return self._module.score(np.asarray(tokens, np.int64)[None], np.array([0]), *self.kv).to_host()
+
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
         """Return logits f32[1+D,V] after the prompt and after each token."""
         rows = [self.prefill(prompt)[1]]
