@@ -67,7 +67,8 @@ class Draft:
         self.path, self.layout = path, layout
         self._journal, self._lock = path.with_suffix(".journal"), Lock()
         self._heading = json.dumps({"key": key, "layout": digest.of(layout.sizes)})
-        lines = self._journal.read_text().splitlines() if key and path.is_file() and self._journal.is_file() else []
+        known = key and path.is_file() and self._journal.is_file()
+        lines = self._journal.read_text("ascii", "replace").splitlines() if known else []
         same = bool(lines) and lines[0] == self._heading
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | (0 if same else os.O_TRUNC), 0o644)
         if same:
@@ -131,11 +132,11 @@ class Draft:
 
 
 def _entry(line: str) -> tuple[str, int] | None:
-    """Return a line of a journal; the last one may be half a line."""
+    """Return a line of a journal; the last one may be half a line, and a crash of the machine may spoil any."""
     try:
         body = json.loads(line)
         return str(body["unit"]), int(body["sum"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
 
 

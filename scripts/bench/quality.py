@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.frontend import attention, huggingface
-from llmbuild.frontend.calibration import Calibration
+from llmbuild.frontend import huggingface
+from llmbuild.frontend.archive import LOOKED_UP
+from llmbuild.frontend.calibration import Asked, Calibration
+from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.formats import Formats
+from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
+from llmbuild.frontend.layerwise import Layers, embedded
 from llmbuild.frontend.source import find_model
+from llmbuild.frontend.tensors import EMBEDDING, HEAD
+from llmbuild.frontend.weights import Patch, Source
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.layouts import Layout
 from llmbuild.profiler import heldout
@@ -32,14 +39,15 @@ from llmbuild.report.rows import table
 from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, WEIGHT_FORMATS
 from llmbuild.spec.formats import bits as bits_of
-from llmbuild.transform.quantized import Quantized, dequantize
+from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.reference import rounded_rows
 from llmbuild.transform.shared_exponent import nearest
+from llmbuild.transform.stored import plain
 from llmbuild.transform.weights import from_bf16, to_bf16
 
 LEFT_OUT = ("f32", "int8_g64", "int8_g128", "int7_g32", "int7_g128")
 LAYERS = tuple(name for name in WEIGHT_FORMATS if name not in LEFT_OUT)
-HEAD = "int8"
+TABLES = "int8"
 """Format of the token table where the layers have one of integers, so that rows tell layers apart."""
 EIGHT_BITS = ("int8", "int7_g64")
 """Formats that serve the token table as well: those held against other runtimes' 8 bits."""
@@ -69,45 +77,76 @@ def cases(formats: Sequence[str]) -> Iterator[Case]:
                 yield Case(layers, layers, kernel="own")
             continue
         for method in METHODS if layers not in BLOCKS else ():
-            yield Case(layers, HEAD, *method)
+            yield Case(layers, TABLES, *method)
         if layers in OWN_FORMATS:
-            for head in dict.fromkeys((HEAD, layers) if layers in EIGHT_BITS else (HEAD,)):
+            for head in dict.fromkeys((TABLES, layers) if layers in EIGHT_BITS else (TABLES,)):
                 for method in METHODS:
                     yield Case(layers, head, *method, kernel="own")
         if layers in ("int4_g32", "int4_g128"):
             for quantization in ("rtn", "gptq"):
-                yield Case(layers, HEAD, quantization, mixed="sensitive")
+                yield Case(layers, TABLES, quantization, mixed="sensitive")
                 yield Case(layers, layers, quantization)
 
 
-def round_inputs(model: nn.Module, formats: Formats) -> None:
-    """Let every linear layer read rows that are rounded as our kernels do: to bytes, or to bf16 for AVX-512 BF16."""
+@dataclass
+class AsStored:
+    """The tensors of a model as they are stored, in f32; `sizes` are the bits and number of weights by matrix."""
 
-    def hook(layout: Layout) -> Any:
-        def rounded(_: nn.Module, args: tuple[torch.Tensor]) -> torch.Tensor:
-            rows = rounded_rows(args[0].flatten(0, -2).numpy(), layout)
-            return torch.from_numpy(rows.astype(np.float32)).view(args[0].shape)
+    source: Source
+    sizes: dict[str, tuple[float, int]]
 
-        return rounded
+    def __call__(self, name: str) -> Floats:
+        """Return a tensor."""
+        layer, shape = name.removesuffix(".weight"), self.source.model.shape(name)
+        if len(shape) == 1:
+            return self.source.whole(name)
+        kept = self.source.padded(layer, shape[1], 0, shape[0])
+        bits = kept.bits_per_weight if isinstance(kept, Quantized) else bits_of(self.source.formats.of(layer))
+        self.sizes[name] = bits, shape[0] * shape[1]
+        return plain(kept, shape[1])
 
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(hook(Layout(formats.of(name), part.in_features, True)))
+    def bits_per_weight(self) -> float:
+        """Return bits per weight of all matrices that were asked for."""
+        return sum(bits * count for bits, count in self.sizes.values()) / sum(n for _, n in self.sizes.values())
 
 
-def store(model: Any, formats: Formats) -> float:
-    """Replace every matrix by what is stored of it; return bits per weight."""
-    seen: dict[int, tuple[float, int]] = {}
-    for name, part in model.named_modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            if part.weight.data_ptr() in seen:
-                continue
-            kept = formats(name, part.weight.numpy())
-            dense = torch.from_numpy(dequantize(kept)) if isinstance(kept, Quantized) else kept.float()
-            bits = kept.bits_per_weight if isinstance(kept, Quantized) else bits_of(formats.of(name))
-            part.weight.copy_(dense)
-            seen[part.weight.data_ptr()] = (bits, part.weight.numel())
-    return sum(bits * count for bits, count in seen.values()) / sum(count for _, count in seen.values())
+def rounded(rows: torch.Tensor, form: str) -> torch.Tensor:
+    """Return f32[...,K] rounded as our kernels do: to bytes, or to bf16 for AVX-512 BF16."""
+    flat = rounded_rows(rows.flatten(0, -2).numpy(), Layout(form, rows.shape[-1], True))
+    return torch.from_numpy(flat.astype(np.float32)).view(rows.shape)
+
+
+def log_probabilities(
+    config: Any, model: Model, case: Case, calibration: np.ndarray, windows: np.ndarray
+) -> tuple[torch.Tensor, float]:
+    """Return log-probabilities f32[W*L,V] of a model that is stored in a way, and its bits per weight."""
+    on_text, formats = Calibration(config, model, calibration), Formats(case.layers, case.head)
+    own = case.kernel == "own"
+    asked = Asked(case.quantization == "gptq", case.scaling == "activation", own)
+    if case.mixed == "sensitive":
+        formats = replace(formats, kept=on_text.sensitive(formats))
+    source = Source(model, formats, on_text.tables(formats, asked))
+    tables = AsStored(source, {})
+    vectors, factor = tables(HEAD if model.tied else EMBEDDING), source.patch.dense.get(LOOKED_UP)
+    vectors = vectors if factor is None else vectors * factor
+
+    def look(token: int) -> Floats:
+        return vectors[token : token + 1]
+
+    layers = Layers(config, LIBRARY_ATTENTION)
+    if own:
+        for part in layers.module.modules():
+            if isinstance(part, nn.Linear):
+                part.register_forward_pre_hook(lambda _, read: (rounded(read[0], case.layers),))
+    states = embedded(look, windows)
+    changed = on_text.layers(source, look, asked, 0, {}) if asked.fitted or asked.scaled else repeat(Patch())
+    for index, patch in zip(range(config.num_hidden_layers), changed, strict=False):
+        layers.layer(index, replace(tables, source=replace(source, patch=patch)))
+        states = layers.run(states)
+    states = layers.normalized(states, source.whole("model.norm.weight"))
+    head = torch.from_numpy(tables(HEAD))
+    logits = (rounded(states, case.head) if own else states).flatten(0, 1) @ head.T
+    return torch.log_softmax(logits, -1), tables.bits_per_weight()
 
 
 def score(log_probabilities: torch.Tensor, exact: torch.Tensor, windows: np.ndarray) -> dict[str, float]:
@@ -134,38 +173,20 @@ def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator
     heldout.check_apart(recipe.calibration, recipe.quality)
     windows = heldout.windows(replace(recipe.quality, tokens=tokens), found.tokenizer, recipe.context)
     calibration = heldout.windows(recipe.calibration, found.tokenizer, recipe.context)
-    attention.register()
-
-    def fresh() -> Any:
-        return huggingface.load(str(found.folder), False, 0, attention.NAME)
-
-    exact = Calibration(fresh(), windows).logits(len(windows))
+    model = huggingface.source_of(str(found.folder), False, 0)
+    config, weights = model.skeleton(LIBRARY_ATTENTION).model.config, model.weights
+    exact, _ = log_probabilities(config, weights, Case("f32", "f32"), calibration, windows)
     yield {**asdict(Case("f32", "f32")), "bits": 32.0, **score(exact, exact, windows)}
     for case in cases(formats):
-        model = fresh()
-        kept = stored(model, case, calibration)
-        bits = store(model, kept)
-        if case.kernel == "own":
-            round_inputs(model, kept)
-        told = score(Calibration(model, windows).logits(len(windows)), exact, windows)
-        yield {**asdict(case), "bits": round(bits, 3), **told}
-
-
-def stored(model: Any, case: Case, calibration: np.ndarray) -> Formats:
-    """Return the formats of a case; calibration changes the model in place."""
-    formats, on_text = Formats(case.layers, case.head), Calibration(model, calibration)
-    if case.mixed == "sensitive":
-        formats = replace(formats, kept=on_text.sensitive(formats))
-    if case.scaling == "activation":
-        formats = on_text.scaled(formats, rounded=case.kernel == "own")
-    return on_text.fitted(formats) if case.quantization == "gptq" else formats
+        told, bits = log_probabilities(config, weights, case, calibration, windows)
+        yield {**asdict(case), "bits": round(bits, 3), **score(told, exact, windows)}
 
 
 def unlike_bf16(recipe_path: Path) -> str:
     """Return how many weights of 12 bits are not those of bf16, and how far from them."""
-    model = huggingface.load(str(find_model(read_recipe(recipe_path).model).folder), False, 0, "eager")
+    model = huggingface.source_of(str(find_model(read_recipe(recipe_path).model).folder), False, 0).weights
     count, unlike, furthest = 0, 0, 0.0
-    for dense in {id(p): p.numpy() for p in model.parameters() if p.dim() == 2}.values():
+    for dense in (model.whole(name) for name, shape in model.stored.shapes.items() if len(shape) == 2):
         apart = np.abs(nearest(dense) - from_bf16(to_bf16(dense)))
         count, unlike = count + dense.size, unlike + int(np.count_nonzero(apart))
         furthest = max(furthest, float((apart.max(1) / np.maximum(np.abs(dense).max(1), 1e-30)).max()))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llmbuild import digest
 from llmbuild.carry.seeded import put_together, take_apart
@@ -14,7 +17,7 @@ from llmbuild.frontend import huggingface
 from llmbuild.frontend.program import import_model
 from llmbuild.spec.program import PARAMETERS_FILE, ImportJob
 from llmbuild.transform import drawn
-from llmbuild.transform.drawn import draw
+from llmbuild.transform.drawn import draw, draw_rows
 from tests.support import tiny
 
 
@@ -22,6 +25,24 @@ def test_a_seed_and_a_name_give_these_bits_on_every_machine() -> None:
     found = draw(3, "model.norm", (2, 2), 0.5)
     assert found.dtype == np.float32
     assert found.view(np.uint32).tolist() == [[1032915006, 1058391656], [3201723875, 1058627326]]
+
+
+def test_numbers_behind_the_first_part_are_the_same_on_every_machine_too() -> None:
+    found = draw(6, "y", (300, 1001), 0.5)
+    assert found.size > drawn.AT_ONCE
+    assert digest.of_bytes(found.astype("<f4").tobytes())[:16] == "2db54119b6e4912a"
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=2), st.data())
+def test_rows_are_drawn_without_those_before_them(rows: int, more: list[int], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, rows))
+    stop = data.draw(st.integers(start, rows))
+    shape = (rows, *more)
+    with patch.object(drawn, "AT_ONCE", data.draw(st.sampled_from((4, 8, 40, 1 << 18)))):
+        found = draw_rows(3, "a matrix", shape, 0.1, start, stop)
+    assert found.dtype == np.float32
+    np.testing.assert_array_equal(found, draw(3, "a matrix", shape, 0.1)[start:stop])
 
 
 def test_drawn_weights_are_about_normal_and_differ_by_name_and_seed() -> None:

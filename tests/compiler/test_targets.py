@@ -35,15 +35,14 @@ from llmbuild.runtime.devices import read
 from llmbuild.search.knobs.space import for_cpus, space_for, target_knobs
 from llmbuild.search.warm_start import initial_points
 from llmbuild.spec.files.reader import read_target
-from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import Abi, ImportJob
 from llmbuild.spec.space import MATVEC, Value
 from llmbuild.spec.target import BACKENDS, Target, target_from
 from llmbuild.spec.variant import Artifact, Failure
-from llmbuild.transform.quantized import quantize
 from tests.conftest import Project, llmbuild, make_project, project_in, shared
 from tests.search.test_space import recipe
 from tests.support import tiny
+from tests.support.eager import filled
 
 FILES = {path.stem: path for path in (Path(__file__).parents[2] / "targets").glob("*.yaml")}
 ALL = {name: read_target(path) for name, path in FILES.items()}
@@ -184,7 +183,7 @@ class Int8Head(torch.nn.Module):
     def __init__(self, tokens: int) -> None:
         super().__init__()
         rows = np.random.default_rng(0).standard_normal((tokens, 32), dtype=np.float32)
-        self.matrix = RowMajor(quantize(rows, INTEGERS["int8"]))
+        self.matrix = filled(RowMajor, rows, "int8")
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self.matrix.multiply(x)[0, -1]
@@ -195,7 +194,7 @@ class Int8Head(torch.nn.Module):
 def test_the_scales_of_a_large_int8_head_go_with_its_product(tmp_path: Path, name: str) -> None:
     """Fused with the choice of a token instead, they are unrolled over the vocabulary, and the compiler crashes."""
     program = torch.export.export(Int8Head(49152), (torch.zeros(1, 1, 32),))
-    module, _ = importer.import_programs({"head": program})
+    module, _ = importer.import_programs({"head": program}, {}, 0)
     importer.save_module(module, tmp_path / "head.mlirbc")
     assert iree.compile_module(tmp_path / "head.mlirbc", tmp_path / "o.vmfb", ALL[name], POINT, Limits(60)) is None
 

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from llmbuild.digest import plain
+from llmbuild import digest
 from llmbuild.errors import InputError
-from llmbuild.frontend import attention, huggingface
-from llmbuild.frontend.calibration import Calibration, read_tokens
+from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.own import OwnHead, PanelEmbedding
-from llmbuild.frontend.program import apply, formats_of, import_model, settle, take
+from llmbuild.frontend.importer import canonical
+from llmbuild.frontend.own import POWERS, OwnHead, PanelEmbedding
+from llmbuild.frontend.program import apply, import_model, settle, take
+from llmbuild.frontend.weights import Source
 from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.layouts import FORMATS
 from llmbuild.profiler.heldout import check_apart, windows
 from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import INTEGERS
-from llmbuild.spec.program import ImportJob
+from llmbuild.spec.program import PARAMETERS_FILE, ImportJob
 from llmbuild.spec.recipe import Calibration as Text
 from llmbuild.spec.recipe import Quality
+from llmbuild.transform.decoder import packer
 from llmbuild.transform.gptq import gptq
-from llmbuild.transform.panels import encode
-from llmbuild.transform.quantized import Quantized, dequantize, quantize
-from llmbuild.transform.weights import from_bf16
+from llmbuild.transform.panels import encode, encode_for
+from llmbuild.transform.quantized import dequantize, quantize
+from llmbuild.transform.stored import Rows, StoredMatrix, plain
+from scripts.bench import quality
 from tests.frontend.conftest import ONE, Imports
-from tests.support.artifact import relative_error
+from tests.support.artifact import archived, relative_error
+from tests.support.eager import as_bytes, model_of, source_config
 
 HIDDEN = 64
 """Columns that every format's layout takes."""
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pystdlib.yaml"
 CONTEXT = 32
+FITTED = Asked(fitted=True, scaled=False, rounded=False)
 
 
 @pytest.fixture(scope="module")
@@ -48,13 +51,11 @@ def model(imports: Imports) -> Path:
 def test_a_packed_token_table_is_read_as_the_weights_it_was_made_from(form: str) -> None:
     shape = HeadShape(HIDDEN, 323, 1e-5, 1, form)
     dense = np.random.default_rng(0).standard_normal((323, HIDDEN)).astype(np.float32)
-    rounded = encode(form, dense)
-    table = PanelEmbedding(OwnHead(shape, torch.ones(HIDDEN), torch.from_numpy(dense)))
-    if isinstance(rounded, Quantized):
-        expected = dequantize(rounded)
-    else:
-        expected = from_bf16(rounded) if form == "bf16" else rounded.astype(np.float32)
-    assert np.array_equal(expected, table(torch.arange(323)[None])[0].numpy())
+    table = PanelEmbedding(OwnHead(shape))
+    table.powers.copy_(torch.from_numpy(POWERS))
+    for name, array in packer(shape.layout)(encode_for(shape.layout, dense)).items():
+        as_bytes(getattr(table.head, name))[:] = array.reshape(-1).view(np.uint8)
+    assert np.array_equal(plain(encode(form, dense), HIDDEN), table(torch.arange(323)[None])[0].numpy())
 
 
 CALIBRATED = {
@@ -85,35 +86,38 @@ def test_an_artifact_computes_what_pytorch_does(imports: Imports, model: Path, c
 
 def test_the_same_calibration_gives_the_same_bytes(imports: Imports, model: Path, tmp_path: Path) -> None:
     first, job = imports(model, CALIBRATED, context=CONTEXT).result, imports.job(model, CALIBRATED, context=CONTEXT)
-    assert first == plain(import_model(job, tmp_path))
+    assert first == digest.plain(import_model(job, tmp_path))
 
 
-@pytest.fixture(scope="module")
-def taken(imports: Imports, model: Path) -> Callable[..., tuple[Any, ImportJob]]:
-    def get(**choices: str) -> tuple[Any, ImportJob]:
-        job = imports.job(model, {"weight_format": "int4_g32", **choices}, context=CONTEXT)
-        return take(job, settle(job)).model, job
-
-    return get
-
-
-def test_four_bits_take_half_a_byte(taken: Callable[..., tuple[Any, ImportJob]]) -> None:
-    loaded, job = taken()
-    count = sum(part.numel() for part in loaded.parameters())
-    apply(loaded, job, settle(job))
-    stored = {part.data_ptr(): part for part in (*loaded.parameters(), *loaded.buffers())}
-    assert 0.5 * count < sum(part.nbytes for part in stored.values()) < 0.7 * count
+def test_four_bits_take_half_a_byte(imports: Imports, model: Path) -> None:
+    job = imports.job(model, {"weight_format": "int4_g32"}, context=CONTEXT)
+    built = take(job, settle(job)).skeleton
+    count = sum(part.numel() for part in built.model.parameters())
+    with built.mode:
+        apply(built.model, job, settle(job), Formats("int4_g32", "int4_g32"))
+    names = canonical(built.model)
+    tensors = dict([*built.model.named_parameters(), *built.model.named_buffers()])
+    assert 0.5 * count < sum(tensors[name].nbytes for name in {*names.values()}) < 0.7 * count
 
 
-def test_calibrated_weights_are_what_is_stored(taken: Callable[..., tuple[Any, ImportJob]]) -> None:
-    name, stored = "model.layers.0.mlp.down_proj", []
-    for method in ("rtn", "gptq"):
-        loaded, job = taken(quantization=method)
-        dense = loaded.get_submodule(name).weight.numpy()
-        stored.append(formats_of(loaded, job, settle(job))(name, dense))
-    nearest, fitted = stored
-    assert isinstance(nearest, Quantized) and isinstance(fitted, Quantized)
+def test_calibrated_weights_are_what_is_stored(imports: Imports, model: Path) -> None:
+    choices, layer = {"weight_format": "int4_g32", "quantization": "gptq"}, "model.layers.0.mlp.down_proj"
+    weights, config, tokens = model_of(model), source_config(model), np.load(imports.tokens())
+    formats, calibration, asked = Formats("int4_g32", "int4_g32"), Calibration(config, weights, tokens), FITTED
+    with torch.no_grad():
+        tables = calibration.tables(formats, asked)
+        source = Source(weights, formats, tables)
+        vectors = plain(tables.ready["lm_head"], weights.shape("lm_head.weight")[1])
+        (patch,) = calibration.layers(source, lambda token: vectors[token : token + 1], asked, 0, {})
+    fitted, dense = patch.ready[layer], weights.whole(f"{layer}.weight")
+    nearest = quantize(dense, INTEGERS["int4_g32"])
     assert not np.array_equal(nearest.codes, fitted.codes)
+    stored = StoredMatrix(Rows((("", len(dense)),)), dense.shape[1], "int4_g32")
+    for method, expected in (("gptq", fitted), ("rtn", nearest)):
+        made = imports(model, {**choices, "quantization": method}, context=CONTEXT)
+        held = archived(made.folder / PARAMETERS_FILE)
+        for name, array in stored.encode(expected).items():
+            assert held[f"{layer}.matrix.{name}"] == array.tobytes(), method
 
 
 @pytest.mark.parametrize(
@@ -172,25 +176,14 @@ def test_inputs_that_never_occur_are_rounded_all_the_same() -> None:
 def test_calibration_wins_back_a_good_part_of_what_four_bits_cost() -> None:
     recipe = read_recipe(RECIPE)
     assert recipe.calibration
-    attention.register()
-    tokenizer = Path(recipe.model.location) / "tokenizer.json"
-    scored = windows(recipe.quality, tokenizer, 128)
-    calibration = windows(recipe.calibration, tokenizer, 128)
-
-    def fresh() -> torch.nn.Module:
-        return huggingface.load(recipe.model.location, False, 0, attention.NAME)
-
-    kl = {}
+    folder = Path(recipe.model.location)
+    scored = windows(recipe.quality, folder / "tokenizer.json", 128)
+    calibration = windows(recipe.calibration, folder / "tokenizer.json", 128)
+    config, weights = source_config(folder), model_of(folder)
     with torch.inference_mode():
-        exact = Calibration(fresh(), scored).logits(len(scored))
-        for method in ("rtn", "gptq"):
-            model, formats = fresh(), Formats("int4_g64", "int8")
-            formats = Calibration(model, calibration).fitted(formats) if method == "gptq" else formats
-            for name, part in model.named_modules():
-                if isinstance(part, torch.nn.Linear | torch.nn.Embedding):
-                    stored = formats(name, part.weight.numpy())
-                    assert isinstance(stored, Quantized)
-                    part.weight.copy_(torch.from_numpy(dequantize(stored)))
-            now = Calibration(model, scored).logits(len(scored))
-            kl[method] = float((exact.exp() * (exact - now)).sum(-1).mean())
-    assert kl["gptq"] < 0.65 * kl["rtn"]
+        exact, *told = (
+            quality.log_probabilities(config, weights, case, calibration, scored)[0]
+            for case in (quality.Case("f32", "f32"), *(quality.Case("int4_g64", "int8", m) for m in ("rtn", "gptq")))
+        )
+    nearest, fitted = (float((exact.exp() * (exact - now)).sum(-1).mean()) for now in told)
+    assert fitted < 0.65 * nearest

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from llmbuild.frontend import importer, nibbles
-from llmbuild.frontend.reference import reference_greedy, reference_logits
+from llmbuild.frontend.reference import reference_greedy
 from llmbuild.kernels.choose import KNOWN
 from tests.frontend.conftest import AVX2, ONE, TWO, Imported, Imports
 from tests.support.artifact import compile_file, relative_error
+from tests.support.eager import reference
 
 CONTEXT = 64
 PROMPT = [7, 300, 12, 99, 5, 41]
@@ -48,7 +49,7 @@ def test_greedy_tokens_equal_the_library(build: Callable[..., Imported], model: 
 
 def test_logits_equal_the_library(build: Callable[..., Imported], model: Path) -> None:
     tokens = [*PROMPT, 17, 200, 3]
-    expected = reference_logits(str(model), False, 0, np.array([tokens]))[0]
+    expected = reference(model, np.array([tokens]))[0]
     actual = build().at("O2").forced(tokens[: len(PROMPT)], tokens[len(PROMPT) :])
     assert relative_error(actual, expected[len(PROMPT) - 1 :]) < 1e-5
 
@@ -134,7 +135,7 @@ def test_positions_stretched_as_in_llama_3_equal_the_library(
     build: Callable[..., Imported], model: Path, imports: Imports
 ) -> None:
     tokens = np.array([[*PROMPT, *range(40)]])
-    expected, other = (reference_logits(str(folder), False, 0, tokens)[0][-1:] for folder in (model, imports.model()))
+    expected, other = (reference(folder, tokens)[0][-1:] for folder in (model, imports.model()))
     actual = build().at("O2").forced(tokens[0], [])
     assert relative_error(actual, expected) < 1e-5 < relative_error(other, expected)
 
@@ -146,7 +147,7 @@ def test_tied_weights_are_stored_once(build: Callable[..., Imported]) -> None:
 
 def test_random_init_depends_on_the_seed_alone(model: Path) -> None:
     window = np.array([[1, 2, 3]])
-    one, same, other = (reference_logits(str(model), True, seed, window) for seed in (1, 1, 2))
+    one, same, other = (reference(model, window, seed) for seed in (1, 1, 2))
     assert np.array_equal(one, same)
     assert not np.array_equal(one, other)
 
@@ -177,7 +178,7 @@ def test_codes_far_into_a_table_are_found(tmp_path: Path) -> None:
     far = (1 << 24) + 16
     data = torch.arange(far // 2, dtype=torch.int64).remainder(251).to(torch.int8)
     places = torch.arange(far - 8, far)
-    module, _ = importer.import_programs({"pick": torch.export.export(Pick(), (data, places))})
+    module, _ = importer.import_programs({"pick": torch.export.export(Pick(), (data, places))}, {}, 0)
     importer.save_module(module, tmp_path / "pick.mlirbc")
     artifact = compile_file(tmp_path / "pick.mlirbc", tmp_path / "pick.vmfb")
     loaded = rt.load_vm_module(rt.VmModule.mmap(rt.VmInstance(), str(artifact)), rt.Config("local-sync"))

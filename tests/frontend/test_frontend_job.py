@@ -17,7 +17,7 @@ from iree.compiler import ir
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.__main__ import main
-from llmbuild.frontend.importer import import_programs
+from llmbuild.frontend.importer import canonical, import_programs
 from llmbuild.frontend.program import describe, export, import_model, settle
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.spec.program import ImportJob
@@ -177,7 +177,7 @@ def test_second_importer_sees_the_same_operations(model: Path) -> None:
     attention.register()
     loaded = huggingface.load(str(model), False, 0, attention.NAME)
     programs = export(loaded, describe(loaded, job, settle(job)))
-    ours, _ = import_programs(programs)
+    ours, _ = import_programs(programs, canonical(loaded), 1)
     theirs = FxImporter(context=_torch_context(other_ir))
     for name, program in programs.items():
         theirs.import_program(program, func_name=name)

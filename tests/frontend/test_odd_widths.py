@@ -17,14 +17,14 @@ from llmbuild.frontend import importer, modules
 from llmbuild.process.child import Limits
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.target import Target
-from llmbuild.transform.quantized import Quantized, dequantize, quantize
+from llmbuild.transform.quantized import dequantize, quantize
+from tests.support.eager import filled
 
 FOURS = [name for name, form in INTEGERS.items() if form.bits == 4 and not form.is_block]
 
 
-def quantized(rows: int, columns: int, form: str) -> Quantized:
-    dense = np.random.default_rng(rows * columns).standard_normal((rows, columns), dtype=np.float32)
-    return quantize(dense, INTEGERS[form])
+def drawn(rows: int, columns: int) -> np.ndarray:
+    return np.random.default_rng(rows * columns).standard_normal((rows, columns), dtype=np.float32)
 
 
 @settings(deadline=None, max_examples=60)
@@ -38,12 +38,12 @@ def quantized(rows: int, columns: int, form: str) -> Quantized:
 def test_products_and_rows_are_those_of_the_codes_whatever_the_sizes(
     layout: str, form: str, rows: int, columns: int, length: int
 ) -> None:
-    stored = quantized(rows, columns, form)
-    matrix, dense = modules.LAYOUTS[layout](stored), torch.from_numpy(dequantize(stored))
+    weights = drawn(rows, columns)
+    made, dense = filled(modules.LAYOUTS[layout], weights, form), dequantize(quantize(weights, INTEGERS[form]))
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((1, length, columns), dtype=np.float32))
-    torch.testing.assert_close(matrix.multiply(x), x @ dense.T, atol=1e-3, rtol=1e-4)
-    wanted = torch.tensor([[0, rows - 1]])
-    torch.testing.assert_close(matrix.look_up(wanted), dense[wanted])
+    torch.testing.assert_close(made.multiply(x), x @ torch.from_numpy(dense).T, atol=1e-3, rtol=1e-4)
+    wanted = [0, rows - 1]
+    torch.testing.assert_close(made.look_up(torch.tensor([wanted])), torch.from_numpy(dense[[wanted]]))
 
 
 class _Product(nn.Module):
@@ -68,14 +68,14 @@ class _Product(nn.Module):
 def test_matrices_of_odd_sizes_compile(
     tmp_path: Path, layout: str, form: str, rows: int, columns: int, level: str
 ) -> None:
-    program = _Product(modules.LAYOUTS[layout](quantized(rows, columns, form)))
+    program = _Product(filled(modules.LAYOUTS[layout], drawn(rows, columns), form))
     long = {1: torch.export.Dim("T", min=2, max=32)}
     exported = {
         name: torch.export.export(program, (torch.zeros(1, length, columns),), dynamic_shapes=shapes, strict=False)
         for name, length, shapes in (("one", 1, None), ("many", 4, (long,)))
     }
     lowered = {name: each.run_decompositions({}) for name, each in exported.items()}
-    importer.save_module(importer.import_programs(lowered)[0], tmp_path / "module.mlirbc")
+    importer.save_module(importer.import_programs(lowered, {}, 0)[0], tmp_path / "module.mlirbc")
     target = resolve(Target("v3", "llvm-cpu", "x86_64", "x86-64-v3"))
     failure = iree.compile_module(
         tmp_path / "module.mlirbc", tmp_path / "module.vmfb", target, {"opt_level": level}, Limits()

@@ -14,11 +14,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from llmbuild.errors import InputError
-from llmbuild.frontend import attention, huggingface
-from llmbuild.frontend.calibration import Calibration
+from llmbuild.frontend.archive import LOOKED_UP
+from llmbuild.frontend.calibration import Asked, Calibration
 from llmbuild.frontend.formats import Formats
+from llmbuild.frontend.layerwise import own_vectors
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.scaling import Noise, Site, fitting_scale, fold, sites
+from llmbuild.frontend.tensors import HEAD
+from llmbuild.frontend.weights import Source
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import ImportJob
 from llmbuild.transform.gptq import nearest
@@ -27,6 +30,7 @@ from llmbuild.transform.reference import quantized_rows
 from tests.frontend.conftest import AVX2, ONE, Imports
 from tests.support import tiny
 from tests.support.artifact import relative_error
+from tests.support.eager import layerwise, model_of, source_config
 
 CONTEXT = 32
 HOST = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -46,24 +50,30 @@ def tokens() -> np.ndarray:
     return np.random.default_rng(0).integers(0, 320, (4, CONTEXT))
 
 
-def load(folder: Path) -> Any:
-    attention.register()
-    return huggingface.load(str(folder), False, 0, attention.NAME)
-
-
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("formats", [Formats("int8", "int8"), Formats("int4_g32", "f16")])
 def test_a_scaled_model_computes_the_same(
     folder: Callable[[bool], Path], tokens: np.ndarray, tied: bool, formats: Formats
 ) -> None:
-    model = load(folder(tied))
+    model, asked = folder(tied), Asked(fitted=False, scaled=True, rounded=True)
+    config, weights = source_config(model), model_of(model)
+    calibration, own = Calibration(config, weights, tokens), own_vectors(weights)
     with torch.inference_mode():
-        before, weights = Calibration(model, tokens).logits(4), model.lm_head.weight.clone()
-        scaled = Calibration(model, tokens).scaled(formats, rounded=True)
-        assert relative_error(Calibration(model, tokens).logits(4).numpy(), before.numpy()) < 1e-5
-    assert torch.equal(weights, model.lm_head.weight) == (formats.head == "f16")
-    assert (scaled.looked_up is not None) == (tied and formats.head == "int8")
-    assert all(name in scaled.ready for name in LAYERS) == (formats.layers == "int4_g32")
+        tables = calibration.tables(formats, asked)
+        patches = [tables, *calibration.layers(Source(weights, formats, tables), own, asked, 0, {})]
+    changed = {name: tensor for patch in patches for name, tensor in patch.dense.items()}
+    ready = {name for patch in patches for name in patch.ready}
+    factor = changed.get(LOOKED_UP)
+
+    def look(token: int) -> Any:
+        return own(token) if factor is None else changed[HEAD][token : token + 1] * factor
+
+    before = layerwise(config, own, weights.whole, tokens)
+    after = layerwise(config, look, lambda name: changed[name] if name in changed else weights.whole(name), tokens)
+    assert relative_error(after, before) < 1e-5
+    assert np.array_equal(changed.get(HEAD, weights.whole(HEAD)), weights.whole(HEAD)) == (formats.head == "f16")
+    assert (factor is not None) == (tied and formats.head == "int8")
+    assert all(name in ready for name in LAYERS) == (formats.layers == "int4_g32")
 
 
 @given(st.integers(0, 99), st.sampled_from(range(4)), st.booleans())

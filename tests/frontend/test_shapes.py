@@ -14,11 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmbuild.frontend import attention, modules, own, single_row
+from llmbuild.frontend.archive import LOOKED_UP
+from llmbuild.frontend.calibration import Asked, Calibration
 from llmbuild.frontend.config import judge
 from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.program import apply, describe, formats_of, settle
+from llmbuild.frontend.program import Calibrated, apply, describe, patched, settle
 from llmbuild.frontend.source import find_model
-from llmbuild.frontend.truth import CheckTokens, run_eagerly
+from llmbuild.frontend.truth import CheckTokens
+from llmbuild.frontend.weights import Patch, Source
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem, gpu_problem
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.layouts import FORMATS
@@ -33,6 +36,7 @@ from scripts.bench import shapes as shapes_to_build
 from tests.frontend.conftest import Imports
 from tests.support import tiny
 from tests.support.artifact import relative_error
+from tests.support.eager import fill, layerwise, run_eagerly, weights_of
 from tests.support.machines import MACHINES
 
 CONTEXT = 32
@@ -90,27 +94,44 @@ def test_arithmetic_on_packed_weights_is_that_of_the_library(shape: tuple[str, d
     drawing, vocabulary = np.random.default_rng(0), shape[1]["vocab_size"]
     tokens = CheckTokens(*(drawing.integers(0, vocabulary, (1, n)) for n in (7, 2)), np.array([7]))
     with torch.inference_mode():
-        abi = describe(model, job, settle(job))
-        apply(model, job, settle(job))
+        abi, weights, formats = describe(model, job, settle(job)), weights_of(model), Formats("f16", "f16")
+        apply(model, job, settle(job), formats)
+        fill(model, Source(weights, formats))
         expected, actual = (run_eagerly(each, abi, tokens, 2) for each in (library, model))
     assert relative_error(actual, expected) < (1e-5 if cache == "f32" else 1e-2)
 
 
 @pytest.mark.parametrize("form", ["int8", "int4_g64"])
-def test_calibrated_weights_are_kept_in_widths_that_are_padded(tmp_path: Path, form: str) -> None:
-    np.save(tmp_path / "tokens.npy", np.random.default_rng(0).integers(0, 99, (2, CONTEXT)))
+def test_calibrated_weights_are_kept_in_widths_that_are_padded(form: str) -> None:
     shape = {**tiny.SHAPE, "hidden_size": 60, "intermediate_size": 172, "head_dim": 24, "num_hidden_layers": 1}
     calibrated = {"weight_format": form, "head_format": "int8", "quantization": "gptq", "scaling": "activation"}
-    features = UNITS["avx2"].kernels["int8"].features
+    features, formats = UNITS["avx2"].kernels["int8"].features, Formats(form, "int8")
     job = ImportJob("drawn", CONTEXT, choices=tuple({**OWN, **calibrated}.items()), features=features)
-    job, model = replace(job, calibration=str(tmp_path / "tokens.npy")), drawn("Qwen3", shape)
+    model = drawn("Qwen3", shape)
     tokens = CheckTokens(np.arange(9)[None], np.array([[5, 7]]), np.array([9]))
+    calibration = np.random.default_rng(0).integers(0, 99, (2, CONTEXT))
     with torch.inference_mode():
-        abi = describe(model, job, settle(job))
-        formats = formats_of(model, job, settle(job))
-        expected = run_eagerly(model, abi, tokens, 2)
-        own.put_in(model, CONTEXT, False, 1, formats, own.check(model, "drawn", features, (form, "int8")))
-        assert relative_error(run_eagerly(model, abi, tokens, 2), expected) < 0.03
+        abi, weights, config = describe(model, job, settle(job)), weights_of(model), model.config
+        apply(model, job, settle(job), formats)
+        asked = Calibrated(Calibration(config, weights, calibration), Asked(True, True, True), mixed=False)
+        source, patches = patched(Source(weights, formats), model, asked)
+        (patch,) = patches.layers(source, 0, {})
+        both = Patch({**source.patch.dense, **patch.dense}, {**source.patch.ready, **patch.ready})
+        fill(model, replace(source, patch=both))
+        actual = run_eagerly(model, abi, tokens, 2)
+    kept = {**both.dense, **{f"{layer}.weight": dequantize(matrix) for layer, matrix in both.ready.items()}}
+    assert {name for name in kept if "_proj" in name or "lm_head" in name} <= {
+        f"{layer}.weight" for layer in both.ready
+    }
+
+    def look(token: int) -> np.ndarray:
+        return kept["lm_head.weight"][token : token + 1] * kept[LOOKED_UP]
+
+    text = np.concatenate([tokens.prompt, tokens.forced], axis=1)
+    expected = layerwise(config, look, kept.__getitem__, text)[0, 8:, None]
+    assert (
+        relative_error(actual, expected) < 0.03
+    )  # of inputs rounded to bytes; weights of 4 bits alone cost ten times it
 
 
 ODD = {"hidden_size": 60, "intermediate_size": 172, "num_hidden_layers": 1, "vocab_size": 333}
@@ -171,7 +192,7 @@ def test_facts_tell_whether_a_gpu_finds_a_matrix(hidden: int, inner: int, layers
     sizes = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": 2, "num_key_value_heads": 1}
     model = drawn("Llama", {**tiny.SHAPE, **sizes, "head_dim": 8, "num_hidden_layers": 1, "vocab_size": 9})
     told = gpu_problem(own.facts(model), layers, head, on)
-    modules.swap(model, Formats(layers, head), single_row.stored_for(on), fused=True)
+    modules.swap(model, Formats(layers, head).of, single_row.stored_for(on), fused=True)
     assert (told == "") == bool(single_row.kernels(model))
 
 

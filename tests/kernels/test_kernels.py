@@ -19,10 +19,10 @@ from llmbuild.kernels.layouts import Layout, family
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
 from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference
-from llmbuild.transform.decoder import layer_buffer
 from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
+from tests.support.buffers import layer_buffer
 from tests.support.machines import MACHINES
 from tests.support.products import panel, prepared, products_module
 from tests.support.units import UNITS, all_pairs, covering, families, with_all, with_enough

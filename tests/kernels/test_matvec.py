@@ -21,10 +21,9 @@ from llmbuild.compiler import iree
 from llmbuild.compiler.resolved import resolve
 from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.frontend import single_row
-from llmbuild.frontend.formats import Formats
-from llmbuild.frontend.modules import RowMajor
+from llmbuild.frontend.modules import Matrix, RowMajor
 from llmbuild.frontend.program import import_model
-from llmbuild.frontend.single_row import SingleRow
+from llmbuild.frontend.single_row import SingleRow, stored_for
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.matvec import (
     BITS,
@@ -48,8 +47,10 @@ from llmbuild.spec.formats import BLOCKS, INTEGERS, WEIGHT_FORMATS
 from llmbuild.spec.program import ImportJob
 from llmbuild.spec.target import VULKAN, Target
 from llmbuild.transform.quantized import pack_nibbles, quantize
+from llmbuild.transform.stored import Rows
 from tests.support import tiny
 from tests.support.artifact import answers, relative_error
+from tests.support.eager import filled
 
 TARGETS = Path(__file__).parents[2] / "targets"
 BACKENDS = {"h200": 32, "rocm-gfx942": 64, "rocm-gfx1100": 32, "vulkan-rdna3": 32, "metal": 32}
@@ -298,18 +299,16 @@ def test_what_our_kernels_do_not_do_is_refused(
 
 def test_a_matrix_that_does_not_fit_is_left_to_the_compiler() -> None:
     dense, x = np.random.default_rng(0).standard_normal((8, 150), dtype=np.float32), torch.ones(1, 1, 150)
-    weights = quantize(dense, INTEGERS["int8"])
-    ours = SingleRow(weights, work(32, "4x4", "narrow"))
-    assert ours.plan is None
-    assert torch.equal(ours.multiply(x), RowMajor(weights).multiply(x))
+    ours = filled(stored_for(work(32, "4x4", "narrow")), dense, "int8")
+    assert isinstance(ours, SingleRow) and ours.plan is None
+    assert torch.equal(ours.multiply(x), filled(RowMajor, dense, "int8").multiply(x))
 
 
 @given(
     st.sampled_from([form for form in WEIGHT_FORMATS if form not in BLOCKS]), st.integers(1, 40).map(lambda n: 4 * n)
 )
 def test_a_format_says_how_a_matrix_is_stored_before_it_is(form: str, columns: int) -> None:
-    weights = Formats(form, form)("any", np.ones((3, columns), np.float32))
-    assert stored_as(3, columns, form) == single_row.stored_as(RowMajor(weights))
+    assert stored_as(3, columns, form) == single_row.stored_as(RowMajor(Rows((("any", 3),)), columns, form))
 
 
 @pytest.mark.parametrize("form", BLOCKS)
@@ -334,13 +333,13 @@ def test_no_matrix_for_the_kernels_is_told_from_the_facts_of_a_model() -> None:
 
 def test_rows_of_a_prompt_are_left_to_the_compiler() -> None:
     dense = np.random.default_rng(0).standard_normal((8, 128), dtype=np.float32)
-    matrix = SingleRow(torch.from_numpy(dense).half(), work(32, "4x4", "narrow"))
-    one, three = (torch.export.export(_Product(matrix), (torch.ones(1, n, 128),)) for n in (1, 3))
+    ours = filled(stored_for(work(32, "4x4", "narrow")), dense, "f16")
+    one, three = (torch.export.export(_Product(ours), (torch.ones(1, n, 128),)) for n in (1, 3))
     assert ("llmbuild.matvec" in str(one.graph), "llmbuild.matvec" in str(three.graph)) == (True, False)
 
 
 class _Product(torch.nn.Module):
-    def __init__(self, matrix: SingleRow) -> None:
+    def __init__(self, matrix: Matrix) -> None:
         super().__init__()
         self.matrix = matrix
 

@@ -55,6 +55,10 @@ class Loaded:
         token_out, logits = self._module.decode(np.array([token]), np.array([position]), *self.kv)
         return int(token_out.to_host()[0]), np.asarray(logits)
 
+    def score(self, tokens: Sequence[int]) -> Any:
+        """Return logits f32[T,V] after each token of a text from position 0 on."""
+        return self._module.score(np.asarray(tokens, np.int64)[None], np.array([0]), *self.kv).to_host()
+
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
         """Return logits f32[1+D,V] after the prompt and after each token."""
         rows = [self.prefill(prompt)[1]]
@@ -77,6 +81,15 @@ def answers(session: Session, prompt: Sequence[int], forced: Sequence[int]) -> A
         session.decode(int(token), position)
         rows.append(session.logits())
     return np.stack(rows)
+
+
+def archived(path: Path) -> dict[str, bytes]:
+    """Return the bytes of the tensors in a parameter archive."""
+    import iree.runtime as rt
+
+    index = rt.ParameterIndex()
+    index.load(str(path))
+    return {name: bytes(entry.file_view) for name, entry in index.items()}
 
 
 def relative_error(actual: Any, expected: Any) -> float:
