@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from llmbuild.build.events import Event, Stopwatch, Tell
 from llmbuild.build.parallel import side_by_side
 from llmbuild.build.results import Results
+from llmbuild.build.room import no_memory
 from llmbuild.build.trials import best_of, describe, scoped, trial_of
 from llmbuild.profiler.protocol import Prepared, Stage, Subject
 from llmbuild.search.front import decided, dominated
@@ -87,7 +88,7 @@ class Evaluator:
         """Return the trials of a batch; points that exceed the recipe's size bounds are left out."""
         done = []
         begin = monotonic()
-        for point, made in zip(points, self.artifacts(points), strict=True):
+        for point, made in zip(points, self._measurable(points), strict=True):
             broken = [] if isinstance(made, Failure) or point == self.job.space.default() else self._too_large(*made)
             if broken:
                 told = f"{describe(self.job, point)}: {'; '.join(broken)}"
@@ -104,6 +105,14 @@ class Evaluator:
             done.append(trial)
             begin = monotonic()
         return done
+
+    def _measurable(self, points: Sequence[Point]) -> list[Made | Failure]:
+        """Return the artifacts of points; what this host has no memory for is not made."""
+        short = {point: failure for point in points if (failure := no_memory(self.job, point))}
+        self._watches |= {point: Stopwatch() for point in short}
+        rest = [point for point in points if point not in short]
+        made = dict(zip(rest, self.artifacts(rest), strict=True)) if rest else {}
+        return [short[point] if point in short else made[point] for point in points]
 
     def _too_large(self, program: Program, artifact: Artifact) -> list[str]:
         """Return the bounds that the sizes break: such a point is neither measured nor recorded."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from llmbuild import digest
 from llmbuild.build.compiling import once
 from llmbuild.build.job import Job
+from llmbuild.build.room import no_disk
 from llmbuild.errors import InputError
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.files import CONFIG
@@ -93,8 +94,11 @@ class Imports:
         inputs = self.job.import_inputs(point)
         key = digest.of(inputs)
         return once(
-            self.catalog, self._forced, "import", key, self.catalog.find_import, lambda: self._import(key, inputs)
+            self.catalog, self._forced, "import", key, self.catalog.find_import, lambda: self._made(key, inputs, point)
         )
+
+    def _made(self, key: str, inputs: Mapping[str, object], point: Point) -> Program | Failure:
+        return no_disk(self.job, point, self.catalog.folder) or self._import(key, inputs)
 
     def _import(self, key: str, inputs: Mapping[str, object]) -> Program | Failure:
         truth = self._truth(inputs)
