@@ -1,10 +1,13 @@
-"""Run one of llmbuild's variants under the requests of peer_worker.py: `open` a session, then `round` after `round`."""
+"""Run one of llmbuild's variants under the requests of peer_worker.py: `open`, `round` after `round`, `score`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+from comparison import scoring
+from numpy.typing import NDArray
 from peer_worker import Request, Runner, Step, serve
 
 from llmbuild.runtime import host
@@ -12,16 +15,17 @@ from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import abi_from
 
 
+def opened(request: Request) -> Session:
+    """Open {artifact, parameters, abi, driver, workers}."""
+    settings = Settings(request["driver"], request["workers"])
+    return Session(Path(request["artifact"]), Path(request["parameters"]), abi_from(request["abi"]), settings)
+
+
 def loader(request: Request) -> tuple[Callable[[], Step], str]:
     """Return what opens {artifact, parameters, abi, driver, workers}, and the runtime's version."""
 
     def load() -> Step:
-        session = Session(
-            Path(request["artifact"]),
-            Path(request["parameters"]),
-            abi_from(request["abi"]),
-            Settings(request["driver"], request["workers"]),
-        )
+        session = opened(request)
 
         def step(tokens: list[int], past: int) -> None:
             if len(tokens) == 1:
@@ -34,10 +38,24 @@ def loader(request: Request) -> tuple[Callable[[], Step], str]:
     return load, host.runtime_version()
 
 
+def score(request: Request) -> Request:
+    """Score a variant on {reference} with a {prompt}."""
+    session = opened(request)
+
+    def answer(tokens: list[int], past: int) -> NDArray[np.float32]:
+        if past == 0:
+            session.prefill(tokens, 0)
+        else:
+            session.decode(tokens[0], past)
+        return session.logits()
+
+    return scoring.score(Path(request["reference"]), request["prompt"], answer)
+
+
 def main() -> None:
     """Serve one variant."""
     runner = Runner(loader)
-    serve({"open": runner.open, "round": runner.round})
+    serve({"open": runner.open, "round": runner.round, "score": score})
 
 
 if __name__ == "__main__":

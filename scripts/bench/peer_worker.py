@@ -1,7 +1,9 @@
 """Run one peer runtime: JSON requests on stdin, one JSON answer a line on stdout. Lives in the peers' environment.
 
-write    {source, random_init, seed, folder, gguf}           -> the model as a Hugging Face folder and as GGUF files
+write    {source, random_init, seed, folder, checkpoint, gguf} -> the model as a Hugging Face folder and as GGUF files
+quantize {source, target, format, threads}                   -> seconds, cpu_s, bytes, peak_memory_bytes
 export   {folder, format}                                    -> the model as OpenVINO IR with compressed weights
+score    {folder, format, threads, positions, reference, prompt} -> KL, top-1 and perplexity, of llama.cpp alone
 open     {peer, folder, format, threads, positions, first}   -> load_s, first_token_s, peak_memory_bytes, version
 round    {prompt, forced, fill}                              -> prefill_s, decode_s of each token, peak_memory_bytes
 
@@ -20,13 +22,16 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import Any
 
 Step = Callable[[list[int], int], None]
 Request = dict[str, Any]
 CHUNK = 512
 """Tokens of one untimed call while a long context is filled."""
+
+FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
+"""llama.cpp's numbers of the formats that a file mostly has."""
 
 
 class Runner:
@@ -101,14 +106,14 @@ def serve(verbs: dict[str, Callable[[Request], Request]]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def llama_cpp(request: Request) -> tuple[Callable[[], Step], str]:
-    """A GGUF file, batch 1, everything else as the library sets it (weights are repacked, flash attention is auto)."""
+def _llama_context(request: Request) -> Callable[[], Any]:
+    """Return what opens a GGUF file: everything is as the library sets it, so weights are repacked where it does so."""
     import llama_cpp as api
 
     path = str(Path(request["folder"]) / gguf_name(request["format"]))
     api.llama_backend_init()
 
-    def load() -> Step:
+    def load() -> Any:
         model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         settings = api.llama_context_default_params()
         settings.n_ctx = request["positions"]
@@ -116,20 +121,32 @@ def llama_cpp(request: Request) -> tuple[Callable[[], Step], str]:
         context = api.llama_init_from_model(model, settings) if model else None
         if not context:
             raise RuntimeError(f"llama.cpp does not open {path}")
-        memory = api.llama_get_memory(context)
+        return context
 
-        def step(tokens: list[int], past: int) -> None:
-            if past == 0:
-                api.llama_memory_clear(memory, False)
-            ids = (api.llama_token * len(tokens))(*tokens)  # kept alive: the batch only points at it
-            code = api.llama_decode(context, api.llama_batch_get_one(ids, len(tokens)))
-            if code:
-                raise RuntimeError(f"llama_decode returned {code}")
-            api.llama_synchronize(context)
+    return load
 
-        return step
 
-    return load, version("llama-cpp-python")
+def _llama_step(context: Any) -> Step:
+    import llama_cpp as api
+
+    memory = api.llama_get_memory(context)
+
+    def step(tokens: list[int], past: int) -> None:
+        if past == 0:
+            api.llama_memory_clear(memory, False)
+        ids = (api.llama_token * len(tokens))(*tokens)  # kept alive: the batch only points at it
+        code = api.llama_decode(context, api.llama_batch_get_one(ids, len(tokens)))
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}")
+        api.llama_synchronize(context)
+
+    return step
+
+
+def llama_cpp(request: Request) -> tuple[Callable[[], Step], str]:
+    """A GGUF file, batch 1."""
+    load = _llama_context(request)
+    return lambda: _llama_step(load()), version("llama-cpp-python")
 
 
 def openvino(request: Request) -> tuple[Callable[[], Step], str]:
@@ -201,111 +218,57 @@ def ir_name(kind: str) -> str:
 
 
 def write(request: Request) -> Request:
-    """Write the model's Hugging Face folder and the GGUF files that are not there yet; each appears whole or not."""
-    folder = Path(request["folder"])
+    """Write what is not there yet: the model's Hugging Face folder, if asked for, and GGUF files; each whole or not.
+
+    Random weights are drawn tensor by tensor. In GGUF, all layers have those of the first: see `gguf_file.write`.
+    """
+    folder, random_init = Path(request["folder"]), request["random_init"]
     folder.mkdir(parents=True, exist_ok=True)
     written = (folder / "model.safetensors").is_file()
     missing = [kind for kind in request["gguf"] if not (folder / gguf_name(kind)).is_file()]
-    if written and not missing:
+    if not missing and (written or not request["checkpoint"]):
         return {"wrote": []}
-    import torch
+    from comparison import checkpoint, gguf_file
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    if request["random_init"] and not written:
-        torch.manual_seed(request["seed"])
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(request["source"]))
-    else:
-        model = AutoModelForCausalLM.from_pretrained(folder if written else request["source"])
-    model = model.float().eval()
-    if not written:
-        model.save_pretrained(folder, max_shard_size="1TB")
+    if not random_init and not written:
+        model = AutoModelForCausalLM.from_pretrained(request["source"])
+        model.float().save_pretrained(folder, max_shard_size="1TB")
+    config = AutoConfig.from_pretrained(request["source"] if random_init else folder).to_dict()
+    if random_init and request["checkpoint"]:
+        checkpoint.write(config, folder, request["seed"], "F32")
+    values = gguf_file.stored(folder / "model.safetensors") if not random_init else _drawn(request["seed"])
     for kind in missing:
-        write_gguf(model, folder / gguf_name(kind), kind)
+        gguf_file.write(config, values, folder / gguf_name(kind), kind, alike=random_init)
     return {"wrote": [str(folder / gguf_name(kind)) for kind in missing]}
 
 
-def write_gguf(model: Any, path: Path, kind: str) -> None:
-    """Write a Llama's weights as GGUF, all matrices in `kind` and the norms in f32, without a tokenizer.
+def _drawn(seed: int) -> Any:
+    from comparison import checkpoint
+
+    return lambda name, shape: checkpoint.drawn(name, shape, seed)
+
+
+def quantize(request: Request) -> Request:
+    """Make a GGUF file of {source} in {format} by llama.cpp, with its own settings; one that has it is made anew.
 
     Raises:
-        ValueError: not a plain Llama.
+        RuntimeError: it cannot.
     """
-    import gguf
-    import numpy as np
+    import ctypes
 
-    config = model.config
-    if config.model_type not in ("llama", "mistral") or config.attention_bias or config.rope_scaling:
-        raise ValueError(f"GGUF is written for plain Llama models only, this is {config.model_type}")
-    kinds = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
-    stored = gguf.GGMLQuantizationType[kinds[kind]]
-    partial = path.with_suffix(".partial")
-    out = gguf.GGUFWriter(str(partial), "llama")
-    describe(out, config)
-    for name, tensor in model.state_dict().items():
-        target = gguf_tensor(name, config.tie_word_embeddings)
-        if target is None:
-            continue
-        values = tensor.numpy()
-        heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}.get(target.split(".")[-2])
-        if heads:
-            values = pair_rotations(values, heads)
-        if values.ndim == 1:
-            out.add_tensor(target, np.ascontiguousarray(values, np.float32))
-        elif kind == "f16":
-            out.add_tensor(target, values.astype(np.float16))
-        else:
-            out.add_tensor(target, gguf.quants.quantize(np.ascontiguousarray(values), stored), raw_dtype=stored)
-    out.write_header_to_file()
-    out.write_kv_data_to_file()
-    out.write_tensors_to_file()
-    out.close()
-    partial.rename(path)
+    import llama_cpp as api
 
-
-def describe(out: Any, config: Any) -> None:
-    """Write the shape of a Llama into GGUF's keys."""
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    out.add_context_length(config.max_position_embeddings)
-    out.add_embedding_length(config.hidden_size)
-    out.add_block_count(config.num_hidden_layers)
-    out.add_feed_forward_length(config.intermediate_size)
-    out.add_head_count(config.num_attention_heads)
-    out.add_head_count_kv(config.num_key_value_heads)
-    out.add_key_length(head)
-    out.add_value_length(head)
-    out.add_rope_dimension_count(head)
-    out.add_rope_freq_base(config.rope_theta)
-    out.add_layer_norm_rms_eps(config.rms_norm_eps)
-    out.add_vocab_size(config.vocab_size)
-    out.add_tokenizer_model("no_vocab")
-
-
-def gguf_tensor(name: str, tied: bool) -> str | None:
-    """Return GGUF's name of a weight; None for one that is not stored."""
-    whole = {"model.embed_tokens.weight": "token_embd.weight", "model.norm.weight": "output_norm.weight"}
-    if not tied:
-        whole["lm_head.weight"] = "output.weight"
-    if name in whole:
-        return whole[name]
-    layer = re.fullmatch(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.weight", name)
-    parts = {
-        "input_layernorm": "attn_norm",
-        "post_attention_layernorm": "ffn_norm",
-        "q_proj": "attn_q",
-        "k_proj": "attn_k",
-        "v_proj": "attn_v",
-        "o_proj": "attn_output",
-        "gate_proj": "ffn_gate",
-        "up_proj": "ffn_up",
-        "down_proj": "ffn_down",
-    }
-    return f"blk.{layer[1]}.{parts[layer[2]]}.weight" if layer else None
-
-
-def pair_rotations(values: Any, heads: int) -> Any:
-    """Return rows in the order of llama.cpp, which rotates neighbours; the transformers library rotates two halves."""
-    rows, columns = values.shape
-    return values.reshape(heads, 2, rows // heads // 2, columns).transpose(0, 2, 1, 3).reshape(rows, columns)
+    wanted = api.llama_model_quantize_default_params()
+    wanted.ftype, wanted.allow_requantize = FILE_TYPES[request["format"]], True
+    wanted.nthread = request["threads"]
+    begin, busy = perf_counter(), process_time()
+    code = api.llama_model_quantize(request["source"].encode(), request["target"].encode(), ctypes.byref(wanted))
+    if code:
+        raise RuntimeError(f"llama_model_quantize returned {code}")
+    seconds, cpu = perf_counter() - begin, process_time() - busy
+    size = Path(request["target"]).stat().st_size
+    return {"seconds": seconds, "cpu_s": cpu, "bytes": size, "peak_memory_bytes": peak_memory_bytes()}
 
 
 def export(request: Request) -> Request:
@@ -337,10 +300,36 @@ def export(request: Request) -> Request:
     return {"wrote": [str(path)]}
 
 
+def score(request: Request) -> Request:
+    """Score a GGUF file on {reference} with a {prompt}; `answer` gives llama.cpp's logits."""
+    import llama_cpp as api
+    import numpy as np
+    from comparison import scoring
+
+    context = _llama_context(request)()
+    step = _llama_step(context)
+    size = api.llama_vocab_n_tokens(api.llama_model_get_vocab(api.llama_get_model(context)))
+
+    def answer(tokens: list[int], past: int) -> Any:
+        step(tokens, past)
+        return np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (size,)).copy()
+
+    return scoring.score(Path(request["reference"]), request["prompt"], answer)
+
+
 def main() -> None:
     """Serve one peer."""
     runner = Runner(lambda request: PEERS[request["peer"]](request))
-    serve({"write": write, "export": export, "open": runner.open, "round": runner.round})
+    serve(
+        {
+            "write": write,
+            "export": export,
+            "quantize": quantize,
+            "score": score,
+            "open": runner.open,
+            "round": runner.round,
+        }
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ participant is a running process; each round runs all of them in random order: t
 one by one behind `--context` of them, on the same number of threads. A ratio is llmbuild's time over the peer's,
 paired by round, with its 95 % bootstrap interval: below 1 llmbuild is faster. `of streaming` is decoding's share of
 the rate of a loop that only reads the same bytes, in the same rounds. Speed does not depend on the values of the
-weights, so random ones do; quality is not compared here.
+weights, so random ones do, and in llama.cpp's files all layers have those of the first; quality is not compared here.
+With `--alone`, one participant at a time opens its model in each round, so that several large ones need not fit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 from comparison import setup, table
 from comparison.rounds import Participant, Plan, compare
-from comparison.script import end
+from comparison.script import end, say
 
 from llmbuild.errors import InputError
 from llmbuild.process.child import Limits
@@ -35,16 +36,11 @@ ADDRESS_SPACE = 1 << 40
 """Bytes; runtimes reserve much more than they use, so this only stops what runs away."""
 
 
-def say(text: str) -> None:
-    """Tell what goes on."""
-    print(text, file=sys.stderr, flush=True)
-
-
 def options(words: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m.yaml")
-    parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
+    add_shared(parser)
     parser.add_argument("--peers", nargs="*", default=list(setup.FORMATS), metavar="PEER[:FORMAT,...]")
     parser.add_argument(
         "--formats",
@@ -52,6 +48,13 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
         metavar="FORMAT",
         help="our weight formats, or families such as int4; default: all",
     )
+    parser.add_argument("--no-streaming", action="store_true", help="leave out who only reads the bytes")
+    return checked(parser, words)
+
+
+def add_shared(parser: argparse.ArgumentParser) -> None:
+    """Add the options of every comparison in rounds."""
+    parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     parser.add_argument("--environment", type=Path, help="one that has the peers, instead of .peers/; left as it is")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--decode", type=int, default=64, help="tokens one by one")
@@ -61,9 +64,16 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=host.cores())
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--loads", type=int, default=3, help="fresh starts of each participant")
+    parser.add_argument(
+        "--alone", action="store_true", help="one participant open at a time, for models that fill the memory"
+    )
     parser.add_argument("--limit", type=float, default=600.0, help="seconds that one step of a participant may take")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
+
+
+def checked(parser: argparse.ArgumentParser, words: list[str] | None) -> argparse.Namespace:
+    """Return the options, after a check of the counts."""
     found = parser.parse_args(words)
     for name in ("prompt", "decode", "threads", "rounds", "loads"):
         if getattr(found, name) < (2 if name == "prompt" else 1):
@@ -78,7 +88,8 @@ def plan(asked: argparse.Namespace, vocabulary: int) -> Plan:
     at = asked.prompt, max(asked.prompt, asked.context)
     limits = Limits(seconds=asked.limit, memory_bytes=ADDRESS_SPACE)
     prompt, fill, forced = tokens[: at[0]], tokens[at[0] : at[1]], tokens[at[1] :]
-    return Plan(tuple(prompt), tuple(forced), tuple(fill), asked.rounds, asked.loads, limits, asked.seed, asked.threads)
+    steps = tuple(prompt), tuple(forced), tuple(fill)
+    return Plan(*steps, asked.rounds, asked.loads, limits, asked.seed, asked.threads, asked.alone)
 
 
 def positions(asked: argparse.Namespace) -> int:
@@ -119,7 +130,8 @@ def participants(asked: argparse.Namespace, recipe: Recipe, rows: list[dict[str,
     if not taking:
         raise InputError(f"{asked.catalog} has no variant of {recipe.name} in {' '.join(asked.formats)} that runs here")
     ours = setup.own_participants(asked.catalog, taking, asked.threads)
-    ours += setup.streaming_participants(ROOT / ".peers" / "streaming", ours, asked.threads)
+    if not asked.no_streaming:
+        ours += setup.streaming_participants(ROOT / ".peers" / "streaming", ours, asked.threads)
     if place is None:
         return ours
     shared = {"threads": asked.threads, "positions": positions(asked)}

@@ -18,7 +18,7 @@ sys.path.insert(0, str(SCRIPTS))
 
 import peer_worker  # noqa: E402
 import peers  # noqa: E402
-from comparison import setup, table  # noqa: E402
+from comparison import gguf_file, setup, table  # noqa: E402
 from comparison.rounds import Entrant, Participant, Plan, Worker, WorkerFailed, compare  # noqa: E402
 
 FAKE = """
@@ -97,6 +97,13 @@ def test_a_worker_that_crashes_is_a_row_and_the_others_go_on() -> None:
     assert rows["bad"]["status"] == "failed" and "SIGSEGV" in rows["bad"]["reason"]
     assert rows["good"]["status"] == "measured" and len(rows["good"]["samples"]["prefill_s"]) == 3
     assert json.loads(json.dumps(rows)) == rows
+
+
+def test_one_at_a_time_counts_the_second_round_of_each_start() -> None:
+    alone = Plan((1, 2), (3, 4), (), 2, 1, Limits(seconds=20.0), alone=True)
+    (found,), _ = compare([fake("a", "llmbuild", "int8", 1.0)], alone, lambda _: None)
+    assert found.samples["load_s"] == {1: 1.0, 2: 1.0} and found.samples["decode_s"] == {1: 3.0, 2: 3.0}
+    assert found.worker is None and not found.reason
 
 
 @pytest.mark.parametrize("behaviour", ["hangs", "stops within a line"])
@@ -179,13 +186,15 @@ def test_a_round_fills_the_context_between_prompt_and_single_tokens() -> None:
     ("name", "expected"),
     [
         ("model.embed_tokens.weight", "token_embd.weight"),
-        ("lm_head.weight", None),
+        ("lm_head.weight", "output.weight"),
         ("model.layers.11.self_attn.o_proj.weight", "blk.11.attn_output.weight"),
+        ("model.layers.3.self_attn.k_proj.bias", "blk.3.attn_k.bias"),
+        ("model.layers.3.self_attn.q_norm.weight", "blk.3.attn_q_norm.weight"),
         ("model.layers.0.post_attention_layernorm.weight", "blk.0.ffn_norm.weight"),
     ],
 )
-def test_weights_have_the_names_of_gguf(name: str, expected: str | None) -> None:
-    assert peer_worker.gguf_tensor(name, tied=True) == expected
+def test_weights_have_the_names_of_gguf(name: str, expected: str) -> None:
+    assert gguf_file.tensor_name(name) == expected
 
 
 def test_the_peer_worker_needs_nothing_of_ours() -> None:

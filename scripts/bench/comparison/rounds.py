@@ -124,6 +124,8 @@ class Plan:
     limits: Limits = field(default_factory=Limits)
     seed: int = 0
     threads: int = 1
+    alone: bool = False
+    """Whether nobody else has a model open while one runs: each opens anew in every round."""
 
 
 @dataclass
@@ -156,6 +158,14 @@ class Entrant:
             self._keep(number, prefill_s=told["prefill_s"], decode_s=median(told["decode_s"]))
             self.decode_steps_s += told["decode_s"]
 
+    def afresh(self, plan: Plan, number: int) -> None:
+        """Open the model, run a round twice, of which the second counts, and close it again; 0 fills the file cache."""
+        self.start(plan, number)
+        self.round(plan, 0)
+        if number:
+            self.round(plan, number)
+        self.close()
+
     def close(self) -> None:
         """End the worker."""
         if self.worker is not None:
@@ -175,19 +185,33 @@ def compare(participants: Sequence[Participant], plan: Plan, say: Callable[[str]
     entrants = [Entrant(p, reason=p.absent) for p in participants]
     order = random.Random(plan.seed)
     try:
-        for number in range(plan.loads + 1):
-            _once(entrants, order, lambda e, n=number: e.start(plan, n), say)
-            say(f"[{number}/{plan.loads}] fresh starts, {_alive(entrants)} participants")
-        before, own = noise.snapshot(), noise.cpu_ticks(_processes(entrants))
-        for number in range(plan.rounds + 1):
-            _once(entrants, order, lambda e, n=number: e.round(plan, n), say)
-            say(f"[{number}/{plan.rounds}] rounds, {_alive(entrants)} participants")
-        own = noise.cpu_ticks(_processes(entrants)) - own
-        noisy = noise.verdict(before, noise.snapshot(), plan.threads, max(0, own))
+        noisy = _afresh(entrants, plan, order, say) if plan.alone else _together(entrants, plan, order, say)
     finally:
         for entrant in entrants:
             entrant.close()
     return entrants, noisy
+
+
+def _together(entrants: list[Entrant], plan: Plan, order: random.Random, say: Callable[[str], None]) -> str:
+    """Open everyone, then run the rounds with all of them open; return what disturbed the rounds."""
+    for number in range(plan.loads + 1):
+        _once(entrants, order, lambda e, n=number: e.start(plan, n), say)
+        say(f"[{number}/{plan.loads}] fresh starts, {_alive(entrants)} participants")
+    before, own = noise.snapshot(), noise.cpu_ticks(_processes(entrants))
+    for number in range(plan.rounds + 1):
+        _once(entrants, order, lambda e, n=number: e.round(plan, n), say)
+        say(f"[{number}/{plan.rounds}] rounds, {_alive(entrants)} participants")
+    own = noise.cpu_ticks(_processes(entrants)) - own
+    return noise.verdict(before, noise.snapshot(), plan.threads, max(0, own))
+
+
+def _afresh(entrants: list[Entrant], plan: Plan, order: random.Random, say: Callable[[str], None]) -> str:
+    """Run the rounds with one participant open at a time; the time of others cannot be told from theirs."""
+    before = noise.snapshot()
+    for number in range(plan.rounds + 1):
+        _once(entrants, order, lambda e, n=number: e.afresh(plan, n), say)
+        say(f"[{number}/{plan.rounds}] rounds, one at a time, {_alive(entrants)} participants")
+    return noise.verdict(before, noise.snapshot(), plan.threads)
 
 
 def _processes(entrants: Sequence[Entrant]) -> list[int]:

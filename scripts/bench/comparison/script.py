@@ -1,4 +1,4 @@
-"""The exit of a benchmark: its exit code, or one message and the error's code."""
+"""What every benchmark ends and talks with: its exit code, or one message and the error's code; and progress."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from llmbuild.errors import LlmbuildError
+
+
+def say(text: str) -> None:
+    """Tell what goes on."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def end(main: Callable[[], int | None]) -> NoReturn:

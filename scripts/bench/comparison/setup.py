@@ -175,6 +175,7 @@ def _prepare(command: tuple[str, ...], peer: str, kind: str, recipe: Recipe, fol
             random_init=recipe.model.random_init,
             seed=recipe.model.seed,
             folder=str(folder),
+            checkpoint=peer != "llama.cpp",
             gguf=[kind] if peer == "llama.cpp" else [],
         )
         if peer == "openvino":
@@ -214,12 +215,15 @@ def best(rows: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     return found
 
 
-def own_participants(catalog: Path, rows: Sequence[dict[str, Any]], threads: int) -> list[Participant]:
-    """Return our participants: the best variants, with as many workers as the peers have threads."""
+def own_participants(
+    catalog: Path, rows: Sequence[dict[str, Any]], threads: int, everyone: bool = False
+) -> list[Participant]:
+    """Return our participants, with as many workers as the peers have threads: the best variants, or all of them."""
     from llmbuild.report.rows import differences
 
     found = []
-    for name, row in best(rows):
+    named = [(f"{OURS} {row['point']['weight_format']} {digest.short(row['variant'])}", row) for row in rows]
+    for name, row in named if everyone else best(rows):
         point = row["point"]
         workers = int(point["workers"]) if threads == host.cores() else threads
         opening = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from comparison.rounds import FIRST_PROMPT, Entrant
@@ -31,6 +31,8 @@ PREFILL_PEER = ("openvino", "int8")
 """Whom all of ours meet at the prompt: the fastest known peer there."""
 
 RATIOS = ("decode_s", "first_token_s", "prefill_s")
+PeerOf = Callable[[str, str], tuple[str, str] | None]
+"""Runtime and format of the peer that a weight format of ours is compared with in a metric."""
 
 
 def peer_of(weight_format: str, metric: str) -> tuple[str, str] | None:
@@ -53,13 +55,13 @@ def ratio(mine: Entrant, theirs: Entrant, metric: str) -> Reading | None:
     return statistics.paired_ratio([a[n] for n in both], [b[n] for n in both])
 
 
-def ratios(mine: Entrant, everyone: Sequence[Entrant]) -> dict[str, dict[str, Any]]:
+def ratios(mine: Entrant, everyone: Sequence[Entrant], peer: PeerOf = peer_of) -> dict[str, dict[str, Any]]:
     """Return, per metric, the peer and the paired ratio to it with its 95 % interval."""
     found: dict[str, dict[str, Any]] = {}
     if mine.participant.runtime != OURS:
         return found
     for metric in RATIOS:
-        wanted = peer_of(mine.participant.format, metric)
+        wanted = peer(mine.participant.format, metric)
         theirs = next((e for e in everyone if (e.participant.runtime, e.participant.format) == wanted), None)
         read = ratio(mine, theirs, metric) if theirs is not None else None
         if theirs is not None and read is not None:
@@ -83,12 +85,12 @@ def streamed(mine: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any] | Non
     return {"median": read.median, "low": read.low, "high": read.high} if read else None
 
 
-def rows(everyone: Sequence[Entrant]) -> list[dict[str, Any]]:
+def rows(everyone: Sequence[Entrant], peer: PeerOf = peer_of) -> list[dict[str, Any]]:
     """Return one row for each participant, the failed ones too: metrics in seconds and bytes, absent ones None."""
-    return [_row(entrant, everyone) for entrant in everyone]
+    return [_row(entrant, everyone, peer) for entrant in everyone]
 
 
-def _row(entrant: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any]:
+def _row(entrant: Entrant, everyone: Sequence[Entrant], peer: PeerOf) -> dict[str, Any]:
     taken = {name: list(entrant.samples.get(name, {}).values()) for name in SECONDS}
     read = {name: statistics.median_of(values) for name, values in taken.items() if values}
     who = entrant.participant
@@ -104,7 +106,7 @@ def _row(entrant: Entrant, everyone: Sequence[Entrant]) -> dict[str, Any]:
         **{name: read[name].median if name in read else None for name in SECONDS},
         "peak_memory_bytes": entrant.peak_memory_bytes,
         "intervals": {name: [r.low, r.high] for name, r in read.items()},
-        "ratios": ratios(entrant, everyone),
+        "ratios": ratios(entrant, everyone, peer),
         "of_streaming": streamed(entrant, everyone),
         "samples": {**taken, "decode_steps_s": entrant.decode_steps_s},
     }
@@ -126,8 +128,8 @@ def text(found: Sequence[dict[str, Any]], prompt: int) -> str:
             row["participant"],
             *(quantity(row[name], "s") for name in SECONDS),
             quantity(row["peak_memory_bytes"], "B"),
-            _ratio(row["of_streaming"]),
-            *(_ratio(row["ratios"].get(name)) for name in RATIOS),
+            interval(row["of_streaming"]),
+            *(interval(row["ratios"].get(name)) for name in RATIOS),
         ]
         for row in found
     ]
@@ -144,5 +146,6 @@ def _met(row: dict[str, Any]) -> str:
     return ", ".join(f"{found['to']} {where[name]}" for name, found in row["ratios"].items())
 
 
-def _ratio(found: dict[str, Any] | None) -> str:
+def interval(found: dict[str, Any] | None) -> str:
+    """Return a median with its 95 % interval; empty where there is none."""
     return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
