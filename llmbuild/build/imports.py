@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,6 +24,7 @@ from llmbuild.process.child import python
 from llmbuild.process.prefork import Prefork
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Quality
+from llmbuild.spec.model import read_facts
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, SIZES_FILE, Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
@@ -122,7 +124,8 @@ class Imports:
             return result
         self.notes.update(dict.fromkeys(result["notes"]))
         if result["resumed"]:
-            self._tell(f"an import that was interrupted went on: {result['resumed']} layers were there")
+            count = read_facts(self.job.model.folder / CONFIG).layers
+            self._tell(f"an import went on that was interrupted: {result['resumed']} of {count} layers were there")
         if result["rounded_again"]:
             told = " and ".join(result["rounded_again"])
             self._tell(f"the file's weights are in blocks of {told}: formats that do not keep these round them again")
@@ -150,6 +153,15 @@ class Imports:
             "subgroup": inputs.get("subgroup", 0),
         }
 
+    @contextmanager
+    def _folder(self, key: str) -> Iterator[Path]:
+        """Give a folder of the catalog for one job; what a killed one leaves there goes with the next, or by `gc`."""
+        folder = self.catalog.importing(key)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     # --- what imports share --------------------------------------------------------------------------------------
 
     def _truth(self, inputs: Mapping[str, object]) -> str | Failure:
@@ -158,12 +170,12 @@ class Imports:
         key = digest.of({"truth": shared})
 
         def make() -> str | Failure:
-            with TemporaryDirectory(prefix="llmbuild-") as name:
+            with self._folder(key) as folder:
                 request = {**self._request("truth", inputs), "choices": {}, "features": (), "subgroup": 0}
-                result = self._frontend(request, Path(name))
+                result = self._frontend(request, folder)
                 if isinstance(result, Failure):
                     return result
-                blob = self.catalog.blobs.put_file(Path(name) / result["truth"])
+                blob = self.catalog.blobs.put_file(folder / result["truth"])
             self.catalog.record_reference(key, {"truth": shared}, blob)
             return blob
 
@@ -250,8 +262,7 @@ class Imports:
     def _reference(self, key: str, inputs: Mapping[str, object], windows: NDArray[np.int64]) -> str | Failure:
         import numpy as np
 
-        with TemporaryDirectory(prefix="llmbuild-") as name:
-            folder = Path(name)
+        with self._folder(key) as folder:
             np.save(folder / "windows.npy", windows)
             request = {
                 "verb": "reference",

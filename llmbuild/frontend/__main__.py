@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,8 @@ def main(arguments: list[str]) -> int:
         return InputError.exit_code
     job = json.loads(Path(arguments[0]).read_text())
     out = Path(job.pop("out"))
+    out.mkdir(parents=True, exist_ok=True)
+    tempfile.tempdir = str(out)  # what a killed job leaves goes with its folder
     try:
         verb = VERBS.get(job.pop("verb", ""))
         if verb is None:

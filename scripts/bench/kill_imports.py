@@ -44,7 +44,7 @@ from llmbuild.errors import InputError
 from llmbuild.report.rows import table
 from llmbuild.runtime import host
 
-RESUMED = re.compile(r"resumed: (\d+) of (\d+) tensors were there")
+RESUMED = re.compile(r"interrupted: (\d+) of (\d+) layers were there")
 """What a run tells of an import that it goes on with."""
 
 BLOB = re.compile(r"[0-9a-f]{64}")

@@ -130,7 +130,7 @@ def converter(place: setup.Environment, own: bool, say: setup.Say) -> Path:
     (pin,) = setup.pins(["llama-cpp-python"], setup.REQUIREMENTS.read_text()).values()
     say(f"fetching the source package of {pin}")
     with TemporaryDirectory(prefix="llmbuild-bench-") as name:
-        options = ["--no-deps", "--no-binary", ":all:", "--disable-pip-version-check", "-d", name]
+        options = ["--no-deps", "--no-binary", "llama-cpp-python", "--disable-pip-version-check", "-d", name]
         command = [str(place.python), "-m", "pip", "download", *options, pin]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         archives = list(Path(name).glob("*.tar.gz"))
