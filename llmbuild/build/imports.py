@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -17,6 +16,7 @@ from llmbuild import digest
 from llmbuild.build.compiling import once
 from llmbuild.build.job import Job
 from llmbuild.build.room import no_disk
+from llmbuild.build.structures import Structures, calibration_file
 from llmbuild.errors import InputError
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.files import CONFIG
@@ -106,12 +106,15 @@ class Imports:
         truth = self._truth(inputs)
         if isinstance(truth, Failure):
             return truth
-        structure = self._structure_inputs(inputs)
-        request = {**self._request("import", inputs), "key": key, "truth": str(self.catalog.blobs.path(truth))}
-        if known := self._known_structure(digest.of(structure)):
-            request |= known
+        structure = Structures(self.job, self.catalog)
+        request = {
+            **self._request("import", inputs),
+            "key": key,
+            "truth": str(self.catalog.blobs.path(truth).absolute()),
+        }
+        request |= structure.known(inputs)
         if "calibration" in inputs:
-            request["calibration"] = str(self._calibration_file())
+            request["calibration"] = str(calibration_file(self.job, self.catalog))
         folder, begin = self.catalog.importing(key), monotonic()
         try:
             result = self._frontend(request, folder)
@@ -133,7 +136,7 @@ class Imports:
         blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
         seconds = monotonic() - begin
         if (sizes := folder / SIZES_FILE).is_file():
-            self._record_structure(structure, blobs[0], sizes.read_text(), seconds)
+            structure.record(inputs, blobs[0], sizes.read_text(), seconds)
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
         self.catalog.record_import(key, inputs, program, seconds)
         shutil.rmtree(folder, ignore_errors=True)
@@ -180,42 +183,6 @@ class Imports:
             return blob
 
         return once(self.catalog, self._forced, "truth", key, self.catalog.find_reference, make)
-
-    def _structure_inputs(self, inputs: Mapping[str, object]) -> dict[str, object]:
-        """Return all inputs of a module's text: the weights are not among them, nor how they are rounded."""
-        choices = inputs["choices"]
-        assert isinstance(choices, Mapping)
-        settled = {name: value for name, value in choices.items() if name != "quantization"}
-        shared = {name: inputs[name] for name in ("context", "batch", "features", "importer")}
-        by_value = {"model": inputs["model"]} if settled.get("mixed", "none") != "none" else {}
-        config = json.loads((self.job.model.folder / CONFIG).read_text())
-        subgroup = inputs.get("subgroup", 0)
-        return {"structure": {**shared, **by_value, "config": config, "choices": settled, "subgroup": subgroup}}
-
-    def _known_structure(self, key: str) -> dict[str, object]:
-        """Return the module and its tensors' sizes of an import with the same structure, if there was one."""
-        from llmbuild.catalog.phases import find_front
-
-        found, blobs = find_front(self.catalog, key), self.catalog.blobs
-        module = str(found.features["module"]) if found else ""
-        if found is None or not blobs.intact(module) or self.job.force:
-            return {}
-        return {"module": str(blobs.path(module)), "sizes": str(blobs.path(found.blob))}
-
-    def _record_structure(self, inputs: Mapping[str, object], module: str, sizes: str, seconds: float) -> None:
-        from llmbuild.catalog.phases import Front, record_front
-
-        blob = self.catalog.blobs.put_bytes(sizes.encode())
-        record_front(self.catalog, digest.of(inputs), inputs, Front(blob, {"module": module}, seconds))
-
-    def _calibration_file(self) -> Path:
-        """Return an `.npy` of the calibration tokens in the store, so that a printed command finds it too."""
-        import numpy as np
-
-        with TemporaryDirectory(prefix="llmbuild-") as folder:
-            path = Path(folder) / "calibration.npy"
-            np.save(path, self.job.calibration)
-            return self.catalog.blobs.path(self.catalog.blobs.put_file(path))
 
     def _frontend(self, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
         job_file, result = folder / "job.json", folder / "result.json"

@@ -73,7 +73,7 @@ class Catalog(Known):
 
     def importing(self, key: str) -> Path:
         """Return the folder in which an import is made: one that was interrupted goes on there."""
-        folder = self.folder / IMPORTS / key
+        folder = self.folder.absolute() / IMPORTS / key
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 

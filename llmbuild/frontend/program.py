@@ -74,6 +74,7 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     choices = settle(job)
     taken = take(job, choices)
     model, abi = taken.skeleton.model, taken.abi
+    refuse(model, job, choices)
     calibrated = calibrate(taken, job, choices)
     formats = formats_of(choices, calibrated)
     with taken.skeleton.mode:
@@ -188,6 +189,19 @@ def settle(job: ImportJob) -> dict[str, str]:
     return settled
 
 
+def refuse(model: Any, job: ImportJob, choices: dict[str, str]) -> None:
+    """Refuse choices that do not go with each other or with the model, before anything is made.
+
+    Raises:
+        ChoiceRefused: what does not go.
+    """
+    own_on_cpu = choices["kernel"] == "own" and not job.subgroup
+    if not own_on_cpu and (blocks := sorted({*stored_formats(choices)} & {*BLOCKS})):
+        raise ChoiceRefused(f"{' and '.join(blocks)}: the blocks of GGUF files are read by kernel=own on CPUs alone")
+    if own_on_cpu and job.batch == 1:
+        _check_own(model, job, choices)
+
+
 def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats) -> dict[str, str]:
     """Put the chosen matrices and kernels into the model, in place; return the MLIR of our own kernels by name."""
     if choices["kernel"] == "own" and job.batch > 1:
@@ -200,8 +214,6 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
         units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
         kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
-    elif blocks := sorted({*stored_formats(choices)} & {*BLOCKS}):
-        raise ChoiceRefused(f"{' and '.join(blocks)}: the blocks of GGUF files are read by kernel=own on CPUs alone")
     else:
         layout, kernels = choices["layout"], {}
         modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")

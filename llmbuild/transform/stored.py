@@ -123,7 +123,7 @@ class StoredMatrix:
     @property
     def groups(self) -> int:
         """Scales of a row."""
-        return self.columns // self.group
+        return -(-self.columns // self.group)
 
     @property
     def nibbles(self) -> bool:

@@ -450,7 +450,7 @@ def test_a_file_is_found_and_named_by_its_content(tmp_path: Path, model: Path) -
     assert (first.weights, first.location) == (model, model)
     assert json.loads((first.folder / "config.json").read_text()) == examine(model, False).config
     moved = shutil.move(model, tmp_path / "other.gguf")
-    assert found(moved) == FoundModel(first.folder, first.digest, None, first.notes, Path(moved))
+    assert found(moved) == FoundModel(first.folder, first.digest, None, first.notes, weights=Path(moved))
     body = bytearray(Path(moved).read_bytes())
     body[-1] ^= 1
     Path(moved).write_bytes(body)

@@ -22,7 +22,7 @@ from llmbuild.compiler.resolved import resolve
 from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.frontend import single_row
 from llmbuild.frontend.modules import Matrix, RowMajor
-from llmbuild.frontend.program import import_model
+from llmbuild.frontend.program import import_model, refuse, settle
 from llmbuild.frontend.single_row import SingleRow, stored_for
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.matvec import (
@@ -317,8 +317,9 @@ def test_blocks_of_gguf_are_not_for_gpus(form: str) -> None:
     assert "finds no matrix to read in" in gpu_problem(
         Decoder(64, 64, 2, 2, 32, 64), form, form, work(32, "4x4", "narrow")
     )
+    job = ImportJob("any", 64, choices=(("weight_format", form),), subgroup=32)
     with pytest.raises(ChoiceRefused, match="read by kernel=own on CPUs alone"):
-        RowMajor(quantize(np.ones((3, 64), np.float32), INTEGERS[form]))
+        refuse(None, job, settle(job))
 
 
 def test_no_matrix_for_the_kernels_is_told_from_the_facts_of_a_model() -> None:
