@@ -20,7 +20,7 @@ STEPS, RATE = 40, 0.15
 """Of Adam, whose rate falls to zero; ten times as many lower the modelled error by 1 % at most."""
 
 MAX_ROWS = 1024
-"""Rows of the matrices that the noise is modelled on, taken at even distances."""
+"""Rows of the matrices, and vectors that they read, that the noise is modelled on, taken at even distances."""
 
 ACTIVATION_CODES = 127
 """Our kernels round a row of activations to -127..127 times the largest of them."""
@@ -106,10 +106,10 @@ class Noise:
     """
 
     def __init__(self, inputs: torch.Tensor, matrix: torch.Tensor, form: Format, rounded: bool) -> None:
-        rows = matrix[:: -(-len(matrix) // MAX_ROWS)]
+        rows, vectors = (each[:: -(-len(each) // MAX_ROWS)] for each in (matrix, inputs))
         self.columns = matrix.shape[1]
         self.group = fit_group(self.columns, form.group or self.columns)
-        self.inputs, self.rows = (2 * x.abs().clamp(min=1e-12).log() for x in (inputs, rows))
+        self.inputs, self.rows = (2 * x.abs().clamp(min=1e-12).log() for x in (vectors, rows))
         self.input_power = inputs.square().mean(0).clamp(min=1e-12)
         self.row_power = rows.square().sum(0)
         self.input_share = 1 / ACTIVATION_CODES**2 if rounded else 0.0
