@@ -95,7 +95,7 @@ def test_layers_that_store_different_things_are_traced_one_by_one(tmp_path: Path
     kept = "model.layers.2.mlp.down_proj"
     (ours, sizes), (_, alike) = (imported(folder, case, False, each) for each in ({kept: "int8"}, None))
     changed = {name for name in {*sizes, *alike} if sizes.get(name) != alike.get(name)}
-    assert changed == {f"{kept}.matrix.data", f"{kept}.matrix.scale"}
+    assert changed == {f"{kept}.matrix.data"}  # rows of this width have one scale in both formats
     assert simplified(ours) == simplified(imported(folder, case, True, {kept: "int8"})[0])
 
 
@@ -149,7 +149,7 @@ def parameters(made: Imported) -> dict[str, bytes]:
     return archived(made.folder / PARAMETERS_FILE)
 
 
-FOUR = {**SMALL, "num_hidden_layers": 4}
+FOUR = {**SMALL, "num_hidden_layers": 4, "vocab_size": 320}  # as many as the calibration tokens are of
 
 
 @pytest.mark.parametrize(
