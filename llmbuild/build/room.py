@@ -8,7 +8,6 @@ from pathlib import Path
 from llmbuild.build.job import Job
 from llmbuild.build.price import archive_bytes, size
 from llmbuild.process.child import memory_told
-from llmbuild.spec.model import read_facts
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
 from llmbuild.system.resources import memory_limit
@@ -18,9 +17,11 @@ SPARE = 1 << 20
 
 
 def weights_bytes(job: Job, point: Point) -> int:
-    """Return about how many bytes the weights of a point take."""
-    facts, values = read_facts(job.model.folder / "config.json"), point.as_dict()
-    return archive_bytes(facts, str(values["weight_format"]), str(values["head_format"]))
+    """Return about how many bytes the weights of a point take; 0 for a model whose sizes are not known."""
+    if job.facts is None:
+        return 0
+    values = point.as_dict()
+    return archive_bytes(job.facts, str(values["weight_format"]), str(values["head_format"]))
 
 
 def no_memory(job: Job, point: Point) -> Failure | None:

@@ -129,9 +129,9 @@ class Writing:
         if not self.key or not self._progress.is_file():
             return {}
         try:
-            with np.load(self._progress) as file:
+            with open(self._progress, "rb") as data, np.load(data) as file:
                 found = {name: file[name] for name in file.files}
-        except (OSError, ValueError, KeyError, BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return {}
         return found if str(found.get("key")) == self.key else {}
 

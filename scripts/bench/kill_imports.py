@@ -8,7 +8,7 @@ from the time that an uninterrupted run takes. What is looked at:
 - `survivors`: no process of its tree outlives it;
 - `verify`: `llmbuild verify` finds nothing wrong, and no blob that a row names is damaged or missing;
 - `kept`: how many of the imports that were in the catalog at the kill are the same rows after the next run, and how
-  many tensors that run says were there;
+  many layers that run says were there;
 - `result`: the next run ends well, and each program has the digest of the uninterrupted run's;
 - `left after`: temporary files and folders, in the catalog and beside it, after the next run and `llmbuild gc`; but
   for what an uninterrupted run leaves, such as the caches of libraries.

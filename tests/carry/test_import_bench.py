@@ -262,7 +262,9 @@ def test_what_a_kill_leaves_is_found(tmp_path: Path) -> None:
 
 
 def test_a_run_that_goes_on_says_what_was_there() -> None:
-    assert kill_imports.RESUMED.findall("note: resumed: 12 of 40 tensors were there") == [("12", "40")]
+    assert kill_imports.RESUMED.findall("an import went on that was interrupted: 12 of 40 layers were there") == [
+        ("12", "40")
+    ]
     failed = SimpleNamespace(returncode=1, stdout='[{"failure": "import: no room"}]', stderr="")
     with pytest.raises(InputError, match="import: no room"):
         kill_imports.programs(failed)  # type: ignore[arg-type]

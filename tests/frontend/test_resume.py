@@ -176,7 +176,7 @@ def test_an_import_that_ends_while_weights_are_read_goes_on(own: Begun, tmp_path
     at = min(at, len(calls) - 1)
     interrupt(own.job, tmp_path / "out", Source, "encoded_for", at)
     found = checked(import_model(own.job, tmp_path / "out"), own, tmp_path / "out")
-    assert (found > 0) == (at >= 40)
+    assert found == 0 or at >= 40, "no layer is whole before"
 
 
 @pytest.mark.parametrize(

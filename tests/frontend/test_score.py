@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmbuild.spec.formats import INTEGERS
 from tests.frontend.conftest import TWO, Imports
 from tests.frontend.test_frontend import CONTEXT as LONG
 from tests.frontend.test_frontend import FEATURES, HOST, OWN
@@ -27,9 +28,14 @@ def texts(vocabulary: int, context: int) -> list[list[int]]:
     return [drawn.integers(0, vocabulary, length).tolist() for length in (2, 19, context)]
 
 
+def agree(found: Any, wanted: Any, integers: bool) -> None:
+    """Of integers bit for bit; sums of floating-point weights are ordered otherwise in a prompt's kernels."""
+    assert np.array_equal(found, wanted) if integers else relative_error(found, wanted) < 1e-5
+
+
 @pytest.mark.skipif(not UNIT, reason="this CPU has neither AVX2 nor AVX-512")
 @pytest.mark.parametrize("name", CASES)
-def test_own_kernels_score_as_they_decode_bit_for_bit(imports: Imports, name: str) -> None:
+def test_own_kernels_score_as_they_decode(imports: Imports, name: str) -> None:
     """Formats of layers and tables: 7, 4 and 12 bits, 8 bits, as compiled in `test_shapes`."""
     kind, shape, forms = CASES[name]
     choices = {**PACKED, "weight_format": forms[0], "head_format": forms[1]}
@@ -39,19 +45,19 @@ def test_own_kernels_score_as_they_decode_bit_for_bit(imports: Imports, name: st
     loaded = made.at("O2", "local-task", MACHINES[UNIT].cpu, *MACHINES[UNIT].flags)
     assert loaded.abi["score"] is True
     for text in texts(333, CONTEXT):
-        assert np.array_equal(loaded.score(text), by_decoding(loaded, text))
+        agree(loaded.score(text), by_decoding(loaded, text), {*forms} <= {*INTEGERS})
 
 
 @pytest.mark.skipif("avx512_vnni" not in HOST, reason="this CPU has no AVX-512 VNNI")
 @pytest.mark.parametrize("more", [{}, {"weight_format": "bf16", "head_format": "f16"}], ids=["int8", "halves"])
-def test_own_kernels_for_vnni_score_as_they_decode_bit_for_bit(imports: Imports, more: dict[str, str]) -> None:
+def test_own_kernels_for_vnni_score_as_they_decode(imports: Imports, more: dict[str, str]) -> None:
     from tests.frontend.conftest import ONE
 
     shape = ONE if more else TWO
     made = imports(imports.model(**shape), {**OWN, **more}, context=LONG, features=FEATURES)
     loaded = made.at("O2")
     for text in texts(shape.get("vocab_size", 320), LONG):
-        assert np.array_equal(loaded.score(text), by_decoding(loaded, text))
+        agree(loaded.score(text), by_decoding(loaded, text), not more)
 
 
 def test_the_compilers_kernels_score_as_they_decode(imports: Imports) -> None:
