@@ -68,7 +68,9 @@ class SingleRow(RowMajor):
 
 
 def stored_as(matrix: Matrix) -> Stored | None:
-    """Return how the kernels see a row-major matrix; nothing for f32, which they do not read."""
+    """Return how the kernels see a row-major matrix; nothing for f32 and the blocks of GGUF, which they do not read."""
+    if matrix.stored.blocks:
+        return None
     element = "i4" if matrix.nibbles else ELEMENTS.get(matrix.data.dtype)
     if element is None:
         return None
