@@ -78,7 +78,7 @@ def options_of(command: click.Command) -> set[str]:
 @cache
 def options_of_scripts() -> set[str]:
     """Return the options of the scripts, and of the programs that are carried to other machines."""
-    files = [*(ROOT / "scripts").rglob("*.py"), *(ROOT / "llmbuild/carry").glob("*.py")]
+    files = [ROOT / "scripts/demo", *(ROOT / "scripts").rglob("*.py"), *(ROOT / "llmbuild/carry").glob("*.py")]
     return {name for path in files for name in re.findall(r'"(--?[a-zA-Z][\w-]*)"', path.read_text())}
 
 
