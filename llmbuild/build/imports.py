@@ -170,6 +170,7 @@ class Imports:
     def _truth(self, inputs: Mapping[str, object]) -> str | Failure:
         """Return the blob of what the library's own model says on the check's tokens."""
         shared = {name: inputs[name] for name in ("model", "context", "batch", "importer")}
+        shared |= {"seed": self.job.recipe.model.seed}  # tokens are drawn by it, whether weights are or not
         key = digest.of({"truth": shared})
 
         def make() -> str | Failure:

@@ -45,7 +45,9 @@ class Structures:
         assert isinstance(choices, Mapping)
         settled = {name: value for name, value in choices.items() if name != "quantization"}
         shared = {name: inputs[name] for name in ("context", "batch", "features", "importer")}
-        by_value = {"model": inputs["model"]} if settled.get("mixed", "none") != "none" else {}
+        by_value = {}
+        if settled.get("mixed", "none") != "none":  # weights and text decide which layers keep more bits
+            by_value = {name: inputs[name] for name in ("model", "calibration")}
         config = json.loads((self.job.model.folder / CONFIG).read_text())
         more = {"random_init": self.job.recipe.model.random_init, "subgroup": inputs.get("subgroup", 0)}
         return {"structure": {**shared, **by_value, **more, "config": config, "choices": settled}}

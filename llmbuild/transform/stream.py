@@ -64,7 +64,7 @@ class Draft:
 
     def __init__(self, path: Path, layout: Layout, key: str = "") -> None:
         """Begin an archive, or go on with the one of the same `key` and layout; without a key begin anew."""
-        self.path, self.layout = path, layout
+        self.path, self.layout, self._sizes = path, layout, dict(layout.sizes)
         self._journal, self._lock = path.with_suffix(".journal"), Lock()
         self._heading = json.dumps({"key": key, "layout": digest.of(layout.sizes)})
         known = key and path.is_file() and self._journal.is_file()
@@ -95,8 +95,14 @@ class Draft:
         return self._told.get(unit.name) == self._sum(unit) if unit.name in self._told else False
 
     def write(self, piece: Piece) -> None:
-        """Write a piece."""
+        """Write a piece.
+
+        Raises:
+            ValueError: it is larger than its tensor, and would lie on the next one.
+        """
         data = memoryview(np.ascontiguousarray(piece.data).reshape(-1).view(np.uint8).data)
+        if piece.offset + len(data) > self._sizes[piece.tensor]:
+            raise ValueError(f"{piece.tensor}: bytes beyond the {self._sizes[piece.tensor]} that it has")
         at = self.layout.places[piece.tensor] + piece.offset
         while len(data):
             count = os.pwrite(self._file, data, at)

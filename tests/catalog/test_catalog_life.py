@@ -17,7 +17,7 @@ from llmbuild.catalog.references import references
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.store import SEALED_NS
 from llmbuild.catalog.tables import Base
-from llmbuild.catalog.writer import Catalog
+from llmbuild.catalog.writer import IMPORTS, Catalog
 from llmbuild.cli.maintenance import collect, size_of
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import reader
@@ -141,16 +141,20 @@ def test_gc_never_frees_a_front_for_a_budget_and_says_how_much_is_too_much(shelf
     assert (done.returncode, "more than the budget" in done.stderr) == (1, True)
 
 
-def test_gc_removes_orphans_leftovers_and_locks(shelf: Path) -> None:
+def test_gc_removes_orphans_leftovers_locks_and_imports_under_way(shelf: Path) -> None:
     catalog = Catalog(shelf)
     name = catalog.blobs.put_bytes(b"nobody's")
     (catalog.blobs.path(name).parent / ".put-killed").write_bytes(b"half")
     with catalog.making("0" * 64):
         pass
+    (catalog.importing("1" * 64) / "parameters.irpa").write_bytes(b"half of it")
     catalog.close()
+    collected(shelf, dry_run=True)
+    assert (shelf / IMPORTS).is_dir()
     collected(shelf)
     left = [p.name for p in (shelf / "locks").iterdir()]
     assert (catalog.blobs.has(name), left, problems(shelf)) == (False, [], [])
+    assert not (shelf / IMPORTS).exists()
 
 
 def test_gc_waits_for_builds_and_gives_up_in_the_end(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

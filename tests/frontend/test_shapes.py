@@ -119,18 +119,15 @@ def test_calibrated_weights_are_kept_in_widths_that_are_padded(form: str) -> Non
         fill(model, replace(source, patch=both))
         actual = run_eagerly(model, abi, tokens, 2)
     kept = {**both.dense, **{f"{layer}.weight": dequantize(matrix) for layer, matrix in both.ready.items()}}
-    assert {name for name in kept if "_proj" in name or "lm_head" in name} <= {
-        f"{layer}.weight" for layer in both.ready
-    }
+    fitted = {f"{layer}.weight" for layer in both.ready}
+    assert {name for name in kept if "_proj" in name or "lm_head" in name} == fitted
 
     def look(token: int) -> np.ndarray:
         return kept["lm_head.weight"][token : token + 1] * kept[LOOKED_UP]
 
     text = np.concatenate([tokens.prompt, tokens.forced], axis=1)
     expected = layerwise(config, look, kept.__getitem__, text)[0, 8:, None]
-    assert (
-        relative_error(actual, expected) < 0.03
-    )  # of inputs rounded to bytes; weights of 4 bits alone cost ten times it
+    assert relative_error(actual, expected) < 0.03, "inputs are rounded to bytes; weights of 4 bits cost ten times it"
 
 
 ODD = {"hidden_size": 60, "intermediate_size": 172, "num_hidden_layers": 1, "vocab_size": 333}

@@ -169,6 +169,15 @@ def test_what_a_task_raises_is_raised_and_its_unit_is_not_recorded(tmp_path: Pat
     draft.close()
 
 
+def test_a_piece_that_would_lie_on_the_next_tensor_is_refused(tmp_path: Path) -> None:
+    draft = Draft(tmp_path / "a.irpa", LAYOUT)
+    with pytest.raises(ValueError, match="t1: bytes beyond the 1000 that it has"):
+        draft.write(Piece("t1", 901, HELD["t1"][:100]))
+    draft.write(Piece("t1", 900, HELD["t1"][900:]))
+    draft.close()
+    assert not any((tmp_path / "a.irpa").read_bytes()[LAYOUT.places["t2"] :])
+
+
 def test_tasks_run_at_the_same_time(tmp_path: Path) -> None:
     meet = Barrier(3, timeout=60)
 
