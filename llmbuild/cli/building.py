@@ -179,8 +179,10 @@ def _named(job: Job) -> str:
 def _opening(job: Job, budget: Budget, look: Freshness | None, cost: Price | None) -> str:
     """Return the first line of a build: what there is to do, how long that takes, and what it adds to the catalog."""
     count = to_go(look, budget)
-    trials = f"{count} of {budget.trials} trials to go" if look and look.finished else f"up to {count} trials"
-    return f"{_named(job)}: {trials}" + (f"; {cost.told()}" if cost else "")
+    what = f"up to {count} trials"
+    if look and look.finished:
+        what = f"{count} of {budget.trials} trials to go" if count else look.plan() or "all trials are known"
+    return f"{_named(job)}: {what}" + (f"; {cost.told()}" if cost and cost.seconds else "")
 
 
 def tune(variant: str, catalog: Path) -> list[dict[str, object]]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import signal
 import sqlite3
 import subprocess
@@ -130,6 +131,8 @@ def test_a_weight_byte_makes_everything_stale_by_name(built: Project, tmp_path: 
 def test_a_dry_run_writes_nothing(project: Project, tmp_path: Path) -> None:
     done = llmbuild("build", "-n", project.recipe, "-C", tmp_path / "none")
     assert (done.returncode, "no catalog yet" in done.stdout, (tmp_path / "none").exists()) == (0, True, False)
+    opening = r"tiny on host \(.*\): up to 3 trials; some \d+ (s|min), .* of catalog \(no earlier build here: a guess\)"
+    assert re.search(opening, done.stderr), done.stderr
 
 
 def test_more_trials_go_on_from_those_known(built: Project, tmp_path: Path) -> None:
@@ -137,6 +140,10 @@ def test_more_trials_go_on_from_those_known(built: Project, tmp_path: Path) -> N
     subprocess.run(["cp", "-r", built.folder, moved], check=True)
     done = llmbuild("build", moved / built.recipe.name, "-C", moved / "catalog", "--trials", "4")
     assert "1 trials made" in done.stderr, done.stderr
+    opening, *rest = done.stderr.splitlines()
+    assert re.fullmatch(r"tiny on .*: 1 of 4 trials to go; some .* of catalog \(from 1 earlier build here\)", opening)
+    steps = " ".join(rf"{step} [\d.]+s" for step in ("import", "compile", "check", "measure"))
+    assert re.search(rf"\[4/4\] done [\d.]+s  \({steps}\)  .*  some [\d.]+ (s|min) left$", rest[0]), rest[0]
     with sqlite3.connect(moved / "catalog" / FILE) as connection:
         counts = connection.execute("SELECT count(*), count(DISTINCT point) FROM trial").fetchone()
     assert counts == (4, 4)
