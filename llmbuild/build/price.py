@@ -16,12 +16,12 @@ from llmbuild.spec.model import ModelFacts
 FIXED_S = 4.0
 """Seconds of a trial that do not depend on the model's size: processes that start, and rounds."""
 
-FIRST_S, FIRST_WEIGHTS = 10.0, 10_000_000
+FIRST_S, FIRST_WEIGHTS = 7.0, 10_000_000
 """A trial's seconds beyond those, and the number of weights they are for, where no earlier build tells them: on two
 cores of a server of 2024."""
 
-GROWTH = 0.7
-"""The power of the number of weights that these seconds grow with, between 5 and 135 million."""
+GROWTH = 0.5
+"""The power of the number of weights that these seconds grow with, between 5 million and 8 billion."""
 
 ONCE_S = 12.0
 """Seconds that the first build of a catalog takes besides its trials: the machine's limits, the f32 model's logits."""

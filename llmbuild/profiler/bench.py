@@ -97,6 +97,7 @@ class Bench:
             brief = () if baseline or dominated is None else self._brief(live, dominated)
             if brief:
                 return self._finished(live, brief)
+            self.tell(Stage("check"))
             live.complete(self.quality)
             if baseline:
                 self._become_baseline(live)

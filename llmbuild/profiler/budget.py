@@ -22,6 +22,9 @@ BASELINE_TOKENS = 4
 BRIEF = 3
 """Rounds of the short screen, and of a variant that is too slow for more."""
 
+FEWEST = 2
+"""Rounds of a variant for which even those take more than twice its time: the fewest that have an interval."""
+
 COME_BACK_S = 0.2
 """Maximum seconds of untimed decoding before each timed answer, after the prompt's prefill."""
 
@@ -80,15 +83,18 @@ class Screen:
 def screen(pace: Pace, output: int, protocol: Protocol) -> Screen:
     """Return the screening of a variant of that pace: whole answers where they fit into `screen_s`, else shorter ones.
 
-    The last resort is the least rounds that have an interval, of the least tokens, whatever they take.
+    Where not even few rounds of the least tokens fit, these are the last resort, whatever they take.
     """
-    least = min(output, LEAST_TOKENS)
-    for rounds in (protocol.rounds, min(BRIEF, protocol.rounds)):
-        fitting = (n for n in shorter(output) if rounds * pace.visit_s(n, protocol.visit_s) <= protocol.screen_s)
-        tokens = next(fitting, None)
+    few, least = min(BRIEF, protocol.rounds), min(output, LEAST_TOKENS)
+
+    def took(rounds: int, tokens: int) -> float:
+        return rounds * pace.visit_s(tokens, protocol.visit_s)
+
+    for rounds in (protocol.rounds, few):
+        tokens = next((n for n in shorter(output) if took(rounds, n) <= protocol.screen_s), None)
         if tokens is not None:
             return Screen(rounds, tokens)
-    return Screen(min(BRIEF, protocol.rounds), least)
+    return Screen(few if took(few, least) <= 2 * protocol.screen_s else min(FEWEST, few), least)
 
 
 def shorter(output: int) -> list[int]:

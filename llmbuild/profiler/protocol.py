@@ -29,10 +29,10 @@ class Protocol:
     rounds: int = 5
     most_rounds: int = 15
     seconds: float = 2.0
-    screen_s: float = 12.0
+    screen_s: float = 8.0
     visit_s: float = 0.05
     reopen_s: float = 0.2
-    baseline_round_s: float = 1.0
+    baseline_round_s: float = 0.5
     race_rounds: int = 12
     race_most_rounds: int = 768
     race_seconds: float = 20.0

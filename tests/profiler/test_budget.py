@@ -20,7 +20,7 @@ from llmbuild.profiler import bench as benches
 from llmbuild.profiler import live as lives
 from llmbuild.profiler import rounds
 from llmbuild.profiler.bench import BRIEF, Bench
-from llmbuild.profiler.budget import LEAST_TOKENS, SLOW_PROMPT_S, Pace, plan, screen
+from llmbuild.profiler.budget import FEWEST, LEAST_TOKENS, SLOW_PROMPT_S, Pace, plan, screen
 from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound
 from llmbuild.profiler.noise import Shares
 from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Subject
@@ -199,7 +199,7 @@ def test_what_was_never_screened_here_says_its_pace_in_one_short_answer(start: S
 
 
 def slow(than: float) -> dict[str, Pace]:
-    return {"default": Pace(0.05, 0.02), "slow": Pace(0.05 * than, 0.02 * than)}
+    return {"default": Pace(0.01, 0.004), "slow": Pace(0.01 * than, 0.004 * than)}
 
 
 def judge(known: Sequence[Trial], objectives: Sequence[str], sizes: Trial) -> Callable[..., str]:
@@ -309,7 +309,8 @@ def test_a_screening_is_within_its_time_or_has_the_least_that_has_an_interval(pa
     made = screen(pace, output, PROTOCOL)
     took = made.rounds * pace.visit_s(made.tokens, PROTOCOL.visit_s)
     least = min(output, LEAST_TOKENS)
-    assert took <= PROTOCOL.screen_s or (made.rounds, made.tokens) == (BRIEF, least)
+    few = BRIEF if BRIEF * pace.visit_s(least, PROTOCOL.visit_s) <= 2 * PROTOCOL.screen_s else FEWEST
+    assert took <= PROTOCOL.screen_s or (made.rounds, made.tokens) == (few, least)
     assert least <= made.tokens <= output
     assert (made.note(pace, output) == "") == (made.tokens == output)
     whole = PROTOCOL.rounds * pace.visit_s(output, PROTOCOL.visit_s)
@@ -332,6 +333,15 @@ def test_a_slow_baseline_is_read_in_few_tokens_and_says_so(start: Start) -> None
     whole = 4.5 + 63 * 0.06
     expected = {"ttft_s": 4.5, "tpot_s": 0.06, "e2e_s": whole, "output_tokens_per_s": 64 / whole}
     assert readings == pytest.approx(expected), "those of an answer are computed for all of its tokens"
+
+
+def test_what_takes_minutes_is_read_twice(start: Start) -> None:
+    bench, clock, _ = start({"default": Pace(35.0, 0.5)})
+    measured = measured_in(bench, "default")
+    assert samples_of((measured,)) == FEWEST
+    assert clock.now <= 3.2 * 35 + 15
+    reading = measured.readings["ttft_s"]
+    assert reading.low <= 35.0 <= reading.high
 
 
 def test_beside_others_a_baseline_with_a_slow_prompt_only_decodes(start: Start) -> None:
