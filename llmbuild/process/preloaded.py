@@ -55,31 +55,30 @@ def main(arguments: list[str]) -> None:
     if why := unfit():
         sys.exit(f"it cannot fork: {why}")
     words = _Server(control).serve()
-    if words:
-        _work(words)
+    if words is None:
+        os._exit(0)
+    _work(words)
 
 
 def _work(words: list[str]) -> None:
-    """Run a job, and end its process."""
+    """Run a job, and end its process as Python itself would."""
+    code = 0
     try:
         start.launch(words)
-        code: object = 0
-    except SystemExit as ended:
-        code = ended.code or 0
-        if not isinstance(code, int):
-            gc.unfreeze()
+    except BaseException as error:
+        told = error.code or 0 if isinstance(error, SystemExit) else error
+        if not isinstance(told, int):
+            gc.unfreeze()  # else libraries complain that their types are never freed, in the middle of what is told
             raise
-    except BaseException:
-        gc.unfreeze()
-        raise
-    _leave(int(code))
+        code = told
+    _leave(code)
 
 
 def _leave(code: int) -> None:
     """End this process as Python does, but for what it imported: to free all that takes longer than a small job."""
-    gc.collect()
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
+    gc.collect()
     sys.stdout.flush()
     sys.stderr.flush()
     ctypes.CDLL(None).fflush(None)

@@ -147,10 +147,12 @@ def test_a_point_that_the_import_refuses_is_its_failure_and_no_end(project: Proj
 
     job = job_of(project.recipe, "host", BuildRequest(dry_run=True))
     catalog = Catalog(tmp_path / "catalog")
+    steps = Steps(job, catalog)
     try:
         odd = Point.of({**job.space.default().as_dict(), "kernel": "own", "weight_format": "f16"})
-        made = Steps(job, catalog).import_(odd)
+        made = steps.import_(odd)
     finally:
+        steps.close()
         catalog.close()
     assert isinstance(made, Failure)
     assert (made.stage, made.lasting) == ("import", True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -119,6 +120,12 @@ ENDS = {
     "late": "import atexit; atexit.register(done)",
     "after a thread": "import threading; threading.Thread(target=lambda: (time.sleep(0.3), done())).start()",
     "with much to say": "print('x' * 300_000); print('the end'); sys.exit(1)",
+    "well by a truth": "done(); sys.exit(False)",
+    "with a code below 0": "sys.exit(-1)",
+    "with a code above 255": "sys.exit(256 + 3)",
+    "after a pool": "import concurrent.futures as f; f.ThreadPoolExecutor(1).submit(time.sleep, 0.3); done()",
+    "with words of C": "import ctypes; ctypes.CDLL(None).puts(b'error: of C'); sys.exit(3)",
+    "with an exception at the end": "import atexit; atexit.register(lambda: 1 / 0); sys.exit(3)",
     "with words in order": "print('one'); os.write(2, b'two\\n'); print('three', file=sys.stderr); sys.exit(1)",
 }
 
@@ -137,12 +144,26 @@ def test_a_job_ends_as_it_does_alone(how: str, prefork: Prefork, tmp_path: Path)
     alone, forked_end = ends
     if alone is None or forked_end is None:
         assert forked_end is alone
-        assert how in ("well", "well by a code", "late", "after a thread")
+        assert how.startswith(("well", "late", "after"))
         return
     for field in ("stage", "reason", "command", "lasting"):
         assert getattr(forked_end, field) == getattr(alone, field)
-    logs = [[line for line in end.log.splitlines() if not line.startswith("  ")] for end in ends]
-    assert logs[0] == logs[1]  # but for the frames of a traceback
+    lines = [re.sub("0x[0-9a-f]+", "at", end.log).splitlines() for end in (alone, forked_end)]
+    logs = [[line for line in each if not line.startswith("  ")] for each in lines]
+    assert logs[0] == logs[1]  # but for addresses and the frames of a traceback
+
+
+def test_a_file_that_a_job_leaves_open_is_written(make: Make, job: Job, tmp_path: Path) -> None:
+    code = f"""
+        def leave():
+            file = open({str(tmp_path / "left")!r}, "w")
+            box = [file]
+            box.append(box)
+            file.write("all of it")
+        leave(); done()
+    """
+    assert job(make(), code) is None
+    assert (tmp_path / "left").read_text() == "all of it"
 
 
 def test_jobs_begin_with_what_the_server_has_imported_and_import_nothing_for_each_other(
