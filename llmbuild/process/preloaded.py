@@ -75,7 +75,10 @@ def _work(words: list[str]) -> None:
 
 
 def _leave(code: int) -> None:
-    """End this process as Python does, but for what it imported: to free all that takes longer than a small job."""
+    """End this process as Python does, but for what it imported: to free all that takes longer than a small job.
+
+    A file that an imported module keeps open is not written out; one that the job itself leaves open is.
+    """
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     gc.collect()

@@ -153,6 +153,13 @@ def test_a_job_ends_as_it_does_alone(how: str, prefork: Prefork, tmp_path: Path)
     assert logs[0] == logs[1]  # but for addresses and the frames of a traceback
 
 
+def test_a_file_that_a_job_leaves_open_is_written(make: Make, tmp_path: Path) -> None:
+    prefork, script, left = make(), tmp_path / "tool.py", tmp_path / "left"
+    script.write_text(f"left = open({str(left)!r}, 'w'); left.write('all of it')")
+    assert prefork.run(str(script), [], "import", BRIEF, left) is None
+    assert (left.read_text(), prefork.told()) == ("all of it", [])
+
+
 def test_jobs_begin_with_what_the_server_has_imported_and_import_nothing_for_each_other(
     make: Make, job: Job, tmp_path: Path
 ) -> None:
