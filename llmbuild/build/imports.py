@@ -25,7 +25,7 @@ from llmbuild.process.prefork import Prefork
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Quality
 from llmbuild.spec.model import read_facts
-from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, SIZES_FILE, Program, abi_from
+from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
 from llmbuild.system.strict_json import JsonObject
@@ -135,8 +135,7 @@ class Imports:
         files = (folder / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
         blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
         seconds = monotonic() - begin
-        if (sizes := folder / SIZES_FILE).is_file():
-            structure.record(inputs, blobs[0], sizes.read_text(), seconds)
+        structure.record(inputs, blobs[0], folder, seconds)
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))
         self.catalog.record_import(key, inputs, program, seconds)
         shutil.rmtree(folder, ignore_errors=True)

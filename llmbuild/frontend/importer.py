@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -133,8 +132,8 @@ def _write_in_place(program: torch.export.ExportedProgram) -> None:
     signature.output_specs = kept
 
 
-def save_module(module: ir.Module, path: Path) -> None:
-    """Write the module as bytecode."""
+def bytecode(module: ir.Module) -> bytes:
+    """Return the module as bytecode."""
     buffer = io.BytesIO()
     module.operation.write_bytecode(buffer)
-    path.write_bytes(buffer.getvalue())
+    return buffer.getvalue()

@@ -90,3 +90,14 @@ def scores(x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch
 @scores.register_fake
 def _(x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
     return x.new_empty(x.shape[0], HEADS[kernel].padded)
+
+
+@torch.library.custom_op("llmbuild_shell::look", mutates_args=())
+def look(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    """Stand for the look-up of tokens i64[1,T] in a table: f32[1,T,width]. It is traced, never run."""
+    raise NotImplementedError("the look-up of a shell is put in by `shell.module`")
+
+
+@look.register_fake
+def _(tokens: torch.Tensor, width: int) -> torch.Tensor:
+    return tokens.new_empty((*tokens.shape, width), dtype=torch.float32)

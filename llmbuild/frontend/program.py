@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,16 +11,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from llmbuild import digest
 from llmbuild.errors import ChoiceRefused, InputError
-from llmbuild.frontend import archive, attention, huggingface, importer, modules, own, repeat, single_row, splice
-from llmbuild.frontend.cache import layer_buffers, new_cache
+from llmbuild.frontend import (
+    archive,
+    attention,
+    huggingface,
+    importer,
+    modules,
+    own,
+    shell,
+    single_row,
+    splice,
+    tracing,
+)
+from llmbuild.frontend.cache import layer_buffers
 from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.check import Check
 from llmbuild.frontend.checkpoint import Model
-from llmbuild.frontend.entry import Decode, Prefill, Score
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.huggingface import Skeleton
 from llmbuild.frontend.layerwise import Look
@@ -35,11 +43,9 @@ from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
     CHECK_FILE,
-    DECODE,
     MODULE_FILE,
     PARAMETERS_FILE,
-    PREFILL,
-    SCORE,
+    SHELL_FILE,
     SIZES_FILE,
     TRUTH_FILE,
     Abi,
@@ -108,14 +114,31 @@ def structure(job: ImportJob, taken: Taken, kernels: dict[str, str], out: Path) 
         return sizes
     model = taken.skeleton.model
     with taken.skeleton.mode:
-        programs = export(model, taken.abi)
-    layers = model.config.num_hidden_layers
-    module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
-    splice.splice(module, kernels)
-    importer.save_module(module, out / MODULE_FILE)
+        if isinstance(model.lm_head, own.OwnHead):
+            module, sizes = around_own(job, taken, kernels, out)
+        else:
+            layers = model.config.num_hidden_layers
+            programs = tracing.export(model, taken.abi)
+            module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
+            splice.splice(module, kernels)
+    (out / MODULE_FILE).write_bytes(importer.bytecode(module))
     if not taken.apart:
         (out / SIZES_FILE).write_text(json.dumps(sizes))
     return sizes
+
+
+def around_own(job: ImportJob, taken: Taken, kernels: dict[str, str], out: Path) -> tuple[Any, dict[str, int]]:
+    """Return the module of a model in which our kernels for CPUs are, and the sizes of its tensors in bytes.
+
+    What is around the kernels is traced only if no earlier import of the model did.
+    """
+    model = taken.skeleton.model
+    if job.shell:
+        traced = Path(job.shell).read_bytes()
+    else:
+        traced = importer.bytecode(shell.trace(model, taken.abi, model.lm_head.shape.width))
+        (out / SHELL_FILE).write_bytes(traced)
+    return shell.module(model, job.context, traced, kernels)
 
 
 @dataclass(frozen=True)
@@ -352,49 +375,6 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         else (),
         score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
     )
-
-
-def export(model: Any, abi: Abi) -> dict[str, torch.export.ExportedProgram]:
-    """Trace the entry points; the prompt length stays dynamic.
-
-    Of layers that are alike, two are traced: `repeat` makes the others.
-    """
-    if len({type(layer) for layer in model.model.layers}) > 1 or not _alike(model):
-        return _traced(model, abi, new_cache(abi.kv))
-    per_layer = len(abi.kv) // model.config.num_hidden_layers
-    with repeat.shortened(model.model) as count:
-        kv = new_cache(abi.kv[: per_layer * min(count, repeat.TRACED)])
-        return _traced(model, abi, kv)
-
-
-def _alike(model: Any) -> bool:
-    """Return whether decoder layers store the same: our kernels' layers are several in one, and are few."""
-
-    def kinds(layer: nn.Module) -> list[tuple[str, tuple[int, ...], str]]:
-        tensors = (*layer.named_parameters(), *layer.named_buffers())
-        return [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in tensors]
-
-    layers = list(model.model.layers)
-    return len(layers) == model.config.num_hidden_layers and all(kinds(x) == kinds(layers[0]) for x in layers)
-
-
-def _traced(model: Any, abi: Abi, kv: list[torch.Tensor]) -> dict[str, torch.export.ExportedProgram]:
-    length = torch.export.Dim("T", min=2, max=abi.context)
-    fixed = [None] * len(kv)
-    long = torch.zeros(abi.batch, min(8, abi.context), dtype=torch.int64)
-    one, start = torch.zeros(abi.batch, dtype=torch.int64), torch.zeros(abi.batch, dtype=torch.int64)
-    calls: dict[str, tuple[nn.Module, tuple[object, ...], tuple[object, ...]]] = {
-        PREFILL: (Prefill(model, abi.context), (long, start, kv), ({1: length}, None, fixed)),
-        DECODE: (Decode(model, abi.context), (one, start, kv), (None, None, fixed)),
-    }
-    if abi.score:
-        calls[SCORE] = Score(model, abi.context), (long, start, kv), ({1: length}, None, fixed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch warns of its own use of its own tree specs
-        return {
-            name: torch.export.export(entry, args, dynamic_shapes=shapes, strict=False).run_decompositions({})
-            for name, (entry, args, shapes) in calls.items()
-        }
 
 
 def is_exact(choices: dict[str, str]) -> bool:

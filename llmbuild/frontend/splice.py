@@ -17,12 +17,38 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
     `kernels` maps a name to the MLIR that defines the function of that name.
     """
     with module.context, ir.Location.unknown():
-        found = operators(module.operation, NAMESPACE)
-        for name in sorted({_kernel_name(operator) for operator in found}):
-            _append(module, kernels[name])
-        table = ir.SymbolTable(module.operation)
-        for operator in found:
-            _replace(operator, table)
+        append(module, kernels)
+        replace(module)
+
+
+def append(module: ir.Module, kernels: Mapping[str, str]) -> None:
+    """Append the kernels that operators of ours in a module name."""
+    for name in sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)}):
+        parsed = ir.Module.parse(kernels[name])
+        for operation in list(parsed.body.operations):
+            operation.detach_from_parent()
+            module.body.append(operation)
+
+
+def replace(module: ir.Module) -> None:
+    """Replace operators of ours by calls of their kernels, which the module has."""
+    table = ir.SymbolTable(module.operation)
+    for operator in operators(module.operation, NAMESPACE):
+        _replace(operator, table)
+
+
+def signature(operator: Any, table: ir.SymbolTable) -> Any:
+    """Return the type of the function of an operator's kernel."""
+    return ir.FunctionType(ir.TypeAttr(table[_kernel_name(operator)].attributes["function_type"]).value)
+
+
+def places(operator: Any) -> list[int | None]:
+    """Return, for each tensor that an operator's kernel reads, which operand it is; None for one of a list."""
+    found: list[int | None] = []
+    for index, value in enumerate(list(operator.operands)[:-1]):
+        flat = _flat(value)
+        found += [None] * len(flat) if is_list(value) else [index]
+    return found
 
 
 def operators(root: Any, prefix: str) -> list[Any]:
@@ -43,16 +69,8 @@ def _kernel_name(operator: Any) -> str:
     return str(ir.StringAttr(constant.attributes["value"]).value)
 
 
-def _append(module: ir.Module, text: str) -> None:
-    parsed = ir.Module.parse(text)
-    for operation in list(parsed.body.operations):
-        operation.detach_from_parent()
-        module.body.append(operation)
-
-
 def _replace(operator: Any, table: ir.SymbolTable) -> None:
-    name = _kernel_name(operator)
-    kind = ir.FunctionType(ir.TypeAttr(table[name].attributes["function_type"]).value)
+    name, kind = _kernel_name(operator), signature(operator, table)
     with ir.InsertionPoint(operator):
         tensors = [tensor for value in list(operator.operands)[:-1] for tensor in _flat(value)]
         operands = [_to_builtin(value, wanted) for value, wanted in zip(tensors, kind.inputs, strict=True)]
@@ -66,8 +84,12 @@ def _replace(operator: Any, table: ir.SymbolTable) -> None:
 
 def _flat(value: Any) -> list[Any]:
     """Return the tensors of a list, or the one tensor."""
-    is_list = str(value.type).startswith("!torch.list")
-    return list(value.owner.operands) if is_list else [value]
+    return list(value.owner.operands) if is_list(value) else [value]
+
+
+def is_list(value: Any) -> bool:
+    """Return whether an operand is a list of tensors."""
+    return str(value.type).startswith("!torch.list")
 
 
 def _to_builtin(value: Any, wanted: Any) -> Any:

@@ -74,8 +74,9 @@ class Program:
 MODULE_FILE, PARAMETERS_FILE, CHECK_FILE, ABI_FILE = "module.mlirbc", "parameters.irpa", "check.npz", "abi.json"
 """What an import writes into its folder: MLIR bytecode, the weights, the check data and the `Abi` as canonical JSON."""
 
-SIZES_FILE, TRUTH_FILE = "sizes.json", "truth.npz"
-"""What imports may share: the sizes of a module's tensors in bytes, and what the library's own model says."""
+SIZES_FILE, TRUTH_FILE, SHELL_FILE = "sizes.json", "truth.npz", "shell.mlirbc"
+"""What imports may share: the sizes of a module's tensors in bytes, what the library's own model says, and what is
+around our own kernels."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,9 @@ class ImportJob:
     """The `MODULE_FILE` of an earlier import whose structure is the same, with `sizes`: it is not traced again."""
     sizes: str = ""
     """The `SIZES_FILE` beside `module`."""
+    shell: str = ""
+    """The `SHELL_FILE` of an earlier import of this shape with our kernels for CPUs, in any format with hidden states
+    of the same width."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import attention, huggingface
 from llmbuild.frontend.__main__ import main
 from llmbuild.frontend.importer import canonical, import_programs
-from llmbuild.frontend.program import describe, export, import_model, settle
+from llmbuild.frontend.program import describe, import_model, settle
+from llmbuild.frontend.tracing import export
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.spec.program import ImportJob
 from tests.frontend.conftest import ONE, TWO, Imports

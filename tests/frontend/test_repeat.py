@@ -15,7 +15,8 @@ from llmbuild.frontend import attention, huggingface, repeat
 from llmbuild.frontend.cache import new_cache
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.importer import canonical, import_programs
-from llmbuild.frontend.program import _traced, apply, describe, export, settle, stored_formats
+from llmbuild.frontend.program import apply, describe, settle, stored_formats
+from llmbuild.frontend.tracing import entries, export
 from llmbuild.profiler.worker import Worker
 from llmbuild.runtime.session import Session, Settings
 from llmbuild.spec.program import MODULE_FILE, PARAMETERS_FILE, ImportJob, abi_from
@@ -57,7 +58,7 @@ def imported(folder: Path, case: Case, whole: bool, kept: dict[str, str] | None 
     abi = describe(skeleton.model, job, choices)
     with skeleton.mode:
         apply(skeleton.model, job, choices, Formats(*stored_formats(choices), kept or {}))
-        make = (lambda m, a: _traced(m, a, new_cache(a.kv))) if whole else export
+        make = (lambda m, a: entries(m, a, new_cache(a.kv))) if whole else export
         programs = make(skeleton.model, abi)
     return import_programs(programs, canonical(skeleton.model), case.layers)
 
@@ -178,7 +179,7 @@ def test_a_module_does_not_depend_on_weights_and_how_they_are_rounded(
 def test_a_module_and_a_truth_that_are_given_are_used_and_give_the_same_import(
     imports: Imports, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from llmbuild.frontend import program
+    from llmbuild.frontend import program, tracing
 
     model, choices = imports.model(**FOUR), {"weight_format": "int4_g32", "head_format": "int8"}
     made, job = imports(model, choices, context=CONTEXT), imports.job(model, choices, context=CONTEXT)
@@ -187,8 +188,8 @@ def test_a_module_and_a_truth_that_are_given_are_used_and_give_the_same_import(
     def never(*_: object) -> None:
         raise AssertionError("this was there")
 
-    for name in ("export", "truth"):
-        monkeypatch.setattr(program, name, never)
+    monkeypatch.setattr(tracing, "export", never)
+    monkeypatch.setattr(program, "truth", never)
     known = {"module": made.folder / MODULE_FILE, "sizes": made.folder / "sizes.json"}
     known |= {"truth": tmp_path / "truth" / "truth.npz"}
     given = replace(job, **{name: str(path) for name, path in known.items()})

@@ -1,0 +1,58 @@
+"""What is around our kernels is traced once for all formats: the module of a format is the same from any trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmbuild import digest
+from llmbuild.frontend.program import import_model
+from llmbuild.spec.program import MODULE_FILE, PARAMETERS_FILE, SHELL_FILE, SIZES_FILE, ImportJob
+from tests.frontend.conftest import AVX2
+from tests.support import folders
+from tests.support.artifact import archived
+
+CONTEXT = 32
+WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "num_attention_heads": 2, "head_dim": 32}
+OWN = {"kernel": "own", "layout": "packed"}
+FORMATS = (
+    {"weight_format": "f16"},
+    {"weight_format": "int4_g32", "head_format": "int8"},
+    {"weight_format": "int8", "work_groups": "4"},
+    {"weight_format": "q4_1"},
+    {"weight_format": "int7_g64"},
+)
+
+
+def imported(folder: Path, out: Path, choices: dict[str, str], shell: Path | None = None) -> Path:
+    """Return the folder of an import with our kernels."""
+    job = ImportJob(str(folder), CONTEXT, choices=tuple({**OWN, **choices}.items()), features=AVX2)
+    import_model(ImportJob(**{**vars(job), "shell": str(shell) if shell else ""}), out)
+    return out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_modules_are_the_same_from_the_trace_of_any_format(tied: bool, tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=tied, **WIDE)
+    first = imported(folder, tmp_path / "first", FORMATS[0])
+    seen = {digest.of_file(first / MODULE_FILE)}
+    for number, choices in enumerate(FORMATS[1:]):
+        own = imported(folder, tmp_path / f"own{number}", choices)
+        other = imported(folder, tmp_path / f"other{number}", choices, first / SHELL_FILE)
+        files = (MODULE_FILE, SIZES_FILE, PARAMETERS_FILE)
+        assert [digest.of_file(other / name) for name in files] == [digest.of_file(own / name) for name in files]
+        assert ((own / SHELL_FILE).is_file(), (other / SHELL_FILE).is_file()) == (True, False)
+        sizes = json.loads((other / SIZES_FILE).read_text())
+        assert sizes == {name: len(data) for name, data in archived(other / PARAMETERS_FILE).items()}
+        seen.add(digest.of_file(other / MODULE_FILE))
+    assert len(seen) == len(FORMATS), "else formats do not differ, and the test says nothing"
+
+
+def test_a_shell_does_not_depend_on_the_values_of_weights(tmp_path: Path) -> None:
+    shells = set()
+    for seed in (0, 1):
+        folder = folders.write(tmp_path / str(seed), seed=seed, num_hidden_layers=2, **WIDE)
+        shells.add((imported(folder, tmp_path / f"out{seed}", FORMATS[0]) / SHELL_FILE).read_bytes())
+    assert len(shells) == 1
