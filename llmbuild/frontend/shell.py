@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -145,7 +144,7 @@ def _maker(value: Any, name: str) -> Any:
 
 def _declare_as(declared: Any, wanted: ir.Type) -> None:
     declared.attributes["type"] = ir.TypeAttr.get(wanted)
-    name, scope = ir.StringAttr(declared.attributes["sym_name"]).value, importer.PARAMETER_SCOPE
+    name = ir.StringAttr(declared.attributes["sym_name"]).value
     value = f'#flow.parameter.named<"{scope}"::"{name}"> : {wanted}'
     declared.attributes["initial_value"] = ir.Attribute.parse(value)
 
