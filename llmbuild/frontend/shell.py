@@ -145,7 +145,7 @@ def _maker(value: Any, name: str) -> Any:
 def _declare_as(declared: Any, wanted: ir.Type) -> None:
     declared.attributes["type"] = ir.TypeAttr.get(wanted)
     name = ir.StringAttr(declared.attributes["sym_name"]).value
-    value = f'#flow.parameter.named<"{scope}"::"{name}"> : {wanted}'
+    value = f'#flow.parameter.named<"{PARAMETER_SCOPE}"::"{name}"> : {wanted}'
     declared.attributes["initial_value"] = ir.Attribute.parse(value)
 
 
