@@ -19,7 +19,7 @@ from torch import nn
 from llmbuild.frontend import importer, operators, splice
 from llmbuild.frontend.cache import new_cache
 from llmbuild.frontend.tracing import Call, entries, traced
-from llmbuild.spec.program import Abi
+from llmbuild.spec.program import PARAMETER_SCOPE, Abi
 
 _LOOK = "torch.llmbuild_shell.look"
 _LOAD, _FROM_BUILTIN = "util.global.load", "torch_c.from_builtin_tensor"
