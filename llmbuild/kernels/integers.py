@@ -39,29 +39,29 @@ def _one_pass(
     """Return sums f32 of some registers of a panel for each row."""
     size = len(registers) if len(rows) > 1 else ALONE
     parts = [registers[i : i + size] for i in range(0, len(registers), size)]
-    each = 1 if layout.by_row else layout.group // layout.block
 
     def body(index: str, *old: str) -> list[str]:
+        block, group = Block(w, unit, layout, data, rows, index), Group(w, unit, layout, scales, index)
         totals = dict(zip([(r, register) for r in range(len(rows)) for register in registers], old, strict=True))
-        group = Group(w, unit, layout, scales, index)
-        for i in range(each):
-            block = Block(w, unit, layout, data, rows, w.add(w.mul(index, each), i))
-            for part in parts:
-                for place, exact in block.exact(part).items():
-                    totals[place] = block.scaled(group, *place, exact, totals[place])
+        for part in parts:
+            for place, exact in block.exact(part).items():
+                totals[place] = block.scaled(group, *place, exact, totals[place])
         return list(totals.values())
 
     carried = [(w.lanes(0.0, unit.reals), unit.reals)] * (len(rows) * len(registers))
-    return by_row(w.loop(0, layout.blocks // each, 1, body, carried), len(registers))
+    return by_row(w.loop(0, layout.blocks, 1, body, carried), len(registers))
 
 
 class Group:
-    """Loads the scales and minima of one group of weights, by its number (i64), each once."""
+    """Loads the scales and minima of the group of weights that a block (i64) is part of, each once."""
 
-    def __init__(self, w: Writer, unit: Registers, layout: Layout, scales: str, index: str) -> None:
+    def __init__(self, w: Writer, unit: Registers, layout: Layout, scales: str, block: str) -> None:
         self.w, self.unit, self.layout = w, unit, layout
-        self._scales = "" if layout.by_row else w.at(scales, w.mul(index, layout.scale_bytes // layout.groups))
-        self._loaded: dict[int, str] = {}
+        self._scales, self._loaded = "", dict[int, str]()
+        if not layout.by_row:
+            each = layout.group // layout.block
+            number = block if each == 1 else w.integers("divui", block, each)
+            self._scales = w.at(scales, w.mul(number, layout.scale_bytes // layout.groups))
 
     def scale(self, register: int) -> str:
         """Return the scales of a register's rows, f32."""
