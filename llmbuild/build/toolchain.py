@@ -11,7 +11,7 @@ from llmbuild import digest
 from llmbuild.spec.variant import Toolchain
 
 _IMPORTER_PACKAGES = ("torch", "transformers", "safetensors", "numpy", "iree-base-compiler")
-_IMPORTER_SOURCES = ("frontend", "transform", "kernels", "spec/program.py")
+_IMPORTER_SOURCES = ("frontend", "transform", "kernels", "spec/formats.py", "spec/program.py")
 
 
 def package_version(name: str) -> str:

@@ -34,6 +34,9 @@ TIED_DAMPING = 10 * DAMPING
 SENSITIVE_SHARE = 0.25
 """Part of the layers' weights that keeps 8 bits when the sensitive ones do."""
 
+FEW_BITS = 6
+"""With more of them, no weight is worth clipping."""
+
 SENSITIVE_FORMAT = "int8"
 SENSITIVE_WINDOWS = 4
 """Windows that sensitivity is measured on: it takes a run of the model for each unit."""
@@ -174,7 +177,7 @@ class Calibration:
     ) -> tuple[torch.Tensor, dict[str, Quantized]]:
         """Scale the channels that matrices of integers read so that rounding costs less; return what comes out.
 
-        The layer's weights change, in place, what it computes does not. Unless they will be fitted, layers of 4 bits
+        The layer's weights change, in place, what it computes does not. Unless they will be fitted, layers of few bits
         are rounded to the nearest in ranges that clip what the text hardly needs.
         """
         found, ready = sites(layer, f"model.layers.{index}", self.config), dict[str, Quantized]()
@@ -273,9 +276,9 @@ def _input_of(name: str) -> str:
 
 
 def _clipped(site: Site, inputs: torch.Tensor, formats: Formats) -> dict[str, Quantized]:
-    """Return the readers of 4 bits, each weight rounded to the nearest in the range that serves the inputs f32[T,K]."""
+    """Return the readers of few bits, each weight rounded to the nearest in the range that serves inputs f32[T,K]."""
     form = INTEGERS[formats.of(site.first)]
-    if form.bits != 4:
+    if form.bits > FEW_BITS:
         return {}
     power = inputs.square().mean(0).numpy()
     return {name: nearest(part.weight.numpy(), power, form) for name, part in site.readers.items()}

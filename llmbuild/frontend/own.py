@@ -20,7 +20,7 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers
-from llmbuild.kernels.layouts import PANEL, PERIOD, QUAD, Layout, family
+from llmbuild.kernels.layouts import PANEL, QUAD, Layout, family
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
@@ -116,22 +116,14 @@ class PanelEmbedding(nn.Module):
         """Return f32[1,T,width] of tokens i64[1,T]."""
         layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
         column = torch.arange(layout.columns)
-        shared = 2 if layout.is_nibble else 1
         if layout.is_shared:
             return self._shared(row, column) * self.head.scale[row]
-        if layout.family == "int7":
-            return (self._sevens(row, column) - layout.offset).float() * self._scale(row, column // layout.group)
-        together = {"f16": 1, "bf16": 2}.get(layout.form, QUAD)
-        step = column // (together * shared)
-        place = row // PANEL * layout.panel_elements + step * PANEL * together
-        stored = self.head.data[place + row % PANEL * together + column % together]
         scale = self._scale(row, column // layout.group)
         if layout.is_half:
-            return stored.float() * scale
-        code = stored.to(torch.int32) & 255
-        if layout.is_nibble:
-            code = torch.where(column // QUAD % 2 == 0, code & 15, code >> 4)
-        found = (code - layout.offset).float() * scale
+            together = 1 if layout.form == "f16" else 2
+            place = row // PANEL * layout.panel_elements + column // together * PANEL * together
+            return self.head.data[place + row % PANEL * together + column % together].float() * scale
+        found = (self._codes(row, column) - layout.offset).float() * scale
         return found + self._scale(row, column // layout.group, 1) if layout.has_minimum else found
 
     def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
@@ -155,14 +147,21 @@ class PanelEmbedding(nn.Module):
             word = word | (self.head.data[first + i].long() & 255) << 8 * i
         return word
 
-    def _sevens(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Return codes of 7 bits, i32."""
-        quad, line = column % PERIOD // QUAD, QUAD * PANEL
+    def _codes(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
+        """Return the codes i32 of integers, none negative."""
+        codes, line = self.head.shape.layout.codes, QUAD * PANEL
         first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column % QUAD
-        first = first + column // PERIOD * 7 * line
-        own = self.head.data[first + quad.clamp(max=6) * line].to(torch.int32) & 127
-        bits = [self.head.data[first + i * line].to(torch.int32) >> 7 & 1 for i in range(7)]
-        return torch.where(quad < 7, own, sum((bit << i for i, bit in enumerate(bits)), torch.zeros_like(own)))
+        first = first + column // codes.columns * codes.bytes_ * line
+        stored = [self.head.data[first + i * line].to(torch.int32) & 255 for i in range(codes.bytes_)]
+        quad = column % codes.columns // QUAD
+        found = torch.zeros_like(stored[0])
+        for number in range(codes.quads):
+            parts = [(stored[p.byte] >> p.start & p.mask) << p.place for p in codes.pieces(number)]
+            own = parts[0]
+            for part in parts[1:]:
+                own = own | part
+            found = own if codes.quads == 1 else torch.where(quad == number, own, found)
+        return found
 
     def _scale(self, row: torch.Tensor, group: torch.Tensor, which: int = 0) -> torch.Tensor:
         """Return the scales of groups, or with `which` 1 their minima."""
@@ -252,7 +251,7 @@ def rounding(model: Any) -> Callable[[str], Layout | None]:
     homes = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate_up", "up": "gate_up"}
     found = {theirs: layouts[homes.get(ours, ours)] for ours, theirs in NAMES.items()}
     found[TABLES[1]] = model.lm_head.shape.layout
-    return lambda name: layout if (layout := found.get(name)) and (layout.rounded or layout.narrow) else None
+    return lambda name: layout if (layout := found.get(name)) and (layout.block or layout.narrow) else None
 
 
 def _split(count: int) -> list[int]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from llmbuild.kernels.layouts import rounded_together
 from llmbuild.spec.formats import Format, fit_group
 
 STEPS, RATE = 40, 0.15
@@ -23,7 +24,7 @@ MAX_ROWS = 1024
 """Rows of the matrices, and vectors that they read, that the noise is modelled on, taken at even distances."""
 
 ACTIVATION_CODES = 127
-"""Our kernels round a row of activations to -127..127 times the largest of them."""
+"""Our kernels round a block of activations to -127..127 times the largest of them."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +102,7 @@ class Noise:
     """The mean squared error of a matrix product's outputs, as the logarithm of a multiple of it.
 
     Rounding makes an error that is even within a step, so of a variance in proportion to the step's square; a step is
-    the largest entry of a row of activations, or of a group of weights, over the number of codes. The error of each
+    the largest entry of a block of activations, or of a group of weights, over the number of codes. The error of each
     comes out multiplied by the other. All terms are maxima and sums of products of powers: convex in logarithms.
     """
 
@@ -109,6 +110,7 @@ class Noise:
         rows, vectors = (each[:: -(-len(each) // MAX_ROWS)] for each in (matrix, inputs))
         self.columns = matrix.shape[1]
         self.group = fit_group(self.columns, form.group or self.columns)
+        self.block = rounded_together(form.bits, self.group)
         self.inputs, self.rows = (2 * x.abs().clamp(min=1e-12).log() for x in (vectors, rows))
         self.input_power = inputs.square().mean(0).clamp(min=1e-12)
         self.row_power = rows.square().sum(0)
@@ -122,8 +124,9 @@ class Noise:
         read = (self.input_power / power.exp()).unflatten(0, (-1, self.group)).sum(1)
         error = self.row_share * (spread_steps * read).sum()
         if self.input_share:
-            steps = _largest(self.inputs, -power, self.columns).exp().mean()
-            error = error + self.input_share * steps * (self.row_power * power.exp()).sum()
+            steps = _largest(self.inputs, -power, self.block).exp().mean(0)
+            met = (self.row_power * power.exp()).unflatten(0, (-1, self.block)).sum(1)
+            error = error + self.input_share * (steps * met).sum()
         return error.log()
 
 

@@ -2,8 +2,8 @@
 
 `vpmaddubsw` adds two products of an unsigned and a signed byte and saturates at sixteen bits: 255 * 127 * 2 is too
 much. So int8 weights become signed again, then their magnitude, and activations take over their signs: 128 * 127 * 2 =
-32512 fits, and the sum is exact. An activation is never -128, which has no opposite; a weight may be. Codes of int4 are
-0..15, so that two such sums fit together; those of int7 are 0..127, of which one fits.
+32512 fits, and the sum is exact. An activation is never -128, which has no opposite; a weight may be. Codes of fewer
+bits are not negative, and several such sums fit together: eight of 4 bits, two of 6.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _dot_vnni(w: Writer, total: str, weights: str, four: str) -> str:
     )
 
 
-def _dot_codes_vnni(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
+def _dot_codes_vnni(w: Writer, total: str, codes: list[str], fours: list[str], _: int) -> str:
     for both in zip(codes, fours, strict=True):
         total = _dot_vnni(w, total, *both)
     return total
@@ -34,13 +34,16 @@ def _dot(w: Writer, total: str, weights: str, four: str) -> str:
     return _added(w, total, _call(w, "pmadd.ub.sw", size, turned, BYTES, PAIRS))
 
 
-def _dot_code(w: Writer, total: str, codes: str, four: str) -> str:
-    return _added(w, total, _call(w, "pmadd.ub.sw", codes, four, BYTES, PAIRS))
-
-
-def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
-    low, high = (_call(w, "pmadd.ub.sw", *both, BYTES, PAIRS) for both in zip(codes, fours, strict=True))
-    return _added(w, total, w.op("arith.addi", low, high, kind=PAIRS))
+def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str], bits: int) -> str:
+    most = 32767 // (2 * 127 * ((1 << bits) - 1))  # sums of two products that sixteen bits hold together
+    for first in range(0, len(codes), most):
+        some = slice(first, first + most)
+        pairs = [_call(w, "pmadd.ub.sw", *both, BYTES, PAIRS) for both in zip(codes[some], fours[some], strict=True)]
+        found = pairs[0]
+        for pair in pairs[1:]:
+            found = w.op("arith.addi", found, pair, kind=PAIRS)
+        total = _added(w, total, found)
+    return total
 
 
 def _added(w: Writer, total: str, pairs: str) -> str:
@@ -52,5 +55,5 @@ def _call(w: Writer, name: str, left: str, right: str, taken: str, result: str) 
     return w.let(f'llvm.call_intrinsic "llvm.x86.avx2.{name}"({left}, {right}) : ({taken}, {taken}) -> {result}')
 
 
-AVXVNNI = Registers(LANES, True, _dot_vnni, _dot_codes_vnni, _dot_vnni)
-AVX2 = Registers(LANES, False, _dot, _dot_codes, _dot_code)
+AVXVNNI = Registers(LANES, True, _dot_vnni, _dot_codes_vnni)
+AVX2 = Registers(LANES, False, _dot, _dot_codes)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from llmbuild.errors import ChoiceRefused
-from llmbuild.kernels import avx2, blocks, neon, products, short
+from llmbuild.kernels import avx2, integers, neon, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
-from llmbuild.spec.formats import BLOCKS, SHARED
+from llmbuild.spec.formats import INTEGERS, SHARED
 
 _PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
 _PAUSE_ARM = 'llvm.inline_asm has_side_effects "isb", "" : () -> ()'
@@ -16,31 +16,25 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl")
 _AVX2 = ("avx2", "fma", "f16c")
 _ARM = ("dotprod",)
 
+_INTEGERS = tuple(dict.fromkeys(family(form) for form in FORMATS if form in INTEGERS))
+"""The families of formats of integers, which one text of kernels serves."""
+
 KNOWN = (
     Instructions("avx512bf16", 16, 2, _PAUSE_X86, {
         "bf16": Kernel((*_AVX512, "avx512bf16"), products.ROW_TILE, products.pair_sums, True),
         SHARED: Kernel((*_AVX512, "avx512bf16"), products.ROW_TILE, products.pair_sums, True),
     }),
     Instructions("avx512", 16, 2, _PAUSE_X86, {
-        "int8": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int8_sums),
-        "int7": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int7_sums),
-        "int4": Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, products.int4_sums),
-        **dict.fromkeys(BLOCKS, Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, blocks.sums(products.AVX512))),
+        **dict.fromkeys(_INTEGERS, Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, integers.sums(products.AVX512))),
         "f16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         SHARED: Kernel(_AVX512, products.ROW_TILE, products.half_sums),
     }),
     Instructions("avxvnni", 8, 1, _PAUSE_X86, {
-        "int8": Kernel((*_AVX2, "avxvnni"), 4, short.int8_sums(avx2.AVXVNNI)),
-        "int7": Kernel((*_AVX2, "avxvnni"), 4, short.int7_sums(avx2.AVXVNNI)),
-        "int4": Kernel((*_AVX2, "avxvnni"), 4, short.int4_sums(avx2.AVXVNNI)),
-        **dict.fromkeys(BLOCKS, Kernel((*_AVX2, "avxvnni"), 4, blocks.sums(avx2.AVXVNNI))),
+        **dict.fromkeys(_INTEGERS, Kernel((*_AVX2, "avxvnni"), 4, integers.sums(avx2.AVXVNNI))),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
-        "int8": Kernel(_AVX2, 4, short.int8_sums(avx2.AVX2)),
-        "int7": Kernel(_AVX2, 4, short.int7_sums(avx2.AVX2)),
-        "int4": Kernel(_AVX2, 4, short.int4_sums(avx2.AVX2)),
-        **dict.fromkeys(BLOCKS, Kernel(_AVX2, 4, blocks.sums(avx2.AVX2))),
+        **dict.fromkeys(_INTEGERS, Kernel(_AVX2, 4, integers.sums(avx2.AVX2))),
         "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         SHARED: Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
@@ -49,10 +43,7 @@ KNOWN = (
         "int8": Kernel(("i8mm",), 4, neon.int8_sums_i8mm),
     }),
     Instructions("dotprod", 4, 1, _PAUSE_ARM, {
-        "int8": Kernel(_ARM, 4, short.int8_sums(neon.DOTPROD)),
-        "int7": Kernel(_ARM, 4, short.int7_sums(neon.DOTPROD)),
-        "int4": Kernel(_ARM, 4, short.int4_sums(neon.DOTPROD)),
-        **dict.fromkeys(BLOCKS, Kernel(_ARM, 4, blocks.sums(neon.DOTPROD))),
+        **dict.fromkeys(_INTEGERS, Kernel(_ARM, 4, integers.sums(neon.DOTPROD))),
         "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         SHARED: Kernel(_ARM, 4, short.half_sums(neon.LANES)),

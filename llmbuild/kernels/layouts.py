@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import gcd
 
-from llmbuild.spec.formats import BLOCKS, GROUPS, INTEGERS, SHARED, fit_group
+from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, fit_group
 
 PANEL, LINE, QUAD = 64, 64, 4
 PERIOD = 32
-"""Columns of `int7` that lie together: eight quads of codes in the bytes of seven. A block of GGUF has as many."""
+"""Columns that a matrix of integers has a multiple of: codes of any length fill whole bytes by then."""
 LIFT = 2.0**112
 """The exponent bits of `f12_e4m7` are read as the lowest of f32, so that all its numbers are 2^-112 of their own: what
 they are multiplied by makes up for it, and nothing is added to every weight.
 """
 
 HALVES = ("f16", "bf16")
-FORMATS = ("int8", *(f"int{bits}_g{group}" for bits in (7, 4) for group in GROUPS), *HALVES, SHARED, *BLOCKS)
+FORMATS = (
+    *(n for n, f in INTEGERS.items() if f.symmetric and not f.is_block and (f.bits < 8 or not f.group)),
+    *HALVES,
+    SHARED,
+    *BLOCKS,
+)
 """Formats that our kernels read."""
 
 
@@ -25,21 +31,81 @@ def up_to(size: int, multiple: int) -> int:
 
 
 def family(form: str) -> str:
-    """Return what kernels tell formats apart by: `int4` and `int7` whatever their groups."""
+    """Return what kernels tell formats apart by: `int4` or `int7` whatever its groups."""
     return f"int{INTEGERS[form].bits}" if form in INTEGERS and form not in BLOCKS else form
+
+
+def rounded_together(bits: int, group: int) -> int:
+    """Return how many columns of activations are rounded to bytes with one scale, a part of the weights' group or all.
+
+    One large number makes the step of all others in its block coarse: 32 columns as in the blocks of GGUF, or 64 for
+    codes of 5 bits and fewer, beside whose own error that of the activations is small.
+    """
+    return fit_group(group, 32 if bits > 5 else 64)
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Bits of a code: `count` of them, from bit `place` of it on, that are stored from bit `start` of a byte on."""
+
+    byte: int
+    start: int
+    count: int
+    place: int
+
+    @property
+    def mask(self) -> int:
+        """So many ones."""
+        return (1 << self.count) - 1
+
+
+@dataclass(frozen=True)
+class Codes:
+    """How codes of so many bits lie in bytes: some quads of columns together, the first ones in the lower bits of a
+    byte each.
+
+    The bits above these, taken byte after byte from the lowest on, are one string: the codes of the other quads.
+    """
+
+    bits: int
+
+    @property
+    def bytes_(self) -> int:
+        """Bytes for the columns of a quad's place that lie together."""
+        return self.bits // gcd(8, self.bits)
+
+    @property
+    def quads(self) -> int:
+        """Quads that lie together."""
+        return 8 // gcd(8, self.bits)
+
+    @property
+    def columns(self) -> int:
+        """Columns that lie together."""
+        return QUAD * self.quads
+
+    def pieces(self, quad: int) -> tuple[Bits, ...]:
+        """Return where the bits of a quad's codes lie."""
+        if quad < self.bytes_:
+            return (Bits(quad, 0, self.bits, 0),)
+        found, spare, done = [], 8 - self.bits, 0
+        while done < self.bits:
+            byte, used = divmod((quad - self.bytes_) * self.bits + done, spare)
+            count = min(spare - used, self.bits - done)
+            found.append(Bits(byte, self.bits + used, count, done))
+            done += count
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A matrix of so many columns, a multiple of 16 (for `int7` and the blocks of GGUF of 32), in a format.
+    """A matrix of so many columns, a multiple of 16 or, of integers, of 32, in a format.
 
     A panel's data are
 
-    - `int8` and `q8_0`: bytes (code + 128) `[K/4][64][4]`;
-    - `int7`: bytes `[K/32][7][64][4]`, codes + 64, of columns 32j+4i..32j+4i+3 in the lower bits of the i-th, and bit i
-      of the codes of 32j+28..32j+31 above them;
-    - `int4` and `q4_0`: bytes `[K/8][64][4]`, codes + 8, of columns 8j..8j+3 in the low halves, 8j+4..8j+7 above them;
-    - `q4_1`: the same with codes as they are, 0..15;
+    - of integers: bytes `[K/(4*quads)][bytes][64][4]`, as `Codes` says, of codes that the `offset` is added to. So
+      `int8` and `q8_0` are `[K/4][64][4]`, and `int4`, `q4_0` and `q4_1` are `[K/8][64][4]`, columns 8j..8j+3 in the
+      low halves, 8j+4..8j+7 above them;
     - `f16`: `[K][64]`; `bf16`: `[K/2][64][2]`;
     - `f12_e4m7`: `[K/8][3][64]` of 32 bits, of columns 8j+2i and 8j+2i+1 in the i-th: sign in bit 15, code in 10..0.
       8j+6 and 8j+7 are, in these bits, the exclusive or of the three shifted right by 4, by 8, and rotated right by 12;
@@ -54,11 +120,8 @@ class Layout:
     - as f32`[K]` for f16 and bf16, or bf16`[K]` where it is `narrow`;
     - for `f12_e4m7` as a line with a power of two, f32, and then f32`[K]` divided by it and multiplied by `LIFT`, or
       bf16`[K]` where it is `narrow`;
-    - for `int8` as a line with a scale, f32, and the sum of the bytes, i32, and then signed bytes `[K]`;
-    - for `int4` as a line with a scale, lines with the sum of each group's bytes times -8, i32, and then bytes;
-    - for `int7` as lines with a scale for each group, lines with their sums times -64, and then bytes;
-    - for `q8_0` and `q4_0` likewise, with sums times -128 and -8, i32;
-    - for `q4_1` likewise, with sums times the group's scale, f32.
+    - for integers as lines with a scale for each block of columns, f32, lines with the sum of each block's bytes times
+      minus the offset, i32, and then signed bytes `[K]`; where groups have a minimum, sums are times the scale, f32.
     """
 
     form: str
@@ -115,9 +178,9 @@ class Layout:
         return -INTEGERS[self.form].lowest
 
     @property
-    def in_groups(self) -> bool:
-        """Whether activations are rounded in the groups of the weights."""
-        return self.is_block or self.family == "int7"
+    def codes(self) -> Codes:
+        """How the codes of integers lie."""
+        return Codes(INTEGERS[self.form].bits)
 
     @property
     def by_row(self) -> bool:
@@ -125,14 +188,14 @@ class Layout:
         return self.groups == 1 and not self.is_block
 
     @property
-    def rounded(self) -> int:
+    def block(self) -> int:
         """Columns of activations that are rounded to bytes with one scale; 0 where none are."""
-        return 0 if self.is_real else self.group if self.in_groups else self.columns
+        return 0 if self.is_real else rounded_together(self.codes.bits, self.group)
 
     @property
-    def is_nibble(self) -> bool:
-        """Whether two codes share a byte."""
-        return self.form in INTEGERS and INTEGERS[self.form].bits == 4
+    def blocks(self) -> int:
+        """Scales of a row of activations; 0 where it is not rounded to bytes."""
+        return 0 if self.is_real else self.columns // self.block
 
     @property
     def element(self) -> str:
@@ -152,9 +215,9 @@ class Layout:
     @property
     def panel_elements(self) -> int:
         """Stored elements of one panel."""
-        size = PANEL * self.columns
-        eighths = 12 if self.is_shared else 4 if self.is_nibble else 7 if self.family == "int7" else 8
-        return size * eighths // 8
+        if self.is_half:
+            return PANEL * self.columns
+        return PANEL * self.columns * (12 if self.is_shared else self.codes.bits) // 8
 
     @property
     def panel_bytes(self) -> int:
@@ -168,13 +231,13 @@ class Layout:
 
     @property
     def sums_bytes(self) -> int:
-        """Bytes of the sums of groups before a prepared row's own bytes."""
-        return up_to(4 * self.groups, LINE) if self.is_nibble or self.in_groups else 0
+        """Bytes of the sums of blocks before a prepared row's own bytes."""
+        return up_to(4 * self.blocks, LINE)
 
     @property
     def factors_bytes(self) -> int:
         """Bytes of what a prepared row is scaled by, at its begin."""
-        return 0 if self.is_half else up_to(4 * self.groups, LINE) if self.in_groups else LINE
+        return LINE if self.is_shared else up_to(4 * self.blocks, LINE)
 
     @property
     def prepared_bytes(self) -> int:

@@ -4,11 +4,12 @@ multiplication.
 
 from __future__ import annotations
 
+from llmbuild.kernels import integers
 from llmbuild.kernels.instructions import Sums
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.layouts import PANEL, QUAD, Layout
 from llmbuild.kernels.short import LANES as BLOCK
-from llmbuild.kernels.short import Registers, int8_sums, joined
-from llmbuild.kernels.text import I32, Writer
+from llmbuild.kernels.short import Registers, joined
+from llmbuild.kernels.text import Writer
 
 LANES = 4
 INTEGERS, BYTES, EIGHT, REALS = "vector<4xi32>", "vector<16xi8>", "vector<8xi8>", "vector<4xf32>"
@@ -22,7 +23,7 @@ def _usdot(w: Writer, total: str, weights: str, four: str) -> str:
     return _call(w, "usdot.v4i32.v16i8", total, weights, four)
 
 
-def _sdot_codes(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
+def _sdot_codes(w: Writer, total: str, codes: list[str], fours: list[str], _: int) -> str:
     for both in zip(codes, fours, strict=True):
         total = _sdot(w, total, *both)
     return total
@@ -33,10 +34,12 @@ def _call(w: Writer, name: str, total: str, left: str, right: str) -> str:
     return w.let(f'llvm.call_intrinsic "llvm.aarch64.neon.{name}"({total}, {left}, {right}) : {kinds}')
 
 
-DOTPROD = Registers(LANES, False, _sdot, _sdot_codes, _sdot)
-I8MM = Registers(LANES, True, _usdot, _sdot_codes, _sdot)
+DOTPROD = Registers(LANES, False, _sdot, _sdot_codes)
+I8MM = Registers(LANES, True, _usdot, _sdot_codes)
 
-_one_row = int8_sums(I8MM)
+_one_row = integers.sums(I8MM)
+SHARING = 2
+"""Registers of a panel that several rows take at a time: their sums, exact and in f32, stay in registers."""
 
 
 def int8_sums_i8mm(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
@@ -47,36 +50,56 @@ def int8_sums_i8mm(w: Writer, layout: Layout, data: str, scales: str, rows: list
     """
     if len(rows) == 1:
         return _one_row(w, layout, data, scales, rows)
-    blocks = [_block(w, layout, w.at(data, LINE * b), rows) for b in range(PANEL // BLOCK)]
-    return [[block[r] for block in blocks] for r in range(len(rows))]
+    passes = [
+        _one_pass(w, layout, data, rows, range(first, first + SHARING)) for first in range(0, PANEL // LANES, SHARING)
+    ]
+    each = BLOCK // LANES
+    flat = [[register for part in passes for register in part[r]] for r in range(len(rows))]
+    return [[joined(w, LANES, row[i : i + each]) for i in range(0, len(row), each)] for row in flat]
 
 
-def _block(w: Writer, layout: Layout, data: str, rows: list[str]) -> list[str]:
-    """Return the sums f32[16] of each row with one block."""
-    pairs, outputs = len(rows) // 2, BLOCK // 2
+def _one_pass(w: Writer, layout: Layout, data: str, rows: list[str], registers: range) -> Sums:
+    """Return the sums f32[4] of each row with some of a panel's registers."""
+    pairs = len(rows) // 2
 
-    def body(k: str, *old: str) -> list[str]:
-        step, new = w.at(data, w.mul(k, PANEL)), list(old)
-        x = [_two_rows(w, [w.at(row, w.add(k, LINE)) for row in rows[2 * p : 2 * p + 2]]) for p in range(pairs)]
-        for i in range(0, outputs, 2):
-            quads = [w.load(w.at(step, side * QUAD * PANEL + 8 * i), INTEGERS, 16) for side in range(2)]
+    def body(index: str, *old: str) -> list[str]:
+        stored = w.at(data, w.mul(index, layout.panel_bytes // layout.blocks))
+        exact = _exact(w, layout, stored, rows, registers, index)
+        new = []
+        for p in range(pairs):
+            scale = _two(w, [w.at(row, w.mul(index, 4)) for row in rows[2 * p : 2 * p + 2]], REALS)
+            mine = slice(2 * p * len(registers), 2 * (p + 1) * len(registers))
+            reals = [w.cast("arith.sitofp", total, INTEGERS, REALS) for total in exact[mine]]
+            new += [w.op("math.fma", r, scale, total, kind=REALS) for r, total in zip(reals, old[mine], strict=True)]
+        return new
+
+    carried = [(w.lanes(0.0, REALS), REALS)] * (2 * pairs * len(registers))
+    sums, found = w.loop(0, layout.blocks, 1, body, carried), []
+    for p in range(pairs):
+        mine = sums[2 * p * len(registers) : 2 * (p + 1) * len(registers)]
+        for order in ([0, 2, 4, 6], [1, 3, 5, 7]):
+            both = zip(mine[::2], mine[1::2], strict=True)
+            found.append([w.let(f"vector.shuffle {one}, {other} {order} : {REALS}, {REALS}") for one, other in both])
+    return found
+
+
+def _exact(w: Writer, layout: Layout, data: str, rows: list[str], registers: range, index: str) -> list[str]:
+    """Return the exact sums of a block, two outputs by two rows each, by pairs of rows and then of outputs."""
+    pairs, outputs = len(rows) // 2, 2 * len(registers)
+    values = [w.at(row, w.add(w.mul(index, layout.block), layout.header_bytes)) for row in rows]
+    starts = [w.at(row, layout.factors_bytes, w.mul(index, 4)) for row in rows]
+    found = [_two(w, starts[2 * p : 2 * p + 2], INTEGERS) for p in range(pairs) for _ in range(outputs)]
+    for column in range(0, layout.block, 2 * QUAD):
+        x = [_two_rows(w, [w.at(value, column) for value in values[2 * p : 2 * p + 2]]) for p in range(pairs)]
+        for i, register in enumerate(registers):
+            places = [(column + side * QUAD) * PANEL + QUAD * LANES * register for side in range(2)]
+            quads = [w.load(w.at(data, place), INTEGERS, 16) for place in places]
             for half, order in enumerate(([0, 4, 1, 5], [2, 6, 3, 7])):
                 turned = w.let(f"vector.shuffle {quads[0]}, {quads[1]} {order} : {INTEGERS}, {INTEGERS}")
                 weights = w.cast("vector.bitcast", turned, INTEGERS, BYTES)
                 for p in range(pairs):
-                    place = p * outputs + i + half
-                    new[place] = _call(w, "usmmla.v4i32.v16i8", old[place], weights, x[p])
-        return new
-
-    starts = [_two_starts(w, rows[2 * p : 2 * p + 2]) for p in range(pairs)]
-    sums = w.loop(0, layout.columns, 2 * QUAD, body, [(start, INTEGERS) for start in starts for _ in range(outputs)])
-    found = []
-    for p in range(pairs):
-        reals = [w.cast("arith.sitofp", s, INTEGERS, REALS) for s in sums[p * outputs : (p + 1) * outputs]]
-        for order in ([0, 2, 4, 6], [1, 3, 5, 7]):
-            both = zip(reals[::2], reals[1::2], strict=True)
-            parts = [w.let(f"vector.shuffle {one}, {other} {order} : {REALS}, {REALS}") for one, other in both]
-            found.append(joined(w, LANES, parts))
+                    place = p * outputs + 2 * i + half
+                    found[place] = _call(w, "usmmla.v4i32.v16i8", found[place], weights, x[p])
     return found
 
 
@@ -86,8 +109,7 @@ def _two_rows(w: Writer, pointers: list[str]) -> str:
     return w.let(f"vector.shuffle {one}, {other} {list(range(16))} : {EIGHT}, {EIGHT}")
 
 
-def _two_starts(w: Writer, rows: list[str]) -> str:
-    """Return what takes the 128 off again that were added to the weights: two rows in turn."""
-    one, other = (w.op("arith.muli", w.load(w.at(row, 4), I32), w.constant("-128", I32), kind=I32) for row in rows)
-    wide = w.splat(one, INTEGERS), w.splat(other, INTEGERS)
-    return w.let(f"vector.shuffle {wide[0]}, {wide[1]} [0, 4, 1, 5] : {INTEGERS}, {INTEGERS}")
+def _two(w: Writer, pointers: list[str], kind: str) -> str:
+    """Return the numbers of two rows in turn."""
+    one, other = (w.splat(w.load(pointer, kind[-4:-1]), kind) for pointer in pointers)
+    return w.let(f"vector.shuffle {one}, {other} [0, 4, 1, 5] : {kind}, {kind}")

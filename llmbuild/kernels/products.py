@@ -1,4 +1,4 @@
-"""Matrix products for AVX-512: prepare rows of activations, multiply them by a panel of weights in each format.
+"""Matrix products: prepare rows of activations, multiply them by a panel of weights; sums for AVX-512.
 
 Integers meet in `vpdpbusd`, which adds four products of unsigned weights and signed activations per lane without
 saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x). Floating-point weights are widened to f32.
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
-from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, QUAD, Layout
+from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
 from llmbuild.kernels.short import Registers
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
@@ -23,7 +23,6 @@ ROW_TILE = 6
 """
 ROUNDER, ROUNDER_BITS = 12582912.0, 0x4B400000
 """1.5 * 2^23: added to a small f32 it leaves the nearest integer in the low bits."""
-SHORTS = "vector<16xi16>"
 BRAINS = "vector<32xbf16>"
 """Pairs of bf16."""
 
@@ -41,7 +40,7 @@ class Panels:
 def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     """Write a row of activations as the layout wants it.
 
-    Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`.
+    Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`, of the block of columns.
     """
     if layout.is_shared:
         shared.prepare(w, layout, source, row)
@@ -50,30 +49,15 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
         w.loop(0, layout.columns, LANES, lambda i: _copy(w, layout, source, row, i))
         return
 
-    if layout.in_groups:
-
-        def group(index: str) -> list[str]:
-            first = w.mul(index, layout.group)
-            last = w.add(first, layout.group)
-            factor = _factor(w, source, first, last, w.at(row, w.mul(index, 4)))
-            total = _rounded(w, layout, source, first, last, factor, row)
-            _store_start(w, layout, total, row, index)
-            return []
-
-        w.loop(0, layout.groups, 1, group)
-        return
-    factor = _factor(w, source, 0, layout.columns, row)
-    if not layout.is_nibble:
-        w.store(_rounded(w, layout, source, 0, layout.columns, factor, row), w.at(row, 4), I32)
-        return
-
-    def sum_of_group(index: str) -> list[str]:
-        first = w.mul(index, layout.group)
-        total = _rounded(w, layout, source, first, w.add(first, layout.group), factor, row)
+    def block(index: str) -> list[str]:
+        first = w.mul(index, layout.block)
+        last = w.add(first, layout.block)
+        factor = _factor(w, source, first, last, w.at(row, w.mul(index, 4)))
+        total = _rounded(w, layout, source, first, last, factor, row)
         _store_start(w, layout, total, row, index)
         return []
 
-    w.loop(0, layout.groups, 1, sum_of_group)
+    w.loop(0, layout.blocks, 1, block)
 
 
 def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, target: str) -> str:
@@ -104,16 +88,14 @@ def _rounded(
     return w.total(total, VI)
 
 
-def _store_start(w: Writer, layout: Layout, total: str, row: str, group: str) -> None:
-    """Store what takes the offset of a group's codes off again, or what the group's minimum is multiplied by."""
-    place = w.at(row, layout.factors_bytes, w.mul(group, 4))
+def _store_start(w: Writer, layout: Layout, total: str, row: str, block: str) -> None:
+    """Store what takes the offset of a block's codes off again, or what the group's minimum is multiplied by."""
+    place = w.at(row, layout.factors_bytes, w.mul(block, 4))
     if layout.has_minimum:
-        scale = w.load(w.at(row, w.mul(group, 4)), F32)
+        scale = w.load(w.at(row, w.mul(block, 4)), F32)
         w.store(w.op("arith.mulf", w.cast("arith.sitofp", total, I32, F32), scale, kind=F32), place, F32)
         return
-    offset = w.constant(str(-layout.offset), I32)
-    start = w.op("arith.muli", total, offset, kind=I32)
-    w.store(start, place, I32)
+    w.store(w.op("arith.muli", total, w.constant(str(-layout.offset), I32), kind=I32), place, I32)
 
 
 def _copy(w: Writer, layout: Layout, source: Reader, row: str, index: str) -> list[str]:
@@ -151,8 +133,7 @@ def multiply_panel(
 def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks: list[str]) -> list[str]:
     """Return the sums of one row times what scales are left for the end, plus the biases."""
     layout, reals = panels.layout, []
-    done = layout.is_half or (layout.in_groups and not layout.by_row)
-    whole = None if done else w.splat(w.load(row, F32))
+    whole = w.splat(w.load(row, F32)) if layout.is_shared else None
     for b, block in enumerate(blocks):
         factor = whole
         if layout.by_row:
@@ -178,116 +159,13 @@ def _dot(w: Writer, total: str, unsigned: str, signed: str) -> str:
     )
 
 
-def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str]) -> str:
+def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str], _: int) -> str:
     for both in zip(codes, fours, strict=True):
         total = _dot(w, total, *both)
     return total
 
 
-AVX512 = Registers(LANES, True, _dot, _dot_codes, _dot)
-
-
-def _quad(w: Writer, pointer: str) -> str:
-    """Return four signed bytes, in every lane."""
-    return w.cast("vector.bitcast", w.splat(w.load(pointer, I32, 4), VI), VI, BYTES)
-
-
-def int8_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for int8."""
-
-    def body(k: str, *sums: str) -> list[str]:
-        quad = w.at(data, w.mul(k, PANEL))
-        blocks = [w.load(w.at(quad, b * LINE), BYTES, LINE) for b in range(BLOCKS)]
-        fours = [_quad(w, w.at(row, w.add(k, LINE))) for row in rows]
-        return [_dot(w, sums[r * BLOCKS + b], block, x) for r, x in enumerate(fours) for b, block in enumerate(blocks)]
-
-    flat = w.loop(0, layout.columns, QUAD, body, [(w.lanes(0, VI), VI)] * (len(rows) * BLOCKS))
-    reals = []
-    for row, blocks in zip(rows, _rows(flat), strict=True):
-        total = w.load(w.at(row, 4), I32)
-        shift = w.splat(w.op("arith.muli", total, w.constant("128", I32), kind=I32), VI)
-        reals.append([w.cast("arith.sitofp", w.op("arith.subi", b, shift, kind=VI), VI, VF) for b in blocks])
-    return reals
-
-
-def int4_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for int4."""
-    return _group_sums(w, layout, data, scales, rows, 2 * QUAD, _two_quads)
-
-
-def int7_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for int7."""
-    return _group_sums(w, layout, data, scales, rows, PERIOD, _eight_quads)
-
-
-Quads = Callable[[Writer, str], Iterator[list[str]]]
-"""Takes a pointer to columns of a panel that lie together; yields the four blocks' codes of four columns each."""
-
-
-def _two_quads(w: Writer, data: str) -> Iterator[list[str]]:
-    low, four = w.constant("dense<15>", BYTES), w.constant("dense<4>", VI)
-    loaded = [w.load(w.at(data, b * LINE), VI, LINE) for b in range(BLOCKS)]
-    for half in range(2):
-        shifted = [w.op("arith.shrui", block, four, kind=VI) if half else block for block in loaded]
-        yield [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), low, kind=BYTES) for s in shifted]
-
-
-def _eight_quads(w: Writer, data: str) -> Iterator[list[str]]:
-    lower, last = w.constant("dense<127>", BYTES), [w.constant("dense<0>", BYTES)] * BLOCKS
-    for i in range(PERIOD // QUAD - 1):
-        loaded = [w.load(w.at(data, i * QUAD * PANEL + b * LINE), VI, LINE) for b in range(BLOCKS)]
-        yield [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), lower, kind=BYTES) for s in loaded]
-        moved = [w.op("arith.shrui", block, w.lanes(7 - i, VI), kind=VI) for block in loaded]
-        bit = w.constant(f"dense<{1 << i}>", BYTES)
-        bits = [w.op("arith.andi", w.cast("vector.bitcast", s, VI, BYTES), bit, kind=BYTES) for s in moved]
-        last = [w.op("arith.ori", *both, kind=BYTES) for both in zip(last, bits, strict=True)]
-    yield last
-
-
-def _group_sums(w: Writer, layout: Layout, data: str, scales: str, rows: list[str], step: int, quads: Quads) -> Sums:
-    def products(group: str) -> list[str]:
-        """Return the exact sums of a group: they start from what the codes' offset adds too much."""
-        starts = [w.splat(w.load(w.at(row, layout.factors_bytes, w.mul(group, 4)), I32), VI) for row in rows]
-
-        def body(k: str, *sums: str) -> list[str]:
-            stored, new = w.at(data, w.mul(k, layout.panel_bytes // layout.columns)), list(sums)
-            places = [w.at(row, w.add(k, layout.header_bytes)) for row in rows]
-            for quad, codes in enumerate(quads(w, stored)):
-                for r, place in enumerate(places):
-                    x = _quad(w, w.at(place, quad * QUAD))
-                    for b, block in enumerate(codes):
-                        new[r * BLOCKS + b] = _dot(w, new[r * BLOCKS + b], block, x)
-            return new
-
-        first = w.mul(group, layout.group)
-        carried = [(start, VI) for start in starts for _ in range(BLOCKS)]
-        sums = w.loop(first, w.add(first, layout.group), step, body, carried)
-        return [w.cast("arith.sitofp", s, VI, VF) for s in sums]
-
-    if layout.groups == 1:
-        return _rows(products(w.integer(0)))
-
-    def grouped(group: str, *totals: str) -> list[str]:
-        exact, at = products(group), w.at(scales, w.mul(group, 2 * PANEL))
-        shared_by_rows = [_widened(w, w.load(w.at(at, 2 * b * LANES), SHORTS, 2 * LANES)) for b in range(BLOCKS)]
-        factors = [factor for row in rows for factor in _of_row(w, layout, row, group, shared_by_rows)]
-        return [w.op("math.fma", *term) for term in zip(exact, factors, totals, strict=True)]
-
-    return _rows(w.loop(0, layout.groups, 1, grouped, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
-
-
-def _of_row(w: Writer, layout: Layout, row: str, group: str, factors: list[str]) -> list[str]:
-    """Return the scales of a group's weights, times that of a row's group where there is one."""
-    if not layout.in_groups:
-        return factors
-    own = w.splat(w.load(w.at(row, w.mul(group, 4)), F32))
-    return [w.op("arith.mulf", factor, own) for factor in factors]
-
-
-def _widened(w: Writer, shorts: str) -> str:
-    """Return bf16 as f32."""
-    bits = w.op("arith.shli", w.cast("arith.extui", shorts, SHORTS, VI), w.lanes(16, VI), kind=VI)
-    return w.cast("arith.bitcast", bits, VI, VF)
+AVX512 = Registers(LANES, True, _dot, _dot_codes)
 
 
 def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, family, up_to
-from llmbuild.spec.formats import BLOCKS
+from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, up_to
+from llmbuild.spec.formats import INTEGERS
 
 HALF_PANEL, LANES = 32, 16
 NORMS = {"qkv": "norm1", "gate_up": "norm2"}
@@ -16,7 +16,7 @@ HEAD_NORMS = ("query_norm", "key_norm")
 
 def multiple(*formats: str) -> int:
     """Return what widths are rounded up to for matrices in these formats: columns beyond a width are zero."""
-    return PERIOD if {"int7", *BLOCKS}.intersection(map(family, formats)) else LANES
+    return PERIOD if {*INTEGERS}.intersection(formats) else LANES
 
 
 @dataclass(frozen=True)

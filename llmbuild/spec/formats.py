@@ -24,7 +24,7 @@ class Format:
     """
 
     bits: int
-    """8, 7 or 4: codes are -128..127, -64..63 or -8..7; 0..15 above a minimum."""
+    """3 to 8: codes are -4..3 to -128..127; of 4 bits above a minimum 0..15."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
@@ -40,6 +40,14 @@ class Format:
         return self.scale == "f16"
 
     @property
+    def has_sides(self) -> bool:
+        """Whether scales may be negative: of symmetric codes so few that the lowest one, which has no opposite, counts.
+
+        The blocks of GGUF have rules of their own.
+        """
+        return self.symmetric and self.bits < 8 and not self.is_block
+
+    @property
     def lowest(self) -> int:
         """The lowest code."""
         return 0 if self.minimum else -(1 << (self.bits - 1))
@@ -53,8 +61,7 @@ class Format:
 INTEGERS: dict[str, Format] = {
     "int8": Format(8),
     **{f"int8_g{group}": Format(8, group) for group in GROUPS},
-    **{f"int7_g{group}": Format(7, group) for group in GROUPS},
-    **{f"int4_g{group}": Format(4, group) for group in GROUPS},
+    **{f"int{bits}_g{group}": Format(bits, group) for bits in (7, 6, 5, 4, 3) for group in GROUPS},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
     "q8_0": Format(8, 32, scale="f16"),
     "q4_0": Format(4, 32, scale="f16"),

@@ -11,7 +11,7 @@ from operator import itemgetter
 import numpy as np
 
 from llmbuild.spec.formats import Format
-from llmbuild.transform.quantized import Quantized, Steps, by_group, full_range, group_of, matrix
+from llmbuild.transform.quantized import Quantized, Steps, by_group, closest_range, full_range, group_of, matrix
 from llmbuild.transform.quantized import nearest as nearest_codes
 from llmbuild.transform.weights import Array
 
@@ -51,6 +51,8 @@ def nearest(dense: Array, weight: Array, form: Format) -> Quantized:
 
 def fitting_range(dense: Array, weight: Array, form: Format) -> Steps:
     """Return the steps of the least squared error, where column k counts `weight` f32[K] times."""
+    if form.has_sides:
+        return closest_range(dense, form, weight, SHRINKS[1:])
     found = full_range(dense, form)
     group = group_of(dense.shape[1], form)
     parts, shares = by_group(dense, group), by_group(weight[None], group)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmbuild.kernels.layouts import PERIOD, Layout
+from llmbuild.kernels.layouts import QUAD, Layout
 from llmbuild.spec.formats import INTEGERS, SHARED
 from llmbuild.transform import shared_exponent as shared
 from llmbuild.transform.quantized import Quantized, pad_columns, quantize, split_groups
@@ -14,11 +14,9 @@ from llmbuild.transform.weights import (
     PANEL,
     Array,
     from_bf16,
-    pack_quads,
     pad_rows,
     pad_width,
     to_bf16,
-    unpack_quads,
 )
 
 
@@ -76,7 +74,7 @@ def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
         raise ValueError(f"{layout.form}: weights have other scales or minima than the layout")
     if weights.group != layout.group or weights.bits != form.bits:
         raise ValueError(f"{layout.form}: weights in groups of {weights.group} where the layout has {layout.group}")
-    data = {4: _pack_nibbles, 7: _pack_sevens, 8: _pack_bytes}[form.bits](weights.codes, layout.offset)
+    data = pack_codes(layout, weights.codes)
     scale = pad_rows(weights.scale.astype(np.float32))
     if layout.is_block:
         stored = [scale] if weights.minimum is None else [scale, pad_rows(weights.minimum)]
@@ -99,13 +97,8 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
     elif layout.is_shared:
         bytes_ = data.view(np.uint8).reshape(panels, layout.columns // 8, 3, PANEL, 4).transpose(0, 3, 1, 2, 4)
         values = shared.values(shared.unpack_codes(bytes_)).reshape(panels * PANEL, layout.columns)
-    elif layout.is_nibble:
-        values = (_unpack_nibbles(data.view(np.uint8), panels, layout.columns) - layout.offset).astype(np.float32)
-    elif layout.family == "int7":
-        values = _unpack_sevens(data.view(np.uint8), panels, layout.columns).astype(np.float32)
     else:
-        quads = data.view(np.uint8).reshape(panels, layout.columns // 4, 4, 16, 4)
-        values = unpack_quads(quads, panels * PANEL).astype(np.float32)
+        values = unpack_codes(layout, data.view(np.uint8)).astype(np.float32)
     if layout.by_row:
         return values, scale.view(np.float32)
     if layout.is_block:
@@ -119,31 +112,24 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
     return values, np.ones(panels * PANEL, np.float32)
 
 
-def _pack_bytes(codes: Array, _: int) -> Array:
-    return pack_quads(codes)
+def pack_codes(layout: Layout, codes: Array) -> Array:
+    """Return bytes u8[N/64, K/(4*quads), bytes, 64, 4] of codes int8[N,K] as the layout has them."""
+    of = layout.codes
+    shifted = (pad_rows(codes).astype(np.int16) + layout.offset).astype(np.uint8)
+    quads = shifted.reshape(-1, PANEL, codes.shape[1] // of.columns, of.quads, QUAD)
+    stored = np.zeros((*quads.shape[:3], of.bytes_, QUAD), np.uint8)
+    for number in range(of.quads):
+        for bits in of.pieces(number):
+            stored[..., bits.byte, :] |= (quads[..., number, :] >> bits.place & bits.mask) << bits.start
+    return np.ascontiguousarray(stored.transpose(0, 2, 3, 1, 4))
 
 
-def _pack_sevens(codes: Array, offset: int) -> Array:
-    """Return bytes u8[N/64, K/32, 7, 64, 4] of codes in -64..63: seven quads, and the bits of the eighth above them."""
-    quads = (pad_rows(codes) + offset).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // PERIOD, 8, 4)
-    bits = quads[:, :, :, 7:] >> np.arange(7, dtype=np.uint8)[:, None] & 1
-    return np.ascontiguousarray((quads[:, :, :, :7] | bits << 7).transpose(0, 2, 3, 1, 4))
-
-
-def _unpack_sevens(data: Array, panels: int, columns: int) -> Array:
-    stored = data.reshape(panels, columns // PERIOD, 7, PANEL, 4).transpose(0, 3, 1, 2, 4)
-    last = (stored >> 7 << np.arange(7, dtype=np.uint8)[:, None]).sum(axis=3, keepdims=True, dtype=np.uint8)
-    both = np.concatenate([stored & 127, last], axis=3)
-    return both.reshape(panels * PANEL, columns).astype(np.int8) - 64
-
-
-def _pack_nibbles(codes: Array, offset: int) -> Array:
-    """Return bytes u8[N/64, K/8, 64, 4]: columns 8j..8j+3 in the low halves, 8j+4..8j+7 above, none negative."""
-    shifted = (pad_rows(codes) + offset).astype(np.uint8).reshape(-1, PANEL, codes.shape[1] // 8, 2, 4)
-    return np.ascontiguousarray((shifted[:, :, :, 0] | shifted[:, :, :, 1] << 4).transpose(0, 2, 1, 3))
-
-
-def _unpack_nibbles(data: Array, panels: int, columns: int) -> Array:
-    pairs = data.reshape(panels, columns // 8, PANEL, 4).transpose(0, 2, 1, 3)
-    both = np.stack([pairs & 15, pairs >> 4], axis=3)
-    return both.reshape(panels * PANEL, columns).astype(np.int8)
+def unpack_codes(layout: Layout, data: Array) -> Array:
+    """Return the codes int16[N,K] of what `pack_codes` made, given as bytes; rows that were added are there."""
+    of = layout.codes
+    stored = data.reshape(-1, layout.columns // of.columns, of.bytes_, PANEL, QUAD).transpose(0, 3, 1, 2, 4)
+    quads = np.zeros((*stored.shape[:3], of.quads, QUAD), np.uint8)
+    for number in range(of.quads):
+        for bits in of.pieces(number):
+            quads[..., number, :] |= (stored[..., bits.byte, :] >> bits.start & bits.mask) << bits.place
+    return quads.reshape(-1, layout.columns).astype(np.int16) - layout.offset

@@ -12,6 +12,9 @@ from llmbuild.spec.formats import Format, fit_group
 from llmbuild.transform import blocks
 from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
+SPOTS = (-0.9, -0.45, 0.0, 0.45, 0.9)
+"""Codes beside the lowest one that the farthest weight of a group is tried at; more of them win 0.02 dB."""
+
 LEAST_WEIGHT = 2.0**-100
 """A group with nothing larger is zero: scales of it would leave the normal numbers of f32."""
 
@@ -53,8 +56,8 @@ class Steps:
 class Quantized:
     """A matrix `[N, K]`: `(codes - zero) * scale + minimum`, with those of the column's group.
 
-    `codes` are int8[N,K] in -8..7 for 4 bits (in 0..15 above a minimum) and in -128..127 for 8; `scale` is
-    f32[N,K/group], positive. `zero` is f32 of the same shape, integers within the range of the codes, or None where it
+    `codes` are int8[N,K], those that the form has; `scale` is f32[N,K/group], not 0, and positive for 8 bits and beside
+    zeros. `zero` is f32 of the same shape, integers within the range of the codes, or None where it
     is 0 throughout. Scales of groups smaller than a row, and those beside zeros, are numbers that bf16 holds exactly,
     and are stored so.
 
@@ -116,7 +119,7 @@ def round_up_to_bf16(x: Array) -> Array:
 
 
 def full_range(dense: Array, form: Format, shrink: float = 1.0) -> Steps:
-    """Return steps that reach the largest and the smallest weight of each group.
+    """Return steps of 8 bits, with zeros, or of blocks, that reach the largest and the smallest weight of each group.
 
     With `shrink` below 1 they reach that part of it only, and what lies beyond is clipped. Scales of groups are rounded
     up to bf16, so that rounding them clips nothing; those of blocks to the nearest f16. In a row that ends in a short
@@ -130,12 +133,7 @@ def full_range(dense: Array, form: Format, shrink: float = 1.0) -> Steps:
     high = np.maximum(parts.max(axis=2), 0).astype(np.float64) * shrink
     low = np.minimum(parts.min(axis=2), 0).astype(np.float64) * shrink
     bottom, top = form.lowest, form.highest
-    if not form.symmetric:
-        wanted = (high - low) / (top - bottom)
-    elif form.bits == 8:
-        wanted = np.maximum(high, -low) / top
-    else:  # with so few codes, the one that only negative numbers have counts
-        wanted = np.maximum(high / top, low / bottom)
+    wanted = np.maximum(high, -low) / top if form.symmetric else (high - low) / (top - bottom)
     empty = np.maximum(high, -low) <= LEAST_WEIGHT
     scale = np.where(empty, 1.0, wanted).astype(np.float32)
     if group < dense.shape[1] or not form.symmetric:
@@ -143,6 +141,31 @@ def full_range(dense: Array, form: Format, shrink: float = 1.0) -> Steps:
     if form.symmetric:
         return Steps(form, scale)
     return Steps(form, scale, np.clip(np.rint(-low / scale) + bottom, bottom, top).astype(np.float32))
+
+
+def closest_range(dense: Array, form: Format, weight: Array | None = None, shrinks: Sequence[float] = ()) -> Steps:
+    """Return steps of about the least squared error for a format that has sides; column k counts `weight` f32[K] times.
+
+    Of each group the weight that is farthest from 0 is placed at the lowest code or a little beside it, or with
+    `shrinks` as far beyond it, whatever its sign: there is no such code on the other side. The other codes follow, and
+    the scale is that of least squares for them.
+    """
+    group = group_of(dense.shape[1], form)
+    parts = by_group(dense, group)
+    farthest = np.take_along_axis(parts, np.abs(parts).argmax(axis=2)[..., None], axis=2)[..., 0]
+    unit = np.where(np.abs(farthest) <= LEAST_WEIGHT, np.float32(1), farthest)
+    parts = parts / unit[..., None]
+    counted = parts if weight is None else parts * by_group(weight[None], group)
+    most, found = np.zeros_like(unit), np.zeros_like(unit)
+    for place in (*(form.lowest + spot for spot in SPOTS), *(form.lowest / shrink for shrink in shrinks)):
+        codes = np.clip(np.rint(parts * np.float32(place)), form.lowest, form.highest)
+        product = np.einsum("ngk,ngk->ng", codes, counted)
+        square = np.einsum("ngk,ngk->ng", codes, codes if weight is None else codes * by_group(weight[None], group))
+        scale = product / np.maximum(square, np.finfo(np.float32).tiny)
+        better = product * scale > most  # what of the sum of squares these codes leave is smaller by that
+        most, found = np.where(better, product * scale, most), np.where(better, scale, found)
+    scale = np.where(found == 0, np.float32(1), found * unit)
+    return Steps(form, from_bf16(to_bf16(scale)) if group < dense.shape[1] else scale)
 
 
 def _ends_short(dense: Array, form: Format) -> bool:
@@ -162,10 +185,14 @@ def nearest(dense: Array, steps: Steps) -> Quantized:
 
 
 def quantize(dense: Array, form: Format) -> Quantized:
-    """Return the matrix f32[N,K] with every weight rounded to the nearest code: off by half a scale at most.
+    """Return the matrix f32[N,K] with every weight rounded to the nearest code.
 
-    Blocks of GGUF are rounded as its reference does it, unless a row ends in a short one that has minima.
+    Eight bits and zeros reach every weight, so that none is off by more than half a scale; symmetric formats of fewer
+    bits have the scales of the least error. Blocks of GGUF are rounded as its reference does it, unless a row ends in a
+    short one that has minima.
     """
+    if form.has_sides:
+        return nearest(dense, closest_range(dense, form))
     if not form.is_block or (form.minimum and _ends_short(dense, form)):
         return nearest(dense, full_range(dense, form))
     codes, scale, minimum = blocks.nearest(by_group(dense, form.group), form)

@@ -30,8 +30,8 @@ def multiply(x: Array, matrix: Matrix) -> Array:
 
 def rounded_rows(x: Array, layout: Layout) -> Array:
     """Return rows f64[T,K] as they are when they meet weights of a layout."""
-    if layout.rounded:
-        codes, scale = quantized_rows(x.reshape(-1, layout.rounded))
+    if layout.block:
+        codes, scale = quantized_rows(x.reshape(-1, layout.block))
         return (codes * scale).reshape(x.shape)
     return (from_bf16(to_bf16(x)) if layout.narrow else x).astype(np.float64)
 

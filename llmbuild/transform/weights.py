@@ -42,23 +42,6 @@ def pack_panels(weights: Array) -> Array:
     return np.ascontiguousarray(padded.reshape(-1, PANEL, weights.shape[1]).transpose(0, 2, 1))
 
 
-def pack_quads(quantized: Array) -> Array:
-    """Return unsigned bytes `[ceil(N/64), K/4, 4, 16, 4]` of int8[N,K], each plus 128: what `vpdpbusd` reads in a row.
-
-    K must be a multiple of 4; rows that are added hold 128, that is zero.
-    """
-    rows = pad_rows(quantized)
-    shifted = (rows.astype(np.int16) + 128).astype(np.uint8)
-    return np.ascontiguousarray(shifted.reshape(-1, 4, 16, quantized.shape[1] // 4, 4).transpose(0, 3, 1, 2, 4))
-
-
-def unpack_quads(packed: Array, rows: int) -> Array:
-    """Return the int8[rows, K] that was packed."""
-    panels, quads = packed.shape[:2]
-    flat = packed.transpose(0, 2, 3, 1, 4).reshape(panels * PANEL, quads * 4)
-    return (flat[:rows].astype(np.int16) - 128).astype(np.int8)
-
-
 def interleave(gate: Array, up: Array) -> Array:
     """Return rows of both in turns of 32, so that one panel has a gate row and its up row in the same lane.
 

@@ -30,7 +30,10 @@ Request = dict[str, Any]
 CHUNK = 512
 """Tokens of one untimed call while a long context is filled."""
 
-FILE_TYPES = {"f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7}
+FILE_TYPES = {
+    "f16": 1, "q4_0": 2, "q4_1": 3, "q8_0": 7, "q5_0": 8, "q5_1": 9,
+    "q2_k": 10, "q3_k_m": 12, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18,
+}  # fmt: skip
 """llama.cpp's numbers of the formats that a file mostly has."""
 
 

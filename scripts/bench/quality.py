@@ -173,7 +173,7 @@ def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator
     heldout.check_apart(recipe.calibration, recipe.quality)
     windows = heldout.windows(replace(recipe.quality, tokens=tokens), found.tokenizer, recipe.context)
     calibration = heldout.windows(recipe.calibration, found.tokenizer, recipe.context)
-    model = huggingface.source_of(str(found.folder), False, 0)
+    model = huggingface.source_of(str(found.location), False, 0)
     config, weights = model.skeleton(LIBRARY_ATTENTION).model.config, model.weights
     exact, _ = log_probabilities(config, weights, Case("f32", "f32"), calibration, windows)
     yield {**asdict(Case("f32", "f32")), "bits": 32.0, **score(exact, exact, windows)}
@@ -184,7 +184,7 @@ def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator
 
 def unlike_bf16(recipe_path: Path) -> str:
     """Return how many weights of 12 bits are not those of bf16, and how far from them."""
-    model = huggingface.source_of(str(find_model(read_recipe(recipe_path).model).folder), False, 0).weights
+    model = huggingface.source_of(str(find_model(read_recipe(recipe_path).model).location), False, 0).weights
     count, unlike, furthest = 0, 0, 0.0
     for dense in (model.whole(name) for name, shape in model.stored.shapes.items() if len(shape) == 2):
         apart = np.abs(nearest(dense) - from_bf16(to_bf16(dense)))

@@ -95,8 +95,8 @@ def reference_of(asked: argparse.Namespace) -> Path:
     return Path(found.data)
 
 
-def peer_files(asked: argparse.Namespace, python: Path) -> Path:
-    """Return the folder of llama.cpp's files; what it makes of the model's is made once.
+def peer_files(asked: argparse.Namespace, python: Path, kinds: Sequence[str] = MADE) -> Path:
+    """Return the folder of llama.cpp's files; what it makes of the model's is made once, in each of these formats.
 
     Raises:
         InputError: it cannot make them.
@@ -107,7 +107,7 @@ def peer_files(asked: argparse.Namespace, python: Path) -> Path:
     link = folder / f"model-{AS_IS}.gguf"
     link.unlink(missing_ok=True)
     link.symlink_to(source)
-    for kind in MADE:
+    for kind in kinds:
         made = folder / f"model-{kind}.gguf"
         if not made.is_file():
             say(f"{PEER} makes {kind} of {source.name}")
@@ -211,7 +211,7 @@ def own_rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     if asked.reference is not None and not asked.recipe.is_file():
         return []
     rows = setup.usable(asked.catalog, asked.recipe.stem, peers.positions(asked))
-    rows = [row for row in rows if not asked.front or row["status"] in FRONT]
+    rows = [row for row in rows if not getattr(asked, "front", False) or row["status"] in FRONT]
     if not rows and asked.reference is None:
         raise InputError(
             f"{asked.catalog}: no variant of {asked.recipe.stem} runs here: `llmbuild build {asked.recipe}`"
@@ -254,13 +254,18 @@ def _perplexity(row: dict[str, Any]) -> str:
 def options(words: list[str] | None = None) -> argparse.Namespace:
     """Return the command line's options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m-instruct.yaml")
+    add_files(parser)
     peers.add_shared(parser)
+    parser.add_argument("--front", action="store_true", help="every variant on the front, not the fastest of a format")
+    return peers.checked(parser, words)
+
+
+def add_files(parser: argparse.ArgumentParser) -> None:
+    """Add the options that say which model is compared, and where llama.cpp's files of it are."""
+    parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m-instruct.yaml")
     parser.add_argument("--gguf", type=Path, help=f"the recipe's file; default: that of the package {PACKAGE}")
     parser.add_argument("--reference", type=Path, help="an .npz of reference logits, instead of the catalog's")
-    parser.add_argument("--front", action="store_true", help="every variant on the front, not the fastest of a format")
     parser.add_argument("--work", type=Path, default=ROOT / ".peers" / "real", help="folder of llama.cpp's files")
-    return peers.checked(parser, words)
 
 
 def main() -> int:

@@ -22,11 +22,12 @@ from llmbuild.frontend.program import import_model
 from llmbuild.frontend.scaling import Noise, Site, fitting_scale, fold, sites
 from llmbuild.frontend.tensors import HEAD
 from llmbuild.frontend.weights import Source
+from llmbuild.kernels.layouts import Layout
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import ImportJob
 from llmbuild.transform.gptq import nearest
 from llmbuild.transform.quantized import dequantize, quantize
-from llmbuild.transform.reference import quantized_rows
+from llmbuild.transform.reference import rounded_rows
 from tests.frontend.conftest import AVX2, ONE, Imports
 from tests.support import tiny
 from tests.support.artifact import relative_error
@@ -125,11 +126,13 @@ def uneven(seed: int, columns: int = 64) -> tuple[Site, torch.Tensor]:
 def output_error(site: Site, inputs: torch.Tensor, name: str, rounded: bool) -> float:
     matrix, x = site.readers["linear"].weight.numpy(), inputs.numpy()
     stored = dequantize(quantize(matrix, INTEGERS[name]))
-    codes, scale = quantized_rows(x) if rounded else (x, np.ones((len(x), 1)))
-    return float(np.square((codes * scale) @ stored.T - x @ matrix.T).mean())
+    read = rounded_rows(x, Layout(name, x.shape[1])) if rounded else x
+    return float(np.square(read @ stored.T - x @ matrix.T).mean())
 
 
-@pytest.mark.parametrize(("name", "rounded"), [("int8", True), ("int8", False), ("int4_g32", False)])
+@pytest.mark.parametrize(
+    ("name", "rounded"), [("int8", True), ("int8", False), ("int4_g32", False), ("int6_g32", True)]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_scaled_channels_are_rounded_with_less_error(seed: int, name: str, rounded: bool) -> None:
     site, inputs = uneven(seed)

@@ -10,7 +10,7 @@ import numpy as np
 from llmbuild.kernels.head import HeadShape, head, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import family
-from llmbuild.spec.formats import BLOCKS, INTEGERS
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import reference
 from llmbuild.transform.panels import Matrix, encode_for, pack, unpack
 from llmbuild.transform.weights import pad_width
@@ -25,6 +25,9 @@ HEADS = {
     "int4 in one group": (100, "int4_g64"),
     "int4 in groups": (333, "int4_g32"),
     "int7 in groups": (333, "int7_g32"),
+    "int6 in groups": (100, "int6_g32"),
+    "int5 in groups": (333, "int5_g64"),
+    "int3 in groups": (100, "int3_g32"),
     "f16": (100, "f16"),
     "bf16": (333, "bf16"),
     "f12_e4m7": (333, "f12_e4m7"),
@@ -41,7 +44,7 @@ class Head:
 
     def __init__(self, unit: Instructions, case: str) -> None:
         vocabulary, form = HEADS[case]
-        rng, hidden = np.random.default_rng(vocabulary), 84 if form in BLOCKS else 96 if form.startswith("int7") else 48
+        rng, hidden = np.random.default_rng(vocabulary), 84 if form in INTEGERS else 48
         self.shape = HeadShape(hidden, vocabulary, 1e-5, 2, form, unit.kernels[family(form)].narrow)
         self.wide = self.shape.width
         dense = -np.abs(rng.standard_normal((vocabulary, hidden))).astype(np.float32)
@@ -114,7 +117,7 @@ util.return %all, %r#0 : {logits}, {alone}
     (tmp_path / "scores.mlir").write_text(scores("scores", made.shape, unit) + head("head", made.shape, unit) + main)
     artifact = MACHINES[unit.name].compile(tmp_path / "scores.mlir")
     tile = unit.kernels[made.shape.layout.family].row_tile
-    tolerance = 1e-2 if made.shape.layout.rounded else 1e-5  # one of many may round to a byte the other way
+    tolerance = 1e-2 if made.shape.layout.block else 1e-5  # one of many may round to a byte the other way
     exact, real = HEADS[case[1]][1] in INTEGERS or unit.lanes < 16, made.shape.vocabulary
     for rows in ROWS[3:4] if MACHINES[unit.name].emulated else ROWS:
         for row in sorted({0, rows // tile * tile - 1, rows - 1} - {-1}):

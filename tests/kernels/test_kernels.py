@@ -38,6 +38,9 @@ SHAPES = {
     "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
     "int7 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int7_g32", activation="gelu"),
     "int7 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int7_g64"),
+    "int6": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "int6_g32"),
+    "int5 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int5_g128"),
+    "int3 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int3_g32", activation="gelu"),
     "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, False, 2, "f16", head_norms=True),
     "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, True, 2, "bf16", activation="gelu_tanh"),
     "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
@@ -235,12 +238,15 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
 
 
-@with_all("case", {form: form for form in ("int8", "int7_g64", "int4_g64", *BLOCKS)})
+ENDS = ("int8", *(f"int{bits}_g64" for bits in range(3, 8)), "int4_g128", *BLOCKS)
+
+
+@with_all("case", {form: form for form in ENDS})
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_are_exact_at_the_ends_of_integers(
     tmp_path: Path, case: tuple[Instructions, str], together: bool
 ) -> None:
-    (unit, form), columns, rng = case, 64, np.random.default_rng(0)
+    (unit, form), columns, rng = case, 128, np.random.default_rng(0)
     layout, of = Layout(form, columns), INTEGERS[form]
     rows = unit.kernels[layout.family].row_tile if together else 1
     low, high, least = of.lowest, of.highest, -3 if of.minimum else 0

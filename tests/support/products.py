@@ -24,14 +24,11 @@ def panel(layout: Layout, weights: Quantized | Array) -> Any:
 def prepared(layout: Layout, x: Any) -> Any:
     """Return rows of bytes as the layout wants them, with scales of one."""
     rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
-    factors = np.ones((len(x), layout.groups if layout.in_groups else 1), np.float32)
-    rows[:, : 4 * factors.shape[1]] = factors.view(np.uint8)
-    total, first = x.reshape(len(x), layout.groups, -1).sum(2).astype(np.int32), layout.header_bytes
-    if layout.sums_bytes:
-        starts = total.astype(np.float32) if layout.has_minimum else -layout.offset * total
-        rows[:, layout.factors_bytes : layout.factors_bytes + 4 * layout.groups] = starts.view(np.uint8)
-    else:
-        rows[:, 4:8] = total.view(np.uint8)
+    factors, first = np.ones((len(x), layout.blocks), np.float32), layout.header_bytes
+    rows[:, : 4 * layout.blocks] = factors.view(np.uint8)
+    total = x.reshape(len(x), layout.blocks, -1).sum(2).astype(np.int32)
+    starts = total.astype(np.float32) if layout.has_minimum else -layout.offset * total
+    rows[:, layout.factors_bytes : layout.factors_bytes + 4 * layout.blocks] = starts.view(np.uint8)
     rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)
     return rows.reshape(-1).view(np.int8)
 

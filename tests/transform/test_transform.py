@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmbuild.kernels.layouts import Layout
+from llmbuild.kernels.layouts import FORMATS, Codes, Layout
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform import weights
-from llmbuild.transform.panels import pack, unpack
+from llmbuild.transform.panels import pack, pack_codes, unpack
 from llmbuild.transform.quantized import dequantize, quantize
 from llmbuild.transform.reference import quantized_rows
 
@@ -46,13 +46,6 @@ def test_panels_hold_every_row_once(size: tuple[int, int]) -> None:
     assert not rows[size[0] :].any()
 
 
-@settings(max_examples=30, deadline=None)
-@given(SIZES)
-def test_unpacked_quads_are_what_was_packed(size: tuple[int, int]) -> None:
-    quantized, _ = weights.quantize_rows(matrix(size))
-    assert np.array_equal(weights.unpack_quads(weights.pack_quads(quantized), size[0]), quantized)
-
-
 def test_interleaved_panel_has_a_gate_row_and_its_up_row_in_one_lane() -> None:
     gate, up = np.arange(40)[:, None], 1000 + np.arange(40)[:, None]
     mixed = weights.interleave(gate, up)[:, 0]
@@ -68,8 +61,30 @@ def test_activations_of_any_size_are_quantized(value: float) -> None:
     assert np.allclose(integers * scale, value, rtol=1e-6)
 
 
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_codes_of_any_length_fill_their_bytes_and_no_two_share_a_bit(bits: int) -> None:
+    codes = Codes(bits)
+    pieces = [piece for quad in range(codes.quads) for piece in codes.pieces(quad)]
+    held = [(piece.byte, piece.start + i) for piece in pieces for i in range(piece.count)]
+    assert sorted(held) == [(byte, bit) for byte in range(codes.bytes_) for bit in range(8)]
+    for quad in range(codes.quads):
+        said = [piece.place + i for piece in codes.pieces(quad) for i in range(piece.count)]
+        assert sorted(said) == list(range(bits))
+
+
+def test_panels_of_codes_lie_as_their_layout_says() -> None:
+    codes = np.arange(-32, 32).astype(np.int8)[None].repeat(64, 0)
+    codes[5] = codes[5, ::-1]
+    bytes_ = pack_codes(Layout("int6_g32", 64), codes).reshape(4, 3, 64, 4).astype(int)
+    for row, column in ((0, 0), (5, 3), (63, 7), (5, 10), (17, 27), (5, 40), (1, 59)):
+        assert bytes_[column // 16, column % 16 // 4, row, column % 4] & 63 == codes[row, column] + 32
+    for row, column in ((0, 12), (5, 31), (63, 63)):  # two bits above each of three others
+        spare = bytes_[column // 16, :, row, column % 4] >> 6
+        assert spare @ [1, 4, 16] == codes[row, column] + 32
+
+
 @pytest.mark.parametrize("columns", [32, 64, 96, 576])
-@pytest.mark.parametrize("form", ["int8", "int7_g32", "int7_g64", "int4_g64", "q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("form", [form for form in FORMATS if form in INTEGERS])
 def test_packing_keeps_every_code(form: str, columns: int) -> None:
     quantized = quantize(
         np.random.default_rng(columns).standard_normal((100, columns)).astype(np.float32), INTEGERS[form]

@@ -1,0 +1,175 @@
+"""Products with panels of integers, in registers of any length: bytes of a row have a scale for each block of columns.
+
+The exact sums of a block, times the scale of the row's block and that of the weights' group, are added up in f32; where
+groups have a minimum, also that times the sum of the row's numbers there. Scales of whole rows of weights are left for
+the end. A block is straight code: its sums never wait for a counter.
+"""
+
+from __future__ import annotations
+
+from llmbuild.kernels.instructions import Sums
+from llmbuild.kernels.layouts import PANEL, QUAD, Codes, Layout
+from llmbuild.kernels.short import LANES, Registers, SumsOf, as_reals, by_row, joined, quad
+from llmbuild.kernels.text import F32, I32, Writer
+
+SHARING = 2
+"""Registers of a panel that several rows take at a time: their sums, exact and in f32, stay in registers."""
+ALONE = 4
+"""Registers whose block a single row sums at a time, beside the f32 sums of a whole panel."""
+
+
+def sums(unit: Registers) -> SumsOf:
+    """Return `Kernel.sums` for all formats of integers."""
+
+    def of_panel(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+        count = PANEL // unit.lanes
+        each = count if len(rows) == 1 else SHARING
+        passes = [range(first, first + each) for first in range(0, count, each)]
+        found = [_one_pass(w, unit, layout, data, scales, rows, registers) for registers in passes]
+        together = LANES // unit.lanes
+        flat = [[register for part in found for register in part[r]] for r in range(len(rows))]
+        return [[joined(w, unit.lanes, row[i : i + together]) for i in range(0, count, together)] for row in flat]
+
+    return of_panel
+
+
+def _one_pass(
+    w: Writer, unit: Registers, layout: Layout, data: str, scales: str, rows: list[str], registers: range
+) -> Sums:
+    """Return sums f32 of some registers of a panel for each row."""
+    size = len(registers) if len(rows) > 1 else ALONE
+    parts = [registers[i : i + size] for i in range(0, len(registers), size)]
+
+    def body(index: str, *old: str) -> list[str]:
+        block, group = Block(w, unit, layout, data, rows, index), Group(w, unit, layout, scales, index)
+        totals = dict(zip([(r, register) for r in range(len(rows)) for register in registers], old, strict=True))
+        for part in parts:
+            for place, exact in block.exact(part).items():
+                totals[place] = block.scaled(group, *place, exact, totals[place])
+        return list(totals.values())
+
+    carried = [(w.lanes(0.0, unit.reals), unit.reals)] * (len(rows) * len(registers))
+    return by_row(w.loop(0, layout.blocks, 1, body, carried), len(registers))
+
+
+class Group:
+    """Loads the scales and minima of the group of weights that a block (i64) is part of, each once."""
+
+    def __init__(self, w: Writer, unit: Registers, layout: Layout, scales: str, block: str) -> None:
+        self.w, self.unit, self.layout = w, unit, layout
+        self._scales, self._loaded = "", dict[int, str]()
+        if not layout.by_row:
+            each = layout.group // layout.block
+            number = block if each == 1 else w.integers("divui", block, each)
+            self._scales = w.at(scales, w.mul(number, layout.scale_bytes // layout.groups))
+
+    def scale(self, register: int) -> str:
+        """Return the scales of a register's rows, f32."""
+        return self._stored(register * self.unit.lanes)
+
+    def minimum(self, register: int) -> str:
+        """Return the minima of a register's rows, f32."""
+        return self._stored(PANEL + register * self.unit.lanes)
+
+    def _stored(self, first: int) -> str:
+        """Return numbers of the group from one on, as f32."""
+        if first not in self._loaded:
+            place = self.w.at(self._scales, 2 * first)
+            self._loaded[first] = self._half(place) if self.layout.scale_element == "f16" else self._brain(place)
+        return self._loaded[first]
+
+    def _half(self, place: str) -> str:
+        w, lanes = self.w, self.unit.lanes
+        halves = f"vector<{lanes}xf16>"
+        return w.cast("arith.extf", w.load(place, halves, 2 * lanes), halves, self.unit.reals)
+
+    def _brain(self, place: str) -> str:
+        w, lanes, integers = self.w, self.unit.lanes, self.unit.integers
+        shorts = f"vector<{lanes}xi16>"
+        wide = w.cast("arith.extui", w.load(place, shorts, 2 * lanes), shorts, integers)
+        bits = w.op("arith.shli", wide, w.lanes(16, integers), kind=integers)
+        return w.cast("arith.bitcast", bits, integers, self.unit.reals)
+
+
+class Block:
+    """Writes what becomes of one block of columns, by its number (i64)."""
+
+    def __init__(self, w: Writer, unit: Registers, layout: Layout, data: str, rows: list[str], index: str) -> None:
+        self.w, self.unit, self.layout = w, unit, layout
+        self.data = w.at(data, w.mul(index, layout.panel_bytes // layout.blocks))
+        self.values = [w.at(row, w.add(w.mul(index, layout.block), layout.header_bytes)) for row in rows]
+        self.factors = [w.at(row, w.mul(index, 4)) for row in rows]
+        self.sums = [w.at(factor, layout.factors_bytes) for factor in self.factors]
+        self._of_rows: dict[tuple[str, int], str] = {}
+
+    def exact(self, registers: range) -> dict[tuple[int, int], str]:
+        """Return the sums of products of codes, as f32, by row and register."""
+        w, unit, codes = self.w, self.unit, self.layout.codes
+        places = [(r, register) for r in range(len(self.values)) for register in registers]
+        starts = [self._start(r) for r in range(len(self.values))]
+        found = {place: starts[place[0]] for place in places}
+        for turn in range(self.layout.block // codes.columns):
+            taken: dict[int, list[str]] = {}
+            quads: dict[int, list[str]] = {}
+            for r, register in places:  # codes of a register serve all rows; a row's quads are loaded where it begins
+                if r not in quads:
+                    first = turn * codes.columns
+                    quads[r] = [quad(w, unit, w.at(self.values[r], first + QUAD * i)) for i in range(codes.quads)]
+                if register not in taken:
+                    place = turn * codes.bytes_ * QUAD * PANEL + register * QUAD * unit.lanes
+                    taken[register] = self._codes(codes, w.at(self.data, place))
+                found[r, register] = self._dot(found[r, register], taken[register], quads[r])
+        return dict(zip(places, as_reals(w, unit, list(found.values())), strict=True))
+
+    def _codes(self, codes: Codes, place: str) -> list[str]:
+        """Return bytes of four columns each, those of the quads that lie together from a place on."""
+        w, unit = self.w, self.unit
+        kind = unit.bytes_ if codes.bits == 8 else unit.integers
+        stored = [w.load(w.at(place, i * QUAD * PANEL), kind, QUAD * unit.lanes) for i in range(codes.bytes_)]
+        if codes.bits == 8:
+            return stored if unit.shifted else [w.op("arith.xori", stored[0], w.lanes(-128, kind), kind=kind)]
+        return [self._quad_codes(codes, stored, i) for i in range(codes.quads)]
+
+    def _quad_codes(self, codes: Codes, stored: list[str], number: int) -> str:
+        """Return the codes of one quad, put together from the bits of bytes."""
+        w, unit, found = self.w, self.unit, ""
+        for piece in codes.pieces(number):
+            moved, far = stored[piece.byte], piece.start - piece.place
+            if far:
+                operation = "arith.shrui" if far > 0 else "arith.shli"
+                moved = w.op(operation, moved, w.lanes(abs(far), unit.integers), kind=unit.integers)
+            mask = w.lanes(piece.mask << piece.place, unit.bytes_)
+            part = w.op(
+                "arith.andi", w.cast("vector.bitcast", moved, unit.integers, unit.bytes_), mask, kind=unit.bytes_
+            )
+            found = w.op("arith.ori", found, part, kind=unit.bytes_) if found else part
+        return found
+
+    def _dot(self, total: str, codes: list[str], x: list[str]) -> str:
+        if self.layout.codes.bits == 8:
+            return self.unit.dot(self.w, total, codes[0], x[0])
+        return self.unit.dot_codes(self.w, total, codes, x, self.layout.codes.bits)
+
+    def _start(self, row: int) -> str:
+        """Return what takes the offset of codes off again, where products are of codes with theirs."""
+        signed = self.layout.codes.bits == 8 and not self.unit.shifted
+        if signed or not self.layout.offset:
+            return self.w.lanes(0, self.unit.integers)
+        return self.w.splat(self.w.load(self.sums[row], I32), self.unit.integers)
+
+    def scaled(self, group: Group, row: int, register: int, exact: str, total: str) -> str:
+        """Return a sum plus a block's own, f32."""
+        w, kind = self.w, self.unit.reals
+        factor = self._of_row(self.factors, row, "scale")
+        if not self.layout.by_row:
+            factor = w.op("arith.mulf", group.scale(register), factor, kind=kind)
+        total = w.op("math.fma", exact, factor, total, kind=kind)
+        if not self.layout.has_minimum:
+            return total
+        return w.op("math.fma", group.minimum(register), self._of_row(self.sums, row, "sum"), total, kind=kind)
+
+    def _of_row(self, places: list[str], row: int, what: str) -> str:
+        """Return a row's number, f32, in every lane."""
+        if (what, row) not in self._of_rows:
+            self._of_rows[what, row] = self.w.splat(self.w.load(places[row], F32), self.unit.reals)
+        return self._of_rows[what, row]

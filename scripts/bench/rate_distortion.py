@@ -1,0 +1,163 @@
+"""Bytes, speed and quality of every usable variant of a catalog, beside llama.cpp's ladder of formats on the same file.
+
+    python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0] [--json]
+
+llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. A rung names
+what most matrices have: llama.cpp takes another format for those whose rows do not fit its blocks, and for some others,
+so the bytes are those of the files. Speed is that of peers.py: running processes in interleaved rounds. KL divergence
+and top-1 agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's,
+llama.cpp's are scored here on the same windows and reference logits. A row is on the front if no other is as good in
+bytes, decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import peers
+import real_model
+from comparison import setup, table
+from comparison.conversion import ROOT
+from comparison.rounds import Participant, compare
+from comparison.script import end, say
+from peer_worker import FILE_TYPES
+from real_model import AS_IS, PEER
+
+from llmbuild.errors import InputError
+from llmbuild.report import rows as shown
+from llmbuild.report.rows import quantity
+from llmbuild.runtime import host
+
+LADDER = ("q2_k", "q3_k_m", "q4_0", "q4_k_m", "q5_k_m", "q6_k", "q8_0")
+WEIGHED = ("size_bytes", "decode_s", "quality_kl")
+"""What a front is made of; less is better."""
+
+
+def on_front(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+    """Return whether a row has all figures of `WEIGHED`, and no other is as good in all and better in one."""
+
+    def beats(other: dict[str, Any]) -> bool:
+        pairs = [(other[name], row[name]) for name in WEIGHED]
+        return all(a is not None and a <= b for a, b in pairs) and any(a < b for a, b in pairs)
+
+    return all(row[name] is not None for name in WEIGHED) and not any(beats(other) for other in rows)
+
+
+def with_fronts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the rows from the smallest to the largest, each with the fronts that it is on."""
+    found = []
+    for row in sorted(rows, key=lambda row: (row["size_bytes"], row["participant"])):
+        own = [other for other in rows if other["runtime"] == row["runtime"]]
+        found.append({**row, "front_of_all": on_front(row, rows), "front_of_own": on_front(row, own)})
+    return found
+
+
+def rungs(asked: argparse.Namespace, python: Path) -> list[Participant]:
+    """Return llama.cpp on the file as it is and on each rung, which is made once."""
+    folder = str(real_model.peer_files(asked, python, asked.ladder))
+    opening = {"peer": PEER, "folder": folder, "threads": asked.threads, "positions": peers.positions(asked)}
+    command = (str(python), str(setup.PEER_WORKER))
+    return [
+        Participant(
+            f"{PEER} {kind.replace('_', ' ') if kind == AS_IS else kind}",
+            PEER,
+            kind,
+            command,
+            {**opening, "format": kind},
+        )
+        for kind in (AS_IS, *asked.ladder)
+    ]
+
+
+def document(asked: argparse.Namespace) -> dict[str, Any]:
+    """Run everything and return it as one document.
+
+    Raises:
+        InputError: llama.cpp is not there, or the catalog has no variant that runs here.
+    """
+    place = setup.environment((asked.environment or ROOT / ".peers").absolute(), not asked.environment, [PEER], say)
+    if PEER in place.reasons:
+        raise InputError(f"{PEER}: {place.reasons[PEER]}")
+    ours, reference = real_model.own_rows(asked), real_model.reference_of(asked)
+    quality = {row["variant"]: row for row in ours}
+    theirs = rungs(asked, place.python)
+    scores = {}
+    for who in theirs:
+        say(f"scoring {who.name}")
+        scores[who.name] = real_model.quality(who, reference)
+    entering = [*setup.own_participants(asked.catalog, ours, asked.threads, everyone=True), *theirs]
+    vocabulary = min(row["abi"]["vocabulary"] for row in ours)
+    found, noisy = compare(entering, peers.plan(asked, vocabulary), say)
+    rows = []
+    for entrant, timed in zip(found, table.rows(found, lambda *_: None), strict=True):
+        who = entrant.participant
+        told = quality[who.variant] if who.variant else scores[who.name]
+        kept = {name: value for name, value in timed.items() if name not in ("ratios", "of_streaming")}
+        kept |= {name: told.get(name) for name in ("quality_kl", "kl_error", "quality_top1")}
+        rows.append({**kept, "size_bytes": real_model.size_bytes(who), "not_scored": told.get("refused")})
+    asked_for = {n: getattr(asked, n) for n in ("prompt", "decode", "threads", "rounds", "loads", "seed")}
+    return {
+        "machine": host.machine().describe(),
+        "gguf": real_model.gguf_of(asked).name,
+        **asked_for,
+        "context": max(asked.prompt, asked.context),
+        "noise": noisy,
+        "rows": with_fronts(rows),
+    }
+
+
+def text(made: dict[str, Any]) -> str:
+    """Return the table, and what the names stand for."""
+    header = ["participant", "bytes", "KL", "top-1", "decode", "prompt", "memory", "on the front"]
+    lines = [
+        [
+            row["participant"],
+            quantity(row["size_bytes"], "B"),
+            "-" if row["quality_kl"] is None else f"{row['quality_kl']:.5f}",
+            "-" if row["quality_top1"] is None else f"{row['quality_top1']:.2%}",
+            *(quantity(row[name], "s") for name in ("decode_s", "prefill_s")),
+            quantity(row["peak_memory_bytes"], "B"),
+            "of all" if row["front_of_all"] else "of own" if row["front_of_own"] else "",
+        ]
+        for row in made["rows"]
+    ]
+    ours = [f"{row['participant']}: {row['choices']}" for row in made["rows"] if row["variant"]]
+    told = [f"{row['participant']}: {row['reason']}" for row in made["rows"] if row["reason"]]
+    told += [f"{row['participant']} is not scored: {row['not_scored']}" for row in made["rows"] if row["not_scored"]]
+    return "\n".join([shown.table(header, lines), "", *ours, *told])
+
+
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    real_model.add_files(parser)
+    peers.add_shared(parser)
+    known = [kind for kind in FILE_TYPES if kind != "f16"]
+    parser.add_argument(
+        "--ladder", nargs="+", default=LADDER, type=str.lower, choices=known, help="llama.cpp's formats"
+    )
+    return peers.checked(parser, words)
+
+
+def main() -> None:
+    """Print the table."""
+    asked = options()
+    asked.work = asked.work.absolute()
+    made = document(asked)
+    if asked.json:
+        print(json.dumps(made))
+        return
+    print(
+        f"{made['machine']}; {made['gguf']}, batch 1, {asked.threads} threads, {asked.rounds} rounds, "
+        f"{asked.decode} tokens behind {made['context']}"
+    )
+    print(text(made))
+    print(f"noisy machine: {made['noise']}" if made["noise"] else "the machine was quiet")
+
+
+if __name__ == "__main__":
+    end(main)
