@@ -43,8 +43,11 @@ class Steps:
         """Return the codes int8 of weights, each rounded to the nearest; the arrays are broadcast against them."""
         bottom = -self.form.highest if self.form.bits == 8 and self.zero is None else self.form.lowest
         scale = np.where(self.scale == 0, np.float32(1), self.scale) if self.form.is_block else self.scale
-        found = np.rint((weights if self.minimum is None else weights - self.minimum) / scale)
-        return np.clip(found if self.zero is None else found + self.zero, bottom, self.form.highest).astype(np.int8)
+        found = (weights if self.minimum is None else weights - self.minimum) / scale
+        np.rint(found, out=found)
+        if self.zero is not None:
+            found = found + self.zero
+        return np.clip(found, bottom, self.form.highest, out=found).astype(np.int8)
 
     def weights(self, codes: Array) -> Array:
         """Return the weights f32 that codes say; the arrays are broadcast against them."""
@@ -154,13 +157,14 @@ def closest_range(dense: Array, form: Format, weight: Array | None = None, shrin
     parts = by_group(dense, group)
     farthest = np.take_along_axis(parts, np.abs(parts).argmax(axis=2)[..., None], axis=2)[..., 0]
     unit = np.where(np.abs(farthest) <= LEAST_WEIGHT, np.float32(1), farthest)
-    parts = parts / unit[..., None]
-    counted = parts if weight is None else parts * by_group(weight[None], group)
-    most, found = np.zeros_like(unit), np.zeros_like(unit)
+    parts, shares = parts / unit[..., None], None if weight is None else by_group(weight[None], group)
+    counted = parts if shares is None else parts * shares
+    codes, most, found = np.empty_like(parts), np.zeros_like(unit), np.zeros_like(unit)
     for place in (*(form.lowest + spot for spot in SPOTS), *(form.lowest / shrink for shrink in shrinks)):
-        codes = np.clip(np.rint(parts * np.float32(place)), form.lowest, form.highest)
+        np.multiply(parts, np.float32(place), out=codes)
+        np.clip(np.rint(codes, out=codes), form.lowest, form.highest, out=codes)
         product = np.einsum("ngk,ngk->ng", codes, counted)
-        square = np.einsum("ngk,ngk->ng", codes, codes if weight is None else codes * by_group(weight[None], group))
+        square = np.einsum("ngk,ngk->ng", codes, codes if shares is None else codes * shares)
         scale = product / np.maximum(square, np.finfo(np.float32).tiny)
         better = product * scale > most  # what of the sum of squares these codes leave is smaller by that
         most, found = np.where(better, product * scale, most), np.where(better, scale, found)
