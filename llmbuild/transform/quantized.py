@@ -12,7 +12,7 @@ from llmbuild.spec.formats import Format, fit_group
 from llmbuild.transform import blocks
 from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
-SPOTS = (-0.9, -0.45, 0.0, 0.45, 0.9)
+SPOTS = (-0.8, 0.0, 0.8)
 """Codes beside the lowest one that the farthest weight of a group is tried at; more of them win next to nothing."""
 
 LEAST_WEIGHT = 2.0**-100
@@ -158,12 +158,13 @@ def closest_range(dense: Array, form: Format, weight: Array | None = None, shrin
     count = np.square(parts)
     if weight is not None:
         count *= by_group(weight[None], group)
-    counted = count * parts
+    counted, codes = count * parts, np.empty_like(parts)
     most, found = np.zeros_like(unit), np.zeros_like(unit)
     for place in (*(form.lowest + spot for spot in SPOTS), *(form.lowest / shrink for shrink in shrinks)):
-        codes = np.clip(np.rint(parts * np.float32(place)), form.lowest, form.highest)
+        np.multiply(parts, np.float32(place), out=codes)
+        np.clip(np.rint(codes, out=codes), form.lowest, form.highest, out=codes)
         product = np.einsum("ngk,ngk->ng", codes, counted)
-        square = np.einsum("ngk,ngk->ng", np.square(codes), count)
+        square = np.einsum("ngk,ngk->ng", np.square(codes, out=codes), count)
         scale = product / np.maximum(square, np.finfo(np.float32).tiny)
         better = product * scale > most  # what these codes leave of the sum of squares is smaller by that
         most, found = np.where(better, product * scale, most), np.where(better, scale, found)

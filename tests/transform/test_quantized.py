@@ -81,12 +81,11 @@ def test_groups_of_few_bits_have_less_error_than_with_a_scale_that_reaches_all(d
 
 
 @pytest.mark.parametrize("name", ["int3_g32", "int4_g64", "int5_g32", "int6_g64"])
-def test_the_lowest_code_and_least_squares_win_a_good_part_of_a_bit(name: str) -> None:
+def test_the_lowest_code_and_least_squares_win_a_good_part_of_the_error(name: str) -> None:
     dense, form = np.random.default_rng(0).standard_normal((64, 768)).astype(np.float32), INTEGERS[name]
     parts = by_group(dense, form.group).astype(np.float64)
     found = by_group(dequantize(quantize(dense, form)), form.group)
     assert weighed(parts, found).sum() < 0.85 * weighed(parts, reaching(parts, form)).sum()
-    assert np.square(found - parts).sum() < 0.99 * np.square(reaching(parts, form) - parts).sum()
 
 
 def test_columns_that_count_more_are_rounded_with_less_error() -> None:
