@@ -19,6 +19,9 @@ from llmbuild.transform.weights import (
     to_bf16,
 )
 
+EACH = np.uint32(0x01010101)
+"""A bit of each of the four bytes of a quad."""
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -115,21 +118,23 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
 def pack_codes(layout: Layout, codes: Array) -> Array:
     """Return bytes u8[N/64, K/(4*quads), bytes, 64, 4] of codes int8[N,K] as the layout has them."""
     of = layout.codes
-    shifted = (pad_rows(codes).astype(np.int16) + layout.offset).astype(np.uint8)
-    quads = shifted.reshape(-1, PANEL, codes.shape[1] // of.columns, of.quads, QUAD)
-    stored = np.zeros((*quads.shape[:3], of.bytes_, QUAD), np.uint8)
-    for number in range(of.quads):
+    shifted = pad_rows(codes).view(np.uint8) + np.uint8(layout.offset)  # modulo 256: none is negative then
+    turns = shifted.view("<u4").reshape(-1, PANEL, codes.shape[1] // of.columns, of.quads)
+    quads = np.ascontiguousarray(turns.transpose(0, 2, 3, 1))
+    stored = quads[:, :, : of.bytes_].copy()  # the quads that are in the lower bits of a byte each
+    for number in range(of.bytes_, of.quads):
         for bits in of.pieces(number):
-            stored[..., bits.byte, :] |= (quads[..., number, :] >> bits.place & bits.mask) << bits.start
-    return np.ascontiguousarray(stored.transpose(0, 2, 3, 1, 4))
+            stored[:, :, bits.byte] |= (quads[:, :, number] >> bits.place & bits.mask * EACH) << bits.start
+    return stored.view(np.uint8).reshape(*stored.shape, QUAD)
 
 
 def unpack_codes(layout: Layout, data: Array) -> Array:
     """Return the codes int16[N,K] of what `pack_codes` made, given as bytes; rows that were added are there."""
     of = layout.codes
-    stored = data.reshape(-1, layout.columns // of.columns, of.bytes_, PANEL, QUAD).transpose(0, 3, 1, 2, 4)
-    quads = np.zeros((*stored.shape[:3], of.quads, QUAD), np.uint8)
+    stored = np.ascontiguousarray(data).view("<u4").reshape(-1, layout.columns // of.columns, of.bytes_, PANEL)
+    quads = np.zeros((*stored.shape[:2], of.quads, PANEL), np.uint32)
     for number in range(of.quads):
         for bits in of.pieces(number):
-            quads[..., number, :] |= (stored[..., bits.byte, :] >> bits.start & bits.mask) << bits.place
-    return quads.reshape(-1, layout.columns).astype(np.int16) - layout.offset
+            quads[:, :, number] |= (stored[:, :, bits.byte] >> bits.start & bits.mask * EACH) << bits.place
+    rows = np.ascontiguousarray(quads.transpose(0, 3, 1, 2)).view(np.uint8)
+    return rows.reshape(-1, layout.columns).astype(np.int16) - layout.offset

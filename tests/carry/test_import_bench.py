@@ -28,6 +28,7 @@ import import_memory  # noqa: E402
 import imports  # noqa: E402
 import kill_imports  # noqa: E402
 import own_worker  # noqa: E402
+import rate_distortion  # noqa: E402
 import real_model  # noqa: E402
 from comparison import checkpoint, conversion, gguf_file, scoring, watched  # noqa: E402
 
@@ -249,6 +250,44 @@ def test_variants_are_scored_as_in_their_catalog(built: Project) -> None:
 )
 def test_on_a_real_model_each_format_meets_the_file_of_its_size(form: str, kind: str) -> None:
     assert real_model.peer_of(form, "decode_s") == ("llama.cpp", kind)
+
+
+def test_rows_on_a_front_are_those_that_no_other_beats() -> None:
+    def row(name: str, runtime: str, *figures: float | None) -> dict[str, Any]:
+        return {"participant": name, "runtime": runtime, **dict(zip(rate_distortion.WEIGHED, figures, strict=True))}
+
+    rows = [
+        row("large", "llmbuild", 9, 3.0, 0.001),
+        row("beaten in bytes", "llama.cpp", 10, 3.0, 0.001),
+        row("small", "llmbuild", 4, 2.0, 0.5),
+        row("slow and small", "llama.cpp", 3, 8.0, 0.6),
+        row("beaten by another runtime", "llama.cpp", 5, 5.0, 0.5),
+        row("not timed", "llmbuild", 1, None, 0.9),
+    ]
+    found = {
+        row["participant"]: (row["front_of_all"], row["front_of_own"]) for row in rate_distortion.with_fronts(rows)
+    }
+    assert list(found) == [
+        "not timed",
+        "slow and small",
+        "small",
+        "beaten by another runtime",
+        "large",
+        "beaten in bytes",
+    ]
+    assert found == {
+        "not timed": (False, False),
+        "slow and small": (True, True),
+        "small": (True, True),
+        "beaten by another runtime": (False, True),
+        "large": (True, True),
+        "beaten in bytes": (False, True),
+    }
+
+
+def test_llama_cpp_knows_every_rung_of_the_ladder() -> None:
+    assert set(rate_distortion.LADDER) <= set(rate_distortion.FILE_TYPES)
+    assert rate_distortion.options(["--ladder", "Q6_K", "q2_k"]).ladder == ["q6_k", "q2_k"]
 
 
 def test_what_a_kill_leaves_is_found(tmp_path: Path) -> None:

@@ -158,7 +158,7 @@ def test_a_clipped_range_serves_the_inputs_better() -> None:
     dense, power = drawn.standard_normal((40, 128)).astype(np.float32), drawn.exponential(1, 128).astype(np.float32)
     form = INTEGERS["int4_g128"]
     errors = [np.square(dequantize(q) - dense) @ power for q in (nearest(dense, power, form), quantize(dense, form))]
-    assert errors[0].sum() < 0.95 * errors[1].sum()
+    assert errors[0].sum() < 0.98 * errors[1].sum()
 
 
 @pytest.mark.parametrize(
