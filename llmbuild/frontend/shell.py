@@ -203,8 +203,21 @@ def _inline(body: Any, operator: Any) -> None:
 
 
 def _as_type(value: Any, wanted: Any, before: Any) -> Any:
-    """Return a tensor with the sizes of another type: of one token, or of any number of them."""
+    """Return a tensor with the sizes of another type: of one token, or of any number of them.
+
+    Cast as a builtin tensor: `torch.tensor_static_info_cast` is folded into what the compiler cannot lower (IREE 3.13).
+    """
     if value.type == wanted:
         return value
     with ir.InsertionPoint(before):
-        return ir.Operation.create("torch.tensor_static_info_cast", results=[wanted], operands=[value]).result
+        have, want = (_builtin(kind) for kind in (value.type, wanted))
+        plain = ir.Operation.create("torch_c.to_builtin_tensor", results=[have], operands=[value]).result
+        cast = ir.Operation.create("tensor.cast", results=[want], operands=[plain]).result
+        return ir.Operation.create(_FROM_BUILTIN, results=[wanted], operands=[cast]).result
+
+
+def _builtin(torch_type: Any) -> ir.Type:
+    """Return the builtin type of a `!torch.vtensor<[1,?],si64>`."""
+    shape, _, element = str(torch_type).partition("[")[2].rstrip(">").partition("],")
+    sizes = "".join(f"{size}x" for size in shape.split(","))
+    return ir.Type.parse(f"tensor<{sizes}{element.replace('si', 'i')}>")

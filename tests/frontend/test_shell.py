@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from llmbuild import digest
 from llmbuild.frontend.program import import_model
-from llmbuild.spec.program import MODULE_FILE, PARAMETERS_FILE, SHELL_FILE, SIZES_FILE, ImportJob
+from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, SHELL_FILE, SIZES_FILE, ImportJob
 from tests.frontend.conftest import AVX2
 from tests.support import folders
-from tests.support.artifact import archived
+from tests.support.artifact import Loaded, archived, compile_file
 
 CONTEXT = 32
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "num_attention_heads": 2, "head_dim": 32}
@@ -56,3 +57,15 @@ def test_a_shell_does_not_depend_on_the_values_of_weights(tmp_path: Path) -> Non
         folder = folders.write(tmp_path / str(seed), seed=seed, num_hidden_layers=2, **WIDE)
         shells.add((imported(folder, tmp_path / f"out{seed}", FORMATS[0]) / SHELL_FILE).read_bytes())
     assert len(shells) == 1
+
+
+@pytest.mark.parametrize("choices", FORMATS, ids=lambda choices: choices["weight_format"])
+def test_a_program_from_another_formats_trace_computes_its_check_data(choices: dict[str, str], tmp_path: Path) -> None:
+    folder = folders.write(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=True, **WIDE)
+    shell = imported(folder, tmp_path / "first", {"weight_format": "bf16"}) / SHELL_FILE
+    made = imported(folder, tmp_path / "made", choices, shell)
+    loaded = Loaded(made, compile_file(made / MODULE_FILE, tmp_path / "a.vmfb"))
+    with np.load(made / CHECK_FILE) as check:
+        found = loaded.forced(check["prompt"][0], check["forced"][0])
+        off = np.sqrt(np.square(found - check["logits"][:, 0]).mean() / np.square(check["logits"]).mean())
+    assert off < 0.02, "a sum in another order moves a rounded input by a code; another table moves all"
