@@ -8,6 +8,7 @@ from llmbuild.errors import ChoiceRefused
 from llmbuild.kernels import avx2, integers, neon, products, short
 from llmbuild.kernels.instructions import Instructions, Kernel
 from llmbuild.kernels.layouts import FORMATS, family
+from llmbuild.kernels.short import Registers
 from llmbuild.spec.formats import INTEGERS, SHARED
 
 _PAUSE_X86 = 'llvm.call_intrinsic "llvm.x86.sse2.pause"() : () -> ()'
@@ -16,8 +17,12 @@ _AVX512 = ("avx512f", "avx512bw", "avx512vl")
 _AVX2 = ("avx2", "fma", "f16c")
 _ARM = ("dotprod",)
 
-_INTEGERS = tuple(dict.fromkeys(family(form) for form in FORMATS if form in INTEGERS))
-"""The families of formats of integers, which one text of kernels serves."""
+
+def _integers(features: tuple[str, ...], row_tile: int, unit: Registers) -> dict[str, Kernel]:
+    """Return the kernels of all families of formats of integers, which one text serves."""
+    kernel = Kernel(features, row_tile, integers.sums(unit), spread=integers.spread(unit))
+    return dict.fromkeys((family(form) for form in FORMATS if form in INTEGERS), kernel)
+
 
 KNOWN = (
     Instructions("avx512bf16", 16, 2, _PAUSE_X86, {
@@ -25,16 +30,16 @@ KNOWN = (
         SHARED: Kernel((*_AVX512, "avx512bf16"), products.ROW_TILE, products.pair_sums, True),
     }),
     Instructions("avx512", 16, 2, _PAUSE_X86, {
-        **dict.fromkeys(_INTEGERS, Kernel((*_AVX512, "avx512vnni"), products.ROW_TILE, integers.sums(products.AVX512))),
+        **_integers((*_AVX512, "avx512vnni"), products.ROW_TILE, products.AVX512),
         "f16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         "bf16": Kernel(_AVX512, products.ROW_TILE, products.half_sums),
         SHARED: Kernel(_AVX512, products.ROW_TILE, products.half_sums),
     }),
     Instructions("avxvnni", 8, 1, _PAUSE_X86, {
-        **dict.fromkeys(_INTEGERS, Kernel((*_AVX2, "avxvnni"), 4, integers.sums(avx2.AVXVNNI))),
+        **_integers((*_AVX2, "avxvnni"), 4, avx2.AVXVNNI),
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
-        **dict.fromkeys(_INTEGERS, Kernel(_AVX2, 4, integers.sums(avx2.AVX2))),
+        **_integers(_AVX2, 4, avx2.AVX2),
         "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
         SHARED: Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
@@ -43,7 +48,7 @@ KNOWN = (
         "int8": Kernel(("i8mm",), 4, neon.int8_sums_i8mm),
     }),
     Instructions("dotprod", 4, 1, _PAUSE_ARM, {
-        **dict.fromkeys(_INTEGERS, Kernel(_ARM, 4, integers.sums(neon.DOTPROD))),
+        **_integers(_ARM, 4, neon.DOTPROD),
         "f16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         "bf16": Kernel(_ARM, 4, short.half_sums(neon.LANES)),
         SHARED: Kernel(_ARM, 4, short.half_sums(neon.LANES)),

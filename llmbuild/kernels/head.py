@@ -56,7 +56,10 @@ class HeadWriter:
     def __init__(self, w: Writer, shape: HeadShape, unit: Instructions, arguments: list[str], rows: str) -> None:
         self.w, self.shape, self.unit, self.rows = w, shape, unit, rows
         self.p = bind(w, arguments, {name: _size(w, shape, name, rows) for name in arguments})
-        self.phases = Phases(w, self.p["counters"], worker(w), shape.workers, unit.pause)
+        number = worker(w)
+        self.phases = Phases(w, self.p["counters"], number, shape.workers, unit.pause)
+        behind = w.mul(rows, shape.layout.prepared_bytes)
+        self.room = w.at(self.p["scratch"], behind, w.mul(number, shape.layout.spread_bytes))
 
     def normalize(self) -> None:
         """Normalize rows and prepare them for the matrix."""
@@ -86,7 +89,9 @@ class HeadWriter:
 
         self.phases.run(
             shape.padded // PANEL,
-            lambda panel: products.multiply_panel(w, self.unit, panels, panel, p["scratch"], self.rows, store),
+            lambda panel: products.multiply_panel(
+                w, self.unit, panels, panel, p["scratch"], self.rows, store, self.room
+            ),
         )
 
     def choose(self) -> None:
@@ -99,7 +104,13 @@ class HeadWriter:
 def _size(w: Writer, shape: HeadShape, name: str, rows: str) -> int | str:
     """Return the bytes of an argument."""
     size, per_row = _bytes(shape)[name]
-    return w.mul(rows, size) if per_row else size
+    more = _spread_bytes(shape) if name == "scratch" else 0
+    return w.add(w.mul(rows, size), more) if per_row else size
+
+
+def _spread_bytes(shape: HeadShape) -> int:
+    """Return the room behind prepared rows: a panel of each work-group whose codes have a byte each."""
+    return shape.workers * shape.layout.spread_bytes
 
 
 def _bytes(shape: HeadShape) -> dict[str, tuple[int, bool]]:
@@ -173,7 +184,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     body.choose()
     of = _types(shape)
     wide, logits = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
-    room = f"tensor<{shape.layout.prepared_bytes}xi8>"
+    room = f"tensor<{shape.layout.prepared_bytes + _spread_bytes(shape)}xi8>"
     kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
     return f"""{executable(name, ARGUMENTS, w.text(), shape.workers)}
 util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
@@ -204,7 +215,9 @@ util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
 %each = arith.constant {shape.layout.prepared_bytes} : index
-%room = arith.muli %rows, %each : index
+%panels = arith.constant {_spread_bytes(shape)} : index
+%grown = arith.muli %rows, %each : index
+%room = arith.addi %grown, %panels : index
 %none = arith.constant 0 : i8
 %counters = flow.tensor.splat %none : {of.counters}
 %r:3 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %rows)

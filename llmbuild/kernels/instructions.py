@@ -19,12 +19,15 @@ class Kernel:
     `sums(w, layout, data, scales, rows)` writes the sums f32[16] of each row with each of a panel's four blocks, with
     the scales of groups but not those of whole rows; `rows` point at what `Layout` prepares. It is called for
     `row_tile` rows, which share one pass over the panel, or for one. `narrow` says that it takes layouts that are.
+    `spread(w, layout, data, room)` writes a panel's codes with a byte each, for layouts whose codes share bytes:
+    then `sums` takes tiles of rows with such a layout.
     """
 
     features: tuple[str, ...]
     row_tile: int
     sums: Callable[[Writer, Layout, str, str, list[str]], Sums]
     narrow: bool = False
+    spread: Callable[[Writer, Layout, str, str], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ the end. A block is straight code: its sums never wait for a counter.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from llmbuild.kernels.instructions import Sums
 from llmbuild.kernels.layouts import PANEL, QUAD, Codes, Layout
 from llmbuild.kernels.short import LANES, Registers, SumsOf, as_reals, by_row, joined, quad
@@ -50,6 +52,48 @@ def _one_pass(
 
     carried = [(w.lanes(0.0, unit.reals), unit.reals)] * (len(rows) * len(registers))
     return by_row(w.loop(0, layout.blocks, 1, body, carried), len(registers))
+
+
+def spread(unit: Registers) -> Callable[[Writer, Layout, str, str], None]:
+    """Return `Kernel.spread` for all formats of integers that share bytes."""
+
+    def of_panel(w: Writer, layout: Layout, data: str, room: str) -> None:
+        codes, line = layout.codes, QUAD * PANEL
+
+        def body(turn: str) -> list[str]:
+            stored, place = (
+                w.at(base, w.mul(turn, n * line)) for base, n in ((data, codes.bytes_), (room, codes.quads))
+            )
+            for register in range(PANEL // unit.lanes):
+                first = register * QUAD * unit.lanes
+                for number, code in enumerate(stored_codes(w, unit, codes, w.at(stored, first))):
+                    w.store(code, w.at(place, number * line + first), unit.bytes_, QUAD * unit.lanes)
+            return []
+
+        w.loop(0, layout.columns // codes.columns, 1, body)
+
+    return of_panel
+
+
+def stored_codes(w: Writer, unit: Registers, codes: Codes, place: str) -> list[str]:
+    """Return bytes of four columns each, those of the quads that lie together from a place on."""
+    kind = unit.bytes_ if codes.bits == 8 else unit.integers
+    stored = [w.load(w.at(place, i * QUAD * PANEL), kind, QUAD * unit.lanes) for i in range(codes.bytes_)]
+    return stored if codes.bits == 8 else [_quad_codes(w, unit, codes, stored, i) for i in range(codes.quads)]
+
+
+def _quad_codes(w: Writer, unit: Registers, codes: Codes, stored: list[str], number: int) -> str:
+    """Return the codes of one quad, put together from the bits of bytes."""
+    found = ""
+    for piece in codes.pieces(number):
+        moved, far = stored[piece.byte], piece.start - piece.place
+        if far:
+            operation = "arith.shrui" if far > 0 else "arith.shli"
+            moved = w.op(operation, moved, w.lanes(abs(far), unit.integers), kind=unit.integers)
+        mask = w.lanes(piece.mask << piece.place, unit.bytes_)
+        part = w.op("arith.andi", w.cast("vector.bitcast", moved, unit.integers, unit.bytes_), mask, kind=unit.bytes_)
+        found = w.op("arith.ori", found, part, kind=unit.bytes_) if found else part
+    return found
 
 
 class Group:
@@ -96,7 +140,7 @@ class Block:
 
     def __init__(self, w: Writer, unit: Registers, layout: Layout, data: str, rows: list[str], index: str) -> None:
         self.w, self.unit, self.layout = w, unit, layout
-        self.data = w.at(data, w.mul(index, layout.panel_bytes // layout.blocks))
+        self.data = w.at(data, w.mul(index, layout.block * PANEL * layout.codes.bits // 8))
         self.values = [w.at(row, w.add(w.mul(index, layout.block), layout.header_bytes)) for row in rows]
         self.factors = [w.at(row, w.mul(index, 4)) for row in rows]
         self.sums = [w.at(factor, layout.factors_bytes) for factor in self.factors]
@@ -122,37 +166,21 @@ class Block:
         return dict(zip(places, as_reals(w, unit, list(found.values())), strict=True))
 
     def _codes(self, codes: Codes, place: str) -> list[str]:
-        """Return bytes of four columns each, those of the quads that lie together from a place on."""
+        """Return bytes of four columns each, as `_dot` takes them."""
         w, unit = self.w, self.unit
-        kind = unit.bytes_ if codes.bits == 8 else unit.integers
-        stored = [w.load(w.at(place, i * QUAD * PANEL), kind, QUAD * unit.lanes) for i in range(codes.bytes_)]
-        if codes.bits == 8:
-            return stored if unit.shifted else [w.op("arith.xori", stored[0], w.lanes(-128, kind), kind=kind)]
-        return [self._quad_codes(codes, stored, i) for i in range(codes.quads)]
-
-    def _quad_codes(self, codes: Codes, stored: list[str], number: int) -> str:
-        """Return the codes of one quad, put together from the bits of bytes."""
-        w, unit, found = self.w, self.unit, ""
-        for piece in codes.pieces(number):
-            moved, far = stored[piece.byte], piece.start - piece.place
-            if far:
-                operation = "arith.shrui" if far > 0 else "arith.shli"
-                moved = w.op(operation, moved, w.lanes(abs(far), unit.integers), kind=unit.integers)
-            mask = w.lanes(piece.mask << piece.place, unit.bytes_)
-            part = w.op(
-                "arith.andi", w.cast("vector.bitcast", moved, unit.integers, unit.bytes_), mask, kind=unit.bytes_
-            )
-            found = w.op("arith.ori", found, part, kind=unit.bytes_) if found else part
-        return found
+        found = stored_codes(w, unit, codes, place)
+        if self.layout.bits < 8 or unit.shifted:
+            return found
+        return [w.op("arith.xori", found[0], w.lanes(-128, unit.bytes_), kind=unit.bytes_)]
 
     def _dot(self, total: str, codes: list[str], x: list[str]) -> str:
-        if self.layout.codes.bits == 8:
+        if self.layout.bits == 8:
             return self.unit.dot(self.w, total, codes[0], x[0])
-        return self.unit.dot_codes(self.w, total, codes, x, self.layout.codes.bits)
+        return self.unit.dot_codes(self.w, total, codes, x, self.layout.bits)
 
     def _start(self, row: int) -> str:
         """Return what takes the offset of codes off again, where products are of codes with theirs."""
-        signed = self.layout.codes.bits == 8 and not self.unit.shifted
+        signed = self.layout.bits == 8 and not self.unit.shifted
         if signed or not self.layout.offset:
             return self.w.lanes(0, self.unit.integers)
         return self.w.splat(self.w.load(self.sums[row], I32), self.unit.integers)

@@ -67,10 +67,12 @@ def worker(w: Writer) -> str:
 @dataclass(frozen=True)
 class Scratch:
     """Offsets of the regions of a layer's scratch: scores of each work-group, from `parts` on what parts of the
-    positions came to, and from `fixed` on `per_row` bytes per row of T.
+    positions came to, from `spread` on a panel of each work-group whose codes have a byte each, and from `fixed` on
+    `per_row` bytes per row of T.
     """
 
     parts: int
+    spread: int
     fixed: int
     per_row: dict[str, int]
 
@@ -89,8 +91,12 @@ def scratch(shape: DecoderShape) -> Scratch:
         "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
     }
     parts = _score_bytes(shape) * shape.workers
-    fixed = parts + shape.heads * MAX_PARTS * attention.Parts.stride(shape.head_dim)
-    return Scratch(parts, fixed, per_row)
+    spread = parts + shape.heads * MAX_PARTS * attention.Parts.stride(shape.head_dim)
+    return Scratch(parts, spread, spread + _spread_bytes(shape) * shape.workers, per_row)
+
+
+def _spread_bytes(shape: DecoderShape) -> int:
+    return max(layout.spread_bytes for layout in shape.layouts().values())
 
 
 def _score_bytes(shape: DecoderShape) -> int:
@@ -241,10 +247,13 @@ class LayerWriter:
         """Multiply the prepared rows by a matrix, panel by panel."""
         parts, layout = self.parts, self.shape.layouts()[name]
         panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
+        room = self.w.at(
+            self.p["scratch"], scratch(self.shape).spread, self.w.mul(self.number, _spread_bytes(self.shape))
+        )
         self._run(
             panels_of(self.shape, name),
             lambda panel: products.multiply_panel(
-                self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish
+                self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish, room
             ),
         )
 

@@ -128,6 +128,8 @@ class Layout:
     columns: int
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
+    spread: bool = False
+    """Whether codes have a byte each, as several rows read them from scratch: `[K/4][64][4]`."""
 
     @property
     def group(self) -> int:
@@ -178,9 +180,19 @@ class Layout:
         return -INTEGERS[self.form].lowest
 
     @property
+    def bits(self) -> int:
+        """Bits of the codes of integers."""
+        return INTEGERS[self.form].bits
+
+    @property
     def codes(self) -> Codes:
         """How the codes of integers lie."""
-        return Codes(INTEGERS[self.form].bits)
+        return Codes(8 if self.spread else self.bits)
+
+    @property
+    def spread_bytes(self) -> int:
+        """Bytes of a panel whose codes have a byte each; 0 where they have one as they are stored."""
+        return 0 if self.is_real or self.bits == 8 else PANEL * self.columns
 
     @property
     def by_row(self) -> bool:
@@ -190,7 +202,7 @@ class Layout:
     @property
     def block(self) -> int:
         """Columns of activations that are rounded to bytes with one scale; 0 where none are."""
-        return 0 if self.is_real else rounded_together(self.codes.bits, self.group)
+        return 0 if self.is_real else rounded_together(self.bits, self.group)
 
     @property
     def blocks(self) -> int:

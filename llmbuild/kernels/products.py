@@ -7,7 +7,7 @@ saturation: sum(w*x) = sum((w+128)*x) - 128*sum(x). Floating-point weights are w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
@@ -108,26 +108,34 @@ Epilogue = Callable[[str, str, list[str]], None]
 
 
 def multiply_panel(
-    w: Writer, unit: Instructions, panels: Panels, index: str, x: str, rows: str, finish: Epilogue
+    w: Writer, unit: Instructions, panels: Panels, index: str, x: str, rows: str, finish: Epilogue, room: str = ""
 ) -> None:
-    """Multiply all prepared rows (a count, i64) by one panel: tiles of `row_tile` rows, then one by one."""
+    """Multiply all prepared rows (a count, i64) by one panel: tiles of `row_tile` rows, then one by one.
+
+    With `room` for `Layout.spread_bytes`, codes that share bytes are taken apart once for all tiles.
+    """
     layout, first = panels.layout, w.mul(index, PANEL)
     data = w.at(panels.data, w.mul(index, layout.panel_bytes))
     scales = w.at(panels.scales, w.mul(index, layout.scale_bytes))
     kernel = unit.kernels[layout.family]
 
-    def tile(start: str, size: int) -> list[str]:
+    def tile(start: str, size: int, lies: Layout, data: str) -> list[str]:
         taken = [w.add(start, r) for r in range(size)]
         pointers = [w.at(x, w.mul(row, layout.prepared_bytes)) for row in taken]
-        sums = kernel.sums(w, layout, data, scales, pointers)
+        sums = kernel.sums(w, lies, data, scales, pointers)
         for row, pointer, blocks in zip(taken, pointers, sums, strict=True):
             finish(row, first, _scaled(w, panels, scales, first, pointer, blocks))
         return []
 
     size = kernel.row_tile
     tiled = w.mul(w.integers("divui", rows, size), size)
-    w.loop(0, tiled, size, lambda start: tile(start, size))
-    w.loop(tiled, rows, 1, lambda start: tile(start, 1))
+    if kernel.spread is not None and layout.spread_bytes and room:
+        with w.when(w.below(0, tiled)):
+            kernel.spread(w, layout, data, room)
+        w.loop(0, tiled, size, lambda start: tile(start, size, replace(layout, spread=True), room))
+    else:
+        w.loop(0, tiled, size, lambda start: tile(start, size, layout, data))
+    w.loop(tiled, rows, 1, lambda start: tile(start, 1, layout, data))
 
 
 def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks: list[str]) -> list[str]:

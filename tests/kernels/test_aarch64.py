@@ -61,7 +61,7 @@ def test_inner_loops_are_the_instructions_and_spill_next_to_nothing(
     for loop in loops:
         assert len(re.findall(rf"\s{instruction}\s", loop)) == count
         kept = len(re.findall(r"\[(?:sp|x29)\b|\[x\d+\], #-16\]!|\sst[rpu]", loop))
-        assert kept <= (0 if together and layout.codes.quads < 4 else 0.35 * count)
+        assert kept <= (0 if together else 0.35 * count)
 
 
 @pytest.mark.skipif(not EMULATOR, reason="LLMBUILD_AARCH64_RUN names no emulator")

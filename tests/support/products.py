@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable
 from llmbuild.kernels.layouts import Layout
-from llmbuild.kernels.text import VF, Writer
+from llmbuild.kernels.text import I64, PTR, VF, Writer
 from llmbuild.transform.panels import pack
 from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.weights import Array
@@ -36,15 +37,18 @@ def prepared(layout: Layout, x: Any) -> Any:
 def products_module(unit: Instructions, layout: Layout, rows: int, calls: int = 1) -> str:
     """Return MLIR of `main(panel, prepared rows, ...) -> (f32[64 * rows], ...)`, of as many products as `calls`.
 
-    Panels are as `panel` gives them.
+    Panels are as `panel` gives them. Several rows have codes that share bytes taken apart first, as in our kernels.
     """
     w, names, row = Writer(), ["panel", "x", "out"], layout.prepared_bytes
     size = layout.panel_bytes + (0 if layout.by_row else layout.scale_bytes)
     p = bind(w, names, {"panel": size, "x": rows * row, "out": 4 * 64 * rows})
     kernel = unit.kernels[layout.family]
-    sums = kernel.sums(
-        w, layout, p["panel"], w.at(p["panel"], layout.panel_bytes), [w.at(p["x"], r * row) for r in range(rows)]
-    )
+    lies, data, scales = layout, p["panel"], w.at(p["panel"], layout.panel_bytes)
+    if rows > 1 and kernel.spread is not None and layout.spread_bytes:
+        aligned = f"{w.integer(layout.spread_bytes)} x i8 {{alignment = 64 : i64}}"
+        lies, data = replace(layout, spread=True), w.let(f"llvm.alloca {aligned} : ({I64}) -> {PTR}")
+        kernel.spread(w, layout, p["panel"], data)
+    sums = kernel.sums(w, lies, data, scales, [w.at(p["x"], r * row) for r in range(rows)])
     for i, block in enumerate(block for blocks in sums for block in blocks):
         w.store(block, w.at(p["out"], 64 * i), VF)
     panel, x, out = f"tensor<{size}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
