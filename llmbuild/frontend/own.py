@@ -108,9 +108,14 @@ class PanelEmbedding(nn.Module):
 
     def __init__(self, head: OwnHead) -> None:
         super().__init__()
-        self.head = head
+        self._head = (head,)  # no module of this one: its tensors have their names in the model by the head alone
         self.powers: torch.Tensor
         self.register_buffer("powers", torch.empty(len(POWERS)))
+
+    @property
+    def head(self) -> OwnHead:
+        """The output matrix."""
+        return self._head[0]
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,width] of tokens i64[1,T]."""

@@ -24,12 +24,17 @@ FORMATS = (
     {"weight_format": "int8", "work_groups": "4"},
     {"weight_format": "q4_1"},
     {"weight_format": "int7_g64"},
+    {"weight_format": "int6_g32", "scaling": "activation"},
+    {"weight_format": "f12_e4m7"},
 )
 
 
 def imported(folder: Path, out: Path, choices: dict[str, str], shell: Path | None = None) -> Path:
     """Return the folder of an import with our kernels."""
-    job = ImportJob(str(folder), CONTEXT, choices=tuple({**OWN, **choices}.items()), features=AVX2)
+    text = out.with_suffix(".npy")
+    np.save(text, np.random.default_rng(0).integers(0, WIDE["vocab_size"], (2, 16)))
+    pairs = tuple({**OWN, **choices}.items())
+    job = ImportJob(str(folder), CONTEXT, choices=pairs, features=AVX2, calibration=str(text))
     import_model(ImportJob(**{**vars(job), "shell": str(shell) if shell else ""}), out)
     return out
 
