@@ -211,10 +211,11 @@ class Engine:
 
     def _sample(self, batch: Batch, outputs: list[Output], begun: float) -> None:
         """Choose a token for each sequence whose tokens are all computed."""
-        prompt_tokens = chosen = 0
+        computed = prompt_tokens = chosen = 0
         now = self._last_step_s
         for share, output in zip(batch.shares, outputs, strict=True):
             one = self._running[share.number]
+            computed += share.tokens
             prompt_tokens += 0 if one.tokens else share.tokens
             whole = one.pending == share.tokens
             one.computed += share.tokens
@@ -222,7 +223,7 @@ class Engine:
                 chosen += 1
                 self._take(one, output, now)
         turn_s = self._clock() - begun
-        self._observer.turned(Turned(len(outputs), prompt_tokens, chosen, self._step_s, turn_s))
+        self._observer.turned(Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s))
 
     def _take(self, one: Sequence, output: Output, now: float) -> None:
         """Choose a sequence's next token; a fault in it ends this sequence alone."""

@@ -23,9 +23,10 @@ class Lived:
 
 @dataclass(frozen=True, slots=True)
 class Turned:
-    """One step: rows of the batch, tokens that were computed and tokens that were chosen, and its seconds."""
+    """One step: its sequences, all tokens that it computed and those of prompts, the chosen tokens, and its seconds."""
 
     sequences: int
+    computed: int
     prompt_tokens: int
     tokens: int
     step_s: float

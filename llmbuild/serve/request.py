@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from llmbuild.errors import InputError
 from llmbuild.runtime import checks
@@ -62,6 +63,15 @@ class SamplingParams:
             raise RequestRefused(
                 f"min_tokens is {self.min_tokens}, more than max_tokens {self.max_tokens}", "min_tokens"
             )
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> SamplingParams:
+        """Return the parameters of values that nobody has checked.
+
+        Raises:
+            RequestRefused: a value is wrong.
+        """
+        return SamplingParams(**values)
 
     @property
     def stops(self) -> tuple[str, ...]:

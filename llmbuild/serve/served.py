@@ -11,6 +11,7 @@ from llmbuild.runtime.answers import Text
 from llmbuild.runtime.chat import Message
 from llmbuild.runtime.model import Model
 from llmbuild.serve import budget
+from llmbuild.serve.budget import Need
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Outlet
@@ -45,13 +46,16 @@ class Prompt:
 class Served:
     """One model, its engine, and what its clients may ask of its texts."""
 
-    def __init__(self, model: Model, slots: int, settings: Settings, outlet: Outlet, observer: Observer) -> None:
+    def __init__(
+        self, model: Model, need: Need, slots: int, settings: Settings, outlet: Outlet, observer: Observer
+    ) -> None:
         """Open the variant and allocate the caches of `slots` sequences.
 
         Raises:
             LlmbuildError: the variant cannot be opened, or not be served so.
         """
         self.model, self.name = model, str(model.row["model"])
+        self.need = need
         self.tokenizer = model.tokenizer
         self.step = PerSequenceStep(model.session, slots)
         if settings.scheduler == SARATHI:
@@ -68,6 +72,11 @@ class Served:
     def context(self) -> int:
         """Positions of a sequence."""
         return self.step.context
+
+    def told(self) -> str:
+        """Return how many sequences run at a time, and what they take."""
+        slots = self.step.slots
+        return f"up to {slots} sequences of {self.context} tokens at a time: {self.need.told(slots)}"
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return the prompt of a text.
@@ -120,9 +129,9 @@ def opened(
     counts = budget.sequences(needs, budget.memory(settings.memory_bytes), settings.max_sequences)
     found: list[Served] = []
     try:
-        for model, slots in zip(models, counts, strict=True):
-            observer = observers.get(str(model.row["model"]), Observer())
-            found.append(Served(model, slots, settings, outlet, observer))
+        for model, taken, slots in zip(models, needs, counts, strict=True):
+            observer = observers.get(taken.name, Observer())
+            found.append(Served(model, taken, slots, settings, outlet, observer))
     except BaseException:
         for one in found:
             one.close()
