@@ -89,7 +89,8 @@ class Chooser:
 
 def uniform(seed: int, sequence: int, place: int) -> float:
     """Return the draw from [0, 1) that belongs to a place of a sequence."""
-    bits = np.random.Philox(key=[seed & _WORD, sequence], counter=[place, 0, 0, 0])
+    key = np.array([seed & _WORD, sequence], np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([place, 0, 0, 0], np.uint64))
     return float(np.random.Generator(bits).random())
 
 
@@ -139,12 +140,11 @@ def logprob(logits: Logits, token: int, count: int) -> Logprob:
     wide = checked(logits).astype(np.float64)
     most = wide.max()
     made = wide - (most + np.log(np.exp(wide - most).sum()))
-    count = min(count, made.size)
+    count = min(count, logits.size)
     best: list[int] = []
     if count:
-        least = np.partition(made, made.size - count)[made.size - count]
-        found = np.flatnonzero(made >= least)
-        best = found[np.argsort(-made[found], kind="stable")][:count].tolist()
+        found = np.flatnonzero(logits >= np.partition(logits, logits.size - count)[logits.size - count])
+        best = found[np.argsort(-logits[found], kind="stable")][:count].tolist()
     return Logprob(token, _shown(made[token]), tuple((one, _shown(made[one])) for one in best))
 
 

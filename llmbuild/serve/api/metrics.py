@@ -136,7 +136,7 @@ class _States(Collector):
         self._engines = engines
 
     def collect(self) -> Iterable[Metric]:
-        gauges = {
+        gauges: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
             "vllm:num_requests_running": ("Sequences with a slot.", lambda s: s.running),
             "vllm:num_requests_waiting": ("Sequences in the queue.", lambda s: s.waiting),
             "vllm:kv_cache_usage_perc": ("Part of the slots that is taken.", lambda s: s.running / s.slots),
