@@ -42,7 +42,7 @@ class Limits:
 class Engine:
     """Answers requests with one device, several sequences at a time.
 
-    `submit`, `cancel`, `drain`, `close` and `snapshot` are for any thread; `turn` and `run` for one. Every sequence
+    `check`, `submit`, `cancel`, `drain`, `close` and `snapshot` are for any thread; `turn` and `run` for one. Every sequence
     that was submitted ends once: with a `Delta` that has a finish, or an `Ended`. One class: its sequences, slots and
     queue change together, in one thread.
     """
@@ -80,7 +80,7 @@ class Engine:
             RequestRefused: it can never be answered.
             QueueFull, Unavailable: it cannot be taken now.
         """
-        self._check(request)
+        self.check(request)
         now, params = self._clock(), request.params
         limit = self.limits.deadline_s
         late_s = now + (limit if request.deadline_s is None else min(limit, request.deadline_s))
@@ -92,6 +92,24 @@ class Engine:
                 for i in range(params.n)
             ]
         )
+
+    def check(self, request: Request) -> None:
+        """Refuse what can never be answered.
+
+        Raises:
+            RequestRefused: the prompt is empty, too long, or names no tokens of the model.
+        """
+        count, context, vocabulary = len(request.prompt), self._step.context, self._step.vocabulary
+        if not count:
+            raise RequestRefused("the prompt is empty: give at least one token", "prompt")
+        if count > context:
+            told = f"the prompt has {count} tokens; the context of this model is {context} tokens"
+            raise RequestRefused(told, "prompt", CONTEXT_EXCEEDED)
+        named = {"prompt": request.prompt, "stop_token_ids": request.params.stop_tokens}
+        for name, tokens in {**named, "logit_bias": tuple(request.params.biases)}.items():
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+                raise RequestRefused(f"{name}: token {wrong} is outside the vocabulary of {vocabulary}", name)
 
     def cancel(self, request: str) -> None:
         """End all sequences of a request before the next step, whatever they do."""
@@ -288,24 +306,6 @@ class Engine:
 
     def _set(self, phase: Phase) -> None:
         self._inbox.set(phase)
-
-    def _check(self, request: Request) -> None:
-        """Refuse what can never be answered.
-
-        Raises:
-            RequestRefused: the prompt is empty, too long, or names no tokens of the model.
-        """
-        count, context, vocabulary = len(request.prompt), self._step.context, self._step.vocabulary
-        if not count:
-            raise RequestRefused("the prompt is empty: give at least one token", "prompt")
-        if count > context:
-            told = f"the prompt has {count} tokens; the context of this model is {context} tokens"
-            raise RequestRefused(told, "prompt", CONTEXT_EXCEEDED)
-        named = {"prompt": request.prompt, "stop_token_ids": request.params.stop_tokens}
-        for name, tokens in {**named, "logit_bias": tuple(request.params.biases)}.items():
-            if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
-                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
-                raise RequestRefused(f"{name}: token {wrong} is outside the vocabulary of {vocabulary}", name)
 
 
 def _lived(one: Sequence, last: Delta | None, now: float) -> Lived:
