@@ -42,9 +42,9 @@ class Limits:
 class Engine:
     """Answers requests with one device, several sequences at a time.
 
-    `check`, `submit`, `cancel`, `drain`, `close` and `snapshot` are for any thread; `turn` and `run` for one. Every sequence
-    that was submitted ends once: with a `Delta` that has a finish, or an `Ended`. One class: its sequences, slots and
-    queue change together, in one thread.
+    `check`, `submit`, `cancel`, `drain`, `close` and `snapshot` are for any thread; `turn` and `run` for one. Every
+    sequence that was submitted ends once: with a `Delta` that has a finish, or an `Ended`. One class: its sequences,
+    slots and queue change together, in one thread.
     """
 
     def __init__(

@@ -86,7 +86,7 @@ def test_several_choices_of_a_stream_are_put_together(client: openai.OpenAI) -> 
 
 
 def test_errors_are_the_clients_own(client: openai.OpenAI, server: Running) -> None:
-    with pytest.raises(openai.BadRequestError, match="maximum|the context of this model is 32 tokens") as told:
+    with pytest.raises(openai.BadRequestError, match="the context of this model is 32 tokens") as told:
         client.completions.create(model="tiny", prompt="a b c d " * 40)
     assert (told.value.code, told.value.param) == ("context_length_exceeded", "prompt")
     with pytest.raises(openai.NotFoundError, match="not served here: tiny"):
