@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 from llmbuild.errors import InputError
 from llmbuild.serve.api.http import LARGEST_BODY
 from llmbuild.serve.api.keys import Keys
+from llmbuild.serve.api.server import _drained
 from llmbuild.serve.engine import Limits
 from llmbuild.serve.step import Rows
 from tests.support.server import Local, local
@@ -426,6 +428,43 @@ def spoken(response: httpx.Response) -> str:
     if response.headers["content-type"].startswith("text/event-stream"):
         return "".join(c["text"] for e in events(response)[:-1] for c in e["choices"])
     return str(response.json()["choices"][0]["text"])
+
+
+@pytest.mark.parametrize("how", ["the time is over", "a second signal"])
+def test_what_is_not_finished_at_the_end_is_told(how: str) -> None:
+    inside, gate, wait = gated()
+    with local(slots=1, before=wait) as server, server.client() as client:
+        said: list[httpx.Response] = []
+        threads = [
+            threading.Thread(target=lambda n=n: said.append(client.post(TEXT, json=text(max_tokens=20, stream=n == 0))))  # type: ignore[misc]
+            for n in range(2)
+        ]
+        for thread in threads:
+            thread.start()
+        assert reached(lambda: sum(state_of(server)) == 2) and inside.is_set()
+        gate.release(1)
+        assert reached(lambda: server.step.steps == 1)
+
+        async def end() -> bool:
+            asked: asyncio.Queue[None] = asyncio.Queue()
+            if how == "a second signal":
+                asyncio.get_running_loop().call_later(0.1, asked.put_nowait, None)
+            drained = asyncio.ensure_future(_drained(server.state, 0.1 if how == "the time is over" else 60, asked))
+            asyncio.get_running_loop().call_later(0.4, gate.release, 100)  # the step that runs ends
+            finished = await drained
+            await asyncio.to_thread(server.engine.close)
+            return finished
+
+        server.state.draining = True
+        assert client.get("/ready").status_code == 503
+        assert client.post(TEXT, json=text()).status_code == 503
+        assert asyncio.run(end()) is False
+        for thread in threads:
+            thread.join(20)
+        codes = sorted(one.status_code for one in said)
+        assert codes in ([200, 503], [503, 503])
+        told = [events(one)[-1] if one.status_code == 200 else one.json() for one in said]
+        assert [one["error"]["code"] for one in told] == ["shutting_down"] * 2
 
 
 # --- keys ------------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import pytest
 
 from llmbuild.runtime import load
 from llmbuild.runtime.model import Model
-from tests.conftest import Project, llmbuild
+from tests.conftest import Project, llmbuild, project_in
 from tests.support.server import Running, command
 
 KEY = "sk-0123456789abcdef"
@@ -68,7 +69,7 @@ def test_a_chat_streams_what_the_loader_answers(client: openai.OpenAI, model: Mo
         stream_options={"include_usage": True},
     ) as stream:
         text = "".join(event.delta for event in stream if event.type == "content.delta")
-        last = stream.get_final_completion()
+        last = stream.current_completion_snapshot
     assert (text, last.choices[0].message.content, last.choices[0].finish_reason) == (answer, answer, "length")
     prompt = len(model.encode_chat(asked).tokens)
     assert last.usage and (last.usage.prompt_tokens, last.usage.completion_tokens) == (prompt, 9)
@@ -80,7 +81,8 @@ def test_several_choices_of_a_stream_are_put_together(client: openai.OpenAI) -> 
     options = {"model": "tiny", "messages": [{"role": "user", "content": "ab"}], "n": 3, "seed": 5, "max_tokens": 6}
     plain = client.chat.completions.create(**options)  # type: ignore[call-overload]
     with client.chat.completions.stream(**options) as stream:
-        streamed = stream.get_final_completion()
+        assert [event for event in stream if event.type == "content.delta"]
+        streamed = stream.current_completion_snapshot
     assert [c.message.content for c in streamed.choices] == [c.message.content for c in plain.choices]
     assert len({c.message.content for c in plain.choices}) == 3
 
@@ -146,11 +148,28 @@ def test_ctrl_c_ends_an_idle_server(chatty: Project) -> None:
         assert found.stop(signal.SIGINT) == 0
 
 
-def test_two_models_answer_in_one_server(chatty: Project, tmp_path: Path) -> None:
-    done = llmbuild("build", chatty.recipe, "-C", chatty.catalog, "-n")
-    assert done.returncode == 0
-    bad = llmbuild("serve", "tiny", "tiny", "-C", chatty.catalog)
-    assert (bad.returncode, "a model is named twice" in bad.stderr) == (2, True)
+def test_two_models_answer_in_one_server(chatty: Project, client: openai.OpenAI, tmp_path: Path) -> None:
+    shutil.copytree(chatty.folder, tmp_path / "both")
+    both = project_in(tmp_path / "both")
+    both.recipe.write_text(
+        both.recipe.read_text().replace("name: tiny", "name: other").replace("trials: 3", "trials: 1")
+    )
+    done = llmbuild("build", both.recipe, "-C", both.catalog)
+    assert done.returncode == 0, done.stderr
+    with (
+        command("tiny", "other", "-C", both.catalog, "--memory", "1GB") as found,
+        openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0) as two,
+    ):
+        assert [one.id for one in two.models.list()] == ["tiny", "other"]
+        texts = {
+            name: two.completions.create(model=name, prompt="def", max_tokens=9, temperature=0).choices[0].text
+            for name in ("tiny", "other")
+        }
+        wanted = client.completions.create(model="tiny", prompt="def", max_tokens=9, temperature=0).choices[0].text
+        assert (texts["tiny"], len(texts["other"]) > 0) == (wanted, True)
+        assert found.stop() == 0
+    told = llmbuild("serve", "tiny", "tiny", "-C", chatty.catalog)
+    assert (told.returncode, "a model is named twice" in told.stderr) == (2, True)
 
 
 BAD: list[tuple[list[str], int, str]] = [
