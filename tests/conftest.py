@@ -46,7 +46,7 @@ SLOW = (
     "frontend/scaling frontend/score frontend/shapes kernels/aarch64 kernels/kernels kernels/matvec "
     "kernels/shared_exponent kernels/vulkan profiler/comparisons profiler/energy profiler/profiler profiler/remote "
     "profiler/roofline repository/docs repository/nightly repository/scripts repository/tutorial repository/wheel "
-    "runtime/answers runtime/ladder system/odd_hosts"
+    "runtime/answers runtime/ladder serve/client serve/exact serve/offline system/odd_hosts"
 ).split()
 """Modules that compile or build models, or wait for servers: `scripts/test --fast` goes without them."""
 

@@ -20,6 +20,7 @@ from llmbuild.catalog.store import BlobStore
 from llmbuild.catalog.writer import Catalog
 from llmbuild.cli.output import Report
 from llmbuild.cli.requests import StudyRequest
+from llmbuild.cli.sizes import size_of
 from llmbuild.errors import InputError
 from llmbuild.runtime import reader, trust
 from llmbuild.runtime.trust import Policy
@@ -30,7 +31,6 @@ from llmbuild.system.terminal import cell
 PRIVATE = ("orphan", "stranger")
 """Findings that are normal in a publication: its database has no manifest, and its folder keeps the previous one."""
 Say = Callable[[str], None]
-UNITS = {"": 1, "B": 1, "K": 10**3, "KB": 10**3, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9, "T": 10**12}
 
 
 @contextlib.contextmanager
@@ -100,30 +100,13 @@ def collect(folder: Path, budget: str | None, dry_run: bool) -> Report:
     """Remove blobs that no front and no publication needs."""
     alone = not dry_run or is_published(folder)  # a read-only one is refused
     with opened(folder, alone) as catalog:
-        swept = garbage.collect(catalog, None if budget is None else size_of(budget), dry_run)
+        swept = garbage.collect(catalog, None if budget is None else size_of("--size", budget), dry_run)
     rows: list[dict[str, object]] = [{"blob": r.digest, "kind": r.kind, "bytes": r.size_bytes} for r in swept.removed]
     done = "would be freed" if dry_run else "freed"
     told = f"{swept.freed_bytes / 1e6:.1f} MB {done}, {swept.kept_bytes / 1e6:.1f} MB kept"
     if swept.over:
         told += f"; the fronts and what was published need {swept.over / 1e6:.1f} MB more than the budget"
     return Report(rows, told, swept.over == 0)
-
-
-def size_of(text: str) -> int:
-    """Return the bytes of a size such as `500M` or `2GB`.
-
-    Raises:
-        InputError: not a size.
-    """
-    number = text.rstrip("BKMGTbkmgt")
-    unit = text[len(number) :].upper()
-    try:
-        value = float(number)
-        if not 0 <= value < 1e15:
-            raise ValueError
-        return int(value * UNITS[unit])
-    except (ValueError, KeyError):
-        raise InputError(f"--size {text!r}: not a size: write 500M or 2GB") from None
 
 
 def diff(before: str, after: str, noise: float, rule: Policy) -> Report:

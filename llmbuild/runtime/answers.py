@@ -65,6 +65,8 @@ class Stops:
         self._stops = tuple(stops)
         self._held = ""
         self.found = False
+        self.which = ""
+        """The stop string that was found."""
 
     def push(self, text: str) -> str:
         """Take a piece and return the text that precedes any possible stop string."""
@@ -74,7 +76,9 @@ class Stops:
         ends = [(at + len(stop), at) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
             self.found = True
-            return self._held[: min(ends)[1]]
+            end, at = min(ends)
+            self.which = self._held[at:end]
+            return self._held[:at]
         keep = max((overlap(self._held, stop) for stop in self._stops), default=0)
         certain, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return certain
@@ -94,6 +98,11 @@ class Text:
     def stopped(self) -> bool:
         """Return whether a stop string was found."""
         return self._stops.found
+
+    @property
+    def stop(self) -> str:
+        """The stop string that was found; empty where none was."""
+        return self._stops.which
 
     def push(self, token: int) -> str:
         """Take a token and return the text that is now final."""

@@ -33,6 +33,18 @@ BYTES = _byte_of_character()
 """The byte of each character of a byte-level token."""
 
 
+def level_bytes(token: str) -> bytes:
+    """Return the bytes of a byte-level token; one with a character outside the table is text as it is."""
+    found = [BYTES.get(character) for character in token]
+    return token.encode() if None in found else bytes(byte for byte in found if byte is not None)
+
+
+def fallback_byte(token: str) -> bytes | None:
+    """Return the byte that a token such as `<0xE2>` stands for; None for any other."""
+    found = _BYTE.fullmatch(token)
+    return bytes([int(found[1], 16)]) if found else None
+
+
 class Stage:
     """One stage of a decoder. Its state is immutable values, so that a shallow copy is a full copy."""
 
@@ -82,9 +94,7 @@ class ByteLevel(_Utf8):
 
     def take(self, token: str) -> Parts:
         """Return the text of a token's bytes; a token with a character outside the table is text as it is."""
-        found = [BYTES.get(character) for character in token]
-        data = token.encode() if None in found else bytes(byte for byte in found if byte is not None)
-        return [(self.text(data), False)]
+        return [(self.text(level_bytes(token)), False)]
 
     def end(self) -> Parts:
         return [(self.text(b"", final=True), True)]
@@ -97,9 +107,9 @@ class ByteFallback(_Utf8):
 
     def take(self, token: str) -> Parts:
         """Return a token as it is, and the text of a byte."""
-        if found := _BYTE.fullmatch(token):
+        if (byte := fallback_byte(token)) is not None:
             self._open = True
-            return [(self.text(bytes([int(found[1], 16)])), False)]
+            return [(self.text(byte), False)]
         return [*self.end(), (token, True)]
 
     def end(self) -> Parts:

@@ -189,6 +189,22 @@ class Tokenizer:
         found = self._library.id_to_token(token)
         return f"<{token}>" if found is None else str(found)
 
+    def bytes_of(self, token: int) -> bytes:
+        """Return the bytes that a token adds to a text; the name of one that is not shown.
+
+        A character may be spread over several tokens.
+        """
+        text = self._text_of(token)
+        if text is None:
+            return self.name(token).encode()
+        if any(isinstance(stage, detokenize.ByteLevel) for stage in self._stages):
+            return detokenize.level_bytes(text)
+        if (byte := detokenize.fallback_byte(text)) is not None:
+            return byte
+        made = self.decoder()
+        made.push(token)
+        return made.push(token).encode()  # the second: the first of a text may lose a space
+
     def decoder(self, before: Sequence[int] = ()) -> detokenize.Decoder:
         """Return an incremental decoder of the tokens that follow `before`; special tokens are not shown."""
         made = detokenize.Decoder(self._stages, self._text_of)

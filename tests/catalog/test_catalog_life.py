@@ -18,7 +18,8 @@ from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.store import SEALED_NS
 from llmbuild.catalog.tables import Base
 from llmbuild.catalog.writer import IMPORTS, Catalog
-from llmbuild.cli.maintenance import collect, size_of
+from llmbuild.cli.maintenance import collect
+from llmbuild.cli.sizes import size_of
 from llmbuild.errors import CatalogError, InputError
 from llmbuild.runtime import reader
 from tests.conftest import llmbuild
@@ -181,11 +182,11 @@ def test_a_variant_that_comes_back_to_the_front_is_missed(shelf: Path) -> None:
 @pytest.mark.parametrize("size", ["many", "-1", "2X", "nan", "1e400", ""])
 def test_a_size_that_is_none_is_told(size: str) -> None:
     with pytest.raises(InputError, match="not a size"):
-        size_of(size)
+        size_of("--size", size)
 
 
 def test_sizes_are_read() -> None:
-    assert [size_of(s) for s in ("500M", "2GB", "1.5k", "7")] == [500_000_000, 2_000_000_000, 1500, 7]
+    assert [size_of("--size", s) for s in ("500M", "2GB", "1.5k", "7")] == [500_000_000, 2_000_000_000, 1500, 7]
 
 
 def test_every_table_that_names_a_blob_is_known_to_gc(shelf: Path) -> None:

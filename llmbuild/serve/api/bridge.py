@@ -1,0 +1,90 @@
+"""From the engine's thread to the tasks of an event loop: the events of one HTTP request, numbered by choice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from llmbuild.serve.api.asked import Asked
+from llmbuild.serve.events import Delta, Ended, Event
+
+Numbered = tuple[int, Event]
+
+
+class Answers:
+    """The events of a request's answers; how many can be there is bounded by the tokens that were asked for."""
+
+    def __init__(self, asked: Asked) -> None:
+        self._asked = asked
+        self._first = dict[str, int]()
+        at = 0
+        for one in asked.requests:
+            self._first[one.id] = at
+            at += one.params.n
+        self._left = at
+        self._events: list[Numbered] = []
+        self._some = asyncio.Event()
+        self.completion_tokens = 0
+        self.cached_tokens = 0
+
+    @property
+    def open(self) -> bool:
+        """Whether an answer has not ended yet, as far as its reader knows."""
+        return self._left > 0
+
+    def put(self, event: Event) -> None:
+        """Take an event, in the event loop."""
+        self._events.append((self._first[event.request] + event.index, event))
+        self._some.set()
+
+    async def __aiter__(self) -> AsyncIterator[list[Numbered]]:
+        """Yield what has come since the last time, until every answer has ended."""
+        while self._left:
+            await self._some.wait()
+            self._some.clear()
+            events, self._events = self._events, []
+            for _, event in events:
+                self._left -= isinstance(event, Ended) or event.finish is not None
+                self.completion_tokens += isinstance(event, Delta)
+            yield events
+
+
+class Bridge:
+    """Hands events to those who wait for them; what nobody waits for any more is dropped."""
+
+    def __init__(self, post: Callable[[Callable[[], None]], object]) -> None:
+        """Take the event loop's `call_soon_threadsafe`."""
+        self._post = post
+        self._waiting: dict[str, Answers] = {}
+
+    def outlet(self, events: Sequence[Event]) -> None:
+        """Take the events of a turn, in an engine's thread."""
+        self._post(lambda: self._deliver(events))
+
+    @contextmanager
+    def submitted(self, asked: Asked) -> Iterator[Answers]:
+        """Submit requests to their engine, all or none; those that have not ended are cancelled at the exit.
+
+        Raises:
+            RequestRefused, QueueFull, Unavailable: as the engine's `submit`.
+        """
+        answers, engine = Answers(asked), asked.served.engine
+        begun = []
+        try:
+            for one in asked.requests:
+                self._waiting[one.id] = answers
+                begun.append(one.id)
+                engine.submit(one)
+            yield answers
+        finally:
+            for name in begun:
+                del self._waiting[name]
+                if answers.open:
+                    engine.cancel(name)
+
+    def _deliver(self, events: Sequence[Event]) -> None:
+        for event in events:
+            answers = self._waiting.get(event.request)
+            if answers is not None:
+                answers.put(event)

@@ -1,0 +1,178 @@
+"""The bodies of answers: whole ones and chunks of streams, of chats and of completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from llmbuild.runtime.tokenizer import Tokenizer
+from llmbuild.serve.api.asked import Asked
+from llmbuild.serve.api.bridge import Answers, Numbered
+from llmbuild.serve.api.errors import ApiError, of_fault
+from llmbuild.serve.events import Delta, Ended, Finish, Logprob
+
+Json = dict[str, object]
+
+
+@dataclass
+class Part:
+    """What came of one choice: its text, the log-probabilities of its tokens, and its finish."""
+
+    text: list[str] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    finish: Finish | None = None
+
+    def take(self, delta: Delta) -> None:
+        """Take a token."""
+        self.text.append(delta.text)
+        if delta.logprob is not None:
+            self.logprobs.append(delta.logprob)
+        self.finish = delta.finish
+
+
+def parts(events: Iterable[Numbered], found: dict[int, Part] | None = None) -> dict[int, Part]:
+    """Return what events say of each choice, added to what was `found` before.
+
+    Raises:
+        ApiError: the engine gave one up.
+    """
+    found = {} if found is None else found
+    for choice, event in events:
+        if isinstance(event, Ended):
+            raise of_fault(event.fault, event.why)
+        found.setdefault(choice, Part()).take(event)
+    return found
+
+
+class Replies:
+    """Makes the bodies of the answers to one request."""
+
+    def __init__(self, asked: Asked, name: str, created: int) -> None:
+        self._asked, self._name, self._created = asked, name, created
+        self._offsets = [0] * asked.choices
+        """Characters of each choice's tokens so far, for the offsets of completions."""
+
+    def whole(self, found: dict[int, Part], answers: Answers) -> Json:
+        """Return the body of an answer that is not streamed."""
+        kind = "chat.completion" if self._asked.chat else "text_completion"
+        choices = [self._choice(i, found[i], whole=True) for i in range(self._asked.choices)]
+        return {**self._head(kind), "choices": choices, "usage": self.usage(answers)}
+
+    def opening(self) -> bytes:
+        """Return the first chunks of a stream: a chat's choices in their order, each with the role."""
+        if not self._asked.chat:
+            return b""
+        delta = {"role": "assistant", "content": ""}
+        empty: Iterable[Json] = (
+            {"index": i, "delta": delta, "logprobs": None, "finish_reason": None} for i in range(self._asked.choices)
+        )
+        return b"".join(self._chunk([one]) for one in empty)
+
+    def chunks(self, found: dict[int, Part]) -> bytes:
+        """Return the chunks that say what came; none for a choice of which there is nothing to say."""
+        told = ((i, one) for i, one in found.items() if one.finish or one.logprobs or any(one.text))
+        return b"".join(self._chunks(i, one) for i, one in told)
+
+    def ending(self, answers: Answers) -> bytes:
+        """Return the end of a stream, behind the usage if it is asked for."""
+        usage = b""
+        if self._asked.include_usage:
+            usage = _event({**self._head(self._kind()), "choices": [], "usage": self.usage(answers)})
+        return usage + b"data: [DONE]\n\n"
+
+    def usage(self, answers: Answers) -> Json:
+        """Return the tokens of prompts and answers."""
+        prompt, completion = self._asked.prompt_tokens, answers.completion_tokens
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
+        }
+
+    def _chunks(self, index: int, part: Part) -> bytes:
+        """Return a chunk with text, and for a chat one more with the finish."""
+        if not self._asked.chat or part.finish is None:
+            return self._chunk([self._choice(index, part, whole=False)])
+        text = Part(part.text, part.logprobs)
+        first = self._chunk([self._choice(index, text, whole=False)]) if part.logprobs or any(part.text) else b""
+        last = {"index": index, "delta": {}, "logprobs": None, **_finished(part.finish)}
+        return first + self._chunk([last])
+
+    def _choice(self, index: int, part: Part, whole: bool) -> Json:
+        text = "".join(part.text)
+        logprobs = self._logprobs(index, part)
+        end = _finished(part.finish)
+        if not self._asked.chat:
+            return {"index": index, "text": text, "logprobs": logprobs, **end}
+        if whole:
+            message = {"role": "assistant", "content": text, "refusal": None}
+            return {"index": index, "message": message, "logprobs": logprobs, **end}
+        return {"index": index, "delta": {"content": text}, "logprobs": logprobs, **end}
+
+    def _logprobs(self, index: int, part: Part) -> Json | None:
+        if self._asked.requests[0].params.logprobs is None:
+            return None
+        if self._asked.chat:
+            return {"content": [self._entry(one) for one in part.logprobs], "refusal": None}
+        texts, offsets = [], []
+        for one in part.logprobs:
+            texts.append(_text_of(self._asked.served.tokenizer, one.token))
+            offsets.append(self._offsets[index])
+            self._offsets[index] += len(texts[-1])
+        return {
+            "tokens": texts,
+            "token_logprobs": [one.logprob for one in part.logprobs],
+            "top_logprobs": [self._top(one) for one in part.logprobs],
+            "text_offset": offsets,
+        }
+
+    def _top(self, one: Logprob) -> dict[str, float]:
+        """Return the most likely tokens, and the one that was taken, by their texts; of equal texts the likelier."""
+        tokenizer = self._asked.served.tokenizer
+        listed = [*one.top, (one.token, one.logprob)]
+        return {_text_of(tokenizer, token): value for token, value in reversed(listed)}
+
+    def _entry(self, one: Logprob) -> Json:
+        return {**self._shown(one.token, one.logprob), "top_logprobs": [self._shown(*each) for each in one.top]}
+
+    def _shown(self, token: int, value: float) -> Json:
+        data = self._asked.served.tokenizer.bytes_of(token)
+        return {"token": data.decode(errors="replace"), "logprob": value, "bytes": list(data)}
+
+    def _kind(self) -> str:
+        return "chat.completion.chunk" if self._asked.chat else "text_completion"
+
+    def _chunk(self, choices: Sequence[Json]) -> bytes:
+        usage = {"usage": None} if self._asked.include_usage else {}
+        return _event({**self._head(self._kind()), "choices": list(choices), **usage})
+
+    def _head(self, kind: str) -> Json:
+        served = self._asked.served
+        head: Json = {"id": self._name, "object": kind, "created": self._created, "model": served.name}
+        return {**head, "system_fingerprint": served.variant[:12]}
+
+
+def failed(error: ApiError) -> bytes:
+    """Return the end of a stream that has failed: clients raise an error of it."""
+    return _event(error.body)
+
+
+def _text_of(tokenizer: Tokenizer, token: int) -> str:
+    """Return the text of a token; of one that is not whole characters its bytes, in OpenAI's form."""
+    data = tokenizer.bytes_of(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finished(finish: Finish | None) -> Json:
+    if finish is None:
+        return {"finish_reason": None}
+    return {"finish_reason": finish.reason, "stop_reason": finish.stop_reason}
+
+
+def _event(body: object) -> bytes:
+    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"

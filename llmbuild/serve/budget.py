@@ -1,0 +1,96 @@
+"""How many sequences fit in memory: computed from the catalog's rows before anything is opened."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llmbuild.errors import InputError
+from llmbuild.runtime import host
+from llmbuild.spec.program import Abi
+from llmbuild.spec.rows import Row
+from llmbuild.system import resources
+
+SHARE = 0.8
+"""Part of the memory that is available at the start which a server takes where no bound is given."""
+OVERHEAD_BYTES = 64_000_000
+"""What a process takes beside weights and caches, where no reading of it is there."""
+_LOGIT_BYTES = 4
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a model takes: once, and for each sequence."""
+
+    name: str
+    fixed_bytes: int
+    sequence_bytes: int
+    measured: bool
+    """Whether `fixed_bytes` comes from a reading of the peak, or is estimated from sizes."""
+
+    def total(self, sequences: int) -> int:
+        """Return what so many sequences take."""
+        return self.fixed_bytes + sequences * self.sequence_bytes
+
+    def told(self, sequences: int) -> str:
+        """Return the sum in words."""
+        basis = "measured" if self.measured else "estimated"
+        each = f"{sequences} x {self.sequence_bytes / 1e6:.1f} MB"
+        return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for the sequences"
+
+
+def cache_bytes(abi: Abi) -> int:
+    """Return the bytes of the keys and values of one sequence: those of its whole context."""
+    size = {"float32": 4, "float16": 2, "int8": 1}
+    return sum(math.prod(kind.shape) * size[kind.dtype] for kind in abi.kv)
+
+
+def need(name: str, row: Row, abi: Abi) -> Need:
+    """Return what a variant takes. Its measured peak has one cache in it."""
+    cache = cache_bytes(abi)
+    stored = (row.get("parameter_bytes") or 0) + (row.get("artifact_bytes") or 0)
+    peak = row.get("peak_memory_bytes")
+    fixed = max(peak - cache, stored) if peak else stored + OVERHEAD_BYTES
+    return Need(name, fixed, cache + abi.vocabulary * _LOGIT_BYTES, bool(peak))
+
+
+def memory(asked: int | None) -> int:
+    """Return the bytes that a server may take: what is asked for, or a part of what is available.
+
+    Raises:
+        InputError: more than this host has, or nothing is known of it.
+    """
+    most = resources.memory_limit()
+    if asked is not None:
+        if most is not None and asked > most.bytes:
+            raise InputError(f"--memory {asked / 1e9:.3g}GB: this host gives {most.bytes / 1e9:.3g} GB ({most.file})")
+        return asked
+    available = host.available_memory_bytes()
+    if available is None:
+        raise InputError("how much memory is available is not known here: give --memory, such as 4GB")
+    return int(available * SHARE)
+
+
+def sequences(needs: Sequence[Need], memory_bytes: int, most: int) -> list[int]:
+    """Return how many sequences each model may hold at a time: up to `most`, in equal numbers as far as they fit.
+
+    Raises:
+        InputError: the memory does not hold one sequence of each.
+    """
+    least = sum(one.total(1) for one in needs)
+    if least > memory_bytes:
+        told = "; ".join(f"{one.name}: {one.told(1)}" for one in needs)
+        fits = math.ceil(least / 1e6)
+        raise InputError(
+            f"--memory: {memory_bytes / 1e6:.0f} MB do not hold one sequence ({told}): give {fits}MB or more"
+        )
+    rest, found = memory_bytes - least, [1] * len(needs)
+    growing = list(range(len(needs)))
+    while growing:
+        for i in tuple(growing):
+            if found[i] == most or needs[i].sequence_bytes > rest:
+                growing.remove(i)
+            else:
+                found[i], rest = found[i] + 1, rest - needs[i].sequence_bytes
+    return found

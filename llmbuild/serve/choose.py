@@ -1,0 +1,165 @@
+"""Choose the next token of one sequence from its logits, whatever else is in the batch.
+
+Draws are numbered: the draw of a token is a function of the seed, the sequence and the token's place, so it is the same
+whoever runs beside it and however often the sequence was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmbuild.errors import InputError
+from llmbuild.serve.events import Logprob
+from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.serve.step import Logits, Output
+
+_WORD = 2**64 - 1
+_FEW = 256
+"""Tokens that usually have the probability that `top_p` asks for: only these are sorted."""
+
+
+class Chooser:
+    """Chooses the tokens of one sequence; `ends` are held back until it has `min_tokens`."""
+
+    def __init__(self, request: Request, index: int, ends: Sequence[int]) -> None:
+        self._params, self._seed, self._index = request.params, request.seed, index
+        self._ends = list(ends)
+        self._prompt = np.unique(np.array(request.prompt, np.int64)) if request.params.repetition_penalty != 1 else None
+        self._counts: Counter[int] = Counter()
+        self._chosen = 0
+
+    @property
+    def reads(self) -> bool:
+        """Whether the next choice reads logits."""
+        return not self._params.plain or self._params.logprobs is not None
+
+    def choose(self, output: Output) -> tuple[int, Logprob | None]:
+        """Return the next token, and its log-probability where it is asked for.
+
+        Raises:
+            InputError: a logit is no number, or all tokens are ruled out.
+        """
+        params, token = self._params, output.token
+        if not params.plain:
+            assert output.logits is not None
+            made = self._changed(output.logits)
+            if params.temperature == 0:
+                token = int(checked(made).argmax())
+            else:
+                token = drawn(made, params, uniform(self._seed, self._index, self._chosen))
+        self._chosen += 1
+        if params.penalized:
+            self._counts[token] += 1
+        if params.logprobs is None:
+            return token, None
+        assert output.logits is not None
+        return token, logprob(output.logits, token, params.logprobs)
+
+    def _changed(self, logits: Logits) -> Logits:
+        """Return logits with penalties and biases; the given ones are only read."""
+        params = self._params
+        barred = self._chosen < params.min_tokens
+        if not (params.penalized or params.biases or barred):
+            return logits
+        made = logits.astype(np.float32, copy=True)
+        if params.penalized:
+            self._penalize(made)
+        for token, bias in params.biases.items():
+            made[token] += bias
+        if barred:
+            made[self._ends] = -np.inf
+        return made
+
+    def _penalize(self, made: Logits) -> None:
+        params = self._params
+        said = np.fromiter(self._counts.keys(), np.int64, len(self._counts))
+        if self._prompt is not None:
+            before = np.union1d(self._prompt, said)
+            found = made[before]
+            penalty = np.float32(params.repetition_penalty)
+            made[before] = np.where(found > 0, found / penalty, found * penalty)
+        if said.size:
+            counts = np.fromiter(self._counts.values(), np.float32, len(self._counts))
+            made[said] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
+
+
+def uniform(seed: int, sequence: int, place: int) -> float:
+    """Return the draw from [0, 1) that belongs to a place of a sequence."""
+    key = np.array([seed & _WORD, sequence], np.uint64)
+    bits = np.random.Philox(key=key, counter=np.array([place, 0, 0, 0], np.uint64))
+    return float(np.random.Generator(bits).random())
+
+
+def drawn(logits: Logits, params: SamplingParams, share: float) -> int:
+    """Return the token at a share of the distribution that the parameters leave.
+
+    Raises:
+        InputError: the logits are no distribution.
+    """
+    most = float(checked(logits).max())
+    kept = np.flatnonzero(logits >= _least(logits, most, params))
+    with np.errstate(over="ignore"):  # a tiny temperature: less likely tokens get probability 0
+        weights = np.exp((logits[kept].astype(np.float64) - most) / params.temperature)
+    if params.top_p < 1:
+        inside = _nucleus(weights, params.top_p)
+        kept, weights = kept[inside], weights[inside]
+    reached = np.cumsum(weights)
+    at = int(np.searchsorted(reached, share * reached[-1], side="right"))
+    return int(kept[min(at, kept.size - 1)])
+
+
+def _least(logits: Logits, most: float, params: SamplingParams) -> float:
+    """Return the least logit that `top_k` and `min_p` leave in; tokens as likely as the k-th are left in with it."""
+    least = -np.inf
+    if 0 < params.top_k < logits.size:
+        least = float(np.partition(logits, logits.size - params.top_k)[logits.size - params.top_k])
+    if params.min_p > 0:
+        least = max(least, most + params.temperature * float(np.log(params.min_p)))
+    return least
+
+
+def _nucleus(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
+    """Return the places of the fewest weights that sum to a share of all, in their own order; at least one."""
+    wanted = share * weights.sum()
+    places = np.arange(weights.size)
+    if weights.size > 2 * _FEW:
+        few = np.flatnonzero(weights >= np.partition(weights, weights.size - _FEW)[weights.size - _FEW])
+        if weights[few].sum() >= wanted:
+            places = few
+    order = places[np.argsort(-weights[places], kind="stable")]
+    count = int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1
+    return np.sort(order[:count])
+
+
+def logprob(logits: Logits, token: int, count: int) -> Logprob:
+    """Return the log-probability of a token, and the `count` most likely ones; equal ones in the order of ids."""
+    wide = checked(logits).astype(np.float64)
+    most = wide.max()
+    made = wide - (most + np.log(np.exp(wide - most).sum()))
+    count = min(count, logits.size)
+    best: list[int] = []
+    if count:
+        found = np.flatnonzero(logits >= np.partition(logits, logits.size - count)[logits.size - count])
+        best = found[np.argsort(-logits[found], kind="stable")][:count].tolist()
+    return Logprob(token, _shown(made[token]), tuple((one, _shown(made[one])) for one in best))
+
+
+def _shown(value: float) -> float:
+    """Return a log-probability that JSON can hold: that of a token that cannot come is OpenAI's least number."""
+    return max(float(value), -9999.0)
+
+
+def checked(logits: Logits) -> Logits:
+    """Return logits from which a token can be chosen.
+
+    Raises:
+        InputError: one is NaN or +inf, or all are -inf.
+    """
+    most = logits.max()  # NaN where one is
+    if not np.isfinite(most):
+        raise InputError(f"the largest logit is {most}: there are no probabilities to choose from")
+    return logits

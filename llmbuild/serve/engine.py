@@ -1,0 +1,315 @@
+"""The engine: admit, schedule, step, sample, emit. One thread owns every sequence and every slot."""
+
+from __future__ import annotations
+
+import heapq
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import islice
+from time import monotonic
+
+from llmbuild.errors import InputError
+from llmbuild.runtime.answers import Text
+from llmbuild.serve.choose import Chooser
+from llmbuild.serve.errors import CONTEXT_EXCEEDED, RequestRefused
+from llmbuild.serve.events import Delta, Ended, Event, Fault, Outlet
+from llmbuild.serve.inbox import Inbox, Phase
+from llmbuild.serve.observe import Lived, Observer, Snapshot, Turned
+from llmbuild.serve.request import Request
+from llmbuild.serve.schedule.state import Batch, Scheduler, State
+from llmbuild.serve.sequence import Sequence
+from llmbuild.serve.step import Output, Step
+
+Texts = Callable[[Request, frozenset[int]], Text]
+"""Makes what turns tokens into text; the tokens given are those that end the answer, and are no text."""
+
+_SEEN = 64
+"""Sequences at the front of the queue that a scheduler sees."""
+_SPARE = 64
+"""Deadlines of ended sequences that are kept before they are cleared away."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of what an engine holds: sequences that wait, and seconds from a request's arrival to its end."""
+
+    queue: int = 256
+    deadline_s: float = 600.0
+
+
+class Engine:
+    """Answers requests with one device, several sequences at a time.
+
+    `check`, `submit`, `cancel`, `drain`, `close` and `snapshot` are for any thread; `turn` and `run` for one. Every
+    sequence that was submitted ends once: with a `Delta` that has a finish, or an `Ended`. One class: its sequences,
+    slots and queue change together, in one thread.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        scheduler: Scheduler,
+        texts: Texts,
+        outlet: Outlet,
+        limits: Limits = Limits(),
+        observer: Observer | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._step, self._scheduler, self._texts, self._outlet = step, scheduler, texts, outlet
+        self.limits, self._observer, self._clock = limits, observer or Observer(), clock
+        self._inbox = Inbox(limits.queue)
+        self._free = list(range(step.slots))
+        self._running: dict[int, Sequence] = {}
+        self._waiting: deque[Sequence] = deque()
+        self._by_request: dict[str, list[Sequence]] = {}
+        self._deadlines: list[tuple[float, int, Sequence]] = []
+        self._events: list[Event] = []
+        self._arrived = 0
+        self._last_step_s = self._last_end_s = clock()
+        self._step_s = 0.0
+        self._thread: threading.Thread | None = None
+
+    # --- for any thread ----------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request) -> None:
+        """Queue a request; its events come by the outlet.
+
+        Raises:
+            RequestRefused: it can never be answered.
+            QueueFull, Unavailable: it cannot be taken now.
+        """
+        self.check(request)
+        now, params = self._clock(), request.params
+        limit = self.limits.deadline_s
+        late_s = now + (limit if request.deadline_s is None else min(limit, request.deadline_s))
+        own = () if params.ignore_eos else (*self._step.ends, *request.ends)
+        ends = frozenset((*own, *params.stop_tokens))
+        self._inbox.put(
+            [
+                Sequence(request, i, self._texts(request, ends), Chooser(request, i, sorted(ends)), ends, now, late_s)
+                for i in range(params.n)
+            ]
+        )
+
+    def check(self, request: Request) -> None:
+        """Refuse what can never be answered.
+
+        Raises:
+            RequestRefused: the prompt is empty, too long, or names no tokens of the model.
+        """
+        count, context, vocabulary = len(request.prompt), self._step.context, self._step.vocabulary
+        if not count:
+            raise RequestRefused("the prompt is empty: give at least one token", "prompt")
+        if count > context:
+            told = f"the prompt has {count} tokens; the context of this model is {context} tokens"
+            raise RequestRefused(told, "prompt", CONTEXT_EXCEEDED)
+        named = {"prompt": request.prompt, "stop_token_ids": request.params.stop_tokens}
+        for name, tokens in {**named, "logit_bias": tuple(request.params.biases)}.items():
+            if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
+                wrong = next(token for token in tokens if not 0 <= token < vocabulary)
+                raise RequestRefused(f"{name}: token {wrong} is outside the vocabulary of {vocabulary}", name)
+
+    def cancel(self, request: str) -> None:
+        """End all sequences of a request before the next step, whatever they do."""
+        self._inbox.cancel(request)
+
+    def snapshot(self) -> Snapshot:
+        """Return how much there is to do, and whether the engine does it."""
+        with self._inbox.changed:
+            busy = self._inbox.alive > 0
+            running, waiting = self._inbox.alive - self._inbox.queued, self._inbox.queued
+            idle = self._clock() - self._last_step_s if busy else 0.0
+            return Snapshot(running, waiting, self._step.slots, idle, self._inbox.fault, self._inbox.phase == "open")
+
+    def start(self, name: str = "engine") -> None:
+        """Run in a thread until `close`."""
+        self._thread = threading.Thread(target=self.run, name=name, daemon=True)
+        self._thread.start()
+
+    def drain(self, timeout_s: float) -> bool:
+        """Take no more requests, and wait until those that were taken have ended; return whether they have."""
+        self._set("draining")
+        with self._inbox.changed:
+            return self._inbox.changed.wait_for(lambda: not self._inbox.alive, timeout_s)
+
+    def close(self) -> None:
+        """End what is left, and the thread; the device is the caller's to close."""
+        self._set("closed")
+        if self._thread is not None:
+            self._thread.join()
+
+    # --- the engine's thread -----------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Take turns until `close`, and sleep while there is nothing to do."""
+        while self._wait():
+            self.turn()
+        self._end_all("closed", "the server is shutting down")
+        self._emit()
+
+    def turn(self) -> bool:
+        """Run one step where there is anything to run, and return whether there was.
+
+        A fault of the device or the scheduler ends every sequence, and the engine: what the device holds is unknown.
+        """
+        begun = self._clock()
+        self._admit()
+        try:
+            batch = self._schedule()
+            if batch.shares:
+                self._sample(batch, self._run(batch), begun)
+        except Exception as error:  # noqa: BLE001 - whatever it is, clients must be told, and none may wait for ever
+            batch = Batch()
+            self._fail(f"{type(error).__name__}: {error}")
+        self._emit()
+        return bool(batch.shares)
+
+    def _wait(self) -> bool:
+        """Wait for something to do; return whether the engine goes on."""
+        inbox = self._inbox
+        with inbox.changed:
+            while inbox.phase != "closed" and not (inbox.arrivals or inbox.cancelled):
+                if self._running or self._waiting:
+                    break
+                inbox.changed.wait()
+            return inbox.phase != "closed"
+
+    def _admit(self) -> None:
+        """Take what came: requests go to the end of the queue, cancelled and late ones leave."""
+        arrivals, cancelled = self._inbox.taken()
+        for one in arrivals:
+            self._queue(one)
+        for name in cancelled:
+            for one in tuple(self._by_request.get(name, ())):
+                self._give_up(one, "cancelled", "the client has gone")
+        now = self._clock()
+        while self._deadlines and (self._deadlines[0][0] <= now or self._deadlines[0][2].ended):
+            one = heapq.heappop(self._deadlines)[2]
+            if not one.ended:
+                told = f"the answer took longer than {one.deadline_s - one.arrival_s:g} s"
+                self._give_up(one, "deadline", told)
+
+    def _queue(self, one: Sequence) -> None:
+        self._arrived += 1
+        one.number = self._arrived
+        self._waiting.append(one)
+        self._by_request.setdefault(one.request.id, []).append(one)
+        heapq.heappush(self._deadlines, (one.deadline_s, one.number, one))
+
+    def _schedule(self) -> Batch:
+        """Return the rows of the next step; sequences that it admits have slots."""
+        if not self._running and not self._waiting:
+            return Batch()
+        running = tuple(one.entry() for one in self._running.values())
+        front = {one.number: one for one in islice(self._waiting, _SEEN)}
+        waiting = tuple(one.entry() for one in front.values())
+        now = self._clock()
+        batch = self._scheduler(State(running, waiting, len(self._free)), now)
+        if not batch.shares:
+            raise RuntimeError("the scheduler gives no batch, and there are sequences")
+        admitted = [front[share.number] for share in batch.shares if share.number not in self._running]
+        for one in admitted:
+            self._waiting.remove(one)
+            one.slot, one.admitted_s = self._free.pop(), now
+            self._running[one.number] = one
+        if admitted:
+            self._inbox.admitted(len(admitted))
+        return batch
+
+    def _run(self, batch: Batch) -> list[Output]:
+        """Run the rows on the device."""
+        rows = [self._running[share.number].rows(share.tokens) for share in batch.shares]
+        begun = self._clock()
+        outputs = list(self._step.run(rows))
+        self._last_step_s = self._clock()
+        self._step_s = self._last_step_s - begun
+        return outputs
+
+    def _sample(self, batch: Batch, outputs: list[Output], begun: float) -> None:
+        """Choose a token for each sequence whose tokens are all computed."""
+        computed = prompt_tokens = chosen = 0
+        now = self._last_step_s
+        for share, output in zip(batch.shares, outputs, strict=True):
+            one = self._running[share.number]
+            computed += share.tokens
+            prompt_tokens += 0 if one.tokens else share.tokens
+            whole = one.pending == share.tokens
+            one.computed += share.tokens
+            if whole:
+                chosen += 1
+                self._take(one, output, now)
+        turn_s = self._clock() - begun
+        self._observer.turned(Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s))
+
+    def _take(self, one: Sequence, output: Output, now: float) -> None:
+        """Choose a sequence's next token; a fault in it ends this sequence alone."""
+        try:
+            delta = one.take(output, self._step.context)
+        except InputError as error:
+            self._give_up(one, "engine", str(error))
+            return
+        if len(one.tokens) == 1:
+            one.first_s = now
+            self._observer.first(now - one.arrival_s)
+        else:
+            self._observer.gap(now - one.last_s)
+        one.last_s = now
+        self._events.append(delta)
+        if delta.finish is not None:
+            self._end(one, delta)
+
+    def _emit(self) -> None:
+        """Tell what happened in this turn."""
+        if self._events:
+            events, self._events = self._events, []
+            self._outlet(events)
+
+    # --- ends --------------------------------------------------------------------------------------------------------
+
+    def _give_up(self, one: Sequence, fault: Fault, why: str) -> None:
+        self._events.append(Ended(one.request.id, one.index, fault, why))
+        self._end(one, None)
+
+    def _end(self, one: Sequence, last: Delta | None) -> None:
+        """Free what a sequence holds; it must not have ended before."""
+        assert not one.ended, f"sequence {one.number} ends twice"
+        one.ended = True
+        siblings = self._by_request[one.request.id]
+        siblings.remove(one)
+        if not siblings:
+            del self._by_request[one.request.id]
+        queued = one.slot is None
+        if one.slot is None:
+            self._waiting.remove(one)
+        else:
+            del self._running[one.number]
+            self._free.append(one.slot)
+        if len(self._deadlines) > _SPARE + 4 * (len(self._running) + len(self._waiting)):
+            self._deadlines = [late for late in self._deadlines if not late[2].ended]
+            heapq.heapify(self._deadlines)
+        now = self._clock()
+        self._inbox.ended(int(queued), int(not queued), now - self._last_end_s)
+        self._last_end_s = now
+        self._observer.lived(_lived(one, last, now))
+
+    def _end_all(self, fault: Fault, why: str) -> None:
+        self._admit()
+        for one in (*self._running.values(), *self._waiting):
+            self._give_up(one, fault, why)
+
+    def _fail(self, why: str) -> None:
+        """End everything, and take nothing more."""
+        self._inbox.set("closed", why)
+        self._end_all("engine", f"the engine has failed: {why}")
+
+    def _set(self, phase: Phase) -> None:
+        self._inbox.set(phase)
+
+
+def _lived(one: Sequence, last: Delta | None, now: float) -> Lived:
+    reason = last.finish.reason if last is not None and last.finish is not None else "abort"
+    admitted = None if one.slot is None else one.admitted_s
+    first, latest = (one.first_s, one.last_s) if one.tokens else (None, None)
+    return Lived(len(one.request.prompt), len(one.tokens), reason, one.arrival_s, admitted, first, latest, now)

@@ -1,0 +1,103 @@
+"""A step that calls the device once for each sequence: what the artifacts of a catalog can do today.
+
+An artifact of one sequence has `prefill` and `decode`, and a KV cache that its caller gives it. All sequences share one
+opened artifact, and so one copy of the weights in memory; but each call reads all of them, so a step of several
+sequences takes as long as their steps one after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import numpy as np
+
+from llmbuild.errors import InputError
+from llmbuild.runtime.session import Session
+from llmbuild.serve.step import Logits, Output, Rows
+
+CUTS = (1, 6, 8, 16, 32)
+"""Multiples that are tried for where a prompt may be cut."""
+_PIECES, _LEAST = 3, 40
+"""Pieces that the prompts which are tried have at least, and their tokens; and one token less."""
+
+
+class PerSequenceStep:
+    """The step of one opened artifact; each slot has its own KV cache of the whole context."""
+
+    def __init__(self, session: Session, slots: int) -> None:
+        """Allocate the caches of all slots, so that no request finds them missing.
+
+        Raises:
+            InputError: the artifact answers several sequences together, or there is no memory for the caches.
+        """
+        if session.abi.batch != 1:
+            told = f"the variant answers {session.abi.batch} sequences in each call, whether they are there or not"
+            raise InputError(f"{told}: serve one of a workload with `batch: 1`")
+        self._session, self.slots, self.cut = session, slots, 0
+        self._held = ExitStack()
+        self._caches = [self._held.enter_context(session.cache()) for _ in range(slots)]
+        self._logits = np.zeros((slots, session.abi.vocabulary), np.float32)
+
+    @property
+    def context(self) -> int:
+        """Positions of a slot."""
+        return self._session.abi.context
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+        return self._session.abi.vocabulary
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+        return self._session.abi.eos_tokens
+
+    def run(self, batch: Sequence[Rows]) -> list[Output]:
+        """Run the rows of each sequence by a call of its own."""
+        return [self._call(rows, self._logits[i]) for i, rows in enumerate(batch)]
+
+    def close(self) -> None:
+        """Give the caches back to the session."""
+        self._held.close()
+
+    def probe(self) -> None:
+        """Find where prompts may be cut: compute some whole and in pieces, and compare every bit of the logits.
+
+        Kernels that sum the rows of a tile in another order than a single row are exact at multiples of the tile.
+        """
+        self.cut = next((cut for cut in CUTS if cut * _PIECES <= self.context and self._exact(cut)), 0)
+
+    def _exact(self, cut: int) -> bool:
+        drawn = np.random.default_rng(cut)
+        most = min(self.context, max(_LEAST, cut * _PIECES))
+        for length in (most, most - 1):
+            tokens = drawn.integers(0, self.vocabulary, length).tolist()
+            (whole,) = self.run([Rows(0, tokens, 0, True)])
+            said = whole.token, _bits(whole)
+            for most_pieces in (1, _PIECES):
+                at = 0
+                while at < length:
+                    end = min(length, at + cut * int(drawn.integers(1, most_pieces, endpoint=True)))
+                    (pieces,) = self.run([Rows(0, tokens[at:end], at, True)])
+                    at = end
+                if (pieces.token, _bits(pieces)) != said:
+                    return False
+        return True
+
+    def _call(self, rows: Rows, kept: Logits) -> Output:
+        session, cache = self._session, self._caches[rows.slot]
+        if rows.start and len(rows.tokens) == 1:
+            token = session.decode(rows.tokens[0], rows.start, cache=cache)
+        else:
+            token = session.prefill(rows.tokens, rows.start, cache=cache)
+        if not rows.logits:
+            return Output(token)
+        np.copyto(kept, session.peek())
+        return Output(token, kept)
+
+
+def _bits(output: Output) -> bytes:
+    assert output.logits is not None
+    return output.logits.tobytes()

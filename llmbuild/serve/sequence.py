@@ -1,0 +1,79 @@
+"""One continuation of a prompt, from the queue to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llmbuild.runtime.answers import Text
+from llmbuild.serve.choose import Chooser
+from llmbuild.serve.events import Delta, Finish
+from llmbuild.serve.request import Request
+from llmbuild.serve.schedule.state import Entry
+from llmbuild.serve.step import Output, Rows
+
+
+@dataclass(eq=False)
+class Sequence:
+    """A sequence and its state: it waits without a slot, runs with one, and has ended once `ended` is set."""
+
+    request: Request
+    index: int
+    """Which of the request's choices it is."""
+    text: Text
+    chooser: Chooser
+    ends: frozenset[int]
+    arrival_s: float
+    deadline_s: float
+    number: int = 0
+    """Its place in the order of arrivals."""
+    slot: int | None = None
+    computed: int = 0
+    """Tokens whose keys and values are in the slot."""
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+    admitted_s: float = 0.0
+    first_s: float = 0.0
+    last_s: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Tokens that are not computed yet: the rest of the prompt, or the last token."""
+        return len(self.request.prompt) + len(self.tokens) - self.computed
+
+    def entry(self) -> Entry:
+        """Return what a scheduler sees."""
+        return Entry(self.number, self.pending, bool(self.tokens), self.arrival_s)
+
+    def rows(self, count: int) -> Rows:
+        """Return the next `count` tokens to compute."""
+        assert self.slot is not None
+        start, prompt = self.computed, self.request.prompt
+        tokens = prompt[start : start + count] if start < len(prompt) else self.tokens[start - len(prompt) :]
+        last = count == self.pending
+        return Rows(self.slot, tokens, start, last and self.chooser.reads)
+
+    def take(self, output: Output, context: int) -> Delta:
+        """Take what the device says behind the last token: choose the next one and make text of it.
+
+        Raises:
+            InputError: nothing can be chosen.
+        """
+        token, logprob = self.chooser.choose(output)
+        self.tokens.append(token)
+        text = self.text.push(token)
+        finish = self._finish(token, context)
+        if finish is not None:
+            text += self.text.end()
+            if self.text.stopped:  # the held text that the end makes final may have one too
+                finish = Finish("stop", self.text.stop)
+        return Delta(self.request.id, self.index, token, text, logprob, finish)
+
+    def _finish(self, token: int, context: int) -> Finish | None:
+        params = self.request.params
+        if self.text.stopped:
+            return Finish("stop", self.text.stop)
+        if token in self.ends:
+            return Finish("stop", token if token in params.stop_tokens else None)
+        full = len(self.request.prompt) + len(self.tokens) > context
+        over = params.max_tokens is not None and len(self.tokens) >= params.max_tokens
+        return Finish("length") if full or over else None

@@ -1,0 +1,144 @@
+"""A model that is served: an opened variant, its step and its engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from llmbuild.errors import InputError
+from llmbuild.runtime.answers import Text
+from llmbuild.runtime.chat import Message
+from llmbuild.runtime.model import Model
+from llmbuild.serve import budget
+from llmbuild.serve.budget import Need
+from llmbuild.serve.engine import Engine, Limits
+from llmbuild.serve.errors import RequestRefused
+from llmbuild.serve.events import Outlet
+from llmbuild.serve.observe import Observer
+from llmbuild.serve.per_sequence import PerSequenceStep
+from llmbuild.serve.request import Request
+from llmbuild.serve.schedule.named import FCFS, SARATHI, scheduler
+from llmbuild.spec.program import Abi, abi_from
+from llmbuild.spec.rows import present
+
+MOST_SEQUENCES = 16
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How models are served; `memory_bytes` is for all of them together."""
+
+    memory_bytes: int | None = None
+    max_sequences: int = MOST_SEQUENCES
+    scheduler: str = FCFS
+    limits: Limits = Limits()  # noqa: RUF009 - frozen
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """The tokens of a prompt, and the tokens that end its answer besides the model's."""
+
+    tokens: tuple[int, ...]
+    ends: tuple[int, ...] = ()
+
+
+class Served:
+    """One model, its engine, and what its clients may ask of its texts."""
+
+    def __init__(
+        self, model: Model, need: Need, slots: int, settings: Settings, outlet: Outlet, observer: Observer
+    ) -> None:
+        """Open the variant and allocate the caches of `slots` sequences.
+
+        Raises:
+            LlmbuildError: the variant cannot be opened, or not be served so.
+        """
+        self.model, self.name = model, str(model.row["model"])
+        self.need = need
+        self.tokenizer = model.tokenizer
+        self.step = PerSequenceStep(model.session, slots)
+        if settings.scheduler == SARATHI:
+            self.step.probe()
+        policy = scheduler(settings.scheduler, self.step.cut, self.name)
+        self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
+
+    @property
+    def variant(self) -> str:
+        """The digest of the variant."""
+        return str(self.model.row["variant"])
+
+    @property
+    def context(self) -> int:
+        """Positions of a sequence."""
+        return self.step.context
+
+    def told(self) -> str:
+        """Return how many sequences run at a time, and what they take."""
+        slots = self.step.slots
+        return f"up to {slots} sequences of {self.context} tokens at a time: {self.need.told(slots)}"
+
+    def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
+        """Return the prompt of a text.
+
+        Raises:
+            RequestRefused: it has no token.
+        """
+        made = self.tokenizer.encode(text, add_special_tokens)
+        if not made.tokens:
+            raise RequestRefused("the prompt is empty: give at least one character", "prompt")
+        return Prompt(made.tokens)
+
+    def chat(self, messages: Sequence[Message]) -> Prompt:
+        """Return the prompt of a chat.
+
+        Raises:
+            RequestRefused: the model has no chat template, or it refuses these messages.
+        """
+        try:
+            made = self.model.encode_chat(messages)
+        except InputError as error:
+            raise RequestRefused(str(error), "messages") from None
+        return Prompt(made.tokens, self._template_ends)
+
+    def close(self) -> None:
+        """End what runs, and release the device."""
+        self.engine.close()
+        self.step.close()
+        self.model.close()
+
+    def _text(self, request: Request, ends: frozenset[int]) -> Text:
+        return Text(self.tokenizer.decoder(request.prompt), tuple(ends), request.params.stops)
+
+    @cached_property
+    def _template_ends(self) -> tuple[int, ...]:
+        template = self.model.chat_template
+        return template.ends(self.tokenizer) if template else ()
+
+
+def opened(
+    models: Sequence[Model], settings: Settings, outlet: Outlet, observers: Mapping[str, Observer]
+) -> list[Served]:
+    """Open models, with as many sequences as fit in the memory; none is left open where one fails.
+
+    Raises:
+        LlmbuildError: one cannot be opened, or they do not fit.
+    """
+    abis = [abi_of(model) for model in models]
+    needs = [budget.need(str(m.row["model"]), m.row, abi) for m, abi in zip(models, abis, strict=True)]
+    counts = budget.sequences(needs, budget.memory(settings.memory_bytes), settings.max_sequences)
+    found: list[Served] = []
+    try:
+        for model, taken, slots in zip(models, needs, counts, strict=True):
+            observer = observers.get(taken.name, Observer())
+            found.append(Served(model, taken, slots, settings, outlet, observer))
+    except BaseException:
+        for one in found:
+            one.close()
+        raise
+    return found
+
+
+def abi_of(model: Model) -> Abi:
+    """Return how a model's variant is called, without opening it."""
+    return abi_from(present(model.row["abi"]))

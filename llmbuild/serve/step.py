@@ -1,0 +1,68 @@
+"""One device step over a mix of sequences: the interface between the engine and a device.
+
+A step takes rows of several sequences: the prompts of some, one token of others. A step that packs all rows into one
+call of the device implements it as well as one that calls the device for each sequence: the engine does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Logits = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Tokens of one sequence, at positions from `start` on; `slot` is where its keys and values are kept."""
+
+    slot: int
+    tokens: Sequence[int]
+    start: int
+    logits: bool
+    """Whether the logits behind the last token are read; else the device's own choice is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What a device says behind the last token of some rows: its most likely token, and f32[V] logits if asked for.
+
+    The logits are valid until the next step.
+    """
+
+    token: int
+    logits: Logits | None = None
+
+
+class Step(Protocol):
+    """What runs rows on a device. A sequence's outputs depend on its own tokens alone, bit for bit."""
+
+    @property
+    def slots(self) -> int:
+        """How many sequences can be kept at a time."""
+
+    @property
+    def context(self) -> int:
+        """Positions of a slot."""
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens."""
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The model's end tokens."""
+
+    @property
+    def cut(self) -> int:
+        """Multiple of which a prompt may be cut without a change of any bit; 0: it must run whole."""
+
+    def run(self, batch: Sequence[Rows]) -> Sequence[Output]:
+        """Run rows, each of another slot, and return the output behind the last token of each."""
+
+    def close(self) -> None:
+        """Free what is held on the device."""

@@ -1,0 +1,130 @@
+"""Choosing a token: what each parameter leaves in, draws that are numbered, and log-probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from llmbuild.errors import InputError
+from llmbuild.serve.choose import Chooser, drawn, logprob, uniform
+from llmbuild.serve.request import SamplingParams
+from llmbuild.serve.step import Output
+from tests.support.serving import request
+
+ROW = np.array([1.0, 3.0, 2.0, 2.5, -1.0], np.float32)
+
+
+def share_of(row: Any, **params: Any) -> dict[int, float]:
+    """Return how often each token is drawn, of many equal steps through [0, 1)."""
+    steps = 4000
+    made = SamplingParams(**params)
+    tokens, counts = np.unique([drawn(row, made, i / steps) for i in range(steps)], return_counts=True)
+    return dict(zip(tokens.tolist(), (counts / steps).tolist(), strict=True))
+
+
+def softmax(row: Any) -> Any:
+    wide = np.exp(row.astype(np.float64) - row.max())
+    return wide / wide.sum()
+
+
+@pytest.mark.parametrize("heat", [0.3, 1.0, 2.0])
+def test_draws_have_the_probabilities_of_the_softmax(heat: float) -> None:
+    wanted = softmax(ROW / np.float32(heat))
+    found = share_of(ROW, temperature=heat)
+    assert all(abs(found.get(n, 0) - wanted[n]) < 1e-3 for n in range(5))
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {1, 3}),
+        ({"top_k": -1}, {0, 1, 2, 3, 4}),
+        ({"top_p": 0.4}, {1}),
+        ({"top_p": 0.5}, {1, 3}),
+        ({"min_p": 0.3}, {1, 2, 3}),
+        ({"min_p": 0.3, "temperature": 0.5}, {1, 3}),
+        ({"min_p": 1.0}, {1}),
+        ({"top_k": 3, "top_p": 0.6}, {1, 3}),
+    ],
+)
+def test_what_is_left_in(params: dict[str, Any], kept: set[int]) -> None:
+    assert set(share_of(ROW, **params)) == kept
+
+
+def test_tokens_as_likely_as_the_kth_are_left_in() -> None:
+    assert set(share_of(np.array([1, 2, 2, 0], np.float32), top_k=1)) == {1, 2}
+
+
+@given(arrays(np.float32, 1500, elements=st.floats(-8, 8, width=32)), st.floats(0.05, 0.999), st.floats(0, 0.999))
+def test_the_nucleus_of_many_tokens_is_that_of_a_full_sort(row: Any, share: float, at: float) -> None:
+    weights = softmax(row)
+    order = np.argsort(-weights, kind="stable")
+    reached = np.cumsum(weights[order])
+    inside = set(order[: int(np.searchsorted(reached, share * (1 + 1e-9))) + 1].tolist())
+    assert drawn(row, SamplingParams(top_p=share), at) in inside
+
+
+def choices(row: Any, count: int, prompt: list[int], **params: Any) -> list[int]:
+    """Return tokens that are chosen in turn from equal logits."""
+    chooser = Chooser(request("r", prompt, 1, **params), 0, [4])
+    return [chooser.choose(Output(int(row.argmax()), row.copy()))[0] for _ in range(count)]
+
+
+def test_penalties_of_the_answer_and_of_the_prompt() -> None:
+    assert choices(ROW, 3, [0]) == [1, 1, 1]
+    assert choices(ROW, 3, [0], presence_penalty=0.75) == [1, 3, 1]  # then 2.25 against 1.75 and 2
+    assert choices(ROW, 4, [0], frequency_penalty=0.75) == [1, 3, 1, 2]
+    assert choices(ROW, 1, [1], repetition_penalty=1.5) == [3]
+    assert choices(-ROW, 1, [4], repetition_penalty=1.5) == [4]
+    assert choices(-ROW[:4], 2, [], repetition_penalty=4.0) == [0, 2]
+
+
+def test_biases_and_ends_that_are_held_back() -> None:
+    assert choices(ROW, 1, [], logit_bias={"2": 5}) == [2]
+    high = np.array([0, 1, 2, 3, 9], np.float32)
+    assert choices(high, 4, [], min_tokens=2) == [3, 3, 4, 4]
+
+
+def test_the_given_logits_are_only_read() -> None:
+    row = ROW.copy()
+    chooser = Chooser(request("r", [1], 1, logit_bias={1: -9}, repetition_penalty=2.0, min_tokens=3), 0, [2])
+    chooser.choose(Output(1, row))
+    assert (row == ROW).all()
+
+
+def test_draws_are_numbered() -> None:
+    found = [uniform(seed, sequence, place) for seed in (0, 1, -1) for sequence in range(3) for place in range(200)]
+    assert len(set(found)) == len(found)
+    assert all(0 <= one < 1 for one in found)
+    assert abs(float(np.mean(found)) - 0.5) < 0.03
+    assert uniform(5, 1, 9) == uniform(5, 1, 9)
+
+
+@given(arrays(np.float32, 12, elements=st.floats(-50, 50, width=32)), st.integers(0, 11), st.integers(0, 20))
+def test_log_probabilities_are_those_of_the_softmax(row: Any, token: int, count: int) -> None:
+    wanted = np.log(np.maximum(softmax(row), 1e-300))
+    found = logprob(row, token, count)
+    assert found.logprob == pytest.approx(wanted[token], abs=1e-6)
+    assert [one for one, _ in found.top] == np.argsort(-row, kind="stable")[:count].tolist()
+    assert [value for _, value in found.top] == sorted((value for _, value in found.top), reverse=True)
+
+
+def test_a_token_that_cannot_come_has_a_number() -> None:
+    row = np.array([0, -np.inf], np.float32)
+    assert logprob(row, 1, 2).logprob == -9999.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("params", [{"temperature": 1.0}, {"logit_bias": {0: 1}}, {"logprobs": 1}], ids=str)
+def test_logits_that_are_no_distribution_are_refused(bad: float, params: dict[str, Any]) -> None:
+    row = ROW.copy()
+    row[2] = bad
+    with pytest.raises(InputError, match="there are no probabilities"):
+        choices(row, 1, [], **params)
+    with pytest.raises(InputError, match="there are no probabilities"):
+        choices(np.full(4, -np.inf, np.float32), 1, [], **params)

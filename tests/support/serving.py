@@ -1,0 +1,147 @@
+"""An engine over a device that is a function of tokens alone, and what is needed to hold it against itself."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from llmbuild.runtime.answers import Text
+from llmbuild.runtime.detokenize import Decoder, stages
+from llmbuild.serve.engine import Engine, Limits
+from llmbuild.serve.events import Delta, Ended, Event
+from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.serve.schedule.fcfs import Fcfs
+from llmbuild.serve.schedule.state import Scheduler
+from llmbuild.serve.step import Output, Rows
+
+VOCABULARY, CONTEXT, END = 64, 24, 0
+LETTERS = [f"<0x{byte:02X}>" for byte in "aé€😀".encode()]
+WORDS = ["", *LETTERS, *(chr(ord("a") + n % 26) * (1 + n // 26) for n in range(VOCABULARY - 1 - len(LETTERS)))]
+"""Texts of tokens: the end, bytes of characters of one to four bytes, and letters."""
+
+
+def logits_of(tokens: Sequence[int]) -> Any:
+    """Return f32[V] that any change of the tokens before changes."""
+    seed = hashlib.sha256(np.asarray(tokens, np.int64).tobytes()).digest()[:8]
+    return np.random.default_rng(int.from_bytes(seed, "big")).normal(0, 2, VOCABULARY).astype(np.float32)
+
+
+class FakeStep:
+    """A device whose slots hold the tokens that were run there; it refuses what no engine may ask of it."""
+
+    context, vocabulary, ends = CONTEXT, VOCABULARY, (END,)
+
+    def __init__(self, slots: int, cut: int = 1, before: Callable[[Sequence[Rows]], None] = lambda batch: None) -> None:
+        self.slots, self.cut, self._before = slots, cut, before
+        self.held: list[list[int]] = [[] for _ in range(slots)]
+        self.steps = 0
+        self.forced: dict[int, int] = {}
+        """Tokens that follow so many others, whatever these are."""
+
+    def run(self, batch: Sequence[Rows]) -> list[Output]:
+        """Run rows; positions must follow on those that are there."""
+        self._before(batch)
+        self.steps += 1
+        assert len({rows.slot for rows in batch}) == len(batch)
+        return [self._one(rows) for rows in batch]
+
+    def _one(self, rows: Rows) -> Output:
+        assert len(rows.tokens) > 0
+        assert rows.start + len(rows.tokens) <= CONTEXT
+        held = self.held[rows.slot]
+        assert rows.start <= len(held)
+        del held[rows.start :]
+        held.extend(rows.tokens)
+        made = logits_of(held)
+        if len(held) in self.forced:
+            made[self.forced[len(held)]] = 1e3
+        return Output(int(made.argmax()), made if rows.logits else None)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+def text_of(request: Request, ends: frozenset[int]) -> Text:
+    """Return the text of an answer."""
+    return Text(Decoder(stages({"type": "ByteFallback"}), WORDS.__getitem__), tuple(ends), request.params.stops)
+
+
+@dataclass
+class Clock:
+    """A clock that a test sets."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        """Return the time; no two readings are equal."""
+        self.now += 1e-6
+        return self.now
+
+
+@dataclass
+class Bench:
+    """An engine whose turns a test takes, and what it said."""
+
+    slots: int = 3
+    scheduler: Scheduler = Fcfs(prompt_tokens=8)  # noqa: RUF009 - frozen
+    limits: Limits = Limits(queue=32)  # noqa: RUF009 - frozen
+    cut: int = 1
+    observer: Any = None
+    clock: Clock = field(default_factory=Clock)
+    events: list[Event] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.step = FakeStep(self.slots, self.cut)
+        self.engine = Engine(
+            self.step, self.scheduler, text_of, self.events.extend, self.limits, self.observer, self.clock
+        )
+
+    def submit(self, name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:
+        """Submit a request."""
+        made = request(name, prompt, seed, **params)
+        self.engine.submit(made)
+        return made
+
+    def settle(self) -> None:
+        """Take turns until there is nothing to do."""
+        for _ in range(10_000):
+            if not self.engine.turn():
+                return
+        raise AssertionError("the engine does not come to an end")
+
+    def of(self, name: str, index: int = 0) -> list[Event]:
+        """Return what was said of a sequence."""
+        return [e for e in self.events if (e.request, e.index) == (name, index)]
+
+    def tokens(self, name: str, index: int = 0) -> list[int]:
+        """Return the tokens of a sequence."""
+        return [e.token for e in self.of(name, index) if isinstance(e, Delta)]
+
+    def text(self, name: str, index: int = 0) -> str:
+        """Return the text of a sequence."""
+        return "".join(e.text for e in self.of(name, index) if isinstance(e, Delta))
+
+    def ends(self, name: str, index: int = 0) -> list[str]:
+        """Return how a sequence ended: once, or there is a fault."""
+        found = self.of(name, index)
+        faults = [e.fault for e in found if isinstance(e, Ended)]
+        return [*faults, *(e.finish.reason for e in found if isinstance(e, Delta) and e.finish)]
+
+
+def request(name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:
+    """Return a request, greedy unless its parameters say otherwise."""
+    deadline = params.pop("deadline_s", None)
+    made = SamplingParams.of({"temperature": 0, **params})
+    return Request(name, tuple(prompt), made, seed if made.seed is None else made.seed, deadline_s=deadline)
+
+
+def alone(made: Request, index: int = 0) -> tuple[list[int], str, list[str]]:
+    """Return tokens, text and ends of a sequence that has an engine for itself."""
+    bench = Bench(slots=1, limits=Limits(queue=200, deadline_s=1e9))
+    bench.engine.submit(made)
+    bench.settle()
+    return bench.tokens(made.id, index), bench.text(made.id, index), bench.ends(made.id, index)
