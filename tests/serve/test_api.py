@@ -338,7 +338,8 @@ def test_a_full_queue_is_told_at_once_and_when_to_come_again() -> None:
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert int(found.headers["retry-after"]) >= 1
         two = client.post(TEXT, json=text(prompt=["a", "b"], max_tokens=1))
-        assert two.status_code == 429
+        never = client.post(TEXT, json=text(prompt=["a", "b", "c"], max_tokens=1))
+        assert [two.status_code, never.status_code] == [429, 400]
         assert sum(state_of(server)) == 3
         gate.release(100)
         for thread in threads:
@@ -435,13 +436,14 @@ def test_what_is_not_finished_at_the_end_is_told(how: str) -> None:
     inside, gate, wait = gated()
     with local(slots=1, before=wait) as server, server.client() as client:
         said: list[httpx.Response] = []
-        threads = [
-            threading.Thread(target=lambda n=n: said.append(client.post(TEXT, json=text(max_tokens=20, stream=n == 0))))  # type: ignore[misc]
-            for n in range(2)
-        ]
+
+        def ask(stream: bool) -> None:
+            said.append(client.post(TEXT, json=text(max_tokens=20, ignore_eos=True, stream=stream)))
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
         for thread in threads:
             thread.start()
-        assert reached(lambda: sum(state_of(server)) == 2) and inside.is_set()
+        assert reached(lambda: sum(state_of(server)) == 2 and inside.is_set())
         gate.release(1)
         assert reached(lambda: server.step.steps == 1)
 

@@ -240,6 +240,9 @@ def _with(asked: Asked, prompts: Sequence[Prompt], params: SamplingParams, name:
     deadline = fields.take("deadline_s", _deadline, None)
     fields.neutral(_BOTH_NEUTRAL)
     fields.end()
+    count, most = len(prompts) * params.n, asked.served.engine.limits.queue
+    if count > most:  # else it would be asked again for ever
+        raise RequestRefused(f"{count} answers are asked for; at most {most} sequences may wait", "n")
     seed = secrets.randbelow(LARGEST_SEED) if params.seed is None else params.seed
     requests = (Request(f"{name}-{i}", one.tokens, params, seed, one.ends, deadline) for i, one in enumerate(prompts))
     return replace(asked, requests=tuple(requests))
