@@ -394,6 +394,21 @@ def test_a_device_that_fails_is_told_to_every_client_and_the_server_is_not_ready
         assert client.post(TEXT, json=text()).status_code == 503
 
 
+def test_a_device_that_hangs_makes_the_server_unready_and_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmbuild.serve.api.app.STALLED_S", 0.2)
+    inside, gate, wait = gated()
+    with local(slots=1, before=wait) as server, server.client() as client:
+        thread = threading.Thread(target=lambda: client.post(TEXT, json=text(max_tokens=1)))
+        thread.start()
+        assert inside.wait(20)
+        assert reached(lambda: client.get("/ready").status_code == 503)
+        assert "no step has ended" in client.get("/ready").json()["error"]["message"]
+        assert client.get("/health").status_code == 200
+        gate.release()
+        thread.join(20)
+        assert client.get("/ready").status_code == 200
+
+
 def test_a_bug_in_one_request_is_told_without_its_words_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with local() as server, server.client() as client:
 
