@@ -142,7 +142,7 @@ def test_a_chat_goes_on_to_the_end_of_the_context_and_a_completion_for_16_tokens
 
 REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format", "text, json_object or json_schema"),
     (CHAT, {"best_off": 3}, 400, "best_off", "no such field"),
     (CHAT, {"messages": []}, 400, "messages", "at least one message"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing"),
