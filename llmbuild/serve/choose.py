@@ -30,12 +30,14 @@ class Chooser:
         self._ends = list(ends)
         self._prompt = np.unique(np.array(request.prompt, np.int64)) if request.params.repetition_penalty != 1 else None
         self._counts: Counter[int] = Counter()
+        self._matching = request.grammar.begin() if request.grammar is not None else None
+        self._plain = request.params.plain and self._matching is None
         self._chosen = 0
 
     @property
     def reads(self) -> bool:
         """Whether the next choice reads logits."""
-        return not self._params.plain or self._params.logprobs is not None
+        return not self._plain or self._params.logprobs is not None
 
     def choose(self, output: Output) -> tuple[int, Logprob | None]:
         """Return the next token, and its log-probability where it is asked for.
@@ -44,7 +46,7 @@ class Chooser:
             InputError: a logit is no number, or all tokens are ruled out.
         """
         params, token = self._params, output.token
-        if not params.plain:
+        if not self._plain:
             assert output.logits is not None
             made = self._changed(output.logits)
             if params.temperature == 0:
@@ -52,6 +54,8 @@ class Chooser:
             else:
                 token = drawn(made, params, uniform(self._seed, self._index, self._chosen))
         self._chosen += 1
+        if self._matching is not None:
+            self._matching.take(token)
         if params.penalized:
             self._counts[token] += 1
         if params.logprobs is None:
@@ -63,7 +67,7 @@ class Chooser:
         """Return logits with penalties and biases; the given ones are only read."""
         params = self._params
         barred = self._chosen < params.min_tokens
-        if not (params.penalized or params.biases or barred):
+        if not (params.penalized or params.biases or barred or self._matching is not None):
             return logits
         made = logits.astype(np.float32, copy=True)
         if params.penalized:
@@ -72,6 +76,8 @@ class Chooser:
             made[token] += bias
         if barred:
             made[self._ends] = -np.inf
+        if self._matching is not None:
+            self._matching.restrict(made)
         return made
 
     def _penalize(self, made: Logits) -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmbuild.errors import InputError
 from llmbuild.runtime import checks
 from llmbuild.serve.errors import RequestRefused
+
+if TYPE_CHECKING:
+    from llmbuild.serve.grammar import Grammar
 
 MOST_CHOICES = 128
 """Largest `n`."""
@@ -111,6 +114,8 @@ class Request:
     """The seed of the draws: the client's, or one drawn for this request."""
     ends: tuple[int, ...] = ()
     """Tokens that end an answer besides the model's end tokens, such as that of a chat template."""
+    grammar: Grammar | None = None
+    """What the answer must match."""
     deadline_s: float | None = None
     """Seconds from the arrival on by which the answer must have ended; None for as long as the engine allows."""
 

@@ -15,6 +15,7 @@ from llmbuild.serve.budget import Need
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Outlet
+from llmbuild.serve.grammar import Grammars
 from llmbuild.serve.observe import Observer
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.request import Request
@@ -100,6 +101,12 @@ class Served:
         except InputError as error:
             raise RequestRefused(str(error), "messages") from None
         return Prompt(made.tokens, self._template_ends)
+
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles schemas for this model."""
+        ends = dict.fromkeys((*self.step.ends, *self._template_ends))
+        return Grammars(self.tokenizer.path, self.step.vocabulary, tuple(ends))
 
     def close(self) -> None:
         """End what runs, and release the device."""

@@ -66,6 +66,12 @@ def test_what_the_loaders_installation_lacks_is_told(python: Path, built: Projec
         done = run(python, tmp_path, "-m", "llmbuild", *command)
         assert (done.returncode, "pip install 'llmbuild[build]'" in done.stderr) == (2, True), done.stderr
         assert "Traceback" not in done.stderr
+    done = run(python, tmp_path, "-m", "llmbuild", "serve", "tiny", "-C", str(built.catalog))
+    assert (done.returncode, "pip install 'llmbuild[serve]'" in done.stderr) == (2, True), done.stderr
+    offline = run(
+        python, tmp_path, "-c", f"from llmbuild.serve import LLM; LLM('tiny', catalog={str(built.catalog)!r})"
+    )
+    assert offline.returncode == 0, offline.stderr
     assert llmbuild("keys", tmp_path / "mine").returncode == 0
     sent = llmbuild("publish", "tiny", tmp_path / "signed", "--sign", tmp_path / "mine.key", "-C", built.catalog)
     assert sent.returncode == 0, sent.stderr

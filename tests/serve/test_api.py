@@ -142,7 +142,7 @@ def test_a_chat_goes_on_to_the_end_of_the_context_and_a_completion_for_16_tokens
 
 REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
     (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
-    (CHAT, {"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
+    (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format", "text, json_object or json_schema"),
     (CHAT, {"best_off": 3}, 400, "best_off", "no such field"),
     (CHAT, {"messages": []}, 400, "messages", "at least one message"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing"),
@@ -338,7 +338,8 @@ def test_a_full_queue_is_told_at_once_and_when_to_come_again() -> None:
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert int(found.headers["retry-after"]) >= 1
         two = client.post(TEXT, json=text(prompt=["a", "b"], max_tokens=1))
-        assert two.status_code == 429
+        never = client.post(TEXT, json=text(prompt=["a", "b", "c"], max_tokens=1))
+        assert [two.status_code, never.status_code] == [429, 400]
         assert sum(state_of(server)) == 3
         gate.release(100)
         for thread in threads:
@@ -393,6 +394,21 @@ def test_a_device_that_fails_is_told_to_every_client_and_the_server_is_not_ready
         assert client.post(TEXT, json=text()).status_code == 503
 
 
+def test_a_device_that_hangs_makes_the_server_unready_and_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmbuild.serve.api.app.STALLED_S", 0.2)
+    inside, gate, wait = gated()
+    with local(slots=1, before=wait) as server, server.client() as client:
+        thread = threading.Thread(target=lambda: client.post(TEXT, json=text(max_tokens=1)))
+        thread.start()
+        assert inside.wait(20)
+        assert reached(lambda: client.get("/ready").status_code == 503)
+        assert "no step has ended" in client.get("/ready").json()["error"]["message"]
+        assert client.get("/health").status_code == 200
+        gate.release()
+        thread.join(20)
+        assert client.get("/ready").status_code == 200
+
+
 def test_a_bug_in_one_request_is_told_without_its_words_and_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
     with local() as server, server.client() as client:
 
@@ -435,13 +451,14 @@ def test_what_is_not_finished_at_the_end_is_told(how: str) -> None:
     inside, gate, wait = gated()
     with local(slots=1, before=wait) as server, server.client() as client:
         said: list[httpx.Response] = []
-        threads = [
-            threading.Thread(target=lambda n=n: said.append(client.post(TEXT, json=text(max_tokens=20, stream=n == 0))))  # type: ignore[misc]
-            for n in range(2)
-        ]
+
+        def ask(stream: bool) -> None:
+            said.append(client.post(TEXT, json=text(max_tokens=20, ignore_eos=True, stream=stream)))
+
+        threads = [threading.Thread(target=ask, args=(stream,)) for stream in (True, False)]
         for thread in threads:
             thread.start()
-        assert reached(lambda: sum(state_of(server)) == 2) and inside.is_set()
+        assert reached(lambda: sum(state_of(server)) == 2 and inside.is_set())
         gate.release(1)
         assert reached(lambda: server.step.steps == 1)
 

@@ -87,6 +87,19 @@ def test_several_choices_of_a_stream_are_put_together(client: openai.OpenAI) -> 
     assert len({c.message.content for c in plain.choices}) == 3
 
 
+def test_an_answer_that_must_be_json_begins_as_json(client: openai.OpenAI) -> None:
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "ab"}], "temperature": 0}
+    free = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    held = client.chat.completions.create(**asked, response_format={"type": "json_object"})  # type: ignore[call-overload]
+    assert not free.choices[0].message.content.startswith("{")
+    assert held.choices[0].message.content.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="is not supported") as told:
+        client.chat.completions.create(  # type: ignore[call-overload]
+            **asked, response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "odd"}}}
+        )
+    assert told.value.param == "response_format"
+
+
 def test_errors_are_the_clients_own(client: openai.OpenAI, server: Running) -> None:
     with pytest.raises(openai.BadRequestError, match="the context of this model is 32 tokens") as told:
         client.completions.create(model="tiny", prompt="a b c d " * 40)

@@ -10,6 +10,7 @@ from llmbuild.runtime import checks
 from llmbuild.serve.api.errors import ApiError
 from llmbuild.serve.api.fields import Fields, mapping, truth
 from llmbuild.serve.errors import RequestRefused
+from llmbuild.serve.grammar import Grammar
 from llmbuild.serve.request import LARGEST_SEED, Request, SamplingParams
 from llmbuild.serve.served import Prompt, Served
 
@@ -32,7 +33,6 @@ _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "functions": ([],),
     "function_call": ("none", "auto"),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "add_generation_prompt": (True,),
@@ -91,8 +91,9 @@ def chat(body: Mapping[str, object], models: Models, name: str) -> Asked:
     most = given.get("max_completion_tokens", given.get("max_tokens"))
     fields.neutral(_CHAT_NEUTRAL)
     params = _params(fields, {"max_tokens": most, "logprobs": top if shown else None})
+    grammar = fields.take("response_format", lambda n, v: _grammar(served, params, n, v), None)
     asked = _asked(fields, served, params, chat=True)
-    return _with(asked, [served.chat(messages)], params, name, fields)
+    return _with(asked, [served.chat(messages)], params, name, fields, grammar)
 
 
 def completion(body: Mapping[str, object], models: Models, name: str) -> Asked:
@@ -235,13 +236,45 @@ def _asked(fields: Fields, served: Served, params: SamplingParams, chat: bool) -
     return Asked(served, (), chat, stream, include, user)
 
 
-def _with(asked: Asked, prompts: Sequence[Prompt], params: SamplingParams, name: str, fields: Fields) -> Asked:
+def _grammar(served: Served, params: SamplingParams, name: str, value: object) -> Grammar | None:
+    """Return the grammar of a response format; None of plain text."""
+    form = Fields(mapping(name, value), f"{name}.")
+    kind = form.needed("type", checks.text)
+    schema: object = {"type": "object"}
+    if kind == "json_schema":
+        inner = Fields(form.needed("json_schema", mapping), f"{name}.json_schema.")
+        schema = inner.needed("schema", mapping)
+        inner.taken("name", "description", "strict")  # every schema is kept to strictly
+        inner.end()
+    elif kind not in ("text", "json_object"):
+        raise RequestRefused(f"{name}.type is {kind[:40]!r}; it must be text, json_object or json_schema", name)
+    form.end()
+    if kind == "text":
+        return None
+    if params.ignore_eos or params.min_tokens:
+        raise RequestRefused(f"{name} goes with neither ignore_eos nor min_tokens", name)
+    return served.grammars.of_schema(name, schema)
+
+
+def _with(
+    asked: Asked,
+    prompts: Sequence[Prompt],
+    params: SamplingParams,
+    name: str,
+    fields: Fields,
+    grammar: Grammar | None = None,
+) -> Asked:
     """Return what is asked with the engine's requests."""
     deadline = fields.take("deadline_s", _deadline, None)
     fields.neutral(_BOTH_NEUTRAL)
     fields.end()
+    count, most = len(prompts) * params.n, asked.served.engine.limits.queue
+    if count > most:  # else it would be asked again for ever
+        raise RequestRefused(f"{count} answers are asked for; at most {most} sequences may wait", "n")
     seed = secrets.randbelow(LARGEST_SEED) if params.seed is None else params.seed
-    requests = (Request(f"{name}-{i}", one.tokens, params, seed, one.ends, deadline) for i, one in enumerate(prompts))
+    requests = (
+        Request(f"{name}-{i}", one.tokens, params, seed, one.ends, grammar, deadline) for i, one in enumerate(prompts)
+    )
     return replace(asked, requests=tuple(requests))
 
 

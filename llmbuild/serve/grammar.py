@@ -1,0 +1,119 @@
+"""Answers of a form: grammars made of JSON schemas, and the tokens that each lets follow.
+
+The library is llguidance. It raises nothing: every matcher is asked whether it has failed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmbuild import digest
+from llmbuild.errors import InputError
+from llmbuild.serve.errors import RequestRefused
+from llmbuild.serve.step import Logits
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+
+KEPT = 64
+"""Compiled grammars that are kept."""
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,8}"
+"""Between the parts of an answer: without a bound, a model may go on with line breaks for ever."""
+
+
+class Matching:
+    """Where one answer is in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher = matcher
+        self._bits = np.zeros((1, (vocabulary + 31) // 32), np.int32)
+
+    def restrict(self, logits: Logits) -> None:
+        """Rule out, in place, every token that may not follow.
+
+        Raises:
+            InputError: the matcher has failed.
+        """
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(self._matcher, self._bits)
+        self._check()
+        allowed = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little")[: logits.size]
+        logits[allowed == 0] = -np.inf
+
+    def take(self, token: int) -> None:
+        """Take the token that follows.
+
+        Raises:
+            InputError: it may not.
+        """
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        if self._matcher.is_error():
+            raise InputError(f"the answer has left its grammar: {self._matcher.get_error()[:200]}")
+
+
+class Grammar:
+    """A compiled grammar; each answer begins at its beginning."""
+
+    def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
+        self._matcher, self._vocabulary = matcher, vocabulary
+
+    def begin(self) -> Matching:
+        """Return the beginning of an answer."""
+        return Matching(self._matcher.deep_copy(), self._vocabulary)
+
+
+class Grammars:
+    """Compiles the grammars of one model, and keeps the last ones; for any thread."""
+
+    def __init__(self, tokenizer: Path, vocabulary: int, ends: Sequence[int]) -> None:
+        self._path, self._vocabulary, self._ends = tokenizer, vocabulary, list(ends)
+        self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._tokenizer: LLTokenizer | None = None
+        self._turn = Lock()
+
+    def of_schema(self, name: str, schema: object) -> Grammar:
+        """Return the grammar of a JSON schema.
+
+        Raises:
+            RequestRefused: the schema has what is not supported, or the model's tokenizer or end tokens are not.
+        """
+        key = digest.of(schema)
+        with self._turn:
+            if key not in self._kept:
+                self._kept[key] = self._compiled(name, schema)
+                if len(self._kept) > KEPT:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+            return self._kept[key]
+
+    def _compiled(self, name: str, schema: object) -> Grammar:
+        from llguidance import LLMatcher
+
+        try:
+            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _WHITESPACE})
+            matcher = LLMatcher(self._opened(name), text, log_level=0)
+        except ValueError as error:
+            raise RequestRefused(f"{name}: {str(error)[:300]}", name) from None
+        if matcher.is_error():
+            raise RequestRefused(f"{name}: the schema is not supported: {matcher.get_error()[:300]}", name)
+        return Grammar(matcher, self._vocabulary)
+
+    def _opened(self, name: str) -> LLTokenizer:
+        from llguidance import LLTokenizer
+
+        if not self._ends:
+            raise RequestRefused(f"{name} is not supported: the model has no end token", name)
+        if self._tokenizer is None:
+            self._tokenizer = LLTokenizer(self._path.read_text(), n_vocab=self._vocabulary, eos_token=self._ends)
+        return self._tokenizer
