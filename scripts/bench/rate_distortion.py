@@ -8,6 +8,7 @@ so the bytes are those of the files. Speed is that of peers.py: running processe
 and top-1 agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's,
 llama.cpp's are scored here on the same windows and reference logits. A row is on the front if no other is as good in
 bytes, decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime.
+A variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
 """
 
 from __future__ import annotations
@@ -73,6 +74,31 @@ def rungs(asked: argparse.Namespace, python: Path) -> list[Participant]:
     ]
 
 
+def qualities(told: dict[str, Any]) -> dict[str, Any]:
+    """Return what is known of a participant's quality, from its score or its row, and why it has no score."""
+    names = ("quality_kl", "kl_error", "quality_top1")
+    return {**{name: told.get(name) for name in names}, "not_scored": told.get("refused")}
+
+
+def recorded(who: Participant, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a variant that is not run again, with the times of the catalog."""
+    return {
+        "participant": who.name,
+        "runtime": who.runtime,
+        "format": who.format,
+        "variant": who.variant,
+        "choices": who.choices,
+        "status": "recorded",
+        "reason": None,
+        "load_s": row["load_s"],
+        "decode_s": row["tpot_s"],
+        "prefill_s": row["ttft_s"],
+        "peak_memory_bytes": row["peak_memory_bytes"],
+        **qualities(row),
+        "size_bytes": real_model.size_bytes(who),
+    }
+
+
 def document(asked: argparse.Namespace) -> dict[str, Any]:
     """Run everything and return it as one document.
 
@@ -89,16 +115,16 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     for who in theirs:
         say(f"scoring {who.name}")
         scores[who.name] = real_model.quality(who, reference)
-    entering = [*setup.own_participants(asked.catalog, ours, asked.threads, everyone=True), *theirs]
+    ready = setup.own_participants(asked.catalog, ours, asked.threads, everyone=True)
+    entering = [who for who in ready if quality[who.variant]["ttft_s"] <= asked.longest]
     vocabulary = min(row["abi"]["vocabulary"] for row in ours)
-    found, noisy = compare(entering, peers.plan(asked, vocabulary), say)
-    rows = []
+    found, noisy = compare([*entering, *theirs], peers.plan(asked, vocabulary), say)
+    rows = [recorded(who, quality[who.variant]) for who in ready if who not in entering]
     for entrant, timed in zip(found, table.rows(found, lambda *_: None), strict=True):
         who = entrant.participant
         told = quality[who.variant] if who.variant else scores[who.name]
         kept = {name: value for name, value in timed.items() if name not in ("ratios", "of_streaming")}
-        kept |= {name: told.get(name) for name in ("quality_kl", "kl_error", "quality_top1")}
-        rows.append({**kept, "size_bytes": real_model.size_bytes(who), "not_scored": told.get("refused")})
+        rows.append({**kept, **qualities(told), "size_bytes": real_model.size_bytes(who)})
     asked_for = {n: getattr(asked, n) for n in ("prompt", "decode", "threads", "rounds", "loads", "seed")}
     return {
         "machine": host.machine().describe(),
@@ -112,7 +138,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
 
 def text(made: dict[str, Any]) -> str:
     """Return the table, and what the names stand for."""
-    header = ["participant", "bytes", "KL", "top-1", "decode", "prompt", "memory", "on the front"]
+    header = ["participant", "bytes", "KL", "top-1", "decode", "prompt", "memory", "on the front", ""]
     lines = [
         [
             row["participant"],
@@ -122,6 +148,7 @@ def text(made: dict[str, Any]) -> str:
             *(quantity(row[name], "s") for name in ("decode_s", "prefill_s")),
             quantity(row["peak_memory_bytes"], "B"),
             "of all" if row["front_of_all"] else "of own" if row["front_of_own"] else "",
+            "" if row["status"] == "measured" else row["status"],
         ]
         for row in made["rows"]
     ]
@@ -139,6 +166,9 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     known = [kind for kind in FILE_TYPES if kind != "f16"]
     parser.add_argument(
         "--ladder", nargs="+", default=LADDER, type=str.lower, choices=known, help="llama.cpp's formats"
+    )
+    parser.add_argument(
+        "--longest", type=float, default=1.0, help="seconds that a prompt of a variant run here may take"
     )
     return peers.checked(parser, words)
 
