@@ -30,7 +30,7 @@ import kill_imports  # noqa: E402
 import own_worker  # noqa: E402
 import rate_distortion  # noqa: E402
 import real_model  # noqa: E402
-from comparison import checkpoint, conversion, gguf_file, scoring, setup, watched  # noqa: E402
+from comparison import checkpoint, conversion, gguf_file, scoring, watched  # noqa: E402
 
 SIZES = {
     "hidden_size": 64,
@@ -283,15 +283,6 @@ def test_rows_on_a_front_are_those_that_no_other_beats() -> None:
         "large": (True, True),
         "beaten in bytes": (False, True),
     }
-
-
-def test_variants_that_are_not_run_again_have_the_rows_of_others(built: Project) -> None:
-    rows = [row for row in reader.variants(built.catalog, "tiny", everything=True) if row["quality_kl"] is not None]
-    ready = setup.own_participants(built.catalog, rows, 1, everyone=True)
-    found = [rate_distortion.recorded(who, row) for who, row in zip(ready, rows, strict=True)]
-    assert [(row["decode_s"], row["quality_kl"]) for row in found] == [(r["tpot_s"], r["quality_kl"]) for r in rows]
-    told = rate_distortion.text({"rows": rate_distortion.with_fronts(found)})
-    assert all(row["participant"] in told for row in found) and "recorded" in told
 
 
 def test_llama_cpp_knows_every_rung_of_the_ladder() -> None:
