@@ -47,6 +47,9 @@ from llmbuild.runtime import host
 RESUMED = re.compile(r"interrupted: (\d+) of (\d+) layers were there")
 """What a run tells of an import that it goes on with."""
 
+ANSWERS = "targets"
+"""The folder of what the compiler says of targets, which a build keeps in a catalog that is there."""
+
 BLOB = re.compile(r"[0-9a-f]{64}")
 """Name of a file that is whole."""
 
@@ -101,7 +104,7 @@ class Place:
 
     def _has_its_place(self, path: Path) -> bool:
         first = path.relative_to(self.catalog).parts[0]
-        return first == locks.FOLDER or first.startswith(FILE) or bool(BLOB.fullmatch(path.name))
+        return first in (locks.FOLDER, ANSWERS) or first.startswith(FILE) or bool(BLOB.fullmatch(path.name))
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def test_calibrated_weights_are_kept_in_widths_that_are_padded(form: str) -> Non
         fill(model, replace(source, patch=both))
         actual = run_eagerly(model, abi, tokens, 2)
     kept = {**both.dense, **{f"{layer}.weight": dequantize(matrix) for layer, matrix in both.ready.items()}}
-    fitted = {f"{layer}.weight" for layer in both.ready}
+    fitted = {f"{layer}.weight" for layer in both.ready} - {"model.embed_tokens.weight"}  # one with the head
     assert {name for name in kept if "_proj" in name or "lm_head" in name} == fitted
 
     def look(token: int) -> np.ndarray:
