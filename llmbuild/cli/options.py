@@ -125,6 +125,7 @@ LISTED_BY = {
     "what": "name a recipe's file, or variants as `llmbuild query --all` lists them",
     "variant": "`llmbuild query --all` lists the variants of a catalog; the first digits of one are enough",
     "model": "`llmbuild query` lists the models of a catalog",
+    "models": "`llmbuild query` lists the models of a catalog",
     "arguments": "name a folder, s3://..., gs://... or oci://HOST/NAME:TAG to publish to",
     "source": "name what `llmbuild publish` wrote: a folder, s3://..., gs://... or oci://HOST/NAME:TAG",
     "sources": "name catalogs or published folders; -C names the one they are added to",

@@ -49,6 +49,7 @@ def lines(built: Project, out: Path) -> dict[str, list[str]]:
         "query": catalog,
         "pick": catalog,
         "run": ["tiny", "--max-new-tokens", "1", *catalog],
+        "serve": ["tiny", "--host", "192.0.2.1", "--port", "0", *catalog],  # no address of this host: it ends
         "explain": [variant, *catalog],
         "recipes": [str(built.folder)],
         "targets": ["-t", "host", "--probe", *catalog],
@@ -75,7 +76,7 @@ def test_no_command_runs_what_lies_in_the_callers_folder(built: Project, untouch
             [SCRIPT, command, *asked[command]], cwd=untouched, env=env, capture_output=True, text=True, check=False
         )
         codes[command] = done.returncode if "Traceback" not in done.stderr else done.stderr
-    assert codes == dict.fromkeys(asked, 0) | {"tune": 2, "doctor": codes["doctor"]}
+    assert codes == dict.fromkeys(asked, 0) | {"tune": 2, "serve": 2, "doctor": codes["doctor"]}
 
 
 def test_a_child_imports_by_no_variable_of_the_environment(

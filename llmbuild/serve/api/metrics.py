@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
 from prometheus_client.registry import Collector
 from prometheus_client.samples import Sample
 
 from llmbuild.serve.observe import Lived, Observer, Snapshot, Turned
 from llmbuild.serve.request import SamplingParams
 
-CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+CONTENT_TYPE = CONTENT_TYPE_LATEST
 _LABELS = ["model_name", "engine"]
 _ENGINE = "0"
 _SECONDS = tuple(step * 10.0**power for power in range(-5, 3) for step in (1, 2.5, 5))
