@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -137,3 +138,8 @@ def bytecode(module: ir.Module) -> bytes:
     buffer = io.BytesIO()
     module.operation.write_bytecode(buffer)
     return buffer.getvalue()
+
+
+def save_module(module: ir.Module, path: Path) -> None:
+    """Write the module as bytecode."""
+    path.write_bytes(bytecode(module))

@@ -121,7 +121,7 @@ def structure(job: ImportJob, taken: Taken, kernels: dict[str, str], out: Path) 
             programs = tracing.export(model, taken.abi)
             module, sizes = importer.import_programs(programs, importer.canonical(model), layers)
             splice.splice(module, kernels)
-    (out / MODULE_FILE).write_bytes(importer.bytecode(module))
+    importer.save_module(module, out / MODULE_FILE)
     if not taken.apart:
         (out / SIZES_FILE).write_text(json.dumps(sizes))
     return sizes
