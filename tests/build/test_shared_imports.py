@@ -324,4 +324,5 @@ def test_the_printed_command_of_a_failure_runs_without_the_build(
     for name in ("truth",):
         assert Path(told[name]).is_file(), "what it names lies in the store"
     (tmp_path / "job.json").write_text(json.dumps({**told, "out": str(tmp_path / "out")}))
+    monkeypatch.setattr(tempfile, "tempdir", None)  # which a job sets for its process, and this one is to get back
     assert main([str(tmp_path / "job.json")]) == 0
