@@ -189,10 +189,11 @@ def _put_in(module: ir.Module, table: ir.Module) -> None:
 
 def _inline(body: Any, operator: Any) -> None:
     """Copy a function's operations to where an operator stands, and give its result the operator's users."""
-    mapping = {body.arguments[0]: _as_type(operator.operands[0], body.arguments[0].type, operator)}
+    token, number = (ir.RankedTensorType.get([], kind) for kind in (ir.IntegerType.get_signless(64), ir.F32Type.get()))
+    mapping = {body.arguments[0]: _as_type(operator.operands[0], body.arguments[0].type, token, operator)}
     for operation in (op.operation for op in body.operations):
         if operation.name == "func.return":
-            found = _as_type(mapping[operation.operands[0]], operator.results[0].type, operator)
+            found = _as_type(mapping[operation.operands[0]], operator.results[0].type, number, operator)
             operator.results[0].replace_all_uses_with(found)
             break
         copied = operation.clone(ip=ir.InsertionPoint(operator))
@@ -202,7 +203,7 @@ def _inline(body: Any, operator: Any) -> None:
     operator.erase()
 
 
-def _as_type(value: Any, wanted: Any, before: Any) -> Any:
+def _as_type(value: Any, wanted: Any, element: Any, before: Any) -> Any:
     """Return a tensor with the sizes of another type: of one token, or of any number of them.
 
     Cast as a builtin tensor: `torch.tensor_static_info_cast` is folded into what the compiler cannot lower (IREE 3.13).
@@ -210,14 +211,4 @@ def _as_type(value: Any, wanted: Any, before: Any) -> Any:
     if value.type == wanted:
         return value
     with ir.InsertionPoint(before):
-        have, want = (_builtin(kind) for kind in (value.type, wanted))
-        plain = ir.Operation.create("torch_c.to_builtin_tensor", results=[have], operands=[value]).result
-        cast = ir.Operation.create("tensor.cast", results=[want], operands=[plain]).result
-        return ir.Operation.create(_FROM_BUILTIN, results=[wanted], operands=[cast]).result
-
-
-def _builtin(torch_type: Any) -> ir.Type:
-    """Return the builtin type of a `!torch.vtensor<[1,?],si64>`."""
-    shape, _, element = str(torch_type).partition("[")[2].rstrip(">").partition("],")
-    sizes = "".join(f"{size}x" for size in shape.split(","))
-    return ir.Type.parse(f"tensor<{sizes}{element.replace('si', 'i')}>")
+        return splice.from_builtin(splice.to_builtin(value, splice.builtin(wanted, element)), wanted)

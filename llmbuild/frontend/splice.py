@@ -73,12 +73,12 @@ def _replace(operator: Any, table: ir.SymbolTable) -> None:
     name, kind = _kernel_name(operator), signature(operator, table)
     with ir.InsertionPoint(operator):
         tensors = [tensor for value in list(operator.operands)[:-1] for tensor in _flat(value)]
-        operands = [_to_builtin(value, wanted) for value, wanted in zip(tensors, kind.inputs, strict=True)]
+        operands = [to_builtin(value, wanted) for value, wanted in zip(tensors, kind.inputs, strict=True)]
         call = ir.Operation.create(
             "util.call", results=kind.results, operands=operands, attributes={"callee": ir.FlatSymbolRefAttr.get(name)}
         )
         for old, new in zip(operator.results, call.results, strict=True):
-            old.replace_all_uses_with(_from_builtin(new, old.type))
+            old.replace_all_uses_with(from_builtin(new, old.type))
     operator.erase()
 
 
@@ -92,15 +92,17 @@ def is_list(value: Any) -> bool:
     return str(value.type).startswith("!torch.list")
 
 
-def _to_builtin(value: Any, wanted: Any) -> Any:
+def to_builtin(value: Any, wanted: Any) -> Any:
+    """Return a tensor of torch as a builtin one of a wanted type, cast where sizes are dynamic in one of both."""
     plain = ir.Operation.create(
-        "torch_c.to_builtin_tensor", results=[_builtin(value.type, wanted)], operands=[value]
+        "torch_c.to_builtin_tensor", results=[builtin(value.type, wanted)], operands=[value]
     ).result
     return plain if plain.type == wanted else _cast(plain, wanted)
 
 
-def _from_builtin(value: Any, wanted: Any) -> Any:
-    kind = _builtin(wanted, value.type)
+def from_builtin(value: Any, wanted: Any) -> Any:
+    """Return a builtin tensor as one of torch of a wanted type, cast where sizes are dynamic in one of both."""
+    kind = builtin(wanted, value.type)
     plain = value if value.type == kind else _cast(value, kind)
     return ir.Operation.create("torch_c.from_builtin_tensor", results=[wanted], operands=[plain]).result
 
@@ -109,7 +111,7 @@ def _cast(value: Any, wanted: Any) -> Any:
     return ir.Operation.create("tensor.cast", results=[wanted], operands=[value]).result
 
 
-def _builtin(torch_type: Any, like: Any) -> Any:
+def builtin(torch_type: Any, like: Any) -> Any:
     """Return the builtin tensor of a `!torch.vtensor<[1,?,64],f32>`: its shape, the element type of the other side."""
     shape = str(torch_type).partition("[")[2].partition("]")[0]
     dynamic = ir.ShapedType.get_dynamic_size()

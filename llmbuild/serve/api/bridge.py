@@ -26,7 +26,6 @@ class Answers:
         self._events: list[Numbered] = []
         self._some = asyncio.Event()
         self.completion_tokens = 0
-        self.cached_tokens = 0
 
     @property
     def open(self) -> bool:
