@@ -23,8 +23,14 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
 
 def append(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Append the kernels that operators of ours in a module name."""
-    for name in sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)}):
-        parsed = ir.Module.parse(kernels[name])
+    named = {_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)}
+    append_all(module, {name: kernels[name] for name in sorted(named)})
+
+
+def append_all(module: ir.Module, kernels: Mapping[str, str]) -> None:
+    """Append kernels."""
+    for text in kernels.values():
+        parsed = ir.Module.parse(text)
         for operation in list(parsed.body.operations):
             operation.detach_from_parent()
             module.body.append(operation)

@@ -154,7 +154,7 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Types:
+class Types:
     """The types of MLIR that a dispatch takes besides its rows."""
 
     norm: str
@@ -163,9 +163,10 @@ class _Types:
     counters: str
 
 
-def _types(shape: HeadShape) -> _Types:
+def types(shape: HeadShape) -> Types:
+    """Return the types of an output matrix and of what belongs to it."""
     layout = shape.layout
-    return _Types(
+    return Types(
         f"tensor<{shape.width}xf32>",
         f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>",
         f"tensor<{shape.padded * layout.scales}x{layout.scale_element}>",
@@ -182,7 +183,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     body.normalize()
     body.multiply()
     body.choose()
-    of = _types(shape)
+    of = types(shape)
     wide, logits = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
     room = f"tensor<{shape.layout.prepared_bytes + _spread_bytes(shape)}xi8>"
     kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
@@ -207,7 +208,7 @@ def scores(name: str, shape: HeadShape, unit: Instructions) -> str:
     body = HeadWriter(w, shape, unit, SCORES, w.cast("arith.index_cast", "%rows", "index", I64))
     body.normalize()
     body.multiply()
-    of = _types(shape)
+    of = types(shape)
     wide, logits, room = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>", "tensor<?xi8>"
     kinds = f"{wide}{{%rows}}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
     return f"""{executable(name, SCORES, w.text(), shape.workers)}
