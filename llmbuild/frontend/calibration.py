@@ -63,7 +63,7 @@ def read_tokens(path: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Asked:
-    """What calibration is asked for: GPTQ, scaled channels, and whether a kernel rounds what matrices read."""
+    """What calibration is for: GPTQ, scaled channels, and whether a kernel rounds what matrices read to bytes."""
 
     fitted: bool
     scaled: bool

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from llmbuild.kernels.layouts import PANEL, QUAD, Layout, family
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.stored import Rows
 
 LAYERS, HEAD, SCORES = "llmbuild_layers", "llmbuild_head", "llmbuild_scores"
@@ -214,13 +215,25 @@ def facts(model: Any) -> Decoder:
 
 
 def put_in(
-    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
+    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units, wide: bool = False
 ) -> dict[str, str]:
-    """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups, formats, units.layers)
-    vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
+    """Replace layers, head and embedding in place; return the MLIR of the kernels by name.
+
+    `wide` says that activations of integers have two bytes.
+    """
+    shape = replace(
+        _shape(model, context, half_cache, work_groups, formats, units.layers),
+        wide=wide and formats.layers in INTEGERS,
+    )
     head_shape = HeadShape(
-        shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow, layer_weights=formats.layers
+        shape.hidden,
+        model.config.vocab_size,
+        shape.epsilon,
+        work_groups,
+        formats.head,
+        _narrow(units.head, formats.head),
+        wide and formats.head in INTEGERS,
+        layer_weights=formats.layers,
     )
     operators.HEADS[HEAD] = operators.HEADS[SCORES] = head_shape
     kernels = {HEAD: head(HEAD, head_shape, units.head), SCORES: scores(SCORES, head_shape, units.head)}

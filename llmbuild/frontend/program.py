@@ -39,6 +39,7 @@ from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
+from llmbuild.kernels.layouts import ACTIVATIONS
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -63,6 +64,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16", "int8"),
+    "activations": ACTIVATIONS,
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
     "row_tile": matvec.ROW_TILES,
     "row_reads": matvec.ROW_READS,
@@ -236,7 +238,8 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
     elif choices["kernel"] == "own":
         units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
+        wide = choices["activations"] == "int16"
+        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units, wide)
     else:
         layout, kernels = choices["layout"], {}
         modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")
@@ -308,7 +311,8 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
     if not (fitted or mixed or scaled):
         return None
     calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
-    return Calibrated(calibration, Asked(fitted, scaled, choices["kernel"] == "own" and not job.subgroup), mixed)
+    rounded = choices["kernel"] == "own" and not job.subgroup and choices["activations"] == "int8"
+    return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed)
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ class HeadShape:
     workers: int
     weights: str = "int8"
     narrow: bool = False
+    wide: bool = False
     layer_weights: str = ""
     """Format of the layers, which leave hidden states as they lie; "" where they want nothing of their own."""
 
@@ -42,7 +43,7 @@ class HeadShape:
     @property
     def layout(self) -> Layout:
         """How the matrix lies in panels."""
-        return Layout(self.weights, self.width, self.narrow)
+        return Layout(self.weights, self.width, self.narrow, self.wide)
 
     @property
     def padded(self) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.layouts import LINE, LOW, LOW_BITS, PANEL, QUAD, Layout
 from llmbuild.kernels.short import Registers
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
@@ -40,7 +40,7 @@ class Panels:
 def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     """Write a row of activations as the layout wants it.
 
-    Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`, of the block of columns.
+    Numbers are `round(x * most / max|x|)` and their scale `max|x| / most`, of the block of columns.
     """
     if layout.is_shared:
         shared.prepare(w, layout, source, row)
@@ -52,7 +52,7 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     def block(index: str) -> list[str]:
         first = w.mul(index, layout.block)
         last = w.add(first, layout.block)
-        factor = _factor(w, source, first, last, w.at(row, w.mul(index, 4)))
+        factor = _factor(w, source, first, last, layout.most, w.at(row, w.mul(index, 4)))
         total = _rounded(w, layout, source, first, last, factor, row)
         _store_start(w, layout, total, row, index)
         return []
@@ -60,28 +60,38 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     w.loop(0, layout.blocks, 1, block)
 
 
-def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, target: str) -> str:
-    """Store the scale of some columns' bytes; return what to multiply the columns by, in every lane."""
+def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, highest: float, target: str) -> str:
+    """Store the scale of some columns' numbers; return what to multiply the columns by, in every lane."""
 
     def widest(i: str, most: str) -> list[str]:
         return [w.larger(w.op("math.absf", source(i)), most)]
 
     (most,) = w.loop(first, stop, LANES, widest, [(w.lanes(0.0), VF)])
     top = w.top(most)
-    w.store(w.op("arith.divf", top, w.real(127.0), kind=F32), target, F32)
-    return w.splat(w.op("arith.divf", w.real(127.0), w.larger(top, w.real(1e-30), F32), kind=F32))
+    w.store(w.op("arith.divf", top, w.real(highest), kind=F32), target, F32)
+    return w.splat(w.op("arith.divf", w.real(highest), w.larger(top, w.real(1e-30), F32), kind=F32))
 
 
 def _rounded(
     w: Writer, layout: Layout, source: Reader, first: int | str, stop: int | str, factor: str, row: str
 ) -> str:
-    """Write some columns as bytes; return their sum, i32."""
+    """Write some columns as integers; return their sum, i32."""
     target = w.at(row, layout.header_bytes)
+
+    def store(numbers: str, place: str) -> None:
+        w.store(w.cast("arith.trunci", numbers, VI, "vector<16xi8>"), place, "vector<16xi8>", 1)
 
     def body(i: str, total: str) -> list[str]:
         shifted = w.op("math.fma", source(i), factor, w.lanes(ROUNDER))
         bits = w.op("arith.subi", w.cast("arith.bitcast", shifted, VF, VI), w.lanes(ROUNDER_BITS, VI), kind=VI)
-        w.store(w.cast("arith.trunci", bits, VI, "vector<16xi8>"), w.at(target, i), "vector<16xi8>", 1)
+        if layout.wide:
+            shift = w.lanes(LOW_BITS, VI)
+            high = w.op("arith.shrsi", w.op("arith.addi", bits, w.lanes(LOW // 2, VI), kind=VI), shift, kind=VI)
+            store(high, w.at(target, i))
+            low = w.op("arith.subi", bits, w.op("arith.shli", high, shift, kind=VI), kind=VI)
+            store(low, w.at(target, i, layout.plane_bytes))
+        else:
+            store(bits, w.at(target, i))
         return [w.op("arith.addi", bits, total, kind=VI)]
 
     (total,) = w.loop(first, stop, LANES, body, [(w.lanes(0, VI), VI)])

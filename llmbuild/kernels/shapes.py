@@ -38,6 +38,8 @@ class DecoderShape:
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
+    wide: bool = False
+    """Whether activations of integers are rounded to two bytes each."""
     activation: str = "silu"
     """What is done with the gate, one of `elementwise.ACTIVATIONS`."""
     head_norms: bool = False
@@ -79,7 +81,7 @@ class DecoderShape:
         """Return how each matrix of a layer lies in panels."""
         width = self.width
         columns = {"qkv": width, "out": self.attended_padded, "gate_up": width, "down": self.inner_padded}
-        return {name: Layout(self.weights, size, self.narrow) for name, size in columns.items()}
+        return {name: Layout(self.weights, size, self.narrow, self.wide) for name, size in columns.items()}
 
 
 @dataclass(frozen=True)

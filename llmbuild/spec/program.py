@@ -86,7 +86,8 @@ class ImportJob:
     `choices` are model-level knobs and their values; a knob left out has its default:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
     `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
-    `kv_dtype` f32 | f16 | int8, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
+    `kv_dtype` f32 | f16 | int8, `activations` int8 | int16: what `own` kernels on a CPU round what integers are
+    multiplied by to, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
     kernels on a CPU; `row_tile` and `row_reads` how rows are shared out on a GPU.
     """
 

@@ -14,11 +14,11 @@ from llmbuild.transform.panels import Matrix
 from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
 
-def quantized_rows(x: Array) -> tuple[Array, Array]:
-    """Return integers (as f64) in -127..127 and scales [T,1] of rows [T,K]: `round(x * 127 / max|x|)`."""
+def quantized_rows(x: Array, most: int = 127) -> tuple[Array, Array]:
+    """Return integers (as f64) in -most..most and scales [T,1] of rows [T,K]: `round(x * most / max|x|)`."""
     top = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
-    factor = np.float32(127) / np.maximum(top, np.float32(1e-30))
-    return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(127)
+    factor = np.float32(most) / np.maximum(top, np.float32(1e-30))
+    return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(most)
 
 
 def multiply(x: Array, matrix: Matrix) -> Array:
@@ -31,7 +31,7 @@ def multiply(x: Array, matrix: Matrix) -> Array:
 def rounded_rows(x: Array, layout: Layout) -> Array:
     """Return rows f64[T,K] as they are when they meet weights of a layout."""
     if layout.block:
-        codes, scale = quantized_rows(x.reshape(-1, layout.block))
+        codes, scale = quantized_rows(x.reshape(-1, layout.block), layout.most)
         return (codes * scale).reshape(x.shape)
     return (from_bf16(to_bf16(x)) if layout.narrow else x).astype(np.float64)
 
