@@ -15,6 +15,7 @@ import pytest
 
 from llmbuild.runtime import host
 from tests.support import tiny
+from tests.support.artifact import CHECKS
 from tests.support.limits import give_limits
 
 RECIPE = """\
@@ -54,6 +55,12 @@ SLOW = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Let a run have all of each sweep."""
     parser.addoption("--exhaustive", action="store_true", help="run the tests marked exhaustive too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let the compiler check its own text after each pass where a run has all of each sweep."""
+    if config.getoption("exhaustive"):
+        os.environ[CHECKS] = "1"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -18,7 +18,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from llmbuild.compiler.flags import HYGIENE, Phase, attributes, point_flags, target_flags
+from llmbuild.compiler.flags import Phase, attributes, point_flags, shared_flags, target_flags
 from llmbuild.compiler.iree import binary
 from llmbuild.process.child import Limits, run
 from llmbuild.spec.space import Value
@@ -37,22 +37,26 @@ def front_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
     With data tiling the shapes of packed tiles come from the executable target, so its flags belong to the front half.
     """
     phases = ("front", "target") if point.get(_DATA_TILING, "off") != "off" else ("front",)
-    return [*target_flags(target), *point_flags(point, *phases), *HYGIENE]
+    return [*target_flags(target), *point_flags(point, *phases), *shared_flags(target)]
 
 
 def configure_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
     """Return the flags that act between a front half and translated dispatches; the target's flags are edited in."""
-    return [*target_flags(target), *point_flags(point, "front", "target", "configure", "translate"), *HYGIENE]
+    return [
+        *target_flags(target),
+        *point_flags(point, "front", "target", "configure", "translate"),
+        *shared_flags(target),
+    ]
 
 
 def translate_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
     """Return the flags that still act on configured dispatches."""
-    return [*target_flags(target), *point_flags(point, "front", "translate"), *HYGIENE]
+    return [*target_flags(target), *point_flags(point, "front", "translate"), *shared_flags(target)]
 
 
 def emit_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
     """Return the flags that still act on translated dispatches: both together decide the artifact."""
-    return [*target_flags(target), *point_flags(point, "front"), *HYGIENE]
+    return [*target_flags(target), *point_flags(point, "front"), *shared_flags(target)]
 
 
 def front(

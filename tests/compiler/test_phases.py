@@ -11,7 +11,7 @@ from llmbuild.build.compiling import Compiling
 from llmbuild.build.targets import find_target
 from llmbuild.catalog.writer import Catalog
 from llmbuild.compiler import iree, phases
-from llmbuild.compiler.flags import FLAGS, compile_flags, point_flags
+from llmbuild.compiler.flags import FLAGS, UNVERIFIED, compile_flags, point_flags
 from llmbuild.process.child import Limits
 from llmbuild.search.knobs.space import ALL, KNOBS
 from llmbuild.spec.space import WRITTEN, Value
@@ -175,6 +175,20 @@ def test_the_compiler_takes_every_knob_of_a_gpu(module: Path, tmp_path: Path, ba
         [iree.binary(), str(module), *GPUS[backend], *flags, "-o", str(output)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_the_compilers_checks_of_itself_are_left_out_on_cpus_and_change_no_byte(
+    target: Target, module: Path, tmp_path: Path
+) -> None:
+    assert UNVERIFIED in compile_flags(target, DEFAULTS)
+    assert UNVERIFIED not in compile_flags(Target("gpu", "cuda", "nvptx64", "sm_80"), DEFAULTS)
+    made = []
+    for name in ("unverified", "verified"):
+        command = iree.compile_command(module, tmp_path / name, target, DEFAULTS)
+        kept = [word for word in command if name == "unverified" or word != UNVERIFIED]
+        subprocess.run(kept, check=True)
+        made.append((tmp_path / name).read_bytes())
+    assert made[0] == made[1]
 
 
 def test_hygiene_and_target_are_always_said(target: Target) -> None:

@@ -135,4 +135,5 @@ def test_flags_of_a_point_are_golden() -> None:
         "--iree-hal-executable-debug-level=0",
         "--iree-vm-bytecode-module-strip-source-map=true",
         "--iree-vm-emit-polyglot-zip=false",
+        "--verify=false",
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,16 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from llmbuild.compiler.flags import UNVERIFIED
+
 if TYPE_CHECKING:
     from llmbuild.runtime.session import Session
 
 COMPILER = Path(sys.executable).parent / "iree-compile"
 FLAGS = ["--iree-hal-target-device=local", "--iree-hal-local-target-device-backends=llvm-cpu"]
+CHECKS = "LLMBUILD_TESTS_VERIFY"
+"""Set, the compiler checks its own text after each pass, as an exhaustive run wants it: a quarter of a compile."""
 
 
 def compile_file(source: Path, output: Path, *flags: str, cpu: str = "host") -> Path:
     """Compile MLIR text or bytecode; the compiler's own message is the failure."""
-    command = [str(COMPILER), str(source), *FLAGS, f"--iree-llvmcpu-target-cpu={cpu}", *flags, "-o", str(output)]
+    told = [*FLAGS, f"--iree-llvmcpu-target-cpu={cpu}", *([] if os.environ.get(CHECKS) else [UNVERIFIED])]
+    command = [str(COMPILER), str(source), *told, *flags, "-o", str(output)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return output
