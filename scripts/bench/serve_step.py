@@ -1,6 +1,6 @@
 """Measure how many tokens a second one engine answers with, at several numbers of streams, in this process.
 
-    python scripts/bench/serve_step.py MODEL [-C CATALOG] [--variant DIGEST] [--streams 1 4 8 16] [--prompt N] [--output N]
+    python scripts/bench/serve_step.py MODEL [-C CATALOG] [--variant DIGEST] [--streams N ...] [--prompt N] [--output N]
 
 Streams begin together with prompts of random tokens; tokens are counted from when every stream has its first one. One
 call for the rows of all streams is compared with a call for each, on the same artifact, in turns.
