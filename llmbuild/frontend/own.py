@@ -12,14 +12,14 @@ from torch import nn
 
 from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import operators
-from llmbuild.frontend.cache import CallerCache
+from llmbuild.frontend.cache import CallerCache, SharedCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import Embedding, RowMajor
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
-from llmbuild.kernels.head import HeadShape, head, scores
+from llmbuild.kernels.head import HeadShape, head, picked, scores
 from llmbuild.kernels.instructions import Instructions
-from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import PANEL, QUAD, Layout, family
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.kernels.shared_exponent import MOVED, STEP
@@ -27,7 +27,8 @@ from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.stored import Rows
 
-LAYERS, HEAD, SCORES = "llmbuild_layers", "llmbuild_head", "llmbuild_scores"
+LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
+SCORES, PICKED = scores(HEAD), picked(HEAD)
 _ELEMENTS = {"i8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 """Types of stored elements, by their names in MLIR."""
 NAMES = {
@@ -70,8 +71,9 @@ class OwnLayers(nn.Module):
         cosine, sine = position_embeddings
         cache = next(value for value in named.values() if isinstance(value, CallerCache))
         buffers = list(cache.buffers[2 * self.first : 2 * (self.first + self.count)])
-        x = hidden_states[0]
-        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], cache.start, self.buffer, buffers, self.kernel)
+        x, shared = hidden_states[0], isinstance(cache, SharedCache)
+        kernel = paged(self.kernel) if shared else self.kernel
+        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], cache.where, self.buffer, buffers, kernel)
         return new.unsqueeze(0)
 
 
@@ -98,6 +100,15 @@ class OwnHead(nn.Module):
         """Return logits f32[T,V] of hidden states f32[1,T,width]."""
         logits: torch.Tensor = operators.scores(x[0], self.norm, self.data, self.scale, SCORES)
         return logits.narrow(1, 0, self.shape.vocabulary)
+
+    def picked(self, x: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits f32[R,padded vocabulary] and the next tokens i64[R] of the hidden states that `read` i64[R]
+        names, of f32[1,T,width]. They are not cut to the vocabulary: that would copy them.
+        """
+        found: tuple[torch.Tensor, torch.Tensor] = operators.picked(
+            x[0], read, self.norm, self.data, self.scale, PICKED
+        )
+        return found
 
 
 POWERS = np.array([0.0, *(2.0 ** (e - 22) for e in range(1, 16))], np.float32)
@@ -235,13 +246,14 @@ def put_in(
         wide and formats.head in INTEGERS,
         layer_weights=formats.layers,
     )
-    operators.HEADS[HEAD] = operators.HEADS[SCORES] = head_shape
-    kernels = {HEAD: head(HEAD, head_shape, units.head), SCORES: scores(SCORES, head_shape, units.head)}
+    operators.HEADS.update(dict.fromkeys((HEAD, SCORES, PICKED), head_shape))
+    kernels = dict.fromkeys((HEAD, SCORES, PICKED), head(HEAD, head_shape, units.head))
     decoder = model.model
     groups, first = [], 0
     for part in _split(len(decoder.layers)):
         kernel = f"{LAYERS}_{part}"
-        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part, units.layers)
+        operators.LAYERS[kernel] = operators.PAGED[paged(kernel)] = shape
+        kernels |= dict.fromkeys((kernel, paged(kernel)), layers(kernel, shape, part, units.layers))
         groups.append(OwnLayers(shape, first, part, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)

@@ -40,6 +40,7 @@ from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
 from llmbuild.kernels.layouts import ACTIVATIONS
+from llmbuild.kernels.shapes import PAGE
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -378,6 +379,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         if choices["kernel"] == "own" and not job.subgroup
         else (),
         score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
+        page=PAGE if choices["kernel"] == "own" and not job.subgroup and job.batch == 1 else 0,
     )
 
 

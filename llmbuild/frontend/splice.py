@@ -14,7 +14,7 @@ NAMESPACE = "torch.llmbuild."
 def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Replace every operator of ours by a call of the kernel that its last operand names.
 
-    `kernels` maps a name to the MLIR that defines the function of that name.
+    `kernels` maps a name to the MLIR that defines the function of that name, and perhaps others.
     """
     with module.context, ir.Location.unknown():
         append(module, kernels)
@@ -23,8 +23,9 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
 
 def append(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Append the kernels that operators of ours in a module name."""
-    for name in sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)}):
-        parsed = ir.Module.parse(kernels[name])
+    names = sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)})
+    for text in dict.fromkeys(kernels[name] for name in names):  # functions of one executable are in one text
+        parsed = ir.Module.parse(text)
         for operation in list(parsed.body.operations):
             operation.detach_from_parent()
             module.body.append(operation)

@@ -187,12 +187,7 @@ AVX512 = Registers(LANES, True, _dot, _dot_codes)
 
 
 def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for floating-point weights, some columns at a time.
-
-    A single row has sums of its own for every other column, so that none waits for another.
-    """
-    chains = 2 if len(rows) == 1 else 1
-    size = len(rows) * BLOCKS
+    """Write `Kernel.sums` for floating-point weights, some columns at a time: a row is summed as it is in a tile."""
     columns, step = (_eight_columns, shared.STEP) if layout.is_shared else (_two_columns, 2)
 
     def body(k: str, *sums: str) -> list[str]:
@@ -201,20 +196,15 @@ def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
             for r, row in enumerate(rows):
                 x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, side), 4)), F32))
                 for b, block in enumerate(blocks):
-                    place = side % chains * size + r * BLOCKS + b
+                    place = r * BLOCKS + b
                     new[place] = w.op("math.fma", block, x, new[place])
         return new
 
-    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
-    if chains == 2:
-        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
-    return _rows(flat)
+    return _rows(w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
 
 
 def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
     """Write `Kernel.sums` for pairs of bf16, which `vdpbf16ps` multiplies by pairs of activations and adds in f32."""
-    chains = 2 if len(rows) == 1 else 1
-    size = len(rows) * BLOCKS
     step = shared.STEP if layout.is_shared else 4
 
     def body(k: str, *sums: str) -> list[str]:
@@ -223,14 +213,11 @@ def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
             for r, row in enumerate(rows):
                 x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, 2 * place), 2)), I32), VI)
                 for b, block in enumerate(blocks):
-                    at = place % chains * size + r * BLOCKS + b
+                    at = r * BLOCKS + b
                     new[at] = _dot_pairs(w, new[at], block, x)
         return new
 
-    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
-    if chains == 2:
-        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
-    return _rows(flat)
+    return _rows(w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
 
 
 def _pairs(w: Writer, layout: Layout, data: str) -> Iterator[list[str]]:

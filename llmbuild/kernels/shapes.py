@@ -8,6 +8,8 @@ from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, up_to
 from llmbuild.spec.formats import INTEGERS
 
 HALF_PANEL, LANES = 32, 16
+PAGE = 32
+"""Positions of a page of a cache that sequences share: how finely they share it, and how long memory is read on end."""
 NORMS = {"qkv": "norm1", "gate_up": "norm2"}
 """The norm before a matrix."""
 HEAD_NORMS = ("query_norm", "key_norm")
@@ -46,6 +48,8 @@ class DecoderShape:
     """Whether each head's query and key are normalized before they are rotated."""
     head_weights: str = ""
     """Format of the output matrix, which reads the hidden states as they lie; "" where it wants nothing of its own."""
+    page: int = PAGE
+    """Positions of a page where sequences share a cache: a power of two, 16 or more."""
 
     @property
     def width(self) -> int:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.instructions import Instructions
-from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import Layout, family
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
 from llmbuild.spec.formats import BLOCKS, INTEGERS
@@ -70,6 +70,10 @@ COUNT = 2
 CALLS = ((1, 0), (1, 15), (5, 3), (6, 0), (16, 0))
 """Rows, and the position of the first."""
 EMULATED_CALLS = CALLS[1:3]
+MIX = ((5, 15), (1, 31), (2, 0), (1, 16))
+"""Rows of four sequences, and the position of the first of each."""
+LONG_MIX = ((1, 699), (3, 299), (1, 47), (2, 0))
+PAGE = 16
 LONG_CALLS = ((1, 15), (1, 16), (1, 47), (1, 299), (1, 699), (3, 299))
 SIZES = (0.0, 1e-12, 1e12)
 
@@ -101,25 +105,26 @@ class Layers:
 
     def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
         """Compile them; where a process would be needed for each call, with functions that make several."""
-        self.shape = shape = replace(shape, narrow=unit.kernels[family(shape.weights)].narrow)
+        self.shape = shape = replace(shape, narrow=unit.kernels[family(shape.weights)].narrow, page=PAGE)
         rng = np.random.default_rng(1)
         self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
         self.machine = MACHINES[unit.name]
-        several = {len(EMULATED_CALLS), len(LONG_CALLS), len(SIZES)} if self.machine.emulated else set()
+        several = {len(EMULATED_CALLS), len(LONG_CALLS), len(SIZES), len(MIX)} if self.machine.emulated else set()
         mains = [self._main("main", 1), *(self._main(f"main_{n}", n) for n in sorted(several))]
+        mains.append(self._main("main_paged", 1, paged("layers"), "?"))
         (folder / "layers.mlir").write_text("".join([layers("layers", shape, COUNT, unit), *mains]))
         self.artifact = self.machine.compile(folder / "layers.mlir")
 
-    def _main(self, name: str, calls: int) -> str:
+    def _main(self, name: str, calls: int, function: str = "layers", places: str = "") -> str:
         s = self.shape
-        cache = f"tensor<{s.context}x{s.kv_heads}x{s.head_dim}x{'f16' if s.half_cache else 'f32'}>"
+        cache = f"tensor<{places or s.context}x{s.kv_heads}x{s.head_dim}x{'f16' if s.half_cache else 'f32'}>"
         wide, angle = f"tensor<?x{s.width}xf32>", f"tensor<?x{s.head_dim}xf32>"
-        kinds = [wide, angle, angle, "tensor<1xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + [cache] * 2 * COUNT
+        kinds = [wide, angle, angle, "tensor<?xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + [cache] * 2 * COUNT
         names = [[f"%a{call}_{i}" for i in range(len(kinds))] for call in range(calls)]
         taken = ", ".join(f"{n}: {k}" for each in names for n, k in zip(each, kinds, strict=True))
         made = ", ".join([wide] * calls)
         body = "".join(
-            f"%r{call} = util.call @layers({', '.join(each)}) : ({', '.join(kinds)}) -> {wide}\n"
+            f"%r{call} = util.call @{function}({', '.join(each)}) : ({', '.join(kinds)}) -> {wide}\n"
             for call, each in enumerate(names)
         )
         results = ", ".join(f"%r{call}" for call in range(calls))
@@ -131,17 +136,29 @@ util.func public @{name}({taken}) -> ({made}) {{
     def run(self, calls: list[Call], driver: str) -> list[tuple[Any, list[Any]]]:
         """Return the new hidden states of each call, and the cache buffers after it where they can be seen."""
         packed = np.concatenate(self.buffers).view(np.int8)
-        inputs = [[x, *angles, np.array([start]), packed, *cache] for x, start, cache, angles in calls]
+        inputs = [[x, *angles, rows_from(start, x), packed, *cache] for x, start, cache, angles in calls]
         return [(out, after[-2 * COUNT :]) for out, after in self.machine.call_each(self.artifact, inputs, driver)]
+
+    def run_shared(self, x: Any, angles: list[Any], where: Any, cache: list[Any], driver: str) -> tuple[Any, list[Any]]:
+        """Return what `run` does, of rows of several sequences whose cache is one."""
+        inputs = [x, *angles, where, np.concatenate(self.buffers).view(np.int8), *cache]
+        (out,), after = self.machine.call(self.artifact, inputs, 1, driver, "main_paged")
+        return out, after[-2 * COUNT :]
 
     def expect(self, call: Call) -> tuple[Any, list[Any]]:
         """Return what `run` should, by NumPy."""
         x, start, cache, angles = call
         after: list[Any] = []
         for i, buffer in enumerate(self.buffers):
-            x, *new = reference.layer(self.shape, x, *angles, start, buffer, *cache[2 * i : 2 * i + 2])
+            seen = reference.places(rows_from(start, x))
+            x, *new = reference.layer(self.shape, x, *angles, seen, buffer, *cache[2 * i : 2 * i + 2])
             after += new
         return x, after
+
+
+def rows_from(start: int, x: Any) -> Any:
+    """Return the positions of rows one after the other."""
+    return np.arange(start, start + len(x))
 
 
 def layers_of(
@@ -174,6 +191,67 @@ def test_layers_agree_with_numpy(compiled: Layers) -> None:
 @with_enough("in_parts", LONG_FORMS, ANY)
 def test_a_single_row_attends_to_long_caches_in_parts(in_parts: Layers) -> None:
     assert_agree(in_parts, LONG_CALLS, "local-task")
+
+
+@on_enough_shapes
+def test_a_row_is_computed_alike_whatever_the_others_are(compiled: Layers) -> None:
+    for driver in ("local-sync", "local-task"):
+        assert_alone(compiled, MIX, driver)
+
+
+@with_enough("in_parts", LONG_FORMS, ANY)
+def test_a_row_attends_to_long_caches_alike_whatever_the_others_are(in_parts: Layers) -> None:
+    assert_alone(in_parts, LONG_MIX, "local-task")
+
+
+def assert_alone(compiled: Layers, mix: Sequence[tuple[int, int]], driver: str) -> None:
+    """Run sequences together, their pages anywhere in one cache, and compare every bit with calls of their own.
+
+    Those of several rows are also run row by row, where a cache can be seen after a call.
+    """
+    context = compiled.shape.context
+    calls = [random_call(compiled.shape, rows, min(start, context - rows)) for rows, start in mix]
+    alone = compiled.run(calls, driver)
+    tables, cache = in_pages(compiled.shape, calls)
+    positions = [rows_from(start, x) for x, start, _, _ in calls]
+    count, places = sum(map(len, positions)), []
+    for number, own in enumerate(positions):
+        places += [2 * count + number * len(tables[0])] * len(own)
+    x, angles = np.concatenate([c[0] for c in calls]), [np.concatenate([c[3][i] for c in calls]) for i in range(2)]
+    where = np.concatenate([*positions, np.array(places), *tables])
+    found, after = compiled.run_shared(x, angles, where, cache, driver)
+    assert np.array_equal(found, np.concatenate([out for out, _ in alone]))
+    for number, (call, (out, own_after)) in enumerate(zip(calls, alone, strict=True)):
+        for ours, theirs in zip(after, own_after, strict=bool(after and own_after)):
+            seen = reference.places(positions[number][-1:], [tables[number]], PAGE)[0]
+            assert np.array_equal(ours[seen], theirs[: len(seen)])
+        if not compiled.machine.emulated:
+            assert np.array_equal(row_by_row(compiled, call, driver), out)
+
+
+def in_pages(shape: DecoderShape, calls: list[Call]) -> tuple[list[Any], list[Any]]:
+    """Return the caches of calls as one, in pages that are in no order, and the blocks of each."""
+    each = -(-shape.context // PAGE)
+    blocks = np.random.default_rng(7).permutation(len(calls) * each + 1)[: len(calls) * each].reshape(len(calls), -1)
+    caches = []
+    for i in range(2 * COUNT):
+        of_call = [call[2][i] for call in calls]
+        made = np.full(((len(calls) * each + 1) * PAGE, *of_call[0].shape[1:]), np.nan, of_call[0].dtype)
+        for table, own in zip(blocks, of_call, strict=True):
+            made[reference.places(np.array([shape.context - 1]), [table], PAGE)[0]] = own
+        caches.append(made)
+    return list(blocks), caches
+
+
+def row_by_row(compiled: Layers, call: Call, driver: str) -> Any:
+    """Return what single rows one after the other give."""
+    x, start, cache, angles = call
+    found = []
+    for row in range(len(x)):
+        one = slice(row, row + 1)
+        ((out, cache),) = compiled.run([(x[one], start + row, cache, [angle[one] for angle in angles])], driver)
+        found.append(out)
+    return np.concatenate(found)
 
 
 def random_call(shape: DecoderShape, rows: int, start: int) -> Call:
