@@ -25,6 +25,7 @@ from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS
+from llmbuild.transform.decoder import PARTS
 from llmbuild.transform.stored import Rows
 
 LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
@@ -41,6 +42,9 @@ NAMES = {
     "down": "mlp.down_proj",
 }
 """Our names of a layer's matrices, and the library's."""
+
+KINDS = {kind: [NAMES[part] for part in parts] for kind, parts in PARTS.items()}
+"""The library's names of the matrices of a layer that are one matrix of ours, and share a format."""
 
 NORM_NAMES = {
     "norm1": "input_layernorm",
@@ -235,6 +239,7 @@ def put_in(
     shape = replace(
         _shape(model, context, half_cache, work_groups, formats, units.layers),
         wide=wide and formats.layers in INTEGERS,
+        formats=tuple((kind, form) for kind, form in by_kind(formats).items() if form != formats.layers),
     )
     head_shape = HeadShape(
         shape.hidden,
@@ -259,6 +264,11 @@ def put_in(
     decoder.layers = nn.ModuleList(groups)
     _put_in_tables(model, head_shape, formats)
     return kernels
+
+
+def by_kind(formats: Formats) -> dict[str, str]:
+    """Return the format of each matrix of a layer as our kernels have them; all layers are alike."""
+    return {kind: formats.of(f"model.layers.0.{names[0]}") for kind, names in KINDS.items()}
 
 
 def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:

@@ -12,6 +12,8 @@ PERIOD = 32
 """Columns that a matrix of integers has a multiple of: codes of any length fill whole bytes by then."""
 ACTIVATIONS = ("int8", "int16")
 """What activations of integer weights are rounded to; the first is the default."""
+ALLOCATIONS = ("uniform", "sensitive")
+"""How bits of weights are shared out among kinds of matrices; the first is the default."""
 LOW_BITS = 7
 LOW = 1 << LOW_BITS
 """What the first byte of an activation of two bytes counts; the second one is -64..63."""

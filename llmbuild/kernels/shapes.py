@@ -42,6 +42,8 @@ class DecoderShape:
     """Whether activations of floating-point weights are rounded to bf16."""
     wide: bool = False
     """Whether activations of integers are rounded to two bytes each."""
+    formats: tuple[tuple[str, str], ...] = ()
+    """Matrices (`qkv`, `out`, `gate_up`, `down`) whose format is not `weights`, and which: integers where those are."""
     activation: str = "silu"
     """What is done with the gate, one of `elementwise.ACTIVATIONS`."""
     head_norms: bool = False
@@ -85,7 +87,8 @@ class DecoderShape:
         """Return how each matrix of a layer lies in panels."""
         width = self.width
         columns = {"qkv": width, "out": self.attended_padded, "gate_up": width, "down": self.inner_padded}
-        return {name: Layout(self.weights, size, self.narrow, self.wide) for name, size in columns.items()}
+        formats = dict.fromkeys(columns, self.weights) | dict(self.formats)
+        return {name: Layout(formats[name], size, self.narrow, self.wide) for name, size in columns.items()}
 
 
 @dataclass(frozen=True)

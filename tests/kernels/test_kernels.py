@@ -51,6 +51,21 @@ SHAPES = {
     "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128", wide=True),
     "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int6_g32", wide=True),
     "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q4_1", wide=True),
+    "bits of each matrix": DecoderShape(
+        80,
+        3,
+        1,
+        32,
+        50,
+        1e-5,
+        32**-0.5,
+        40,
+        False,
+        2,
+        "int5_g32",
+        formats=(("qkv", "int7_g32"), ("gate_up", "int3_g32"), ("down", "int6_g32")),
+        wide=True,
+    ),
     "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, False, 2, activation="gelu", head_norms=True),
 }
 IN_PARTS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmbuild.kernels.layouts import ACTIVATIONS
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
 from llmbuild.kernels.matvec import ROW_READS, ROW_TILES
@@ -123,6 +123,20 @@ KNOBS: tuple[Knob, ...] = (
             Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS)),
         ),
         backends=(LLVM_CPU,),
+    ),
+    Knob(
+        "allocation",
+        "model",
+        ALLOCATIONS,
+        ALLOCATIONS[0],
+        "bits of each kind of matrix: all alike, or as the calibration text shows what rounding each does, with up to "
+        "half a bit more for each weight",
+        when=(
+            Condition("kernel", ("own",)),
+            Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS and INTEGERS[f].has_sides)),
+        ),
+        backends=(LLVM_CPU,),
+        searched=ALLOCATIONS[:1],
     ),
     Knob(
         "work_groups",
