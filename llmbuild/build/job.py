@@ -189,7 +189,7 @@ class Job:
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
         if not own:
-            for name in ("work_groups", "row_tile", "row_reads"):
+            for name in ("activations", "allocation", "work_groups", "row_tile", "row_reads"):
                 choices.pop(name, None)  # the knob has no effect then, and targets without it share the import
         features = [f for f in FEATURES if f in self.target.requires] if own else []
         subgroup = self.target.subgroup if own else 0

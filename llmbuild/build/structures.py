@@ -72,7 +72,7 @@ class Structures:
         settled = {name: value for name, value in choices.items() if name != "quantization"}
         shared = {name: inputs[name] for name in ("context", "batch", "features", "importer")}
         by_value = {}
-        if settled.get("mixed", "none") != "none":  # weights and text decide which layers keep more bits
+        if "sensitive" in (settled.get("mixed"), settled.get("allocation")):  # weights and text decide on formats
             by_value = {name: inputs[name] for name in ("model", "calibration")}
         more = {"random_init": self.job.recipe.model.random_init, "subgroup": inputs.get("subgroup", 0)}
         return {"structure": {**shared, **by_value, **more, "config": self._config(), "choices": settled}}

@@ -43,10 +43,11 @@ class CallerCache:
 
     is_compileable = True
 
-    def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, start: torch.Tensor) -> None:
-        """Take every layer's buffers, the positions i64[B,T] that this call writes, and the first ones i64[B]."""
+    def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor) -> None:
+        """Take every layer's buffers, and the positions i64[B,T] that this call writes."""
         self.buffers = buffers
-        self.start = start
+        self.where = positions.flatten()
+        """What our kernels read of places: the position of each row."""
         batch = positions.shape[0]
         if batch > 1:
             positions = positions + torch.arange(batch)[:, None] * (buffers[0].shape[0] // batch)
@@ -79,3 +80,18 @@ class CallerCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always given, so nothing may be derived from the cache."""
         return 0
+
+
+class SharedCache(CallerCache):
+    """A cache whose blocks sequences share; only our own kernels read and write it."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, where: torch.Tensor) -> None:
+        """Take every layer's buffers, the position i64[T] of each row, and where its sequence is: `Abi.page`."""
+        super().__init__(buffers, positions[None])
+        self.where = where
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refuse: what the compiler makes of attention knows no pages."""
+        raise NotImplementedError("a shared cache is read and written by kernel=own alone")

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from llmbuild.frontend.attention import causal_mask
-from llmbuild.frontend.cache import CallerCache, cache_name
+from llmbuild.frontend.cache import CallerCache, SharedCache, cache_name
 from llmbuild.frontend.fusion_barrier import fusion_barrier
 from llmbuild.frontend.own import OwnHead
 
@@ -22,17 +22,17 @@ class _Entry(nn.Module):
         self.model = model
         self.context = context
 
-    def step(
-        self, tokens: torch.Tensor, positions: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
+    def last(
+        self, tokens: torch.Tensor, positions: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run tokens i64[B,T] at positions i64[B,T] from `start` i64[B] on; return the next tokens i64[B] and the
+        """Run tokens i64[B,T] at positions i64[B,T]; return the next tokens i64[B] and the
         last logits f32[B,V], or f32[V] of one sequence.
 
         The model reads the tokens of all sequences as one row, and only attention tells them apart: layers then have
         no dimension for the batch (SPIR-V backends of IREE 3.13 give up on the cache's write where they have one).
         """
         batch, length = tokens.shape
-        hidden = self.states(tokens, positions, start, kv)
+        hidden = self.states(tokens, positions, CallerCache(kv, positions))
         hidden = hidden[:, -1:] if batch == 1 else hidden.view(batch, length, -1)[:, -1].unsqueeze(0)
         if isinstance(self.model.lm_head, OwnHead):
             logits, token = self.model.lm_head(hidden)
@@ -42,9 +42,7 @@ class _Entry(nn.Module):
             return fusion_barrier(logits[-1]).argmax(-1, keepdim=True), logits[-1]
         return largest(fusion_barrier(logits)), logits
 
-    def states(
-        self, tokens: torch.Tensor, positions: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
-    ) -> torch.Tensor:
+    def states(self, tokens: torch.Tensor, positions: torch.Tensor, cache: CallerCache) -> torch.Tensor:
         """Return the final hidden states f32[1,B*T,hidden]."""
         mask = causal_mask(positions, self.context)
         found: torch.Tensor = self.model.model(
@@ -52,7 +50,7 @@ class _Entry(nn.Module):
             attention_mask=fusion_barrier(mask) if self.model.config.num_hidden_layers == 1 else mask,
             position_ids=positions.view(1, -1),
             use_cache=True,
-            **{cache_name(self.model.model): CallerCache(kv, positions, start)},
+            **{cache_name(self.model.model): cache},
         ).last_hidden_state
         return found
 
@@ -74,7 +72,7 @@ class Prefill(_Entry):
     def forward(
         self, tokens: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(tokens, start[:, None] + torch.arange(tokens.shape[1]), start, kv)
+        return self.last(tokens, start[:, None] + torch.arange(tokens.shape[1]), kv)
 
 
 class Decode(_Entry):
@@ -83,15 +81,32 @@ class Decode(_Entry):
     def forward(
         self, tokens: torch.Tensor, positions: torch.Tensor, kv: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.step(tokens[:, None], positions[:, None], positions, kv)
+        return self.last(tokens[:, None], positions[:, None], kv)
 
 
 class Score(_Entry):
     """`score(tokens i64[1,T], start i64[1], *kv)`."""
 
     def forward(self, tokens: torch.Tensor, start: torch.Tensor, kv: Sequence[torch.Tensor]) -> torch.Tensor:
-        hidden = self.states(tokens, start[:, None] + torch.arange(tokens.shape[1]), start, kv)
+        positions = start[:, None] + torch.arange(tokens.shape[1])
+        hidden = self.states(tokens, positions, CallerCache(kv, positions))
         if isinstance(self.model.lm_head, OwnHead):
             return self.model.lm_head.scores(hidden)
         logits: torch.Tensor = self.model.lm_head(hidden)[0]
         return logits
+
+
+class Step(_Entry):
+    """`step(tokens i64[T], positions i64[T], where i64[W], read i64[R], *kv)`, of our own kernels."""
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        where: torch.Tensor,
+        read: torch.Tensor,
+        kv: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden = self.states(tokens[None], positions[None], SharedCache(kv, positions, where))
+        logits, found = self.model.lm_head.picked(hidden, read)
+        return found, logits

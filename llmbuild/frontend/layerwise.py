@@ -82,7 +82,7 @@ class Layers:
     def _with_cache(self, states: torch.Tensor, cached: Cached) -> torch.Tensor:
         length = states.shape[1]
         positions = torch.arange(length)[None]
-        cache = CallerCache(new_cache(cached.buffers(length)), positions, torch.zeros(1, dtype=torch.int64))
+        cache = CallerCache(new_cache(cached.buffers(length)), positions)
         named: dict[str, Any] = {cache_name(self._decoder): cache}
         found: torch.Tensor = self._decoder(
             inputs_embeds=states,

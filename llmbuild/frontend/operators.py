@@ -11,10 +11,12 @@ from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform import reference
 from llmbuild.transform.panels import Matrix, unpack
+from llmbuild.transform.weights import Array
 
 LAYERS: dict[str, DecoderShape] = {}
+PAGED: dict[str, DecoderShape] = {}
 HEADS: dict[str, HeadShape] = {}
-"""Shapes by kernel name: an operator can carry a name, not a dataclass."""
+"""Shapes by kernel name: an operator can carry a name, not a dataclass. `PAGED` are layers whose cache is shared."""
 
 
 @torch.library.custom_op("llmbuild::layers", mutates_args=())
@@ -22,23 +24,30 @@ def layers(
     x: torch.Tensor,
     cosine: torch.Tensor,
     sine: torch.Tensor,
-    start: torch.Tensor,
+    where: torch.Tensor,
     buffer: torch.Tensor,
     cache: list[torch.Tensor],
     kernel: str,
 ) -> torch.Tensor:
-    """Run decoder layers; return the hidden states f32[T,width].
+    """Run decoder layers; return the hidden states f32[T,width]. `where` i64[W] is as the kernel takes it.
 
     The cache is written in place, and torch is not told: an export would otherwise return a copy of it.
     """
-    shape, state = LAYERS[kernel], x.numpy()
+    shape, state = PAGED.get(kernel) or LAYERS[kernel], x.numpy()
+    seen = _seen(where.numpy(), len(state), shape.page if kernel in PAGED else 0)
     angles = cosine.numpy(), sine.numpy()
     for packed, pair in zip(np.split(buffer.numpy().view(np.uint8), len(cache) // 2), pairs(cache), strict=True):
         arrays = [part.numpy() for part in pair]
-        state, *new = reference.layer(shape, state, *angles, int(start[0]), packed, *arrays)
+        state, *new = reference.layer(shape, state, *angles, seen, packed, *arrays)
         for old, part in zip(arrays, new, strict=True):
             old[:] = part
     return torch.from_numpy(np.ascontiguousarray(state))
+
+
+def _seen(where: Array, rows: int, page: int) -> list[Array]:
+    """Return the places in a cache that each row attends to; `page` is 0 for that of one sequence."""
+    tables = [where[first:] for first in where[rows : 2 * rows]] if page else []
+    return reference.places(where[:rows], tables, page)
 
 
 def pairs(cache: list[torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -51,7 +60,7 @@ def _(
     x: torch.Tensor,
     cosine: torch.Tensor,
     sine: torch.Tensor,
-    start: torch.Tensor,
+    where: torch.Tensor,
     buffer: torch.Tensor,
     cache: list[torch.Tensor],
     kernel: str,
@@ -96,6 +105,24 @@ def rows(data: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
     """Return the rows f32[padded vocabulary,width] of an output matrix, of which `kernels.look` looks some up."""
     values, scales = unpack(HEADS[kernel].layout, data.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy())
     return torch.from_numpy(values * scales[:, None])
+
+
+@torch.library.custom_op("llmbuild::picked", mutates_args=())
+def picked(
+    x: torch.Tensor, read: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return logits f32[R,padded vocabulary] and the first largest ones' indices i64[R] of the hidden states that
+    `read` names, of f32[T,width].
+    """
+    found = [head(x[row][None], norm, data, scale, kernel) for row in read]
+    return torch.stack([logits for logits, _ in found]), torch.cat([token for _, token in found])
+
+
+@picked.register_fake
+def _(
+    x: torch.Tensor, read: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return x.new_empty(read.shape[0], HEADS[kernel].padded), torch.empty_like(read)
 
 
 @torch.library.custom_op("llmbuild_shell::look", mutates_args=())

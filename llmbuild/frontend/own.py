@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,21 +11,24 @@ from torch import nn
 
 from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import operators
-from llmbuild.frontend.cache import CallerCache
+from llmbuild.frontend.cache import CallerCache, SharedCache
 from llmbuild.frontend.formats import TABLES, Formats
 from llmbuild.frontend.modules import Embedding, RowMajor, ScaledColumns
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
-from llmbuild.kernels.head import HeadShape, head, scores
+from llmbuild.kernels.head import HeadShape, head, picked, scores
 from llmbuild.kernels.instructions import Instructions
-from llmbuild.kernels.layer import MAX_LAYERS, layers
+from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import PANEL, Layout, family
 from llmbuild.kernels.look import look
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.spec.decoder import Decoder
+from llmbuild.spec.formats import INTEGERS
+from llmbuild.transform.decoder import PARTS
 from llmbuild.transform.stored import Rows
 
-LAYERS, HEAD, SCORES, LOOK = "llmbuild_layers", "llmbuild_head", "llmbuild_scores", "llmbuild_look"
+LAYERS, HEAD, LOOK = "llmbuild_layers", "llmbuild_head", "llmbuild_look"
+SCORES, PICKED = scores(HEAD), picked(HEAD)
 _ELEMENTS = {"i8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 """Types of stored elements, by their names in MLIR."""
 NAMES = {
@@ -38,6 +41,9 @@ NAMES = {
     "down": "mlp.down_proj",
 }
 """Our names of a layer's matrices, and the library's."""
+
+KINDS = {kind: [NAMES[part] for part in parts] for kind, parts in PARTS.items()}
+"""The library's names of the matrices of a layer that are one matrix of ours, and share a format."""
 
 NORM_NAMES = {
     "norm1": "input_layernorm",
@@ -68,8 +74,9 @@ class OwnLayers(nn.Module):
         cosine, sine = position_embeddings
         cache = next(value for value in named.values() if isinstance(value, CallerCache))
         buffers = list(cache.buffers[2 * self.first : 2 * (self.first + self.count)])
-        x = hidden_states[0]
-        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], cache.start, self.buffer, buffers, self.kernel)
+        x, shared = hidden_states[0], isinstance(cache, SharedCache)
+        kernel = paged(self.kernel) if shared else self.kernel
+        new: torch.Tensor = operators.layers(x, cosine[0], sine[0], cache.where, self.buffer, buffers, kernel)
         return new.unsqueeze(0)
 
 
@@ -96,6 +103,15 @@ class OwnHead(nn.Module):
         """Return logits f32[T,V] of hidden states f32[1,T,width]."""
         logits: torch.Tensor = operators.scores(x[0], self.norm, self.data, self.scale, SCORES)
         return logits.narrow(1, 0, self.shape.vocabulary)
+
+    def picked(self, x: torch.Tensor, read: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return logits f32[R,padded vocabulary] and the next tokens i64[R] of the hidden states that `read` i64[R]
+        names, of f32[1,T,width]. They are not cut to the vocabulary: that would copy them.
+        """
+        found: tuple[torch.Tensor, torch.Tensor] = operators.picked(
+            x[0], read, self.norm, self.data, self.scale, PICKED
+        )
+        return found
 
 
 class PanelEmbedding(nn.Module):
@@ -151,26 +167,45 @@ def facts(model: Any) -> Decoder:
 
 
 def put_in(
-    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units
+    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units, wide: bool = False
 ) -> dict[str, str]:
-    """Replace layers, head and embedding in place; return the MLIR of the kernels by name."""
-    shape = _shape(model, context, half_cache, work_groups, formats, units.layers)
-    vocabulary, narrow = model.config.vocab_size, _narrow(units.head, formats.head)
-    head_shape = HeadShape(
-        shape.hidden, vocabulary, shape.epsilon, work_groups, formats.head, narrow, layer_weights=formats.layers
+    """Replace layers, head and embedding in place; return the MLIR of the kernels by name.
+
+    `wide` says that activations of integers have two bytes.
+    """
+    shape = replace(
+        _shape(model, context, half_cache, work_groups, formats, units.layers),
+        wide=wide and formats.layers in INTEGERS,
+        formats=tuple((kind, form) for kind, form in by_kind(formats).items() if form != formats.layers),
     )
-    operators.HEADS[HEAD] = operators.HEADS[SCORES] = head_shape
-    kernels = {HEAD: head(HEAD, head_shape, units.head), SCORES: scores(SCORES, head_shape, units.head)}
+    head_shape = HeadShape(
+        shape.hidden,
+        model.config.vocab_size,
+        shape.epsilon,
+        work_groups,
+        formats.head,
+        _narrow(units.head, formats.head),
+        wide and formats.head in INTEGERS,
+        layer_weights=formats.layers,
+    )
+    operators.HEADS.update(dict.fromkeys((HEAD, SCORES, PICKED), head_shape))
+    kernels = dict.fromkeys((HEAD, SCORES, PICKED), head(HEAD, head_shape, units.head))
     decoder = model.model
     groups, first = [], 0
     for part in _split(len(decoder.layers)):
         kernel = f"{LAYERS}_{part}"
-        operators.LAYERS[kernel], kernels[kernel] = shape, layers(kernel, shape, part, units.layers)
+        operators.LAYERS[kernel] = operators.PAGED[paged(kernel)] = shape
+        kernels |= dict.fromkeys((kernel, paged(kernel)), layers(kernel, shape, part, units.layers))
         groups.append(OwnLayers(shape, first, part, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)
     _put_in_tables(model, head_shape, formats)
     return kernels
+
+
+def by_kind(formats: Formats) -> dict[str, str]:
+    """Return the format of each matrix of a layer as our kernels have them; all layers are alike."""
+    return {kind: formats.of(f"model.layers.0.{names[0]}") for kind, names in KINDS.items()}
 
 
 def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:

@@ -39,6 +39,8 @@ from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
+from llmbuild.kernels.shapes import PAGE
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
     ABI_FILE,
@@ -53,6 +55,7 @@ from llmbuild.spec.program import (
     ImportResult,
     Program,
 )
+from llmbuild.transform.allocation import neighbours
 
 KNOBS: dict[str, tuple[str, ...]] = {
     "weight_format": WEIGHT_FORMATS,
@@ -63,6 +66,8 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
     "kv_dtype": ("f32", "f16", "int8"),
+    "activations": ACTIVATIONS,
+    "allocation": ALLOCATIONS,
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
     "row_tile": matvec.ROW_TILES,
     "row_reads": matvec.ROW_READS,
@@ -236,7 +241,8 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
     elif choices["kernel"] == "own":
         units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units)
+        wide = choices["activations"] == "int16"
+        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units, wide)
     else:
         layout, kernels = choices["layout"], {}
         modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")
@@ -286,6 +292,7 @@ class Calibrated:
     calibration: Calibration
     asked: Asked
     mixed: bool
+    allocated: bool = False
 
 
 def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrated | None:
@@ -305,10 +312,16 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
         raise ChoiceRefused(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
     if scaled and not {layers, head} & set(INTEGERS):
         raise ChoiceRefused(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
-    if not (fitted or mixed or scaled):
+    allocated = choices["allocation"] != ALLOCATIONS[0]
+    if allocated and (choices["kernel"] != "own" or job.subgroup or len(neighbours(layers)) < 2):
+        raise ChoiceRefused(
+            f"allocation=sensitive is for kernel=own on CPUs and weights of 3 to 7 bits in groups; found {layers}"
+        )
+    if not (fitted or mixed or scaled or allocated):
         return None
     calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
-    return Calibrated(calibration, Asked(fitted, scaled, choices["kernel"] == "own" and not job.subgroup), mixed)
+    rounded = choices["kernel"] == "own" and not job.subgroup and choices["activations"] == "int8"
+    return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed, allocated)
 
 
 @dataclass(frozen=True)
@@ -349,9 +362,11 @@ def rounded_again(weights: Model, formats: Formats) -> tuple[str, ...]:
 def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Formats:
     """Return the formats of all layers; some keep more bits where calibration finds them sensitive."""
     formats = Formats(*stored_formats(choices))
-    if calibrated is None or not calibrated.mixed:
+    if calibrated is None or not (calibrated.mixed or calibrated.allocated):
         return formats
     with torch.no_grad():
+        if calibrated.allocated:
+            return replace(formats, kept=calibrated.calibration.allocated(formats, own.KINDS))
         return replace(formats, kept=calibrated.calibration.sensitive(formats))
 
 
@@ -374,6 +389,7 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         if choices["kernel"] == "own" and not job.subgroup
         else (),
         score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
+        page=PAGE if choices["kernel"] == "own" and not job.subgroup and job.batch == 1 else 0,
     )
 
 

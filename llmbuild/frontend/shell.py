@@ -83,7 +83,7 @@ def module(model: Any, context: int, shell: bytes, kernels: Mapping[str, str]) -
         splice.append(made, kernels)
         _retype(made, kernels)
         if own:
-            splice.append_all(made, {LOOK: kernels[LOOK]})
+            splice.append_all(made, [kernels[LOOK]])
             _call_look(made, look_operands(model))
         else:
             _put_in(made, ir.Module.parse(table))

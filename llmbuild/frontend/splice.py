@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from iree.compiler import ir
@@ -14,7 +14,7 @@ NAMESPACE = "torch.llmbuild."
 def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Replace every operator of ours by a call of the kernel that its last operand names.
 
-    `kernels` maps a name to the MLIR that defines the function of that name.
+    `kernels` maps a name to the MLIR that defines the function of that name, and perhaps others.
     """
     with module.context, ir.Location.unknown():
         append(module, kernels)
@@ -23,13 +23,13 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
 
 def append(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Append the kernels that operators of ours in a module name."""
-    named = {_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)}
-    append_all(module, {name: kernels[name] for name in sorted(named)})
+    names = sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)})
+    append_all(module, dict.fromkeys(kernels[name] for name in names))  # functions of one executable are in one text
 
 
-def append_all(module: ir.Module, kernels: Mapping[str, str]) -> None:
-    """Append kernels."""
-    for text in kernels.values():
+def append_all(module: ir.Module, texts: Iterable[str]) -> None:
+    """Append what texts define."""
+    for text in texts:
         parsed = ir.Module.parse(text)
         for operation in list(parsed.body.operations):
             operation.detach_from_parent()

@@ -11,8 +11,8 @@ from torch import nn
 
 from llmbuild.frontend import repeat
 from llmbuild.frontend.cache import new_cache
-from llmbuild.frontend.entry import Decode, Prefill, Score
-from llmbuild.spec.program import DECODE, PREFILL, SCORE, Abi
+from llmbuild.frontend.entry import Decode, Prefill, Score, Step
+from llmbuild.spec.program import DECODE, PREFILL, SCORE, STEP, Abi
 
 Call = tuple[nn.Module, tuple[object, ...], tuple[object, ...]]
 """A module, arguments that it is traced with, and which of their sizes are dynamic."""
@@ -56,7 +56,17 @@ def entries(model: Any, abi: Abi, kv: list[torch.Tensor]) -> Programs:
     }
     if abi.score:
         calls[SCORE] = Score(model, abi.context), (long, start, kv), ({1: length}, None, fixed)
+    if abi.page:
+        calls[STEP] = _step(model, abi.context, kv)
     return traced(calls)
+
+
+def _step(model: Any, context: int, kv: list[torch.Tensor]) -> Call:
+    """Return the step of any rows, with a cache of any number of places."""
+    rows, items, read, places = (torch.export.Dim(name, min=2) for name in ("rows", "items", "read", "places"))
+    long, where, picked = (torch.zeros(size, dtype=torch.int64) for size in (5, 12, 3))
+    sizes = ({0: rows}, {0: rows}, {0: items}, {0: read}, [{0: places}] * len(kv))
+    return Step(model, context), (long, long.clone(), where, picked, kv), sizes
 
 
 def traced(calls: Mapping[str, Call]) -> Programs:

@@ -5,7 +5,7 @@ Written for the length of registers: it holds many sums at a time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -18,9 +18,56 @@ MIX_STEP = 4
 """Positions per turn of the weighted sum of values, at most."""
 
 
+UNPAGED = 62
+"""`Pages.shift` of a cache that is one page: no position reaches a second one."""
+LEAST_PAGE = 16
+"""Positions that a page has at least, a power of two: positions that are taken together lie in one page."""
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the positions of one sequence are: a page of `2^shift` (i64) of them is the block of the cache that the
+    i64 at `table` names; `some` is 1 (i64), or 0 where the cache is one page and no table is looked at.
+    """
+
+    table: str
+    shift: str
+    some: str
+
+    def place(self, w: Writer, position: str) -> str:
+        """Return the place in the cache of a position."""
+        return w.add(position, self.ahead(w, w.integers("shrui", position, self.shift)))
+
+    def ahead(self, w: Writer, page: str) -> str:
+        """Return how much larger than its position the place of each position of a page is."""
+        block = w.mul(w.load(w.at(self.table, w.mul(page, 8)), I64, 8), self.some)
+        return w.integers("shli", w.integers("subi", block, page), self.shift)
+
+    def each(
+        self,
+        w: Writer,
+        first: str,
+        stop: str,
+        body: Callable[..., Sequence[str]],
+        carried: Sequence[tuple[str, str]] = (),
+    ) -> list[str]:
+        """Write a loop over the pages of some positions, at least one; `body(ahead, first, stop, *values)` is for those
+        of one page.
+        """
+
+        def page(number: str, *values: str) -> Sequence[str]:
+            begin = w.integers("shli", number, self.shift)
+            end = w.integers("shli", w.add(number, 1), self.shift)
+            inside = w.integers("maxsi", first, begin), w.integers("minsi", stop, end)
+            return body(self.ahead(w, number), *inside, *values)
+
+        last = w.integers("shrui", w.add(stop, -1), self.shift)
+        return w.loop(w.integers("shrui", first, self.shift), w.add(last, 1), 1, page, carried)
+
+
 @dataclass(frozen=True)
 class Cache:
-    """One head's keys or values in a cache `[context, kv_heads, head_dim]`: pointer to its first row, bytes to the
+    """One head's keys or values in a cache `[places, kv_heads, head_dim]`: pointer to its first row, bytes to the
     next.
     """
 
@@ -28,13 +75,17 @@ class Cache:
     stride: int
     half: bool
 
-    def load(self, w: Writer, position: str, element: int, kind: str = VF) -> str:
-        """Return as many values of a position as the vector type takes, as f32."""
-        place = w.at(self.base, w.add(w.mul(position, self.stride), element * (2 if self.half else 4)))
+    def moved(self, w: Writer, places: str) -> Cache:
+        """Return the cache from so many places further on."""
+        return Cache(w.at(self.base, w.mul(places, self.stride)), self.stride, self.half)
+
+    def load(self, w: Writer, place: str, element: int, kind: str = VF) -> str:
+        """Return as many values of a place as the vector type takes, as f32."""
+        pointer = w.at(self.base, w.add(w.mul(place, self.stride), element * (2 if self.half else 4)))
         if not self.half:
-            return w.load(place, kind)
+            return w.load(pointer, kind)
         halves = kind.replace(F32, "f16")
-        return w.cast("arith.extf", w.load(place, halves, 2), halves, kind)
+        return w.cast("arith.extf", w.load(pointer, halves, 2), halves, kind)
 
 
 def store_cached(w: Writer, values: str, pointer: str, half: bool, kind: str) -> None:
@@ -57,6 +108,8 @@ def attend(
     query: str,
     keys: Cache,
     values: Cache,
+    pages: Pages,
+    first: str,
     visible: str,
     size: int,
     scale: float,
@@ -64,48 +117,60 @@ def attend(
     out: str,
     outcome: str,
 ) -> None:
-    """Attend with one head's query f32[size] to `visible` positions (i64, more than none); `scores` is room for them,
-    rounded up to 16. At `outcome` the largest score and the sum of exponentials below it are left, f32 each.
+    """Attend with one head's query f32[size] to `visible` positions (i64, more than none) from `first` on, a multiple
+    of 16; `scores` is room for them, rounded up to 16. At `outcome` the largest score and the sum of exponentials below
+    it are left, f32 each.
     """
     lanes = lanes_of(unit, size)
     chains = unit.mix_chains if lanes == unit.lanes else 1  # shorter vectors are more sums as they are
     vf, vi = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>"
     parts = range(0, size, lanes)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), vf), w.lanes(scale, vf), kind=vf) for e in parts]
-    last = w.add(visible, -1)
+    stop = w.add(first, visible)
+    last = w.add(stop, -1)
     order = w.constant(f"dense<[{', '.join(str(lane) for lane in range(lanes))}]>", vi)
 
-    def score(first: str) -> list[str]:
+    def score(own: Cache, place: str) -> list[str]:
         sums = []
         for lane in range(lanes):
-            position = w.integers("minsi", w.add(first, lane), last)
-            total = w.op("arith.mulf", loaded[0], keys.load(w, position, 0, vf), kind=vf)
+            position = w.integers("minsi", w.add(place, lane), last)
+            total = w.op("arith.mulf", loaded[0], own.load(w, position, 0, vf), kind=vf)
             for e, part in zip(parts[1:], loaded[1:], strict=True):
-                total = w.op("math.fma", part, keys.load(w, position, e, vf), total, kind=vf)
+                total = w.op("math.fma", part, own.load(w, position, e, vf), total, kind=vf)
             sums.append(total)
-        left = w.splat(w.cast("arith.trunci", w.integers("subi", visible, first), I64, I32), vi)
+        left = w.splat(w.cast("arith.trunci", w.integers("subi", stop, place), I64, I32), vi)
         seen = w.let(f"arith.cmpi slt, {order}, {left} : {vi}")
         masked = w.lanes(MASKED, vf)
-        values = w.let(f"arith.select {seen}, {_lane_sums(w, sums)}, {masked} : vector<{lanes}xi1>, {vf}")
-        w.store(values, w.at(scores, w.mul(first, 4)), vf)
+        made = w.let(f"arith.select {seen}, {_lane_sums(w, sums)}, {masked} : vector<{lanes}xi1>, {vf}")
+        w.store(made, w.at(scores, w.mul(w.integers("subi", place, first), 4)), vf)
         return []
 
-    w.loop(0, visible, lanes, score)
+    def scored(ahead: str, begin: str, end: str) -> list[str]:
+        own = keys.moved(w, ahead)
+        w.loop(begin, end, lanes, lambda place: score(own, place))
+        return []
+
+    pages.each(w, first, stop, scored)
     top, total = _softmax(w, scores, visible, lanes)
 
-    def mix(first: str, *sums: str) -> list[str]:
+    def mix(own: Cache, start: str, *sums: str) -> list[str]:
         new = list(sums)
         for step in range(turn):
-            place, chain = w.add(first, step), step % chains * len(parts)
-            weight = w.splat(w.load(w.at(scores, w.mul(place, 4)), F32), vf)
+            place, chain = w.add(start, step), step % chains * len(parts)
+            weight = w.splat(w.load(w.at(scores, w.mul(w.integers("subi", place, first), 4)), F32), vf)
             position = w.integers("minsi", place, last)
             for i, e in enumerate(parts):
-                value = values.load(w, position, e, vf)
+                value = own.load(w, position, e, vf)
                 new[chain + i] = w.op("math.fma", weight, value, new[chain + i], kind=vf)
         return new
 
+    def mixed_of(ahead: str, begin: str, end: str, *sums: str) -> list[str]:
+        own = values.moved(w, ahead)
+        kinds = [(value, vf) for value in sums]
+        return w.loop(begin, end, turn, lambda place, *old: mix(own, place, *old), kinds)
+
     turn = min(MIX_STEP, lanes)  # scores are known up to a multiple of the lanes
-    mixed = w.loop(0, visible, turn, mix, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
+    mixed = pages.each(w, first, stop, mixed_of, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
     _store_mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, out, lanes)
     w.store(top, outcome, F32)
     w.store(total, w.at(outcome, 4), F32)

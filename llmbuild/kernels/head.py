@@ -1,5 +1,5 @@
-"""The end of a decoder as one dispatch: final norm and output matrix, of one row with the first largest logit, or of
-many rows.
+"""The end of a decoder as one dispatch: final norm and output matrix of any number of rows, and the first largest logit
+of each.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from llmbuild.kernels.shapes import multiple
 from llmbuild.kernels.text import I32, I64, VF, VI, Writer
 
 PHASES = 3
-ARGUMENTS = ["x", "norm", "data", "scale", "counters", "logits", "token", "scratch"]
-SCORES = [name for name in ARGUMENTS if name != "token"]
+ARGUMENTS = ["x", "norm", "data", "scale", "read", "counters", "logits", "tokens", "scratch"]
+NUMBERS = ["picked", "chosen"]
+"""What the dispatch takes behind the rows: 1 where `read` names them, else 0; and for how many tokens are chosen."""
 LOWEST = -3.0e38
 
 
@@ -31,6 +32,7 @@ class HeadShape:
     workers: int
     weights: str = "int8"
     narrow: bool = False
+    wide: bool = False
     layer_weights: str = ""
     """Format of the layers, which leave hidden states as they lie; "" where they want nothing of their own."""
 
@@ -42,7 +44,7 @@ class HeadShape:
     @property
     def layout(self) -> Layout:
         """How the matrix lies in panels."""
-        return Layout(self.weights, self.width, self.narrow)
+        return Layout(self.weights, self.width, self.narrow, self.wide)
 
     @property
     def padded(self) -> int:
@@ -51,14 +53,18 @@ class HeadShape:
 
 
 class HeadWriter:
-    """Writes the body of a dispatch for `rows` (i64) hidden states; each method is one phase."""
+    """Writes the body of a dispatch; each method is one phase."""
 
-    def __init__(self, w: Writer, shape: HeadShape, unit: Instructions, arguments: list[str], rows: str) -> None:
-        self.w, self.shape, self.unit, self.rows = w, shape, unit, rows
-        self.p = bind(w, arguments, {name: _size(w, shape, name, rows) for name in arguments})
+    def __init__(self, w: Writer, shape: HeadShape, unit: Instructions) -> None:
+        self.w, self.shape, self.unit = w, shape, unit
+        rows, self.picked, self.chosen = (
+            w.cast("arith.index_cast", f"%{name}", "index", I64) for name in ("rows", *NUMBERS)
+        )
+        self.rows = rows
+        self.p = bind(w, ARGUMENTS, {name: _size(w, shape, name, rows) for name in ARGUMENTS})
         number = worker(w)
         self.phases = Phases(w, self.p["counters"], number, shape.workers, unit.pause)
-        behind = w.mul(rows, shape.layout.prepared_bytes)
+        behind = w.mul(self.rows, shape.layout.prepared_bytes)
         self.room = w.at(self.p["scratch"], behind, w.mul(number, shape.layout.spread_bytes))
 
     def normalize(self) -> None:
@@ -66,7 +72,7 @@ class HeadWriter:
         w, shape, layout = self.w, self.shape, self.shape.layout
 
         def unit(row: str) -> None:
-            source = k.vectors(w, w.at(self.p["x"], w.mul(row, 4 * shape.width)))
+            source = k.vectors(w, w.at(self.p["x"], w.mul(self._source(row), 4 * shape.width)))
             weight = k.vectors(w, self.p["norm"])
             factor = w.splat(k.inverse_norm(w, source, shape.hidden, shape.epsilon, shape.width))
 
@@ -76,6 +82,12 @@ class HeadWriter:
             products.prepare(w, layout, normal, w.at(self.p["scratch"], w.mul(row, layout.prepared_bytes)))
 
         self.phases.run(self.rows, unit)
+
+    def _source(self, row: str) -> str:
+        """Return which hidden states a row is made from."""
+        w = self.w
+        named = w.load(w.at(self.p["read"], w.mul(row, self.picked, 8)), I64, 8)
+        return w.add(row, w.mul(self.picked, w.integers("subi", named, row)))
 
     def multiply(self) -> None:
         """Multiply the prepared rows by the matrix, panel by panel."""
@@ -95,10 +107,14 @@ class HeadWriter:
         )
 
     def choose(self) -> None:
-        """Find the token of the only row."""
-        w, p = self.w, self.p
-        vocabulary = self.shape.vocabulary
-        self.phases.run(1, lambda _: w.store(_first_largest(w, p["logits"], vocabulary), p["token"], I64, 8))
+        """Find the tokens of rows."""
+        w, p, shape = self.w, self.p, self.shape
+
+        def unit(row: str) -> None:
+            found = _first_largest(w, w.at(p["logits"], w.mul(row, 4 * shape.padded)), shape.vocabulary)
+            w.store(found, w.at(p["tokens"], w.mul(row, 8)), I64, 8)
+
+        self.phases.run(self.chosen, unit)
 
 
 def _size(w: Writer, shape: HeadShape, name: str, rows: str) -> int | str:
@@ -123,7 +139,8 @@ def _bytes(shape: HeadShape) -> dict[str, tuple[int, bool]]:
         "scale": (panels * shape.layout.scale_bytes, False),
         "counters": (counter_bytes(PHASES, shape.workers), False),
         "logits": (4 * shape.padded, True),
-        "token": (8, False),
+        "read": (8, False),
+        "tokens": (8, True),
         "scratch": (shape.layout.prepared_bytes, True),
     }
 
@@ -174,54 +191,96 @@ def types(shape: HeadShape) -> Types:
     )
 
 
+def scores(name: str) -> str:
+    """Return the name of the function that gives the logits of all rows."""
+    return f"{name}_scores"
+
+
+def picked(name: str) -> str:
+    """Return the name of the function that gives logits and tokens of some rows."""
+    return f"{name}_picked"
+
+
 def head(name: str, shape: HeadShape, unit: Instructions) -> str:
-    """Return the executable and `util.func @name(x [1,width], norm, data, scale) -> (logits [padded], token
-    i64[1])`.
+    """Return one executable and the three functions that dispatch it:
+
+    `util.func @name(x [1,width], norm, data, scale) -> (logits [padded], token i64[1])`,
+    `@scores(name)(x [T,width], norm, data, scale) -> logits [T,padded]`, and
+    `@picked(name)(x [T,width], read i64[R], norm, data, scale) -> (logits [R,padded], tokens i64[R])` of the rows that
+    `read` names. A row is rounded and summed alike in all of them.
     """
     w = Writer()
-    body = HeadWriter(w, shape, unit, ARGUMENTS, w.integer(1))
+    body = HeadWriter(w, shape, unit)
     body.normalize()
     body.multiply()
     body.choose()
-    of = types(shape)
-    wide, logits = f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
+    return "\n".join(
+        [
+            executable(name, ARGUMENTS, w.text(), shape.workers, NUMBERS),
+            _one(name, shape),
+            _all(name, shape),
+            _some(name, shape),
+        ]
+    )
+
+
+def _one(name: str, shape: HeadShape) -> str:
+    of, wide, logits = types(shape), f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
     room = f"tensor<{shape.layout.prepared_bytes + _spread_bytes(shape)}xi8>"
-    kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
-    return f"""{executable(name, ARGUMENTS, w.text(), shape.workers)}
-util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
+    kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {wide}, {of.counters}, index, index, index"
+    return f"""util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
     -> ({logits}, tensor<1xi64>) {{
+%zero = arith.constant 0 : index
 %one = arith.constant 1 : index
-%none = arith.constant 0 : i8
-%counters = flow.tensor.splat %none : {of.counters}
-%r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %one)
+{_counters(shape)}
+%r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %x, %counters, %one, %zero, %one)
     : ({kinds}) -> (%counters, {logits}, tensor<1xi64>, {room})
 util.return %r#1, %r#2 : {logits}, tensor<1xi64>
 }}"""
 
 
-def scores(name: str, shape: HeadShape, unit: Instructions) -> str:
-    """Return the executable and `util.func @name(x [T,width], norm, data, scale) -> logits [T,padded]`.
-
-    Rows are rounded as `head` rounds its own, and share passes over the panels like those of a prompt.
-    """
-    w = Writer()
-    body = HeadWriter(w, shape, unit, SCORES, w.cast("arith.index_cast", "%rows", "index", I64))
-    body.normalize()
-    body.multiply()
-    of = types(shape)
-    wide, logits, room = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>", "tensor<?xi8>"
-    kinds = f"{wide}{{%rows}}, {of.norm}, {of.data}, {of.scale}, {of.counters}, index"
-    return f"""{executable(name, SCORES, w.text(), shape.workers)}
-util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale}) -> {logits} {{
+def _all(name: str, shape: HeadShape) -> str:
+    of, wide, logits = types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
+    sized = f"{wide}{{%rows}}"
+    kinds = f"{sized}, {of.norm}, {of.data}, {of.scale}, {sized}, {of.counters}, index, index, index"
+    return f"""util.func private @{scores(name)}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
+    -> {logits} {{
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
-%each = arith.constant {shape.layout.prepared_bytes} : index
-%panels = arith.constant {_spread_bytes(shape)} : index
-%grown = arith.muli %rows, %each : index
-%room = arith.addi %grown, %panels : index
-%none = arith.constant 0 : i8
-%counters = flow.tensor.splat %none : {of.counters}
-%r:3 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %counters, %rows)
-    : ({kinds}) -> (%counters, {logits}{{%rows}}, {room}{{%room}})
+{_room(shape)}
+{_counters(shape)}
+%r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %x, %counters, %rows, %zero, %zero)
+    : ({kinds}) -> (%counters, {logits}{{%rows}}, tensor<?xi64>{{%rows}}, tensor<?xi8>{{%room}})
 util.return %r#1 : {logits}
 }}"""
+
+
+def _some(name: str, shape: HeadShape) -> str:
+    of, wide, logits = types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
+    read = "tensor<?xi64>"
+    kinds = f"{wide}{{%all}}, {of.norm}, {of.data}, {of.scale}, {read}{{%rows}}, {of.counters}, index, index, index"
+    return f"""util.func private @{picked(name)}(%x: {wide}, %read: {read}, %norm: {of.norm}, %data: {of.data},
+    %scale: {of.scale}) -> ({logits}, {read}) {{
+%zero = arith.constant 0 : index
+%one = arith.constant 1 : index
+%all = tensor.dim %x, %zero : {wide}
+%rows = tensor.dim %read, %zero : {read}
+{_room(shape)}
+{_counters(shape)}
+%r:4 = flow.dispatch @{name}_ex::@{name}(%x, %norm, %data, %scale, %read, %counters, %rows, %one, %rows)
+    : ({kinds}) -> (%counters, {logits}{{%rows}}, {read}{{%rows}}, tensor<?xi8>{{%room}})
+util.return %r#1, %r#2 : {logits}, {read}
+}}"""
+
+
+def _counters(shape: HeadShape) -> str:
+    return f"""%none = arith.constant 0 : i8
+%counters = flow.tensor.splat %none : {types(shape).counters}"""
+
+
+def _room(shape: HeadShape) -> str:
+    """Return the operations that make `%room` of `%rows`."""
+    return f"""%each = arith.constant {shape.layout.prepared_bytes} : index
+%panels = arith.constant {_spread_bytes(shape)} : index
+%grown = arith.muli %rows, %each : index
+%room = arith.addi %grown, %panels : index"""

@@ -1,4 +1,4 @@
-"""Products with panels of integers, in registers of any length: bytes of a row have a scale for each block of columns.
+"""Products with panels of integers, in registers of any length: each block of a row's columns has a scale of its own.
 
 The exact sums of a block, times the scale of the row's block and that of the weights' group, are added up in f32; where
 groups have a minimum, also that times the sum of the row's numbers there. Scales of whole rows of weights are left for
@@ -10,14 +10,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from llmbuild.kernels.instructions import Sums
-from llmbuild.kernels.layouts import PANEL, QUAD, Codes, Layout
+from llmbuild.kernels.layouts import LOW_BITS, PANEL, QUAD, Codes, Layout
 from llmbuild.kernels.short import LANES, Registers, SumsOf, as_reals, by_row, joined, quad
 from llmbuild.kernels.text import F32, I32, Writer
 
 SHARING = 2
 """Registers of a panel that several rows take at a time: their sums, exact and in f32, stay in registers."""
 ALONE = 4
-"""Registers whose block a single row sums at a time, beside the f32 sums of a whole panel."""
+"""Sums of a block that a single row has at a time, beside the f32 sums of a whole panel."""
+Place = tuple[int, int, int]
+"""Where a sum belongs: which byte of activations (0 counts 1), row, register of the panel."""
 
 
 def sums(unit: Registers) -> SumsOf:
@@ -39,7 +41,7 @@ def _one_pass(
     w: Writer, unit: Registers, layout: Layout, data: str, scales: str, rows: list[str], registers: range
 ) -> Sums:
     """Return sums f32 of some registers of a panel for each row."""
-    size = len(registers) if len(rows) > 1 else ALONE
+    size = len(registers) if len(rows) > 1 else ALONE // layout.planes
     parts = [registers[i : i + size] for i in range(0, len(registers), size)]
 
     def body(index: str, *old: str) -> list[str]:
@@ -148,22 +150,48 @@ class Block:
 
     def exact(self, registers: range) -> dict[tuple[int, int], str]:
         """Return the sums of products of codes, as f32, by row and register."""
-        w, unit, codes = self.w, self.unit, self.layout.codes
         places = [(r, register) for r in range(len(self.values)) for register in registers]
         starts = [self._start(r) for r in range(len(self.values))]
-        found = {place: starts[place[0]] for place in places}
+        first = {(0, *place): starts[place[0]] for place in places}
+        if not self.layout.wide:
+            found = self._with_products(first)
+        elif len(self.values) == 1:  # both bytes at a time: codes are taken apart once
+            none = self.w.lanes(0, self.unit.integers)
+            both = self._with_products(first | {(1, *place): none for place in places})
+            found = {(0, *place): self._both(both[1, *place], both[0, *place]) for place in places}
+        else:  # one byte after the other: sums of several rows stay in registers
+            none = self.w.lanes(0, self.unit.integers)
+            high = self._with_products({(1, *place): none for place in places})
+            found = self._with_products(
+                {(0, *place): self._both(high[1, *place], first[0, *place]) for place in places}
+            )
+        return dict(zip(places, as_reals(self.w, self.unit, list(found.values())), strict=True))
+
+    def _with_products(self, sums: dict[Place, str]) -> dict[Place, str]:
+        """Return sums and the products of a block's codes that belong to each."""
+        w, unit, codes, found = self.w, self.unit, self.layout.codes, dict(sums)
         for turn in range(self.layout.block // codes.columns):
             taken: dict[int, list[str]] = {}
-            quads: dict[int, list[str]] = {}
-            for r, register in places:  # codes of a register serve all rows; a row's quads are loaded where it begins
-                if r not in quads:
-                    first = turn * codes.columns
-                    quads[r] = [quad(w, unit, w.at(self.values[r], first + QUAD * i)) for i in range(codes.quads)]
+            quads: dict[tuple[int, int], list[str]] = {}
+            for byte, r, register in found:  # codes of a register serve all rows; quads are loaded where a row begins
+                if (byte, r) not in quads:
+                    values = w.at(self.values[r], turn * codes.columns + self._plane(byte))
+                    quads[byte, r] = [quad(w, unit, w.at(values, QUAD * i)) for i in range(codes.quads)]
                 if register not in taken:
-                    place = turn * codes.bytes_ * QUAD * PANEL + register * QUAD * unit.lanes
-                    taken[register] = self._codes(codes, w.at(self.data, place))
-                found[r, register] = self._dot(found[r, register], taken[register], quads[r])
-        return dict(zip(places, as_reals(w, unit, list(found.values())), strict=True))
+                    first = turn * codes.bytes_ * QUAD * PANEL + register * QUAD * unit.lanes
+                    taken[register] = self._codes(codes, w.at(self.data, first))
+                place = byte, r, register
+                found[place] = self._dot(found[place], taken[register], quads[byte, r])
+        return found
+
+    def _plane(self, byte: int) -> int:
+        """Return how far from a row's first bytes those are that count 1 (0), or more (1)."""
+        return self.layout.plane_bytes if self.layout.wide and byte == 0 else 0
+
+    def _both(self, high: str, low: str) -> str:
+        """Return the sum of products of two bytes from those of each."""
+        w, kind = self.w, self.unit.integers
+        return w.op("arith.addi", w.op("arith.shli", high, w.lanes(LOW_BITS, kind), kind=kind), low, kind=kind)
 
     def _codes(self, codes: Codes, place: str) -> list[str]:
         """Return bytes of four columns each, as `_dot` takes them."""

@@ -7,7 +7,7 @@ works alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
@@ -21,7 +21,7 @@ from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
 MAX_PARTS = 16
-"""Parts that the positions a single row sees are cut into at most."""
+"""Parts that the positions a row sees are cut into at most."""
 MAX_BINDINGS = 32
 """What IREE's HAL module takes for one dispatch (3.13): `OUT_OF_RANGE; binding count 36 > 32`."""
 BINDING = "memref<?xi8, strided<[1], offset: ?>>"
@@ -42,9 +42,12 @@ def bind(w: Writer, names: list[str], sizes: dict[str, int | str]) -> dict[str, 
     return found
 
 
-def executable(name: str, arguments: list[str], body: str, workers: int) -> str:
-    """Return a `stream.executable` with one entry point that takes bindings and then the row count as an index."""
+def executable(name: str, arguments: list[str], body: str, workers: int, more: Sequence[str] = ()) -> str:
+    """Return a `stream.executable` with one entry point that takes bindings, then the row count as an index, and then
+    what `more` names, each an index.
+    """
     bindings = ", ".join(f"%{argument}: !stream.binding" for argument in arguments)
+    numbers = ", ".join(f"%{number}: index" for number in ("rows", *more))
     pipeline = "#iree_codegen.translation_info<pipeline = #iree_codegen.no_pipeline>"
     return f"""stream.executable private @{name}_ex {{
 stream.executable.export public @{name} workgroups() -> (index, index, index) {{
@@ -53,7 +56,7 @@ stream.executable.export public @{name} workgroups() -> (index, index, index) {{
 stream.return %x, %y, %y : index, index, index
 }}
 builtin.module {{
-func.func @{name}({bindings}, %rows: index) attributes {{translation_info = {pipeline}}} {{
+func.func @{name}({bindings}, {numbers}) attributes {{translation_info = {pipeline}}} {{
 {body}
 return
 }} }} }}"""
@@ -67,8 +70,8 @@ def worker(w: Writer) -> str:
 @dataclass(frozen=True)
 class Scratch:
     """Offsets of the regions of a layer's scratch: scores of each work-group, from `parts` on what parts of the
-    positions came to, from `spread` on a panel of each work-group whose codes have a byte each, and from `fixed` on
-    `per_row` bytes per row of T.
+    positions came to, of each head or each work-group, from `spread` on a panel of each work-group whose codes have a
+    byte each, and from `fixed` on `per_row` bytes per row of T.
     """
 
     parts: int
@@ -91,7 +94,7 @@ def scratch(shape: DecoderShape) -> Scratch:
         "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
     }
     parts = _score_bytes(shape) * shape.workers
-    spread = parts + shape.heads * MAX_PARTS * attention.Parts.stride(shape.head_dim)
+    spread = parts + max(shape.heads, shape.workers) * MAX_PARTS * attention.Parts.stride(shape.head_dim)
     return Scratch(parts, spread, spread + _spread_bytes(shape) * shape.workers, per_row)
 
 
@@ -103,9 +106,14 @@ def _score_bytes(shape: DecoderShape) -> int:
     return up_to(4 * (shape.context + 2 * k.LANES), LINE)
 
 
-BEFORE = ["x", "cosine", "sine", "start", "weights", "counters"]
+BEFORE = ["x", "cosine", "sine", "where", "weights", "counters"]
 AFTER = ["out", "scratch"]
 MAX_LAYERS = (MAX_BINDINGS - len(BEFORE) - len(AFTER)) // 2
+
+
+def paged(name: str) -> str:
+    """Return the name of the function that runs the layers of a kernel on a cache that sequences share."""
+    return f"{name}_paged"
 
 
 def cache_names(layers: int) -> list[str]:
@@ -124,25 +132,26 @@ class LayerWriter:
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
         self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
         self.number = worker(w)
-        self.start = w.load(self.p["start"], I64, 8)
+        self.shift = w.cast("arith.index_cast", "%shift", "index", I64)
+        self.some = w.cast("arith.extui", w.below(self.shift, attention.UNPAGED), "i1", I64)
         self.s, offset = {}, w.integer(scratch(shape).fixed)
         for region, size in scratch(shape).per_row.items():
             self.s[region] = w.at(self.p["scratch"], offset)
             offset = w.add(offset, w.mul(self.rows, size))
         self.parts: dict[str, str] = {}
         self.keys = self.values = ""
-        self._count_parts()
+        self.alone = w.let(f"arith.cmpi eq, {self.rows}, {w.integer(1)} : {I64}")
         self.phases = Phases(w, self.p["counters"], self.number, shape.workers, unit.pause)
         self.ahead: Ahead | None = None
 
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
-        cache = shape.context * shape.cached * (2 if shape.half_cache else 4)
+        cache = shape.cached * (2 if shape.half_cache else 4)  # of one place; how many there are is the caller's
         row = w.mul(rows, 4 * shape.width)
         angle = w.mul(rows, 4 * shape.head_dim)
         size = scratch(shape)
         sizes: dict[str, int | str] = {
-            "x": row, "out": row, "cosine": angle, "sine": angle, "start": 8,
+            "x": row, "out": row, "cosine": angle, "sine": angle, "where": w.mul(rows, 8),
             "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
             "scratch": w.add(size.fixed, w.mul(rows, size.total(1) - size.fixed)),
         }  # fmt: skip
@@ -300,7 +309,7 @@ class LayerWriter:
             angle = w.mul(row, 4 * shape.head_dim)
             cosine, sine = w.at(self.p["cosine"], angle), w.at(self.p["sine"], angle)
             width = 2 if shape.half_cache else 4
-            slot = w.mul(w.add(self.start, row), shape.cached * width)
+            slot = w.mul(self._pages(row).place(w, self._position(row)), shape.cached * width)
             for head in range(shape.heads + shape.kv_heads):
                 at = w.at(source, head * shape.head_dim * 4)
                 key = w.at(self.keys, slot, (head - shape.heads) * shape.head_dim * width)
@@ -333,64 +342,110 @@ class LayerWriter:
         for e in range(shape.attended // k.LANES * k.LANES, shape.attended_padded, k.LANES):
             w.store(w.lanes(0.0), w.at(of_row, e * 4), VF)
 
+    def _position(self, row: str) -> str:
+        """Return the position of a row in its sequence."""
+        return self.w.load(self.w.at(self.p["where"], self.w.mul(row, 8)), I64, 8)
+
+    def _pages(self, row: str) -> attention.Pages:
+        """Return where the positions of a row's sequence are."""
+        w = self.w
+        named = w.mul(w.add(self.rows, row), self.some)
+        first = w.mul(w.load(w.at(self.p["where"], w.mul(named, 8)), I64, 8), self.some)
+        return attention.Pages(w.at(self.p["where"], w.mul(first, 8)), self.shift, self.some)
+
     def attend(self) -> None:
-        """Attend, a row, a head and a part of the positions at a time, to those that the row may see."""
+        """Attend to the positions that a row may see, a row and a head at a time: a single row in parts, which are then
+        joined; of several rows all parts one after the other. What comes out is the same.
+        """
         w, shape = self.w, self.shape
-        width = 2 if shape.half_cache else 4
         per_group = shape.heads // shape.kv_heads
-        scores = w.at(self.p["scratch"], w.mul(self.number, _score_bytes(shape)))
+        cuts = self._parts_of(self._position(w.integer(0)))[0]
+        cuts = w.let(f"arith.select {self.alone}, {cuts}, {w.integer(1)} : {I64}")
 
         def unit(index: str) -> None:
-            row, of_row = w.integers("remui", index, self.rows), w.integers("divui", index, self.rows)
-            member, of_group = w.integers("remui", of_row, per_group), w.integers("divui", of_row, per_group)
-            part, group = (
-                w.integers("remui", of_group, self.parts_count),
-                w.integers("divui", of_group, self.parts_count),
-            )
-            head, first = w.add(w.mul(group, per_group), member), w.mul(part, self.part_length)
-            offset = w.add(w.mul(group, shape.head_dim * width), w.mul(first, shape.cached * width))
-            keys, values = (
-                attention.Cache(w.at(base, offset), shape.cached * width, shape.half_cache)
-                for base in (self.keys, self.values)
-            )
-            at = w.mul(head, shape.head_dim * 4)
-            query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
-            seen = w.integers("subi", w.add(self.start, row, 1), first)
-            visible = w.integers("minsi", seen, self.part_length)
-            slot, whole = self._part(head, part), w.at(self.s["attended"], w.mul(row, self._attended), at)
-            out = w.either(self.split, slot, whole)
-            outcome = w.either(self.split, w.at(slot, up_to(4 * shape.head_dim, LINE)), scores)
+            member, of_row = w.integers("remui", index, per_group), w.integers("divui", index, per_group)
+            row, of_cut = w.integers("remui", of_row, self.rows), w.integers("divui", of_row, self.rows)
+            cut, group = w.integers("remui", of_cut, cuts), w.integers("divui", of_cut, cuts)
+            self._attend_to(row, group, w.add(w.mul(group, per_group), member), cut)
+
+        self._run(w.mul(self.rows, shape.heads, cuts), unit)
+
+    def _attend_to(self, row: str, group: str, head: str, cut: str) -> None:
+        """Attend with a row's head to one part of the positions, for a single row, or else to all of them."""
+        w, shape = self.w, self.shape
+        width = 2 if shape.half_cache else 4
+        scores = w.at(self.p["scratch"], w.mul(self.number, _score_bytes(shape)))
+        position, pages = self._position(row), self._pages(row)
+        count, length = self._parts_of(position)
+        at = w.mul(head, shape.head_dim * 4)
+        query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
+        keys, values = (
+            attention.Cache(w.at(base, w.mul(group, shape.head_dim * width)), shape.cached * width, shape.half_cache)
+            for base in (self.keys, self.values)
+        )
+        whole, several = w.at(self.s["attended"], w.mul(row, self._attended), at), w.below(1, count)
+        room = w.let(f"arith.select {self.alone}, {head}, {self.number} : {I64}")
+
+        def part(number: str) -> list[str]:
+            first, slot = w.mul(number, length), self._part(room, number)
+            visible = w.integers("minsi", w.integers("subi", w.add(position, 1), first), length)
+            out = w.either(several, slot, whole)
+            outcome = w.either(several, w.at(slot, up_to(4 * shape.head_dim, LINE)), scores)
             attention.attend(
-                w, self.unit, query, keys, values, visible, shape.head_dim, shape.scale, scores, out, outcome
+                w,
+                self.unit,
+                query,
+                keys,
+                values,
+                pages,
+                first,
+                visible,
+                shape.head_dim,
+                shape.scale,
+                scores,
+                out,
+                outcome,
             )
+            return []
 
-        self._run(w.mul(self.rows, shape.heads, self.parts_count), unit)
+        begin = w.let(f"arith.select {self.alone}, {cut}, {w.integer(0)} : {I64}")
+        end = w.let(f"arith.select {self.alone}, {w.add(cut, 1)}, {count} : {I64}")
+        w.loop(begin, end, 1, part)
+        with w.when(w.op("arith.andi", several, w.below(1, self.rows), kind="i1")):
+            self._join(room, count, whole)
 
-    def _count_parts(self) -> None:
-        """Cut the positions that a single row sees into parts; several rows are work enough as they are."""
-        w, size = self.w, self.shape.part
-        seen = w.add(self.start, self.rows)
-        wanted = w.integers("minsi", w.rounded_up(seen, size), MAX_PARTS)
-        alone = w.let(f"arith.cmpi eq, {self.rows}, {w.integer(1)} : {I64}")
-        cut = w.let(f"arith.select {alone}, {wanted}, {w.integer(1)} : {I64}")
-        self.part_length = w.mul(w.rounded_up(w.rounded_up(seen, cut), k.LANES), k.LANES)
-        self.parts_count = w.rounded_up(seen, self.part_length)
-        self.split = w.below(1, self.parts_count)
+    def _parts_of(self, position: str) -> tuple[str, str]:
+        """Return into how many parts the positions up to a row's own are cut, and how many are in each: whatever the
+        other rows are, so that a row's sums are always the same.
+        """
+        w = self.w
+        seen = w.add(position, 1)
+        wanted = w.integers("minsi", w.rounded_up(seen, self.shape.part), MAX_PARTS)
+        length = w.mul(w.rounded_up(w.rounded_up(seen, wanted), k.LANES), k.LANES)
+        return w.rounded_up(seen, length), length
 
-    def _part(self, head: int | str, part: int | str) -> str:
-        """Return where a head's result for a part of the positions goes."""
+    def _part(self, room: int | str, part: int | str) -> str:
+        """Return where the result for a part of the positions goes, in the room of a head or of a work-group."""
         w, stride = self.w, attention.Parts.stride(self.shape.head_dim)
-        number = w.add(w.mul(head, MAX_PARTS), part)
+        number = w.add(w.mul(room, MAX_PARTS), part)
         return w.at(self.p["scratch"], scratch(self.shape).parts, w.mul(number, stride))
 
+    def _join(self, room: int | str, count: str, out: str) -> None:
+        """Make one result of as many parts as `count`."""
+        found = attention.Parts(self._part(room, 0), count, self.shape.head_dim)
+        found.join(self.w, attention.lanes_of(self.unit, self.shape.head_dim), out)
+
     def _join_parts(self) -> None:
-        """Make one result of each head's parts, for the only row."""
+        """Make one result of each head's parts, for a single row."""
         w, shape = self.w, self.shape
-        with w.when(self.split):
-            for head in range(shape.heads):
-                found = attention.Parts(self._part(head, 0), self.parts_count, shape.head_dim)
-                lanes = attention.lanes_of(self.unit, shape.head_dim)
-                found.join(w, lanes, w.at(self.s["attended"], head * shape.head_dim * 4))
+        count, _ = self._parts_of(self._position(w.integer(0)))
+        split = w.op("arith.andi", self.alone, w.below(1, count), kind="i1")
+        with w.when(split):
+            w.loop(0, shape.heads, 1, lambda head: self._joined_head(head, count))
+
+    def _joined_head(self, head: str, count: str) -> list[str]:
+        self._join(head, count, self.w.at(self.s["attended"], self.w.mul(head, self.shape.head_dim * 4)))
+        return []
 
     @property
     def _attended(self) -> int:
@@ -403,28 +458,46 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
 
 
 def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> str:
-    """Return the executable and `util.func @name` that dispatches it.
+    """Return the executable and two functions that dispatch it, `util.func @name` and `@paged(name)`.
 
-    The function takes `x [T,width]`, `cosine` and `sine [T,head_dim]`, `start i64[1]`, the layers' weights one
-    after the other, and keys and values of each layer, which it writes in place; it returns the new hidden states.
+    They take `x [T,width]`, `cosine` and `sine [T,head_dim]`, `where i64[W]`, the layers' weights one after the other,
+    and keys and values of each layer, which they write in place; they return the new hidden states. Rows attend to
+    positions up to their own, all rows of a call and what was there before. `where` begins with the position of each
+    row. For `@name` the cache is that of one sequence, `[context, kv_heads, head_dim]`. For the other it is one of many
+    sequences, `[places, kv_heads, head_dim]`: for each row `where` then says at which of its own items the row's pages
+    begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in each.
     """
-    row = scratch(shape)
-    cache = f"tensor<{shape.context}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
+    body = LayerWriter(shape, count, unit).text()
+    return "\n".join(
+        [
+            executable(name, BEFORE + cache_names(count) + AFTER, body, shape.workers, ("shift",)),
+            _dispatch(name, name, shape, count, str(shape.context), attention.UNPAGED),
+            _dispatch(paged(name), name, shape, count, "?", shape.page.bit_length() - 1),
+        ]
+    )
+
+
+def _dispatch(function: str, name: str, shape: DecoderShape, count: int, places: str, shift: int) -> str:
+    """Return a function that dispatches the executable of some layers on caches of so many places."""
+    row, names = scratch(shape), cache_names(count)
+    cache = f"tensor<{places}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
+    sized = cache + "{%places}" if places == "?" else cache
     wide, angle = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.head_dim}xf32>"
     weights, counters = f"tensor<{count * buffer_bytes(shape)}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
-    room, names = "tensor<?xi8>", cache_names(count)
     taken, caches = ", ".join(f"%{n}: {cache}" for n in names), ", ".join(f"%{n}" for n in names)
+    written = ", ".join(f"%{n}{sized.removeprefix(cache)}" for n in names)
     kinds = ", ".join(
-        [f"{wide}{{%rows}}", f"{angle}{{%rows}}", f"{angle}{{%rows}}", "tensor<1xi64>", weights, counters]
-        + [cache] * len(names)
-        + ["index"]
+        [f"{wide}{{%rows}}", f"{angle}{{%rows}}", f"{angle}{{%rows}}", "tensor<?xi64>{%items}", weights, counters]
+        + [sized] * len(names)
+        + ["index", "index"]
     )
-    body = LayerWriter(shape, count, unit).text()
-    return f"""{executable(name, BEFORE + names + AFTER, body, shape.workers)}
-util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: tensor<1xi64>, %weights: {weights},
-    {taken}) -> {wide} {{
+    return f"""util.func private @{function}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %where: tensor<?xi64>,
+    %weights: {weights}, {taken}) -> {wide} {{
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
+%items = tensor.dim %where, %zero : tensor<?xi64>
+%places = tensor.dim %{names[0]}, %zero : {cache}
+%shift = arith.constant {shift} : index
 %each = arith.constant {row.total(1) - row.fixed} : index
 %fixed = arith.constant {row.fixed} : index
 %grown = arith.muli %rows, %each : index
@@ -432,7 +505,7 @@ util.func private @{name}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %start: 
 %none = arith.constant 0 : i8
 %counters = flow.tensor.splat %none : {counters}
 %r:{len(names) + 3} = flow.dispatch @{name}_ex::@{name}(
-    %x, %cosine, %sine, %start, %weights, %counters, {caches}, %rows)
-    : ({kinds}) -> (%counters, {caches}, {wide}{{%rows}}, {room}{{%room}})
+    %x, %cosine, %sine, %where, %weights, %counters, {caches}, %rows, %shift)
+    : ({kinds}) -> (%counters, {written}, {wide}{{%rows}}, tensor<?xi8>{{%room}})
 util.return %r#{len(names) + 1} : {wide}
 }}"""

@@ -10,6 +10,13 @@ from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, fit_group
 PANEL, LINE, QUAD = 64, 64, 4
 PERIOD = 32
 """Columns that a matrix of integers has a multiple of: codes of any length fill whole bytes by then."""
+ACTIVATIONS = ("int8", "int16")
+"""What activations of integer weights are rounded to; the first is the default."""
+ALLOCATIONS = ("uniform", "sensitive")
+"""How bits of weights are shared out among kinds of matrices; the first is the default."""
+LOW_BITS = 7
+LOW = 1 << LOW_BITS
+"""What the first byte of an activation of two bytes counts; the second one is -64..63."""
 LIFT = 2.0**112
 """The exponent bits of `f12_e4m7` are read as the lowest of f32, so that all its numbers are 2^-112 of their own: what
 they are multiplied by makes up for it, and nothing is added to every weight.
@@ -120,14 +127,17 @@ class Layout:
     - as f32`[K]` for f16 and bf16, or bf16`[K]` where it is `narrow`;
     - for `f12_e4m7` as a line with a power of two, f32, and then f32`[K]` divided by it and multiplied by `LIFT`, or
       bf16`[K]` where it is `narrow`;
-    - for integers as lines with a scale for each block of columns, f32, lines with the sum of each block's bytes times
-      minus the offset, i32, and then signed bytes `[K]`; where groups have a minimum, sums are times the scale, f32.
+    - for integers as lines with a scale for each block of columns, f32, lines with the sum of each block's numbers
+      times minus the offset, i32, and then signed bytes `[K]`; where groups have a minimum, sums are times the scale,
+      f32. Where it is `wide`, a number is 128 times its byte plus another byte, which lines of their own have.
     """
 
     form: str
     columns: int
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
+    wide: bool = False
+    """Whether activations of integers have two bytes each: -16256..16256, so that their rounding costs nothing."""
     spread: bool = False
     """Whether codes have a byte each, as several rows read them from scratch: `[K/4][64][4]`."""
 
@@ -210,6 +220,21 @@ class Layout:
         return 0 if self.is_real else self.columns // self.block
 
     @property
+    def planes(self) -> int:
+        """Bytes that an activation of integers is rounded to."""
+        return 2 if self.wide else 1
+
+    @property
+    def most(self) -> int:
+        """What the largest activation of a block is rounded to."""
+        return 127 * LOW if self.wide else 127
+
+    @property
+    def plane_bytes(self) -> int:
+        """Bytes from one byte of a row's activations to the other one."""
+        return up_to(self.columns, LINE)
+
+    @property
     def element(self) -> str:
         """Type of the stored data in MLIR."""
         return self.form if self.is_half else "i8"
@@ -255,7 +280,7 @@ class Layout:
     def prepared_bytes(self) -> int:
         """Bytes of one row of activations, prepared."""
         each = 1 if not self.is_real else 2 if self.narrow else 4
-        return self.header_bytes + up_to(each * self.columns, LINE)
+        return self.header_bytes + self.planes * up_to(each * self.columns, LINE)
 
     @property
     def header_bytes(self) -> int:

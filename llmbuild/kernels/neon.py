@@ -43,12 +43,12 @@ SHARING = 2
 
 
 def int8_sums_i8mm(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for int8: one row by `usdot`, an even number of rows by `usmmla`.
+    """Write `Kernel.sums` for int8: one row, or numbers of two bytes, by `usdot`, an even number of rows by `usmmla`.
 
     That multiplies two outputs of eight columns by two rows of eight; a register of the panel has four outputs of four
     columns, so two of them change halves first.
     """
-    if len(rows) == 1:
+    if len(rows) == 1 or layout.wide:
         return _one_row(w, layout, data, scales, rows)
     passes = [
         _one_pass(w, layout, data, rows, range(first, first + SHARING)) for first in range(0, PANEL // LANES, SHARING)

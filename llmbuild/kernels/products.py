@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
-from llmbuild.kernels.layouts import LINE, PANEL, QUAD, Layout
+from llmbuild.kernels.layouts import LINE, LOW, LOW_BITS, PANEL, QUAD, Layout
 from llmbuild.kernels.short import Registers
 from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
 
@@ -40,7 +40,7 @@ class Panels:
 def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     """Write a row of activations as the layout wants it.
 
-    Bytes are `round(x * 127 / max|x|)` and their scale `max|x| / 127`, of the block of columns.
+    Numbers are `round(x * most / max|x|)` and their scale `max|x| / most`, of the block of columns.
     """
     if layout.is_shared:
         shared.prepare(w, layout, source, row)
@@ -52,7 +52,7 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     def block(index: str) -> list[str]:
         first = w.mul(index, layout.block)
         last = w.add(first, layout.block)
-        factor = _factor(w, source, first, last, w.at(row, w.mul(index, 4)))
+        factor = _factor(w, source, first, last, layout.most, w.at(row, w.mul(index, 4)))
         total = _rounded(w, layout, source, first, last, factor, row)
         _store_start(w, layout, total, row, index)
         return []
@@ -60,28 +60,38 @@ def prepare(w: Writer, layout: Layout, source: Reader, row: str) -> None:
     w.loop(0, layout.blocks, 1, block)
 
 
-def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, target: str) -> str:
-    """Store the scale of some columns' bytes; return what to multiply the columns by, in every lane."""
+def _factor(w: Writer, source: Reader, first: int | str, stop: int | str, highest: float, target: str) -> str:
+    """Store the scale of some columns' numbers; return what to multiply the columns by, in every lane."""
 
     def widest(i: str, most: str) -> list[str]:
         return [w.larger(w.op("math.absf", source(i)), most)]
 
     (most,) = w.loop(first, stop, LANES, widest, [(w.lanes(0.0), VF)])
     top = w.top(most)
-    w.store(w.op("arith.divf", top, w.real(127.0), kind=F32), target, F32)
-    return w.splat(w.op("arith.divf", w.real(127.0), w.larger(top, w.real(1e-30), F32), kind=F32))
+    w.store(w.op("arith.divf", top, w.real(highest), kind=F32), target, F32)
+    return w.splat(w.op("arith.divf", w.real(highest), w.larger(top, w.real(1e-30), F32), kind=F32))
 
 
 def _rounded(
     w: Writer, layout: Layout, source: Reader, first: int | str, stop: int | str, factor: str, row: str
 ) -> str:
-    """Write some columns as bytes; return their sum, i32."""
+    """Write some columns as integers; return their sum, i32."""
     target = w.at(row, layout.header_bytes)
+
+    def store(numbers: str, place: str) -> None:
+        w.store(w.cast("arith.trunci", numbers, VI, "vector<16xi8>"), place, "vector<16xi8>", 1)
 
     def body(i: str, total: str) -> list[str]:
         shifted = w.op("math.fma", source(i), factor, w.lanes(ROUNDER))
         bits = w.op("arith.subi", w.cast("arith.bitcast", shifted, VF, VI), w.lanes(ROUNDER_BITS, VI), kind=VI)
-        w.store(w.cast("arith.trunci", bits, VI, "vector<16xi8>"), w.at(target, i), "vector<16xi8>", 1)
+        if layout.wide:
+            shift = w.lanes(LOW_BITS, VI)
+            high = w.op("arith.shrsi", w.op("arith.addi", bits, w.lanes(LOW // 2, VI), kind=VI), shift, kind=VI)
+            store(high, w.at(target, i))
+            low = w.op("arith.subi", bits, w.op("arith.shli", high, shift, kind=VI), kind=VI)
+            store(low, w.at(target, i, layout.plane_bytes))
+        else:
+            store(bits, w.at(target, i))
         return [w.op("arith.addi", bits, total, kind=VI)]
 
     (total,) = w.loop(first, stop, LANES, body, [(w.lanes(0, VI), VI)])
@@ -177,12 +187,7 @@ AVX512 = Registers(LANES, True, _dot, _dot_codes)
 
 
 def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
-    """Write `Kernel.sums` for floating-point weights, some columns at a time.
-
-    A single row has sums of its own for every other column, so that none waits for another.
-    """
-    chains = 2 if len(rows) == 1 else 1
-    size = len(rows) * BLOCKS
+    """Write `Kernel.sums` for floating-point weights, some columns at a time: a row is summed as it is in a tile."""
     columns, step = (_eight_columns, shared.STEP) if layout.is_shared else (_two_columns, 2)
 
     def body(k: str, *sums: str) -> list[str]:
@@ -191,20 +196,15 @@ def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
             for r, row in enumerate(rows):
                 x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, side), 4)), F32))
                 for b, block in enumerate(blocks):
-                    place = side % chains * size + r * BLOCKS + b
+                    place = r * BLOCKS + b
                     new[place] = w.op("math.fma", block, x, new[place])
         return new
 
-    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
-    if chains == 2:
-        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
-    return _rows(flat)
+    return _rows(w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
 
 
 def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
     """Write `Kernel.sums` for pairs of bf16, which `vdpbf16ps` multiplies by pairs of activations and adds in f32."""
-    chains = 2 if len(rows) == 1 else 1
-    size = len(rows) * BLOCKS
     step = shared.STEP if layout.is_shared else 4
 
     def body(k: str, *sums: str) -> list[str]:
@@ -213,14 +213,11 @@ def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
             for r, row in enumerate(rows):
                 x = w.splat(w.load(w.at(row, layout.header_bytes, w.mul(w.add(k, 2 * place), 2)), I32), VI)
                 for b, block in enumerate(blocks):
-                    at = place % chains * size + r * BLOCKS + b
+                    at = r * BLOCKS + b
                     new[at] = _dot_pairs(w, new[at], block, x)
         return new
 
-    flat = w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (chains * size))
-    if chains == 2:
-        flat = [w.op("arith.addf", *both) for both in zip(flat[:size], flat[size:], strict=True)]
-    return _rows(flat)
+    return _rows(w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
 
 
 def _pairs(w: Writer, layout: Layout, data: str) -> Iterator[list[str]]:

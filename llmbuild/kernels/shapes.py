@@ -8,6 +8,8 @@ from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, up_to
 from llmbuild.spec.formats import INTEGERS
 
 HALF_PANEL, LANES = 32, 16
+PAGE = 32
+"""Positions of a page of a cache that sequences share: how finely they share it, and how long memory is read on end."""
 NORMS = {"qkv": "norm1", "gate_up": "norm2"}
 """The norm before a matrix."""
 HEAD_NORMS = ("query_norm", "key_norm")
@@ -38,12 +40,18 @@ class DecoderShape:
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
+    wide: bool = False
+    """Whether activations of integers are rounded to two bytes each."""
+    formats: tuple[tuple[str, str], ...] = ()
+    """Matrices (`qkv`, `out`, `gate_up`, `down`) whose format is not `weights`, and which: integers where those are."""
     activation: str = "silu"
     """What is done with the gate, one of `elementwise.ACTIVATIONS`."""
     head_norms: bool = False
     """Whether each head's query and key are normalized before they are rotated."""
     head_weights: str = ""
     """Format of the output matrix, which reads the hidden states as they lie; "" where it wants nothing of its own."""
+    page: int = PAGE
+    """Positions of a page where sequences share a cache: a power of two, 16 or more."""
 
     @property
     def width(self) -> int:
@@ -79,7 +87,8 @@ class DecoderShape:
         """Return how each matrix of a layer lies in panels."""
         width = self.width
         columns = {"qkv": width, "out": self.attended_padded, "gate_up": width, "down": self.inner_padded}
-        return {name: Layout(self.weights, size, self.narrow) for name, size in columns.items()}
+        formats = dict.fromkeys(columns, self.weights) | dict(self.formats)
+        return {name: Layout(formats[name], size, self.narrow, self.wide) for name, size in columns.items()}
 
 
 @dataclass(frozen=True)

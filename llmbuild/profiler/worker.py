@@ -114,10 +114,13 @@ class Worker:
         batch = self.session.abi.batch
         prompt, forced = (found[name].reshape(batch, -1) for name in ("prompt", "forced"))
         start = found.get("start", np.full(batch, prompt.shape[1]))
-        told = _compared(found, self._forced(prompt, forced, start))
+        ways = [_compared(found, self._forced(prompt, forced, start))]
+        alone = prompt[0], forced[0], int(start.reshape(-1)[0])
         if self.session.abi.score:
-            scored = _compared(found, self._scored(prompt[0], forced[0], int(start.reshape(-1)[0])))
-            told = max(told, scored, key=lambda one: (not one["finite"], one["error"]))
+            ways.append(_compared(found, self._scored(*alone)))
+        if self.session.abi.page:
+            ways.append(_compared(found, self._stepped(*alone)))
+        told = max(ways, key=lambda one: (not one["finite"], one["error"]))
         return {**told, "noise": float(found["noise"])}
 
     def quality(self, request: JsonObject) -> dict[str, object]:
@@ -240,6 +243,23 @@ class Worker:
         first = np.array(self.session.score(prompt)[-1:])
         then = self.session.score(np.concatenate([prompt[:start], forced]))[start:]
         return np.concatenate([first, then])[:, None]
+
+    def _stepped(self, prompt: NDArray[np.int64], forced: NDArray[np.int64], start: int) -> NDArray[np.float32]:
+        """Return the logits f32[1+D,1,V] of `_forced` by `step`, beside the prompt's own tokens as another sequence."""
+        session, rows = self.session, []
+        each = -(-session.abi.context // session.abi.page)
+        tables = np.arange(2 * each)[::-1]  # in another order than positions
+        with session.shared_cache(2 * each) as cache:
+            for turn in range(1 + len(forced)):
+                mine, first = (prompt, 0) if not turn else (forced[turn - 1 : turn], start + turn - 1)
+                beside = prompt[turn : turn + 1]
+                places = np.concatenate([first + np.arange(len(mine)), turn + np.arange(len(beside))])
+                count = len(places)
+                of_rows = 2 * count + np.repeat([0, each], [len(mine), len(beside)])
+                tokens, where = np.concatenate([mine, beside]), np.concatenate([places, of_rows, tables])
+                _, logits = session.step(tokens, places, where, np.array([len(mine) - 1]), cache)
+                rows.append(np.array(logits))
+        return np.stack(rows)
 
     def _windows(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:
         """Yield the logits f32[1+D,V] of each window after its first tokens, in batches of the artifact's size."""

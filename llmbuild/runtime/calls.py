@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from time import perf_counter, sleep
 from typing import Any
 
@@ -24,7 +24,7 @@ class PlainCaller:
         self._context = context
         self._results = results
 
-    def __call__(self, function: Any, views: Sequence[Any], steady: bool = False) -> Any:
+    def __call__(self, function: Any, views: Sequence[Any], alike: Hashable = None) -> Any:
         """Return the list of results."""
         arguments, results = rt.VmVariantList(len(views)), rt.VmVariantList(self._results)
         for view in views:
@@ -46,10 +46,12 @@ class PolledCaller:
         self._results = results
         self._done = device.create_semaphore(0)
         self._calls = 0
-        self._expected_s = 0.0
+        self._expected_s: dict[Hashable, float] = {}
 
-    def __call__(self, function: Any, views: Sequence[Any], steady: bool = False) -> Any:
-        """Return the list of results. `steady` calls have similar durations, so most of the duration is slept."""
+    def __call__(self, function: Any, views: Sequence[Any], alike: Hashable = None) -> Any:
+        """Return the list of results. Calls that name the same `alike` have similar durations, so that most of it is
+        slept; those that name nothing have not.
+        """
         arguments, results = rt.VmVariantList(len(views) + 2), rt.VmVariantList(self._results)
         for view in views:
             arguments.push_ref(view)
@@ -58,15 +60,16 @@ class PolledCaller:
         arguments.push_ref(rt.HalFence.create_at(self._done, self._calls))
         begin = perf_counter()
         self._context.invoke(function, arguments, results)
-        if steady and self._expected_s > LATE_S:
-            sleep(SLEPT * (self._expected_s - LATE_S))
+        expected_s = self._expected_s.get(alike, 0.0)
+        if alike is not None and expected_s > LATE_S:
+            sleep(SLEPT * (expected_s - LATE_S))
         while self._done.query() < self._calls:
             sleep(POLL_S)
-        if steady:
-            self._expect(perf_counter() - begin)
+        if alike is not None:
+            self._expected_s[alike] = _expected(expected_s, perf_counter() - begin)
         return results
 
-    def _expect(self, seconds: float) -> None:
-        """Update the expected duration: at once after a shorter call, slowly after a longer one."""
-        shorter = seconds < self._expected_s
-        self._expected_s = seconds if shorter else self._expected_s + (seconds - self._expected_s) / 8
+
+def _expected(before_s: float, seconds: float) -> float:
+    """Return the expected duration after a call: at once that of a shorter one, slowly that of a longer one."""
+    return seconds if seconds < before_s else before_s + (seconds - before_s) / 8

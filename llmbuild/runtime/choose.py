@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmbuild import digest
 from llmbuild.spec.machine import NOWHERE
@@ -75,6 +75,7 @@ def _unfit(target: JsonObject, host: HostFacts) -> str:
 def choose(rows: Sequence[Row], host: HostFacts, slo: Slo, absent: Callable[[Row], str] | None = None) -> Pick:
     """Return the pick: the row that runs here, meets every bound and is best in the objective.
 
+    Of rows that meet an SLO without a word on quality, those as good as the model are considered, if there are any.
     Where rows measured on this machine can be opened, rows of other machines are not considered: readings do not
     compare across machines. Otherwise `ladder` ranks the rows of other machines and the unmeasured ones. `absent`
     returns why a row's files are missing; empty where they are present.
@@ -92,11 +93,22 @@ def choose(rows: Sequence[Row], host: HostFacts, slo: Slo, absent: Callable[[Row
             usable.append(row)
             why = _missed(row, slo)
         candidates.append(Candidate(row, not why, why))
+    candidates = _as_good(candidates, slo)
     accepted = ladder([c.row for c in candidates if c.accepted], slo)
     chosen = accepted[0] if accepted else None
     nearest = None if chosen else min(usable, key=slo.distance, default=None)
     done = tuple(_with_reason(c, chosen, slo, here) for c in candidates)
     return Pick(slo, chosen, done, nearest, slo.distance(nearest) if nearest else math.inf, tuple(accepted[1:]))
+
+
+def _as_good(candidates: list[Candidate], slo: Slo) -> list[Candidate]:
+    """Return the candidates without the accepted ones that are worse than the model, if others are as good as it."""
+    wanted = slo.preferred
+    worse = {id(c): why for c in candidates if c.accepted and (why := _missed(c.row, wanted)) and is_measured(c.row)}
+    if not any(c.accepted and is_measured(c.row) and id(c) not in worse for c in candidates):
+        return candidates
+    told = "others are as good as the model: {}; an SLO that bounds quality decides instead"
+    return [replace(c, accepted=False, reason=told.format(worse[id(c)])) if id(c) in worse else c for c in candidates]
 
 
 def is_measured(row: Row) -> bool:

@@ -72,7 +72,9 @@ def pick(
     asked = parse_slo(bounds, objective)
     name = model or _only_model(folder)
     facts, absent = facts or host_facts(), _absent(folder)
-    found = ranking.leaders(folder, name, target, workload, asked, facts.machine, LEADERS)
+    found: list[Row] = []
+    for wanted in dict.fromkeys((asked.preferred, asked)):
+        found = found or ranking.leaders(folder, name, target, workload, wanted, facts.machine, LEADERS)
     best = next((row for row in found if not refusal(row, facts) and not absent(row)), None)
     if best is not None:
         chosen = best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.runtime.code import mapped
 from llmbuild.runtime.memory import shares_memory
 from llmbuild.runtime.readback import Readback
-from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, SCORE, Abi, TensorType
+from llmbuild.spec.program import DECODE, PARAMETER_SCOPE, PREFILL, SCORE, STEP, Abi, TensorType
 
 _ELEMENT = {
     "float32": rt.HalElementType.FLOAT_32,
@@ -36,12 +36,20 @@ _SHARED_USAGE = rt.BufferUsage.DEFAULT | rt.BufferUsage.MAPPING
 _MOST_WORKERS = 64
 """IREE's own bound where the number of workers is not given."""
 
+_MOST_BLOCKS = 2**31
+"""Upper bound of the blocks of a cache."""
+
+_MOST_ALIKE = 64
+"""Rows of a step up to which its input buffers are kept for the next step of as many rows, which takes as long."""
+
 _LARGEST_WORKERS = 2**16
 """Upper bound of worker threads."""
 
 _RELEASED_IN_ORDER = (
     "_logits",
     "_scored",
+    "_stepped",
+    "_inputs",
     "_tokens",
     "_positions",
     "_tokens_view",
@@ -116,6 +124,8 @@ class Session:
             self._positions, self._positions_view = self._steps()
         self._logits: Any = None
         self._scored: Any = None
+        self._stepped: Any = None
+        self._inputs: dict[tuple[str, int], tuple[NDArray[np.int64], Any]] = {}
 
     def close(self) -> None:
         """Release everything in the order that neither crashes nor deadlocks."""
@@ -137,7 +147,7 @@ class Session:
         self._context = rt.VmContext(instance, [*services, self._code])
         self._call = (PolledCaller if self._threaded else PlainCaller)(self._device, self._context, 2)
         suffix = "$async" if self._threaded else ""
-        names = (PREFILL, DECODE, *((SCORE,) if self.abi.score else ()))
+        names = (PREFILL, DECODE, *((SCORE,) if self.abi.score else ()), *((STEP,) if self.abi.page else ()))
         self._entries = {name: self._code.lookup_function(name + suffix) for name in names}
         self._keep = (instance, index, provider, services)
 
@@ -150,18 +160,42 @@ class Session:
         """
         self._check_open()
         made = self._spare.pop() if self._spare else self._new_cache()
+        try:
+            with self._lent(made):
+                yield made
+        finally:
+            if made and not self._spare:
+                self._spare.append(made)
+
+    @contextmanager
+    def shared_cache(self, blocks: int) -> Iterator[Cache]:
+        """Allocate blocks of `Abi.page` positions each, for `step` to share out among sequences.
+
+        Raises:
+            InputError: the program has no `step`, the device no memory, or the session is closed.
+        """
+        self._check_open()
+        if not self.abi.page:
+            raise InputError("the program has no `step`: run `prefill` and `decode`")
+        places = checks.integer("blocks", blocks, 1, _MOST_BLOCKS) * self.abi.page
+        made = self._new_cache(places)
+        with self._lent(made):
+            yield made
+
+    @contextmanager
+    def _lent(self, made: Cache) -> Iterator[None]:
+        """Clear a cache when the session is closed while it is lent."""
         self._taken.append(made)
         try:
-            yield made
+            yield
         finally:
             if made:  # else the session is closed
                 self._taken = [one for one in self._taken if one is not made]
-                if not self._spare:
-                    self._spare.append(made)
 
-    def _new_cache(self) -> Cache:
+    def _new_cache(self, places: int = 0) -> Cache:
+        """Return zeroed buffers, of so many places or of the context."""
         try:
-            return [self._zeros(kind) for kind in self.abi.kv]
+            return [self._zeros(replace(k, shape=(places or k.shape[0], *k.shape[1:]))) for k in self.abi.kv]
         except (RuntimeError, MemoryError, ValueError) as error:
             told = f"no memory for the keys and values of one more answer: {_first_line(error)}"
             raise InputError(f"{told}: end or close another first") from None
@@ -265,6 +299,51 @@ class Session:
         self._scored = results.get_as_object(0, rt.HalBufferView)
         return self._read(self._scored, np.float32)
 
+    def step(
+        self,
+        tokens: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        where: NDArray[np.int64],
+        read: NDArray[np.int64],
+        cache: Cache,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Run rows of any mix of sequences, as `spec.program.STEP` says, on the cache of `shared_cache`.
+
+        Return the most likely next tokens i64[R] and the logits f32[R,V] behind the rows that are read; they are valid
+        until the next call, and not copied where the device shares its memory. What `where` says of blocks is the
+        caller's to have right.
+
+        Raises:
+            InputError: no row, or a token, a position or a row that is not there.
+        """
+        self._check_open()
+        rows = len(tokens)
+        if not 0 < rows == len(positions) or len(where) <= 2 * rows or not len(read):
+            raise InputError("a step needs rows with a token, a position and a table each, and one that is read")
+        checks.inside("tokens", tokens, self.abi.vocabulary)
+        if positions.min() < 0 or positions.max() >= self.abi.context:
+            raise InputError(f"a position is outside a context of {self.abi.context}")
+        if read.min() < 0 or read.max() >= rows:
+            raise InputError(f"a row that is read is not one of the {rows}")
+        given = {"tokens": tokens, "positions": positions, "where": where, "read": read}
+        views = [self._input(name, array, rows) for name, array in given.items()]
+        alike = (STEP, rows) if rows <= _MOST_ALIKE else None
+        self._stepped = results = self._call(self._entries[STEP], (*views, *cache), alike)
+        found, logits = (results.get_as_object(i, rt.HalBufferView) for i in range(2))
+        return self._read(found, np.int64), self._read(logits, np.float32)[:, : self.abi.vocabulary]
+
+    def _input(self, name: str, array: NDArray[np.int64], rows: int) -> Any:
+        """Return a buffer with an input of a step, one that is kept where a step has few rows."""
+        if not self._shared or rows > _MOST_ALIKE:
+            return self._buffer(np.ascontiguousarray(array, np.int64))
+        key = name, array.size
+        if key not in self._inputs:
+            view = self._buffer(np.zeros(array.size, np.int64))
+            self._inputs[key] = view.map().asarray((array.size,), np.dtype(np.int64)), view
+        mapped_, view = self._inputs[key]
+        mapped_[:] = array
+        return view
+
     def _places(self, name: str, value: object) -> NDArray[np.int64]:
         """Return one position per sequence; a single position is repeated."""
         found = checks.integers(name, value)
@@ -324,7 +403,7 @@ class Session:
             where = self._positions_view
         else:
             where = self._buffer(self._each(positions))
-        return self._call(self._entries[entry], (tokens, where, *cache), steady=entry == DECODE)
+        return self._call(self._entries[entry], (tokens, where, *cache), DECODE if entry == DECODE else None)
 
     def _each(self, value: int | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return one value for each sequence: i64[B]."""

@@ -1,4 +1,4 @@
-"""A step that calls the device once for each sequence: what the artifacts of a catalog can do today.
+"""A step that calls the device once for each sequence: what artifacts without `step` can do.
 
 An artifact of one sequence has `prefill` and `decode`, and a KV cache that its caller gives it. All sequences share one
 opened artifact, and so one copy of the weights in memory; but each call reads all of them, so a step of several

@@ -10,6 +10,7 @@ from llmbuild.errors import InputError
 from llmbuild.runtime.answers import Text
 from llmbuild.runtime.chat import Message
 from llmbuild.runtime.model import Model
+from llmbuild.runtime.session import Session
 from llmbuild.serve import budget
 from llmbuild.serve.budget import Need
 from llmbuild.serve.engine import Engine, Limits
@@ -18,6 +19,7 @@ from llmbuild.serve.events import Outlet
 from llmbuild.serve.grammar import Grammars
 from llmbuild.serve.observe import Observer
 from llmbuild.serve.per_sequence import PerSequenceStep
+from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.named import FCFS, SARATHI, scheduler
 from llmbuild.spec.program import Abi, abi_from
@@ -58,9 +60,7 @@ class Served:
         self.model, self.name = model, str(model.row["model"])
         self.need = need
         self.tokenizer = model.tokenizer
-        self.step = PerSequenceStep(model.session, slots)
-        if settings.scheduler == SARATHI:
-            self.step.probe()
+        self.step = _step(model.session, slots, settings.scheduler)
         policy = scheduler(settings.scheduler, self.step.cut, self.name)
         self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
 
@@ -77,7 +77,8 @@ class Served:
     def told(self) -> str:
         """Return how many sequences run at a time, and what they take."""
         slots = self.step.slots
-        return f"up to {slots} sequences of {self.context} tokens at a time: {self.need.told(slots)}"
+        calls = "in one call" if isinstance(self.step, RaggedStep) else "in a call each"
+        return f"up to {slots} sequences of {self.context} tokens at a time, {calls}: {self.need.told(slots)}"
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return the prompt of a text.
@@ -121,6 +122,16 @@ class Served:
     def _template_ends(self) -> tuple[int, ...]:
         template = self.model.chat_template
         return template.ends(self.tokenizer) if template else ()
+
+
+def _step(session: Session, slots: int, policy: str) -> RaggedStep | PerSequenceStep:
+    """Return a step that runs all rows by one call, where the artifact can."""
+    if session.abi.page:
+        return RaggedStep(session, slots)
+    step = PerSequenceStep(session, slots)
+    if policy == SARATHI:
+        step.probe()
+    return step
 
 
 def opened(

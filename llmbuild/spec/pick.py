@@ -37,7 +37,7 @@ class Pick:
     def explain(self, limit: int | None = None) -> str:
         """Return the choice and the reasons, one line for each variant, or for the first `limit` of them."""
         bounds = ", ".join(str(b) for b in self.slo.bounds) or "no bounds"
-        lines = [f"asked: {bounds}; best {self.slo.objective}"]
+        lines = [f"asked: {bounds}; best {self.slo.objective}{self._preferred()}"]
         told = sorted(self.candidates, key=lambda c: (not self._is_chosen(c), not c.accepted))
         for c in told[:limit]:
             value = reading(c.row, self.slo.objective)
@@ -46,6 +46,11 @@ class Pick:
             why = f": {c.reason}" if c.reason else ""
             lines.append(cell(f"{verdict:<8} {str(c.row['variant'])[:12]} {self.slo.objective}={shown}{why}"))
         return "\n".join(lines)
+
+    def _preferred(self) -> str:
+        """Return what is preferred where the SLO says nothing of quality."""
+        added = ", ".join(str(bound) for bound in self.slo.preferred.bounds[len(self.slo.bounds) :])
+        return f"; of those as good as the model ({added}) if there are any" if added else ""
 
     def _is_chosen(self, candidate: Candidate) -> bool:
         return candidate.row is self.chosen

@@ -20,6 +20,16 @@ SCORE = "score"
 """`score(tokens i64[1,T], start i64[1], *kv) -> logits f32[T,V]`, T dynamic: the logits after every token, of one
 sequence. Where `Abi.score` says so; the cache is then as after `prefill`."""
 
+STEP = "step"
+"""`step(tokens i64[T], positions i64[T], where i64[W], read i64[R], *kv) -> (next_tokens i64[R], logits f32[R,P])`: T
+rows of any mix of sequences, one call for all. Where `Abi.page` is not 0.
+
+The buffers `kv` are those of `Abi.kv` with any number of places in their first axis, in blocks of `page`, which the
+caller shares out. `where` begins with `positions` again; then for each row, at which item of `where` its sequence's
+table begins: the numbers of the blocks in which its positions are. Rows write their keys and values first; each then
+sees the positions of its sequence up to its own. `read` names the rows that give logits; P is V or more, rounded up.
+What a row gives depends on its own sequence alone, bit for bit, and is what `prefill` and `decode` give."""
+
 PARAMETER_SCOPE = "model"
 """The scope under which a module names its parameters and a loader provides them."""
 
@@ -48,6 +58,8 @@ class Abi:
     """CPU features that kernels inside the module need (`avx512vnni`), by LLVM's names."""
     score: bool = field(default=False, metadata=OMITTED)
     """Whether the module has `score`; programs of one sequence alone have it."""
+    page: int = field(default=0, metadata=OMITTED)
+    """Positions of a block of the cache of `step`; 0: the module has none."""
 
 
 def abi_from(body: Mapping[str, Any]) -> Abi:
@@ -86,8 +98,9 @@ class ImportJob:
     `choices` are model-level knobs and their values; a knob left out has its default:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
     `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
-    `kv_dtype` f32 | f16 | int8, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work of `own`
-    kernels on a CPU; `row_tile` and `row_reads` how rows are shared out on a GPU.
+    `kv_dtype` f32 | f16 | int8; of `own` kernels on a CPU `activations` int8 | int16: what vectors are rounded to that
+    integers are multiplied by, `allocation` uniform | sensitive: bits of each kind of matrix, `work_groups` 2 | 1 |
+    4 ... 64: how many threads at most share the work; `row_tile` and `row_reads` how rows are shared out on a GPU.
     """
 
     model: str

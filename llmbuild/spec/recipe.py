@@ -33,6 +33,10 @@ class ModelSource:
     seed: int = 0
 
 
+GATE = (Bound("quality_kl", "<=", 0.05), Bound("quality_top1", ">=", 0.9))
+"""The gate of a recipe that has a text to score and names no bounds."""
+
+
 @dataclass(frozen=True)
 class Quality:
     """The quality gate of a variant on held-out text: `stdlib` module names, or one text file.

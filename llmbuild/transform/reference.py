@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -14,11 +15,11 @@ from llmbuild.transform.panels import Matrix
 from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
 
-def quantized_rows(x: Array) -> tuple[Array, Array]:
-    """Return integers (as f64) in -127..127 and scales [T,1] of rows [T,K]: `round(x * 127 / max|x|)`."""
+def quantized_rows(x: Array, most: int = 127) -> tuple[Array, Array]:
+    """Return integers (as f64) in -most..most and scales [T,1] of rows [T,K]: `round(x * most / max|x|)`."""
     top = np.abs(x).max(axis=1, keepdims=True).astype(np.float32)
-    factor = np.float32(127) / np.maximum(top, np.float32(1e-30))
-    return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(127)
+    factor = np.float32(most) / np.maximum(top, np.float32(1e-30))
+    return np.rint(x.astype(np.float32) * factor).astype(np.float64), top / np.float32(most)
 
 
 def multiply(x: Array, matrix: Matrix) -> Array:
@@ -31,7 +32,7 @@ def multiply(x: Array, matrix: Matrix) -> Array:
 def rounded_rows(x: Array, layout: Layout) -> Array:
     """Return rows f64[T,K] as they are when they meet weights of a layout."""
     if layout.block:
-        codes, scale = quantized_rows(x.reshape(-1, layout.block))
+        codes, scale = quantized_rows(x.reshape(-1, layout.block), layout.most)
         return (codes * scale).reshape(x.shape)
     return (from_bf16(to_bf16(x)) if layout.narrow else x).astype(np.float64)
 
@@ -72,9 +73,18 @@ def rotated(x: Array, cosine: Array, sine: Array) -> Array:
 
 
 def layer(
-    shape: DecoderShape, x: Array, cosine: Array, sine: Array, start: int, buffer: Array, keys: Array, values: Array
+    shape: DecoderShape,
+    x: Array,
+    cosine: Array,
+    sine: Array,
+    seen: Sequence[Array],
+    buffer: Array,
+    keys: Array,
+    values: Array,
 ) -> tuple[Array, Array, Array]:
-    """Return the new hidden states f32[T,width] and the new cache; arguments are those of the kernel."""
+    """Return the new hidden states f32[T,width] and the new cache; arguments are those of the kernel, but that `seen`
+    are the places in the cache that each row attends to, its own last.
+    """
     matrices, rows = layer_matrices(shape, buffer), len(x)
     norms = [section_of(shape, buffer, name).view(np.float32) for name in ("norm1", "norm2")]
     qkv = multiply(normalize(x, norms[0], shape.epsilon, shape.hidden), matrices["qkv"])
@@ -84,10 +94,10 @@ def layer(
         weights = [section_of(shape, buffer, name).view(np.float32) for name in HEAD_NORMS]
         query, key = (normalize(part, w, shape.epsilon) for part, w in zip((query, key), weights, strict=True))
     key = rotated(key, cosine, sine)
-    keys, values, seen = keys.copy(), values.copy(), slice(start, start + rows)
-    keys[seen] = key
-    values[seen] = value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
-    attended = pad_width(_attend(shape, rotated(query, cosine, sine), start, keys, values), shape.attended_padded)
+    keys, values, own = keys.copy(), values.copy(), [places[-1] for places in seen]
+    keys[own] = key
+    values[own] = value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
+    attended = pad_width(_attend(shape, rotated(query, cosine, sine), seen, keys, values), shape.attended_padded)
     middle = x + multiply(attended, matrices["out"])[:, : shape.width]
     normal = normalize(middle, norms[1], shape.epsilon, shape.hidden)
     turns = multiply(normal, matrices["gate_up"]).reshape(rows, -1, 2, 32)
@@ -95,13 +105,22 @@ def layer(
     return middle + multiply(inner, matrices["down"])[:, : shape.width], keys, values
 
 
-def _attend(shape: DecoderShape, query: Array, start: int, keys: Array, values: Array) -> Array:
+def places(positions: Array, tables: Sequence[Array] = (), page: int = 0) -> list[Array]:
+    """Return the places in a cache of what each row at these positions sees: of one sequence, or of rows whose pages
+    are in the blocks that their tables name.
+    """
+    if not page:
+        return [np.arange(position + 1) for position in positions]
+    each = [np.arange(position + 1) for position in positions]
+    return [table[seen // page] * page + seen % page for table, seen in zip(tables, each, strict=True)]
+
+
+def _attend(shape: DecoderShape, query: Array, seen: Sequence[Array], keys: Array, values: Array) -> Array:
     groups = shape.heads // shape.kv_heads
     out = np.zeros((len(query), shape.heads, shape.head_dim))
     for row in range(len(query)):
         for head in range(shape.heads):
-            seen = slice(0, start + row + 1)
-            scores = keys[seen, head // groups].astype(np.float64) @ query[row, head] * shape.scale
+            scores = keys[seen[row], head // groups].astype(np.float64) @ query[row, head] * shape.scale
             weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ values[seen, head // groups].astype(np.float64) / weights.sum()
+            out[row, head] = weights @ values[seen[row], head // groups].astype(np.float64) / weights.sum()
     return out.reshape(len(query), -1).astype(np.float32)

@@ -38,8 +38,8 @@ def loader(request: Request) -> tuple[Callable[[], Step], str]:
     return load, host.runtime_version()
 
 
-def score(request: Request) -> Request:
-    """Score a variant on {reference} with a {prompt}."""
+def answering(request: Request) -> scoring.Answer:
+    """Return what gives the logits of a variant."""
     session = opened(request)
 
     def answer(tokens: list[int], past: int) -> NDArray[np.float32]:
@@ -49,13 +49,23 @@ def score(request: Request) -> Request:
             session.decode(tokens[0], past)
         return session.logits()
 
-    return scoring.score(Path(request["reference"]), request["prompt"], answer)
+    return answer
+
+
+def score(request: Request) -> Request:
+    """Score a variant on {reference} with a {prompt}."""
+    return scoring.score(Path(request["reference"]), request["prompt"], answering(request))
+
+
+def greedy(request: Request) -> Request:
+    """Answer {prompts} with up to {count} tokens each, until one of {stops}."""
+    return {"answers": scoring.greedy(request["prompts"], request["stops"], request["count"], answering(request))}
 
 
 def main() -> None:
     """Serve one variant."""
     runner = Runner(loader)
-    serve({"open": runner.open, "round": runner.round, "score": score})
+    serve({"open": runner.open, "round": runner.round, "score": score, "greedy": greedy})
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ write    {source, random_init, seed, folder, checkpoint, gguf} -> the model as a
 quantize {source, target, format, threads}                   -> seconds, cpu_s, bytes, peak_memory_bytes
 export   {folder, format}                                    -> the model as OpenVINO IR with compressed weights
 score    {folder, format, threads, positions, reference, prompt} -> KL, top-1 and perplexity, of llama.cpp alone
+greedy   {folder, format, threads, positions, prompts, stops, count} -> answers in tokens, of llama.cpp alone
 open     {peer, folder, format, threads, positions, first}   -> load_s, first_token_s, peak_memory_bytes, version
 round    {prompt, forced, fill}                              -> prefill_s, decode_s of each token, peak_memory_bytes
 
@@ -303,11 +304,10 @@ def export(request: Request) -> Request:
     return {"wrote": [str(path)]}
 
 
-def score(request: Request) -> Request:
-    """Score a GGUF file on {reference} with a {prompt}; `answer` gives llama.cpp's logits."""
+def _answering(request: Request) -> Any:
+    """Return what gives llama.cpp's logits of a GGUF file."""
     import llama_cpp as api
     import numpy as np
-    from comparison import scoring
 
     context = _llama_context(request)()
     step = _llama_step(context)
@@ -317,7 +317,21 @@ def score(request: Request) -> Request:
         step(tokens, past)
         return np.ctypeslib.as_array(api.llama_get_logits_ith(context, -1), (size,)).copy()
 
-    return scoring.score(Path(request["reference"]), request["prompt"], answer)
+    return answer
+
+
+def score(request: Request) -> Request:
+    """Score a GGUF file on {reference} with a {prompt}."""
+    from comparison import scoring
+
+    return scoring.score(Path(request["reference"]), request["prompt"], _answering(request))
+
+
+def greedy(request: Request) -> Request:
+    """Answer {prompts} with up to {count} tokens each, until one of {stops}."""
+    from comparison import scoring
+
+    return {"answers": scoring.greedy(request["prompts"], request["stops"], request["count"], _answering(request))}
 
 
 def main() -> None:
@@ -329,6 +343,7 @@ def main() -> None:
             "export": export,
             "quantize": quantize,
             "score": score,
+            "greedy": greedy,
             "open": runner.open,
             "round": runner.round,
         }

@@ -1,6 +1,7 @@
 """Bytes, speed and quality of every usable variant of a catalog, beside llama.cpp's ladder of formats on the same file.
 
-    python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0] [--json]
+    python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0]
+        [--plot FILE] [--json]
 
 llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. A rung names
 what most matrices have: llama.cpp takes another format for those whose rows do not fit its blocks, and for some others,
@@ -21,7 +22,7 @@ from typing import Any
 
 import peers
 import real_model
-from comparison import setup, table
+from comparison import plot, setup, table
 from comparison.conversion import ROOT
 from comparison.rounds import Participant, compare
 from comparison.script import end, say
@@ -170,6 +171,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--longest", type=float, default=1.0, help="seconds that a prompt of a variant run here may take"
     )
+    parser.add_argument("--plot", type=Path, help="write a plot, such as front.svg")
     return peers.checked(parser, words)
 
 
@@ -178,6 +180,8 @@ def main() -> None:
     asked = options()
     asked.work = asked.work.absolute()
     made = document(asked)
+    if asked.plot:
+        plot.write(made["rows"], f"{made['gguf']} on {made['machine']}", asked.plot)
     if asked.json:
         print(json.dumps(made))
         return

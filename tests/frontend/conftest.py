@@ -96,7 +96,7 @@ class Imports:
         """Return the job of an import; choices that need calibration get its tokens."""
         from llmbuild.spec.program import ImportJob
 
-        calibrated = {"quantization", "scaling", "mixed"} & set(choices)
+        calibrated = {"quantization", "scaling", "mixed", "allocation"} & set(choices)
         calibration = str(self.tokens()) if calibrated else ""
         settled: dict[str, Any] = {"context": 64, "calibration": calibration, **more}
         return ImportJob(str(model), choices=tuple(sorted(choices.items())), **settled)

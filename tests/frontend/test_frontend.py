@@ -62,8 +62,9 @@ def test_logits_equal_the_library(build: Callable[..., Imported], model: Path) -
         pytest.param(TWO, OWN, marks=needs_vnni),
         pytest.param(ONE, {**OWN, "weight_format": "bf16", "head_format": "f16"}, marks=needs_vnni),
         pytest.param(ONE, {**OWN, "kv_dtype": "f16", "work_groups": "4"}, marks=needs_vnni),
+        pytest.param(TWO, {**OWN, "head_format": "int6_g32", "activations": "int16"}, marks=needs_vnni),
     ],
-    ids=["default", "halves", "own", "own-halves", "own-half-cache"],
+    ids=["default", "halves", "own", "own-halves", "own-half-cache", "own-two-bytes"],
 )
 def test_artifact_agrees_with_its_check_data(imports: Imports, shape: dict[str, Any], choices: dict[str, str]) -> None:
     """The other formats are in `test_formats`, `test_shapes`, `test_scaling` and `test_batch`, as pairs."""

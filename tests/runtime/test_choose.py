@@ -7,6 +7,7 @@ import pytest
 from llmbuild.errors import InputError
 from llmbuild.runtime.choose import HostFacts, choose, refusal
 from llmbuild.runtime.host import llvm_features
+from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.slo import parse_bound, parse_slo
 
 HOST = HostFacts("x86_64", frozenset({"avx2", "fma"}), "3.13.0", 1 << 30, "here")
@@ -54,6 +55,64 @@ def test_the_best_that_meets_the_slo_is_chosen_and_every_other_row_has_a_reason(
         "good": "",
         "slow": "meets the SLO, but tpot_s is 0.03 against 0.02",
     }
+
+
+def test_without_a_word_on_quality_what_is_as_good_as_the_model_goes_first() -> None:
+    rows = [
+        row("worse", tpot_s=0.01, quality_kl=0.0101, quality_top1=0.99),
+        row("other answers", tpot_s=0.02, quality_kl=0.01, quality_top1=0.93),
+        row("never scored", tpot_s=0.03, quality_kl=None, quality_top1=None),
+        row("good", tpot_s=0.04, quality_kl=0.01, quality_top1=0.94),
+        row("exact", tpot_s=0.05, quality_kl=0.0, quality_top1=1.0),
+    ]
+    pick = choose(rows, HOST, parse_slo([], None))
+    assert pick.chosen is rows[3]
+    assert [r["variant"] for r in pick.fallbacks] == ["exact"]
+    told = "others are as good as the model: {} asked; an SLO that bounds quality decides instead"
+    assert {c.row["variant"]: c.reason for c in pick.candidates} == {
+        "worse": told.format("quality_kl is 0.0101, quality_kl<=0.01"),
+        "other answers": told.format("quality_top1 is 0.93, quality_top1>=0.94"),
+        "never scored": told.format(
+            "quality_kl is absent, quality_kl<=0.01 asked; quality_top1 is absent, quality_top1>=0.94"
+        ),
+        "good": "",
+        "exact": "meets the SLO, but tpot_s is 0.05 against 0.04",
+    }
+    assert pick.explain().splitlines()[0] == (
+        "asked: no bounds; best tpot_s; of those as good as the model (quality_kl<=0.01, quality_top1>=0.94) "
+        "if there are any"
+    )
+
+
+@pytest.mark.parametrize(
+    ("bounds", "objective", "chosen"),
+    [
+        (["tpot_s<=0.015"], None, "worse"),  # nothing that is as good meets it
+        (["quality_kl<=1"], "tpot_s", "worse"),
+        (["quality_top1>=0.1"], "tpot_s", "worse"),
+        ([], "quality_kl", "good"),
+        (["tpot_s<=0.03"], None, "good"),
+    ],
+)
+def test_bounds_decide_before_what_is_as_good_as_the_model(
+    bounds: list[str], objective: str | None, chosen: str
+) -> None:
+    rows = [
+        row("worse", tpot_s=0.01, quality_kl=0.5, quality_top1=0.7),
+        row("good", tpot_s=0.02, quality_kl=0.001, quality_top1=0.99),
+    ]
+    made = choose(rows, HOST, parse_slo(bounds, objective)).chosen
+    assert made is not None and made["variant"] == chosen
+
+
+def test_what_was_never_measured_is_neither_left_out_nor_a_reason_to_leave_others_out() -> None:
+    unmeasured = row("unmeasured", machine_digest=NOWHERE, status="undecided", tpot_s=None, quality_kl=None)
+    worse = row("worse", machine_digest="there", quality_kl=0.5, quality_top1=0.7)
+    good = row("good", machine_digest="there", tpot_s=0.02, quality_top1=1.0)
+    assert choose([unmeasured, worse], HOST, parse_slo([], None)).chosen is worse
+    made = choose([unmeasured, worse, good], HOST, parse_slo([], None))
+    assert made.chosen is good
+    assert made.fallbacks == (unmeasured,)
 
 
 def test_a_metric_that_is_better_when_larger_is_maximized() -> None:

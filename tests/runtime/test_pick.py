@@ -42,13 +42,21 @@ row = st.tuples(
     value,
     st.one_of(st.none(), st.sampled_from([0, 1000, 2000, 1 << 60])),
     st.booleans(),
+    st.sampled_from([(None, None), (0.0, 1.0), (0.01, 0.94), (0.011, 0.99), (0.001, 0.9)]),
 )
 
 
 @given(
     st.lists(row, min_size=2 * ROWS, max_size=2 * ROWS),
     st.sampled_from(
-        [[], ["tpot_s<=0.002"], ["ttft_s<0.003"], ["tpot_s>=0.002", "ttft_s<=0.002"], ["peak_memory_bytes<=1500"]]
+        [
+            [],
+            ["tpot_s<=0.002"],
+            ["ttft_s<0.003"],
+            ["tpot_s>=0.002", "ttft_s<=0.002"],
+            ["peak_memory_bytes<=1500"],
+            ["quality_kl<=0.02"],
+        ]
     ),
     st.sampled_from(["tpot_s", "ttft_s", "output_tokens_per_s", "artifact_bytes", "peak_memory_bytes"]),
     st.booleans(),
@@ -60,13 +68,14 @@ def test_the_database_and_every_row_agree(
 ) -> None:
     with sqlite3.connect(shelf / reader.FILE) as connection:
         standings = connection.execute("SELECT id, measurement FROM standing ORDER BY id").fetchall()
-        for (number, key), (status, tpot, ttft, memory, old) in zip(standings, cells, strict=True):
+        for (number, key), (status, tpot, ttft, memory, old, quality) in zip(standings, cells, strict=True):
             if only_elsewhere and number <= ROWS:
                 status = "infeasible"
             connection.execute("UPDATE standing SET status = ? WHERE id = ?", (status, number))
             connection.execute(
-                "UPDATE measurement SET tpot_s = ?, ttft_s = ?, peak_memory_bytes = ? WHERE key = ?",
-                (tpot, ttft, memory, key),
+                "UPDATE measurement SET tpot_s = ?, ttft_s = ?, peak_memory_bytes = ?, quality_kl = ?, "
+                "quality_top1 = ? WHERE key = ?",
+                (tpot, ttft, memory, *quality, key),
             )
             connection.execute(
                 "UPDATE artifact SET runtime = ? WHERE digest = (SELECT artifact FROM measurement WHERE key = ?)",

@@ -122,7 +122,7 @@ def test_chunked_prompts_give_the_tokens_of_whole_ones(built: Project) -> None:
             step.probe()
             step.close()
             chunked = Settings(scheduler="sarathi", max_sequences=3)
-            if not step.cut:
+            if not step.cut and not model.session.abi.page:
                 with pytest.raises(InputError, match="computes other bits for a prompt in pieces"):
                     answered(model, chunked, requests)
                 continue

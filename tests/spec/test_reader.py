@@ -114,6 +114,23 @@ def test_comments_order_and_spaces_change_nothing(tmp_path: Path) -> None:
     assert digest.of(read_recipe(tmp_path / "a.yaml")) == digest.of(read_recipe(tmp_path / "b.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("quality", "bounds"),
+    [
+        ("", []),
+        ("quality: {tokens: 64}", []),
+        ("quality: {text: {stdlib: [ast]}}", ["quality_kl<=0.05", "quality_top1>=0.9"]),
+        ("quality: {text: {stdlib: [ast]}, bounds: []}", []),
+        ("quality: {text: {stdlib: [ast]}, bounds: [quality_kl<=1]}", ["quality_kl<=1"]),
+    ],
+)
+def test_a_text_to_score_is_a_gate_unless_the_recipe_says_otherwise(
+    tmp_path: Path, quality: str, bounds: list[str]
+) -> None:
+    (tmp_path / "r.yaml").write_text(GOOD + quality)
+    assert [str(bound) for bound in read_recipe(tmp_path / "r.yaml").quality.bounds] == bounds
+
+
 @pytest.mark.parametrize(("text", "expected"), [("90", 90), ("90s", 90), ("20m", 1200), ("1.5h", 5400), (30, 30)])
 def test_durations(text: object, expected: float) -> None:
     assert seconds(text) == expected

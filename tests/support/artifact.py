@@ -40,6 +40,7 @@ class Loaded:
 
         self.abi = json.loads((folder / "abi.json").read_text())
         device, instance = rt.get_device(driver), rt.VmInstance()
+        self._device = device
         index = rt.ParameterIndex()
         index.load(str(folder / "parameters.irpa"))
         modules = [
@@ -64,6 +65,24 @@ class Loaded:
     def score(self, tokens: Sequence[int]) -> Any:
         """Return logits f32[T,V] after each token of a text from position 0 on."""
         return self._module.score(np.asarray(tokens, np.int64)[None], np.array([0]), *self.kv).to_host()
+
+    def step(self, rows: Sequence[tuple[int, int, int]], tables: Any, read: Sequence[int], kv: list[Any]) -> Any:
+        """Return next tokens i64[R] and logits f32[R,V] of rows (sequence, token, position); `kv` is a shared cache."""
+        sequences, tokens, positions = np.array(rows, np.int64).T
+        first = 2 * len(rows) + sequences * tables.shape[1]
+        where = np.concatenate([positions, first, tables.ravel()])
+        found, logits = self._module.step(tokens.copy(), positions.copy(), where, np.array(read), *kv)
+        return found.to_host(), logits.to_host()[:, : self.abi["vocabulary"]]
+
+    def shared_kv(self, blocks: int) -> list[Any]:
+        """Return a cache of so many blocks for `step`, of numbers that are none."""
+        import iree.runtime as rt
+
+        sizes = [(blocks * self.abi["page"], *k["shape"][1:]) for k in self.abi["kv"]]
+        kinds = [k["dtype"] for k in self.abi["kv"]]
+        return [
+            rt.asdevicearray(self._device, np.full(size, np.nan, kind)) for size, kind in zip(sizes, kinds, strict=True)
+        ]
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
         """Return logits f32[1+D,V] after the prompt and after each token."""

@@ -51,15 +51,17 @@ class Machine:
         made = emulate(artifact, inputs, len(calls), f"--device={driver}", f"--function=main_{len(calls)}")
         return [(one, []) for one in made]
 
-    def call(self, artifact: Path, inputs: Sequence[Any], outputs: int, driver: str) -> tuple[list[Any], list[Any]]:
-        """Return the results of `main` and its inputs after the call; those of an emulated call are not known."""
+    def call(
+        self, artifact: Path, inputs: Sequence[Any], outputs: int, driver: str, function: str = "main"
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the results of a function and its inputs after the call; those of an emulated call are not known."""
         if self.emulated:
-            return emulate(artifact, inputs, outputs, f"--device={driver}", "--function=main"), []
+            return emulate(artifact, inputs, outputs, f"--device={driver}", f"--function={function}"), []
         import iree.runtime as rt
 
         module, device = rt.load_vm_flatbuffer_file(str(artifact), driver=driver), rt.get_device(driver)
         taken = [rt.asdevicearray(device, part) for part in inputs]
-        made = module.main(*taken)
+        made = module[function](*taken)
         made = [made] if outputs == 1 else made
         return [np.asarray(part) for part in made], [part.to_host() for part in taken]
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import bind, executable
-from llmbuild.kernels.layouts import Layout
+from llmbuild.kernels.layouts import LOW, LOW_BITS, Layout
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 from llmbuild.transform.panels import pack
 from llmbuild.transform.quantized import Quantized
@@ -23,14 +23,17 @@ def panel(layout: Layout, weights: Quantized | Array) -> Any:
 
 
 def prepared(layout: Layout, x: Any) -> Any:
-    """Return rows of bytes as the layout wants them, with scales of one."""
+    """Return rows of integers as the layout wants them, with scales of one."""
     rows = np.zeros((len(x), layout.prepared_bytes), np.uint8)
     factors, first = np.ones((len(x), layout.blocks), np.float32), layout.header_bytes
     rows[:, : 4 * layout.blocks] = factors.view(np.uint8)
     total = x.reshape(len(x), layout.blocks, -1).sum(2).astype(np.int32)
     starts = total.astype(np.float32) if layout.has_minimum else -layout.offset * total
     rows[:, layout.factors_bytes : layout.factors_bytes + 4 * layout.blocks] = starts.view(np.uint8)
-    rows[:, first : first + layout.columns] = x.astype(np.int8).view(np.uint8)
+    high = x + LOW // 2 >> LOW_BITS
+    for plane, numbers in enumerate((high, x - (high << LOW_BITS)) if layout.wide else (x,)):
+        place = first + plane * layout.plane_bytes
+        rows[:, place : place + layout.columns] = numbers.astype(np.int8).view(np.uint8)
     return rows.reshape(-1).view(np.int8)
 
 

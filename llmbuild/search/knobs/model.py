@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
 from llmbuild.kernels.matvec import ROW_READS, ROW_TILES
@@ -109,6 +110,33 @@ KNOBS: tuple[Knob, ...] = (
         when=(Condition("kernel", ("own",)),),
         backends=GPUS,
         searched=ROW_READS[:1],
+    ),
+    Knob(
+        "activations",
+        "model",
+        ACTIVATIONS,
+        ACTIVATIONS[0],
+        "what our kernels round the vectors to that integer weights are multiplied by, in blocks of 32 or 64 numbers; "
+        "int16: two bytes, of which 15 bits are used",
+        when=(
+            Condition("kernel", ("own",)),
+            Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS)),
+        ),
+        backends=(LLVM_CPU,),
+    ),
+    Knob(
+        "allocation",
+        "model",
+        ALLOCATIONS,
+        ALLOCATIONS[0],
+        "bits of each kind of matrix: all alike, or as the calibration text shows what rounding each does, with up to "
+        "half a bit more for each weight",
+        when=(
+            Condition("kernel", ("own",)),
+            Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS and INTEGERS[f].has_sides)),
+        ),
+        backends=(LLVM_CPU,),
+        searched=ALLOCATIONS[:1],
     ),
     Knob(
         "work_groups",

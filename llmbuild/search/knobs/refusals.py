@@ -9,7 +9,7 @@ from llmbuild.spec.model import ModelFacts
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import Target
 
-CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive"}
+CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive", "allocation": "sensitive"}
 """Values that need calibration text."""
 
 OWN = "own"

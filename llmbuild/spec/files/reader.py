@@ -156,7 +156,7 @@ class _Text(_Strict):
 class _Quality(_Strict):
     text: _Text | None = None
     tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 512
-    bounds: tuple[_Bound, ...] = ()
+    bounds: tuple[_Bound, ...] | None = None
 
 
 class _Calibration(_Strict):
@@ -273,13 +273,20 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
             stdlib=text.stdlib if text else (),
             file=_relative_to(path, text.file) if text else "",
             tokens=parsed.quality.tokens,
-            bounds=tuple(parsed.quality.bounds),
+            bounds=_gate(parsed.quality),
         ),
         budget=nouns.Budget(parsed.budget.trials, parsed.budget.time),
         knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
         calibration=_calibration(parsed.calibration, path),
         sampler=parsed.sampler,
     )
+
+
+def _gate(quality: _Quality) -> tuple[Bound, ...]:
+    """Return the bounds on quality; a text to score without a word on bounds has those of `nouns.GATE`."""
+    if quality.bounds is not None:
+        return tuple(quality.bounds)
+    return nouns.GATE if quality.text else ()
 
 
 def _location(model: _Model, raw: object, path: Path) -> str:

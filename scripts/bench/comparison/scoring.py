@@ -41,6 +41,20 @@ def score(reference: Path, prompt: int, answer: Answer) -> dict[str, Any]:
     }
 
 
+def greedy(prompts: list[list[int]], stops: list[int], count: int, answer: Answer) -> list[list[int]]:
+    """Return up to `count` most likely tokens behind each prompt, without the one of `stops` that ends an answer."""
+    found = []
+    for prompt in prompts:
+        logits, tokens = answer(prompt, 0), list[int]()
+        while (token := int(logits.argmax())) not in stops:
+            tokens.append(token)
+            if len(tokens) == count:
+                break
+            logits = answer([token], len(prompt) + len(tokens) - 1)
+        found.append(tokens)
+    return found
+
+
 def exact(reference: Path, prompt: int) -> dict[str, Any]:
     """Return the score of the reference itself: KL is 0, and perplexity is that of the f32 model."""
     with np.load(reference) as data:

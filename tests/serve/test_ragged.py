@@ -1,0 +1,153 @@
+"""A step of one call for all rows: outputs are those of a call for each sequence, and of the loader, bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmbuild.errors import InputError
+from llmbuild.runtime import load, reader
+from llmbuild.runtime.model import Model
+from llmbuild.serve.per_sequence import PerSequenceStep
+from llmbuild.serve.ragged import RaggedStep
+from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.serve.served import Settings, opened
+from llmbuild.serve.step import Output, Rows
+from tests.conftest import Project, llmbuild, shared
+from tests.serve.test_exact import PROMPTS, answered, tokens
+from tests.support.machines import HOST
+
+pytestmark = pytest.mark.skipif("avx2" not in HOST, reason="this CPU has not AVX2, which the kernels need here")
+FORMATS = {"int8": "f32", "f16": "f16"}
+"""Weight formats, and what the cache is kept in."""
+
+
+@pytest.fixture(scope="module")
+def catalog(tmp_path_factory: pytest.TempPathFactory, project: Project) -> Path:
+    """A catalog with a variant of our kernels in each format."""
+
+    def make(folder: Path) -> None:
+        for form, kept in FORMATS.items():
+            choices = {"kernel": "own", "layout": "packed", "weight_format": form, "kv_dtype": kept}
+            pinned = [part for knob, value in choices.items() for part in ("--set", f"{knob}={value}")]
+            done = llmbuild("build", project.recipe, "-C", folder, *pinned, "--trials", "1", "--until", "compile")
+            assert done.returncode == 0, done.stderr
+
+    return shared(tmp_path_factory, "ragged", make)
+
+
+@pytest.fixture(params=FORMATS)
+def model(request: pytest.FixtureRequest, catalog: Path) -> Iterator[Model]:
+    rows = [row for row in reader.variants(catalog, "tiny", everything=True) if row["artifact"]]
+    assert len(rows) == len(FORMATS)
+    (name,) = (row["variant"] for row in rows if f'"{request.param}"' in str(row["choices"]).replace("'", '"'))
+    with load(catalog, "tiny", variant=name) as found:
+        yield found
+
+
+class Calls:
+    """Counts the calls of a session's `step`, and their rows."""
+
+    def __init__(self, model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.rows: list[int] = []
+        whole = model.session.step
+
+        def step(tokens: Any, *more: Any) -> Any:
+            self.rows.append(len(tokens))
+            return whole(tokens, *more)
+
+        monkeypatch.setattr(model.session, "step", step)
+
+
+def same(ours: list[Output], theirs: list[Output]) -> bool:
+    """Return whether outputs are alike in every bit."""
+    return all(
+        one.token == other.token and np.array_equal(_logits(one), _logits(other))
+        for one, other in zip(ours, theirs, strict=True)
+    )
+
+
+def _logits(output: Output) -> Any:
+    assert output.logits is not None
+    return output.logits
+
+
+def test_outputs_are_those_of_a_call_for_each_sequence(model: Model) -> None:
+    """Slots are reused, prompts cut anywhere, and sequences of all lengths go on together."""
+    drawn, slots = np.random.default_rng(11), 5
+    one, each = RaggedStep(model.session, slots), PerSequenceStep(model.session, slots)
+    at, mixed = [0] * slots, set()
+    for _ in range(40):
+        batch = []
+        for slot in drawn.permutation(slots)[: drawn.integers(1, slots, endpoint=True)].tolist():
+            if at[slot] == one.context or drawn.random() < 0.1:
+                at[slot] = 0
+            count = min(int(drawn.choice([1, 1, 1, 2, 5, 19])), one.context - at[slot])
+            batch.append(Rows(slot, drawn.integers(0, one.vocabulary, count).tolist(), at[slot], True))
+            at[slot] += count
+        mixed.add((len(batch) > 1, any(len(rows.tokens) > 1 for rows in batch)))
+        assert same(one.run(batch), each.run(batch))
+    assert len(mixed) == 4
+    one.close()
+    each.close()
+
+
+@pytest.mark.parametrize("scheduler", ["fcfs", "sarathi"])
+def test_answers_of_a_mix_are_those_of_the_loader(
+    model: Model, scheduler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = Calls(model, monkeypatch)
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    requests = [Request(f"r{n}", tuple(prompt), greedy, 0) for n, prompt in enumerate(PROMPTS)]
+    said = answered(model, Settings(max_sequences=4, scheduler=scheduler), requests)
+    wanted = [list(model.tokens(prompt, 12)) for prompt in PROMPTS]
+    assert [tokens(said[f"r{n}"]) for n in range(len(PROMPTS))] == wanted
+    assert len(calls.rows) < sum(map(len, wanted)) / 2 and 4 in calls.rows, "sequences share calls"
+
+
+def test_draws_of_a_mix_are_those_alone(model: Model) -> None:
+    hot = SamplingParams(temperature=2.0, top_p=0.9, frequency_penalty=0.5, max_tokens=8, logprobs=3)
+    requests = [Request(f"r{n}", tuple(prompt), hot, n) for n, prompt in enumerate(PROMPTS)]
+    mixed = answered(model, Settings(max_sequences=4), requests)
+    for one in requests:
+        (alone,) = answered(model, Settings(max_sequences=1), [one]).values()
+        assert mixed[one.id] == alone
+
+
+def test_it_is_the_step_where_the_artifact_has_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    (served,) = opened([model], Settings(max_sequences=2), lambda events: None, {})
+    assert isinstance(served.step, RaggedStep) and "in one call" in served.told()
+    served.step.close()
+    monkeypatch.setattr(model.session, "abi", replace(model.session.abi, page=0))
+    (served,) = opened([model], Settings(max_sequences=2), lambda events: None, {})
+    assert isinstance(served.step, PerSequenceStep) and "in a call each" in served.told()
+    served.step.close()
+    with pytest.raises(InputError, match="has no `step`"):
+        RaggedStep(model.session, 1)
+
+
+def test_rows_that_are_not_there_are_refused(model: Model) -> None:
+    session, page = model.session, model.session.abi.page
+    blocks = -(-session.abi.context // page)
+    with session.shared_cache(blocks) as cache:
+
+        def step(token: int = 1, position: int = 0, read: int = 0, tables: int = blocks) -> None:
+            where = np.array([position, 2, *range(tables)])
+            session.step(np.array([token]), np.array([position]), where, np.array([read]), cache)
+
+        step()
+        with pytest.raises(InputError, match="outside the vocabulary"):
+            step(token=session.abi.vocabulary)
+        with pytest.raises(InputError, match="outside a context"):
+            step(position=session.abi.context)
+        with pytest.raises(InputError, match="is not one of the 1"):
+            step(read=1)
+        with pytest.raises(InputError, match="a step needs rows"):
+            step(tables=0)
+    with pytest.raises(InputError, match="blocks is 0"), session.shared_cache(0):
+        pass
