@@ -8,7 +8,6 @@ works alone.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import gcd
 
 from llmbuild.kernels import attention, products
@@ -16,12 +15,11 @@ from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, Layout, up_to
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
+from llmbuild.kernels.scratch import MAX_PARTS, score_bytes, scratch, spread_bytes
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes, panels_of, sections
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
-MAX_PARTS = 16
-"""Parts that the positions a row sees are cut into at most."""
 MAX_BINDINGS = 32
 """What IREE's HAL module takes for one dispatch (3.13): `OUT_OF_RANGE; binding count 36 > 32`."""
 BINDING = "memref<?xi8, strided<[1], offset: ?>>"
@@ -65,45 +63,6 @@ return
 def worker(w: Writer) -> str:
     """Return the work-group's number as i64."""
     return w.cast("arith.index_cast", w.let("stream.dispatch.workgroup.id[0] : index"), "index", I64)
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Offsets of the regions of a layer's scratch: scores of each work-group, from `parts` on what parts of the
-    positions came to, of each head or each work-group, from `spread` on a panel of each work-group whose codes have a
-    byte each, and from `fixed` on `per_row` bytes per row of T.
-    """
-
-    parts: int
-    spread: int
-    fixed: int
-    per_row: dict[str, int]
-
-    def total(self, rows: int) -> int:
-        """Return the size for T rows, in bytes."""
-        return self.fixed + rows * sum(self.per_row.values())
-
-
-def scratch(shape: DecoderShape) -> Scratch:
-    """Return the scratch of a layer; every region is a multiple of a cache line per row."""
-    per_row = {
-        "qkv": 4 * shape.projected,
-        "attended": up_to(4 * shape.attended_padded, LINE),
-        "middle": up_to(4 * shape.width, LINE),
-        "inner": 4 * shape.inner_padded,
-        "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
-    }
-    parts = _score_bytes(shape) * shape.workers
-    spread = parts + max(shape.heads, shape.workers) * MAX_PARTS * attention.Parts.stride(shape.head_dim)
-    return Scratch(parts, spread, spread + _spread_bytes(shape) * shape.workers, per_row)
-
-
-def _spread_bytes(shape: DecoderShape) -> int:
-    return max(layout.spread_bytes for layout in shape.layouts().values())
-
-
-def _score_bytes(shape: DecoderShape) -> int:
-    return up_to(4 * (shape.context + 2 * k.LANES), LINE)
 
 
 BEFORE = ["x", "cosine", "sine", "where", "weights", "counters"]
@@ -257,7 +216,7 @@ class LayerWriter:
         parts, layout = self.parts, self.shape.layouts()[name]
         panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
         room = self.w.at(
-            self.p["scratch"], scratch(self.shape).spread, self.w.mul(self.number, _spread_bytes(self.shape))
+            self.p["scratch"], scratch(self.shape).spread, self.w.mul(self.number, spread_bytes(self.shape))
         )
         self._run(
             panels_of(self.shape, name),
@@ -374,7 +333,7 @@ class LayerWriter:
         """Attend with a row's head to one part of the positions, for a single row, or else to all of them."""
         w, shape = self.w, self.shape
         width = 2 if shape.half_cache else 4
-        scores = w.at(self.p["scratch"], w.mul(self.number, _score_bytes(shape)))
+        scores = w.at(self.p["scratch"], w.mul(self.number, score_bytes(shape)))
         position, pages = self._position(row), self._pages(row)
         count, length = self._parts_of(position)
         at = w.mul(head, shape.head_dim * 4)

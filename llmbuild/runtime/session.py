@@ -178,6 +178,7 @@ class Session:
         if not self.abi.page:
             raise InputError("the program has no `step`: run `prefill` and `decode`")
         places = checks.integer("blocks", blocks, 1, _MOST_BLOCKS) * self.abi.page
+        self._spare.clear()  # that of one answer: who steps does not need it
         made = self._new_cache(places)
         with self._lent(made):
             yield made

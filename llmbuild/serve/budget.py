@@ -37,7 +37,7 @@ class Need:
         """Return the sum in words."""
         basis = "measured" if self.measured else "estimated"
         each = f"{sequences} x {self.sequence_bytes / 1e6:.1f} MB"
-        return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for the sequences"
+        return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for keys and values"
 
 
 def cache_bytes(abi: Abi) -> int:
@@ -46,13 +46,25 @@ def cache_bytes(abi: Abi) -> int:
     return sum(math.prod(kind.shape) * size[kind.dtype] for kind in abi.kv)
 
 
-def need(name: str, row: Row, abi: Abi) -> Need:
-    """Return what a variant takes. Its measured peak has one cache in it."""
+def _slot_bytes(abi: Abi) -> int:
+    """Return the bytes of a sequence's cache: whole blocks, where sequences share one."""
+    page = abi.page or 1
+    return cache_bytes(abi) // abi.context * (-(-abi.context // page) * page)
+
+
+def need(name: str, row: Row, abi: Abi, most: int) -> Need:
+    """Return what a variant takes, for each whole context and beside them. Its measured peak has one cache in it.
+
+    Where sequences share a cache, there may be more of them than contexts, up to `most`: the logits of all are counted.
+    """
     cache = cache_bytes(abi)
     stored = (row.get("parameter_bytes") or 0) + (row.get("artifact_bytes") or 0)
     peak = row.get("peak_memory_bytes")
     fixed = max(peak - cache, stored) if peak else stored + OVERHEAD_BYTES
-    return Need(name, fixed, cache + abi.vocabulary * _LOGIT_BYTES, bool(peak))
+    logits = abi.vocabulary * _LOGIT_BYTES
+    if abi.page:
+        return Need(name, fixed + most * logits, _slot_bytes(abi), bool(peak))
+    return Need(name, fixed, cache + logits, bool(peak))
 
 
 def memory(asked: int | None) -> int:

@@ -61,6 +61,7 @@ class Engine:
         self.limits, self._observer, self._clock = limits, observer or Observer(), clock
         self._inbox = Inbox(limits.queue)
         self._free = list(range(step.slots))
+        self._reserved = 0
         self._running: dict[int, Sequence] = {}
         self._waiting: deque[Sequence] = deque()
         self._by_request: dict[str, list[Sequence]] = {}
@@ -86,10 +87,13 @@ class Engine:
         late_s = now + (limit if request.deadline_s is None else min(limit, request.deadline_s))
         own = () if params.ignore_eos else (*self._step.ends, *request.ends)
         ends = frozenset((*own, *params.stop_tokens))
+        names = self._step.names(request.prompt, request.salt)
+        takes = self._takes(request)
+        made = ((self._texts(request, ends), Chooser(request, i, sorted(ends))) for i in range(params.n))
         self._inbox.put(
             [
-                Sequence(request, i, self._texts(request, ends), Chooser(request, i, sorted(ends)), ends, now, late_s)
-                for i in range(params.n)
+                Sequence(request, i, text, chooser, ends, now, late_s, names, takes)
+                for i, (text, chooser) in enumerate(made)
             ]
         )
 
@@ -105,11 +109,19 @@ class Engine:
         if count > context:
             told = f"the prompt has {count} tokens; the context of this model is {context} tokens"
             raise RequestRefused(told, "prompt", CONTEXT_EXCEEDED)
+        if (takes := self._takes(request)) > self._step.room:
+            told = f"the prompt and its answer take up to {takes} blocks of memory; this server has {self._step.room}"
+            raise RequestRefused(told, "max_tokens")
         named = {"prompt": request.prompt, "stop_token_ids": request.params.stop_tokens}
         for name, tokens in {**named, "logit_bias": tuple(request.params.biases)}.items():
             if tokens and not 0 <= min(tokens) <= max(tokens) < vocabulary:
                 wrong = next(token for token in tokens if not 0 <= token < vocabulary)
                 raise RequestRefused(f"{name}: token {wrong} is outside the vocabulary of {vocabulary}", name)
+
+    def _takes(self, request: Request) -> int:
+        """Return what a sequence takes of the device's memory at most: its last token is never computed."""
+        most, context = request.params.max_tokens, self._step.context
+        return self._step.takes(context if most is None else min(context, len(request.prompt) + most - 1))
 
     def cancel(self, request: str) -> None:
         """End all sequences of a request before the next step, whatever they do."""
@@ -121,7 +133,9 @@ class Engine:
             busy = self._inbox.alive > 0
             running, waiting = self._inbox.alive - self._inbox.queued, self._inbox.queued
             idle = self._clock() - self._last_step_s if busy else 0.0
-            return Snapshot(running, waiting, self._step.slots, idle, self._inbox.fault, self._inbox.phase == "open")
+            used = self._reserved / self._step.room
+            slots, fault = self._step.slots, self._inbox.fault
+            return Snapshot(running, waiting, slots, idle, fault, self._inbox.phase == "open", used)
 
     def start(self, name: str = "engine") -> None:
         """Run in a thread until `close`."""
@@ -204,19 +218,38 @@ class Engine:
             return Batch()
         running = tuple(one.entry() for one in self._running.values())
         front = {one.number: one for one in islice(self._waiting, _SEEN)}
+        fitting = self._fitting()
+        for one in fitting:
+            one.computed = self._step.known(one.names)
         waiting = tuple(one.entry() for one in front.values())
         now = self._clock()
-        batch = self._scheduler(State(running, waiting, len(self._free)), now)
+        batch = self._scheduler(State(running, waiting, len(fitting)), now)
         if not batch.shares:
             raise RuntimeError("the scheduler gives no batch, and there are sequences")
         admitted = [front[share.number] for share in batch.shares if share.number not in self._running]
         for one in admitted:
             self._waiting.remove(one)
             one.slot, one.admitted_s = self._free.pop(), now
+            one.cached = self._step.begin(one.slot, one.request.prompt, one.names, one.request.salt)
+            assert one.cached == one.computed, "what is known stays there until it is taken"
+            self._reserved += one.takes
             self._running[one.number] = one
+            self._observer.admitted(len(one.request.prompt), one.cached)
         if admitted:
             self._inbox.admitted(len(admitted))
         return batch
+
+    def _fitting(self) -> list[Sequence]:
+        """Return the sequences at the front of the queue that may be admitted together: there is a slot for each, and
+        memory for all that they and those before may take at most. So what is admitted ends.
+        """
+        found, room = [], self._step.room - self._reserved
+        for one in islice(self._waiting, len(self._free)):
+            if one.takes > room:
+                break
+            found.append(one)
+            room -= one.takes
+        return found
 
     def _run(self, batch: Batch) -> list[Output]:
         """Run the rows on the device."""
@@ -285,6 +318,8 @@ class Engine:
             self._waiting.remove(one)
         else:
             del self._running[one.number]
+            self._step.end(one.slot)
+            self._reserved -= one.takes
             self._free.append(one.slot)
         if len(self._deadlines) > _SPARE + 4 * (len(self._running) + len(self._waiting)):
             self._deadlines = [late for late in self._deadlines if not late[2].ended]

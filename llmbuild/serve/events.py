@@ -38,6 +38,8 @@ class Delta:
     text: str
     logprob: Logprob | None = None
     finish: Finish | None = None
+    cached: int = 0
+    """With the first token: how many tokens of the prompt another sequence had computed before."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,10 +48,15 @@ class Snapshot:
     """Why the engine has failed; empty while it has not."""
     open: bool
     """Whether it takes requests."""
+    used: float = 0.0
+    """Part of the memory for keys and values that running sequences may take at most."""
 
 
 class Observer:
     """Takes what an engine tells, in the engine's thread; this one keeps nothing."""
+
+    def admitted(self, prompt_tokens: int, cached: int) -> None:
+        """Take a sequence that is admitted, and how many tokens of its prompt were there."""
 
     def turned(self, turn: Turned) -> None:
         """Take a step."""

@@ -14,6 +14,7 @@ import numpy as np
 
 from llmbuild.errors import InputError
 from llmbuild.runtime.session import Session
+from llmbuild.serve.blocks import Names
 from llmbuild.serve.step import Logits, Output, Rows
 
 CUTS = (1, 6, 8, 16, 32)
@@ -50,9 +51,33 @@ class PerSequenceStep:
         return self._session.abi.vocabulary
 
     @property
+    def room(self) -> int:
+        """The caches of all slots."""
+        return self.slots
+
+    def takes(self, positions: int) -> int:
+        """Return 1: a sequence has a cache of the whole context."""
+        return 1
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """The model's end tokens."""
         return self._session.abi.eos_tokens
+
+    def names(self, tokens: Sequence[int], salt: bytes) -> Names:
+        """Return nothing: caches are not shared."""
+        return ()
+
+    def known(self, names: Names) -> int:
+        """Return 0."""
+        return 0
+
+    def begin(self, slot: int, tokens: Sequence[int], names: Names, salt: bytes) -> int:
+        """Return 0: every token of a prompt is computed."""
+        return 0
+
+    def end(self, slot: int) -> None:
+        """Do nothing: the slot keeps its cache."""
 
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run the rows of each sequence by a call of its own."""

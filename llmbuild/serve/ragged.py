@@ -1,6 +1,7 @@
 """A step that packs the rows of all sequences into one call of the device, which reads the weights once for all.
 
-Keys and values of all sequences lie in one cache, in blocks of some positions; each slot has a table of its blocks.
+Keys and values of all sequences lie in one cache, in blocks of some positions; each slot has a table of its blocks, and
+prompts with the same beginning share the blocks of it.
 """
 
 from __future__ import annotations
@@ -11,23 +12,24 @@ from contextlib import ExitStack
 import numpy as np
 
 from llmbuild.runtime.session import Session
+from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.step import Output, Rows
 
 
 class RaggedStep:
-    """The step of one opened artifact that has `step`; each slot has blocks for the whole context."""
+    """The step of one opened artifact that has `step`."""
 
-    def __init__(self, session: Session, slots: int) -> None:
-        """Allocate the blocks of all slots, so that no request finds them missing.
+    def __init__(self, session: Session, slots: int, contexts: int = 0) -> None:
+        """Allocate blocks for so many whole contexts, or for one of each slot.
 
         Raises:
             InputError: the artifact has no `step`, or there is no memory for the blocks.
         """
         self._session, self.slots, self.cut = session, slots, 1
-        each = -(-session.abi.context // max(1, session.abi.page))
-        self._tables = np.arange(slots * each, dtype=np.int64).reshape(slots, each)
+        self.contexts = contexts or slots
+        self.tables = Tables(slots, session.abi.context, max(1, session.abi.page), self.contexts)
         self._held = ExitStack()
-        self._cache = self._held.enter_context(session.shared_cache(slots * each))
+        self._cache = self._held.enter_context(session.shared_cache(self.tables.blocks.count))
 
     @property
     def context(self) -> int:
@@ -40,21 +42,51 @@ class RaggedStep:
         return self._session.abi.vocabulary
 
     @property
+    def room(self) -> int:
+        """Blocks of the cache."""
+        return self.tables.blocks.count
+
+    def takes(self, positions: int) -> int:
+        """Return the blocks that so many positions are in."""
+        return self.tables.takes(positions)
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """The model's end tokens."""
         return self._session.abi.eos_tokens
 
+    def names(self, tokens: Sequence[int], salt: bytes) -> Names:
+        """Return the names of the blocks that a prompt fills."""
+        return self.tables.names(tokens, salt)
+
+    def known(self, names: Names) -> int:
+        """Return how many tokens of a prompt are in blocks that are still there."""
+        return self.tables.known(names)
+
+    def begin(self, slot: int, tokens: Sequence[int], names: Names, salt: bytes) -> int:
+        """Give a free slot to a sequence, and return how many tokens of its prompt are there."""
+        return self.tables.begin(slot, tokens, names, salt)
+
+    def end(self, slot: int) -> None:
+        """Free a slot; its blocks may be found again."""
+        self.tables.end(slot)
+
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run the rows of all sequences by one call."""
+        for rows in batch:
+            self.tables.grow(rows.slot, rows.start + len(rows.tokens))
         counts = np.array([len(rows.tokens) for rows in batch])
         behind = np.cumsum(counts)
         count = int(behind[-1])
         tokens = np.fromiter((token for rows in batch for token in rows.tokens), np.int64, count)
         starts = np.array([rows.start for rows in batch]) - (behind - counts)
         positions = np.repeat(starts, counts) + np.arange(count)
-        tables = 2 * count + np.array([rows.slot for rows in batch]) * self._tables.shape[1]
-        where = np.concatenate([positions, np.repeat(tables, counts), self._tables.ravel()])
+        blocks = self.tables.array
+        tables = 2 * count + np.array([rows.slot for rows in batch]) * blocks.shape[1]
+        where = np.concatenate([positions, np.repeat(tables, counts), blocks.ravel()])
         found, logits = self._session.step(tokens, positions, where, behind - 1, self._cache)
+        for rows in batch:
+            self.tables.computed(rows.slot, rows.tokens)
         return [
             Output(int(token), row if rows.logits else None)
             for token, row, rows in zip(found, logits, batch, strict=True)

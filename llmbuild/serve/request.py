@@ -118,6 +118,8 @@ class Request:
     """What the answer must match."""
     deadline_s: float | None = None
     """Seconds from the arrival on by which the answer must have ended; None for as long as the engine allows."""
+    salt: bytes = b""
+    """Of whom it is: beginnings of prompts are computed once for all requests of one salt, and never for others."""
 
 
 def _number(low: float, high: float, above: bool = False) -> Callable[[str, object], float]:

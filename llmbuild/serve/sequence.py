@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llmbuild.runtime.answers import Text
+from llmbuild.serve.blocks import Names
 from llmbuild.serve.choose import Chooser
 from llmbuild.serve.events import Delta, Finish
 from llmbuild.serve.request import Request
@@ -24,11 +25,17 @@ class Sequence:
     ends: frozenset[int]
     arrival_s: float
     deadline_s: float
+    names: Names = ()
+    """By what the beginning of its prompt is known."""
+    takes: int = 0
+    """Parts of the device's memory that it takes at most."""
     number: int = 0
     """Its place in the order of arrivals."""
     slot: int | None = None
     computed: int = 0
-    """Tokens whose keys and values are in the slot."""
+    """Tokens whose keys and values are in the slot; while it waits, those that would be there at once."""
+    cached: int = 0
+    """Tokens of the prompt that were there when it was admitted."""
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     admitted_s: float = 0.0
@@ -66,7 +73,8 @@ class Sequence:
             text += self.text.end()
             if self.text.stopped:  # the held text that the end makes final may have one too
                 finish = Finish("stop", self.text.stop)
-        return Delta(self.request.id, self.index, token, text, logprob, finish)
+        cached = self.cached if len(self.tokens) == 1 else 0
+        return Delta(self.request.id, self.index, token, text, logprob, finish, cached)
 
     def _finish(self, token: int, context: int) -> Finish | None:
         params = self.request.params

@@ -52,7 +52,7 @@ class Served:
     def __init__(
         self, model: Model, need: Need, slots: int, settings: Settings, outlet: Outlet, observer: Observer
     ) -> None:
-        """Open the variant and allocate the caches of `slots` sequences.
+        """Open the variant and allocate caches for `slots` whole contexts.
 
         Raises:
             LlmbuildError: the variant cannot be opened, or not be served so.
@@ -60,7 +60,7 @@ class Served:
         self.model, self.name = model, str(model.row["model"])
         self.need = need
         self.tokenizer = model.tokenizer
-        self.step = _step(model.session, slots, settings.scheduler)
+        self.step = _step(model.session, slots, settings)
         policy = scheduler(settings.scheduler, self.step.cut, self.name)
         self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
 
@@ -77,8 +77,12 @@ class Served:
     def told(self) -> str:
         """Return how many sequences run at a time, and what they take."""
         slots = self.step.slots
-        calls = "in one call" if isinstance(self.step, RaggedStep) else "in a call each"
-        return f"up to {slots} sequences of {self.context} tokens at a time, {calls}: {self.need.told(slots)}"
+        if isinstance(self.step, RaggedStep):
+            contexts, calls = self.step.contexts, "in one call"
+        else:
+            contexts, calls = slots, "in a call each"
+        memory = f"memory for {contexts * self.context} tokens: {self.need.told(contexts)}"
+        return f"up to {slots} sequences at a time, {calls}, of {self.context} tokens at most; {memory}"
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return the prompt of a text.
@@ -124,12 +128,14 @@ class Served:
         return template.ends(self.tokenizer) if template else ()
 
 
-def _step(session: Session, slots: int, policy: str) -> RaggedStep | PerSequenceStep:
-    """Return a step that runs all rows by one call, where the artifact can."""
+def _step(session: Session, contexts: int, settings: Settings) -> RaggedStep | PerSequenceStep:
+    """Return a step with memory for so many contexts: one that runs all rows by one call, where the artifact can. Its
+    sequences are then as many as are asked for, as far as what they take fits.
+    """
     if session.abi.page:
-        return RaggedStep(session, slots)
-    step = PerSequenceStep(session, slots)
-    if policy == SARATHI:
+        return RaggedStep(session, settings.max_sequences, contexts)
+    step = PerSequenceStep(session, contexts)
+    if settings.scheduler == SARATHI:
         step.probe()
     return step
 
@@ -143,8 +149,9 @@ def opened(
         LlmbuildError: one cannot be opened, or they do not fit.
     """
     abis = [abi_of(model) for model in models]
-    needs = [budget.need(str(m.row["model"]), m.row, abi) for m, abi in zip(models, abis, strict=True)]
-    counts = budget.sequences(needs, budget.memory(settings.memory_bytes), settings.max_sequences)
+    most = settings.max_sequences
+    needs = [budget.need(str(m.row["model"]), m.row, abi, most) for m, abi in zip(models, abis, strict=True)]
+    counts = budget.sequences(needs, budget.memory(settings.memory_bytes), most)
     found: list[Served] = []
     try:
         for model, taken, slots in zip(models, needs, counts, strict=True):

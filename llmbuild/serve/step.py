@@ -13,6 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmbuild.serve.blocks import Names
+
 Logits = NDArray[np.float32]
 
 
@@ -54,6 +56,13 @@ class Step(Protocol):
         """Number of tokens."""
 
     @property
+    def room(self) -> int:
+        """What all sequences that have a slot may take together, in parts of memory."""
+
+    def takes(self, positions: int) -> int:
+        """Return how many parts a sequence of so many positions takes at most, for any thread."""
+
+    @property
     def ends(self) -> tuple[int, ...]:
         """The model's end tokens."""
 
@@ -61,8 +70,20 @@ class Step(Protocol):
     def cut(self) -> int:
         """Multiple of which a prompt may be cut without a change of any bit; 0: it must run whole."""
 
+    def names(self, tokens: Sequence[int], salt: bytes) -> Names:
+        """Return by what the beginning of a prompt is known, for any thread; no two salts have a name in common."""
+
+    def known(self, names: Names) -> int:
+        """Return how many tokens of a prompt are there from sequences before: at most all but the last."""
+
+    def begin(self, slot: int, tokens: Sequence[int], names: Names, salt: bytes) -> int:
+        """Give a free slot to a sequence with this prompt, and return how many of its tokens are there."""
+
     def run(self, batch: Sequence[Rows]) -> Sequence[Output]:
         """Run rows, each of another slot, and return the output behind the last token of each."""
+
+    def end(self, slot: int) -> None:
+        """Free a slot."""
 
     def close(self) -> None:
         """Free what is held on the device."""

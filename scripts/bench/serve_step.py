@@ -20,6 +20,7 @@ import numpy as np
 
 from llmbuild.runtime import host, load, reader
 from llmbuild.runtime.answers import Text
+from llmbuild.runtime.detokenize import Decoder, stages
 from llmbuild.runtime.model import Model
 from llmbuild.serve.engine import Engine
 from llmbuild.serve.events import Delta, Event
@@ -73,7 +74,8 @@ def rate(model: Model, make: Make, streams: int, prompt: int, output: int) -> fl
     params = SamplingParams(temperature=0, max_tokens=output, ignore_eos=True)
 
     def text(request: Request, ends: frozenset[int]) -> Text:
-        return Text(model.tokenizer.decoder(request.prompt), tuple(ends), ())
+        letters = Decoder(stages({"type": "ByteFallback"}), lambda token: "a")  # random weights have no tokenizer
+        return Text(letters, tuple(ends), ())
 
     engine = Engine(step, Fcfs(), text, counted)
     for number in range(streams):
@@ -106,8 +108,7 @@ def main() -> None:
     """Print a line for each number of streams: medians of the rounds."""
     asked = options()
     with load(asked.catalog, asked.model, variant=asked.variant) as model:
-        choices = model.row["choices"] or {}
-        told = {knob: choices.get(knob) for knob in ("weight_format", "kv_dtype", "driver", "workers")}
+        told = {knob: model.row["point"][knob] for knob in ("weight_format", "kv_dtype", "driver", "workers")}
         print(f"{asked.model} {model.row['variant']} {told} on {platform.node()}, {host.cores()} cores")
         print(f"prompt {asked.prompt}, output {asked.output} tokens, {asked.rounds} rounds; tokens/s of all streams")
         for streams in asked.streams:

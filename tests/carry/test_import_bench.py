@@ -237,6 +237,14 @@ def test_variants_are_scored_as_in_their_catalog(built: Project) -> None:
         score = own_worker.score({**opening, "reference": str(reference), "prompt": QUALITY_PROMPT})
         assert real_model.unlike(score, row) == ""
         assert "quality_kl is" in real_model.unlike({**score, "quality_kl": score["quality_kl"] + 0.1}, row)
+        told = own_worker.greedy({**opening, "prompts": [[5, 9], [7]], "stops": [], "count": 6})["answers"]
+        session = own_worker.opened(opening)
+        expected = [[session.prefill(prompt)] for prompt in ([5, 9], [7])]
+        for prompt, tokens in zip(([5, 9], [7]), expected, strict=True):
+            session.prefill(prompt)
+            for past in range(len(prompt), len(prompt) + 5):
+                tokens.append(session.decode(tokens[-1], past))
+        assert told == expected
     with np.load(reference) as data:
         windows, length = data["tokens"].shape
     exact = scoring.exact(reference, QUALITY_PROMPT)
@@ -250,6 +258,18 @@ def test_variants_are_scored_as_in_their_catalog(built: Project) -> None:
 )
 def test_on_a_real_model_each_format_meets_the_file_of_its_size(form: str, kind: str) -> None:
     assert real_model.peer_of(form, "decode_s") == ("llama.cpp", kind)
+
+
+def test_greedy_answers_end_before_a_stop_and_at_their_count() -> None:
+    said: list[tuple[list[int], int]] = []
+
+    def answer(tokens: list[int], past: int) -> Any:
+        """Say the number of tokens so far."""
+        said.append((tokens, past))
+        return np.eye(20, dtype=np.float32)[past + len(tokens)]
+
+    assert scoring.greedy([[1, 1, 1], [1]], [6], 5, answer) == [[3, 4, 5], [1, 2, 3, 4, 5]]
+    assert said[:4] == [([1, 1, 1], 0), ([3], 3), ([4], 4), ([5], 5)]
 
 
 def test_rows_on_a_front_are_those_that_no_other_beats() -> None:

@@ -151,7 +151,7 @@ def test_what_was_begun_is_finished_at_the_end_and_the_choice_is_told(chatty: Pr
         assert json.loads(rest[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
     told = "".join(found.log)
     assert "asked: tpot_s<=10; best tpot_s" in told and "chosen" in told
-    assert "up to 2 sequences of 32 tokens at a time" in told and "(measured)" in told
+    assert "up to 2 sequences at a time, in" in told and "of 32 tokens at most" in told and "(measured)" in told
     assert "every answer was finished" in told
 
 

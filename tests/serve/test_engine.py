@@ -308,11 +308,12 @@ class Machine(RuleBasedStateMachine):
         slots=st.integers(1, 4),
         policy=st.sampled_from([Fcfs(8), Fcfs(1), Sarathi(4, 1), Sarathi(6, 3), Sarathi(1, 2)]),
         queue=st.integers(1, 8),
+        contexts=st.integers(1, 4),
     )
-    def begin(self, slots: int, policy: Scheduler, queue: int) -> None:
+    def begin(self, slots: int, policy: Scheduler, queue: int, contexts: int) -> None:
         """Make an engine."""
         self.counted = Counted()
-        self.bench = Bench(slots, policy, Limits(queue, 1000.0), observer=self.counted)
+        self.bench = Bench(slots, policy, Limits(queue, 1000.0), observer=self.counted, contexts=contexts)
         self.taken: dict[str, Request] = {}
         self.cancelled: set[str] = set()
         self.refused = 0
@@ -324,12 +325,26 @@ class Machine(RuleBasedStateMachine):
         heat=st.sampled_from([0, 0, 1.5]),
         late=st.sampled_from([None, None, 2.0]),
         more=st.sampled_from([{}, {"logprobs": 2}, {"stop": "b"}, {"frequency_penalty": 1.5}, {"ignore_eos": True}]),
+        text=st.integers(1, 3),
+        whose=st.sampled_from([b"", b"", b"another"]),
     )
-    def arrive(self, length: int, most: int, n: int, heat: float, late: float | None, more: dict[str, Any]) -> None:
+    def arrive(
+        self,
+        length: int,
+        most: int,
+        n: int,
+        heat: float,
+        late: float | None,
+        more: dict[str, Any],
+        text: int,
+        whose: bytes,
+    ) -> None:
         """Submit a request."""
         name = f"r{len(self.taken) + self.refused}"
-        prompt = [1 + (length * 7 + k * 5) % 60 for k in range(length)]
-        made = request(name, prompt, length, max_tokens=most, n=n, temperature=heat, deadline_s=late, **more)
+        prompt = [1 + (text * 7 + k * 5) % 60 for k in range(length)]  # of a few texts: many begin alike
+        made = request(
+            name, prompt, length, max_tokens=most, n=n, temperature=heat, deadline_s=late, salt=whose, **more
+        )
         waiting = self.bench.engine.snapshot().waiting
         try:
             self.bench.engine.submit(made)
@@ -368,6 +383,12 @@ class Machine(RuleBasedStateMachine):
         assert all(one.slot is None and not one.ended for one in engine._waiting)
         found = engine.snapshot()
         assert found.running == len(engine._running)
+        tables = self.bench.step.tables
+        tables.check()
+        assert self.bench.step.taken == set(owned)
+        assert engine._reserved == sum(one.takes for one in engine._running.values()) <= tables.blocks.count
+        assert owned or tables.blocks.free == tables.blocks.count
+        assert found.used == engine._reserved / tables.blocks.count
         assert found.waiting == len(engine._waiting) + len(engine._inbox.arrivals)
         assert len(engine._deadlines) <= 64 + 4 * (len(engine._running) + len(engine._waiting))
         numbers = [one.number for one in (*engine._running.values(), *engine._waiting)]

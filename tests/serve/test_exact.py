@@ -131,9 +131,13 @@ def test_chunked_prompts_give_the_tokens_of_whole_ones(built: Project) -> None:
 
 
 def test_sequences_are_as_many_as_fit(model: Model) -> None:
-    need = budget.need("tiny", model.row, abi_of(model))
+    abi = replace(abi_of(model), page=0)
+    need = budget.need("tiny", model.row, abi, 16)
     held = sum(np.zeros(kind.shape, kind.dtype).nbytes for kind in model.session.abi.kv)
     assert need.sequence_bytes == held + 4 * model.session.abi.vocabulary
+    paged = budget.need("tiny", model.row, replace(abi, page=24), 16)  # whole blocks: 48 positions for 32
+    assert paged.sequence_bytes == held * 48 // 32
+    assert paged.fixed_bytes == need.fixed_bytes + 16 * 4 * abi.vocabulary
     for count in (1, 2, 5):
         assert budget.sequences([need], need.total(count), 16) == [count]
         assert budget.sequences([need], need.total(count + 1) - 1, 16) == [count]
@@ -148,7 +152,7 @@ def test_sequences_are_as_many_as_fit(model: Model) -> None:
 
 def test_an_unmeasured_variant_is_estimated(model: Model) -> None:
     row = {**model.row, "peak_memory_bytes": None}
-    need = budget.need("tiny", row, abi_of(model))  # type: ignore[arg-type]
+    need = budget.need("tiny", row, abi_of(model), 16)  # type: ignore[arg-type]
     assert not need.measured and "estimated" in need.told(2)
     assert need.fixed_bytes > (model.row["parameter_bytes"] or 0)
 

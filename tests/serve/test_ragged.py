@@ -18,13 +18,14 @@ from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request, SamplingParams
 from llmbuild.serve.served import Settings, opened
 from llmbuild.serve.step import Output, Rows
-from tests.conftest import Project, llmbuild, shared
+from tests.conftest import RECIPE, Project, llmbuild, shared
 from tests.serve.test_exact import PROMPTS, answered, tokens
 from tests.support.machines import HOST
 
 pytestmark = pytest.mark.skipif("avx2" not in HOST, reason="this CPU has not AVX2, which the kernels need here")
 FORMATS = {"int8": "f32", "f16": "f16"}
 """Weight formats, and what the cache is kept in."""
+CONTEXT = 112
 
 
 @pytest.fixture(scope="module")
@@ -32,20 +33,22 @@ def catalog(tmp_path_factory: pytest.TempPathFactory, project: Project) -> Path:
     """A catalog with a variant of our kernels in each format."""
 
     def make(folder: Path) -> None:
+        folder.mkdir()
+        recipe, text = folder / "longer.yaml", RECIPE.format(model=project.model, text=project.folder / "heldout.txt")
+        recipe.write_text(text.replace("context: 32", f"context: {CONTEXT}"))
         for form, kept in FORMATS.items():
             choices = {"kernel": "own", "layout": "packed", "weight_format": form, "kv_dtype": kept}
             pinned = [part for knob, value in choices.items() for part in ("--set", f"{knob}={value}")]
-            done = llmbuild("build", project.recipe, "-C", folder, *pinned, "--trials", "1", "--until", "compile")
+            done = llmbuild("build", recipe, "-C", folder / "catalog", *pinned, "--trials", "2", "--until", "compile")
             assert done.returncode == 0, done.stderr
 
-    return shared(tmp_path_factory, "ragged", make)
+    return shared(tmp_path_factory, "ragged", make) / "catalog"
 
 
 @pytest.fixture(params=FORMATS)
 def model(request: pytest.FixtureRequest, catalog: Path) -> Iterator[Model]:
-    rows = [row for row in reader.variants(catalog, "tiny", everything=True) if row["artifact"]]
-    assert len(rows) == len(FORMATS)
-    (name,) = (row["variant"] for row in rows if f'"{request.param}"' in str(row["choices"]).replace("'", '"'))
+    rows = [row for row in reader.variants(catalog, "tiny", everything=True) if row["point"]["kernel"] == "own"]
+    (name,) = (row["variant"] for row in rows if row["point"]["weight_format"] == request.param)
     with load(catalog, "tiny", variant=name) as found:
         yield found
 
@@ -82,16 +85,18 @@ def test_outputs_are_those_of_a_call_for_each_sequence(model: Model) -> None:
     drawn, slots = np.random.default_rng(11), 5
     one, each = RaggedStep(model.session, slots), PerSequenceStep(model.session, slots)
     at, mixed = [0] * slots, set()
-    for _ in range(40):
+    for _ in range(60):
         batch = []
         for slot in drawn.permutation(slots)[: drawn.integers(1, slots, endpoint=True)].tolist():
-            if at[slot] == one.context or drawn.random() < 0.1:
-                at[slot] = 0
-            count = min(int(drawn.choice([1, 1, 1, 2, 5, 19])), one.context - at[slot])
+            if at[slot] == one.context or drawn.random() < 0.05:
+                one.end(slot)
+                at[slot] = one.begin(slot, [], (), b"")
+            count = min(int(drawn.choice([1, 1, 1, 2, 5, 49])), one.context - at[slot])
             batch.append(Rows(slot, drawn.integers(0, one.vocabulary, count).tolist(), at[slot], True))
             at[slot] += count
         mixed.add((len(batch) > 1, any(len(rows.tokens) > 1 for rows in batch)))
         assert same(one.run(batch), each.run(batch))
+        one.tables.check()
     assert len(mixed) == 4
     one.close()
     each.close()
@@ -117,6 +122,19 @@ def test_draws_of_a_mix_are_those_alone(model: Model) -> None:
     for one in requests:
         (alone,) = answered(model, Settings(max_sequences=1), [one]).values()
         assert mixed[one.id] == alone
+
+
+def test_prompts_that_begin_alike_say_the_same_hot_and_cold(model: Model) -> None:
+    drawn = np.random.default_rng(2)
+    common, page = drawn.integers(0, 300, 70).tolist(), model.session.abi.page
+    params = SamplingParams(temperature=1.0, max_tokens=6, logprobs=3)
+    prompts = [(*common, *drawn.integers(0, 300, n).tolist()) for n in (0, 1, 9, 26)]
+    requests = [Request(f"r{n}", prompt, params, n) for n, prompt in enumerate(prompts)]
+    one_by_one = answered(model, Settings(max_sequences=1), requests)
+    assert [said[0].cached for said in one_by_one.values()] == [0] + [70 // page * page] * 3
+    for one in requests:
+        (alone,) = answered(model, Settings(max_sequences=1), [one]).values()
+        assert [replace(event, cached=0) for event in one_by_one[one.id]] == alone
 
 
 def test_it_is_the_step_where_the_artifact_has_one(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

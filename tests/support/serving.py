@@ -11,6 +11,7 @@ import numpy as np
 
 from llmbuild.runtime.answers import Text
 from llmbuild.runtime.detokenize import Decoder, stages
+from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.events import Delta, Ended, Event
 from llmbuild.serve.request import Request, SamplingParams
@@ -18,7 +19,7 @@ from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.state import Scheduler
 from llmbuild.serve.step import Output, Rows
 
-VOCABULARY, CONTEXT, END = 64, 24, 0
+VOCABULARY, CONTEXT, END, PAGE = 64, 24, 0, 4
 LETTERS = [f"<0x{byte:02X}>" for byte in "aé€😀".encode()]
 WORDS = ["", *LETTERS, *(chr(ord("a") + n % 26) * (1 + n // 26) for n in range(VOCABULARY - 1 - len(LETTERS)))]
 """Texts of tokens: the end, bytes of characters of one to four bytes, and letters."""
@@ -31,16 +32,61 @@ def logits_of(tokens: Sequence[int]) -> Any:
 
 
 class FakeStep:
-    """A device whose slots hold the tokens that were run there; it refuses what no engine may ask of it."""
+    """A device whose blocks hold the tokens that were run there; it refuses what no engine may ask of it."""
 
     context, vocabulary, ends = CONTEXT, VOCABULARY, (END,)
 
-    def __init__(self, slots: int, cut: int = 1, before: Callable[[Sequence[Rows]], None] = lambda batch: None) -> None:
+    shares = True
+    """Whether it knows the beginnings of prompts again."""
+
+    def __init__(
+        self,
+        slots: int,
+        cut: int = 1,
+        before: Callable[[Sequence[Rows]], None] = lambda batch: None,
+        contexts: int = 0,
+    ) -> None:
         self.slots, self.cut, self._before = slots, cut, before
+        self.tables = Tables(slots, CONTEXT, PAGE, contexts or slots)
+        self.content: list[list[int]] = [[] for _ in range(self.room)]
         self.held: list[list[int]] = [[] for _ in range(slots)]
-        self.steps = 0
+        self.taken: set[int] = set()
+        self.steps = self.found = 0
         self.forced: dict[int, int] = {}
         """Tokens that follow so many others, whatever these are."""
+
+    @property
+    def room(self) -> int:
+        """Blocks of the cache."""
+        return self.tables.blocks.count
+
+    def takes(self, positions: int) -> int:
+        """Return the blocks that so many positions are in."""
+        return self.tables.takes(positions)
+
+    def names(self, tokens: Sequence[int], salt: bytes) -> Names:
+        """Return the names of the blocks that a prompt fills."""
+        return self.tables.names(tokens, salt)
+
+    def known(self, names: Names) -> int:
+        """Return how many tokens of a prompt are there."""
+        return self.tables.known(names) if self.shares else 0
+
+    def begin(self, slot: int, tokens: Sequence[int], names: Names, salt: bytes) -> int:
+        """Give a free slot to a sequence: what is there must be its own prompt."""
+        assert slot not in self.taken
+        self.taken.add(slot)
+        count = self.tables.begin(slot, tokens, names if self.shares else (), salt)
+        blocks = self.tables.array[slot, : count // PAGE].tolist()
+        self.held[slot] = [token for block in blocks for token in self.content[block]]
+        assert self.held[slot] == list(tokens[:count]) and count < len(tokens)
+        self.found += count
+        return count
+
+    def end(self, slot: int) -> None:
+        """Free a slot."""
+        self.taken.remove(slot)
+        self.tables.end(slot)
 
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run rows; positions must follow on those that are there."""
@@ -53,8 +99,13 @@ class FakeStep:
         assert len(rows.tokens) > 0
         assert rows.start + len(rows.tokens) <= CONTEXT
         held = self.held[rows.slot]
-        assert rows.start <= len(held)
-        del held[rows.start :]
+        assert rows.slot in self.taken and rows.start == len(held)
+        self.tables.grow(rows.slot, rows.start + len(rows.tokens))
+        for position, token in enumerate(rows.tokens, rows.start):
+            block = int(self.tables.array[rows.slot, position // PAGE])
+            assert self.tables.blocks._references[block] == 1, "a block that is written has one owner"
+            self.content[block][position % PAGE :] = [token]
+        self.tables.computed(rows.slot, rows.tokens)
         held.extend(rows.tokens)
         made = logits_of(held)
         if len(held) in self.forced:
@@ -91,11 +142,12 @@ class Bench:
     limits: Limits = Limits(queue=32)  # noqa: RUF009 - frozen
     cut: int = 1
     observer: Any = None
+    contexts: int = 0
     clock: Clock = field(default_factory=Clock)
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.step = FakeStep(self.slots, self.cut)
+        self.step = FakeStep(self.slots, self.cut, contexts=self.contexts)
         self.engine = Engine(
             self.step, self.scheduler, text_of, self.events.extend, self.limits, self.observer, self.clock
         )
@@ -134,9 +186,9 @@ class Bench:
 
 def request(name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:
     """Return a request, greedy unless its parameters say otherwise."""
-    deadline = params.pop("deadline_s", None)
+    deadline, salt = params.pop("deadline_s", None), params.pop("salt", b"")
     made = SamplingParams.of({"temperature": 0, **params})
-    return Request(name, tuple(prompt), made, seed if made.seed is None else made.seed, deadline_s=deadline)
+    return Request(name, tuple(prompt), made, seed if made.seed is None else made.seed, deadline_s=deadline, salt=salt)
 
 
 def alone(made: Request, index: int = 0) -> tuple[list[int], str, list[str]]:

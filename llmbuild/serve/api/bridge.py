@@ -25,7 +25,7 @@ class Answers:
         self._left = at
         self._events: list[Numbered] = []
         self._some = asyncio.Event()
-        self.completion_tokens = 0
+        self.completion_tokens = self.cached_tokens = 0
 
     @property
     def open(self) -> bool:
@@ -45,7 +45,9 @@ class Answers:
             events, self._events = self._events, []
             for _, event in events:
                 self._left -= isinstance(event, Ended) or event.finish is not None
-                self.completion_tokens += isinstance(event, Delta)
+                if isinstance(event, Delta):
+                    self.completion_tokens += 1
+                    self.cached_tokens += event.cached if event.index == 0 else 0  # a prompt is counted once
             yield events
 
 

@@ -35,6 +35,8 @@ class Metrics:
 
         self.prompt_tokens = counter("prompt_tokens", "Tokens of prompts that were computed.")
         self.generation_tokens = counter("generation_tokens", "Tokens that were generated.")
+        self.queries = counter("prefix_cache_queries", "Tokens of prompts that were looked for among computed ones.")
+        self.hits = counter("prefix_cache_hits", "Tokens of prompts that were found among computed ones.")
         self.success = counter("request_success", "Sequences that ended, by their finish reason.", "finished_reason")
         self.preemptions = counter("num_preemptions", "Sequences that lost their place; here none ever does.")
         self.iteration = histogram("iteration_tokens_total", "Tokens that a step computed.", _TOKENS)
@@ -85,6 +87,7 @@ class ModelMetrics(Observer):
         self._prompt_tokens = metrics.prompt_tokens.labels(*self._all)
         self._generation_tokens = metrics.generation_tokens.labels(*self._all)
         metrics.preemptions.labels(*self._all)
+        self._queries, self._hits = metrics.queries.labels(*self._all), metrics.hits.labels(*self._all)
         self._iteration, self._step, self._host = one(metrics.iteration), one(metrics.step), one(metrics.host)
         self._first, self._gap, self._per_token = one(metrics.first), one(metrics.gap), one(metrics.per_token)
         self._e2e, self._queue, self._inference = one(metrics.e2e), one(metrics.queue), one(metrics.inference)
@@ -97,6 +100,10 @@ class ModelMetrics(Observer):
         self._params_n(params.n)
         if params.max_tokens is not None:
             self._max_tokens(params.max_tokens)
+
+    def admitted(self, prompt_tokens: int, cached: int) -> None:
+        self._queries.inc(prompt_tokens)
+        self._hits.inc(cached)
 
     def turned(self, turn: Turned) -> None:
         self._prompt_tokens.inc(turn.prompt_tokens)
@@ -139,7 +146,7 @@ class _States(Collector):
         gauges: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
             "vllm:num_requests_running": ("Sequences with a slot.", lambda s: s.running),
             "vllm:num_requests_waiting": ("Sequences in the queue.", lambda s: s.waiting),
-            "vllm:kv_cache_usage_perc": ("Part of the slots that is taken.", lambda s: s.running / s.slots),
+            "vllm:kv_cache_usage_perc": ("Part of the KV cache that is reserved.", lambda s: s.used),
             "llmbuild:slots": ("Sequences that can run at a time.", lambda s: s.slots),
             "llmbuild:seconds_without_step": ("Since the last step, while there is work.", lambda s: s.idle_s),
         }

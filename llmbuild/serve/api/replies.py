@@ -88,7 +88,7 @@ class Replies:
             "prompt_tokens": prompt,
             "completion_tokens": completion,
             "total_tokens": prompt + completion,
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": answers.cached_tokens},
         }
 
     def _chunks(self, index: int, part: Part) -> bytes:

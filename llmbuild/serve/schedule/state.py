@@ -20,7 +20,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Sequences with a slot in the order of admission, those that wait in the order of arrival, and the free slots."""
+    """Sequences with a slot in the order of admission, those that wait in the order of arrival, and how many of these
+    may be admitted, from the first on.
+    """
 
     running: tuple[Entry, ...]
     waiting: tuple[Entry, ...]
