@@ -61,7 +61,7 @@ def test_a_module_from_another_formats_trace_is_the_formats_own_and_computes_its
     files = (MODULE_FILE, SIZES_FILE, PARAMETERS_FILE)
     assert [digest.of_file(other / name) for name in files] == [digest.of_file(own / name) for name in files]
     assert digest.of_file(own / MODULE_FILE) != digest.of_file(first[tied] / "made" / MODULE_FILE)
-    assert ((own / SHELL_FILE).read_bytes(), (other / SHELL_FILE).is_file()) == (shell.read_bytes(), False)
+    assert ((own / SHELL_FILE).is_file(), (other / SHELL_FILE).is_file()) == (True, False)
     sizes = json.loads((other / SIZES_FILE).read_text())
     assert sizes == {name: len(data) for name, data in archived(other / PARAMETERS_FILE).items()}
     if not tied:
