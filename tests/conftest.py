@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,12 +96,12 @@ def llmbuild(*arguments: str | Path, cwd: Path | None = None, **env: str) -> sub
     )
 
 
-def make_project(folder: Path) -> Project:
-    """Write a tiny model with its tokenizer, a text and a recipe."""
+def make_project(folder: Path, **shape: Any) -> Project:
+    """Write a tiny model with its tokenizer, a text and a recipe; `shape` is what its configuration has otherwise."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     folder.mkdir(parents=True, exist_ok=True)
-    model = tiny.write(folder / "model")
+    model = tiny.write(folder / "model", **shape)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -185,7 +186,7 @@ def tiers(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 def make_tiers(folder: Path) -> None:
     """Make the project of `tiers`."""
-    made = make_project(folder)
+    made = make_project(folder, num_hidden_layers=1)
     for tier in TIERS[:3]:
         (made.folder / f"{tier}.yaml").write_text(f"backend: llvm-cpu\narch: x86_64\ncpu: x86-64-{tier}\n")
     arm = "backend: llvm-cpu\narch: aarch64\ncpu: generic\nfeatures: [+dotprod]\n"

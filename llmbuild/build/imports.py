@@ -132,8 +132,10 @@ class Imports:
         if result["rounded_again"]:
             told = " and ".join(result["rounded_again"])
             self._tell(f"the file's weights are in blocks of {told}: formats that do not keep these round them again")
-        files = (folder / name for name in (MODULE_FILE, PARAMETERS_FILE, CHECK_FILE))
-        blobs = [self.catalog.blobs.put_file(path, moved=True) for path in files]
+        blobs = [
+            self.catalog.blobs.put_file(folder / file, moved=True, digest=result["program"][name])
+            for name, file in (("module", MODULE_FILE), ("parameters", PARAMETERS_FILE), ("check", CHECK_FILE))
+        ]
         seconds = monotonic() - begin
         structure.record(inputs, blobs[0], folder, seconds)
         program = Program(blobs[0], blobs[1], blobs[2], abi_from(result["program"]["abi"]))

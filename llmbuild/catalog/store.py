@@ -40,8 +40,8 @@ class BlobStore:
         """Return the digest of a blob by its prefix."""
         return next((path.name for path in sorted(self.path(prefix).parent.glob(f"{prefix}*"))), None)
 
-    def put_file(self, source: Path, moved: bool = False) -> str:
-        """Copy a file in and return its digest; a present blob is unchanged.
+    def put_file(self, source: Path, moved: bool = False, digest: str = "") -> str:
+        """Copy a file in and return its digest, which is not computed where it is given; a present blob is unchanged.
 
         The bytes are written to a temporary name, synced, then renamed: a reader sees all of them or none. A file that
         may be `moved` is renamed instead of copied on the same file system: no other process may have it open for
@@ -50,7 +50,7 @@ class BlobStore:
         Raises:
             CatalogError: the store cannot be written, or the disk is full; no partial file remains.
         """
-        digest = _digest_of(source)
+        digest = digest or _digest_of(source)
         final = self.path(digest)
         if final.is_file() and final.stat().st_size == source.stat().st_size and _digest_of(final) == digest:
             return digest

@@ -13,7 +13,7 @@ from torch import nn
 
 from llmbuild.frontend.formats import TABLES
 from llmbuild.frontend.modules import Linear, Matrix, ScaledColumns
-from llmbuild.frontend.own import NAMES, NORM_NAMES, POWERS, OwnHead, OwnLayers, PanelEmbedding
+from llmbuild.frontend.own import NAMES, NORM_NAMES, OwnHead, OwnLayers, PanelEmbedding
 from llmbuild.frontend.weights import Source
 from llmbuild.kernels.layouts import PANEL
 from llmbuild.kernels.shapes import buffer_bytes
@@ -73,9 +73,6 @@ def _makes(
     elif isinstance(module, Matrix):
         is_table = module.stored.rows.parts[0][0] in TABLES
         yield (None if is_table else number), partial(_matrix, name, module)
-    elif isinstance(module, PanelEmbedding):
-        if f"{name}.powers" in sizes:
-            yield -1, lambda _, __: [whole(name, {f"{name}.powers": POWERS})]
     elif isinstance(module, ScaledColumns):
         yield -1, partial(_factor, f"{name}.factor", module)
     elif isinstance(module, Linear):

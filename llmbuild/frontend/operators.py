@@ -101,6 +101,12 @@ def _(x: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tens
     return x.new_empty(x.shape[0], HEADS[kernel].padded)
 
 
+def rows(data: torch.Tensor, scale: torch.Tensor, kernel: str) -> torch.Tensor:
+    """Return the rows f32[padded vocabulary,width] of an output matrix, of which `kernels.look` looks some up."""
+    values, scales = unpack(HEADS[kernel].layout, data.view(torch.uint8).numpy(), scale.view(torch.uint8).numpy())
+    return torch.from_numpy(values * scales[:, None])
+
+
 @torch.library.custom_op("llmbuild::picked", mutates_args=())
 def picked(
     x: torch.Tensor, read: torch.Tensor, norm: torch.Tensor, data: torch.Tensor, scale: torch.Tensor, kernel: str

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -14,21 +13,21 @@ from llmbuild.errors import ChoiceRefused
 from llmbuild.frontend import operators
 from llmbuild.frontend.cache import CallerCache, SharedCache
 from llmbuild.frontend.formats import TABLES, Formats
-from llmbuild.frontend.modules import Embedding, RowMajor
+from llmbuild.frontend.modules import Embedding, RowMajor, ScaledColumns
 from llmbuild.kernels.applies import ACTIVATIONS, cpu_problem
 from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head, picked, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
-from llmbuild.kernels.layouts import PANEL, QUAD, Layout, family
+from llmbuild.kernels.layouts import PANEL, Layout, family
+from llmbuild.kernels.look import look
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
-from llmbuild.kernels.shared_exponent import MOVED, STEP
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.decoder import PARTS
 from llmbuild.transform.stored import Rows
 
-LAYERS, HEAD = "llmbuild_layers", "llmbuild_head"
+LAYERS, HEAD, LOOK = "llmbuild_layers", "llmbuild_head", "llmbuild_look"
 SCORES, PICKED = scores(HEAD), picked(HEAD)
 _ELEMENTS = {"i8": torch.int8, "f16": torch.float16, "bf16": torch.bfloat16, "f32": torch.float32}
 """Types of stored elements, by their names in MLIR."""
@@ -115,18 +114,12 @@ class OwnHead(nn.Module):
         return found
 
 
-POWERS = np.array([0.0, *(2.0 ** (e - 22) for e in range(1, 16))], np.float32)
-"""What the exponents of `f12_e4m7` stand for, with the seven bits of a significand before them."""
-
-
 class PanelEmbedding(nn.Module):
-    """A token table that reads the output matrix as our kernels keep it."""
+    """A token table that reads the output matrix as our kernels keep it; a program does so by `kernels.look`."""
 
     def __init__(self, head: OwnHead) -> None:
         super().__init__()
         self._head = (head,)  # no module of this one: its tensors have their names in the model by the head alone
-        self.powers: torch.Tensor
-        self.register_buffer("powers", torch.empty(len(POWERS)))
 
     @property
     def head(self) -> OwnHead:
@@ -135,63 +128,7 @@ class PanelEmbedding(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Return f32[1,T,width] of tokens i64[1,T]."""
-        layout, row = self.head.shape.layout, tokens.unsqueeze(-1)
-        column = torch.arange(layout.columns)
-        if layout.is_shared:
-            return self._shared(row, column) * self.head.scale[row]
-        scale = self._scale(row, column // layout.group)
-        if layout.is_half:
-            together = 1 if layout.form == "f16" else 2
-            place = row // PANEL * layout.panel_elements + column // together * PANEL * together
-            return self.head.data[place + row % PANEL * together + column % together].float() * scale
-        found = (self._codes(row, column) - layout.offset).float() * scale
-        return found + self._scale(row, column // layout.group, 1) if layout.has_minimum else found
-
-    def _shared(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Return numbers of 12 bits without the power of two of their row."""
-        line = QUAD * PANEL
-        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column // STEP * 3 * line
-        three = [self._word(first + i * line) for i in range(3)]
-        turned = three[2] >> MOVED[2] | three[2] << 32 - MOVED[2]
-        fourth = torch.bitwise_xor(torch.bitwise_xor(three[0] >> MOVED[0], three[1] >> MOVED[1]), turned)
-        pair, found = column % STEP // 2, fourth
-        for i in range(3):
-            found = torch.where(pair == i, three[i], found)
-        code = torch.where(column % 2 == 0, found, found >> 16)
-        size = (128 + (code & 127)).float() * self.powers[code >> 7 & 15]
-        return size * ((code >> 15 & 1).float() * -2 + 1)
-
-    def _word(self, first: torch.Tensor) -> torch.Tensor:
-        """Return 32 bits from four bytes on, as i64 that is not negative."""
-        word = self.head.data[first].long() & 255
-        for i in range(1, 4):
-            word = word | (self.head.data[first + i].long() & 255) << 8 * i
-        return word
-
-    def _codes(self, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
-        """Return the codes i32 of integers, none negative."""
-        codes, line = self.head.shape.layout.codes, QUAD * PANEL
-        first = row // PANEL * self.head.shape.layout.panel_elements + row % PANEL * QUAD + column % QUAD
-        first = first + column // codes.columns * codes.bytes_ * line
-        stored = [self.head.data[first + i * line].to(torch.int32) & 255 for i in range(codes.bytes_)]
-        quad = column % codes.columns // QUAD
-        found = torch.zeros_like(stored[0])
-        for number in range(codes.quads):
-            parts = [(stored[p.byte] >> p.start & p.mask) << p.place for p in codes.pieces(number)]
-            own = parts[0]
-            for part in parts[1:]:
-                own = own | part
-            found = own if codes.quads == 1 else torch.where(quad == number, own, found)
-        return found
-
-    def _scale(self, row: torch.Tensor, group: torch.Tensor, which: int = 0) -> torch.Tensor:
-        """Return the scales of groups, or with `which` 1 their minima."""
-        layout = self.head.shape.layout
-        if layout.by_row:
-            return self.head.scale[row]
-        each = layout.scales // layout.groups
-        place = (row // PANEL * layout.groups + group) * each + which
-        return self.head.scale[place * PANEL + row % PANEL].float()
+        return operators.rows(self.head.data, self.head.scale, HEAD)[tokens]
 
 
 @dataclass(frozen=True)
@@ -281,6 +218,15 @@ def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:
         PanelEmbedding(model.lm_head) if tied else Embedding(RowMajor(rows, shape.width, formats.head))
     )
     decoder.norm = nn.Identity()
+
+
+def look_kernel(model: Any) -> dict[str, str]:
+    """Return the MLIR of the look-up by its name, where the token table of a model is its output matrix."""
+    table = model.model.embed_tokens
+    inner = table.table if isinstance(table, ScaledColumns) else table
+    if not isinstance(inner, PanelEmbedding):
+        return {}
+    return {LOOK: look(LOOK, inner.head.shape, scaled=table is not inner)}
 
 
 def rounding(model: Any) -> Callable[[str], Layout | None]:

@@ -250,7 +250,7 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
         table = model.model.embed_tokens
         columns = model.lm_head.shape.width if isinstance(model.lm_head, own.OwnHead) else model.config.hidden_size
         model.model.embed_tokens = modules.ScaledColumns(table, columns)
-    return kernels
+    return {**kernels, **own.look_kernel(model)}
 
 
 def _apply_to_rows(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """What is around our own kernels in a program: traced once for all formats; what depends on a format is put in.
 
 The traced shell looks tokens up, turns positions into angles and calls our operators. How tokens are looked up depends
-on the format of the table, so an operator stands for it too, and the look-up is traced by itself, which takes a tenth
-of the time. The types of stored weights are those that the kernels name.
+on the format of the table, so an operator stands for it too: for a kernel, where the table is the output matrix, else
+for a look-up that is traced by itself. The types of stored weights are those that the kernels name.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import nn
 
 from llmbuild.frontend import importer, operators, splice
 from llmbuild.frontend.cache import new_cache
+from llmbuild.frontend.modules import ScaledColumns
+from llmbuild.frontend.own import LOOK
 from llmbuild.frontend.tracing import Call, entries, traced
 from llmbuild.spec.program import PARAMETER_SCOPE, Abi
 
@@ -73,13 +75,18 @@ def module(model: Any, context: int, shell: bytes, kernels: Mapping[str, str]) -
 
     `shell` is the bytecode of what `trace` returned, for this or another format.
     """
-    table = importer.bytecode(_look_up(model, context))
+    own = LOOK in kernels
+    table = b"" if own else importer.bytecode(_look_up(model, context))
     with ir.Context() as here, ir.Location.unknown():
         here.allow_unregistered_dialects = True
         made = ir.Module.parse(shell)
         splice.append(made, kernels)
         _retype(made, kernels)
-        _put_in(made, ir.Module.parse(table))
+        if own:
+            splice.append_all(made, [kernels[LOOK]])
+            _call_look(made, look_operands(model))
+        else:
+            _put_in(made, ir.Module.parse(table))
         splice.replace(made)
         made.operation.verify()
         return made, sizes(made)
@@ -102,6 +109,14 @@ def sizes(module: ir.Module) -> dict[str, int]:
         name = ir.StringAttr(operation.attributes["sym_name"]).value
         found[name] = prod(kind.shape) * bits // 8
     return found
+
+
+def look_operands(model: Any) -> list[str]:
+    """Return the names of the tensors that the kernel of a look-up takes after the tokens."""
+    head = next(name for name, part in model.named_modules() if part is model.lm_head)
+    table = next(name for name, part in model.named_modules() if part is model.model.embed_tokens)
+    factor = [f"{table}.factor"] if isinstance(model.model.embed_tokens, ScaledColumns) else []
+    return [f"{head}.data", f"{head}.scale", *factor]
 
 
 def _globals(module: ir.Module) -> dict[str, Any]:
@@ -155,10 +170,11 @@ def _load(name: str, kind: ir.Type, before: Any) -> ir.Value:
     shape = ",".join(map(str, tensor.shape))
     torch_type = ir.Type.parse(f"!torch.vtensor<[{shape}],{_TORCH_ELEMENTS.get(element, element)}>")
     with ir.InsertionPoint(before):
-        loaded = ir.Operation.create(
-            _LOAD, results=[kind], attributes={"global": ir.FlatSymbolRefAttr.get(name)}
-        ).result
-        return ir.Operation.create(_FROM_BUILTIN, results=[torch_type], operands=[loaded]).result
+        return ir.Operation.create(_FROM_BUILTIN, results=[torch_type], operands=[_builtin_load(name, kind)]).result
+
+
+def _builtin_load(name: str, kind: ir.Type) -> ir.Value:
+    return ir.Operation.create(_LOAD, results=[kind], attributes={"global": ir.FlatSymbolRefAttr.get(name)}).result
 
 
 def _erase_unused(conversion: Any) -> None:
@@ -171,6 +187,33 @@ def _erase_unused(conversion: Any) -> None:
 
 
 # --- the look-up --------------------------------------------------------------------------------------------------
+
+
+def _call_look(module: ir.Module, names: list[str]) -> None:
+    """Call the look-up's kernel where the shell looks tokens up, with tokens and the tensors of these names."""
+    function = ir.SymbolTable(module.operation)[LOOK]
+    kind = ir.FunctionType(ir.TypeAttr(function.attributes["function_type"]).value)
+    tokens, *tensors = kind.inputs
+    declared = _globals(module)
+    for name, wanted in zip(names, tensors, strict=True):
+        if name not in declared:
+            parsed = ir.Module.parse(f'util.global private @"{name}" : {wanted}')
+            operation = parsed.body.operations[0].operation
+            _declare_as(operation, wanted)
+            operation.detach_from_parent()
+            module.body.append(operation)
+    for operator in splice.operators(module.operation, _LOOK):
+        with ir.InsertionPoint(operator):
+            loaded = [_builtin_load(name, wanted) for name, wanted in zip(names, tensors, strict=True)]
+            call = ir.Operation.create(
+                "util.call",
+                results=kind.results,
+                operands=[splice.to_builtin(operator.operands[0], tokens), *loaded],
+                attributes={"callee": ir.FlatSymbolRefAttr.get(LOOK)},
+            )
+            found = splice.from_builtin(call.result, operator.results[0].type)
+        operator.results[0].replace_all_uses_with(found)
+        operator.erase()
 
 
 def _put_in(module: ir.Module, table: ir.Module) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from iree.compiler import ir
@@ -24,7 +24,12 @@ def splice(module: ir.Module, kernels: Mapping[str, str]) -> None:
 def append(module: ir.Module, kernels: Mapping[str, str]) -> None:
     """Append the kernels that operators of ours in a module name."""
     names = sorted({_kernel_name(operator) for operator in operators(module.operation, NAMESPACE)})
-    for text in dict.fromkeys(kernels[name] for name in names):  # functions of one executable are in one text
+    append_all(module, dict.fromkeys(kernels[name] for name in names))  # functions of one executable are in one text
+
+
+def append_all(module: ir.Module, texts: Iterable[str]) -> None:
+    """Append what texts define."""
+    for text in texts:
         parsed = ir.Module.parse(text)
         for operation in list(parsed.body.operations):
             operation.detach_from_parent()

@@ -171,7 +171,7 @@ def _first_largest(w: Writer, logits: str, count: int) -> str:
 
 
 @dataclass(frozen=True)
-class _Types:
+class Types:
     """The types of MLIR that a dispatch takes besides its rows."""
 
     norm: str
@@ -180,9 +180,10 @@ class _Types:
     counters: str
 
 
-def _types(shape: HeadShape) -> _Types:
+def types(shape: HeadShape) -> Types:
+    """Return the types of an output matrix and of what belongs to it."""
     layout = shape.layout
-    return _Types(
+    return Types(
         f"tensor<{shape.width}xf32>",
         f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>",
         f"tensor<{shape.padded * layout.scales}x{layout.scale_element}>",
@@ -224,7 +225,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
 
 
 def _one(name: str, shape: HeadShape) -> str:
-    of, wide, logits = _types(shape), f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
+    of, wide, logits = types(shape), f"tensor<1x{shape.width}xf32>", f"tensor<{shape.padded}xf32>"
     room = f"tensor<{shape.layout.prepared_bytes + _spread_bytes(shape)}xi8>"
     kinds = f"{wide}, {of.norm}, {of.data}, {of.scale}, {wide}, {of.counters}, index, index, index"
     return f"""util.func private @{name}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
@@ -239,7 +240,7 @@ util.return %r#1, %r#2 : {logits}, tensor<1xi64>
 
 
 def _all(name: str, shape: HeadShape) -> str:
-    of, wide, logits = _types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
+    of, wide, logits = types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
     sized = f"{wide}{{%rows}}"
     kinds = f"{sized}, {of.norm}, {of.data}, {of.scale}, {sized}, {of.counters}, index, index, index"
     return f"""util.func private @{scores(name)}(%x: {wide}, %norm: {of.norm}, %data: {of.data}, %scale: {of.scale})
@@ -255,7 +256,7 @@ util.return %r#1 : {logits}
 
 
 def _some(name: str, shape: HeadShape) -> str:
-    of, wide, logits = _types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
+    of, wide, logits = types(shape), f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.padded}xf32>"
     read = "tensor<?xi64>"
     kinds = f"{wide}{{%all}}, {of.norm}, {of.data}, {of.scale}, {read}{{%rows}}, {of.counters}, index, index, index"
     return f"""util.func private @{picked(name)}(%x: {wide}, %read: {read}, %norm: {of.norm}, %data: {of.data},
@@ -274,7 +275,7 @@ util.return %r#1, %r#2 : {logits}, {read}
 
 def _counters(shape: HeadShape) -> str:
     return f"""%none = arith.constant 0 : i8
-%counters = flow.tensor.splat %none : {_types(shape).counters}"""
+%counters = flow.tensor.splat %none : {types(shape).counters}"""
 
 
 def _room(shape: HeadShape) -> str:

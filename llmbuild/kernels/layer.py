@@ -269,30 +269,42 @@ class LayerWriter:
             cosine, sine = w.at(self.p["cosine"], angle), w.at(self.p["sine"], angle)
             width = 2 if shape.half_cache else 4
             slot = w.mul(self._pages(row).place(w, self._position(row)), shape.cached * width)
-            for head in range(shape.heads + shape.kv_heads):
-                at = w.at(source, head * shape.head_dim * 4)
-                key = w.at(self.keys, slot, (head - shape.heads) * shape.head_dim * width)
-                self._normal_head(at, head)
-                kind = k.head_vector(shape.head_dim)
-                for e, vector in k.rotated(w, at, cosine, sine, shape.head_dim):
-                    if head < shape.heads:
-                        w.store(vector, w.at(at, e * 4), kind)
-                    else:
-                        attention.store_cached(w, vector, w.at(key, e * width), shape.half_cache, kind)
+            size, kind = shape.head_dim, k.head_vector(shape.head_dim)
+
+            def query(head: str) -> list[str]:
+                at = w.at(source, w.mul(head, size * 4))
+                self._normal_head(at, HEAD_NORMS[0])
+                for e, vector in k.rotated(w, at, cosine, sine, size):
+                    w.store(vector, w.at(at, e * 4), kind)
+                return []
+
+            def key(head: str) -> list[str]:
+                at = w.at(source, w.mul(w.add(head, shape.heads), size * 4))
+                self._normal_head(at, HEAD_NORMS[1])
+                place = w.at(self.keys, slot, w.mul(head, size * width))
+                for e, vector in k.rotated(w, at, cosine, sine, size):
+                    attention.store_cached(w, vector, w.at(place, e * width), shape.half_cache, kind)
+                return []
+
+            w.loop(0, shape.heads, 1, query)
+            w.loop(0, shape.kv_heads, 1, key)
             values = w.at(source, (shape.attended + shape.cached) * 4)
             lanes = gcd(shape.cached, k.LANES)
-            for e in range(0, shape.cached, lanes):
-                vector = w.load(w.at(values, e * 4), k.vector(lanes))
-                attention.store_cached(w, vector, w.at(self.values, slot, e * width), shape.half_cache, k.vector(lanes))
+
+            def value(e: str) -> list[str]:
+                vector, place = w.load(w.at(values, w.mul(e, 4)), k.vector(lanes)), w.add(slot, w.mul(e, width))
+                attention.store_cached(w, vector, w.at(self.values, place), shape.half_cache, k.vector(lanes))
+                return []
+
+            w.loop(0, shape.cached, lanes, value)
             self._clear_attended(row)
 
         self._run(self.rows, unit)
 
-    def _normal_head(self, pointer: str, head: int) -> None:
+    def _normal_head(self, pointer: str, norm: str) -> None:
         """Normalize a query or a key in place, in a model that does."""
         if self.shape.head_norms:
-            norm = self.parts[HEAD_NORMS[head >= self.shape.heads]]
-            k.normal_head(self.w, pointer, norm, self.shape.head_dim, self.shape.epsilon)
+            k.normal_head(self.w, pointer, self.parts[norm], self.shape.head_dim, self.shape.epsilon)
 
     def _clear_attended(self, row: str) -> None:
         """Write zeros over the vectors of a row of attention in which columns without a head are."""

@@ -329,7 +329,7 @@ def finished(catalog: Path) -> dict[str, tuple]:
 
 
 def test_a_killed_build_keeps_what_was_finished_and_repeats_none_of_it(tmp_path: Path) -> None:
-    project = make_project(tmp_path / "killed")
+    project = make_project(tmp_path / "killed", num_hidden_layers=1)
     give_limits(project.catalog)
     options = ["--set", "weight_format=f32", "--set", "layout=row_major", "--set", "kv_dtype=f32"]
     command = [sys.executable, "-m", "llmbuild", "build", str(project.recipe), "-C", str(project.catalog), *options]

@@ -120,7 +120,7 @@ def test_tuning_a_built_variant_is_told_kept_and_not_done_twice(
     pins = ("--set", "kernel=compiler", "--set", "opt_level=O2", "--trials", "2")
     assert llmbuild("build", built.recipe, "-C", catalog, *pins).returncode == 0
     monkeypatch.setattr(dispatches, "ROWS", (1,))
-    monkeypatch.setattr(dispatches, "DEPTHS", (16, 64))
+    monkeypatch.setattr(dispatches, "DEPTHS", (16,))
     rows = reader.variants(catalog, "tiny", everything=True)
     theirs = [r for r in rows if r["artifact"] and r["point"]["kernel"] == "compiler"]
     variants = {r["point"]["opt_level"]: r["variant"] for r in theirs}

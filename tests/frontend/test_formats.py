@@ -13,7 +13,6 @@ from llmbuild.errors import InputError
 from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.importer import canonical
-from llmbuild.frontend.own import POWERS, OwnHead, PanelEmbedding
 from llmbuild.frontend.program import apply, import_model, settle, take
 from llmbuild.frontend.weights import Source
 from llmbuild.kernels.head import HeadShape
@@ -26,13 +25,13 @@ from llmbuild.spec.recipe import Calibration as Text
 from llmbuild.spec.recipe import Quality
 from llmbuild.transform.decoder import packer
 from llmbuild.transform.gptq import gptq
-from llmbuild.transform.panels import encode, encode_for
+from llmbuild.transform.panels import encode, encode_for, unpack
 from llmbuild.transform.quantized import dequantize, quantize
 from llmbuild.transform.stored import Rows, StoredMatrix, plain
 from scripts.bench import quality
 from tests.frontend.conftest import ONE, Imports
 from tests.support.artifact import archived, relative_error
-from tests.support.eager import as_bytes, model_of, source_config
+from tests.support.eager import model_of, source_config
 
 HIDDEN = 64
 """Columns that every format's layout takes."""
@@ -48,14 +47,13 @@ def model(imports: Imports) -> Path:
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_a_packed_token_table_is_read_as_the_weights_it_was_made_from(form: str) -> None:
-    shape = HeadShape(HIDDEN, 323, 1e-5, 1, form)
+def test_a_packed_token_table_says_the_weights_it_was_made_from(form: str) -> None:
+    """What `unpack` says of it is what the kernel looks up: `tests/kernels/test_look.py`."""
+    layout = HeadShape(HIDDEN, 323, 1e-5, 1, form).layout
     dense = np.random.default_rng(0).standard_normal((323, HIDDEN)).astype(np.float32)
-    table = PanelEmbedding(OwnHead(shape))
-    table.powers.copy_(torch.from_numpy(POWERS))
-    for name, array in packer(shape.layout)(encode_for(shape.layout, dense)).items():
-        as_bytes(getattr(table.head, name))[:] = array.reshape(-1).view(np.uint8)
-    assert np.array_equal(plain(encode(form, dense), HIDDEN), table(torch.arange(323)[None])[0].numpy())
+    packed = packer(layout)(encode_for(layout, dense))
+    values, scale = unpack(layout, *(packed[name].reshape(-1).view(np.uint8) for name in ("data", "scale")))
+    assert np.array_equal(plain(encode(form, dense), HIDDEN), (values * scale[:, None])[:323, :HIDDEN])
 
 
 CALIBRATED = {

@@ -11,7 +11,7 @@ import pytest
 from llmbuild import digest
 from llmbuild.frontend.program import import_model
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, SHELL_FILE, SIZES_FILE, ImportJob
-from tests.frontend.conftest import AVX2
+from tests.frontend.conftest import AVX2, Imports
 from tests.support import folders
 from tests.support.artifact import Loaded, archived, compile_file
 
@@ -39,38 +39,43 @@ def imported(folder: Path, out: Path, choices: dict[str, str], shell: Path | Non
     return out
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_modules_are_the_same_from_the_trace_of_any_format(tied: bool, tmp_path: Path) -> None:
-    folder = folders.write(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=tied, **WIDE)
-    first = imported(folder, tmp_path / "first", FORMATS[0])
-    seen = {digest.of_file(first / MODULE_FILE)}
-    for number, choices in enumerate(FORMATS[1:]):
-        own = imported(folder, tmp_path / f"own{number}", choices)
-        other = imported(folder, tmp_path / f"other{number}", choices, first / SHELL_FILE)
-        files = (MODULE_FILE, SIZES_FILE, PARAMETERS_FILE)
-        assert [digest.of_file(other / name) for name in files] == [digest.of_file(own / name) for name in files]
-        assert ((own / SHELL_FILE).is_file(), (other / SHELL_FILE).is_file()) == (True, False)
-        sizes = json.loads((other / SIZES_FILE).read_text())
-        assert sizes == {name: len(data) for name, data in archived(other / PARAMETERS_FILE).items()}
-        seen.add(digest.of_file(other / MODULE_FILE))
-    assert len(seen) == len(FORMATS), "else formats do not differ, and the test says nothing"
+@pytest.fixture(scope="module")
+def first(imports: Imports) -> dict[bool, Path]:
+    """The imports in another format whose shells are taken, of a model with one table and of one with two."""
+
+    def make(folder: Path, tied: bool) -> None:
+        folder.mkdir()
+        folders.write(folder / "model", num_hidden_layers=2, tie_word_embeddings=tied, **WIDE)
+        imported(folder / "model", folder / "made", {"weight_format": "bf16"})
+
+    return {tied: imports.make(f"shell-{tied}", lambda folder, tied=tied: make(folder, tied)) for tied in (True, False)}
 
 
-def test_a_shell_does_not_depend_on_the_values_of_weights(tmp_path: Path) -> None:
-    shells = set()
-    for seed in (0, 1):
-        folder = folders.write(tmp_path / str(seed), seed=seed, num_hidden_layers=2, **WIDE)
-        shells.add((imported(folder, tmp_path / f"out{seed}", FORMATS[0]) / SHELL_FILE).read_bytes())
-    assert len(shells) == 1
-
-
+@pytest.mark.parametrize("tied", [True, False], ids=["one table", "two tables"])
 @pytest.mark.parametrize("choices", FORMATS, ids=lambda choices: choices["weight_format"])
-def test_a_program_from_another_formats_trace_computes_its_check_data(choices: dict[str, str], tmp_path: Path) -> None:
-    folder = folders.write(tmp_path / "model", num_hidden_layers=2, tie_word_embeddings=True, **WIDE)
-    shell = imported(folder, tmp_path / "first", {"weight_format": "bf16"}) / SHELL_FILE
-    made = imported(folder, tmp_path / "made", choices, shell)
-    loaded = Loaded(made, compile_file(made / MODULE_FILE, tmp_path / "a.vmfb"))
-    with np.load(made / CHECK_FILE) as check:
+def test_a_module_from_another_formats_trace_is_the_formats_own_and_computes_its_check_data(
+    choices: dict[str, str], tied: bool, first: dict[bool, Path], tmp_path: Path
+) -> None:
+    shell, model = first[tied] / "made" / SHELL_FILE, first[tied] / "model"
+    own, other = imported(model, tmp_path / "own", choices), imported(model, tmp_path / "other", choices, shell)
+    files = (MODULE_FILE, SIZES_FILE, PARAMETERS_FILE)
+    assert [digest.of_file(other / name) for name in files] == [digest.of_file(own / name) for name in files]
+    assert digest.of_file(own / MODULE_FILE) != digest.of_file(first[tied] / "made" / MODULE_FILE)
+    assert ((own / SHELL_FILE).read_bytes(), (other / SHELL_FILE).is_file()) == (shell.read_bytes(), False)
+    sizes = json.loads((other / SIZES_FILE).read_text())
+    assert sizes == {name: len(data) for name, data in archived(other / PARAMETERS_FILE).items()}
+    if not tied:
+        return
+    loaded = Loaded(other, compile_file(other / MODULE_FILE, tmp_path / "a.vmfb"))
+    with np.load(other / CHECK_FILE) as check:
         found = loaded.forced(check["prompt"][0], check["forced"][0])
         off = np.sqrt(np.square(found - check["logits"][:, 0]).mean() / np.square(check["logits"]).mean())
     assert off < 0.02, "a sum in another order moves a rounded input by a code; another table moves all"
+
+
+def test_a_shell_does_not_depend_on_the_values_of_weights(first: dict[bool, Path], tmp_path: Path) -> None:
+    twin = folders.write(tmp_path / "twin", seed=1, num_hidden_layers=2, tie_word_embeddings=True, **WIDE)
+    made = imported(twin, tmp_path / "made", {"weight_format": "bf16"})
+    one = first[True] / "made"
+    assert (made / SHELL_FILE).read_bytes() == (one / SHELL_FILE).read_bytes()
+    assert digest.of_file(made / PARAMETERS_FILE) != digest.of_file(one / PARAMETERS_FILE)
