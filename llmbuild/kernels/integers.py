@@ -17,7 +17,8 @@ from llmbuild.kernels.text import F32, I32, Writer
 SHARING = 2
 """Registers of a panel that several rows take at a time: their sums, exact and in f32, stay in registers."""
 ALONE = 4
-"""Sums of a block that a single row has at a time, beside the f32 sums of a whole panel."""
+"""Registers whose block a single row sums at a time, beside the f32 sums of a whole panel; half as many for two bytes
+where registers are few. Fewer at a time are slower: panels are read in pieces that lie apart."""
 Place = tuple[int, int, int]
 """Where a sum belongs: which byte of activations (0 counts 1), row, register of the panel."""
 
@@ -41,7 +42,7 @@ def _one_pass(
     w: Writer, unit: Registers, layout: Layout, data: str, scales: str, rows: list[str], registers: range
 ) -> Sums:
     """Return sums f32 of some registers of a panel for each row."""
-    size = len(registers) if len(rows) > 1 else ALONE // layout.planes
+    size = len(registers) if len(rows) > 1 else ALONE if unit.many else ALONE // layout.planes
     parts = [registers[i : i + size] for i in range(0, len(registers), size)]
 
     def body(index: str, *old: str) -> list[str]:

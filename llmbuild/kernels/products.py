@@ -14,7 +14,7 @@ from llmbuild.kernels.elementwise import HALVES, LANES, Reader
 from llmbuild.kernels.instructions import Instructions, Sums
 from llmbuild.kernels.layouts import LINE, LOW, LOW_BITS, PANEL, QUAD, Layout
 from llmbuild.kernels.short import Registers
-from llmbuild.kernels.text import BYTES, F32, I32, VF, VI, Writer
+from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
 ROW_TILE = 6
@@ -114,7 +114,9 @@ def _copy(w: Writer, layout: Layout, source: Reader, row: str, index: str) -> li
 
 
 Epilogue = Callable[[str, str, list[str]], None]
-"""Takes a row (i64), the panel's first output (i64) and the panel's four vectors of f32."""
+"""Takes a row (i64), the panel's first output (i64) and the panel's four vectors of f32; perhaps more than once."""
+LEAST = 3
+"""Rows from which on a tile is better than one after the other: each of these reads the panel."""
 
 
 def multiply_panel(
@@ -122,7 +124,8 @@ def multiply_panel(
 ) -> None:
     """Multiply all prepared rows (a count, i64) by one panel: tiles of `row_tile` rows, then one by one.
 
-    With `room` for `Layout.spread_bytes`, codes that share bytes are taken apart once for all tiles.
+    `LEAST` rows or more that are left are a tile too, in which the last one is there several times: `finish` must not
+    mind. With `room` for `Layout.spread_bytes`, codes that share bytes are taken apart once for all tiles.
     """
     layout, first = panels.layout, w.mul(index, PANEL)
     data = w.at(panels.data, w.mul(index, layout.panel_bytes))
@@ -130,7 +133,7 @@ def multiply_panel(
     kernel = unit.kernels[layout.family]
 
     def tile(start: str, size: int, lies: Layout, data: str) -> list[str]:
-        taken = [w.add(start, r) for r in range(size)]
+        taken = [w.integers("minsi", w.add(start, r), w.add(rows, -1)) if r else start for r in range(size)]
         pointers = [w.at(x, w.mul(row, layout.prepared_bytes)) for row in taken]
         sums = kernel.sums(w, lies, data, scales, pointers)
         for row, pointer, blocks in zip(taken, pointers, sums, strict=True):
@@ -138,7 +141,9 @@ def multiply_panel(
         return []
 
     size = kernel.row_tile
-    tiled = w.mul(w.integers("divui", rows, size), size)
+    whole = w.mul(w.integers("divui", rows, size), size)
+    few = w.below(w.integers("subi", rows, whole), LEAST)
+    tiled = w.let(f"arith.select {few}, {whole}, {rows} : {I64}")
     if kernel.spread is not None and layout.spread_bytes and room:
         with w.when(w.below(0, tiled)):
             kernel.spread(w, layout, data, room)

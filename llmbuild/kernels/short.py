@@ -32,6 +32,11 @@ class Registers:
     dot_codes: Callable[[Writer, str, list[str], list[str], int], str]
 
     @property
+    def many(self) -> bool:
+        """Whether there are 32 registers, not 16: all but AVX2, whose registers have 8 lanes."""
+        return self.lanes != 8
+
+    @property
     def integers(self) -> str:
         """Type of a register of i32."""
         return f"vector<{self.lanes}xi32>"
