@@ -123,26 +123,50 @@ def attend(
     """
     lanes = lanes_of(unit, size)
     chains = unit.mix_chains if lanes == unit.lanes else 1  # shorter vectors are more sums as they are
-    vf, vi = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>"
-    parts = range(0, size, lanes)
+    vf, parts = f"vector<{lanes}xf32>", range(0, size, lanes)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), vf), w.lanes(scale, vf), kind=vf) for e in parts]
-    stop = w.add(first, visible)
-    last = w.add(stop, -1)
+    seen = _Seen(pages, first, w.add(first, visible), scores)
+    _store_scores(w, lanes, keys, seen, loaded)
+    top, total = _softmax(w, scores, visible, lanes)
+    mixed = _mixed(w, lanes, values, seen, len(parts), chains)
+    _store_mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, out, lanes)
+    w.store(top, outcome, F32)
+    w.store(total, w.at(outcome, 4), F32)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Positions (i64) from `first` up to `stop`, the pages that they lie in, and the room of their scores."""
+
+    pages: Pages
+    first: str
+    stop: str
+    scores: str
+
+    def score(self, w: Writer, position: str) -> str:
+        """Return where the score of a position is."""
+        return w.at(self.scores, w.mul(w.integers("subi", position, self.first), 4))
+
+
+def _store_scores(w: Writer, lanes: int, keys: Cache, seen: _Seen, query: Sequence[str]) -> None:
+    """Write the score of each position, up to a multiple of the lanes; `query` are its vectors, scaled."""
+    vf, vi = f"vector<{lanes}xf32>", f"vector<{lanes}xi32>"
+    last = w.add(seen.stop, -1)
     order = w.constant(f"dense<[{', '.join(str(lane) for lane in range(lanes))}]>", vi)
 
     def score(own: Cache, place: str) -> list[str]:
         sums = []
         for lane in range(lanes):
             position = w.integers("minsi", w.add(place, lane), last)
-            total = w.op("arith.mulf", loaded[0], own.load(w, position, 0, vf), kind=vf)
-            for e, part in zip(parts[1:], loaded[1:], strict=True):
-                total = w.op("math.fma", part, own.load(w, position, e, vf), total, kind=vf)
+            total = w.op("arith.mulf", query[0], own.load(w, position, 0, vf), kind=vf)
+            for i, part in enumerate(query[1:], start=1):
+                total = w.op("math.fma", part, own.load(w, position, i * lanes, vf), total, kind=vf)
             sums.append(total)
-        left = w.splat(w.cast("arith.trunci", w.integers("subi", stop, place), I64, I32), vi)
-        seen = w.let(f"arith.cmpi slt, {order}, {left} : {vi}")
+        left = w.splat(w.cast("arith.trunci", w.integers("subi", seen.stop, place), I64, I32), vi)
+        inside = w.let(f"arith.cmpi slt, {order}, {left} : {vi}")
         masked = w.lanes(MASKED, vf)
-        made = w.let(f"arith.select {seen}, {_lane_sums(w, sums)}, {masked} : vector<{lanes}xi1>, {vf}")
-        w.store(made, w.at(scores, w.mul(w.integers("subi", place, first), 4)), vf)
+        made = w.let(f"arith.select {inside}, {_lane_sums(w, sums)}, {masked} : vector<{lanes}xi1>, {vf}")
+        w.store(made, seen.score(w, place), vf)
         return []
 
     def scored(ahead: str, begin: str, end: str) -> list[str]:
@@ -150,17 +174,22 @@ def attend(
         w.loop(begin, end, lanes, lambda place: score(own, place))
         return []
 
-    pages.each(w, first, stop, scored)
-    top, total = _softmax(w, scores, visible, lanes)
+    seen.pages.each(w, seen.first, seen.stop, scored)
+
+
+def _mixed(w: Writer, lanes: int, values: Cache, seen: _Seen, parts: int, chains: int) -> list[str]:
+    """Return weighted sums of values, `parts` vectors for each of so many chains."""
+    vf, last = f"vector<{lanes}xf32>", w.add(seen.stop, -1)
+    turn = min(MIX_STEP, lanes)  # scores are known up to a multiple of the lanes
 
     def mix(own: Cache, start: str, *sums: str) -> list[str]:
         new = list(sums)
         for step in range(turn):
-            place, chain = w.add(start, step), step % chains * len(parts)
-            weight = w.splat(w.load(w.at(scores, w.mul(w.integers("subi", place, first), 4)), F32), vf)
+            place, chain = w.add(start, step), step % chains * parts
+            weight = w.splat(w.load(seen.score(w, place), F32), vf)
             position = w.integers("minsi", place, last)
-            for i, e in enumerate(parts):
-                value = own.load(w, position, e, vf)
+            for i in range(parts):
+                value = own.load(w, position, i * lanes, vf)
                 new[chain + i] = w.op("math.fma", weight, value, new[chain + i], kind=vf)
         return new
 
@@ -169,11 +198,7 @@ def attend(
         kinds = [(value, vf) for value in sums]
         return w.loop(begin, end, turn, lambda place, *old: mix(own, place, *old), kinds)
 
-    turn = min(MIX_STEP, lanes)  # scores are known up to a multiple of the lanes
-    mixed = pages.each(w, first, stop, mixed_of, [(w.lanes(0.0, vf), vf)] * len(parts) * chains)
-    _store_mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, out, lanes)
-    w.store(top, outcome, F32)
-    w.store(total, w.at(outcome, 4), F32)
+    return seen.pages.each(w, seen.first, seen.stop, mixed_of, [(w.lanes(0.0, vf), vf)] * parts * chains)
 
 
 def _store_mean(w: Writer, sums: Sequence[Sequence[str]], total: str, out: str, lanes: int) -> None:

@@ -36,12 +36,13 @@ def neighbours(form: str) -> tuple[str, ...]:
 
 def modelled(kinds: Mapping[str, Kind], base: str, formats: Mapping[str, str]) -> float:
     """Return the modelled harm of formats by kind; the kinds' own harms were measured in `base`."""
-    return sum(kind.harm * (_step(formats[name]) / _step(base)) ** 2 for name, kind in kinds.items())
+    steps = {name: _step(formats[name]) / _step(base) for name in kinds}
+    return sum(kinds[name].harm * steps[name] ** 2 for name in sorted(kinds))  # in one order: the sum is the same
 
 
 def share(kinds: Mapping[str, Kind], base: str) -> dict[str, str]:
     """Return a format for each kind: of all within the bits of `base` and `EXTRA`, those of the least harm."""
-    names, choices = list(kinds), neighbours(base)
+    names, choices = sorted(kinds), neighbours(base)
     budget = (INTEGERS[base].bits + EXTRA) * sum(kind.weights for kind in kinds.values())
     fitting = [
         found for found in (dict(zip(names, forms, strict=True)) for forms in product(choices, repeat=len(names)))

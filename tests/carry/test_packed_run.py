@@ -288,7 +288,7 @@ def test_logits_of_a_large_vocabulary_are_carried_in_part_and_still_find_an_erro
     monkeypatch.setattr(pack, "CHECK_BYTES", 1000)
     sampled = pack._sampled(tmp_path / "check.npz", catalog)
     assert sampled.stat().st_size < (tmp_path / "check.npz").stat().st_size / 3
-    worker: Any = SimpleNamespace(session=SimpleNamespace(abi=SimpleNamespace(batch=2, score=False)))
+    worker: Any = SimpleNamespace(session=SimpleNamespace(abi=SimpleNamespace(batch=2, score=False, page=0)))
     wrong = logits * np.float32(1.01)
     for actual in (logits, wrong):
         worker._forced = lambda *_, found=actual: found

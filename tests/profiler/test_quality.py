@@ -68,7 +68,7 @@ class FakeSession:
     """A program whose logits after a token depend on it and the one before, by both of its ways."""
 
     def __init__(self, score: bool, off: float = 0.0) -> None:
-        self.abi = SimpleNamespace(batch=1, score=score)
+        self.abi = SimpleNamespace(batch=1, score=score, page=0)
         self.table = np.random.default_rng(1).standard_normal((V, V, V)).astype(np.float32)
         self.off, self.calls, self._seen = off, list[str](), np.zeros(0, np.int64)
 

@@ -56,8 +56,8 @@ def test_of_two_kinds_of_one_size_the_more_sensitive_one_has_as_many_bits_or_mor
         ({"a": 1.1, "b": 1.0}, {"a": "int6_g32", "b": "int5_g32"}),
         ({"a": 100.0, "b": 1.0}, {"a": "int7_g32", "b": "int4_g32"}),
         (
-            {"a": 1.0, "b": 1.0, "c": 1.0, "d": 0.0},
-            {"a": "int6_g32", "b": "int6_g32", "c": "int6_g32", "d": "int3_g32"},
+            {"a": 3.0, "b": 1.0, "c": 1.0, "d": 0.0},
+            {"a": "int7_g32", "b": "int6_g32", "c": "int6_g32", "d": "int3_g32"},
         ),
     ],
 )

@@ -273,7 +273,7 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
             stdlib=text.stdlib if text else (),
             file=_relative_to(path, text.file) if text else "",
             tokens=parsed.quality.tokens,
-            bounds=_gate(parsed.quality),
+            bounds=_gate(parsed.quality, parsed.model.random_init or random_init),
         ),
         budget=nouns.Budget(parsed.budget.trials, parsed.budget.time),
         knobs=tuple(sorted(_knob_values(name, value, raw, path) for name, value in parsed.knobs.items())),
@@ -282,11 +282,11 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     )
 
 
-def _gate(quality: _Quality) -> tuple[Bound, ...]:
-    """Return the bounds on quality; a text to score without a word on bounds has those of `nouns.GATE`."""
+def _gate(quality: _Quality, random_init: bool) -> tuple[Bound, ...]:
+    """Return the bounds on quality; a text that is scored has those of `nouns.GATE` without a word on bounds."""
     if quality.bounds is not None:
         return tuple(quality.bounds)
-    return nouns.GATE if quality.text else ()
+    return nouns.GATE if quality.text and not random_init else ()
 
 
 def _location(model: _Model, raw: object, path: Path) -> str:
