@@ -62,7 +62,7 @@ def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None
     recipe = read_recipe(path)
     if request.random_init and not recipe.model.random_init:
         # A shape gets another name, so that its speed never replaces a real model's front.
-        recipe = replace(recipe, name=f"{recipe.name}-random-init", model=replace(recipe.model, random_init=True))
+        recipe = replace(read_recipe(path, random_init=True), name=f"{recipe.name}-random-init")
     recipe = replace(recipe, sampler=request.sampler or recipe.sampler)
     answers, tools, force = answers_of(request), toolchain.current(), request.force
     if remote is None:
