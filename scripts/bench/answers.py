@@ -43,13 +43,22 @@ QUESTIONS = (
 )  # fmt: skip
 
 
+LONGEST = 1.0
+"""Seconds that a prompt of a variant may take: the slowest ones would answer for minutes."""
+
+CONTEXT = 256
+"""Positions that questions and answers take at most."""
+
+
 def asked_of(gguf: Path, count: int) -> tuple[list[list[int]], list[int], list[list[int]]]:
     """Return the questions as tokens, the tokens that end an answer, and the answers of the f32 model."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
+
+    from llmbuild.frontend import huggingface
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32).eval()
+    model: Any = huggingface.load(str(gguf), False, 0, huggingface.LIBRARY_ATTENTION, CONTEXT)
     prompts, answers = [], []
     stops = [tokenizer.eos_token_id]
     for question in QUESTIONS:
@@ -91,7 +100,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     )
     if real_model.PEER in place.reasons:
         raise InputError(f"{real_model.PEER}: {place.reasons[real_model.PEER]}")
-    ours = real_model.own_rows(asked)
+    ours = [row for row in real_model.own_rows(asked) if row["ttft_s"] <= LONGEST]
     quality = {row["variant"]: row["quality_kl"] for row in ours}
     everyone = [*setup.own_participants(asked.catalog, ours, asked.threads, everyone=True), *rungs(asked, place.python)]
     say("the f32 model answers")
