@@ -19,7 +19,7 @@ from llmbuild.process.child import Limits
 from llmbuild.profiler import heldout
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.search.knobs.refusals import CALIBRATED, Refusal, refusals
-from llmbuild.search.knobs.space import space_for
+from llmbuild.search.knobs.space import OF_OWN, space_for
 from llmbuild.spec.machine import Machine
 from llmbuild.spec.measurement import PROTOCOL
 from llmbuild.spec.model import ModelFacts, read_facts
@@ -189,8 +189,8 @@ class Job:
         choices = {name: str(value) for name, value in self.space.level(point, "model").items()}
         own = choices.get("kernel") == "own"
         if not own:
-            for name in ("activations", "allocation", "work_groups", "row_tile", "row_reads"):
-                choices.pop(name, None)  # the knob has no effect then, and targets without it share the import
+            for name in OF_OWN:
+                choices.pop(name, None)  # targets without the knob share the import
         features = [f for f in FEATURES if f in self.target.requires] if own else []
         subgroup = self.target.subgroup if own else 0
         return {

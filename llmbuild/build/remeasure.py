@@ -23,6 +23,7 @@ from llmbuild.runtime.model import host_facts, verify
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, Reading
 from llmbuild.spec.rows import Row, number, present
+from llmbuild.spec.slo import is_quality
 from llmbuild.spec.target import Target, target_from
 from llmbuild.spec.trial import Standing
 from llmbuild.spec.variant import Failure, Toolchain
@@ -194,7 +195,7 @@ def subject_of(folder: Path, known: Known) -> Subject:
 
 
 def _with_quality(measured: Measurement, row: Row) -> Measurement:
-    scored = {n: number(row, n) for n, cell in row.items() if n.startswith("quality_") and cell is not None}
+    scored = {n: number(row, n) for n, cell in row.items() if is_quality(n) and cell is not None}
     kept = {n: Reading(found, found, found, ()) for n, found in scored.items()}
     notes = {k: v for k, v in measured.notes.items() if k != KEPT}
     absent = (row["notes"] or {}).get(KEPT)

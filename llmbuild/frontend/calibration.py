@@ -237,7 +237,7 @@ class Calibration:
                 units[unit] = names
                 size[unit] = sum(int(np.prod(self.model.shape(f"{name}.weight"))) for name in names)
                 now = self._log_probabilities(self._after(index, before[index], names, formats))
-                harm[unit] = float((exact.exp() * (exact - now)).sum(-1).mean())
+                harm[unit] = _divergence(exact, now)
         left, kept = SENSITIVE_SHARE * sum(size.values()), {}
         for unit in sorted(units, key=lambda u: (-harm[u] / size[u], u)):
             if size[unit] <= left:
@@ -279,10 +279,8 @@ class Calibration:
                 weights[kind] += sum(dense.numel() for dense in own)
             exact = self._layers.run(exact)
         right = self._log_probabilities(exact)
-        found = {}
-        for kind, states in rounded.items():
-            harm = (right.exp() * (right - self._log_probabilities(states))).sum(-1).mean()
-            found[kind] = Kind(weights[kind], float(harm))
+        harm = {kind: _divergence(right, self._log_probabilities(states)) for kind, states in rounded.items()}
+        found = {kind: Kind(weights[kind], harm[kind]) for kind in kinds}
         chosen = share(found, formats.layers)
         layers = range(self.config.num_hidden_layers)
         return {f"model.layers.{i}.{name}": chosen[kind] for i in layers for kind in kinds for name in kinds[kind]}
@@ -299,6 +297,11 @@ class Calibration:
                 full = f"model.layers.{index}.{name}"
                 units.setdefault(_input_of(full), []).append(full)
         return units
+
+
+def _divergence(exact: torch.Tensor, now: torch.Tensor) -> float:
+    """Return the mean KL divergence of log-probabilities f32[n,V] from exact ones."""
+    return float((exact.exp() * (exact - now)).sum(-1).mean())
 
 
 def _input_of(name: str) -> str:

@@ -217,16 +217,20 @@ def settle(job: ImportJob) -> dict[str, str]:
     return settled
 
 
+def own_on_cpu(job: ImportJob, choices: dict[str, str]) -> bool:
+    """Return whether our kernels for CPUs are asked for."""
+    return choices["kernel"] == "own" and not job.subgroup
+
+
 def refuse(model: Any, job: ImportJob, choices: dict[str, str]) -> None:
     """Refuse choices that do not go with each other or with the model, before anything is made.
 
     Raises:
         ChoiceRefused: what does not go.
     """
-    own_on_cpu = choices["kernel"] == "own" and not job.subgroup
-    if not own_on_cpu and (blocks := sorted({*stored_formats(choices)} & {*BLOCKS})):
+    if not own_on_cpu(job, choices) and (blocks := sorted({*stored_formats(choices)} & {*BLOCKS})):
         raise ChoiceRefused(f"{' and '.join(blocks)}: the blocks of GGUF files are read by kernel=own on CPUs alone")
-    if own_on_cpu and job.batch == 1:
+    if own_on_cpu(job, choices) and job.batch == 1:
         _check_own(model, job, choices)
 
 
@@ -313,14 +317,14 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
     if scaled and not {layers, head} & set(INTEGERS):
         raise ChoiceRefused(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
     allocated = choices["allocation"] != ALLOCATIONS[0]
-    if allocated and (choices["kernel"] != "own" or job.subgroup or len(neighbours(layers)) < 2):
+    if allocated and not (own_on_cpu(job, choices) and neighbours(layers)):
         raise ChoiceRefused(
             f"allocation=sensitive is for kernel=own on CPUs and weights of 3 to 7 bits in groups; found {layers}"
         )
     if not (fitted or mixed or scaled or allocated):
         return None
     calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
-    rounded = choices["kernel"] == "own" and not job.subgroup and choices["activations"] == "int8"
+    rounded = own_on_cpu(job, choices) and choices["activations"] == "int8"
     return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed, allocated)
 
 
@@ -385,11 +389,9 @@ def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
         * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),  # tied ones once
-        required_features=required_features(job.features, *stored_formats(choices))
-        if choices["kernel"] == "own" and not job.subgroup
-        else (),
+        required_features=required_features(job.features, *stored_formats(choices)) if own_on_cpu(job, choices) else (),
         score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
-        page=PAGE if choices["kernel"] == "own" and not job.subgroup and job.batch == 1 else 0,
+        page=PAGE if own_on_cpu(job, choices) and job.batch == 1 else 0,
     )
 
 

@@ -13,7 +13,7 @@ from llmbuild.digest import short
 from llmbuild.search import pairs
 from llmbuild.search.pairs import TIE
 from llmbuild.spec.measurement import ESTIMATES, SCREENED, Measurement, Reading
-from llmbuild.spec.slo import ENERGY, METRICS, Bound
+from llmbuild.spec.slo import ENERGY, METRICS, Bound, is_quality
 from llmbuild.spec.trial import FAILED, Standing, Trial
 
 FLOORS = {"quality_kl": 1e-4, "quality_top1": 0.005, "quality_perplexity": 0.005}
@@ -77,7 +77,7 @@ def standings(
 
 def _unscored(found: Measurement, objectives: Sequence[str], bounds: Sequence[Bound]) -> list[str]:
     """Return why unscored quality (left out by the short screen) excludes a variant, where quality is an objective."""
-    asked = any(name.startswith("quality_") for name in (*objectives, *(b.metric for b in bounds)))
+    asked = any(map(is_quality, (*objectives, *(b.metric for b in bounds))))
     if SCREENED not in found.notes or not asked or "quality_kl" in found.readings:
         return []
     return [f"quality was not scored, since {found.notes[SCREENED]}; `llmbuild build -B` measures it whole"]
@@ -214,7 +214,7 @@ def missed(trial: Trial, measurement: Measurement, bounds: Sequence[Bound]) -> l
     """Return the bounds that a measurement breaks. Unscored quality breaks none: it is marked absent."""
     told = []
     for bound in bounds:
-        if bound.metric.startswith("quality_") and "quality" in measurement.notes:
+        if is_quality(bound.metric) and "quality" in measurement.notes:
             continue
         value = value_of(trial, measurement, bound.metric)
         if not bound.holds(value):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llmbuild.search.front import FLOORS, missed, value_of
 from llmbuild.spec.measurement import SCREENED
-from llmbuild.spec.slo import METRICS, Bound
+from llmbuild.spec.slo import METRICS, Bound, is_quality
 from llmbuild.spec.trial import Trial
 
 Losses = tuple[float, ...]
@@ -61,7 +61,7 @@ def losses_of(trial: Trial, objectives: Sequence[str], bounds: Sequence[Bound] =
     """
     if trial.failure is not None or not trial.measurements or missed(trial, trial.measurements[0], bounds):
         return None
-    unscored = "quality" in trial.measurements[0].notes and any(name.startswith("quality_") for name in objectives)
+    unscored = "quality" in trial.measurements[0].notes and any(map(is_quality, objectives))
     if unscored and SCREENED in trial.measurements[0].notes:
         return None
     losses = []

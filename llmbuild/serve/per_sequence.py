@@ -8,13 +8,13 @@ sequences takes as long as their steps one after the other.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import numpy as np
 
 from llmbuild.errors import InputError
 from llmbuild.runtime.session import Session
 from llmbuild.serve.blocks import Names
+from llmbuild.serve.of_session import OfSession
 from llmbuild.serve.step import Logits, Output, Rows
 
 CUTS = (1, 6, 8, 16, 32)
@@ -23,7 +23,7 @@ _PIECES, _LEAST = 3, 40
 """Pieces that the prompts which are tried have at least, and their tokens; and one token less."""
 
 
-class PerSequenceStep:
+class PerSequenceStep(OfSession):
     """The step of one opened artifact; each slot has its own KV cache of the whole context."""
 
     def __init__(self, session: Session, slots: int) -> None:
@@ -35,20 +35,10 @@ class PerSequenceStep:
         if session.abi.batch != 1:
             told = f"the variant answers {session.abi.batch} sequences in each call, whether they are there or not"
             raise InputError(f"{told}: serve one of a workload with `batch: 1`")
-        self._session, self.slots, self.cut = session, slots, 0
-        self._held = ExitStack()
+        super().__init__(session)
+        self.slots, self.cut = slots, 0
         self._caches = [self._held.enter_context(session.cache()) for _ in range(slots)]
         self._logits = np.zeros((slots, session.abi.vocabulary), np.float32)
-
-    @property
-    def context(self) -> int:
-        """Positions of a slot."""
-        return self._session.abi.context
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-        return self._session.abi.vocabulary
 
     @property
     def room(self) -> int:
@@ -58,11 +48,6 @@ class PerSequenceStep:
     def takes(self, positions: int) -> int:
         """Return 1: a sequence has a cache of the whole context."""
         return 1
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The model's end tokens."""
-        return self._session.abi.eos_tokens
 
     def names(self, tokens: Sequence[int], salt: bytes) -> Names:
         """Return nothing: caches are not shared."""
@@ -82,10 +67,6 @@ class PerSequenceStep:
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run the rows of each sequence by a call of its own."""
         return [self._call(rows, self._logits[i]) for i, rows in enumerate(batch)]
-
-    def close(self) -> None:
-        """Give the caches back to the session."""
-        self._held.close()
 
     def probe(self) -> None:
         """Find where prompts may be cut: compute some whole and in pieces, and compare every bit of the logits.

@@ -7,16 +7,16 @@ prompts with the same beginning share the blocks of it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 
 import numpy as np
 
 from llmbuild.runtime.session import Session
 from llmbuild.serve.blocks import Names, Tables
+from llmbuild.serve.of_session import OfSession
 from llmbuild.serve.step import Output, Rows
 
 
-class RaggedStep:
+class RaggedStep(OfSession):
     """The step of one opened artifact that has `step`."""
 
     def __init__(self, session: Session, slots: int, contexts: int = 0) -> None:
@@ -25,21 +25,11 @@ class RaggedStep:
         Raises:
             InputError: the artifact has no `step`, or there is no memory for the blocks.
         """
-        self._session, self.slots, self.cut = session, slots, 1
+        super().__init__(session)
+        self.slots, self.cut = slots, 1
         self.contexts = contexts or slots
         self.tables = Tables(slots, session.abi.context, max(1, session.abi.page), self.contexts)
-        self._held = ExitStack()
         self._cache = self._held.enter_context(session.shared_cache(self.tables.blocks.count))
-
-    @property
-    def context(self) -> int:
-        """Positions of a slot."""
-        return self._session.abi.context
-
-    @property
-    def vocabulary(self) -> int:
-        """Number of tokens."""
-        return self._session.abi.vocabulary
 
     @property
     def room(self) -> int:
@@ -49,11 +39,6 @@ class RaggedStep:
     def takes(self, positions: int) -> int:
         """Return the blocks that so many positions are in."""
         return self.tables.takes(positions)
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """The model's end tokens."""
-        return self._session.abi.eos_tokens
 
     def names(self, tokens: Sequence[int], salt: bytes) -> Names:
         """Return the names of the blocks that a prompt fills."""
@@ -91,7 +76,3 @@ class RaggedStep:
             Output(int(token), row if rows.logits else None)
             for token, row, rows in zip(found, logits, batch, strict=True)
         ]
-
-    def close(self) -> None:
-        """Give the blocks back to the session."""
-        self._held.close()

@@ -18,6 +18,9 @@ from llmbuild.spec.target import Target
 ALL: tuple[Knob, ...] = (*model.KNOBS, *program.KNOBS, *cpu.KNOBS, *gpu.KNOBS)
 """In the order of selection; a condition names an earlier knob."""
 
+OF_OWN = frozenset(knob.name for knob in ALL if Condition("kernel", (OWN,)) in knob.when)
+"""Knobs of llmbuild's kernels: without them they have no effect."""
+
 EVERYTHING = "all"
 """The value of a knob in a recipe or `--set` that searches its whole domain."""
 
