@@ -5,7 +5,8 @@ Layers are run one after another while the archive is written: what the archive 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,7 @@ class Check:
 
     def layer(self, index: int, weights: Kept) -> None:
         """Run a layer."""
-        with torch.inference_mode():
+        with torch.inference_mode(), _half_of_the_threads():
             self._layers.layer(index, weights)
             self._states = [[self._layers.run(state) for state in states] for states in self._states]
 
@@ -124,6 +125,17 @@ class Check:
         tokens = self.tokens
         found = {"prompt": tokens.prompt, "forced": tokens.forced, "start": tokens.start}
         return {**found, "logits": np.ascontiguousarray(logits) if truth is None else truth, "noise": noise}
+
+
+@contextmanager
+def _half_of_the_threads() -> Iterator[None]:
+    """Leave CPUs to what packs the next layer meanwhile: threads of PyTorch spin while they wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads // 2))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rounds(layout: Layout) -> Any:

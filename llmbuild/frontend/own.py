@@ -194,8 +194,9 @@ def put_in(
     groups, first = [], 0
     for part in _split(len(decoder.layers)):
         kernel = f"{LAYERS}_{part}"
-        operators.LAYERS[kernel] = operators.PAGED[paged(kernel)] = shape
-        kernels |= dict.fromkeys((kernel, paged(kernel)), layers(kernel, shape, part, units.layers))
+        if kernel not in kernels:  # the text is long
+            operators.LAYERS[kernel] = operators.PAGED[paged(kernel)] = shape
+            kernels |= dict.fromkeys((kernel, paged(kernel)), layers(kernel, shape, part, units.layers))
         groups.append(OwnLayers(shape, first, part, kernel))
         first += part
     decoder.layers = nn.ModuleList(groups)

@@ -1,7 +1,7 @@
 """Run one peer runtime: JSON requests on stdin, one JSON answer a line on stdout. Lives in the peers' environment.
 
 write    {source, random_init, seed, folder, checkpoint, gguf} -> the model as a Hugging Face folder and as GGUF files
-quantize {source, target, format, threads}                   -> seconds, cpu_s, bytes, peak_memory_bytes
+quantize {source, target, format, threads, importance}       -> seconds, cpu_s, bytes, peak_memory_bytes
 export   {folder, format}                                    -> the model as OpenVINO IR with compressed weights
 score    {folder, format, threads, positions, reference, prompt} -> KL, top-1 and perplexity, of llama.cpp alone
 greedy   {folder, format, threads, positions, prompts, stops, count} -> answers in tokens, of llama.cpp alone
@@ -256,6 +256,8 @@ def _drawn(seed: int) -> Any:
 def quantize(request: Request) -> Request:
     """Make a GGUF file of {source} in {format} by llama.cpp, with its own settings; one that has it is made anew.
 
+    {importance}, where it is given, is an `.npz` with f32[K] for each matrix by its name: what its inputs count.
+
     Raises:
         RuntimeError: it cannot.
     """
@@ -266,6 +268,9 @@ def quantize(request: Request) -> Request:
     wanted = api.llama_model_quantize_default_params()
     wanted.ftype, wanted.allow_requantize = FILE_TYPES[request["format"]], True
     wanted.nthread = request["threads"]
+    given = _importance(request["importance"]) if request.get("importance") else None
+    if given is not None:
+        wanted.imatrix = given
     begin, busy = perf_counter(), process_time()
     code = api.llama_model_quantize(request["source"].encode(), request["target"].encode(), ctypes.byref(wanted))
     if code:
@@ -273,6 +278,23 @@ def quantize(request: Request) -> Request:
     seconds, cpu = perf_counter() - begin, process_time() - busy
     size = Path(request["target"]).stat().st_size
     return {"seconds": seconds, "cpu_s": cpu, "bytes": size, "peak_memory_bytes": peak_memory_bytes()}
+
+
+def _importance(path: str) -> Any:
+    """Return an importance matrix as llama.cpp takes it: it ends with an entry without a name."""
+    import ctypes
+
+    import llama_cpp as api
+    import numpy as np
+
+    with np.load(path) as data:
+        found = {name: np.ascontiguousarray(data[name], np.float32) for name in data.files}
+    entries = (api.llama_model_imatrix_data * (len(found) + 1))()
+    real = ctypes.POINTER(ctypes.c_float)
+    for entry, (name, values) in zip(entries, found.items(), strict=False):
+        entry.name, entry.data, entry.size = name.encode(), values.ctypes.data_as(real), values.size
+    entries.kept = found  # what the pointers point to
+    return entries
 
 
 def export(request: Request) -> Request:

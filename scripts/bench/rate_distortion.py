@@ -1,15 +1,17 @@
 """Bytes, speed and quality of every usable variant of a catalog, beside llama.cpp's ladder of formats on the same file.
 
     python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0]
-        [--plot FILE] [--json]
+        [--importance] [--plot FILE] [--json]
 
 llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. A rung names
 what most matrices have: llama.cpp takes another format for those whose rows do not fit its blocks, and for some others,
-so the bytes are those of the files. Speed is that of peers.py: running processes in interleaved rounds. KL divergence
-and top-1 agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's,
-llama.cpp's are scored here on the same windows and reference logits. A row is on the front if no other is as good in
-bytes, decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime.
-A variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
+so the bytes are those of the files. `+imatrix` is a rung that was made with an importance matrix from the recipe's
+calibration text, which llmbuild's own calibration reads too. Speed is that of peers.py: running processes in
+interleaved rounds. KL divergence and top-1 agreement are to the f32 model of the file's weights, on the recipe's
+held-out text: ours are the catalog's, llama.cpp's are scored here on the same windows and reference logits. A row is on
+the front if no other is as good in bytes, decoding time and KL and better in one of them; `of all` is the front of
+everyone, `of own` that of its runtime. A variant whose prompt took longer than `--longest` when it was built is not run
+again: its times are the catalog's.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from comparison.conversion import ROOT
 from comparison.rounds import Participant, compare
 from comparison.script import end, say
 from peer_worker import FILE_TYPES
-from real_model import AS_IS, PEER
+from real_model import AS_IS, IMPORTANCE, PEER
 
 from llmbuild.errors import InputError
 from llmbuild.report import rows as shown
@@ -60,7 +62,8 @@ def with_fronts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def rungs(asked: argparse.Namespace, python: Path) -> list[Participant]:
     """Return llama.cpp on the file as it is and on each rung, which is made once."""
-    folder = str(real_model.peer_files(asked, python, asked.ladder))
+    kinds = [f"{kind}{end}" for end in ("", *([IMPORTANCE] if asked.importance else [])) for kind in asked.ladder]
+    folder = str(real_model.peer_files(asked, python, kinds))
     opening = {"peer": PEER, "folder": folder, "threads": asked.threads, "positions": peers.positions(asked)}
     command = (str(python), str(setup.PEER_WORKER))
     return [
@@ -71,7 +74,7 @@ def rungs(asked: argparse.Namespace, python: Path) -> list[Participant]:
             command,
             {**opening, "format": kind},
         )
-        for kind in (AS_IS, *asked.ladder)
+        for kind in (AS_IS, *kinds)
     ]
 
 
@@ -167,6 +170,9 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     known = [kind for kind in FILE_TYPES if kind != "f16"]
     parser.add_argument(
         "--ladder", nargs="+", default=LADDER, type=str.lower, choices=known, help="llama.cpp's formats"
+    )
+    parser.add_argument(
+        "--importance", action="store_true", help="each rung with an importance matrix too, from the calibration text"
     )
     parser.add_argument(
         "--longest", type=float, default=1.0, help="seconds that a prompt of a variant run here may take"

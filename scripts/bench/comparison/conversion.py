@@ -162,13 +162,18 @@ def converted(python: Path, tree: Path, weights: Path, out: Path, kind: str) -> 
     return ran
 
 
-def quantized(python: Path, source: Path, out: Path, kind: str, threads: int) -> tuple[dict[str, Any], Watched]:
+def quantized(
+    python: Path, source: Path, out: Path, kind: str, threads: int, importance: Path | None = None
+) -> tuple[dict[str, Any], Watched]:
     """Quantize a GGUF file by llama.cpp: seconds of the call itself, without the start of the process around it.
+
+    `importance` is an importance matrix, as `importance.write` writes it.
 
     Raises:
         InputError: it failed.
     """
     request = {"verb": "quantize", "source": str(source), "target": str(out), "format": kind, "threads": threads}
+    request["importance"] = "" if importance is None else str(importance)
     ran = watch([str(python), str(setup.PEER_WORKER)], stdin=json.dumps(request) + "\n")
     told = json.loads(ran.output) if ran.output else {"refused": ran.last_line()}
     if "refused" in told:
