@@ -216,7 +216,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     body.choose()
     return "\n".join(
         [
-            executable(name, ARGUMENTS, w.text(), shape.workers, NUMBERS),
+            executable(name, ARGUMENTS, w, shape.workers, NUMBERS),
             _one(name, shape),
             _all(name, shape),
             _some(name, shape),

@@ -40,13 +40,14 @@ def bind(w: Writer, names: list[str], sizes: dict[str, int | str]) -> dict[str, 
     return found
 
 
-def executable(name: str, arguments: list[str], body: str, workers: int, more: Sequence[str] = ()) -> str:
-    """Return a `stream.executable` with one entry point that takes bindings, then the row count as an index, and then
-    what `more` names, each an index.
+def executable(name: str, arguments: list[str], w: Writer, workers: int, more: Sequence[str] = ()) -> str:
+    """Return a `stream.executable` with one entry point, whose body `w` has. It takes bindings, then the row count as
+    an index, and then what `more` names, each an index.
     """
     bindings = ", ".join(f"%{argument}: !stream.binding" for argument in arguments)
     numbers = ", ".join(f"%{number}: index" for number in ("rows", *more))
     pipeline = "#iree_codegen.translation_info<pipeline = #iree_codegen.no_pipeline>"
+    functions = "\n".join(w.functions)
     return f"""stream.executable private @{name}_ex {{
 stream.executable.export public @{name} workgroups() -> (index, index, index) {{
 %x = arith.constant {workers} : index
@@ -55,9 +56,11 @@ stream.return %x, %y, %y : index, index, index
 }}
 builtin.module {{
 func.func @{name}({bindings}, {numbers}) attributes {{translation_info = {pipeline}}} {{
-{body}
+{w.text()}
 return
-}} }} }}"""
+}}
+{functions}
+}} }}"""
 
 
 def worker(w: Writer) -> str:
@@ -116,8 +119,8 @@ class LayerWriter:
         }  # fmt: skip
         return sizes | dict.fromkeys(cache_names(self.layers), cache)
 
-    def text(self) -> str:
-        """Write all phases of all layers and return the body."""
+    def write(self) -> Writer:
+        """Write all phases of all layers."""
         w, width = self.w, 4 * self.shape.width
         table = w.let(f"llvm.alloca {w.integer(2 * self.layers)} x {PTR} : ({I64}) -> {PTR}")
         for i, name in enumerate(cache_names(self.layers)):
@@ -135,7 +138,7 @@ class LayerWriter:
             return []
 
         w.loop(0, self.layers, 1, body)
-        return w.text()
+        return w
 
     def _copy(self, offset: str) -> None:
         w = self.w
@@ -438,7 +441,7 @@ def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> st
     sequences, `[places, kv_heads, head_dim]`: for each row `where` then says at which of its own items the row's pages
     begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in each.
     """
-    body = LayerWriter(shape, count, unit).text()
+    body = LayerWriter(shape, count, unit).write()
     return "\n".join(
         [
             executable(name, BEFORE + cache_names(count) + AFTER, body, shape.workers, ("shift",)),

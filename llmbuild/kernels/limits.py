@@ -65,7 +65,7 @@ def _function(limit: str, body: Callable[[Writer, dict[str, str], str, int], str
     me = worker(w)
     w.store(body(w, p, me, workers), w.at(p["out"], w.mul(me, LINE)), VI)
     data, out = f"tensor<{size}xi8>", f"tensor<{LINE * workers}xi8>"
-    return f"""{executable(name, ["data", "out"], w.text(), workers)}
+    return f"""{executable(name, ["data", "out"], w, workers)}
 util.func public @{name}(%data: {data}) -> {out} attributes {{iree.abi.model = "coarse-fences"}} {{
 %one = arith.constant 1 : index
 %out = flow.dispatch @{name}_ex::@{name}(%data, %one) : ({data}, index) -> {out}

@@ -148,7 +148,7 @@ def look(name: str, shape: HeadShape, scaled: bool = False) -> str:
     declared = ", ".join(f"%{n}: {kind}" for n, kind in [("tokens", tokens), *taken])
     given = ", ".join(["%tokens", *(f"%{n}" for n, _ in taken), "%rows"])
     kinds = ", ".join([f"{tokens}{{%rows}}", *(kind for _, kind in taken), "index"])
-    return f"""{executable(name, names, w.text(), shape.workers)}
+    return f"""{executable(name, names, w, shape.workers)}
 util.func private @{name}({declared}) -> {wide} {{
 %one = arith.constant 1 : index
 %rows = tensor.dim %tokens, %one : {tokens}

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.elementwise import HALVES, LANES, Reader
-from llmbuild.kernels.instructions import Instructions, Sums
+from llmbuild.kernels.instructions import Instructions, Kernel, Sums
 from llmbuild.kernels.layouts import LINE, LOW, LOW_BITS, PANEL, QUAD, Layout
 from llmbuild.kernels.short import Registers
-from llmbuild.kernels.text import BYTES, F32, I32, I64, VF, VI, Writer
+from llmbuild.kernels.text import BYTES, F32, I32, I64, PTR, VF, VI, Writer
 
 BLOCKS = PANEL // LANES
 ROW_TILE = 6
@@ -135,7 +135,7 @@ def multiply_panel(
     def tile(start: str, size: int, lies: Layout, data: str) -> list[str]:
         taken = [w.integers("minsi", w.add(start, r), w.add(rows, -1)) if r else start for r in range(size)]
         pointers = [w.at(x, w.mul(row, layout.prepared_bytes)) for row in taken]
-        sums = kernel.sums(w, lies, data, scales, pointers)
+        sums = _sums(w, kernel, lies, data, scales, pointers)
         for row, pointer, blocks in zip(taken, pointers, sums, strict=True):
             finish(row, first, _scaled(w, panels, scales, first, pointer, blocks))
         return []
@@ -151,6 +151,24 @@ def multiply_panel(
     else:
         w.loop(0, tiled, size, lambda start: tile(start, size, layout, data))
     w.loop(tiled, rows, 1, lambda start: tile(start, 1, layout, data))
+
+
+def _sums(w: Writer, kernel: Kernel, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+    """Return the sums of rows by a function of their own, which all matrices that lie alike share: they are most of a
+    kernel's text, and the compiler takes long over it.
+    """
+    names = ["%data", "%scales", "%out", *(f"%row{r}" for r in range(len(rows)))]
+    places = [[(r * BLOCKS + b) * LINE for b in range(BLOCKS)] for r in range(len(rows))]
+
+    def body(own: Writer) -> None:
+        for row, blocks in zip(places, kernel.sums(own, layout, names[0], names[1], names[3:]), strict=True):
+            for place, block in zip(row, blocks, strict=True):
+                own.store(block, own.at(names[2], place), VF, LINE)
+
+    out = w.room(len(rows) * BLOCKS * LINE)
+    function = w.function((layout, len(rows)), names, body)
+    w.call(function, *((pointer, PTR) for pointer in (data, scales, out, *rows)))
+    return [[w.load(w.at(out, place), VF, LINE) for place in row] for row in places]
 
 
 def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks: list[str]) -> list[str]:

@@ -6,12 +6,13 @@ f32 or i32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 
 F32, I32, I64, PTR = "f32", "i32", "i64", "!llvm.ptr"
 VF, VI = "vector<16xf32>", "vector<16xi32>"
 BYTES = "vector<64xi8>"
+ALIGNED = 64
 
 
 class Writer:
@@ -20,12 +21,40 @@ class Writer:
     def __init__(self) -> None:
         self._lines: list[str] = []
         self._constants: dict[tuple[str, str], str] = {}
+        self._rooms: dict[int, str] = {}
+        self._functions: dict[Hashable, tuple[str, str]] = {}
         self._count = 0
 
     def text(self) -> str:
-        """Return what was written, constants first."""
+        """Return what was written, constants and rooms on the stack first."""
+        rooms = [
+            f"{name} = llvm.alloca {self.integer(size)} x i8 {{alignment = {ALIGNED} : i64}} : ({I64}) -> {PTR}"
+            for size, name in self._rooms.items()
+        ]
         constants = [f"{name} = arith.constant {value} : {kind}" for (value, kind), name in self._constants.items()]
-        return "\n".join(constants + self._lines)
+        return "\n".join(constants + rooms + self._lines)
+
+    @property
+    def functions(self) -> list[str]:
+        """The functions that are called."""
+        return [text for _, text in self._functions.values()]
+
+    def room(self, size: int) -> str:
+        """Return the pointer to so many bytes on the stack, the same ones for every use of this size."""
+        if size not in self._rooms:
+            self._rooms[size] = self.name()
+        return self._rooms[size]
+
+    def function(self, key: Hashable, arguments: Sequence[str], body: Callable[[Writer], None]) -> str:
+        """Return the name of a function beside this one that takes pointers; it is written once for each key."""
+        if key not in self._functions:
+            own, name = Writer(), f"part{len(self._functions)}"
+            body(own)
+            assert not own._functions, "functions call no others"
+            taken = ", ".join(f"{argument}: {PTR}" for argument in arguments)
+            head = f"func.func private @{name}({taken}) attributes {{no_inline}} {{"
+            self._functions[key] = name, f"{head}\n{own.text()}\nreturn\n}}"
+        return self._functions[key][0]
 
     def line(self, text: str) -> None:
         """Write one operation without a result."""

@@ -61,7 +61,7 @@ def products_module(unit: Instructions, layout: Layout, rows: int, calls: int = 
         for i in range(calls)
     )
     made = ", ".join([out] * calls)
-    return f"""{executable("products", names, w.text(), 1)}
+    return f"""{executable("products", names, w, 1)}
 util.func public @main({taken}) -> ({made}) {{
 %one = arith.constant 1 : index
 {products}
