@@ -65,11 +65,17 @@ def read_tokens(path: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Asked:
-    """What calibration is for: GPTQ, scaled channels, and whether a kernel rounds what matrices read to bytes."""
+    """What calibration is for: GPTQ, scaled channels, and the matrices for which a kernel rounds what they read to a
+    byte, by their names in a decoder layer, or in the model for the head.
+    """
 
     fitted: bool
     scaled: bool
-    rounded: bool
+    rounded: frozenset[str]
+
+    def is_rounded(self, name: str) -> bool:
+        """Return whether a kernel rounds what the matrix of this name in the model reads."""
+        return name.split(".", 3)[-1] in self.rounded
 
 
 class Calibration:
@@ -133,7 +139,7 @@ class Calibration:
         dense: dict[str, Floats] = {}
         if asked.scaled:
             site = Site(norm, {TABLES[1]: head})  # type: ignore[dict-item]
-            scale = fitting_scale(site, inputs, INTEGERS[formats.head], asked.rounded)
+            scale = fitting_scale(site, inputs, INTEGERS[formats.head], asked.is_rounded(TABLES[1]))
             fold(site, scale)
             inputs = inputs / scale
             dense = {"model.norm.weight": norm.weight.numpy(), HEAD: head.weight.numpy()}
@@ -185,7 +191,7 @@ class Calibration:
         found, ready = sites(layer, f"model.layers.{index}", self.config), dict[str, Quantized]()
         with _keeping(found) as inputs:
             out = self._layers.run(states)
-        scales = [(site, self._fold(site, inputs[site.first], formats, asked.rounded)) for site in found]
+        scales = [(site, self._fold(site, inputs[site.first], formats, asked.is_rounded(site.first))) for site in found]
         for site, scale in scales:
             if scale is not None and not asked.fitted:
                 ready |= _clipped(site, inputs[site.first] / scale, formats)

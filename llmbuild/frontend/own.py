@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head, picked, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
-from llmbuild.kernels.layouts import PANEL, Layout, family
+from llmbuild.kernels.layouts import PANEL, TWO_BYTES, Layout, family
 from llmbuild.kernels.look import look
 from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
 from llmbuild.spec.decoder import Decoder
@@ -167,15 +167,21 @@ def facts(model: Any) -> Decoder:
 
 
 def put_in(
-    model: Any, context: int, half_cache: bool, work_groups: int, formats: Formats, units: Units, wide: bool = False
+    model: Any,
+    context: int,
+    half_cache: bool,
+    work_groups: int,
+    formats: Formats,
+    units: Units,
+    wide: Sequence[str] = (),
 ) -> dict[str, str]:
     """Replace layers, head and embedding in place; return the MLIR of the kernels by name.
 
-    `wide` says that activations of integers have two bytes.
+    `wide` are the matrices, of a layer's and `head`, for which activations have two bytes where weights are integers.
     """
     shape = replace(
         _shape(model, context, half_cache, work_groups, formats, units.layers),
-        wide=wide and formats.layers in INTEGERS,
+        wide=tuple(wide) if formats.layers in INTEGERS else (),
         formats=tuple((kind, form) for kind, form in by_kind(formats).items() if form != formats.layers),
     )
     head_shape = HeadShape(
@@ -185,7 +191,7 @@ def put_in(
         work_groups,
         formats.head,
         _narrow(units.head, formats.head),
-        wide and formats.head in INTEGERS,
+        "head" in wide and formats.head in INTEGERS,
         layer_weights=formats.layers,
     )
     operators.HEADS.update(dict.fromkeys((HEAD, SCORES, PICKED), head_shape))
@@ -207,6 +213,13 @@ def put_in(
 def by_kind(formats: Formats) -> dict[str, str]:
     """Return the format of each matrix of a layer as our kernels have them; all layers are alike."""
     return {kind: formats.of(f"model.layers.0.{names[0]}") for kind, names in KINDS.items()}
+
+
+def rounded_to_bytes(activations: str) -> frozenset[str]:
+    """Return the matrices for which our kernels round activations to one byte, by the library's names in a layer."""
+    wide = TWO_BYTES[activations]
+    of_layer = [name for kind, names in KINDS.items() if kind not in wide for name in names]
+    return frozenset([*of_layer, *([] if "head" in wide else [TABLES[1]])])
 
 
 def _put_in_tables(model: Any, shape: HeadShape, formats: Formats) -> None:

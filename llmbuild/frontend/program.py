@@ -39,7 +39,7 @@ from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
-from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS, TWO_BYTES
 from llmbuild.kernels.shapes import PAGE
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
@@ -245,7 +245,7 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
     elif choices["kernel"] == "own":
         units = _check_own(model, job, choices)
         half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-        wide = choices["activations"] == "int16"
+        wide = TWO_BYTES[choices["activations"]]
         kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units, wide)
     else:
         layout, kernels = choices["layout"], {}
@@ -324,7 +324,7 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
     if not (fitted or mixed or scaled or allocated):
         return None
     calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
-    rounded = own_on_cpu(job, choices) and choices["activations"] == "int8"
+    rounded = own.rounded_to_bytes(choices["activations"]) if own_on_cpu(job, choices) else frozenset[str]()
     return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed, allocated)
 
 

@@ -10,8 +10,10 @@ from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, fit_group
 PANEL, LINE, QUAD = 64, 64, 4
 PERIOD = 32
 """Columns that a matrix of integers has a multiple of: codes of any length fill whole bytes by then."""
-ACTIVATIONS = ("int8", "int16")
-"""What activations of integer weights are rounded to; the first is the default."""
+TWO_BYTES = {"int8": (), "int16": ("qkv", "out", "gate_up", "down", "head"), "mixed": ("qkv", "head")}
+"""By what activations of integer weights are rounded to: the matrices that read two bytes of each, not one."""
+ACTIVATIONS = tuple(TWO_BYTES)
+"""The first is the default."""
 ALLOCATIONS = ("uniform", "sensitive")
 """How bits of weights are shared out among kinds of matrices; the first is the default."""
 LOW_BITS = 7

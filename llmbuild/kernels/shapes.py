@@ -40,8 +40,8 @@ class DecoderShape:
     """Positions that a unit of attention takes, where a single row has several such parts to see."""
     narrow: bool = False
     """Whether activations of floating-point weights are rounded to bf16."""
-    wide: bool = False
-    """Whether activations of integers are rounded to two bytes each."""
+    wide: tuple[str, ...] = ()
+    """Matrices of integers whose activations are rounded to two bytes each."""
     formats: tuple[tuple[str, str], ...] = ()
     """Matrices (`qkv`, `out`, `gate_up`, `down`) whose format is not `weights`, and which: integers where those are."""
     activation: str = "silu"
@@ -88,7 +88,7 @@ class DecoderShape:
         width = self.width
         columns = {"qkv": width, "out": self.attended_padded, "gate_up": width, "down": self.inner_padded}
         formats = dict.fromkeys(columns, self.weights) | dict(self.formats)
-        return {name: Layout(formats[name], size, self.narrow, self.wide) for name, size in columns.items()}
+        return {name: Layout(formats[name], size, self.narrow, name in self.wide) for name, size in columns.items()}
 
 
 @dataclass(frozen=True)

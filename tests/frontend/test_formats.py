@@ -38,7 +38,7 @@ HIDDEN = 64
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "pystdlib.yaml"
 CONTEXT = 32
-FITTED = Asked(fitted=True, scaled=False, rounded=False)
+FITTED = Asked(fitted=True, scaled=False, rounded=frozenset())
 
 
 @pytest.fixture(scope="module")

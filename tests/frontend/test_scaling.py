@@ -18,6 +18,7 @@ from llmbuild.frontend.archive import LOOKED_UP
 from llmbuild.frontend.calibration import Asked, Calibration
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.layerwise import own_vectors
+from llmbuild.frontend.own import rounded_to_bytes
 from llmbuild.frontend.program import import_model
 from llmbuild.frontend.scaling import Noise, Site, fitting_scale, fold, sites
 from llmbuild.frontend.tensors import HEAD
@@ -56,7 +57,7 @@ def tokens() -> np.ndarray:
 def test_a_scaled_model_computes_the_same(
     folder: Callable[[bool], Path], tokens: np.ndarray, tied: bool, formats: Formats
 ) -> None:
-    model, asked = folder(tied), Asked(fitted=False, scaled=True, rounded=True)
+    model, asked = folder(tied), Asked(fitted=False, scaled=True, rounded=rounded_to_bytes("int8"))
     config, weights = source_config(model), model_of(model)
     calibration, own = Calibration(config, weights, tokens), own_vectors(weights)
     with torch.inference_mode():

@@ -112,7 +112,9 @@ def test_calibrated_weights_are_kept_in_widths_that_are_padded(form: str) -> Non
     with torch.inference_mode():
         abi, weights, config = describe(model, job, settle(job)), weights_of(model), model.config
         apply(model, job, settle(job), formats)
-        asked = Calibrated(Calibration(config, weights, calibration), Asked(True, True, True), mixed=False)
+        asked = Calibrated(
+            Calibration(config, weights, calibration), Asked(True, True, own.rounded_to_bytes("int8")), mixed=False
+        )
         source, patches = patched(Source(weights, formats), model, asked)
         (patch,) = patches.layers(source, 0, {})
         both = Patch({**source.patch.dense, **patch.dense}, {**source.patch.ready, **patch.ready})

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
-from llmbuild.kernels.layouts import Layout, family
+from llmbuild.kernels.layouts import TWO_BYTES, Layout, family
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
 from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference
@@ -27,6 +27,7 @@ from tests.support.machines import MACHINES
 from tests.support.products import panel, prepared, products_module
 from tests.support.units import UNITS, all_pairs, covering, with_all, with_enough
 
+ALL = TWO_BYTES["int16"]
 SHAPES = {
     "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, False, 2),
     "partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2),
@@ -47,10 +48,10 @@ SHAPES = {
     "q8_0": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q8_0"),
     "q4_0 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "q4_0"),
     "q4_1": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "q4_1", activation="gelu"),
-    "two bytes": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, wide=True),
-    "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128", wide=True),
-    "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int6_g32", wide=True),
-    "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q4_1", wide=True),
+    "two bytes": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, wide=ALL),
+    "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128", wide=ALL),
+    "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int6_g32", wide=ALL),
+    "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q4_1", wide=ALL),
     "bits of each matrix": DecoderShape(
         80,
         3,
@@ -64,7 +65,7 @@ SHAPES = {
         2,
         "int5_g32",
         formats=(("qkv", "int7_g32"), ("gate_up", "int3_g32"), ("down", "int6_g32")),
-        wide=True,
+        wide=TWO_BYTES["mixed"],
     ),
     "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, False, 2, activation="gelu", head_norms=True),
 }
@@ -77,7 +78,9 @@ IN_PARTS = {
 }
 """Shapes whose cache a single row attends to in parts; `test_layers_agree_with_numpy` never has more than one."""
 FORMS = {name: shape.weights for name, shape in SHAPES.items()}
-GROUPS = {name: f"{family(shape.weights)}{' of two bytes' if shape.wide else ''}" for name, shape in SHAPES.items()}
+GROUPS = {
+    name: f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}" for name, shape in SHAPES.items()
+}
 LONG_FORMS = {name: shape.weights for name, shape in IN_PARTS.items()}
 ANY = dict.fromkeys(IN_PARTS, "any format")
 """Formats do not matter where positions are attended to."""
@@ -282,7 +285,7 @@ def assert_agree(compiled: Layers, places: Sequence[tuple[int, int]], driver: st
     shape = compiled.shape
     calls = [random_call(shape, rows, start) for rows, start in places]
     # a rounding to int8 that falls the other way, in two layers
-    tolerance = 2e-2 if shape.half_cache else 2e-4 if shape.wide else 1e-2
+    tolerance = 2e-2 if shape.half_cache else 2e-4 if shape.wide == ALL else 1e-2
     for call, (actual, after) in zip(calls, compiled.run(calls, driver), strict=True):
         rows, start = len(call[0]), call[1]
         expected, expected_after = compiled.expect(call)

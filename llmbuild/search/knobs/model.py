@@ -117,7 +117,8 @@ KNOBS: tuple[Knob, ...] = (
         ACTIVATIONS,
         ACTIVATIONS[0],
         "what our kernels round the vectors to that integer weights are multiplied by, in blocks of 32 or 64 numbers; "
-        "int16: two bytes, of which 15 bits are used",
+        "int16: two bytes, of which 15 bits are used; mixed: two bytes for q, k, v and the output matrix, where "
+        "rounding does most harm for its time",
         when=(
             Condition("kernel", ("own",)),
             Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS)),
