@@ -37,10 +37,12 @@ def powers(rounded: Array) -> Array:
 
 
 def codes(rounded: Array) -> Array:
-    """Return u16[N,K] of what `nearest` returned."""
-    bits = to_bf16(rounded / powers(rounded)[:, None]).astype(np.int32)
-    exponent = (bits >> 7 & 255) - 127 + TOP
-    return np.where(bits & 0x7FFF, bits >> 15 << 11 | exponent << 7 | bits & 127, 0).astype(np.uint16)
+    """Return u16[N,K] of what `nearest` returned: its bf16, with the exponent counted from that of the row."""
+    bits = (np.ascontiguousarray(rounded, np.float32).view(np.uint32) >> 16).astype(np.uint16)
+    first = (powers(rounded).view(np.uint32) >> 23).astype(np.uint16) - np.uint16(TOP) << np.uint16(7)
+    size = bits & np.uint16(0x7FFF)
+    found = size - first[:, None] | bits >> np.uint16(15) << np.uint16(11)
+    return found * (size != 0)
 
 
 def values(stored: Array) -> Array:

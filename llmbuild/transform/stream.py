@@ -146,8 +146,15 @@ def _entry(line: str) -> tuple[str, int] | None:
         return None
 
 
-Begun = Sequence[tuple[Unit, Sequence[Future[None]]]]
-"""Units that were begun, with their tasks."""
+class _Left:
+    """A unit in the making, and how many of its tasks have not ended."""
+
+    def __init__(self, unit: Unit) -> None:
+        self.unit, self.tasks = unit, len(unit.tasks)
+
+
+Begun = Sequence[Future[None]]
+"""The tasks of units that were begun."""
 
 
 class Pipeline:
@@ -156,25 +163,29 @@ class Pipeline:
     def __init__(self, draft: Draft, threads: int) -> None:
         self.draft = draft
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="weights")
+        self._lock = Lock()
 
     def begin(self, units: Sequence[Unit]) -> Begun:
-        """Begin units; they run in their order."""
-        return [(unit, [self._pool.submit(self._run, task) for task in unit.tasks]) for unit in units]
+        """Begin units; they run in their order, and who finishes the last task of a unit records it."""
+        return [self._pool.submit(self._run, task, left) for left in map(_Left, units) for task in left.unit.tasks]
 
     def finish(self, begun: Begun) -> None:
-        """Wait for units and record them.
+        """Wait until units are recorded.
 
         Raises:
             Exception: what a task raised.
         """
-        for unit, tasks in begun:
-            for task in tasks:
-                task.result()
-            self.draft.finish(unit)
+        for task in begun:
+            task.result()
 
-    def _run(self, task: Task) -> None:
+    def _run(self, task: Task, left: _Left) -> None:
         for piece in task():
             self.draft.write(piece)
+        with self._lock:
+            left.tasks -= 1
+            is_last = not left.tasks
+        if is_last:
+            self.draft.finish(left.unit)
 
     def close(self) -> None:
         """End the threads; what has not begun is left out."""
