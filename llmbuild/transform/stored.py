@@ -20,8 +20,8 @@ from llmbuild.transform.quantized import joined as as_one
 from llmbuild.transform.stream import Piece, Region, Task, Unit
 from llmbuild.transform.weights import PANEL, Array, from_bf16, to_bf16
 
-CHUNK = 1 << 19
-"""Weights that are encoded at once: 2 MB of f32."""
+CHUNK = 1 << 18
+"""Weights that are encoded at once: 1 MB of f32. The system takes larger pieces of memory back in between."""
 
 BF16 = "bfloat16"
 """The one element type that NumPy has no name for; such arrays are u16."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 from collections.abc import Iterator
@@ -114,10 +115,11 @@ def test_a_journal_that_ends_in_half_a_line_loses_that_line_alone(path: Path) ->
     journal = path.with_suffix(".journal")
     whole_journal = journal.read_bytes()
     begin = whole_journal[:-1].rindex(b"\n") + 1
+    last = int(json.loads(whole_journal[begin:])["unit"].removeprefix("t"))  # units end in any order
     for end in (begin + 1, begin + 7, len(whole_journal) - 2):
         journal.write_bytes(whole_journal[:end])
-        assert write(path, "key", 4) == [3], end
-        assert write(path, "key", 4) in ([], [3]), "a line behind half a line may be lost with it"
+        assert write(path, "key", 4) == [last], end
+        assert write(path, "key", 4) in ([], [last]), "a line behind half a line may be lost with it"
 
 
 def test_a_journal_cut_anywhere_or_spoiled_gives_the_same_archive(path: Path) -> None:
@@ -165,7 +167,7 @@ def test_what_a_task_raises_is_raised_and_its_unit_is_not_recorded(tmp_path: Pat
     pipeline.close()
     draft.close()
     draft = Draft(tmp_path / "a.irpa", LAYOUT, "key")
-    assert [draft.has(each) for each in UNITS[:3]] == [True, False, False]
+    assert [draft.has(each) for each in UNITS[:2]] == [True, False], "another unit may have ended or not"
     draft.close()
 
 
