@@ -29,7 +29,7 @@ T = TypeVar("T")
 ROOFLINE_S = 1.5
 """Seconds of the one measurement of a machine's limits; its five rounds may take longer."""
 
-TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys(INTEGERS, 3e-2)}
+TOLERANCE = {"f32": 1e-3, "f16": 3e-2, "bf16": 5e-2, SHARED: 5e-2, **dict.fromkeys((*INTEGERS, "k8v4", "int4"), 3e-2)}
 """Allowed RMS error of logits against PyTorch on the same weights, relative to the logits' RMS."""
 
 

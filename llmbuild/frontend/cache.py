@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from llmbuild.kernels.kept import keys_and_values
 from llmbuild.spec.program import TensorType
+from llmbuild.transform.kept import rounded
 
 FLOATS = {"f32": "float32", "f16": "float16"}
+CALLERS = (*FLOATS, "int8")
+"""What caches that the compiler's code reads are kept as."""
 LEAST_SCALE = 2.0**-14
 """The least normal number of f16, in which scales are kept."""
 
@@ -28,9 +32,20 @@ def layer_buffers(kind: str, places: int, kv_heads: int, head_dim: int) -> tuple
     return (TensorType(shape, FLOATS[kind]),) * 2
 
 
+def own_buffers(kind: str, places: int, kv_heads: int, head_dim: int) -> tuple[TensorType, ...]:
+    """Return the buffers of one layer of our own kernels for CPUs: keys, values."""
+    both = keys_and_values(kind, head_dim)
+    return tuple(TensorType((places, kv_heads, kept.elements), kept.dtype) for kept in both)
+
+
 def new_cache(kinds: Sequence[TensorType]) -> list[torch.Tensor]:
     """Return zeroed cache buffers."""
     return [torch.zeros(kind.shape, dtype=getattr(torch, kind.dtype)) for kind in kinds]
+
+
+def head_size(config: Any) -> int:
+    """Return the numbers of a key or a value of one head, from the library's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def cache_name(decoder: Any) -> str:
@@ -80,6 +95,23 @@ class CallerCache:
     def get_seq_length(self, layer: int = 0) -> int:
         """Return 0: positions are always given, so nothing may be derived from the cache."""
         return 0
+
+
+class RoundedCache(CallerCache):
+    """A cache of f32 in which our own kernels' cache of a kind is told: what is written is rounded as they do."""
+
+    def __init__(self, buffers: Sequence[torch.Tensor], positions: torch.Tensor, kind: str) -> None:
+        """Take every layer's buffers, the positions i64[B,T] that this call writes, and what the kernels keep."""
+        super().__init__(buffers, positions)
+        self.kind = kind
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Do what `CallerCache` does with rounded keys and values."""
+        both = zip(keys_and_values(self.kind, keys.shape[-1]), (keys, values), strict=True)
+        keys, values = (torch.from_numpy(rounded(kept, new.numpy())) for kept, new in both)
+        return super().update(keys, values, layer)
 
 
 class SharedCache(CallerCache):

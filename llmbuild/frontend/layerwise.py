@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from llmbuild.frontend.attention import causal_mask
-from llmbuild.frontend.cache import CallerCache, cache_name, new_cache
+from llmbuild.frontend.cache import CallerCache, RoundedCache, cache_name, new_cache
 from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.tensors import EMBEDDING, HEAD
 from llmbuild.spec.program import TensorType
@@ -33,6 +33,13 @@ class Cached:
     """Our attention over a cache of our own, as an import runs it: the buffers of one layer, by a context of tokens."""
 
     buffers: Callable[[int], Sequence[TensorType]]
+    own: str = ""
+    """What our own kernels for CPUs keep keys and values as, where these are rounded to it before they are written."""
+
+    def cache(self, positions: torch.Tensor) -> CallerCache:
+        """Return a zeroed cache for positions i64[1,T]."""
+        made = new_cache(self.buffers(positions.shape[1]))
+        return RoundedCache(made, positions, self.own) if self.own else CallerCache(made, positions)
 
 
 class Layers:
@@ -82,8 +89,7 @@ class Layers:
     def _with_cache(self, states: torch.Tensor, cached: Cached) -> torch.Tensor:
         length = states.shape[1]
         positions = torch.arange(length)[None]
-        cache = CallerCache(new_cache(cached.buffers(length)), positions)
-        named: dict[str, Any] = {cache_name(self._decoder): cache}
+        named: dict[str, Any] = {cache_name(self._decoder): cached.cache(positions)}
         found: torch.Tensor = self._decoder(
             inputs_embeds=states,
             attention_mask=causal_mask(positions, length),

@@ -169,7 +169,7 @@ def facts(model: Any) -> Decoder:
 def put_in(
     model: Any,
     context: int,
-    half_cache: bool,
+    cache: str,
     work_groups: int,
     formats: Formats,
     units: Units,
@@ -180,7 +180,7 @@ def put_in(
     `wide` are the matrices, of a layer's and `head`, for which activations have two bytes where weights are integers.
     """
     shape = replace(
-        _shape(model, context, half_cache, work_groups, formats, units.layers),
+        _shape(model, context, cache, work_groups, formats, units.layers),
         wide=tuple(wide) if formats.layers in INTEGERS else (),
         formats=tuple((kind, form) for kind, form in by_kind(formats).items() if form != formats.layers),
     )
@@ -260,9 +260,7 @@ def _split(count: int) -> list[int]:
     return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
 
 
-def _shape(
-    model: Any, context: int, half_cache: bool, workers: int, formats: Formats, unit: Instructions
-) -> DecoderShape:
+def _shape(model: Any, context: int, cache: str, workers: int, formats: Formats, unit: Instructions) -> DecoderShape:
     known, attention = facts(model), model.model.layers[0].self_attn
     return DecoderShape(
         hidden=known.hidden,
@@ -273,7 +271,7 @@ def _shape(
         epsilon=model.config.rms_norm_eps,
         scale=attention.scaling,
         context=context,
-        half_cache=half_cache,
+        cache=cache,
         workers=workers,
         weights=formats.layers,
         narrow=_narrow(unit, formats.layers),

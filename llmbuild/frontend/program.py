@@ -26,7 +26,7 @@ from llmbuild.frontend import (
     splice,
     tracing,
 )
-from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.cache import CALLERS, head_size, layer_buffers, own_buffers
 from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.check import Check
 from llmbuild.frontend.checkpoint import Model
@@ -39,6 +39,7 @@ from llmbuild.frontend.writing import Patches, Unchanged, Writing
 from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
+from llmbuild.kernels.kept import CACHES
 from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS, TWO_BYTES
 from llmbuild.kernels.shapes import PAGE
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
@@ -65,7 +66,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "mixed": ("none", "sensitive"),
     "layout": ("row_major", "packed"),
     "kernel": ("compiler", "own"),
-    "kv_dtype": ("f32", "f16", "int8"),
+    "kv_dtype": CACHES,
     "activations": ACTIVATIONS,
     "allocation": ALLOCATIONS,
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
@@ -94,7 +95,8 @@ def import_model(job: ImportJob, out: Path) -> ImportResult:
     sizes = structure(job, taken, kernels, out)
     source, patches = patched(Source(taken.weights, formats), model, calibrated)
     look = archive.vectors(model, source)
-    check = Check(taken.config, cached(abi, choices["kv_dtype"]), own.rounding(model), taken.tokens, look)
+    kept = cached(taken.config, choices["kv_dtype"], own_on_cpu(job, choices))
+    check = Check(taken.config, kept, own.rounding(model), taken.tokens, look)
     with torch.no_grad():
         writing = Writing(out / PARAMETERS_FILE, archive.plan(model, sizes, taken.constants), source, job.key)
         parameters = writing.write(check, patches, abi.vocabulary)
@@ -214,6 +216,9 @@ def settle(job: ImportJob) -> dict[str, str]:
         raise InputError(f"context {job.context} is too short: at least 2 positions are needed")
     if job.batch < 1:
         raise InputError(f"batch {job.batch} has no sequence: at least 1 is needed")
+    kept = settled["kv_dtype"]
+    if kept not in CALLERS and not own_on_cpu(job, settled):
+        raise ChoiceRefused(f"kv_dtype={kept} is read by kernel=own on CPUs alone; choose it too, or int8 as kv_dtype")
     return settled
 
 
@@ -244,9 +249,8 @@ def apply(model: Any, job: ImportJob, choices: dict[str, str], formats: Formats)
         kernels = _apply_to_rows(model, job, choices, formats)
     elif choices["kernel"] == "own":
         units = _check_own(model, job, choices)
-        half_cache, work_groups = choices["kv_dtype"] == "f16", int(choices["work_groups"])
-        wide = TWO_BYTES[choices["activations"]]
-        kernels = own.put_in(model, job.context, half_cache, work_groups, formats, units, wide)
+        cache, work_groups, wide = choices["kv_dtype"], int(choices["work_groups"]), TWO_BYTES[choices["activations"]]
+        kernels = own.put_in(model, job.context, cache, work_groups, formats, units, wide)
     else:
         layout, kernels = choices["layout"], {}
         modules.swap(model, formats.of, modules.LAYOUTS[layout], fused=layout != "row_major")
@@ -276,8 +280,6 @@ def _check_own(model: Any, job: ImportJob, choices: dict[str, str]) -> own.Units
     """Refuse choices that our kernels do not go with; return what they are written in."""
     if choices["layout"] != "packed":
         raise ChoiceRefused("kernel=own reads weights in layout=packed; choose it too")
-    if choices["kv_dtype"] == "int8":
-        raise ChoiceRefused("kernel=own keeps its cache in f32 or f16; choose one of these as kv_dtype")
     if choices["mixed"] != "none":
         raise ChoiceRefused("kernel=own reads one format in all layers; choose mixed=none")
     return own.check(model, job.model, job.features, stored_formats(choices))
@@ -377,21 +379,23 @@ def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Format
 def describe(model: Any, job: ImportJob, choices: dict[str, str]) -> Abi:
     """Return how the program of this model will be called."""
     config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     limit = getattr(config, "max_position_embeddings", None)
     if limit is not None and job.context > limit:
         raise InputError(f"context {job.context} is longer than the {limit} positions {job.model} was made for")
+    own = own_on_cpu(job, choices)
+    buffers = (own_buffers if own else layer_buffers)(
+        choices["kv_dtype"], job.batch * job.context, config.num_key_value_heads, head_size(config)
+    )
     return Abi(
         vocabulary=config.vocab_size,
         context=job.context,
         batch=job.batch,
-        kv=layer_buffers(choices["kv_dtype"], job.batch * job.context, config.num_key_value_heads, head_dim)
-        * config.num_hidden_layers,
+        kv=buffers * config.num_hidden_layers,
         eos_tokens=huggingface.eos_tokens(model),
         parameters=sum(p.numel() for p in model.parameters()),  # tied ones once
-        required_features=required_features(job.features, *stored_formats(choices)) if own_on_cpu(job, choices) else (),
+        required_features=required_features(job.features, *stored_formats(choices)) if own else (),
         score=job.batch == 1 and not job.random_init,  # random weights have no quality to score
-        page=PAGE if own_on_cpu(job, choices) and job.batch == 1 else 0,
+        page=PAGE if own and job.batch == 1 else 0,
     )
 
 

@@ -12,10 +12,11 @@ import torch
 
 from llmbuild.errors import InputError
 from llmbuild.frontend import attention
-from llmbuild.frontend.cache import layer_buffers
+from llmbuild.frontend.cache import head_size, layer_buffers
 from llmbuild.frontend.checkpoint import Model
 from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
 from llmbuild.frontend.layerwise import Cached, Layers, embedded, own_vectors, through_head
+from llmbuild.kernels.kept import keys_and_values
 from llmbuild.spec.program import Abi
 
 CHECK_PROMPT, CHECK_FORCED = 16, 8
@@ -70,10 +71,14 @@ def check_tokens(abi: Abi, seed: int) -> CheckTokens:
     return CheckTokens(prompt, forced, length - np.arange(abi.batch) % length)
 
 
-def cached(abi: Abi, kind: str) -> Cached:
-    """Return our attention over a cache of a kind, for one layer of a program."""
-    _, heads, size = abi.kv[0].shape
-    return Cached(partial(layer_buffers, kind, kv_heads=heads, head_dim=size))
+def cached(config: Any, kind: str, own: bool = False) -> Cached:
+    """Return our attention over a cache of a kind, for one layer of a program; `own` is that of our kernels for
+    CPUs.
+    """
+    sizes = {"kv_heads": config.num_key_value_heads, "head_dim": head_size(config)}
+    if own and keys_and_values(kind, sizes["head_dim"])[0].is_integer:
+        return Cached(partial(layer_buffers, "f32", **sizes), kind)
+    return Cached(partial(layer_buffers, kind, **sizes))
 
 
 def truth(config: Any, model: Model, abi: Abi, tokens: CheckTokens) -> np.ndarray:
@@ -83,7 +88,7 @@ def truth(config: Any, model: Model, abi: Abi, tokens: CheckTokens) -> np.ndarra
         InputError: our attention and cache say something else, so that every program of this model would.
     """
     attention.register()
-    theirs, ours = Layers(config, LIBRARY_ATTENTION), Layers(config, attention.NAME, cached(abi, "f32"))
+    theirs, ours = Layers(config, LIBRARY_ATTENTION), Layers(config, attention.NAME, cached(config, "f32"))
     texts = tokens.texts()
     with torch.inference_mode():
         states = [embedded(own_vectors(model), line[None]) for line in texts.lines]

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import gcd
 
+from llmbuild.kernels import elementwise as k
+from llmbuild.kernels.cache import Cache
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layouts import LINE, up_to
-from llmbuild.kernels.text import F32, I32, I64, VF, Writer
+from llmbuild.kernels.text import F32, I32, I64, Writer
 
 MASKED = -1e30
 MIX_STEP = 4
@@ -65,38 +67,6 @@ class Pages:
         return w.loop(w.integers("shrui", first, self.shift), w.add(last, 1), 1, page, carried)
 
 
-@dataclass(frozen=True)
-class Cache:
-    """One head's keys or values in a cache `[places, kv_heads, head_dim]`: pointer to its first row, bytes to the
-    next.
-    """
-
-    base: str
-    stride: int
-    half: bool
-
-    def moved(self, w: Writer, places: str) -> Cache:
-        """Return the cache from so many places further on."""
-        return Cache(w.at(self.base, w.mul(places, self.stride)), self.stride, self.half)
-
-    def load(self, w: Writer, place: str, element: int, kind: str = VF) -> str:
-        """Return as many values of a place as the vector type takes, as f32."""
-        pointer = w.at(self.base, w.add(w.mul(place, self.stride), element * (2 if self.half else 4)))
-        if not self.half:
-            return w.load(pointer, kind)
-        halves = kind.replace(F32, "f16")
-        return w.cast("arith.extf", w.load(pointer, halves, 2), halves, kind)
-
-
-def store_cached(w: Writer, values: str, pointer: str, half: bool, kind: str) -> None:
-    """Write a vector of f32 to a cache, rounded to f16 if that is its type."""
-    if half:
-        halves = kind.replace(F32, "f16")
-        w.store(w.cast("arith.truncf", values, kind, halves), pointer, halves, 2)
-    else:
-        w.store(values, pointer, kind)
-
-
 def lanes_of(unit: Instructions, size: int) -> int:
     """Return how many values of a head are taken at a time: a register of them, or the most that divide it."""
     return gcd(unit.lanes, size)
@@ -121,7 +91,7 @@ def attend(
     of 16; `scores` is room for them, rounded up to 16. At `outcome` the largest score and the sum of exponentials below
     it are left, f32 each.
     """
-    lanes = lanes_of(unit, size)
+    lanes = keys.kept.lanes(unit.lanes)
     chains = unit.mix_chains if lanes == unit.lanes else 1  # shorter vectors are more sums as they are
     vf, parts = f"vector<{lanes}xf32>", range(0, size, lanes)
     loaded = [w.op("arith.mulf", w.load(w.at(query, e * 4), vf), w.lanes(scale, vf), kind=vf) for e in parts]
@@ -129,7 +99,11 @@ def attend(
     _store_scores(w, lanes, keys, seen, loaded)
     top, total = _softmax(w, scores, visible, lanes)
     mixed = _mixed(w, lanes, values, seen, len(parts), chains)
-    _store_mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, out, lanes)
+    mean = _mean(w, [mixed[i :: len(parts)] for i in range(len(parts))], total, lanes)
+    if values.kept.is_integer:
+        mean = k.times(w, k.turned(w, mean, vf, values.kept.turned), vf, 1 / values.kept.turned)
+    for e, vector in mean:
+        w.store(vector, w.at(out, e * 4), vf)
     w.store(top, outcome, F32)
     w.store(total, w.at(outcome, 4), F32)
 
@@ -157,11 +131,8 @@ def _store_scores(w: Writer, lanes: int, keys: Cache, seen: _Seen, query: Sequen
     def score(own: Cache, place: str) -> list[str]:
         sums = []
         for lane in range(lanes):
-            position = w.integers("minsi", w.add(place, lane), last)
-            total = w.op("arith.mulf", query[0], own.load(w, position, 0, vf), kind=vf)
-            for i, part in enumerate(query[1:], start=1):
-                total = w.op("math.fma", part, own.load(w, position, i * lanes, vf), total, kind=vf)
-            sums.append(total)
+            of = own.place(w, w.integers("minsi", w.add(place, lane), last))
+            sums.append(own.product(w, of, query, lanes))
         left = w.splat(w.cast("arith.trunci", w.integers("subi", seen.stop, place), I64, I32), vi)
         inside = w.let(f"arith.cmpi slt, {order}, {left} : {vi}")
         masked = w.lanes(MASKED, vf)
@@ -186,11 +157,10 @@ def _mixed(w: Writer, lanes: int, values: Cache, seen: _Seen, parts: int, chains
         new = list(sums)
         for step in range(turn):
             place, chain = w.add(start, step), step % chains * parts
-            weight = w.splat(w.load(seen.score(w, place), F32), vf)
-            position = w.integers("minsi", place, last)
-            for i in range(parts):
-                value = own.load(w, position, i * lanes, vf)
-                new[chain + i] = w.op("math.fma", weight, value, new[chain + i], kind=vf)
+            weight, of = w.splat(w.load(seen.score(w, place), F32), vf), own.place(w, w.integers("minsi", place, last))
+            weights = own.scaled(w, of, weight, lanes)
+            for i, value in own.numbers(w, of, lanes):
+                new[chain + i] = w.op("math.fma", weights[i], value, new[chain + i], kind=vf)
         return new
 
     def mixed_of(ahead: str, begin: str, end: str, *sums: str) -> list[str]:
@@ -201,14 +171,16 @@ def _mixed(w: Writer, lanes: int, values: Cache, seen: _Seen, parts: int, chains
     return seen.pages.each(w, seen.first, seen.stop, mixed_of, [(w.lanes(0.0, vf), vf)] * parts * chains)
 
 
-def _store_mean(w: Writer, sums: Sequence[Sequence[str]], total: str, out: str, lanes: int) -> None:
-    """Write weighted sums over their total weight; those of one place are added up in order."""
+def _mean(w: Writer, sums: Sequence[Sequence[str]], total: str, lanes: int) -> list[tuple[int, str]]:
+    """Return weighted sums over their total weight, and where each is; those of one place are added up in order."""
     kind = f"vector<{lanes}xf32>"
     inverse = w.splat(w.op("arith.divf", w.real(1.0), total, kind=F32), kind)
+    found = []
     for i, (whole, *more) in enumerate(sums):
         for value in more:
             whole = w.op("arith.addf", whole, value, kind=kind)
-        w.store(w.op("arith.mulf", whole, inverse, kind=kind), w.at(out, i * lanes * 4), kind)
+        found.append((i * lanes, w.op("arith.mulf", whole, inverse, kind=kind)))
+    return found
 
 
 @dataclass(frozen=True)

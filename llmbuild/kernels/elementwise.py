@@ -7,7 +7,7 @@ lanes, which the compiler splits where registers are shorter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import gcd
 
 from llmbuild.kernels.text import F32, VF, Writer
@@ -110,6 +110,40 @@ def rotated(w: Writer, source: str, cosine: str, sine: str, size: int) -> list[t
             c, s = w.load(w.at(cosine, place * 4), kind), w.load(w.at(sine, place * 4), kind)
             done.append((place, w.op("math.fma", turned, s, w.op("arith.mulf", x, c, kind=kind), kind=kind)))
     return done
+
+
+def turned(w: Writer, parts: Sequence[tuple[int, str]], kind: str, count: int) -> list[tuple[int, str]]:
+    """Return the Hadamard transform, times `sqrt(count)`, of each `count` numbers of a head, a power of two.
+
+    `parts` are the head's numbers in vectors of the type `kind` and which of them is the first. Sums are made in the
+    order of their strides, so that their bits do not depend on the vectors.
+    """
+    lanes = int(kind.removeprefix("vector<").partition("x")[0])
+    vectors = [vector for _, vector in sorted(parts)]
+    for stride in (1 << bit for bit in range(count.bit_length() - 1)):
+        if stride < lanes:
+            vectors = [_folded(w, vector, kind, lanes, stride) for vector in vectors]
+            continue
+        step, made = stride // lanes, list(vectors)
+        for low in (i for i in range(len(vectors)) if not i & step):
+            both = vectors[low], vectors[low + step]
+            made[low] = w.op("arith.addf", *both, kind=kind)
+            made[low + step] = w.op("arith.subf", *both, kind=kind)
+        vectors = made
+    return [(i * lanes, vector) for i, vector in enumerate(vectors)]
+
+
+def _folded(w: Writer, vector: str, kind: str, lanes: int, stride: int) -> str:
+    """Return the sum of lanes that are `stride` apart in the lower one, and their difference in the upper one."""
+    others = [lane ^ stride for lane in range(lanes)]
+    signs = w.constant(f"dense<[{', '.join('-1.0' if lane & stride else '1.0' for lane in range(lanes))}]>", kind)
+    moved = w.let(f"vector.shuffle {vector}, {vector} {others} : {kind}, {kind}")
+    return w.op("math.fma", vector, signs, moved, kind=kind)
+
+
+def times(w: Writer, parts: Sequence[tuple[int, str]], kind: str, factor: float) -> list[tuple[int, str]]:
+    """Return vectors times a factor."""
+    return [(first, w.op("arith.mulf", vector, w.lanes(factor, kind), kind=kind)) for first, vector in parts]
 
 
 def head_vector(size: int) -> str:

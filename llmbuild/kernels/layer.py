@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from math import gcd
 
-from llmbuild.kernels import attention, products
+from llmbuild.kernels import attention, cache, products
 from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.kept import Kept
 from llmbuild.kernels.layouts import LINE, Layout, up_to
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
 from llmbuild.kernels.scratch import MAX_PARTS, score_bytes, scratch, spread_bytes
@@ -108,7 +109,7 @@ class LayerWriter:
 
     def _sizes(self) -> dict[str, int | str]:
         w, shape, rows = self.w, self.shape, self.rows
-        cache = shape.cached * (2 if shape.half_cache else 4)  # of one place; how many there are is the caller's
+        places = [shape.kv_heads * kept.bytes for kept in shape.kept]  # of one; how many there are is the caller's
         row = w.mul(rows, 4 * shape.width)
         angle = w.mul(rows, 4 * shape.head_dim)
         size = scratch(shape)
@@ -117,7 +118,7 @@ class LayerWriter:
             "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
             "scratch": w.add(size.fixed, w.mul(rows, size.total(1) - size.fixed)),
         }  # fmt: skip
-        return sizes | dict.fromkeys(cache_names(self.layers), cache)
+        return sizes | dict(zip(cache_names(self.layers), places * self.layers, strict=True))
 
     def write(self) -> Writer:
         """Write all phases of all layers."""
@@ -270,36 +271,38 @@ class LayerWriter:
             source = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected))
             angle = w.mul(row, 4 * shape.head_dim)
             cosine, sine = w.at(self.p["cosine"], angle), w.at(self.p["sine"], angle)
-            width = 2 if shape.half_cache else 4
-            slot = w.mul(self._pages(row).place(w, self._position(row)), shape.cached * width)
-            size, kind = shape.head_dim, k.head_vector(shape.head_dim)
+            (of_keys, of_values), size, kind = shape.kept, shape.head_dim, k.head_vector(shape.head_dim)
+            place = self._pages(row).place(w, self._position(row))
 
             def query(head: str) -> list[str]:
                 at = w.at(source, w.mul(head, size * 4))
                 self._normal_head(at, HEAD_NORMS[0])
-                for e, vector in k.rotated(w, at, cosine, sine, size):
+                parts = k.rotated(w, at, cosine, sine, size)
+                if of_keys.is_integer:
+                    parts = k.times(w, k.turned(w, parts, kind, of_keys.turned), kind, 1 / of_keys.turned)
+                for e, vector in parts:
                     w.store(vector, w.at(at, e * 4), kind)
                 return []
 
             def key(head: str) -> list[str]:
                 at = w.at(source, w.mul(w.add(head, shape.heads), size * 4))
                 self._normal_head(at, HEAD_NORMS[1])
-                place = w.at(self.keys, slot, w.mul(head, size * width))
-                for e, vector in k.rotated(w, at, cosine, sine, size):
-                    attention.store_cached(w, vector, w.at(place, e * width), shape.half_cache, kind)
+                put(of_keys, k.rotated(w, at, cosine, sine, size), self.keys, head)
                 return []
+
+            def value(head: str) -> list[str]:
+                at = w.at(source, w.mul(w.add(head, shape.heads + shape.kv_heads), size * 4))
+                parts = [(e, w.load(w.at(at, e * 4), kind)) for e in range(0, size, gcd(size // 2, k.LANES))]
+                put(of_values, parts, self.values, head)
+                return []
+
+            def put(kept: Kept, parts: Sequence[cache.Part], base: str, head: str) -> None:
+                slot = w.mul(w.add(w.mul(place, shape.kv_heads), head), kept.bytes)
+                cache.store(w, kept, parts, kind, w.at(base, slot))
 
             w.loop(0, shape.heads, 1, query)
             w.loop(0, shape.kv_heads, 1, key)
-            values = w.at(source, (shape.attended + shape.cached) * 4)
-            lanes = gcd(shape.cached, k.LANES)
-
-            def value(e: str) -> list[str]:
-                vector, place = w.load(w.at(values, w.mul(e, 4)), k.vector(lanes)), w.add(slot, w.mul(e, width))
-                attention.store_cached(w, vector, w.at(self.values, place), shape.half_cache, k.vector(lanes))
-                return []
-
-            w.loop(0, shape.cached, lanes, value)
+            w.loop(0, shape.kv_heads, 1, value)
             self._clear_attended(row)
 
         self._run(self.rows, unit)
@@ -347,15 +350,14 @@ class LayerWriter:
     def _attend_to(self, row: str, group: str, head: str, cut: str) -> None:
         """Attend with a row's head to one part of the positions, for a single row, or else to all of them."""
         w, shape = self.w, self.shape
-        width = 2 if shape.half_cache else 4
         scores = w.at(self.p["scratch"], w.mul(self.number, score_bytes(shape)))
         position, pages = self._position(row), self._pages(row)
         count, length = self._parts_of(position)
         at = w.mul(head, shape.head_dim * 4)
         query = w.at(self.s["qkv"], w.mul(row, 4 * shape.projected), at)
         keys, values = (
-            attention.Cache(w.at(base, w.mul(group, shape.head_dim * width)), shape.cached * width, shape.half_cache)
-            for base in (self.keys, self.values)
+            cache.Cache(w.at(base, w.mul(group, kept.bytes)), shape.kv_heads * kept.bytes, kept)
+            for base, kept in zip((self.keys, self.values), shape.kept, strict=True)
         )
         whole, several = w.at(self.s["attended"], w.mul(row, self._attended), at), w.below(1, count)
         room = w.let(f"arith.select {self.alone}, {head}, {self.number} : {I64}")
@@ -437,9 +439,10 @@ def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> st
     They take `x [T,width]`, `cosine` and `sine [T,head_dim]`, `where i64[W]`, the layers' weights one after the other,
     and keys and values of each layer, which they write in place; they return the new hidden states. Rows attend to
     positions up to their own, all rows of a call and what was there before. `where` begins with the position of each
-    row. For `@name` the cache is that of one sequence, `[context, kv_heads, head_dim]`. For the other it is one of many
-    sequences, `[places, kv_heads, head_dim]`: for each row `where` then says at which of its own items the row's pages
-    begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in each.
+    row. For `@name` the cache is that of one sequence, `[context, kv_heads, Kept.elements]`. For the other it is one of
+    many sequences, `[places, kv_heads, Kept.elements]`: for each row `where` then says at which of its own items the
+    row's pages begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in
+    each.
     """
     body = LayerWriter(shape, count, unit).write()
     return "\n".join(
@@ -454,15 +457,18 @@ def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> st
 def _dispatch(function: str, name: str, shape: DecoderShape, count: int, places: str, shift: int) -> str:
     """Return a function that dispatches the executable of some layers on caches of so many places."""
     row, names = scratch(shape), cache_names(count)
-    cache = f"tensor<{places}x{shape.kv_heads}x{shape.head_dim}x{'f16' if shape.half_cache else 'f32'}>"
-    sized = cache + "{%places}" if places == "?" else cache
+    held = [f"tensor<{places}x{shape.kv_heads}x{kept.elements}x{kept.element}>" for kept in shape.kept] * count
+    behind = "{%places}" if places == "?" else ""
     wide, angle = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.head_dim}xf32>"
     weights, counters = f"tensor<{count * buffer_bytes(shape)}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
-    taken, caches = ", ".join(f"%{n}: {cache}" for n in names), ", ".join(f"%{n}" for n in names)
-    written = ", ".join(f"%{n}{sized.removeprefix(cache)}" for n in names)
+    taken, caches = (
+        ", ".join(f"%{n}: {kind}" for n, kind in zip(names, held, strict=True)),
+        ", ".join(f"%{n}" for n in names),
+    )
+    written = ", ".join(f"%{n}{behind}" for n in names)
     kinds = ", ".join(
         [f"{wide}{{%rows}}", f"{angle}{{%rows}}", f"{angle}{{%rows}}", "tensor<?xi64>{%items}", weights, counters]
-        + [sized] * len(names)
+        + [kind + behind for kind in held]
         + ["index", "index"]
     )
     return f"""util.func private @{function}(%x: {wide}, %cosine: {angle}, %sine: {angle}, %where: tensor<?xi64>,
@@ -470,7 +476,7 @@ def _dispatch(function: str, name: str, shape: DecoderShape, count: int, places:
 %zero = arith.constant 0 : index
 %rows = tensor.dim %x, %zero : {wide}
 %items = tensor.dim %where, %zero : tensor<?xi64>
-%places = tensor.dim %{names[0]}, %zero : {cache}
+%places = tensor.dim %{names[0]}, %zero : {held[0]}
 %shift = arith.constant {shift} : index
 %each = arith.constant {row.total(1) - row.fixed} : index
 %fixed = arith.constant {row.fixed} : index

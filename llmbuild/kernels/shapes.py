@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llmbuild.kernels.kept import Kept, keys_and_values
 from llmbuild.kernels.layouts import LINE, PANEL, PERIOD, Layout, up_to
 from llmbuild.spec.formats import INTEGERS
 
@@ -33,7 +34,8 @@ class DecoderShape:
     epsilon: float
     scale: float
     context: int
-    half_cache: bool
+    cache: str
+    """What keys and values are kept as: one of `kept.CACHES`."""
     workers: int
     weights: str = "int8"
     part: int = 256
@@ -72,6 +74,11 @@ class DecoderShape:
     def cached(self) -> int:
         """Width of all key heads together."""
         return self.kv_heads * self.head_dim
+
+    @property
+    def kept(self) -> tuple[Kept, Kept]:
+        """How a head's keys and its values at a position lie in the cache."""
+        return keys_and_values(self.cache, self.head_dim)
 
     @property
     def projected(self) -> int:

@@ -11,6 +11,7 @@ from llmbuild.kernels.elementwise import QUICK
 from llmbuild.kernels.layouts import Layout
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape
 from llmbuild.transform.decoder import layer_matrices, section_of
+from llmbuild.transform.kept import packed, unpacked
 from llmbuild.transform.panels import Matrix
 from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
 
@@ -95,8 +96,8 @@ def layer(
         query, key = (normalize(part, w, shape.epsilon) for part, w in zip((query, key), weights, strict=True))
     key = rotated(key, cosine, sine)
     keys, values, own = keys.copy(), values.copy(), [places[-1] for places in seen]
-    keys[own] = key
-    values[own] = value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
+    new = key, value[:, : shape.cached].reshape(rows, shape.kv_heads, -1)
+    keys[own], values[own] = (packed(kept, part) for kept, part in zip(shape.kept, new, strict=True))
     attended = pad_width(_attend(shape, rotated(query, cosine, sine), seen, keys, values), shape.attended_padded)
     middle = x + multiply(attended, matrices["out"])[:, : shape.width]
     normal = normalize(middle, norms[1], shape.epsilon, shape.hidden)
@@ -117,10 +118,13 @@ def places(positions: Array, tables: Sequence[Array] = (), page: int = 0) -> lis
 
 def _attend(shape: DecoderShape, query: Array, seen: Sequence[Array], keys: Array, values: Array) -> Array:
     groups = shape.heads // shape.kv_heads
+    keys, values = (
+        unpacked(kept, stored).astype(np.float64) for kept, stored in zip(shape.kept, (keys, values), strict=True)
+    )
     out = np.zeros((len(query), shape.heads, shape.head_dim))
     for row in range(len(query)):
         for head in range(shape.heads):
-            scores = keys[seen[row], head // groups].astype(np.float64) @ query[row, head] * shape.scale
+            scores = keys[seen[row], head // groups] @ query[row, head] * shape.scale
             weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ values[seen[row], head // groups].astype(np.float64) / weights.sum()
+            out[row, head] = weights @ values[seen[row], head // groups] / weights.sum()
     return out.reshape(len(query), -1).astype(np.float32)

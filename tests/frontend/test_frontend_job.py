@@ -143,6 +143,8 @@ def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
         ({"choices": (("weights", "f32"),)}, "no model-level knob 'weights'"),
         ({"choices": (("weight_format", "int3"),)}, "weight_format cannot be 'int3'"),
         ({"choices": (("kernel", "own"),)}, "reads weights in layout=packed"),
+        ({"choices": (("kv_dtype", "int4"),)}, "kv_dtype=int4 is read by kernel=own on CPUs alone"),
+        ({"choices": (("kv_dtype", "k8v4"), ("kernel", "own")), "subgroup": 32}, "kv_dtype=k8v4 is read by kernel=own"),
         ({"choices": (("kernel", "own"), ("layout", "packed"))}, "found f32"),
         ({"choices": (("kernel", "own"), ("layout", "packed"), ("weight_format", "int4a_g32"))}, "found int4a_g32"),
         (

@@ -98,13 +98,18 @@ def test_states_of_each_layer_are_those_of_the_whole_model(folder: Path, untouch
             assert relative_error(now.numpy(), states[index + 1].numpy()) < 1e-5
 
 
-@pytest.mark.parametrize(("kind", "limit"), [("f32", 1e-5), ("f16", 5e-3), ("int8", 5e-2)])
-def test_our_attention_reads_what_it_wrote_to_a_cache(folder: Path, untouched: Any, kind: str, limit: float) -> None:
+@pytest.mark.parametrize(
+    ("kind", "own", "limit"),
+    [("f32", "", 1e-5), ("f16", "", 5e-3), ("int8", "", 5e-2), ("f32", "int8", 5e-2), ("f32", "k8v4", 0.2)],
+)
+def test_our_attention_reads_what_it_wrote_to_a_cache(
+    folder: Path, untouched: Any, kind: str, own: str, limit: float
+) -> None:
     """Rounding of what is cached shows, and is all that does."""
     attention.register()
     config, model = source_config(folder), model_of(folder)
     heads, size = untouched.config.num_key_value_heads, untouched.model.layers[0].self_attn.head_dim
-    cached = Cached(lambda tokens: layer_buffers(kind, tokens, heads, size))
+    cached = Cached(lambda tokens: layer_buffers(kind, tokens, heads, size), own)
     plain, ours = Layers(config, LIBRARY_ATTENTION), Layers(config, attention.NAME, cached)
     with torch.inference_mode():
         states = embedded(own_vectors(model), TEXTS)
@@ -113,6 +118,7 @@ def test_our_attention_reads_what_it_wrote_to_a_cache(folder: Path, untouched: A
         expected, actual = plain.run(states) - states, ours.run(states) - states
     off = relative_error(actual.numpy(), expected.numpy())
     assert off < limit
+    assert (off > 1e-4) == (kind != "f32" or own != "")
     assert kind == "f32" or off > 1e-7
 
 

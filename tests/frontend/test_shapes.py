@@ -137,20 +137,20 @@ CASES = {
     "heads of 8": (
         "Llama",
         {**ODD, "hidden_size": 40, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8},
-        ("int7_g64", "f12_e4m7"),
+        ("int7_g64", "f12_e4m7", "int4"),
     ),
     "heads of 40": (
         "Qwen3",
         {**ODD, "head_dim": 40, "hidden_act": "gelu", "tie_word_embeddings": False, "hidden_size": 100},
-        ("int4_g64", "int8"),
+        ("int4_g64", "int8", "int8"),
     ),
     "heads of 24, biases": (
         "Llama",
         {**ODD, "head_dim": 24, "hidden_act": "gelu_new", "attention_bias": True, "tie_word_embeddings": False},
-        ("f12_e4m7", "int7_g32"),
+        ("f12_e4m7", "int7_g32", "k8v4"),
     ),
 }
-"""Models, with the formats of their layers and of their tables: each kind of format is that of some layers."""
+"""Models, with the formats of their layers, tables and cache: each kind of format is that of some layers."""
 
 
 UNIT = next((unit for unit in ("avx512", "avx2") if not MACHINES[unit].lacks), "")
@@ -160,8 +160,8 @@ UNIT = next((unit for unit in ("avx512", "avx2") if not MACHINES[unit].lacks), "
 @pytest.mark.skipif(not UNIT, reason="this CPU has neither AVX2 nor AVX-512")
 @pytest.mark.parametrize(("unit", "name"), [(UNIT, name) for name in CASES])
 def test_compiled_models_of_odd_shapes_agree_with_torch(imports: Imports, unit: str, name: str) -> None:
-    kind, shape, forms = CASES[name]
-    choices = {**OWN, "weight_format": forms[0], "head_format": forms[1]}
+    kind, shape, (*forms, cache) = CASES[name]
+    choices = {**OWN, "weight_format": forms[0], "head_format": forms[1], "kv_dtype": cache}
     kernels = [UNITS[unit].kernels[form.partition("_g")[0]] for form in forms]
     features = tuple(dict.fromkeys(feature for kernel in kernels for feature in kernel.features))
     made = imports(imports.model(kind, **shape), choices, context=CONTEXT, features=features)

@@ -78,8 +78,8 @@ def test_rows_of_a_mix_say_what_they_say_alone(imports: Imports, shape: dict[str
 @pytest.mark.parametrize("name", CASES)
 def test_models_of_all_kinds_have_it(imports: Imports, name: str) -> None:
     """As compiled in `test_shapes`."""
-    kind, shape, forms = CASES[name]
-    choices = {**PACKED, "weight_format": forms[0], "head_format": forms[1]}
+    kind, shape, (*forms, cache) = CASES[name]
+    choices = {**PACKED, "weight_format": forms[0], "head_format": forms[1], "kv_dtype": cache}
     kernels = [UNITS[UNIT].kernels[form.partition("_g")[0]] for form in forms]
     features = tuple(dict.fromkeys(feature for kernel in kernels for feature in kernel.features))
     made = imports(imports.model(kind, **shape), choices, context=SHORT, features=features)

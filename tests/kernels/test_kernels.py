@@ -14,11 +14,13 @@ from hypothesis import strategies as st
 
 from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.instructions import Instructions
+from llmbuild.kernels.kept import Kept
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import TWO_BYTES, Layout, family
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
 from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference
+from llmbuild.transform.kept import packed, unpacked
 from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
@@ -29,29 +31,29 @@ from tests.support.units import UNITS, all_pairs, covering, with_all, with_enoug
 
 ALL = TWO_BYTES["int16"]
 SHAPES = {
-    "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, False, 2),
-    "partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2),
-    "smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, False, 1),
-    "f16 cache, many work-groups": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, True, 7),
-    "int4 in partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "int4_g64"),
-    "int4 in one group": DecoderShape(64, 2, 1, 32, 75, 1e-5, 32**-0.5, 40, False, 2, "int4_g64"),
-    "int4 smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, False, 1, "int4_g32"),
-    "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128"),
-    "int7 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int7_g32", activation="gelu"),
-    "int7 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int7_g64"),
-    "int6": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "int6_g32"),
-    "int5 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int5_g128"),
-    "int3 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int3_g32", activation="gelu"),
-    "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, False, 2, "f16", head_norms=True),
-    "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, True, 2, "bf16", activation="gelu_tanh"),
-    "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "f12_e4m7"),
-    "q8_0": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q8_0"),
-    "q4_0 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "q4_0"),
-    "q4_1": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "q4_1", activation="gelu"),
-    "two bytes": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, wide=ALL),
-    "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, True, 3, "int4_g128", wide=ALL),
-    "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, False, 3, "int6_g32", wide=ALL),
-    "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, False, 2, "q4_1", wide=ALL),
+    "whole panels": DecoderShape(128, 4, 2, 32, 192, 1e-5, 32**-0.5, 64, "f32", 2),
+    "partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2),
+    "smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, "f32", 1),
+    "f16 cache, many work-groups": DecoderShape(144, 5, 5, 64, 100, 1e-6, 0.125, 33, "f16", 7),
+    "int4 in partial panels": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "int4_g64"),
+    "int4 in one group": DecoderShape(64, 2, 1, 32, 75, 1e-5, 32**-0.5, 40, "f32", 2, "int4_g64"),
+    "int4 smallest": DecoderShape(16, 1, 1, 32, 1, 1e-6, 1.0, 16, "f32", 1, "int4_g32"),
+    "int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int4_g128"),
+    "int7 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int7_g32", activation="gelu"),
+    "int7 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int7_g64"),
+    "int6": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "int6_g32"),
+    "int5 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int5_g128"),
+    "int3 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int3_g32", activation="gelu"),
+    "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, "f32", 2, "f16", head_norms=True),
+    "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, "f16", 2, "bf16", activation="gelu_tanh"),
+    "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "f12_e4m7"),
+    "q8_0": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "q8_0"),
+    "q4_0 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "q4_0"),
+    "q4_1": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "q4_1", activation="gelu"),
+    "two bytes": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, wide=ALL),
+    "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int4_g128", wide=ALL),
+    "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int6_g32", wide=ALL),
+    "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "q4_1", wide=ALL),
     "bits of each matrix": DecoderShape(
         80,
         3,
@@ -61,29 +63,35 @@ SHAPES = {
         1e-5,
         32**-0.5,
         40,
-        False,
+        "f32",
         2,
         "int5_g32",
         formats=(("qkv", "int7_g32"), ("gate_up", "int3_g32"), ("down", "int6_g32")),
         wide=TWO_BYTES["mixed"],
     ),
-    "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, False, 2, activation="gelu", head_norms=True),
+    "int8 cache": DecoderShape(80, 4, 2, 48, 50, 1e-5, 0.15, 40, "int8", 2, "f16"),
+    "int4 cache": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, "int4", 2, "bf16", head_norms=True),
+    "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, "f32", 2, activation="gelu", head_norms=True),
 }
 IN_PARTS = {
-    "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, False, 2, part=16),
-    "parts, f16 cache": DecoderShape(64, 4, 2, 64, 75, 1e-5, 0.125, 700, True, 3, "f16", part=32),
+    "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, "f32", 2, part=16),
+    "parts, f16 cache": DecoderShape(64, 4, 2, 64, 75, 1e-5, 0.125, 700, "f16", 3, "f16", part=32),
+    "parts, k8v4 cache": DecoderShape(80, 4, 2, 64, 50, 1e-5, 0.125, 700, "k8v4", 3, "f16", part=32),
     "parts, int4": DecoderShape(
-        100, 3, 1, 24, 33, 1e-5, 0.2, 700, False, 2, "int4_g64", 16, activation="gelu_tanh", head_norms=True
+        100, 3, 1, 24, 33, 1e-5, 0.2, 700, "f32", 2, "int4_g64", 16, activation="gelu_tanh", head_norms=True
     ),
 }
 """Shapes whose cache a single row attends to in parts; `test_layers_agree_with_numpy` never has more than one."""
 FORMS = {name: shape.weights for name, shape in SHAPES.items()}
 GROUPS = {
-    name: f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}" for name, shape in SHAPES.items()
+    name: shape.cache
+    if shape.kept[0].is_integer
+    else f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}"
+    for name, shape in SHAPES.items()
 }
 LONG_FORMS = {name: shape.weights for name, shape in IN_PARTS.items()}
-ANY = dict.fromkeys(IN_PARTS, "any format")
-"""Formats do not matter where positions are attended to."""
+ANY = {name: shape.cache if shape.kept[0].is_integer else "any format" for name, shape in IN_PARTS.items()}
+"""Formats of weights do not matter where positions are attended to."""
 COUNT = 2
 CALLS = ((1, 0), (1, 15), (5, 3), (6, 0), (16, 0))
 """Rows, and the position of the first."""
@@ -135,9 +143,9 @@ class Layers:
 
     def _main(self, name: str, calls: int, function: str = "layers", places: str = "") -> str:
         s = self.shape
-        cache = f"tensor<{places or s.context}x{s.kv_heads}x{s.head_dim}x{'f16' if s.half_cache else 'f32'}>"
+        cache = [f"tensor<{places or s.context}x{s.kv_heads}x{kept.elements}x{kept.element}>" for kept in s.kept]
         wide, angle = f"tensor<?x{s.width}xf32>", f"tensor<?x{s.head_dim}xf32>"
-        kinds = [wide, angle, angle, "tensor<?xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + [cache] * 2 * COUNT
+        kinds = [wide, angle, angle, "tensor<?xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + cache * COUNT
         names = [[f"%a{call}_{i}" for i in range(len(kinds))] for call in range(calls)]
         taken = ", ".join(f"{n}: {k}" for each in names for n, k in zip(each, kinds, strict=True))
         made = ", ".join([wide] * calls)
@@ -254,7 +262,8 @@ def in_pages(shape: DecoderShape, calls: list[Call]) -> tuple[list[Any], list[An
     caches = []
     for i in range(2 * COUNT):
         of_call = [call[2][i] for call in calls]
-        made = np.full(((len(calls) * each + 1) * PAGE, *of_call[0].shape[1:]), np.nan, of_call[0].dtype)
+        made = np.empty(((len(calls) * each + 1) * PAGE, *of_call[0].shape[1:]), of_call[0].dtype)
+        made.view(np.uint8)[:] = 255  # numbers and scales that are none
         for table, own in zip(blocks, of_call, strict=True):
             made[reference.places(np.array([shape.context - 1]), [table], PAGE)[0]] = own
         caches.append(made)
@@ -276,26 +285,27 @@ def random_call(shape: DecoderShape, rows: int, start: int) -> Call:
     rng = np.random.default_rng(rows)
     x = pad_width(rng.standard_normal((rows, shape.hidden)).astype(np.float32), shape.width)
     angles = [rng.standard_normal((rows, shape.head_dim)).astype(np.float32) for _ in range(2)]
-    kind = np.float16 if shape.half_cache else np.float32
     size = (shape.context, shape.kv_heads, shape.head_dim)
-    return x, start, [rng.standard_normal(size).astype(kind) for _ in range(2 * COUNT)], angles
+    cache = [packed(kept, rng.standard_normal(size).astype(np.float32)) for kept in shape.kept * COUNT]
+    return x, start, cache, angles
 
 
 def assert_agree(compiled: Layers, places: Sequence[tuple[int, int]], driver: str) -> None:
     shape = compiled.shape
     calls = [random_call(shape, rows, start) for rows, start in places]
     # a rounding to int8 that falls the other way, in two layers
-    tolerance = 2e-2 if shape.half_cache else 2e-4 if shape.wide == ALL else 1e-2
+    tolerance = 2e-2 if shape.cache != "f32" else 2e-4 if shape.wide == ALL else 1e-2
     for call, (actual, after) in zip(calls, compiled.run(calls, driver), strict=True):
         rows, start = len(call[0]), call[1]
         expected, expected_after = compiled.expect(call)
         assert relative_error(actual, expected) < tolerance, (driver, rows, start)
         assert not actual[:, shape.hidden :].any()
         assert len(after) == (0 if compiled.machine.emulated else 2 * COUNT)
-        for ours, theirs in zip(after, expected_after, strict=bool(after)):
+        for kept, ours, theirs in zip(shape.kept * COUNT, after, expected_after, strict=bool(after)):
             untouched = [i for i in range(shape.context) if not start <= i < start + rows]
             assert np.array_equal(ours[untouched], theirs[untouched])
-            assert relative_error(ours, theirs) < tolerance, (driver, rows, start)
+            written = [unpacked(kept, part[start : start + rows]) for part in (ours, theirs)]
+            assert relative_error(*written) < max(tolerance, step_of(kept)), (driver, rows, start)
 
 
 @on_enough_shapes
@@ -306,12 +316,17 @@ def test_layers_take_extreme_values(compiled: Layers) -> None:
         assert relative_error(actual, compiled.expect(call)[0]) < 2e-2, size
 
 
+def step_of(kept: Kept) -> float:
+    """Return how far apart neighbouring codes are, by the largest number; of numbers that are no codes, 0."""
+    return 1.01 / kept.most if kept.is_integer else 0.0
+
+
 def extreme_call(shape: DecoderShape, size: float) -> Call:
     x = pad_width(np.full((2, shape.hidden), size, np.float32), shape.width)
     x[:, ::3] *= -1
     angles = [np.ones((2, shape.head_dim), np.float32), np.zeros((2, shape.head_dim), np.float32)]
-    kind = np.float16 if shape.half_cache else np.float32
-    return x, 0, [np.zeros((shape.context, shape.kv_heads, shape.head_dim), kind) for _ in range(2 * COUNT)], angles
+    places = shape.context, shape.kv_heads
+    return x, 0, [np.zeros((*places, kept.elements), kept.dtype) for kept in shape.kept * COUNT], angles
 
 
 @pytest.mark.parametrize(("forms", "groups"), [(FORMS, GROUPS), (LONG_FORMS, ANY)], ids=["shapes", "parts"])

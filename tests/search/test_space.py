@@ -142,6 +142,15 @@ def test_formats_that_are_not_searched_can_be_pinned() -> None:
     assert pinned["weight_format"] == ("int8_g64",)
 
 
+def test_caches_of_four_bits_are_pinned_on_cpus_and_unknown_elsewhere() -> None:
+    searched = {k.name: k.domain for k in space_for(AVX2, recipe(), {}).knobs}["kv_dtype"]
+    assert searched == ("f32", "f16", "int8")
+    pinned = space_for(AVX2, recipe(kernel=("own",), weight_format=("int8",)), {"kv_dtype": "int4"})
+    assert {(p["kv_dtype"], p["kernel"]) for p in pinned.points()} == {("int4", "own")}
+    domains = {k.name: k.domain for k in knobs_of("cuda")}
+    assert domains["kv_dtype"] == ("f32", "f16", "int8")
+
+
 @pytest.mark.parametrize(
     "requires", [AVX2.requires, AVX512, (*AVX512, "avx512vnni"), ("sse4.2",), ("dotprod",), ("i8mm",), ("neon",)]
 )
@@ -153,7 +162,7 @@ def test_our_kernels_are_asked_about_only_where_they_can_read_weights_and_cache(
     assert {p["layout"] for p in own} <= {"packed"}
     assert {p["weight_format"] for p in own} <= formats
     assert {p["head_format"] for p in own} <= {"same", *formats}
-    assert {p["kv_dtype"] for p in own} <= {"f32", "f16"}
+    assert {p["kv_dtype"] for p in own} == ({"f32", "f16", "int8"} if own else set())
     assert len(points) == len(set(points))
 
 

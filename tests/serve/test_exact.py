@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from llmbuild.errors import InputError
+from llmbuild.kernels.kept import keys_and_values
 from llmbuild.runtime import load, reader
 from llmbuild.runtime.model import Model
 from llmbuild.serve import budget
@@ -20,6 +21,7 @@ from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.request import Request, SamplingParams
 from llmbuild.serve.served import Served, Settings, abi_of, opened
 from llmbuild.serve.step import Rows
+from llmbuild.spec.program import TensorType
 from tests.conftest import Project
 
 PROMPTS = [[7, 8, 9], [11] * 9, [5], list(range(40, 71)), [300, 2, 1, 0, 4], [9] * 32, [1, 2], [3] * 20]
@@ -138,6 +140,9 @@ def test_sequences_are_as_many_as_fit(model: Model) -> None:
     paged = budget.need("tiny", model.row, replace(abi, page=24), 16)  # whole blocks: 48 positions for 32
     assert paged.sequence_bytes == held * 48 // 32
     assert paged.fixed_bytes == need.fixed_bytes + 16 * 4 * abi.vocabulary
+    for kind, position in (("f16", 256), ("int8", 2 * 68), ("k8v4", 68 + 36), ("int4", 2 * 36)):  # a head of 64
+        kv = tuple(TensorType((32, 3, kept.elements), kept.dtype) for kept in keys_and_values(kind, 64))
+        assert budget.cache_bytes(replace(abi, kv=kv, context=32)) == 32 * 3 * position
     for count in (1, 2, 5):
         assert budget.sequences([need], need.total(count), 16) == [count]
         assert budget.sequences([need], need.total(count + 1) - 1, 16) == [count]

@@ -23,7 +23,7 @@ from tests.serve.test_exact import PROMPTS, answered, tokens
 from tests.support.machines import HOST
 
 pytestmark = pytest.mark.skipif("avx2" not in HOST, reason="this CPU has not AVX2, which the kernels need here")
-FORMATS = {"int8": "f32", "f16": "f16"}
+FORMATS = {"int8": "k8v4", "f16": "f16"}
 """Weight formats, and what the cache is kept in."""
 CONTEXT = 112
 

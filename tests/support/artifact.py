@@ -79,10 +79,10 @@ class Loaded:
         import iree.runtime as rt
 
         sizes = [(blocks * self.abi["page"], *k["shape"][1:]) for k in self.abi["kv"]]
-        kinds = [k["dtype"] for k in self.abi["kv"]]
-        return [
-            rt.asdevicearray(self._device, np.full(size, np.nan, kind)) for size, kind in zip(sizes, kinds, strict=True)
-        ]
+        made = [np.empty(size, k["dtype"]) for size, k in zip(sizes, self.abi["kv"], strict=True)]
+        for part in made:
+            part.view(np.uint8)[:] = 255  # of integers, the scales are no numbers
+        return [rt.asdevicearray(self._device, part) for part in made]
 
     def forced(self, prompt: Sequence[int], tokens: Sequence[int]) -> Any:
         """Return logits f32[1+D,V] after the prompt and after each token."""

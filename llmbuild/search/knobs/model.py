@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmbuild.kernels.kept import CACHES
 from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
@@ -61,9 +62,20 @@ KNOBS: tuple[Knob, ...] = (
     Knob(
         "kv_dtype",
         "model",
+        CACHES,
+        "f32",
+        "element type of the KV cache; int8 and int4 have scales for each position and head; k8v4: keys as int8, "
+        "values as int4; k8v4 and int4 are for our kernels alone",
+        backends=(LLVM_CPU,),
+        searched=("f32", "f16", "int8"),
+    ),
+    Knob(
+        "kv_dtype",
+        "model",
         ("f32", "f16", "int8"),
         "f32",
         "element type of the KV cache; int8 has a scale for each position and head",
+        backends=GPUS,
     ),
     Knob("layout", "model", ("row_major", "packed"), "row_major", "order of the weights in the parameter archive"),
     Knob(
@@ -76,7 +88,7 @@ KNOBS: tuple[Knob, ...] = (
             Condition("weight_format", OWN_FORMATS),
             Condition("head_format", (SAME, *OWN_FORMATS)),
             Condition("mixed", ("none",)),
-            Condition("kv_dtype", ("f32", "f16")),
+            Condition("kv_dtype", CACHES),
             Condition("layout", ("packed",)),
         ),
         backends=(LLVM_CPU,),
