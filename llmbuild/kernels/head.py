@@ -209,7 +209,7 @@ def head(name: str, shape: HeadShape, unit: Instructions) -> str:
     `@picked(name)(x [T,width], read i64[R], norm, data, scale) -> (logits [R,padded], tokens i64[R])` of the rows that
     `read` names. A row is rounded and summed alike in all of them.
     """
-    w = Writer()
+    w = Writer(name)
     body = HeadWriter(w, shape, unit)
     body.normalize()
     body.multiply()

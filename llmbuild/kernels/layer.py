@@ -87,11 +87,11 @@ def cache_names(layers: int) -> list[str]:
 class LayerWriter:
     """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, shape: DecoderShape, layers: int, unit: Instructions) -> None:
+    def __init__(self, name: str, shape: DecoderShape, layers: int, unit: Instructions) -> None:
         self.shape = shape
         self.layers = layers
         self.unit = unit
-        self.w = w = Writer()
+        self.w = w = Writer(name)
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
         self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
         self.number = worker(w)
@@ -444,7 +444,7 @@ def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> st
     row's pages begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in
     each.
     """
-    body = LayerWriter(shape, count, unit).write()
+    body = LayerWriter(name, shape, count, unit).write()
     return "\n".join(
         [
             executable(name, BEFORE + cache_names(count) + AFTER, body, shape.workers, ("shift",)),

@@ -16,9 +16,10 @@ ALIGNED = 64
 
 
 class Writer:
-    """Writes the body of one function."""
+    """Writes the body of one function; those beside it are named by its name: executables are linked into one."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = "") -> None:
+        self._name = name
         self._lines: list[str] = []
         self._constants: dict[tuple[str, str], str] = {}
         self._rooms: dict[int, str] = {}
@@ -48,7 +49,7 @@ class Writer:
     def function(self, key: Hashable, arguments: Sequence[str], body: Callable[[Writer], None]) -> str:
         """Return the name of a function beside this one that takes pointers; it is written once for each key."""
         if key not in self._functions:
-            own, name = Writer(), f"part{len(self._functions)}"
+            own, name = Writer(), f"{self._name}_part{len(self._functions)}"
             body(own)
             assert not own._functions, "functions call no others"
             taken = ", ".join(f"{argument}: {PTR}" for argument in arguments)
