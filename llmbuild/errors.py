@@ -7,6 +7,7 @@ LlmbuildError            reported by a command in one message, without a traceba
 ├── LoadRefused          an artifact that must not be opened on this host              exit 2
 ├── NothingUsable        a build that ended without one usable variant                 exit 1
 └── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
+    └── UnknownLoad      no variant has a load curve of this host
 """
 
 from __future__ import annotations
@@ -69,6 +70,10 @@ class NoVariant(LlmbuildError):
     def __init__(self, message: str, pick: Any = None) -> None:
         super().__init__(message)
         self.pick = pick
+
+
+class UnknownLoad(NoVariant):
+    """No variant has a load curve of this host: nothing is known of what it holds."""
 
 
 def sentence(error: OSError) -> str:

@@ -176,19 +176,24 @@ def find_default(folder: Path, known: Known, facts: HostFacts | None = None) -> 
 
 
 def subject_of(folder: Path, known: Known) -> Subject:
-    """Return the profiler's subject of a variant, with absolute paths: the profiler works in another folder."""
-    row, point, folder = known.row, known.row["point"], folder.absolute()
+    """Return the profiler's subject of a variant."""
+    return subject_from(folder, known.row, known.checks, known.target)
+
+
+def subject_from(folder: Path, row: Row, checks: str, target: Target) -> Subject:
+    """Return the profiler's subject of a row, with absolute paths: the profiler works in another folder."""
+    point, folder = row["point"], folder.absolute()
     return Subject(
         variant=row["variant"],
         artifact=present(row["artifact"]),
         artifact_path=reader.blob_path(folder, present(row["artifact"])),
         parameters_path=reader.blob_path(folder, present(row["parameters"])),
-        check_path=reader.blob_path(folder, known.checks),
+        check_path=reader.blob_path(folder, checks),
         abi=present(row["abi"]),
         driver=str(point["driver"]),
         workers=int(point["workers"]),
         parameter_bytes=present(row["parameter_bytes"]),
-        meters=known.target.meters,
+        meters=target.meters,
         integer=str(point["weight_format"]).startswith("int"),
         tolerance=max(TOLERANCE[str(point["weight_format"])], TOLERANCE[str(point["kv_dtype"])]),
     )

@@ -19,7 +19,7 @@ from llmbuild.catalog.place import FILE, PUBLISHED_FILE, URL_FILE
 from llmbuild.errors import CatalogError
 from llmbuild.runtime.reader import connected
 
-SCHEMA_VERSION = 7
+SCHEMA_VERSION = 8
 BUSY_SECONDS = 60
 WRITER = 0x6C6C6D62
 """Number of the advisory lock that serializes the writers of a Postgres catalog."""

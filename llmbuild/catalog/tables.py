@@ -241,6 +241,39 @@ class MeasurementRow(Base):
     )
 
 
+class LoadCurveRow(Base):
+    """The time of a step of a server, by artifact, settings, machine and protocol; `body` is the whole curve.
+
+    Seconds and joules are of one sequence that decodes in the middle of the context, of as many as were measured, and
+    of the longest piece of a prompt; joules are absent without a meter.
+    """
+
+    __tablename__ = "load_curve"
+    key: Mapped[str] = mapped_column(Digest, primary_key=True)
+    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"), index=True)
+    artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"))
+    machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"))
+    driver: Mapped[str]
+    workers: Mapped[int]
+    context: Mapped[int]
+    decodes_most: Mapped[int]
+    prompt_most: Mapped[int]
+    held_out: Mapped[int]
+    decode_s: Mapped[float]
+    decodes_s: Mapped[float]
+    prompt_s: Mapped[float]
+    turn_s: Mapped[float]
+    row_s: Mapped[float]
+    error_p95: Mapped[float]
+    decode_j: Mapped[float | None]
+    decodes_j: Mapped[float | None]
+    prompt_j: Mapped[float | None]
+    energy_source: Mapped[str | None]
+    body: Mapped[JsonObject]
+    protocol: Mapped[int]
+    created_at: Mapped[str]
+
+
 class FailureRow(Base):
     """A failed tool, with the command that reproduces the failure."""
 

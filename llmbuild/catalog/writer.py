@@ -21,6 +21,8 @@ from llmbuild.catalog.known import Known, State
 from llmbuild.catalog.names import Owner, Ranking, Registered
 from llmbuild.catalog.schema import BUSY_SECONDS, begin_writing, database_errors, now, open_engine
 from llmbuild.digest import plain
+from llmbuild.spec.load_curve import LoadCurve
+from llmbuild.spec.load_curve import row_of as row_of_curve
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import Measurement, row_of
 from llmbuild.spec.program import Program
@@ -264,6 +266,11 @@ class Catalog(Known):
             session.execute(
                 upsert(t.LimitRow).values(values).on_conflict_do_update(index_elements=["machine"], set_=values)
             )
+
+    def record_load_curve(self, curve: LoadCurve) -> None:
+        """Record a load curve in place of an earlier one of the same artifact, settings and machine."""
+        with self.session(write=True) as session:
+            _replace(session, t.LoadCurveRow, {**row_of_curve(curve), "created_at": now()})
 
     # --- builds and standings ------------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import click
 
 from llmbuild.cli.options import PATH, PLACE, build_options, catalog_option, format_options, on_option
 from llmbuild.cli.output import over, print_built, print_rows
-from llmbuild.errors import NothingUsable
+from llmbuild.errors import InputError, NothingUsable
 
 if TYPE_CHECKING:
     from llmbuild.build.request import BuildRequest
@@ -60,10 +60,20 @@ def compile_(recipes: tuple[Path, ...], form: str | None, keep_going: bool, **op
 @on_option
 @click.option("-t", "--target", "targets", multiple=True, help="Target name or file; the host if left out.")
 @click.option("--random-init", is_flag=True, help="The recipe was compiled with --random-init.")
-def profile(what: tuple[str, ...], form: str | None, **options: Any) -> int:
+@click.option("--load", is_flag=True, help="Measure load curves: the time of a server's step by what is in it.")
+@click.option("--budget", metavar="TIME", help="With --load: time for each variant.  [default: 30s]")
+@click.option(
+    "--sequences", type=click.IntRange(1, 128), metavar="N", help="With --load: up to so many at a time.  [default: 16]"
+)
+def profile(what: tuple[str, ...], form: str | None, load: bool, **options: Any) -> int:
     """Measure what is compiled, on this machine: a RECIPE, or VARIANTs by digest."""
     from llmbuild.cli import building
 
+    budget, sequences = options.pop("budget"), options.pop("sequences")
+    if load:
+        return print_rows(building.profile_load(what, build_request((), options), budget, sequences), form)
+    if budget or sequences:
+        raise InputError("--budget and --sequences are for --load")
     built = building.profile(what, build_request((), options))
     print_built(built, form)
     if not built.usable:

@@ -264,15 +264,43 @@ def _made_row(job: Job, point: Point, made: Program | Artifact | Failure, kind: 
 
 def profile(what: Sequence[str], request: BuildRequest) -> Built:
     """Measure compiled variants: every compiled point of recipes, or single variants again."""
-    files = [name for name in what if name.endswith((".yaml", ".yml"))]
-    variants = [name for name in what if name not in files]
-    jobs = jobs_of(replace(request, recipes=tuple(map(Path, files))))
+    files, variants = _files_and_variants(what)
+    jobs = jobs_of(replace(request, recipes=files))
     built = [_profile_recipe(job(), request) for job in jobs]
     if variants:
         from llmbuild.build.remeasure import remeasure
 
         built.append(Built(remeasure(request.folder, variants, Progress(), remote_of(request)), True, ""))
     return Built([r for b in built for r in b.rows], all(b.usable for b in built), "; ".join(b.advice for b in built))
+
+
+def profile_load(
+    what: Sequence[str], request: BuildRequest, budget: str | None, sequences: int | None
+) -> list[dict[str, object]]:
+    """Measure the load curves of variants, or of a recipe's front, on this machine, and return a row for each.
+
+    Raises:
+        InputError: another machine is asked for, or nothing can be measured.
+    """
+    from llmbuild.build.loads import Asked, front_of, measure_loads
+    from llmbuild.build.request import seconds_of
+    from llmbuild.report.loads import rows as load_rows
+
+    if request.on is not None:
+        raise InputError("--load measures on this machine alone: run it where the variant is to be served")
+    files, variants = _files_and_variants(what)
+    for make in jobs_of(replace(request, recipes=files)):
+        job = make()
+        variants += front_of(request.folder, job.recipe.name, job.target.name)
+    given = {"budget_s": seconds_of(budget) if budget else None, "sequences": sequences}
+    asked = Asked(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    return load_rows(measure_loads(request.folder, variants, asked, Progress().say))
+
+
+def _files_and_variants(what: Sequence[str]) -> tuple[tuple[Path, ...], list[str]]:
+    """Return the recipes' files and the variants among arguments."""
+    files = [name for name in what if name.endswith((".yaml", ".yml"))]
+    return tuple(map(Path, files)), [name for name in what if name not in files]
 
 
 def _profile_recipe(job: Job, request: BuildRequest) -> Built:

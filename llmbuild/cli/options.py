@@ -195,6 +195,17 @@ def slo_options(command: F) -> F:
     return command
 
 
+def lengths_option(command: F) -> F:
+    """Add the option that says how long requests are."""
+    return click.option(
+        "--lengths",
+        metavar="PROMPT:OUTPUT",
+        default="128:64",
+        show_default=True,
+        help="Medians of the requests' tokens, for bounds of load.",
+    )(command)
+
+
 def selection_of(options: Mapping[str, Any]) -> Selection:
     """Return the values of `slo_options`."""
     return Selection(tuple(options["slo"]), options["objective"], options["target"], options["workload"])

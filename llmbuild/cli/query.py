@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,15 @@ from llmbuild.cli.options import (
     Shared,
     catalog_option,
     format_options,
+    lengths_option,
     selection_of,
     slo_options,
     trust_of,
     trust_options,
 )
 from llmbuild.cli.output import print_public, print_rows
-from llmbuild.cli.requests import PickRequest, QueryRequest
-from llmbuild.errors import NoVariant
+from llmbuild.cli.requests import LoadRequest, PickRequest, QueryRequest
+from llmbuild.errors import InputError, NoVariant
 from llmbuild.system.strict_json import dumps
 
 VERDICTS = 200
@@ -53,6 +55,8 @@ def query(form: str | None, catalog: str, model: str | None, everything: bool, *
 @click.option("--lock", type=PATH, help="Pin the pick in this file, for `run --lock`.")
 @click.option("--as", "cpu", metavar="CPU", help="Pick for a host with this CPU instead, such as haswell or zen4.")
 @click.option("--why", is_flag=True, help="Give the verdict on every variant, however many there are.")
+@click.option("--rate", metavar="N/s", help="Requests per second to hold, by the load curves of this machine.")
+@lengths_option
 @catalog_option
 @format_options
 @trust_options
@@ -62,6 +66,8 @@ def pick(form: str | None, why: bool, **options: Any) -> int:
     from llmbuild.report.rows import front_table, public
     from llmbuild.runtime.reader import count
 
+    if options["rate"] or reading.of_load(options["slo"]):
+        return _pick_load(form, options)
     asked = {name: options[name] for name in ("model", "cpu", "lock")}
     request = PickRequest(Path(options["catalog"]), selection=selection_of(options), trust=trust_of(options), **asked)
     try:
@@ -83,6 +89,25 @@ def pick(form: str | None, why: bool, **options: Any) -> int:
         print_public([made.chosen], form)
     else:
         click.echo(front_table([made.chosen]))
+    return 0
+
+
+def _pick_load(form: str | None, options: Mapping[str, Any]) -> int:
+    """Print the variant that holds the most requests, or the rate that is asked for, and say why on stderr."""
+    from llmbuild.cli import reading
+    from llmbuild.report.rows import front_table
+
+    if options["lock"] or options["cpu"]:
+        raise InputError("--rate goes with neither --lock nor --as: load curves are of this machine")
+    request = LoadRequest(
+        Path(options["catalog"]), options["model"], selection_of(options), options["rate"], options["lengths"]
+    )
+    made = reading.pick_load(request, trust_of(options))
+    click.echo(made.explain(), err=True)
+    if form:
+        print_rows([reading.public_load(made)], form) if form == "csv" else click.echo(dumps(reading.public_load(made)))
+    else:
+        click.echo(front_table([made.row]))
     return 0
 
 

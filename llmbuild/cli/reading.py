@@ -5,16 +5,21 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from llmbuild.cli.requests import PickRequest, QueryRequest
+from llmbuild.cli.requests import LoadRequest, PickRequest, QueryRequest, Trust
+from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.report.rows import public
 from llmbuild.runtime import reader
 from llmbuild.spec.pick import Pick
 from llmbuild.spec.rows import Row
-from llmbuild.spec.slo import order, parse_slo
+from llmbuild.spec.slo import order, parse_load, parse_slo
 from llmbuild.spec.target import HOST, target_from
 from llmbuild.system.strict_json import dumps
+
+if TYPE_CHECKING:
+    from llmbuild.serve.pick_load import LoadPick
 
 
 def query(request: QueryRequest) -> list[Row]:
@@ -55,17 +60,70 @@ def pick(request: PickRequest) -> Pick:
     return made
 
 
+def of_load(bounds: Sequence[str]) -> bool:
+    """Return whether a bound is of requests under load."""
+    return bool(parse_load(bounds)[0])
+
+
+def pick_load(request: LoadRequest, trusted: Trust) -> LoadPick:
+    """Return the variant that holds bounds on requests at a rate.
+
+    Raises:
+        NoVariant: none does, or nothing is known of it.
+    """
+    from llmbuild.runtime import trust
+    from llmbuild.serve import pick_load as loads
+    from llmbuild.serve.capacity import parse_lengths, parse_rate
+
+    asked = request.selection
+    trust.require(request.catalog, trust.policy(trusted.keys, trusted.allow_unsigned))
+    bounds, rest = parse_load(asked.slo)
+    wanted = loads.Wanted(
+        bounds,
+        parse_rate(request.rate) if request.rate else None,
+        parse_lengths(request.lengths),
+        request.sequences,
+        request.scheduler,
+        request.memory_bytes,
+    )
+    catalog, model = request.catalog, request.model
+    return loads.pick_load(catalog, model, rest, asked.objective, wanted, asked.target, asked.workload)
+
+
+def public_load(made: LoadPick) -> dict[str, object]:
+    """Return the columns of the contract, and what requests see."""
+    best, seen = made.capacity, made.seen
+    load = {
+        "rate_per_s": seen.rate,
+        "highest_rate_per_s": best.rate,
+        "sure_rate_per_s": best.sure,
+        "scheduler": best.server.name,
+        "sequences": best.server.host.slots,
+        "prompt_tokens": best.lengths.prompt,
+        "output_tokens": best.lengths.output,
+        **seen.values,
+        "load_output_tokens_per_s": seen.output_tokens_per_s,
+        "load_curve": best.server.curve.key,
+        "load_error_p95": best.server.curve.error_p95,
+        "outside": seen.outside,
+    }
+    return {**public(made.row), **load}
+
+
 def explain(prefix: str, catalog: Path, as_json: bool) -> str:
     """Return the report on a variant."""
     from llmbuild.build.compiling import written
     from llmbuild.report.explain import explain as explain_text
+    from llmbuild.report.loads import lines as load_lines
 
     rows = reader.find_variant(catalog, prefix)
+    curves = reader.load_curves(catalog, [rows[0]["variant"]])
     command, by_hand = _compile_line(catalog, rows[0]), written(target_from(rows[0]["target_body"]), rows[0]["point"])
     if as_json:
-        more = {"compile": command, "written": by_hand}
+        more = {"compile": command, "written": by_hand, "load_curves": [plain(curve) for curve in curves]}
         return dumps([{**public(r), "program": r["program"], "parameters": r["parameters"], **more} for r in rows])
-    return explain_text(rows, command, by_hand)
+    told = [explain_text(rows, command, by_hand), *(line for curve in curves for line in load_lines(curve))]
+    return "\n".join(told)
 
 
 def _compile_line(catalog: Path, row: Row) -> str:

@@ -47,6 +47,23 @@ class PickRequest:
 
 
 @dataclass(frozen=True)
+class LoadRequest:
+    """The variant that holds bounds on requests at a rate, such as `5/s`, or at the highest that there is.
+
+    `lengths` are medians of the tokens of prompts and answers, such as `128:64`.
+    """
+
+    catalog: Path
+    model: str | None
+    selection: Selection
+    rate: str | None
+    lengths: str
+    sequences: int | None = None
+    scheduler: str | None = None
+    memory_bytes: int | None = None
+
+
+@dataclass(frozen=True)
 class RunRequest:
     """The variant to open: by a lock, by a digest, or else by a pick."""
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmbuild.cli.options import PATH, catalog_option, selection_of, slo_options, trust_of, trust_options
-from llmbuild.cli.requests import Selection, Trust
+from llmbuild.cli.options import (
+    PATH,
+    catalog_option,
+    lengths_option,
+    selection_of,
+    slo_options,
+    trust_of,
+    trust_options,
+)
+from llmbuild.cli.requests import LoadRequest, Selection
 from llmbuild.cli.sizes import size_of
-from llmbuild.errors import InputError
+from llmbuild.errors import InputError, UnknownLoad
 
 if TYPE_CHECKING:
     from llmbuild.runtime.model import Model
-    from llmbuild.serve.served import Served
+    from llmbuild.serve.served import Plan, Served
 
 SCHEDULERS = ("fcfs", "sarathi")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
@@ -31,15 +40,16 @@ VERDICTS = 4
 @click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
 @click.option("--memory", metavar="SIZE", help="Memory for weights and caches, such as 4GB; else 80 % of what is free.")
 @click.option(
-    "--scheduler", type=click.Choice(SCHEDULERS), default="fcfs", show_default=True, help="Who runs in each step."
+    "--scheduler",
+    type=click.Choice(SCHEDULERS),
+    help="Who runs in each step.  [default: fcfs; for bounds of load what holds them best]",
 )
 @click.option(
     "--max-sequences",
     type=click.IntRange(1, 1024),
-    default=16,
-    show_default=True,
-    help="Sequences of a model that run at a time, as far as the memory holds them.",
+    help="Sequences of a model that run at a time, as far as the memory holds them.  [default: 16; or as --scheduler]",
 )
+@lengths_option
 @click.option(
     "--max-queue", type=click.IntRange(1, 1 << 16), default=256, show_default=True, help="Sequences that may wait."
 )
@@ -78,30 +88,69 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
         raise InputError("a model is named twice: each has one variant in a server")
     if options["variant"] and len(models) > 1:
         raise InputError("--variant is for one MODEL")
-    memory = options["memory"]
-    settings = Settings(
-        None if memory is None else size_of("--memory", memory),
-        options["max_sequences"],
-        options["scheduler"],
-        Limits(options["max_queue"], options["request_timeout"]),
-    )
     keys = Keys() if options["api_keys"] is None else Keys.read(options["api_keys"])
     place = Place(options["host"], options["port"], options["shutdown_timeout"])
     if not place.local and not keys.digests:
         click.echo(f"warning: anybody who reaches {place.host} is answered: --api-keys FILE asks for a key", err=True)
-    asked = (Path(options["catalog"]), selection_of(options), trust_of(options), options["variant"])
-    picked = [_picked(model, *asked) for model in models]
+    given = options["memory"]
+    memory = None if given is None else size_of("--memory", given)
+    served = [_planned(model, options, memory, len(models)) for model in models]
+    settings = Settings(
+        memory,
+        limits=Limits(options["max_queue"], options["request_timeout"]),
+        plans={name: plan for name, (_, plan) in zip(models, served, strict=True)},
+    )
+    picked = [model for model, _ in served]
     done = serve(picked, settings, place, keys, Told(_ready, to_stderr))
     click.echo("every answer was finished" if done else "answers were cut off", err=True)
     return 0 if done else CUT_OFF
 
 
-def _picked(name: str, catalog: Path, selection: Selection, trust: Trust, variant: str | None) -> Model:
+def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: int) -> tuple[Model, Plan]:
+    """Return a model with how it is served; where requests are bounded, by its load curves."""
+    from llmbuild.cli import reading
+    from llmbuild.serve.served import Plan
+    from llmbuild.spec.slo import parse_load
+
+    asked = Plan(options["scheduler"] or Plan.scheduler, options["max_sequences"] or Plan.sequences)
+    selection, variant = selection_of(options), options["variant"]
+    bounds, rest = parse_load(selection.slo)
+    selection = replace(selection, slo=rest)
+    if not bounds:
+        return _picked(name, options, selection, variant), asked
+    told = ", ".join(map(str, bounds))
+    if variant:
+        click.echo(f"{name}: --variant is opened; whether {told} holds is for `llmbuild pick` to say", err=True)
+        return _picked(name, options, selection, variant), asked
+    share = None if memory is None else memory // models
+    request = LoadRequest(
+        Path(options["catalog"]),
+        name,
+        selection_of(options),
+        None,
+        options["lengths"],
+        options["max_sequences"],
+        options["scheduler"],
+        share,
+    )
+    try:
+        made = reading.pick_load(request, trust_of(options))
+    except UnknownLoad as error:
+        click.echo(f"{name}: whether {told} holds is not known: {error}", err=True)
+        return _picked(name, options, selection, None), asked
+    click.echo(f"{name}: {made.explain()}", err=True)
+    best = made.capacity.server
+    model = _picked(name, options, selection, str(made.row["variant"]))
+    return model, Plan(best.name, best.host.slots)
+
+
+def _picked(name: str, options: Mapping[str, Any], selection: Selection, variant: str | None) -> Model:
     """Return a model whose variant was picked, and say why."""
     from llmbuild.runtime.model import load
 
+    trust = trust_of(options)
     model = load(
-        catalog,
+        Path(options["catalog"]),
         name,
         selection.slo,
         selection.objective,

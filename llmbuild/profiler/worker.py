@@ -8,6 +8,8 @@ meter    {}                                                    -> the energy met
 energy   {prompts, output, steps}                              -> joules, seconds, tokens of answers in one window
 idle     {steps}                                               -> joules, seconds of waiting in one window
 memory   {}                                                    -> peak resident bytes so far
+load     {sequences, contexts, cells}                          -> seconds of one visit to each cell, in order
+load_energy {sequences, contexts, cell, steps}                 -> joules, seconds of such steps in one window
 limits   {artifact, read_bytes, functions, seconds}            -> seconds of the machine's limit kernels
 """
 
@@ -32,6 +34,7 @@ from llmbuild.profiler import limits
 from llmbuild.profiler.budget import COME_BACK_S as LEARN_S
 from llmbuild.profiler.budget import SLOW_PROMPT_S
 from llmbuild.profiler.divergence import Divergence, mapped
+from llmbuild.profiler.load_steps import LoadSteps
 from llmbuild.profiler.meters.energy import Found, find
 from llmbuild.profiler.meters.meter import Absent, Meter, Window, window_s
 from llmbuild.runtime.session import Session, Settings
@@ -81,6 +84,7 @@ class Worker:
         self._session: Session | None = None
         self._driver, self._meters = "", tuple[str, ...]()
         self._found: Found | None = None
+        self._load: LoadSteps | None = None
         self._first_s = 0.0
         """Seconds of the last timed prefill."""
 
@@ -196,7 +200,21 @@ class Worker:
         """Wait in one window: the idle power."""
         return self._metered(request["steps"], lambda: sleep(0.02))
 
-    def _metered(self, steps: int, work: Callable[[], None]) -> dict[str, object]:
+    def load(self, request: JsonObject) -> dict[str, object]:
+        """Visit kinds of steps of a server, each once."""
+        steps = self._steps(request)
+        return {"seconds": [steps.visit(pieces) for pieces in request["cells"]]}
+
+    def load_energy(self, request: JsonObject) -> dict[str, object]:
+        """Run steps of one kind in one window of at least `steps` updates of the meter."""
+        steps = self._steps(request)
+        return self._metered(request["steps"], lambda: steps.run(request["cell"]))
+
+    def _steps(self, request: JsonObject) -> LoadSteps:
+        self._load = self._load or LoadSteps(self.session, request["sequences"], request["contexts"])
+        return self._load
+
+    def _metered(self, steps: int, work: Callable[[], object]) -> dict[str, object]:
         meter = self._found.meter if self._found else None
         if meter is None:
             raise LlmbuildError("no energy meter was found")
@@ -303,7 +321,7 @@ def main() -> None:
     worker = Worker()
     verbs: dict[str, Callable[[JsonObject], dict[str, object]]] = {
         name: getattr(worker, name)
-        for name in ("open", "check", "quality", "round", "meter", "energy", "idle", "memory")
+        for name in ("open", "check", "quality", "round", "meter", "energy", "idle", "memory", "load", "load_energy")
     }
     verbs["limits"] = limits.run
     for line in sys.stdin:

@@ -8,7 +8,8 @@ import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from llmbuild.errors import CatalogError, InputError, sentence
 from llmbuild.runtime import machines as machines_
 from llmbuild.runtime import trust
 from llmbuild.runtime.connection import Connection, Found
+from llmbuild.spec.load_curve import LOAD_PROTOCOL, LoadCurve, curve_from
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.rows import Row
@@ -24,7 +26,9 @@ from llmbuild.system.extras import advice
 from llmbuild.system.paths import real
 from llmbuild.system.strict_json import JsonObject, loads
 
-SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6, 7)
+_WITH_CURVES = 8
+"""The first schema with load curves."""
+SCHEMA_VERSIONS = (1, 2, 3, 4, 5, 6, 7, 8)
 """Schemas that this loader reads."""
 
 COPIES = 3
@@ -400,3 +404,33 @@ def find_variant(catalog: Path, prefix: str) -> list[Row]:
     if len(names) > 1:
         raise InputError(f"{prefix!r} names {len(names)} variants: give more digits")
     return rows
+
+
+def load_curves(catalog: Path, variants: Sequence[str]) -> list[LoadCurve]:
+    """Return the load curves of variants, by the machine's present fingerprint; none in a catalog of an earlier schema.
+
+    Raises:
+        CatalogError: a curve is damaged.
+    """
+    with opened(catalog) as connection:
+        if connection.execute("SELECT schema_version FROM info").fetchone()[0] < _WITH_CURVES:
+            return []
+        names = machines_.fingerprints(connection)
+        found = [
+            row
+            for variant in dict.fromkeys(variants)
+            for row in connection.execute(
+                "SELECT body, machine_digest FROM load_curves WHERE variant = ? AND protocol = ? ORDER BY load_curve",
+                (variant, LOAD_PROTOCOL),
+            ).fetchall()
+        ]
+    return [_curve(row["body"], names) for row in found]
+
+
+def _curve(body: object, names: Mapping[str, str]) -> LoadCurve:
+    try:
+        curve = curve_from(loads(body) if isinstance(body, str) else body)  # type: ignore[arg-type]
+    except (ValueError, TypeError, KeyError):
+        todo = "`llmbuild profile --load` measures it again"
+        raise CatalogError(f"a load curve is damaged in the catalog: {todo}") from None
+    return replace(curve, machine=names.get(curve.machine, curve.machine))

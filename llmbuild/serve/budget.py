@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from llmbuild.errors import InputError
 from llmbuild.runtime import host
-from llmbuild.spec.program import Abi
+from llmbuild.spec.program import Abi, cache_bytes
 from llmbuild.spec.rows import Row
 from llmbuild.system import resources
 
@@ -38,12 +38,6 @@ class Need:
         basis = "measured" if self.measured else "estimated"
         each = f"{sequences} x {self.sequence_bytes / 1e6:.1f} MB"
         return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for keys and values"
-
-
-def cache_bytes(abi: Abi) -> int:
-    """Return the bytes of the keys and values of one sequence: those of its whole context."""
-    size = {"float32": 4, "float16": 2, "int8": 1}
-    return sum(math.prod(kind.shape) * size[kind.dtype] for kind in abi.kv)
 
 
 def _slot_bytes(abi: Abi) -> int:
@@ -84,8 +78,8 @@ def memory(asked: int | None) -> int:
     return int(available * SHARE)
 
 
-def sequences(needs: Sequence[Need], memory_bytes: int, most: int) -> list[int]:
-    """Return how many sequences each model may hold at a time: up to `most`, in equal numbers as far as they fit.
+def sequences(needs: Sequence[Need], memory_bytes: int, most: Sequence[int]) -> list[int]:
+    """Return how many sequences each model may hold at a time: up to its `most`, in equal numbers as far as they fit.
 
     Raises:
         InputError: the memory does not hold one sequence of each.
@@ -101,7 +95,7 @@ def sequences(needs: Sequence[Need], memory_bytes: int, most: int) -> list[int]:
     growing = list(range(len(needs)))
     while growing:
         for i in tuple(growing):
-            if found[i] == most or needs[i].sequence_bytes > rest:
+            if found[i] == most[i] or needs[i].sequence_bytes > rest:
                 growing.remove(i)
             else:
                 found[i], rest = found[i] + 1, rest - needs[i].sequence_bytes

@@ -18,15 +18,13 @@ from llmbuild.serve.events import Delta, Ended, Event, Fault, Outlet
 from llmbuild.serve.inbox import Inbox, Phase
 from llmbuild.serve.observe import Lived, Observer, Snapshot, Turned
 from llmbuild.serve.request import Request
-from llmbuild.serve.schedule.state import Batch, Scheduler, State
+from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, State
 from llmbuild.serve.sequence import Sequence
 from llmbuild.serve.step import Output, Step
 
 Texts = Callable[[Request, frozenset[int]], Text]
 """Makes what turns tokens into text; the tokens given are those that end the answer, and are no text."""
 
-_SEEN = 64
-"""Sequences at the front of the queue that a scheduler sees."""
 _SPARE = 64
 """Deadlines of ended sequences that are kept before they are cleared away."""
 
@@ -217,16 +215,19 @@ class Engine:
         if not self._running and not self._waiting:
             return Batch()
         running = tuple(one.entry() for one in self._running.values())
-        front = {one.number: one for one in islice(self._waiting, _SEEN)}
-        fitting = self._fitting()
-        for one in fitting:
-            one.computed = self._step.known(one.names)
+        front = {one.number: one for one in islice(self._waiting, SEEN)}
+        slots, room = len(self._free), self._step.room - self._reserved
+        if slots:
+            for one in front.values():
+                one.computed = self._step.known(one.names)
         waiting = tuple(one.entry() for one in front.values())
         now = self._clock()
-        batch = self._scheduler(State(running, waiting, len(fitting)), now)
+        batch = self._scheduler(State(running, waiting, self._fitting(), slots, room), now)
         if not batch.shares:
             raise RuntimeError("the scheduler gives no batch, and there are sequences")
         admitted = [front[share.number] for share in batch.shares if share.number not in self._running]
+        if len(admitted) > slots or sum(one.takes for one in admitted) > room:
+            raise RuntimeError("the scheduler admits more than fits")
         for one in admitted:
             self._waiting.remove(one)
             one.slot, one.admitted_s = self._free.pop(), now
@@ -239,17 +240,16 @@ class Engine:
             self._inbox.admitted(len(admitted))
         return batch
 
-    def _fitting(self) -> list[Sequence]:
-        """Return the sequences at the front of the queue that may be admitted together: there is a slot for each, and
+    def _fitting(self) -> int:
+        """Return how many sequences at the front of the queue may be admitted together: there is a slot for each, and
         memory for all that they and those before may take at most. So what is admitted ends.
         """
-        found, room = [], self._step.room - self._reserved
+        count, room = 0, self._step.room - self._reserved
         for one in islice(self._waiting, len(self._free)):
             if one.takes > room:
                 break
-            found.append(one)
-            room -= one.takes
-        return found
+            count, room = count + 1, room - one.takes
+        return count
 
     def _run(self, batch: Batch) -> list[Output]:
         """Run the rows on the device."""

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
-
+from llmbuild.runtime.rows import told
 from llmbuild.runtime.session import Session
 from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.of_session import OfSession
@@ -60,16 +59,8 @@ class RaggedStep(OfSession):
         """Run the rows of all sequences by one call."""
         for rows in batch:
             self.tables.grow(rows.slot, rows.start + len(rows.tokens))
-        counts = np.array([len(rows.tokens) for rows in batch])
-        behind = np.cumsum(counts)
-        count = int(behind[-1])
-        tokens = np.fromiter((token for rows in batch for token in rows.tokens), np.int64, count)
-        starts = np.array([rows.start for rows in batch]) - (behind - counts)
-        positions = np.repeat(starts, counts) + np.arange(count)
-        blocks = self.tables.array
-        tables = 2 * count + np.array([rows.slot for rows in batch]) * blocks.shape[1]
-        where = np.concatenate([positions, np.repeat(tables, counts), blocks.ravel()])
-        found, logits = self._session.step(tokens, positions, where, behind - 1, self._cache)
+        tokens, starts, slots = zip(*((rows.tokens, rows.start, rows.slot) for rows in batch), strict=True)
+        found, logits = self._session.step(*told(tokens, starts, slots, self.tables.array), self._cache)
         for rows in batch:
             self.tables.computed(rows.slot, rows.tokens)
         return [

@@ -49,7 +49,16 @@ class Sequence:
 
     def entry(self) -> Entry:
         """Return what a scheduler sees."""
-        return Entry(self.number, self.pending, bool(self.tokens), self.arrival_s)
+        return Entry(
+            self.number,
+            self.pending,
+            bool(self.tokens),
+            self.arrival_s,
+            self.computed,
+            len(self.tokens),
+            len(self.request.prompt),
+            takes=self.takes,
+        )
 
     def rows(self, count: int) -> Rows:
         """Return the next `count` tokens to compute."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from llmbuild.errors import InputError
@@ -29,13 +29,26 @@ MOST_SEQUENCES = 16
 
 
 @dataclass(frozen=True)
+class Plan:
+    """How one model is served: the scheduler by its name, and the sequences that run at a time at most."""
+
+    scheduler: str = FCFS
+    sequences: int = MOST_SEQUENCES
+
+
+@dataclass(frozen=True)
 class Settings:
-    """How models are served; `memory_bytes` is for all of them together."""
+    """How models are served; `memory_bytes` is for all of them together, `plans` are of models by their names."""
 
     memory_bytes: int | None = None
     max_sequences: int = MOST_SEQUENCES
     scheduler: str = FCFS
     limits: Limits = Limits()  # noqa: RUF009 - frozen
+    plans: Mapping[str, Plan] = field(default_factory=dict)
+
+    def of(self, name: str) -> Plan:
+        """Return how a model is served."""
+        return self.plans.get(name, Plan(self.scheduler, self.max_sequences))
 
 
 @dataclass(frozen=True)
@@ -60,8 +73,9 @@ class Served:
         self.model, self.name = model, str(model.row["model"])
         self.need = need
         self.tokenizer = model.tokenizer
-        self.step = _step(model.session, slots, settings)
-        policy = scheduler(settings.scheduler, self.step.cut, self.name)
+        plan = settings.of(self.name)
+        self.step = _step(model.session, slots, plan)
+        policy = scheduler(plan.scheduler, self.step.cut, self.name)
         self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
 
     @property
@@ -128,14 +142,14 @@ class Served:
         return template.ends(self.tokenizer) if template else ()
 
 
-def _step(session: Session, contexts: int, settings: Settings) -> RaggedStep | PerSequenceStep:
+def _step(session: Session, contexts: int, plan: Plan) -> RaggedStep | PerSequenceStep:
     """Return a step with memory for so many contexts: one that runs all rows by one call, where the artifact can. Its
     sequences are then as many as are asked for, as far as what they take fits.
     """
     if session.abi.page:
-        return RaggedStep(session, settings.max_sequences, contexts)
+        return RaggedStep(session, plan.sequences, contexts)
     step = PerSequenceStep(session, contexts)
-    if settings.scheduler == SARATHI:
+    if plan.scheduler == SARATHI:
         step.probe()
     return step
 
@@ -149,8 +163,12 @@ def opened(
         LlmbuildError: one cannot be opened, or they do not fit.
     """
     abis = [abi_of(model) for model in models]
-    most = settings.max_sequences
-    needs = [budget.need(str(m.row["model"]), m.row, abi, most) for m, abi in zip(models, abis, strict=True)]
+    names = [str(model.row["model"]) for model in models]
+    most = [settings.of(name).sequences for name in names]
+    needs = [
+        budget.need(name, model.row, abi, count)
+        for name, model, abi, count in zip(names, models, abis, most, strict=True)
+    ]
     counts = budget.sequences(needs, budget.memory(settings.memory_bytes), most)
     found: list[Served] = []
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -60,6 +61,12 @@ class Abi:
     """Whether the module has `score`; programs of one sequence alone have it."""
     page: int = field(default=0, metadata=OMITTED)
     """Positions of a block of the cache of `step`; 0: the module has none."""
+
+
+def cache_bytes(abi: Abi) -> int:
+    """Return the bytes of the keys and values of one sequence: those of its whole context."""
+    size = {"float32": 4, "float16": 2, "int8": 1}
+    return sum(math.prod(kind.shape) * size[kind.dtype] for kind in abi.kv)
 
 
 def abi_from(body: Mapping[str, Any]) -> Abi:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -64,6 +64,22 @@ def is_quality(metric: str) -> bool:
     """Return whether a metric is one of quality: scored on held-out text."""
     return metric.startswith("quality_")
 
+
+@dataclass(frozen=True)
+class LoadMetric:
+    """A percentile over requests that come at some rate: `share` of them see at most this."""
+
+    name: str
+    base: str
+    share: float
+
+
+LOAD_METRICS: dict[str, LoadMetric] = {
+    f"{base}_p{percent}": LoadMetric(f"{base}_p{percent}", base, percent / 100)
+    for base in ("ttft_s", "tpot_s", "e2e_s")
+    for percent in (50, 90, 95, 99)
+}
+"""What may be bounded of requests under load; `tpot_s` is a request's mean time per token after the first."""
 
 _SHAPE = re.compile(r"\s*([a-z0-9_]+)\s*(<=|>=|<|>)\s*([-+0-9.eE]+)\s*")
 
@@ -155,9 +171,40 @@ def metric(name: str) -> Metric:
     Raises:
         InputError: no such metric.
     """
+    if name in LOAD_METRICS:
+        raise InputError(f"{name} is of requests at a rate: only `llmbuild pick --rate` and `llmbuild serve` take it")
     if name not in METRICS:
         raise InputError(f"unknown metric {name!r}; there are {', '.join(METRICS)}")
     return METRICS[name]
+
+
+def load_metric(name: str) -> LoadMetric:
+    """Return the metric of requests under load of that name.
+
+    Raises:
+        InputError: no such metric.
+    """
+    if name not in LOAD_METRICS:
+        raise InputError(f"unknown metric {name!r} of requests; there are {', '.join(LOAD_METRICS)}")
+    return LOAD_METRICS[name]
+
+
+def parse_load(bounds: Sequence[str]) -> tuple[tuple[Bound, ...], tuple[str, ...]]:
+    """Return the bounds on requests under load, and the texts of all others.
+
+    Raises:
+        InputError: such a bound has no upper limit.
+    """
+    found, rest = [], []
+    for text in bounds:
+        match = _SHAPE.fullmatch(text)
+        if match is None or match[1] not in LOAD_METRICS:
+            rest.append(text)
+            continue
+        if match[2] not in ("<=", "<"):
+            raise InputError(f"--slo {text!r}: {match[1]} is better where it is less: write {match[1]}<=SECONDS")
+        found.append(Bound(match[1], match[2], _limit(text, match[3])))
+    return tuple(found), tuple(rest)
 
 
 def parse_bound(text: str) -> Bound:
@@ -169,13 +216,18 @@ def parse_bound(text: str) -> Bound:
     match = _SHAPE.fullmatch(text)
     if not match:
         raise InputError(f"cannot read the SLO {text!r}: write METRIC<=NUMBER in SI units, such as 'tpot_s<=0.02'")
-    try:
-        limit = float(match[3])
-    except ValueError:
-        raise InputError(f"cannot read the SLO {text!r}: {match[3]!r} is not a number") from None
-    if not math.isfinite(limit):
-        raise InputError(f"cannot read the SLO {text!r}: {match[3]} is too large for a number")
+    limit = _limit(text, match[3])
     return Bound(metric(match[1]).name, match[2], limit)
+
+
+def _limit(text: str, number: str) -> float:
+    try:
+        limit = float(number)
+    except ValueError:
+        raise InputError(f"cannot read the SLO {text!r}: {number!r} is not a number") from None
+    if not math.isfinite(limit):
+        raise InputError(f"cannot read the SLO {text!r}: {number} is too large for a number")
+    return limit
 
 
 def parse_slo(bounds: tuple[str, ...] | list[str], objective: str | None) -> Slo:

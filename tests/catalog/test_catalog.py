@@ -29,12 +29,12 @@ def test_migrations_make_exactly_the_tables_of_the_code(tmp_path: Path) -> None:
         assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
 
 
-def test_the_four_views_are_there_for_plain_sqlite(tmp_path: Path) -> None:
+def test_the_five_views_are_there_for_plain_sqlite(tmp_path: Path) -> None:
     open_engine(tmp_path).dispose()
     connection = sqlite3.connect(tmp_path / FILE)
     views = {r[0] for r in connection.execute("SELECT name FROM sqlite_master WHERE type='view'")}
     columns = [r[1] for r in connection.execute("PRAGMA table_info(variants)")]
-    assert views == {"variants", "measurements", "front", "failures"}
+    assert views == {"variants", "measurements", "front", "failures", "load_curves"}
     assert [c for c in CONTRACT if c not in columns] == []
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 

@@ -144,13 +144,13 @@ def test_sequences_are_as_many_as_fit(model: Model) -> None:
         kv = tuple(TensorType((32, 3, kept.elements), kept.dtype) for kept in keys_and_values(kind, 64))
         assert budget.cache_bytes(replace(abi, kv=kv, context=32)) == 32 * 3 * position
     for count in (1, 2, 5):
-        assert budget.sequences([need], need.total(count), 16) == [count]
-        assert budget.sequences([need], need.total(count + 1) - 1, 16) == [count]
-    assert budget.sequences([need, need], 2 * need.fixed_bytes + 7 * need.sequence_bytes, 3) == [3, 3]
-    assert budget.sequences([need, need], 2 * need.fixed_bytes + 5 * need.sequence_bytes, 16) == [3, 2]
+        assert budget.sequences([need], need.total(count), [16]) == [count]
+        assert budget.sequences([need], need.total(count + 1) - 1, [16]) == [count]
+    assert budget.sequences([need, need], 2 * need.fixed_bytes + 7 * need.sequence_bytes, [3, 3]) == [3, 3]
+    assert budget.sequences([need, need], 2 * need.fixed_bytes + 5 * need.sequence_bytes, [16, 16]) == [3, 2]
     fits = -(-need.total(1) // 1_000_000)
     with pytest.raises(InputError, match=f"give {fits}MB or more"):
-        budget.sequences([need], need.total(1) - 1, 16)
+        budget.sequences([need], need.total(1) - 1, [16])
     with pytest.raises(InputError, match="this host gives"):
         budget.memory(1 << 60)
 

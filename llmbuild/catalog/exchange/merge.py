@@ -23,7 +23,7 @@ from llmbuild.digest import short
 from llmbuild.spec.machine import NOWHERE
 from llmbuild.spec.trial import FRONT
 
-APART = ("info", "failure", "standing", "collected", "measurement")
+APART = ("info", "failure", "standing", "collected", "measurement", "load_curve")
 """Tables with a special rule; of all others, unknown rows are added."""
 
 UNRANKED = "from another catalog: the next build ranks it with the others"
@@ -56,8 +56,8 @@ def merge(source: Catalog, into: Catalog) -> Merged:
             rows = tables[table.name]
             if table.name == "failure":
                 failures = _failures(session, rows, done)
-            elif table.name == "measurement":
-                _measurements(session, rows, done)
+            elif table.name in ("measurement", "load_curve"):
+                _measurements(session, table, rows, done)
             elif table.name not in APART:
                 _add(session, table, [_renumbered(r, failures) for r in rows], done)
         _standings(session, tables["standing"], done)
@@ -116,13 +116,13 @@ def _failures(session: Session, rows: list[Cells], done: Merged) -> dict[int, in
     return numbers
 
 
-def _measurements(session: Session, rows: list[Cells], done: Merged) -> None:
-    table = t.MeasurementRow.__table__
-    known = {row[0]: row[1] for row in session.execute(select(t.MeasurementRow.key, t.MeasurementRow.created_at))}
+def _measurements(session: Session, table: Table, rows: list[Cells], done: Merged) -> None:
+    """Add what was measured; of two of the same key, the later one is kept."""
+    known = {row[0]: row[1] for row in session.execute(select(table.c.key, table.c.created_at))}
     fresh = [row for row in rows if row["key"] not in known or known[row["key"]] < row["created_at"]]
     for row in fresh:
-        session.execute(upsert(table).values(row).on_conflict_do_update(index_elements=["key"], set_=row))  # type: ignore[arg-type]
-    _count(done, "measurement", len(fresh))
+        session.execute(upsert(table).values(row).on_conflict_do_update(index_elements=["key"], set_=row))
+    _count(done, table.name, len(fresh))
 
 
 def _standings(session: Session, rows: list[Cells], done: Merged) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+SEEN = 64
+"""Sequences at the front of the queue that a scheduler sees."""
+
 
 class Entry(NamedTuple):
     """A sequence as a scheduler sees it."""
@@ -16,17 +19,41 @@ class Entry(NamedTuple):
     decoding: bool
     """Whether it has its first token: `pending` is then 1."""
     arrival_s: float
+    computed: int = 0
+    """Tokens whose keys and values are there, or would be at once."""
+    tokens: int = 0
+    """Tokens of its answer so far."""
+    prompt: int = 0
+    """Tokens of its prompt."""
+    tenant: str = ""
+    """Of whom it is."""
+    priority: int = 0
+    """Lower numbers come first."""
+    ttft_s: float | None = None
+    """Seconds from its arrival within which its first token is asked for."""
+    tpot_s: float | None = None
+    """Seconds that are asked for between its tokens."""
+    predicted: float | None = None
+    """How many tokens its answer is expected to have, by what was known at its arrival."""
+    takes: int = 1
+    """Parts of the memory that it takes at most, in the unit of `State.room`."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Sequences with a slot in the order of admission, those that wait in the order of arrival, and how many of these
-    may be admitted, from the first on.
+    """Sequences with a slot in the order of admission, and those that wait in the order of arrival.
+
+    The first `free` of those that wait may be admitted together. A scheduler that takes others sees to it that there
+    are no more of them than `slots`, and that what they take fits in `room`.
     """
 
     running: tuple[Entry, ...]
     waiting: tuple[Entry, ...]
     free: int
+    slots: int = 0
+    """Slots that are free."""
+    room: int = 0
+    """Parts of the memory that are free."""
 
 
 class Share(NamedTuple):

@@ -1,0 +1,179 @@
+"""Load curves of variants on this machine: measured in a fresh process, and recorded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from llmbuild import digest
+from llmbuild.build.remeasure import subject_from
+from llmbuild.catalog.names import Registered
+from llmbuild.catalog.writer import Catalog
+from llmbuild.errors import InputError, LoadRefused, NothingUsable
+from llmbuild.process.child import Limits, python, run
+from llmbuild.profiler import load
+from llmbuild.profiler.load import BUDGET_S, PROMPTS, Bounds, Measured
+from llmbuild.runtime import host, reader
+from llmbuild.runtime.choose import refusal
+from llmbuild.runtime.model import host_facts, verify
+from llmbuild.spec.load_curve import LOAD_PROTOCOL, LoadCurve
+from llmbuild.spec.program import Abi, abi_from, cache_bytes
+from llmbuild.spec.rows import Row, present
+from llmbuild.spec.target import target_from
+from llmbuild.spec.variant import Failure, Toolchain
+
+SEQUENCES = 16
+"""Sequences that decode in the largest step, unless others are asked for."""
+_OWN_TIME = "llmbuild.serve.own_time"
+_CACHES = 0.5
+"""Part of the available memory that the keys and values of a measurement may take."""
+
+Tell = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """For how long each curve is measured, and up to how many sequences."""
+
+    budget_s: float = BUDGET_S
+    sequences: int = SEQUENCES
+
+
+def front_of(folder: Path, model: str, target: str) -> list[str]:
+    """Return the variants of a model's front that can be opened here, or those that are compiled where none was
+    measured.
+
+    Raises:
+        InputError: there are none.
+    """
+    rows, facts = reader.variants(folder, model, target), host_facts()
+    found = list(dict.fromkeys(row["variant"] for row in rows if not refusal(row, facts)))
+    if not found:
+        raise InputError(f"no variant of {model} on {target} can be opened here: `llmbuild build` makes them")
+    return found
+
+
+def measure_loads(folder: Path, variants: Sequence[str], asked: Asked, tell: Tell) -> list[LoadCurve]:
+    """Measure and record the load curves of variants, given by (a part of) their digests.
+
+    Raises:
+        InputError: no such variant, or one whose calls answer several sequences together.
+        LoadRefused: this host must not open it.
+        NothingUsable: it does not run here.
+    """
+    rows = [_row(folder, name) for name in variants]
+    own = _own_time()
+    catalog = Catalog(folder)
+    try:
+        return [_measured(catalog, row, asked, own, tell) for row in rows]
+    finally:
+        catalog.close()
+
+
+def _row(folder: Path, prefix: str) -> Row:
+    """Return a row of a variant that may be served here."""
+    row = reader.find_variant(folder, prefix)[0]
+    name = digest.short(row["variant"])
+    if why := refusal(row, host_facts()):
+        raise LoadRefused(f"variant {name} {why}")
+    verify(folder, row)
+    abi = abi_from(present(row["abi"]))
+    if abi.batch != 1:
+        raise InputError(f"variant {name} answers {abi.batch} sequences in each call: it is not served")
+    return row
+
+
+def _measured(catalog: Catalog, row: Row, asked: Asked, own: dict[str, float], tell: Tell) -> LoadCurve:
+    folder, name = catalog.folder, digest.short(row["variant"])
+    checks, toolchain = _made_of(folder, row)
+    machine = host.machine()
+    known_as = catalog.machine_known_as(digest.of(machine))[0]
+    registered = Registered(target_from(row["target_body"]), machine, toolchain, known_as)
+    catalog.register(registered)
+    subject = subject_from(folder, row, checks, target_from(row["target_body"]))
+    bounds = bounds_of(row, asked)
+    with catalog.measuring():
+        held = host.conditions().slowed()
+        found = load.measure(subject, bounds, asked.budget_s, Limits(), lambda text: tell(f"{name}: {text}"))
+    if isinstance(found, Failure):
+        catalog.record_failure(row["model"], row["variant"], found)
+        raise NothingUsable(f"variant {name}: {found.stage}: {found.reason}")
+    curve = _curve(row, found, bounds, registered.machine_digest, own, held)
+    catalog.record_load_curve(curve)
+    tell(f"{name}: {told(curve)}")
+    return curve
+
+
+def _made_of(folder: Path, row: Row) -> tuple[str, Toolchain]:
+    """Return the check data and the toolchain of a variant."""
+    with reader.opened(folder) as connection:
+        checks = connection.execute("SELECT checks FROM program WHERE digest = ?", (row["program"],)).fetchone()
+        body = connection.execute("SELECT body FROM toolchain WHERE digest = ?", (row["toolchain"],)).fetchone()
+    decoded = reader.decode({"notes": body["body"]})
+    return checks["checks"], Toolchain(**present(decoded["notes"]))
+
+
+def bounds_of(row: Row, asked: Asked) -> Bounds:
+    """Return up to which steps a variant is measured, and for how many contexts there is memory."""
+    abi = abi_from(present(row["abi"]))
+    contexts = _contexts(abi, row, asked.sequences + 1)
+    sequences = asked.sequences if abi.page else max(1, min(asked.sequences, contexts - 1))
+    return Bounds(bool(abi.page), abi.context, sequences, min(abi.context, PROMPTS[-1]), contexts)
+
+
+def _contexts(abi: Abi, row: Row, most: int) -> int:
+    free = host.available_memory_bytes()
+    if free is None:
+        return most
+    rest = free * _CACHES - (row.get("parameter_bytes") or 0)
+    return max(1, min(most, int(rest / cache_bytes(abi))))
+
+
+def _own_time() -> dict[str, float]:
+    """Return the seconds of the engine itself.
+
+    Raises:
+        NothingUsable: they could not be measured.
+    """
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        output = Path(name) / "own.json"
+        failure = run(python(_OWN_TIME, str(output)), "profile", Limits(60.0), output)
+        if failure is not None:
+            raise NothingUsable(f"the engine's own time: {failure.reason}")
+        found: dict[str, float] = json.loads(output.read_text())
+        return found
+
+
+def _curve(row: Row, found: Measured, bounds: Bounds, machine: str, own: dict[str, float], held: str) -> LoadCurve:
+    driver, workers = str(row["point"]["driver"]), int(row["point"]["workers"])
+    named = {"artifact": row["artifact"], "machine": machine, "protocol": LOAD_PROTOCOL}
+    named |= {"driver": driver, "workers": workers}
+    return LoadCurve(
+        key=digest.of(named),
+        variant=row["variant"],
+        artifact=present(row["artifact"]),
+        machine=machine,
+        driver=driver,
+        workers=workers,
+        context=bounds.context,
+        decodes_most=max(cell.work.decodes for cell in found.cells if not cell.held_out),
+        prompt_most=max(cell.work.tokens for cell in found.cells if not cell.held_out),
+        fit=found.fit,
+        cells=found.cells,
+        error_p95=found.error_p95,
+        turn_s=own["turn_s"],
+        row_s=own["row_s"],
+        notes={**found.notes, **({"held back": held} if held else {})},
+        energy_source=found.energy_source,
+        watts=found.watts,
+    )
+
+
+def told(curve: LoadCurve) -> str:
+    """Return a curve in one line."""
+    kinds = len(curve.cells) - curve.held_out
+    most = f"up to {curve.decodes_most} sequences and {curve.prompt_most} tokens of prompts"
+    return f"{kinds} kinds of steps, {most}; error p95 {curve.error_p95:.1%} on {curve.held_out} others"
