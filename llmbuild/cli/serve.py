@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,9 +25,11 @@ from llmbuild.errors import InputError, UnknownLoad
 
 if TYPE_CHECKING:
     from llmbuild.runtime.model import Model
+    from llmbuild.serve.pick_load import LoadPick
+    from llmbuild.serve.schedule.named import Targets
     from llmbuild.serve.served import Plan, Served
 
-SCHEDULERS = ("fcfs", "sarathi")
+SCHEDULERS = ("fcfs", "sarathi", "fairbatching", "isrtf", "vtc")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
 CUT_OFF = 130
 """The exit code where answers were cut off at the end."""
@@ -48,6 +51,13 @@ VERDICTS = 4
     "--max-sequences",
     type=click.IntRange(1, 1024),
     help="Sequences of a model that run at a time, as far as the memory holds them.  [default: 16; or as --scheduler]",
+)
+@click.option(
+    "--slo-class",
+    "classes",
+    multiple=True,
+    metavar="NAME=TTFT:TPOT",
+    help="A class that requests may name, with its deadlines in seconds, such as chat=0.5:0.05.",
 )
 @lengths_option
 @click.option(
@@ -99,6 +109,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
         memory,
         limits=Limits(options["max_queue"], options["request_timeout"]),
         plans={name: plan for name, (_, plan) in zip(models, served, strict=True)},
+        classes=dict(map(_class_of, options["classes"])),
     )
     picked = [model for model, _ in served]
     done = serve(picked, settings, place, keys, Told(_ready, to_stderr))
@@ -108,40 +119,54 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
 
 def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: int) -> tuple[Model, Plan]:
     """Return a model with how it is served; where requests are bounded, by its load curves."""
-    from llmbuild.cli import reading
+    from llmbuild.serve.pick_load import curve_here, targets_of
     from llmbuild.serve.served import Plan
     from llmbuild.spec.slo import parse_load
 
-    asked = Plan(options["scheduler"] or Plan.scheduler, options["max_sequences"] or Plan.sequences)
-    selection, variant = selection_of(options), options["variant"]
-    bounds, rest = parse_load(selection.slo)
-    selection = replace(selection, slo=rest)
-    if not bounds:
-        return _picked(name, options, selection, variant), asked
-    told = ", ".join(map(str, bounds))
-    if variant:
-        click.echo(f"{name}: --variant is opened; whether {told} holds is for `llmbuild pick` to say", err=True)
-        return _picked(name, options, selection, variant), asked
-    share = None if memory is None else memory // models
-    request = LoadRequest(
-        Path(options["catalog"]),
-        name,
-        selection_of(options),
-        None,
-        options["lengths"],
-        options["max_sequences"],
-        options["scheduler"],
-        share,
-    )
+    bounds, rest = parse_load(options["slo"])
+    selection = replace(selection_of(options), slo=rest)
+    plan = Plan(options["scheduler"] or Plan.scheduler, options["max_sequences"] or Plan.sequences, targets_of(bounds))
+    variant = options["variant"]
+    if bounds and not variant:
+        made = _by_load(name, options, None if memory is None else memory // models)
+        if made is not None:
+            variant, best = str(made.row["variant"]), made.capacity.server
+            plan = replace(plan, scheduler=best.name, sequences=best.host.slots)
+    elif bounds:
+        told = ", ".join(map(str, bounds))
+        click.echo(f"{name}: whether {told} holds is not asked of a variant that is named", err=True)
+    model = _picked(name, options, selection, variant)
+    return model, replace(plan, curve=curve_here(Path(options["catalog"]), str(model.row["variant"])))
+
+
+def _by_load(name: str, options: Mapping[str, Any], memory: int | None) -> LoadPick | None:
+    """Return what holds the bounds on requests best, and say so; None where nothing is known."""
+    from llmbuild.cli import reading
+
+    most, scheduler = options["max_sequences"], options["scheduler"]
+    selection, lengths = selection_of(options), options["lengths"]
+    request = LoadRequest(Path(options["catalog"]), name, selection, None, lengths, most, scheduler, memory)
     try:
         made = reading.pick_load(request, trust_of(options))
     except UnknownLoad as error:
-        click.echo(f"{name}: whether {told} holds is not known: {error}", err=True)
-        return _picked(name, options, selection, None), asked
+        click.echo(f"{name}: whether {', '.join(selection.slo)} holds is not known: {error}", err=True)
+        return None
     click.echo(f"{name}: {made.explain()}", err=True)
-    best = made.capacity.server
-    model = _picked(name, options, selection, str(made.row["variant"]))
-    return model, Plan(best.name, best.host.slots)
+    return made
+
+
+def _class_of(text: str) -> tuple[str, Targets]:
+    """Return the name and the deadlines of a class of requests."""
+    from llmbuild.serve.schedule.named import Targets
+
+    name, _, limits = text.partition("=")
+    try:
+        ttft, tpot = map(float, limits.split(":"))
+    except ValueError:
+        ttft = tpot = 0.0
+    if not name or not (0 < ttft < math.inf and 0 < tpot < math.inf):
+        raise InputError(f"cannot read --slo-class {text!r}: write NAME=TTFT:TPOT in seconds, such as chat=0.5:0.05")
+    return name, Targets(ttft, tpot)
 
 
 def _picked(name: str, options: Mapping[str, Any], selection: Selection, variant: str | None) -> Model:

@@ -19,6 +19,7 @@ from llmbuild.process.child import Limits
 from llmbuild.profiler import statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.live import Live
+from llmbuild.profiler.load_steps import SHORTEST_VISIT_S, SLOW_S
 from llmbuild.profiler.meters.meter import SCREEN_STEPS
 from llmbuild.profiler.protocol import Subject
 from llmbuild.spec.load_curve import Cell, Fit, Table, Work
@@ -30,7 +31,7 @@ LEAST_ROUNDS, MOST_ROUNDS = 3, 25
 HELD_OUT, LEAST_JUDGES = 20, 5
 """Cells that judge the fit; and how many at least, of these and of the others."""
 DECODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-PROMPTS = (8, 16, 32, 64, 96, 128, 256, 512)
+PROMPTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
 _MIXED = ((2, 16), (4, 48), (8, 24), (8, 88), (16, 80), (12, 160))
 """Sequences that decode and tokens of a prompt beside them."""
 
@@ -91,7 +92,7 @@ def planned(bounds: Bounds, seed: int = 0) -> list[Planned]:
     prompts = _upto(PROMPTS, bounds.prompt)
     found = {Planned(((start, 1),) * count) for count in decodes for start in (low, high)}
     found |= {Planned(((0, count),)) for count in prompts}
-    found |= {Planned((((context - count) // 2, count),)) for count in prompts[1::2]}
+    found |= {Planned((((context - count) // 2, count),)) for count in prompts[1::3]}
     for count, tokens in _MIXED:
         if count <= bounds.decodes and tokens <= bounds.prompt:
             found.add(Planned((*((high if i % 2 else low, 1) for i in range(count)), (0, tokens))))
@@ -159,18 +160,17 @@ def _rounds(child: Child, bounds: Bounds, budget_s: float, tell: Callable[[str],
 
 def _affordable(child: Child, cells: list[Planned], bounds: Bounds, budget_s: float) -> tuple[list[Planned], float]:
     """Return the cells whose rounds fit, by one untimed visit to each, and the seconds of a round."""
-    spent, found = 0.0, list[Planned]()
+    round_s, begin, found = 0.0, monotonic(), list[Planned]()
     for one in cells:
-        begin = monotonic()
-        _visits(child, bounds, [one])
-        visit = monotonic() - begin
-        if found and (spent + visit) * (LEAST_ROUNDS + 1) > budget_s:
+        (seconds,) = _visits(child, bounds, [one])
+        visit = seconds if seconds > SLOW_S else 2 * max(seconds, SHORTEST_VISIT_S)
+        if found and monotonic() - begin + (round_s + visit) * LEAST_ROUNDS > budget_s:
             break
         found.append(one)
-        spent += visit
+        round_s += visit
     known = [one.work for one in found if not one.held_out]
     most = max(work.tokens for work in known), max(work.decodes for work in known)
-    return [one for one in found if one.work.tokens <= most[0] and one.work.decodes <= most[1]], spent
+    return [one for one in found if one.work.tokens <= most[0] and one.work.decodes <= most[1]], round_s
 
 
 def _visits(child: Child, bounds: Bounds, cells: Sequence[Planned]) -> list[float]:

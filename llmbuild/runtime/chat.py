@@ -36,6 +36,9 @@ _SPARE = range(0x10F000, 0x10FFFE)
 Message: TypeAlias = Mapping[str, object]
 """A `role` and a `content`, both texts, and what else a template may read: values as of JSON."""
 
+Tool: TypeAlias = Mapping[str, object]
+"""A function that a model may call: a `type` and a `function`, values as of JSON."""
+
 
 @dataclass(frozen=True)
 class ChatTemplate:
@@ -74,21 +77,23 @@ class ChatTemplate:
             return str(error)
         return ""
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> str:
         """Return the text of a chat, up to where the model answers.
 
         Raises:
             InputError: not messages, or the template refuses them or fails.
         """
-        return self._rendered(checked(messages))
+        return self._rendered(checked(messages), _tools(tools))
 
-    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer) -> Encoded:
+    def encode(self, messages: Sequence[Message], tokenizer: Tokenizer, tools: Sequence[Tool] = ()) -> Encoded:
         """Return the tokens of a chat, up to where the model answers; control tokens are the template's alone.
+
+        `tools` are functions that the model may call, as OpenAI's API has them.
 
         Raises:
             InputError: as `render`, or a control token's name that this tokenizer cannot read as plain text.
         """
-        found = checked(messages)
+        found, offered = checked(messages), _tools(tools)
         written = self._written(tokenizer)
         controls = [[*tokenizer.special, *([] if m["role"] in _TRUSTED else written)] for m in found]
         named = [
@@ -97,19 +102,24 @@ class ChatTemplate:
             for name in names
             if any(name in text for text in _texts(message))
         ]
+        every = [*tokenizer.special, *written]
+        named += [(-1, name) for name in every if any(name in text for text in _texts(offered))]
         if not named:
-            return tokenizer.encode_chat(self._rendered(found))
+            return tokenizer.encode_chat(self._rendered(found, offered))
         for i, name in named:
             if not tokenizer.can_be_text(name):
-                told = f"messages[{i}] has the text {name!r}, the name of a control token"
+                told = f"messages[{i}] has" if i >= 0 else "a tool has"
+                told = f"{told} the text {name!r}, the name of a control token"
                 raise InputError(f"{told}: this model's tokenizer cannot read it as plain text: leave it out")
-        stand_ins = _stand_ins({name[0] for _, name in named}, [self.template, *chain(*map(_texts, found))])
+        texts = [self.template, *chain(*map(_texts, found)), *_texts(offered)]
+        stand_ins = _stand_ins({name[0] for _, name in named}, texts)
 
         def guarded(names: Sequence[str]) -> Callable[[str], str]:
             return lambda text: _without(text, names, stand_ins)
 
         safe = [_changed(message, guarded(names)) for message, names in zip(found, controls, strict=True)]
-        return tokenizer.encode_chat(self._rendered(safe), {own: one for one, own in stand_ins.items()})
+        rendered = self._rendered(safe, _changed(offered, guarded(every)))
+        return tokenizer.encode_chat(rendered, {own: one for one, own in stand_ins.items()})
 
     def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Return the tokens that end an answer, besides those of the model: the template's end token."""
@@ -128,10 +138,10 @@ class ChatTemplate:
 
         return sandbox.literals(self.template)
 
-    def _rendered(self, messages: object) -> str:
+    def _rendered(self, messages: object, tools: object = None) -> str:
         from llmbuild.runtime import sandbox
 
-        given: dict[str, object] = {**self.tokens, "messages": messages, "tools": None, "documents": None}
+        given: dict[str, object] = {**self.tokens, "messages": messages, "tools": tools or None, "documents": None}
         return sandbox.rendered(self._compiled, **given, add_generation_prompt=True)
 
     def _written(self, tokenizer: Tokenizer) -> list[str]:
@@ -160,6 +170,11 @@ def checked(messages: object) -> list[dict[str, object]]:
         told = {name: checks.text(f"messages[{i}].{name}", message.get(name)) for name in ("role", "content")}
         found.append({**_plain(f"messages[{i}]", message), **told})
     return found
+
+
+def _tools(tools: Sequence[Tool]) -> list[object]:
+    """Return copies of tools."""
+    return [_value(f"tools[{i}]", tool) for i, tool in enumerate(tools)]
 
 
 def _plain(name: str, values: Mapping[object, object]) -> dict[str, object]:

@@ -421,8 +421,8 @@ class Model:
         text = answers.Text(self.tokenizer.decoder(prompt), (*self.session.abi.eos_tokens, *more), stops)
         return answers.pieces(answers.tokens(self.session, self._turn, asked), text)
 
-    def encode_chat(self, messages: Sequence[Message]) -> Encoded:
-        """Return the tokens of a chat, up to where the model answers; messages contain no control tokens.
+    def encode_chat(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Encoded:
+        """Return the tokens of a chat, up to where the model answers; messages and tools contain no control tokens.
 
         Raises:
             InputError: the model has no chat template, or it refuses these messages.
@@ -430,7 +430,7 @@ class Model:
         if self.chat_template is None:
             todo = "give `generate` a text, or build again from a folder that has chat_template.jinja"
             raise InputError(f"model {self.row['model']} has no chat template in {self.catalog}: {todo}")
-        return self.chat_template.encode(messages, self.tokenizer)
+        return self.chat_template.encode(messages, self.tokenizer, tools)
 
     def beginning(self) -> Encoded:
         """Return the first tokens of a text without a prompt: the tokenizer's, or an end token.

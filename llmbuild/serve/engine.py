@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections import deque
+from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -16,9 +16,11 @@ from llmbuild.serve.choose import Chooser
 from llmbuild.serve.errors import CONTEXT_EXCEEDED, RequestRefused
 from llmbuild.serve.events import Delta, Ended, Event, Fault, Outlet
 from llmbuild.serve.inbox import Inbox, Phase
+from llmbuild.serve.lengths import AGAIN, History, Lengths
 from llmbuild.serve.observe import Lived, Observer, Snapshot, Turned
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, State
+from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.serve.sequence import Sequence
 from llmbuild.serve.step import Output, Step
 
@@ -53,15 +55,18 @@ class Engine:
         outlet: Outlet,
         limits: Limits = Limits(),
         observer: Observer | None = None,
+        lengths: Lengths | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self._step, self._scheduler, self._texts, self._outlet = step, scheduler, texts, outlet
         self.limits, self._observer, self._clock = limits, observer or Observer(), clock
+        self._lengths, self._accounts = lengths or History(), Accounts()
         self._inbox = Inbox(limits.queue)
         self._free = list(range(step.slots))
         self._reserved = 0
         self._running: dict[int, Sequence] = {}
-        self._waiting: deque[Sequence] = deque()
+        self._waiting: list[Sequence] = []
+        """In their order: by priority, then by arrival."""
         self._by_request: dict[str, list[Sequence]] = {}
         self._deadlines: list[tuple[float, int, Sequence]] = []
         self._events: list[Event] = []
@@ -206,7 +211,9 @@ class Engine:
     def _queue(self, one: Sequence) -> None:
         self._arrived += 1
         one.number = self._arrived
-        self._waiting.append(one)
+        one.predicted = self._lengths.predict(one.request, 0)
+        self._accounts.arrived(one.request.tenant)
+        insort(self._waiting, one, key=lambda each: each.order)
         self._by_request.setdefault(one.request.id, []).append(one)
         heapq.heappush(self._deadlines, (one.deadline_s, one.number, one))
 
@@ -222,7 +229,7 @@ class Engine:
                 one.computed = self._step.known(one.names)
         waiting = tuple(one.entry() for one in front.values())
         now = self._clock()
-        batch = self._scheduler(State(running, waiting, self._fitting(), slots, room), now)
+        batch = self._scheduler(State(running, waiting, self._fitting(), slots, room, self._accounts.served), now)
         if not batch.shares:
             raise RuntimeError("the scheduler gives no batch, and there are sequences")
         admitted = [front[share.number] for share in batch.shares if share.number not in self._running]
@@ -235,6 +242,7 @@ class Engine:
             assert one.cached == one.computed, "what is known stays there until it is taken"
             self._reserved += one.takes
             self._running[one.number] = one
+            self._accounts.prompt(one.request.tenant, len(one.request.prompt) - one.cached)
             self._observer.admitted(len(one.request.prompt), one.cached)
         if admitted:
             self._inbox.admitted(len(admitted))
@@ -289,6 +297,9 @@ class Engine:
         else:
             self._observer.gap(now - one.last_s)
         one.last_s = now
+        self._accounts.token(one.request.tenant)
+        if not len(one.tokens) % AGAIN:
+            one.predicted = self._lengths.predict(one.request, len(one.tokens))
         self._events.append(delta)
         if delta.finish is not None:
             self._end(one, delta)
@@ -309,6 +320,9 @@ class Engine:
         """Free what a sequence holds; it must not have ended before."""
         assert not one.ended, f"sequence {one.number} ends twice"
         one.ended = True
+        self._accounts.ended(one.request.tenant)
+        if last is not None and last.finish is not None:
+            self._lengths.learn(one.request, len(one.tokens))
         siblings = self._by_request[one.request.id]
         siblings.remove(one)
         if not siblings:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 KEPT = 64
 """Compiled grammars that are kept."""
-_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,8}"
+WHITESPACE = r"[\x20\x0A\x0D\x09]{1,8}"
 """Between the parts of an answer: without a bound, a model may go on with line breaks for ever."""
 
 
@@ -88,25 +88,39 @@ class Grammars:
         Raises:
             RequestRefused: the schema has what is not supported, or the model's tokenizer or end tokens are not.
         """
-        key = digest.of(schema)
+        from llguidance import LLMatcher
+
+        def written() -> str:
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": WHITESPACE})
+
+        return self._found(name, "the schema", digest.of(schema), written)
+
+    def of_text(self, name: str, grammar: str) -> Grammar:
+        """Return the grammar that is written in llguidance's Lark.
+
+        Raises:
+            RequestRefused: it has what is not supported, or the model's tokenizer or end tokens are not.
+        """
+        return self._found(name, "a schema", digest.of({"lark": grammar}), lambda: grammar)
+
+    def _found(self, name: str, what: str, key: str, written: Callable[[], str]) -> Grammar:
         with self._turn:
             if key not in self._kept:
-                self._kept[key] = self._compiled(name, schema)
+                self._kept[key] = self._compiled(name, what, written)
                 if len(self._kept) > KEPT:
                     self._kept.popitem(last=False)
             self._kept.move_to_end(key)
             return self._kept[key]
 
-    def _compiled(self, name: str, schema: object) -> Grammar:
+    def _compiled(self, name: str, what: str, written: Callable[[], str]) -> Grammar:
         from llguidance import LLMatcher
 
         try:
-            text = LLMatcher.grammar_from_json_schema(json.dumps(schema), {"whitespace_pattern": _WHITESPACE})
-            matcher = LLMatcher(self._opened(name), text, log_level=0)
+            matcher = LLMatcher(self._opened(name), written(), log_level=0)
         except ValueError as error:
             raise RequestRefused(f"{name}: {str(error)[:300]}", name) from None
         if matcher.is_error():
-            raise RequestRefused(f"{name}: the schema is not supported: {matcher.get_error()[:300]}", name)
+            raise RequestRefused(f"{name}: {what} is not supported: {matcher.get_error()[:300]}", name)
         return Grammar(matcher, self._vocabulary)
 
     def _opened(self, name: str) -> LLTokenizer:

@@ -13,12 +13,12 @@ from llmbuild.runtime import reader
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.serve import budget
 from llmbuild.serve.capacity import Capacity, Lengths, Outcome, Server, capacity, outcome, roughly
-from llmbuild.serve.schedule.named import FCFS, SARATHI, scheduler
+from llmbuild.serve.schedule.named import FAIR_BATCHING, FCFS, SARATHI, Targets, scheduler
 from llmbuild.serve.simulate import Host
 from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.program import Abi, abi_from
 from llmbuild.spec.rows import Row, present
-from llmbuild.spec.slo import Bound, Slo, order, parse_slo
+from llmbuild.spec.slo import Bound, Slo, load_metric, order, parse_slo
 
 LIMITS = (4, 8, 16, 32, 64, 128)
 """Numbers of sequences at a time that are tried."""
@@ -148,10 +148,24 @@ def _accepted(
     return served
 
 
+def curve_here(catalog: Path, variant: str) -> LoadCurve | None:
+    """Return the load curve of a variant on this machine."""
+    machine = loader.host_facts().machine
+    return next((one for one in reader.load_curves(catalog, [variant]) if one.machine == machine), None)
+
+
+def targets_of(bounds: Sequence[Bound]) -> Targets | None:
+    """Return the deadlines that bounds on requests ask for; None where they bound not both of TTFT and TPOT."""
+    by_base = {load_metric(bound.metric).base: bound.limit for bound in bounds}
+    if not {"ttft_s", "tpot_s"} <= by_base.keys():
+        return None
+    return Targets(by_base["ttft_s"], by_base["tpot_s"])
+
+
 def _best(row: Row, curve: LoadCurve, wanted: Wanted) -> Capacity:
     """Return the settings that hold the highest rate: the scheduler, and the number of sequences at a time."""
     abi = abi_from(present(row["abi"]))
-    names = [wanted.scheduler] if wanted.scheduler else _names(curve)
+    names = [wanted.scheduler] if wanted.scheduler else _names(curve, wanted)
     servers = [_server(row, abi, curve, name, limit, wanted) for limit in _limits(curve, wanted) for name in names]
     best = servers[0]
     if len(servers) > 1:
@@ -166,15 +180,19 @@ def _limits(curve: LoadCurve, wanted: Wanted) -> list[int]:
     return [*(limit for limit in LIMITS if most // 4 <= limit < most), most]
 
 
-def _names(curve: LoadCurve) -> list[str]:
-    return [FCFS, SARATHI] if curve.fit.shared else [FCFS]
+def _names(curve: LoadCurve, wanted: Wanted) -> list[str]:
+    """Return the schedulers that are tried: prompts are cut where that is known to change no bit."""
+    if not curve.fit.shared:
+        return [FCFS]
+    return [FCFS, SARATHI, *([FAIR_BATCHING] if targets_of(wanted.bounds) else [])]
 
 
 def _server(row: Row, abi: Abi, curve: LoadCurve, name: str, limit: int, wanted: Wanted) -> Server:
     need = budget.need(str(row["model"]), row, abi, limit)
     (contexts,) = budget.sequences([need], budget.memory(wanted.memory_bytes), [limit])
     host = host_of(abi, limit, contexts)
-    return Server(curve, host, scheduler(name, 1, str(row["model"])), name)
+    cut = int(curve.fit.shared)
+    return Server(curve, host, scheduler(name, cut, str(row["model"]), curve, targets_of(wanted.bounds)), name)
 
 
 def host_of(abi: Abi, limit: int, contexts: int) -> Host:

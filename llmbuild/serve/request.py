@@ -120,6 +120,14 @@ class Request:
     """Seconds from the arrival on by which the answer must have ended; None for as long as the engine allows."""
     salt: bytes = b""
     """Of whom it is: beginnings of prompts are computed once for all requests of one salt, and never for others."""
+    tenant: str = ""
+    """Of whom it is, for schedulers that share out what is served."""
+    priority: int = 0
+    """Requests with a lower number go before all others that wait."""
+    ttft_s: float | None = None
+    """Seconds from the arrival within which the first token is asked for; None as for all requests."""
+    tpot_s: float | None = None
+    """Seconds that are asked for between tokens; None as for all requests."""
 
 
 def _number(low: float, high: float, above: bool = False) -> Callable[[str, object], float]:

@@ -37,10 +37,17 @@ class Sequence:
     cached: int = 0
     """Tokens of the prompt that were there when it was admitted."""
     tokens: list[int] = field(default_factory=list)
+    predicted: float | None = None
+    """How many tokens it is expected to have."""
     ended: bool = False
     admitted_s: float = 0.0
     first_s: float = 0.0
     last_s: float = 0.0
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Its place among those that wait: by priority, then by arrival."""
+        return self.request.priority, self.number
 
     @property
     def pending(self) -> int:
@@ -57,7 +64,12 @@ class Sequence:
             self.computed,
             len(self.tokens),
             len(self.request.prompt),
-            takes=self.takes,
+            self.request.tenant,
+            self.request.priority,
+            self.request.ttft_s,
+            self.request.tpot_s,
+            self.predicted,
+            self.takes,
         )
 
     def rows(self, count: int) -> Rows:

@@ -21,7 +21,9 @@ from llmbuild.serve.observe import Observer
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
-from llmbuild.serve.schedule.named import FCFS, SARATHI, scheduler
+from llmbuild.serve.schedule.named import FCFS, Targets, scheduler
+from llmbuild.serve.tools import BEGIN, Form, form_of
+from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.program import Abi, abi_from
 from llmbuild.spec.rows import present
 
@@ -34,6 +36,10 @@ class Plan:
 
     scheduler: str = FCFS
     sequences: int = MOST_SEQUENCES
+    targets: Targets | None = None
+    """Deadlines of requests that have none of their own, for schedulers that go by them."""
+    curve: LoadCurve | None = None
+    """What the variant's steps take, for schedulers that go by it."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,8 @@ class Settings:
     scheduler: str = FCFS
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     plans: Mapping[str, Plan] = field(default_factory=dict)
+    classes: Mapping[str, Targets] = field(default_factory=dict)
+    """Deadlines of the classes that requests may name."""
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""
@@ -71,11 +79,11 @@ class Served:
             LlmbuildError: the variant cannot be opened, or not be served so.
         """
         self.model, self.name = model, str(model.row["model"])
-        self.need = need
+        self.need, self.classes = need, settings.classes
         self.tokenizer = model.tokenizer
         plan = settings.of(self.name)
         self.step = _step(model.session, slots, plan)
-        policy = scheduler(plan.scheduler, self.step.cut, self.name)
+        policy = scheduler(plan.scheduler, self.step.cut, self.name, plan.curve, plan.targets)
         self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
 
     @property
@@ -109,14 +117,21 @@ class Served:
             raise RequestRefused("the prompt is empty: give at least one character", "prompt")
         return Prompt(made.tokens)
 
-    def chat(self, messages: Sequence[Message]) -> Prompt:
-        """Return the prompt of a chat.
+    @cached_property
+    def call_form(self) -> Form | None:
+        """In which form the model writes calls of tools; None where its chat template takes no tools."""
+        template = self.model.chat_template
+        form = None if template is None else form_of(template.template)
+        return None if form == "hermes" and BEGIN in self.tokenizer.special else form
+
+    def chat(self, messages: Sequence[Message], tools: Sequence[Message] = ()) -> Prompt:
+        """Return the prompt of a chat, in which the model may call tools.
 
         Raises:
             RequestRefused: the model has no chat template, or it refuses these messages.
         """
         try:
-            made = self.model.encode_chat(messages)
+            made = self.model.encode_chat(messages, tools)
         except InputError as error:
             raise RequestRefused(str(error), "messages") from None
         return Prompt(made.tokens, self._template_ends)
@@ -149,7 +164,7 @@ def _step(session: Session, contexts: int, plan: Plan) -> RaggedStep | PerSequen
     if session.abi.page:
         return RaggedStep(session, plan.sequences, contexts)
     step = PerSequenceStep(session, contexts)
-    if plan.scheduler == SARATHI:
+    if plan.scheduler != FCFS:
         step.probe()
     return step
 

@@ -6,12 +6,14 @@ slots, and memory for all that a sequence may take. Nothing here is random, and 
 
 from __future__ import annotations
 
+from bisect import insort
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 from llmbuild.serve.schedule.state import SEEN, Batch, Entry, Scheduler, State
+from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.spec.load_curve import Work
 
 StepTime = Callable[[Work], float]
@@ -120,8 +122,14 @@ class _Server:
     def __init__(self, scheduler: Scheduler, host: Host) -> None:
         self.scheduler, self.host = scheduler, host
         self.running: dict[int, Life] = {}
-        self.waiting: deque[Life] = deque()
+        self.waiting: list[Life] = []
         self.reserved = 0
+        self.accounts = Accounts()
+
+    def queue(self, one: Life) -> None:
+        """Take a request that has come."""
+        self.accounts.arrived(one.asked.tenant)
+        insort(self.waiting, one, key=lambda each: (each.asked.priority, each.number))
 
     def batch(self, now: float) -> Batch:
         """Ask the scheduler, and admit what it takes."""
@@ -132,6 +140,7 @@ class _Server:
             self._fitting(),
             self.host.slots - len(self.running),
             self.host.blocks - self.reserved,
+            self.accounts.served,
         )
         batch = self.scheduler(state, now)
         for share in batch.shares:
@@ -141,6 +150,7 @@ class _Server:
                 assert len(self.running) < self.host.slots and one.takes <= self.host.blocks - self.reserved
                 one.admitted_s, self.running[one.number] = now, one
                 self.reserved += one.takes
+                self.accounts.prompt(one.asked.tenant, one.asked.prompt)
         return batch
 
     def _fitting(self) -> int:
@@ -166,11 +176,13 @@ class _Server:
                 one.computed += count
             if whole:
                 one.tokens += 1
+                self.accounts.token(one.asked.tenant)
                 if one.tokens == 1:
                     one.first_s = now
                 if one.tokens == one.asked.output:
                     one.end_s = now
                     self.reserved -= one.takes
+                    self.accounts.ended(one.asked.tenant)
                     del self.running[number]
 
 
@@ -204,7 +216,7 @@ def simulate(
             now = max(now, coming[0].asked.arrival_s)
         while coming and coming[0].asked.arrival_s <= now:
             seen.append(len(server.waiting))
-            server.waiting.append(coming.popleft())
+            server.queue(coming.popleft())
         batch = server.batch(now)
         work = server.work(batch)
         took = step_s(work)

@@ -141,12 +141,13 @@ def test_a_chat_goes_on_to_the_end_of_the_context_and_a_completion_for_16_tokens
 
 
 REFUSED: list[tuple[str, dict[str, Any], int, str | None, str]] = [
-    (CHAT, {"tools": [{"type": "function"}]}, 400, "tools", "not supported"),
+    (CHAT, {"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools", "takes none"),
     (CHAT, {"response_format": {"type": "xml"}}, 400, "response_format", "text, json_object or json_schema"),
     (CHAT, {"best_off": 3}, 400, "best_off", "no such field"),
     (CHAT, {"messages": []}, 400, "messages", "at least one message"),
     (CHAT, {"messages": [{"role": "user"}]}, 400, "messages[0].content", "missing"),
-    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].role", "takes system"),
+    (CHAT, {"messages": [{"role": "function", "content": "a"}]}, 400, "messages[0].role", "takes system"),
+    (CHAT, {"messages": [{"role": "tool", "content": "a"}]}, 400, "messages[0].tool_call_id", "is missing"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, None, "takes text alone"),
     (CHAT, {"messages": [{"role": "user", "content": "a", "x": 1}]}, 400, "messages[0].x", "no such field"),
     (CHAT, {"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),

@@ -17,6 +17,7 @@ from llmbuild.serve.own_time import measured
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Scheduler
+from llmbuild.serve.schedule.vtc import Vtc
 from llmbuild.serve.simulate import Arrival, Host, simulate
 from llmbuild.spec.load_curve import Work
 from llmbuild.spec.slo import Bound
@@ -49,7 +50,7 @@ def test_a_request_that_never_fits_is_refused() -> None:
 def test_the_simulated_server_runs_the_steps_that_the_engine_runs(
     asked: list[tuple[float, int, int]], data: st.DataObject
 ) -> None:
-    scheduler: Scheduler = data.draw(st.sampled_from([Fcfs(8), Sarathi(6, 1)]))
+    scheduler: Scheduler = data.draw(st.sampled_from([Fcfs(8), Sarathi(6, 1), Vtc(6, 1)]))
     arrivals = [Arrival(0.0, prompt, output) for _, prompt, output in asked]
     contexts = data.draw(st.integers(1, 3))
     bench = Bench(slots=3, scheduler=scheduler, contexts=contexts, limits=Limits(queue=64))

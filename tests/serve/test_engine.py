@@ -20,7 +20,18 @@ from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Batch, Scheduler
 from llmbuild.serve.step import Output
-from tests.support.serving import CONTEXT, END, VOCABULARY, Bench, FakeStep, alone, logits_of, request, text_of
+from tests.support.serving import (
+    ADAPTIVE,
+    CONTEXT,
+    END,
+    VOCABULARY,
+    Bench,
+    FakeStep,
+    alone,
+    logits_of,
+    request,
+    text_of,
+)
 
 
 def greedy(prompt: list[int], count: int) -> list[int]:
@@ -34,7 +45,7 @@ def greedy(prompt: list[int], count: int) -> list[int]:
 PROMPTS = [[n + 1, 2 * n + 3, *range(1, n)] for n in range(8)]
 
 
-@pytest.mark.parametrize("policy", [Fcfs(8), Fcfs(1), Sarathi(5, 1), Sarathi(6, 3)], ids=str)
+@pytest.mark.parametrize("policy", [Fcfs(8), Fcfs(1), Sarathi(5, 1), Sarathi(6, 3), *ADAPTIVE])
 def test_sequences_of_a_mix_are_those_that_they_are_alone(policy: Scheduler) -> None:
     bench = Bench(slots=3, scheduler=policy)
     for n, prompt in enumerate(PROMPTS):
@@ -306,7 +317,7 @@ class Machine(RuleBasedStateMachine):
 
     @initialize(
         slots=st.integers(1, 4),
-        policy=st.sampled_from([Fcfs(8), Fcfs(1), Sarathi(4, 1), Sarathi(6, 3), Sarathi(1, 2)]),
+        policy=st.sampled_from([Fcfs(8), Fcfs(1), Sarathi(4, 1), Sarathi(6, 3), Sarathi(1, 2), *ADAPTIVE]),
         queue=st.integers(1, 8),
         contexts=st.integers(1, 4),
     )
@@ -327,6 +338,7 @@ class Machine(RuleBasedStateMachine):
         more=st.sampled_from([{}, {"logprobs": 2}, {"stop": "b"}, {"frequency_penalty": 1.5}, {"ignore_eos": True}]),
         text=st.integers(1, 3),
         whose=st.sampled_from([b"", b"", b"another"]),
+        priority=st.sampled_from([0, 0, 0, -1, 2]),
     )
     def arrive(
         self,
@@ -338,13 +350,13 @@ class Machine(RuleBasedStateMachine):
         more: dict[str, Any],
         text: int,
         whose: bytes,
+        priority: int,
     ) -> None:
         """Submit a request."""
         name = f"r{len(self.taken) + self.refused}"
         prompt = [1 + (text * 7 + k * 5) % 60 for k in range(length)]  # of a few texts: many begin alike
-        made = request(
-            name, prompt, length, max_tokens=most, n=n, temperature=heat, deadline_s=late, salt=whose, **more
-        )
+        more = {**more, "deadline_s": late, "salt": whose, "tenant": str(whose), "priority": priority}
+        made = request(name, prompt, length, max_tokens=most, n=n, temperature=heat, **more)
         waiting = self.bench.engine.snapshot().waiting
         try:
             self.bench.engine.submit(made)
@@ -391,8 +403,9 @@ class Machine(RuleBasedStateMachine):
         assert found.used == engine._reserved / tables.blocks.count
         assert found.waiting == len(engine._waiting) + len(engine._inbox.arrivals)
         assert len(engine._deadlines) <= 64 + 4 * (len(engine._running) + len(engine._waiting))
-        numbers = [one.number for one in (*engine._running.values(), *engine._waiting)]
-        assert numbers == sorted(numbers)  # admitted in the order of arrival
+        orders = [one.order for one in engine._waiting]
+        assert orders == sorted(orders)  # by priority, then in the order of arrival
+        assert sum(engine._accounts._active.values()) == len(engine._running) + len(engine._waiting)
 
     def teardown(self) -> None:
         """Run to the end: every sequence has ended once, and said what it says alone."""

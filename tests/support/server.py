@@ -25,6 +25,7 @@ from llmbuild.serve.api.server import _Server
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.schedule.fcfs import Fcfs
+from llmbuild.serve.schedule.named import Targets
 from llmbuild.serve.served import Prompt
 from llmbuild.serve.step import Rows
 from tests.support.serving import CONTEXT, WORDS, FakeStep, text_of
@@ -94,13 +95,16 @@ class FakeServed:
         self.name, self.variant, self.context, self.step = name, "f" * 64, CONTEXT, step
         self.tokenizer: Any = Letters()
         self.observer = metrics.observe(name)
+        self.classes = {"chat": Targets(0.5, 0.05)}
         self.engine = Engine(step, Fcfs(), text_of, bridge.outlet, limits, self.observer)
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return a prompt."""
         return Prompt(self.tokenizer.tokens(text))
 
-    def chat(self, messages: Sequence[Any]) -> Prompt:
+    call_form = None
+
+    def chat(self, messages: Sequence[Any], tools: Sequence[Any] = ()) -> Prompt:
         """Return the prompt of a chat."""
         return Prompt(self.tokenizer.tokens("".join(str(m["content"]) for m in messages)))
 
@@ -130,12 +134,13 @@ def local(
     before: Callable[[Sequence[Rows]], None] = lambda batch: None,
     limits: Limits | None = None,
     keys: Keys | None = None,
+    make: Callable[[Bridge, Metrics], Any] | None = None,
 ) -> Iterator[Local]:
-    """Serve the fake model `fake` on a free port of the loopback, by the real server."""
+    """Serve the model `fake`, a fake or what is made, on a free port of the loopback, by the real server."""
     loop = asyncio.new_event_loop()
     bridge, metrics, log = Bridge(loop.call_soon_threadsafe), Metrics(), list[str]()
     step = FakeStep(slots, before=before)
-    served: Any = FakeServed("fake", step, limits or Limits(), bridge, metrics)
+    served = make(bridge, metrics) if make else FakeServed("fake", step, limits or Limits(), bridge, metrics)
     state = State({"fake": served}, bridge, metrics, {"fake": served.observer}, keys or Keys(), log.append)
     metrics.watch({"fake": served.engine.snapshot})
     config = uvicorn.Config(

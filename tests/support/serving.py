@@ -15,8 +15,11 @@ from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.events import Delta, Ended, Event
 from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.serve.schedule.fair_batching import FairBatching
 from llmbuild.serve.schedule.fcfs import Fcfs
+from llmbuild.serve.schedule.isrtf import Isrtf
 from llmbuild.serve.schedule.state import Scheduler
+from llmbuild.serve.schedule.vtc import Vtc
 from llmbuild.serve.step import Output, Rows
 
 VOCABULARY, CONTEXT, END, PAGE = 64, 24, 0, 4
@@ -121,6 +124,17 @@ def text_of(request: Request, ends: frozenset[int]) -> Text:
     return Text(Decoder(stages({"type": "ByteFallback"}), WORDS.__getitem__), tuple(ends), request.params.stops)
 
 
+ADAPTIVE = (
+    FairBatching(lambda work: 0.1 * work.rows, 1.0, 0.2, 1, 6),
+    FairBatching(lambda work: 0.1 * work.rows, 1.0, 0.2, 0, 6),
+    Isrtf(2, 1.0, 6, 1),
+    Isrtf(2, 0.0, 4, 0),
+    Vtc(6, 1),
+    Vtc(4, 0),
+)
+"""Schedulers that may admit in another order than that of the arrivals."""
+
+
 @dataclass
 class Clock:
     """A clock that a test sets."""
@@ -149,7 +163,7 @@ class Bench:
     def __post_init__(self) -> None:
         self.step = FakeStep(self.slots, self.cut, contexts=self.contexts)
         self.engine = Engine(
-            self.step, self.scheduler, text_of, self.events.extend, self.limits, self.observer, self.clock
+            self.step, self.scheduler, text_of, self.events.extend, self.limits, self.observer, clock=self.clock
         )
 
     def submit(self, name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:
@@ -187,8 +201,11 @@ class Bench:
 def request(name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:
     """Return a request, greedy unless its parameters say otherwise."""
     deadline, salt = params.pop("deadline_s", None), params.pop("salt", b"")
+    more = {name: params.pop(name) for name in ("tenant", "priority", "ttft_s", "tpot_s") if name in params}
     made = SamplingParams.of({"temperature": 0, **params})
-    return Request(name, tuple(prompt), made, seed if made.seed is None else made.seed, deadline_s=deadline, salt=salt)
+    return Request(
+        name, tuple(prompt), made, seed if made.seed is None else made.seed, deadline_s=deadline, salt=salt, **more
+    )
 
 
 def alone(made: Request, index: int = 0) -> tuple[list[int], str, list[str]]:

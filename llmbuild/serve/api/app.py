@@ -118,8 +118,8 @@ async def _generate(read: Reader, kind: str, state: State, request: Request) -> 
     name = f"{kind}-{secrets.token_hex(12)}"
     found = await _read(request, lambda body: read(body, state.models, name))
     note.model, note.user, note.prompt_tokens = found.served.name, found.user, found.prompt_tokens
-    salt = note.key.encode()
-    found = replace(found, requests=tuple(replace(one, salt=salt) for one in found.requests))
+    salt, tenant = note.key.encode(), note.key
+    found = replace(found, requests=tuple(replace(one, salt=salt, tenant=tenant) for one in found.requests))
     for one in found.requests:
         state.observers[found.served.name].asked(one.params)
     made = replies.Replies(found, name, int(time.time()))

@@ -9,15 +9,19 @@ from dataclasses import dataclass, replace
 from llmbuild.runtime import checks
 from llmbuild.serve.api.errors import ApiError
 from llmbuild.serve.api.fields import Fields, mapping, truth
+from llmbuild.serve.api.tool_fields import calls_of, offered
 from llmbuild.serve.errors import RequestRefused
-from llmbuild.serve.grammar import Grammar
+from llmbuild.serve.grammar import WHITESPACE, Grammar
 from llmbuild.serve.request import LARGEST_SEED, Request, SamplingParams
+from llmbuild.serve.schedule.named import Targets
 from llmbuild.serve.served import Prompt, Served
+from llmbuild.serve.tools import Tools, grammar_of
 
 Models = Mapping[str, Served]
 
-ROLES = ("system", "developer", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 MOST_PROMPTS, MOST_MESSAGES = 128, 4096
+MOST_PRIORITY = 100
 LONGEST_DEADLINE_S = 86400.0
 _LEGACY_LOGPROBS = 5
 
@@ -28,11 +32,8 @@ _SAMPLING = (
 """Fields that `SamplingParams` checks itself."""
 
 _CHAT_NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
     "modalities": (["text"],),
     "reasoning_effort": ("none",),
     "add_generation_prompt": (True,),
@@ -47,7 +48,6 @@ _BOTH_NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True, False),
     "include_stop_str_in_output": (False,),
-    "priority": (0,),
 }
 _LEGACY_NEUTRAL: Mapping[str, tuple[object, ...]] = {"echo": (False,), "suffix": ("",)}
 
@@ -62,6 +62,8 @@ class Asked:
     stream: bool
     include_usage: bool
     user: str
+    tools: Tools | None = None
+    """The functions that the answers may call."""
 
     @property
     def choices(self) -> int:
@@ -92,8 +94,23 @@ def chat(body: Mapping[str, object], models: Models, name: str) -> Asked:
     fields.neutral(_CHAT_NEUTRAL)
     params = _params(fields, {"max_tokens": most, "logprobs": top if shown else None})
     grammar = fields.take("response_format", lambda n, v: _grammar(served, params, n, v), None)
-    asked = _asked(fields, served, params, chat=True)
-    return _with(asked, [served.chat(messages)], params, name, fields, grammar)
+    functions = offered(fields, served.call_form, served.name)
+    if functions.tools is not None:
+        grammar = _of_calls(served, params, functions.tools, grammar)
+    asked = replace(_asked(fields, served, params, chat=True), tools=functions.tools)
+    return _with(asked, [served.chat(messages, functions.shown)], params, name, fields, grammar)
+
+
+def _of_calls(served: Served, params: SamplingParams, tools: Tools, other: Grammar | None) -> Grammar | None:
+    """Return the grammar of answers that may call tools; None where any text may come."""
+    if other is not None:
+        raise RequestRefused("tools go with no response_format of JSON", "response_format")
+    text = grammar_of(tools, WHITESPACE, served.tokenizer.added)
+    if text is None:
+        return None
+    if params.ignore_eos or params.min_tokens:
+        raise RequestRefused("tools go with neither ignore_eos nor min_tokens", "tools")
+    return served.grammars.of_text("tools", text)
 
 
 def completion(body: Mapping[str, object], models: Models, name: str) -> Asked:
@@ -192,7 +209,9 @@ def _message(name: str, value: object) -> dict[str, object]:
     role = fields.needed("role", checks.text)
     if role not in ROLES:
         raise RequestRefused(f"{name}.role is {role[:40]!r}; this server takes {', '.join(ROLES)}", f"{name}.role")
-    fields.neutral({"tool_calls": ([],), "refusal": (), "audio": (), "function_call": ()})
+    fields.neutral({"refusal": (), "audio": (), "function_call": ()})
+    calls = fields.take("tool_calls", calls_of, []) if role == "assistant" else []
+    answers = fields.needed("tool_call_id", checks.text) if role == "tool" else ""
     empty = "" if role == "assistant" else None
     content = fields.take("content", _content, empty)
     if content is None:
@@ -200,7 +219,8 @@ def _message(name: str, value: object) -> dict[str, object]:
     named = fields.take("name", checks.text, "")
     fields.end()
     told: dict[str, object] = {"role": "system" if role == "developer" else role, "content": content}
-    return {**told, "name": named} if named else told
+    more = {"name": named, "tool_calls": calls, "tool_call_id": answers}
+    return {**told, **{key: value for key, value in more.items() if value}}
 
 
 def _content(name: str, value: object) -> str | None:
@@ -266,16 +286,28 @@ def _with(
 ) -> Asked:
     """Return what is asked with the engine's requests."""
     deadline = fields.take("deadline_s", _deadline, None)
+    priority = fields.take("priority", lambda n, v: checks.integer(n, v, -MOST_PRIORITY, MOST_PRIORITY), 0)
+    targets = fields.take("slo_class", lambda n, v: _class(asked.served, n, v), None)
     fields.neutral(_BOTH_NEUTRAL)
     fields.end()
     count, most = len(prompts) * params.n, asked.served.engine.limits.queue
     if count > most:  # else it would be asked again for ever
         raise RequestRefused(f"{count} answers are asked for; at most {most} sequences may wait", "n")
     seed = secrets.randbelow(LARGEST_SEED) if params.seed is None else params.seed
-    requests = (
-        Request(f"{name}-{i}", one.tokens, params, seed, one.ends, grammar, deadline) for i, one in enumerate(prompts)
-    )
+    first = Request("", (), params, seed, (), grammar, deadline, priority=priority)
+    if targets is not None:
+        first = replace(first, ttft_s=targets.ttft_s, tpot_s=targets.tpot_s)
+    requests = (replace(first, id=f"{name}-{i}", prompt=one.tokens, ends=one.ends) for i, one in enumerate(prompts))
     return replace(asked, requests=tuple(requests))
+
+
+def _class(served: Served, name: str, value: object) -> Targets:
+    """Return the deadlines of a class that the server has."""
+    found = served.classes.get(checks.text(name, value))
+    if found is None:
+        told = ", ".join(served.classes) or "none: `llmbuild serve --slo-class` names some"
+        raise RequestRefused(f"{name} is {str(value)[:40]!r}; this server has {told}", name)
+    return found
 
 
 def _deadline(name: str, value: object) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -11,6 +12,7 @@ from llmbuild.serve.api.asked import Asked
 from llmbuild.serve.api.bridge import Answers, Numbered
 from llmbuild.serve.api.errors import ApiError, of_fault
 from llmbuild.serve.events import Delta, Ended, Finish, Logprob
+from llmbuild.serve.tools import Parser
 
 Json = dict[str, object]
 
@@ -45,11 +47,21 @@ def parts(events: Iterable[Numbered], found: dict[int, Part] | None = None) -> d
     return found
 
 
+@dataclass
+class Said:
+    """What of a part is text, the calls in it as OpenAI's API has them, and its finish reason."""
+
+    text: str
+    calls: list[Json]
+    end: Json
+
+
 class Replies:
     """Makes the bodies of the answers to one request."""
 
     def __init__(self, asked: Asked, name: str, created: int) -> None:
         self._asked, self._name, self._created = asked, name, created
+        self._parsers = [Parser(asked.tools) for _ in range(asked.choices)] if asked.tools else []
         self._offsets = [0] * asked.choices
         """Characters of each choice's tokens so far, for the offsets of completions."""
 
@@ -93,23 +105,56 @@ class Replies:
 
     def _chunks(self, index: int, part: Part) -> bytes:
         """Return a chunk with text, and for a chat one more with the finish."""
-        if not self._asked.chat or part.finish is None:
+        if not self._asked.chat:
             return self._chunk([self._choice(index, part, whole=False)])
-        text = Part(part.text, part.logprobs)
-        first = self._chunk([self._choice(index, text, whole=False)]) if part.logprobs or any(part.text) else b""
-        last = {"index": index, "delta": {}, "logprobs": None, **_finished(part.finish)}
-        return first + self._chunk([last])
+        said, logprobs = self._said(index, part), self._logprobs(index, part)
+        deltas: list[Json] = [{"content": said.text}] if said.text or part.logprobs else []
+        for call in said.calls:
+            place, function = call["index"], call["function"]
+            assert isinstance(function, dict)
+            deltas.append({"tool_calls": [{**call, "function": {**function, "arguments": ""}}]})
+            deltas.append({"tool_calls": [{"index": place, "function": {"arguments": function["arguments"]}}]})
+        told = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        if told:
+            told[0]["logprobs"] = logprobs
+        if part.finish is not None:
+            told.append({"index": index, "delta": {}, "logprobs": None, **said.end})
+        return b"".join(self._chunk([one]) for one in told)
+
+    def _said(self, index: int, part: Part) -> Said:
+        """Return what a part says: its text, and the calls that have become whole."""
+        text, end = "".join(part.text), _finished(part.finish)
+        if not self._parsers:
+            return Said(text, [], end)
+        parser = self._parsers[index]
+        known = len(parser.calls)
+        text = parser.push(text)
+        if part.finish is not None:
+            text += parser.end()
+            if parser.calls and part.finish.reason == "stop":
+                end["finish_reason"] = "tool_calls"
+        calls: list[Json] = [
+            {
+                "index": place,
+                "id": f"call_{secrets.token_hex(12)}",
+                "type": "function",
+                "function": {"name": call.name, "arguments": call.arguments},
+            }
+            for place, call in enumerate(parser.calls[known:], known)
+        ]
+        return Said(text, calls, end)
 
     def _choice(self, index: int, part: Part, whole: bool) -> Json:
-        text = "".join(part.text)
         logprobs = self._logprobs(index, part)
-        end = _finished(part.finish)
         if not self._asked.chat:
-            return {"index": index, "text": text, "logprobs": logprobs, **end}
-        if whole:
-            message = {"role": "assistant", "content": text, "refusal": None}
-            return {"index": index, "message": message, "logprobs": logprobs, **end}
-        return {"index": index, "delta": {"content": text}, "logprobs": logprobs, **end}
+            return {"index": index, "text": "".join(part.text), "logprobs": logprobs, **_finished(part.finish)}
+        assert whole
+        said = self._said(index, part)
+        message: Json = {"role": "assistant", "content": said.text, "refusal": None}
+        if said.calls:
+            calls = [{name: value for name, value in call.items() if name != "index"} for call in said.calls]
+            message |= {"content": said.text.strip("\n") or None, "tool_calls": calls}
+        return {"index": index, "message": message, "logprobs": logprobs, **said.end}
 
     def _logprobs(self, index: int, part: Part) -> Json | None:
         if self._asked.requests[0].params.logprobs is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 SEEN = 64
@@ -41,7 +42,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class State:
-    """Sequences with a slot in the order of admission, and those that wait in the order of arrival.
+    """Sequences with a slot in the order of admission, and those that wait by priority, then by arrival.
 
     The first `free` of those that wait may be admitted together. A scheduler that takes others sees to it that there
     are no more of them than `slots`, and that what they take fits in `room`.
@@ -54,6 +55,8 @@ class State:
     """Slots that are free."""
     room: int = 0
     """Parts of the memory that are free."""
+    service: Mapping[str, float] = field(default_factory=dict)
+    """What each tenant was served, in weighted tokens."""
 
 
 class Share(NamedTuple):
