@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import llmbuild
-from llmbuild.cli import build, catalog, query, run, serve, streams
+from llmbuild.cli import build, catalog, convert, query, run, serve, streams
 from llmbuild.cli.options import TEXT, before_command, check_taken, teaching
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.system.extras import advice
@@ -121,5 +121,12 @@ def main(ctx: click.Context, /, **_: object) -> None:
 
 main.params.append(_debug_option())
 
-for _command in (*build.COMMANDS, *query.COMMANDS, *run.COMMANDS, *serve.COMMANDS, *catalog.COMMANDS):
+for _command in (
+    *build.COMMANDS,
+    *query.COMMANDS,
+    *run.COMMANDS,
+    *serve.COMMANDS,
+    *convert.COMMANDS,
+    *catalog.COMMANDS,
+):
     main.add_command(_command)

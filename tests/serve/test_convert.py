@@ -1,0 +1,185 @@
+"""Launch lines of vLLM and SGLang: every flag is mapped, moot or refused, and the recipe is one that can be read."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmbuild.cli.convert import SERVERS as NAMES
+from llmbuild.cli.main import main
+from llmbuild.errors import InputError
+from llmbuild.search.knobs.space import knobs_of
+from llmbuild.serve.convert.convert import SERVERS, Converted, convert_config, convert_line
+from llmbuild.spec.files.reader import read_recipe
+from llmbuild.spec.target import LLVM_CPU
+from tests.conftest import llmbuild
+
+GIB = 10_000_000_000
+SERVE = {name for parameter in main.commands["serve"].params for name in parameter.opts}
+
+
+def vllm(text: str) -> Converted:
+    return convert_line("vllm", text, lambda name: {}, GIB)
+
+
+def kinds(made: Converted) -> dict[str, str]:
+    return {one.flag: one.kind for one in made.flags}
+
+
+def test_a_usual_line_becomes_a_recipe_and_a_command(tmp_path: Path) -> None:
+    made = vllm(
+        "vllm serve org/Some-Model --dtype bfloat16 --max_model_len=4k --kv-cache-dtype int8 --max-num-seqs 64 \\\n"
+        "  --gpu-memory-utilization 0.5 --enable-chunked-prefill --port 9000 --served-model-name mine -tp 1 &"
+    )
+    (tmp_path / "made.yaml").write_text(made.recipe)
+    recipe = read_recipe(tmp_path / "made.yaml")
+    assert (recipe.name, recipe.model.location, recipe.context) == ("mine", "org/Some-Model", 4000)
+    assert dict(recipe.knobs) == {"weight_format": ("bf16",), "kv_dtype": ("int8",)}
+    options = "--max-sequences 64 --memory 5000MB --port 9000 --scheduler sarathi"
+    assert made.serve == f"llmbuild serve mine {options}"
+    assert Counter(one.kind for one in made.flags) == {"mapped": 9, "moot": 1}
+    assert len(made.notes) == 1 and "--host 0.0.0.0" in made.notes[0]
+
+
+def test_what_there_is_not_is_refused_by_name() -> None:
+    made = vllm(
+        "env VLLM_CPU_KVCACHE_SPACE=4 FOO=1 vllm serve m --tensor-parallel-size 2 --quantization awq --enable-lora "
+        "--kv-cache-dtype fp8 --speculative-config '{\"a\": 1}' --limit-mm-per-prompt.image 2 --some-new-flag 3 -O3 extra"
+    )
+    assert kinds(made) == {
+        "VLLM_CPU_KVCACHE_SPACE": "refused",
+        "FOO": "refused",
+        "--model m": "mapped",
+        "--tensor-parallel-size 2": "refused",
+        "--quantization awq": "refused",
+        "--enable-lora": "refused",
+        "--kv-cache-dtype fp8": "refused",
+        "--speculative-config '{\"a\": 1}'": "refused",
+        "--limit-mm-per-prompt.image image=2": "refused",
+        "--some-new-flag 3": "refused",
+        "-O3": "moot",
+        "extra": "refused",
+    }
+    assert [one.why for one in made.flags if one.flag == "--some-new-flag 3"] == [
+        "this llmbuild does not know the flag"
+    ]
+
+
+def test_sglang_s_flags_have_their_own_names_and_port() -> None:
+    made = convert_line(
+        "sglang",
+        "docker run -e TOKEN=secret lmsysorg/sglang:latest python3 -m sglang.launch_server --model-path org/m --tp 1 "
+        "--chunked-prefill-size -1 --mem-fraction-static 0.8 --max-running-requests 8 --context-length 512 "
+        "--disable-radix-cache --schedule-policy lpm --grammar-backend xgrammar --api-key very-secret-key",
+        lambda name: {},
+        GIB,
+    )
+    words = "--api-keys keys.txt --max-sequences 8 --memory 8000MB --port 30000 --scheduler fcfs"
+    assert made.serve == f"llmbuild serve m {words}"
+    assert [one.flag for one in made.refused] == ["--disable-radix-cache", "--schedule-policy lpm"]
+    assert "secret" not in json.dumps([one.flag for one in made.flags])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flag_of_the_tables_is_told(name: str) -> None:
+    server = SERVERS[name]
+    words = [server.program.commands[0][0], server.program.commands[0][1], "org/m"]
+    names = [flag for flag in (*server.flags, *server.prefixes) if flag != server.program.positional]
+    for flag in names:
+        takes = server.find(flag).takes  # type: ignore[union-attr]
+        words += [f"--{flag}", *(["1"] if takes else [])]
+    made = convert_line(name, " ".join(words), lambda file: {}, GIB)
+    assert len(made.flags) == len(names) + 1
+    assert {one.flag.split()[0] for one in made.flags} >= {f"--{flag}" for flag in names}
+    assert all(one.why for one in made.flags)
+
+
+WORDS = st.lists(
+    st.one_of(
+        st.sampled_from([f"--{flag}" for flag in (*SERVERS["vllm"].flags, "unknown", "no-such")]),
+        st.sampled_from(["1", "auto", "-1", "x", "0.5", "-tp", "--a=b"]),
+    ),
+    max_size=12,
+)
+
+
+@given(WORDS)
+def test_no_word_of_a_line_is_dropped(words: list[str]) -> None:
+    try:
+        made = vllm(" ".join(["vllm serve org/m", *words]))
+    except InputError as error:
+        assert "has no value" in str(error)
+        return
+    told = " ".join(one.flag for one in made.flags)
+    secret = {"--api-key", "--hf-token"}
+    shown = [word for before, word in zip(["", *words], words, strict=False) if before not in secret]
+    counted = Counter(told.replace("=", " ").split())
+    for word, count in Counter(part for word in shown for part in word.split("=")).items():
+        assert counted[word] >= count - sum(each in secret for each in words), (word, told)
+
+
+def test_what_is_mapped_is_what_there_is() -> None:
+    knobs = {knob.name: knob for knob in knobs_of(LLVM_CPU)}
+    line = "vllm serve m --port 1 --host h --api-key k --max-num-seqs 2 --gpu-memory-utilization 1 --shutdown-timeout 3"
+    made = vllm(f"{line} --enable-chunked-prefill")
+    assert {word for word in made.serve.split() if word.startswith("--")} <= SERVE
+    for flag in ("--dtype half", "--dtype bfloat16", "--dtype float", "--kv-cache-dtype int8", "--kv-cache-dtype half"):
+        for row in vllm(f"vllm serve m {flag}").recipe.partition("knobs:\n")[2].splitlines():
+            knob, _, value = row.strip().partition(": ")
+            assert value.strip("[]") in map(str, knobs[knob].domain)
+
+
+def test_a_configuration_file_gives_the_same_and_the_line_wins(tmp_path: Path) -> None:
+    body = {
+        "model": "org/m",
+        "max_model_len": 256,
+        "enable-prefix-caching": False,
+        "dtype": "half",
+        "load-format": "dummy",
+    }
+    made = convert_config("vllm", body, GIB)
+    assert kinds(made)["enable-prefix-caching"] == "refused"
+    assert "random_init: true" in made.recipe and "context: 256" in made.recipe
+    both = convert_line("vllm", "vllm serve org/other --config x.yaml --max-model-len 512", lambda name: body, GIB)
+    assert "org/other" in both.recipe and "context: 512" in both.recipe and "weight_format: [f16]" in both.recipe
+    assert [one.why for one in both.flags].count("given again later") == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("", "no launch line of vllm"),
+        ("vllm bench serve --model x", "no launch line of vllm: it begins with vllm serve, python -m vllm.entrypoints"),
+        ("vllm serve", "names no model"),
+        ("vllm serve 'x", "cannot be read"),
+        ("vllm serve x && rm y", "give the server's command alone"),
+        ("vllm serve x --port", "--port has no value"),
+    ],
+)
+def test_what_is_no_launch_line_is_told(line: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        vllm(line)
+
+
+def test_the_command_writes_the_recipe_and_says_what_was_refused(tmp_path: Path) -> None:
+    assert set(NAMES) == set(SERVERS)
+    out, config = tmp_path / "made.yaml", tmp_path / "conf.yaml"
+    done = llmbuild("convert", "vllm", "vllm serve org/m --max-model-len 128 --enable-lora", "-o", out)
+    assert done.returncode == 2
+    assert done.stdout == "llmbuild serve m --port 8000\n" and read_recipe(out).context == 128
+    assert "refused  --enable-lora" in done.stderr and "1 of 3 flags are refused" in done.stderr
+    config.write_text("model-path: org/m\ntp: 1\n")
+    told = CliRunner().invoke(main.commands["convert"], ["sglang", str(config), "--json"], standalone_mode=False)
+    made = json.loads(told.stdout)
+    assert told.return_value == 0 and made["serve"] == "llmbuild serve m --port 30000"
+    assert {one["flag"]: one["kind"] for one in made["flags"]} == {"model-path org/m": "mapped", "tp 1": "moot"}
+    again = llmbuild("convert", "vllm", "vllm serve org/m", "-o", out)
+    assert again.returncode == 2 and "is there already" in again.stderr
+    config.write_text("- a\n")
+    assert "no configuration" in llmbuild("convert", "vllm", config).stderr
