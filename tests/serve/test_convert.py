@@ -50,7 +50,7 @@ def test_a_usual_line_becomes_a_recipe_and_a_command(tmp_path: Path) -> None:
 def test_what_there_is_not_is_refused_by_name() -> None:
     made = vllm(
         "env VLLM_CPU_KVCACHE_SPACE=4 FOO=1 vllm serve m --tensor-parallel-size 2 --quantization awq --enable-lora "
-        "--kv-cache-dtype fp8 --speculative-config '{\"a\": 1}' --limit-mm-per-prompt.image 2 --some-new-flag 3 -O3 extra"
+        "--kv-cache-dtype fp8 --speculative-config '{\"a\": 1}' --limit-mm-per-prompt.image 2 --new-flag 3 -O3 extra"
     )
     assert kinds(made) == {
         "VLLM_CPU_KVCACHE_SPACE": "refused",
@@ -62,13 +62,11 @@ def test_what_there_is_not_is_refused_by_name() -> None:
         "--kv-cache-dtype fp8": "refused",
         "--speculative-config '{\"a\": 1}'": "refused",
         "--limit-mm-per-prompt.image image=2": "refused",
-        "--some-new-flag 3": "refused",
+        "--new-flag 3": "refused",
         "-O3": "moot",
         "extra": "refused",
     }
-    assert [one.why for one in made.flags if one.flag == "--some-new-flag 3"] == [
-        "this llmbuild does not know the flag"
-    ]
+    assert [one.why for one in made.flags if one.flag == "--new-flag 3"] == ["this llmbuild does not know the flag"]
 
 
 def test_sglang_s_flags_have_their_own_names_and_port() -> None:
@@ -113,15 +111,15 @@ WORDS = st.lists(
 def test_no_word_of_a_line_is_dropped(words: list[str]) -> None:
     try:
         made = vllm(" ".join(["vllm serve org/m", *words]))
-    except InputError as error:
-        assert "has no value" in str(error)
+    except InputError:  # a flag at the end without its value, or two one after the other
+        assert any(word.startswith("-") for word in words)
         return
     told = " ".join(one.flag for one in made.flags)
     secret = {"--api-key", "--hf-token"}
     shown = [word for before, word in zip(["", *words], words, strict=False) if before not in secret]
     counted = Counter(told.replace("=", " ").split())
-    for word, count in Counter(part for word in shown for part in word.split("=")).items():
-        assert counted[word] >= count - sum(each in secret for each in words), (word, told)
+    for part, count in Counter(part for word in shown for part in word.split("=")).items():
+        assert counted[part] >= count - sum(each in secret for each in words), (part, told)
 
 
 def test_what_is_mapped_is_what_there_is() -> None:
