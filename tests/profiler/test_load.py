@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmbuild.profiler.load import HELD_OUT, Bounds, Planned, error_p95, fitted, planned
+from llmbuild.profiler.live import MeterFound
+from llmbuild.profiler.load import HELD_OUT, Bounds, Planned, _power, error_p95, fitted, planned
 from llmbuild.spec.load_curve import Cell, Fit, Table, Work
 
 BOUNDS = Bounds(True, 1024, 16, 512, 17)
@@ -63,3 +65,26 @@ def test_what_a_step_adds_is_never_negative() -> None:
     falling = [Cell(work, 1e-2 - 1e-7 * work.context, 0.1, 0.1, 5) for work in works]
     found = fitted(falling, True)
     assert found.context_s == 0.0 and found.read_s >= 0.0
+
+
+class Metered:
+    """A worker with a meter, or without one; a step takes 10 W and 1 W for each row."""
+
+    def __init__(self, source: str | None, lost: str = "") -> None:
+        self.child, self._source, self._lost = self, source, lost
+
+    def meter(self) -> MeterFound:
+        return MeterFound(self._source, "no counter here", {})
+
+    def ask(self, stage: str, verb: str, **request: Any) -> dict[str, Any]:
+        rows = Work.of(request["cell"]).rows
+        return {"absent": self._lost} if self._lost else {"joules": 2.0 * (10 + rows), "seconds": 2.0}
+
+
+def test_power_is_read_where_there_is_a_meter_and_absent_otherwise() -> None:
+    known = cells(Fit(True, STAIRS, 0, 0, 0), planned(BOUNDS))
+    live: Any = Metered("rapl")
+    source, watts, why = _power(live, BOUNDS, known)
+    assert (source, watts, why) == ("rapl", Table((1, 16, 512), (11.0, 26.0, 522.0)), "")
+    assert _power(Metered(None), BOUNDS, known) == (None, None, "no counter here")  # type: ignore[arg-type]
+    assert _power(Metered("rapl", "it stood still"), BOUNDS, known) == (None, None, "it stood still")  # type: ignore[arg-type]

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text
 
 from llmbuild.catalog.exchange.merge import merge
 from llmbuild.catalog.schema import FILE
@@ -60,6 +61,18 @@ def test_a_measured_curve_covers_what_was_asked_for_and_has_its_error(measured: 
         ).fetchone()
     assert row[0] == "tiny" and row[1] > 0 and row[4] == 20
     assert (row[2] is None) == (row[3] is None)
+
+
+def test_a_variant_with_a_call_for_each_sequence_has_a_curve_of_calls(measured: Path) -> None:
+    rows = reader.variants(measured, "tiny", everything=True)
+    name = next(row["variant"] for row in rows if row["point"]["kernel"] == "compiler" and row["artifact"])
+    done = llmbuild("profile", name, "--load", "--budget", "2s", "--sequences", "4", "-C", measured, "--json")
+    assert done.returncode == 0, done.stderr
+    (found,) = reader.load_curves(measured, [name])
+    assert (found.fit.shared, found.fit.read_s, found.fit.table.at[0]) == (False, 0.0, 1)
+    assert json.loads(done.stdout)[0]["decode_s"] > 0
+    with Catalog(measured).session(write=True) as session:  # the other tests are of the other variant
+        session.execute(text("DELETE FROM load_curve WHERE variant = :name"), {"name": name})
 
 
 def test_explain_shows_the_curve(measured: Path) -> None:
@@ -140,6 +153,11 @@ def test_serve_takes_what_holds_the_most_and_says_what_it_does_not_know(measured
         (("pick", "--slo", "ttft_s_p99>=1"), "is better where it is less"),
         (("pick", "--rate", "x"), "cannot read --rate 'x'"),
         (("pick", "--rate", "1/s", "--as", "haswell"), "goes with neither --lock nor --as"),
+        (
+            ("serve", "tiny", "--scheduler", "fairbatching"),
+            "needs the load curve of the variant of tiny on this machine",
+        ),
+        (("serve", "tiny", "--slo-class", "chat=1"), "cannot read --slo-class 'chat=1'"),
     ],
 )
 def test_what_cannot_be_asked_is_told(words: tuple[str, ...], told: str, catalog: Path) -> None:  # noqa: F811
