@@ -102,14 +102,14 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
     place = Place(options["host"], options["port"], options["shutdown_timeout"])
     if not place.local and not keys.digests:
         click.echo(f"warning: anybody who reaches {place.host} is answered: --api-keys FILE asks for a key", err=True)
-    given = options["memory"]
+    classes, given = dict(map(_class_of, options["classes"])), options["memory"]
     memory = None if given is None else size_of("--memory", given)
     served = [_planned(model, options, memory, len(models)) for model in models]
     settings = Settings(
         memory,
         limits=Limits(options["max_queue"], options["request_timeout"]),
         plans={name: plan for name, (_, plan) in zip(models, served, strict=True)},
-        classes=dict(map(_class_of, options["classes"])),
+        classes=classes,
     )
     picked = [model for model, _ in served]
     done = serve(picked, settings, place, keys, Told(_ready, to_stderr))
@@ -120,6 +120,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
 def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: int) -> tuple[Model, Plan]:
     """Return a model with how it is served; where requests are bounded, by its load curves."""
     from llmbuild.serve.pick_load import curve_here, targets_of
+    from llmbuild.serve.schedule.named import FAIR_BATCHING
     from llmbuild.serve.served import Plan
     from llmbuild.spec.slo import parse_load
 
@@ -136,7 +137,9 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
         told = ", ".join(map(str, bounds))
         click.echo(f"{name}: whether {told} holds is not asked of a variant that is named", err=True)
     model = _picked(name, options, selection, variant)
-    return model, replace(plan, curve=curve_here(Path(options["catalog"]), str(model.row["variant"])))
+    if plan.scheduler == FAIR_BATCHING:
+        plan = replace(plan, curve=curve_here(Path(options["catalog"]), str(model.row["variant"])))
+    return model, plan
 
 
 def _by_load(name: str, options: Mapping[str, Any], memory: int | None) -> LoadPick | None:
