@@ -78,7 +78,7 @@ class Calls:
 
 
 class Worker:
-    """One artifact, opened once for measuring."""
+    """One artifact, opened once for measuring. One class: every request is about what one of them opened."""
 
     def __init__(self) -> None:
         self._session: Session | None = None
