@@ -131,6 +131,8 @@ LISTED_BY = {
     "sources": "name catalogs or published folders; -C names the one they are added to",
     "before": "name two catalogs or publications",
     "after": "name a second catalog or publication to compare with",
+    "server": "vllm or sglang, then its launch line in quotes, or a configuration file",
+    "line": "give the launch line in quotes, such as 'vllm serve org/Model', or a configuration file",
     "name": "NAME.key and NAME.pub are written",
 }
 """Instructions for a missing argument, by its name."""

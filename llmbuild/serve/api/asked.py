@@ -16,6 +16,7 @@ from llmbuild.serve.request import LARGEST_SEED, Request, SamplingParams
 from llmbuild.serve.schedule.named import Targets
 from llmbuild.serve.served import Prompt, Served
 from llmbuild.serve.tools import Tools, grammar_of
+from llmbuild.system.strict_json import JsonObject
 
 Models = Mapping[str, Served]
 
@@ -210,7 +211,9 @@ def _message(name: str, value: object) -> dict[str, object]:
     if role not in ROLES:
         raise RequestRefused(f"{name}.role is {role[:40]!r}; this server takes {', '.join(ROLES)}", f"{name}.role")
     fields.neutral({"refusal": (), "audio": (), "function_call": ()})
-    calls = fields.take("tool_calls", calls_of, []) if role == "assistant" else []
+    calls: list[JsonObject] = []
+    if role == "assistant":
+        calls = fields.take("tool_calls", calls_of, calls)
     answers = fields.needed("tool_call_id", checks.text) if role == "tool" else ""
     empty = "" if role == "assistant" else None
     content = fields.take("content", _content, empty)

@@ -114,7 +114,9 @@ class Replies:
             assert isinstance(function, dict)
             deltas.append({"tool_calls": [{**call, "function": {**function, "arguments": ""}}]})
             deltas.append({"tool_calls": [{"index": place, "function": {"arguments": function["arguments"]}}]})
-        told = [{"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas]
+        told: list[Json] = [
+            {"index": index, "delta": delta, "logprobs": None, "finish_reason": None} for delta in deltas
+        ]
         if told:
             told[0]["logprobs"] = logprobs
         if part.finish is not None:

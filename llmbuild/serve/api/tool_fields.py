@@ -117,9 +117,10 @@ def _call(name: str, value: object) -> JsonObject:
     told: JsonObject = {"id": fields.take("id", checks.text, ""), "type": "function"}
     fields.neutral({"type": ("function",)})
     inner = Fields(fields.needed("function", mapping), f"{name}.function.")
+    nothing: JsonObject = {}
     called: Mapping[str, object] = {
         "name": inner.needed("name", checks.text),
-        "arguments": inner.take("arguments", _arguments, {}),
+        "arguments": inner.take("arguments", _arguments, nothing),
     }
     inner.end()
     fields.taken("index")
