@@ -31,7 +31,7 @@ class Isrtf:
     """
 
     rows: int = 1024
-    ageing: float = 4.0
+    ageing: float = 1.0
     budget: int = 96
     cut: int = 1
 

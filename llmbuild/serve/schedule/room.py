@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from llmbuild.serve.schedule.state import Entry, State
 
 PATIENCE_S = 20.0
-"""Seconds after which nobody overtakes the request that has waited longest: one that needs much memory gets it."""
+"""Seconds after which nobody overtakes the request that has waited longest, where there is no memory for it yet."""
 
 
 def piece(one: Entry, tokens: int, cut: int) -> int:
@@ -35,7 +35,7 @@ class Room:
     def of(state: State, now_s: float) -> Room:
         """Return what is free in a state."""
         oldest = min(state.waiting, key=lambda one: one.arrival_s, default=None)
-        late = oldest is not None and now_s - oldest.arrival_s > PATIENCE_S
+        late = oldest is not None and now_s - oldest.arrival_s > PATIENCE_S and oldest.takes > state.room
         return Room(state.slots, state.room, oldest.number if oldest is not None and late else None)
 
     def fits(self, one: Entry) -> bool:
