@@ -176,4 +176,5 @@ def told(curve: LoadCurve) -> str:
     """Return a curve in one line."""
     kinds = len(curve.cells) - curve.held_out
     most = f"up to {curve.decodes_most} sequences and {curve.prompt_most} tokens of prompts"
-    return f"{kinds} kinds of steps, {most}; error p95 {curve.error_p95:.1%} on {curve.held_out} others"
+    line = f"{kinds} kinds of steps, {most}; error p95 {curve.error_p95:.1%} on {curve.held_out} others"
+    return f"{line}; {why}: measure it again" if (why := curve.doubt) else line

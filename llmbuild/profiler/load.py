@@ -16,7 +16,7 @@ from time import monotonic
 import numpy as np
 
 from llmbuild.process.child import Limits
-from llmbuild.profiler import statistics
+from llmbuild.profiler import noise, statistics
 from llmbuild.profiler.child import Child, ChildFailed
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.load_steps import SHORTEST_VISIT_S, SLOW_S
@@ -125,7 +125,7 @@ def measure(
     live = Live(subject, limits)
     try:
         live.open(1)
-        cells, rounds = _rounds(live.child, bounds, budget_s, tell)
+        cells, spans = _rounds(live.child, bounds, budget_s, tell)
         judges = sum(cell.held_out for cell in cells)
         if judges < LEAST_JUDGES or len(cells) - judges < LEAST_JUDGES:
             told = f"only {len(cells)} kinds of steps fit into {budget_s:g} s: give more with --budget"
@@ -136,26 +136,30 @@ def measure(
         return failed.failure
     finally:
         live.child.close()
-    notes = {"rounds": str(rounds), "noise": _noise(cells), **({"energy": why} if why else {})}
+    told = {"noise": noise.description(spans), "energy": why}
+    notes = {"rounds": str(len(spans)), "medians": _sure(cells), **{name: text for name, text in told.items() if text}}
     if bounds.contexts < bounds.sequences:
         notes["memory"] = f"{bounds.sequences} sequences shared the memory of {bounds.contexts}"
     return Measured(cells, fit, error_p95(fit, cells), source, watts, notes)
 
 
-def _rounds(child: Child, bounds: Bounds, budget_s: float, tell: Callable[[str], None]) -> tuple[tuple[Cell, ...], int]:
-    """Return the cells with their readings, and the number of rounds."""
+def _rounds(
+    child: Child, bounds: Bounds, budget_s: float, tell: Callable[[str], None]
+) -> tuple[tuple[Cell, ...], list[noise.Shares]]:
+    """Return the cells with their readings, and what disturbed each round."""
     _visits(child, bounds, [])  # memory for the keys and values
     order, begin = random.Random(0), monotonic()
     cells, round_s = _affordable(child, planned(bounds), bounds, budget_s)
     taken: dict[Planned, list[float]] = {one: [] for one in cells}
-    done = 0
-    while done < LEAST_ROUNDS or (done < MOST_ROUNDS and monotonic() - begin + round_s <= budget_s):
-        began, shuffled = monotonic(), order.sample(cells, len(cells))
+    spans = list[noise.Shares]()
+    while len(spans) < LEAST_ROUNDS or (len(spans) < MOST_ROUNDS and monotonic() - begin + round_s <= budget_s):
+        began, shuffled, watch = monotonic(), order.sample(cells, len(cells)), noise.Watch([child.pid])
         for one, seconds in zip(shuffled, _visits(child, bounds, shuffled), strict=True):
             taken[one].append(seconds)
-        round_s, done = monotonic() - began, done + 1
-        tell(f"round {done}: {len(cells)} kinds of steps in {round_s:.2g} s")
-    return tuple(_cell(one, samples) for one, samples in taken.items()), done
+        spans.append(watch.shares())
+        round_s = monotonic() - began
+        tell(f"round {len(spans)}: {len(cells)} kinds of steps in {round_s:.2g} s")
+    return tuple(_cell(one, samples) for one, samples in taken.items()), spans
 
 
 def _affordable(child: Child, cells: list[Planned], bounds: Bounds, budget_s: float) -> tuple[list[Planned], float]:
@@ -227,7 +231,7 @@ def error_p95(fit: Fit, cells: Sequence[Cell]) -> float:
     return errors[math.ceil(0.95 * len(errors)) - 1]
 
 
-def _noise(cells: Sequence[Cell]) -> str:
+def _sure(cells: Sequence[Cell]) -> str:
     """Return how sure the medians are."""
     widths = [max(cell.high / cell.seconds, cell.seconds / cell.low) - 1 for cell in cells]
     return f"half of the medians are known to {statistics.middle(widths):.1%} or better"

@@ -65,6 +65,8 @@ class LoadPick:
         lines.append(
             f"simulated over the load curve (error p95 {curve.error_p95:.1%}), without HTTP and shared prompts"
         )
+        if curve.doubt:
+            lines.append(f"the curve is doubtful: {curve.doubt}: `llmbuild profile --load` measures it again")
         if seen.rate != best.rate:
             told = ", ".join(f"{name} {seen.values[name]:.3g}" for name in sorted(seen.values))
             lines.append(f"at {seen.rate:g}/s: {told}, {seen.sequences:.1f} sequences in a step")

@@ -12,6 +12,9 @@ from llmbuild.digest import plain
 LOAD_PROTOCOL = 1
 """Version of how cells are measured and fitted; curves of different versions are never compared."""
 
+DOUBTFUL = 0.25
+"""Error of a curve above which it is doubtful."""
+
 
 class Work(NamedTuple):
     """What one step computes."""
@@ -151,6 +154,12 @@ class LoadCurve:
     def covers(self, work: Work) -> bool:
         """Return whether steps of this size were measured; else the last line of the table goes on."""
         return work.decodes <= self.decodes_most and work.tokens <= self.prompt_most
+
+    @property
+    def doubt(self) -> str:
+        """Why what is computed of the curve is doubtful; empty where nothing is known against it."""
+        found = [self.notes[name] for name in ("noise", "held back") if name in self.notes]
+        return ", ".join([*found, *([f"its error is {self.error_p95:.0%}"] if self.error_p95 > DOUBTFUL else [])])
 
     @property
     def held_out(self) -> int:

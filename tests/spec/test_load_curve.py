@@ -56,3 +56,11 @@ def test_a_server_s_step_has_the_engine_s_own_time() -> None:
     one = replace(curve(), turn_s=0.25, row_s=0.5)
     assert one.step_s(work) == pytest.approx(one.fit.seconds(work) + 0.25 + 4 * 0.5)
     assert one.covers(work) and not one.covers(Work.of([(9, 1)] * 17)) and not one.covers(Work.of([(0, 513)]))
+
+
+def test_a_curve_is_doubtful_where_its_error_or_its_rounds_are() -> None:
+    assert curve().doubt == ""
+    assert curve(error_p95=0.3).doubt == "its error is 30%"
+    assert (
+        curve(notes={"noise": "other processes took 40% of the CPUs"}).doubt == "other processes took 40% of the CPUs"
+    )
