@@ -41,8 +41,9 @@ def codes(rounded: Array) -> Array:
     bits = (np.ascontiguousarray(rounded, np.float32).view(np.uint32) >> 16).astype(np.uint16)
     first = (powers(rounded).view(np.uint32) >> 23).astype(np.uint16) - np.uint16(TOP) << np.uint16(7)
     size = bits & np.uint16(0x7FFF)
-    found = size - first[:, None] | bits >> np.uint16(15) << np.uint16(11)
-    return found * (size != 0)
+    found: Array = size - first[:, None] | bits >> np.uint16(15) << np.uint16(11)
+    found[size == 0] = 0
+    return found
 
 
 def values(stored: Array) -> Array:
