@@ -199,8 +199,12 @@ def kill(asked: argparse.Namespace, folder: Path, at_s: float, expected: Whole) 
             place.command(*build_words(asked)), env=place.environment(), stdout=log, stderr=log, start_new_session=True
         )
     until = monotonic() + at_s
-    while monotonic() < until and process.poll() is None:
-        sleep(min(0.005, at_s))
+    try:
+        while monotonic() < until and process.poll() is None:
+            sleep(min(0.005, at_s))
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGKILL)
+        raise
     ended, living = process.poll() is not None, list(tree(process.pid))
     if not ended:
         process.send_signal(signal.SIGKILL)
