@@ -38,16 +38,6 @@ class Exact:
     proven: bool
 
 
-@dataclass(frozen=True)
-class _Columns:
-    """The flows of a program: option, class, requests a second of one replica, and the class's demand row."""
-
-    option: Any
-    take: Any
-    cost: Any
-    row: Any
-
-
 class _Model:
     """Columns and rows for HiGHS, gathered one after another."""
 
@@ -82,8 +72,7 @@ class _Model:
         """
         import highspy
 
-        solver = highspy.Highs()
-        solver.setOptionValue("output_flag", False)
+        solver = _silent()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
         if time_s is not None:
@@ -110,6 +99,18 @@ class _Model:
         values = np.array(solver.getSolution().col_value)
         bound = info.mip_dual_bound if any(self.whole) else info.objective_function_value
         return values, info.objective_function_value, bound, optimal
+
+
+def _silent() -> Any:
+    """Return a solver that prints nothing: `Highs` prints its name when its callbacks are set up, which we need not."""
+    import highspy
+
+    class Silent(highspy.Highs):  # type: ignore[misc]
+        def __init__(self) -> None:
+            super(highspy.Highs, self).__init__()
+            self.setOptionValue("output_flag", False)
+
+    return Silent()  # type: ignore[no-untyped-call]
 
 
 def relaxed(program: Program) -> Relaxed:

@@ -57,9 +57,7 @@ def _profile(kind: NodeClass, rows: list[Row], bodies: Mapping[str, Mapping[str,
         device=kind.device,
         model=row["model"],
         variant=row["variant"][:12],
-        step=StepTime(
-            Line((0.0, 1.0), (0.0, tpot_s)) if batch == 1 else _flat(tpot_s, batch), 0.0, _prompt_s(body, ttft_s)
-        ),
+        step=StepTime(_decode_s(tpot_s, batch), 0.0, _prompt_s(body, ttft_s)),
         power=power,
         max_rows=batch,
         weights_bytes=float(row["peak_memory_bytes"] or row["parameter_bytes"] or 0),

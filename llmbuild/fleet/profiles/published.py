@@ -75,19 +75,20 @@ def _row(cells: dict[str, str]) -> Published:
     else:
         seconds = rows * output / float(cells["output_tok_s"])
     factor = float(cells["factor"])
-    words = (cells[name] for name in ("precision", "engine", "phase"))
     return Published(
-        cells["device"],
-        cells["model"],
-        cells["use"],
-        factor,
-        *words,
-        rows,
-        prompt,
-        output,
-        seconds * factor,
-        float(cells["power_w"] or 0),
-        cells["source"],
+        device=cells["device"],
+        model=cells["model"],
+        use=cells["use"],
+        factor=factor,
+        precision=cells["precision"],
+        engine=cells["engine"],
+        phase=cells["phase"],
+        rows=rows,
+        prompt=prompt,
+        output=output,
+        seconds=seconds * factor,
+        watts=float(cells["power_w"] or 0),
+        source=cells["source"],
     )
 
 
