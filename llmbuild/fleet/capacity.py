@@ -213,7 +213,7 @@ def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float,
 
 def _poisson_above(mean: float, limit: float) -> float:
     """Return the probability of more than `limit` events."""
-    if mean > 200:
+    if mean > 30:
         return 1 - NormalDist(mean, math.sqrt(mean)).cdf(limit + 0.5)
     term = total = math.exp(-mean)
     for i in range(1, int(limit) + 1):

@@ -105,12 +105,12 @@ def _silent() -> Any:
     """Return a solver that prints nothing: `Highs` prints its name when its callbacks are set up, which we need not."""
     import highspy
 
-    class Silent(highspy.Highs):  # type: ignore[misc]
+    class Silent(highspy.Highs):
         def __init__(self) -> None:
             super(highspy.Highs, self).__init__()
             self.setOptionValue("output_flag", False)
 
-    return Silent()  # type: ignore[no-untyped-call]
+    return Silent()
 
 
 def relaxed(program: Program) -> Relaxed:
