@@ -3,8 +3,9 @@
 The steady state of a batch: with a rate r of requests with P prompt and O output tokens, a step takes
 t = decode(rows) + prompt_s * r * P * t, and rows = r * O * t. From it come the shares of requests that miss:
 
-- TPOT of an answer of o tokens: the prompts of others that fall into it are Poisson with mean r * o * t.
-- TTFT: a wait for a slot (Erlang's C, with as many servers as the batch limit), a wait for other prompts (M/G/1, a
+- TPOT of an answer of o tokens: the prompts of others that fall into it are Poisson with mean r * o * t; one of them may be long
+  enough alone.
+- TTFT: a wait for a slot (Erlang's C over what a full batch answers), a wait for other prompts (M/G/1, a
   step takes whole prompts up to its budget), the step that runs, and the own prompt.
 
 Rates are found by bisection. The simulator judges these figures: a plan made of them must attain there.
@@ -15,15 +16,20 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from statistics import NormalDist
 
 from llmbuild.spec.fleet import UNSET, Clock, NodeClass, Profile, RequestClass, StepPower, StepTime
 
 PROMPT_TOKENS = 512
 """Prompt tokens that the scheduler `fcfs` puts into one step."""
-QUANTILES = tuple((i + 0.5) / 12 for i in range(12))
-"""Where lengths are looked at."""
-_NORMALS = tuple(NormalDist().inv_cdf(q) for q in QUANTILES)
+EDGES = (0.0, 0.01, 0.03, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.96, 0.98, 0.99, 0.995, 1.0)
+"""Quantiles between which lengths are taken as one: narrow at the ends, where requests miss."""
+FULL = 0.92
+"""Share of what a full replica answers that a plan asks of it: above it, queues last too long to be called steady."""
+_NORMAL = NormalDist()
+_WEIGHTS = tuple(b - a for a, b in pairwise(EDGES))
+_NORMALS = tuple(_NORMAL.inv_cdf((a + b) / 2) for a, b in pairwise(EDGES))
 _HALVINGS = 24
 _CLOSE = 0.005
 """Relative width at which a rate is found."""
@@ -126,13 +132,17 @@ def floor(point: OperatingPoint, kind: RequestClass) -> tuple[float, float]:
 
 
 def _most(point: OperatingPoint, kind: RequestClass) -> float:
-    """Return a rate that no replica of this point reaches: all slots full, prompts not counted."""
-    held = point.kv_tokens / (kind.prompt + kind.output)
-    rows = min(point.batch, held)
-    if rows < 1:
+    """Return the requests a second that a replica with all its slots taken answers."""
+    slots = _slots(point, kind)
+    if slots < 1:
         return 0.0
-    step = point.step.seconds(rows, rows * _context(kind), 0)
-    return min(rows / (kind.output * step), 1 / (kind.prompt * point.step.prompt_s))
+    step_s = point.step.seconds(slots, slots * _context(kind), 0)
+    return slots / (kind.output * step_s + slots * point.step.prompt_s * kind.prompt)
+
+
+def _slots(point: OperatingPoint, kind: RequestClass) -> float:
+    """Return how many requests run at a time at most: the batch limit, or what the memory holds."""
+    return min(float(point.batch), point.kv_tokens / (kind.prompt + kind.output))
 
 
 def _context(kind: RequestClass) -> float:
@@ -144,9 +154,9 @@ def steady(point: OperatingPoint, kind: RequestClass, rate: float) -> Steady:
     """Return the steady state of a replica at a rate of requests of one class."""
     step, context = point.step, _context(kind)
     prompts = step.prompt_s * rate * kind.prompt
-    slots = min(float(point.batch), point.kv_tokens / (kind.prompt + kind.output))
+    slots, most = _slots(point, kind), _most(point, kind)
     rows, t = _rows(step, context, kind.output * rate, prompts, slots)
-    if rows >= slots or prompts >= 1:
+    if rate > FULL * most or prompts >= 1:
         return Steady(rate, rows, t, 0.0, 1.0, 1.0)
     watts = _watts(point, rows, prompts)
     high = min(slots, rows + 2.33 * math.sqrt(rows))
@@ -156,7 +166,7 @@ def steady(point: OperatingPoint, kind: RequestClass, rate: float) -> Steady:
         rows,
         t,
         watts,
-        _ttft_miss(step, kind, rate, t, slots),
+        _ttft_miss(step, kind, rate, t, slots, most),
         _tpot_miss(step, kind, rate, step.seconds(high, high * context, 0), peak),
     )
 
@@ -186,12 +196,14 @@ def _watts(point: OperatingPoint, rows: float, prompts: float) -> float:
     return parked * (1 - busy) + decode * (busy - prompts) + max(parked, power.prompt_w) * prompts
 
 
-def _lengths(mean: float, spread: float) -> tuple[float, ...]:
-    """Return the quantiles of log-normal lengths."""
+@lru_cache(1 << 12)
+def _lengths(mean: float, spread: float) -> tuple[tuple[float, float], ...]:
+    """Return log-normal lengths, each with its share."""
     if not spread:
-        return (mean,)
+        return ((mean, 1.0),)
     sigma = math.sqrt(math.log1p(spread**2))
-    return tuple(max(1.0, mean * math.exp(sigma * z - sigma * sigma / 2)) for z in _NORMALS)
+    lengths = (max(1.0, mean * math.exp(sigma * z - sigma * sigma / 2)) for z in _NORMALS)
+    return tuple(zip(lengths, _WEIGHTS, strict=True))
 
 
 def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float, peak_s: float) -> float:
@@ -200,15 +212,27 @@ def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float,
         return 0.0
     if decode_s > kind.tpot_s:
         return 1.0
-    lengths = _lengths(kind.output, kind.spread)
     prompt_s = step.prompt_s * kind.prompt * (1 + kind.spread**2)  # a prompt that falls into an answer, by its length
     missed = 0.0
-    for output in lengths:
+    for output, share in _lengths(kind.output, kind.spread):
         if output < 1.5:
             continue  # one token: there is no time between tokens
         room = (kind.tpot_s - decode_s) * (output - 1)
-        missed += _poisson_above(rate * (output - 1) * peak_s, room / prompt_s)
-    return missed / len(lengths)
+        fallen = rate * (output - 1) * peak_s
+        several = _poisson_above(fallen, room / prompt_s)
+        one = 1 - math.exp(-fallen * _longer(room / step.prompt_s, kind.prompt, kind.spread))
+        missed += share * min(1.0, several + one)
+    return missed
+
+
+def _longer(tokens: float, mean: float, spread: float) -> float:
+    """Return the share of log-normal lengths above so many tokens."""
+    if not spread:
+        return float(mean > tokens)
+    if tokens <= 0:
+        return 1.0
+    sigma = math.sqrt(math.log1p(spread**2))
+    return 1 - _NORMAL.cdf((math.log(tokens / mean) + sigma * sigma / 2) / sigma)
 
 
 def _poisson_above(mean: float, limit: float) -> float:
@@ -224,27 +248,27 @@ def _poisson_above(mean: float, limit: float) -> float:
     return max(0.0, 1 - total)
 
 
-def _ttft_miss(step: StepTime, kind: RequestClass, rate: float, t: float, slots: float) -> float:
+def _ttft_miss(step: StepTime, kind: RequestClass, rate: float, t: float, slots: float, most: float) -> float:
     """Return the share of requests whose first token comes too late."""
     if math.isinf(kind.ttft_s):
         return 0.0
     lengths = _lengths(kind.prompt, kind.spread)
-    served = [step.prompt_s * p + t * min(1.0, p / PROMPT_TOKENS) for p in lengths]
-    mean, square = sum(served) / len(served), sum(s * s for s in served) / len(served)
+    served = [(step.prompt_s * p + t * min(1.0, p / PROMPT_TOKENS), share) for p, share in lengths]
+    mean, square = sum(s * share for s, share in served), sum(s * s * share for s, share in served)
     used = rate * mean
     if used >= 1:
         return 1.0
     wait = rate * square / (2 * (1 - used))
-    queued, drain = _erlang_c(slots, rate * kind.output * t), (slots - rate * kind.output * t) / (kind.output * t)
+    queued = _erlang_c(slots, slots * rate / most)
     missed = 0.0
-    for prompt in lengths:
+    for prompt, share in lengths:
         left = kind.ttft_s - step.prompt_s * prompt - 2 * t  # the step that runs, and the own one
         if left <= 0:
-            missed += 1
+            missed += share
             continue
         prompts = used * math.exp(-used * left / (2 * wait)) if wait > 0 else 0.0
-        missed += min(1.0, prompts + queued * math.exp(-drain * left / 2))
-    return missed / len(lengths)
+        missed += share * min(1.0, prompts + queued * math.exp(-(most - rate) * left))
+    return missed
 
 
 def _erlang_c(servers: float, load: float) -> float:
