@@ -6,7 +6,8 @@ LlmbuildError            reported by a command in one message, without a traceba
 ├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
 ├── LoadRefused          an artifact that must not be opened on this host              exit 2
 ├── NothingUsable        a build that ended without one usable variant                 exit 1
-└── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
+├── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
+└── NoPlan               a fleet cannot take its load within its SLOs                   exit 3
 """
 
 from __future__ import annotations
@@ -69,6 +70,12 @@ class NoVariant(LlmbuildError):
     def __init__(self, message: str, pick: Any = None) -> None:
         super().__init__(message)
         self.pick = pick
+
+
+class NoPlan(LlmbuildError):
+    """A fleet has no place for part of its load: the message says for what, and what is missing."""
+
+    exit_code = 3
 
 
 def sentence(error: OSError) -> str:

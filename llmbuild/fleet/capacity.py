@@ -3,10 +3,10 @@
 The steady state of a batch: with a rate r of requests with P prompt and O output tokens, a step takes
 t = decode(rows) + prompt_s * r * P * t, and rows = r * O * t. From it come the shares of requests that miss:
 
-- TPOT of an answer of o tokens: the prompts of others that fall into it are Poisson with mean r * o * t; one of them may be long
-  enough alone.
-- TTFT: a wait for a slot (Erlang's C over what a full batch answers), a wait for other prompts (M/G/1, a
-  step takes whole prompts up to its budget), the step that runs, and the own prompt.
+- TPOT of an answer of o tokens: the prompts of others that fall into it are Poisson with mean r * o * t; one of them
+  may be long enough alone.
+- TTFT: a wait for a slot (Erlang's C over what a full batch answers), a wait for other prompts (M/G/1, a step takes
+  whole prompts up to its budget), the step that runs, and the own prompt.
 
 Rates are found by bisection. The simulator judges these figures: a plan made of them must attain there.
 """

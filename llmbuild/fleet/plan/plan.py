@@ -73,6 +73,10 @@ class Plan:
     """In the unit of the objective, of the program."""
     bound: float
     """No plan for this load costs less, by the program."""
+    shortage: float
+    """Requests a second without a place, by priority."""
+    least_shortage: float
+    """No plan has less, by the program."""
     method: str
     seconds: float
 
@@ -119,7 +123,42 @@ def plan(
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
     replicas, bound, method = _whole(asked, least, held, small, search_s)
-    return _made(asked, profiles, load, replicas, bound, method, monotonic() - began)
+    found = _Found(replicas, bound, least.shortage, method)
+    return _made(asked, profiles, load, found, monotonic() - began)
+
+
+@dataclass(frozen=True)
+class Worth:
+    """What replicas come to under a load: requests without a place by priority, cost, and the cost of their starts."""
+
+    shortage: float
+    cost: float
+    starts: float
+
+
+def worth(fleet: Fleet, profiles: Sequence[Profile], load: Load, held: Held, made: Plan | None = None) -> Worth:
+    """Return what is held comes to under a load; or what a plan does, with the starts from what is held."""
+    asked = program(fleet, profiles, load)
+    current = _current(asked, held)
+    replicas = current
+    if made is not None:
+        replicas = _current(asked, Held(tuple((a.service, a.point, a.replicas) for a in made.assignments), inf))
+    rounding = Rounding(asked)
+    rounding.place(replicas)
+    shortage, cost = rounding.value()
+    starts = sum(o.start * max(0, n - c) for o, n, c in zip(asked.options, replicas, current, strict=True))
+    return Worth(shortage, cost, starts)
+
+
+def cheapest(fleet: Fleet, profiles: Sequence[Profile], load: Load, service: int) -> list[OperatingPoint]:
+    """Return the best operating point of a service on each class of nodes, the least cost for each request first."""
+    asked = program(fleet, profiles, load)
+    mine = sorted((o for o in asked.options if o.service == service), key=lambda o: _whole_cost(asked, o))
+    found: dict[int, OperatingPoint] = {}
+    for option in mine:
+        if all(take.rate > 0 for take in option.takes):
+            found.setdefault(option.node, option.point)
+    return list(found.values())
 
 
 def _whole(
@@ -129,9 +168,8 @@ def _whole(
     current = None if held is None else _current(asked, held)
     found = [_searched(asked, start, current, held, search_s) for start in _starts(least, current)]
     best = min(found, key=lambda each: each.value())
-    shortage = best.value()[0]
     whole = len(asked.options) + len(asked.fleet.nodes)
-    if held is None and whole <= small and shortage <= 1e-6:
+    if held is None and whole <= small and least.shortage <= 0:
         solved = exact(asked, tuple((0.0,) * len(rates) for rates in asked.demands), EXACT_S)
         if solved is not None:
             bound = max(least.bound, solved.bound)
@@ -188,16 +226,19 @@ def _current(asked: Program, held: Held) -> list[int]:
     return [running.get((names[option.service], option.point), 0) for option in asked.options]
 
 
-def _made(
-    asked: Program,
-    profiles: Sequence[Profile],
-    load: Load,
-    replicas: list[int],
-    bound: float,
-    method: str,
-    seconds: float,
-) -> Plan:
+@dataclass(frozen=True)
+class _Found:
+    """Whole replicas, the bounds of their cost and shortage, and how they were found."""
+
+    replicas: Sequence[int]
+    bound: float
+    least_shortage: float
+    method: str
+
+
+def _made(asked: Program, profiles: Sequence[Profile], load: Load, found: _Found, seconds: float) -> Plan:
     """Return the plan of whole replicas."""
+    replicas = found.replicas
     rounding = Rounding(asked)
     rounding.place(replicas)
     fits = [rounding.fit(s, rounding.counts(s)) for s in range(len(asked.demands))]
@@ -219,8 +260,10 @@ def _made(
         watts=watts,
         price_per_h=sum(count * node.price_per_h for count, node in zip(nodes, asked.fleet.nodes, strict=True)),
         cost=rounding.value()[1],
-        bound=bound,
-        method=method,
+        bound=found.bound,
+        shortage=rounding.value()[0],
+        least_shortage=found.least_shortage,
+        method=found.method,
         seconds=seconds,
     )
 

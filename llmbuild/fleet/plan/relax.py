@@ -27,6 +27,8 @@ class Relaxed:
     missing: tuple[tuple[float, ...], ...]
     """Requests a second by service and class."""
     bound: float
+    shortage: float
+    """Of all requests that find no place, by priority: no plan has less."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,9 @@ def relaxed(program: Program) -> Relaxed:
         replicas[option] += values[column] / program.options[option].takes[c].rate
     if shortage > _TOLERANCE:
         missing = _missing(program, values, lacks)
-    return Relaxed(tuple(float(x) for x in replicas), missing, float(objective))
+    return Relaxed(
+        tuple(float(x) for x in replicas), missing, float(objective), shortage if shortage > _TOLERANCE else 0.0
+    )
 
 
 def _weights(program: Program) -> tuple[float, ...]:

@@ -155,6 +155,8 @@ class Rounding:
             for s in range(len(self.program.demands)):
                 while self._step(s, until_s):
                     moved = True
+                while self._yield_slot(s, until_s):
+                    moved = True
 
     def _step(self, service: int, until_s: float) -> bool:
         """Make one move of a service that helps; return whether there was one."""
@@ -171,6 +173,23 @@ class Rounding:
             ):
                 self._apply(changes)
                 return True
+        return False
+
+    def _yield_slot(self, service: int, until_s: float) -> bool:
+        """Give a service that lacks a place a slot of another one, where that places more by priority."""
+        before = self.value()
+        if sum(self.fit(service, self.counts(service)).missing) <= 0:
+            return False
+        for mine in self._of_service[service]:
+            for other, option in enumerate(self.program.options):
+                if not self.replicas[other] or option.service == service:
+                    continue
+                if option.node != self.program.options[mine].node or monotonic() > until_s:
+                    continue
+                self._apply(((other, -1), (mine, 1)))
+                if self.value()[0] < before[0] - _SLACK:
+                    return True
+                self._apply(((other, 1), (mine, -1)))
         return False
 
     def _worth(self, service: int, counts: tuple[int, ...], used: Sequence[int]) -> tuple[float, float]:

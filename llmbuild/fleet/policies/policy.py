@@ -26,6 +26,8 @@ class Seen:
     """Mean of the prompts of the last minutes; the fleet file's where none came."""
     output: float
     """Mean of the answers that ended in the last minutes; the fleet file's where none did."""
+    spread: float
+    """Larger coefficient of variation of the two."""
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,23 @@ class Setting:
     """Ask the scheduler at each step, also where nothing changed: slower, for tests."""
 
 
+class _Running:
+    """Running mean and spread of a length, of the last 1 / `_LEARN` requests or so."""
+
+    def __init__(self, mean: float, spread: float) -> None:
+        self.mean, self._square = mean, mean * mean * (1 + spread * spread)
+
+    def add(self, length: int) -> None:
+        """Take one more."""
+        self.mean += _LEARN * (length - self.mean)
+        self._square += _LEARN * (length * length - self._square)
+
+    @property
+    def spread(self) -> float:
+        """Return the coefficient of variation."""
+        return sqrt(max(0.0, self._square / (self.mean * self.mean) - 1))
+
+
 class _Run:
     """The loop over arrivals, events and ticks, and what it has seen."""
 
@@ -57,7 +74,7 @@ class _Run:
         self.world = World(fleet, setting.scheduler, router, _takes(fleet), setting.stepwise)
         self._arrived: Counter[tuple[int, int]] = Counter()
         self._lengths = {
-            (s, c): [kind.prompt, kind.output]
+            (s, c): (_Running(kind.prompt, kind.spread), _Running(kind.output, kind.spread))
             for s, service in enumerate(fleet.services)
             for c, kind in enumerate(service.classes)
         }
@@ -104,8 +121,7 @@ class _Run:
     def _arrive(self, job: Job, now: float) -> None:
         key = job.ask.service, job.ask.kind
         self._arrived[key] += 1
-        lengths = self._lengths[key]
-        lengths[0] += _LEARN * (job.ask.prompt - lengths[0])
+        self._lengths[key][0].add(job.ask.prompt)
         self.world.arrive(job, now)
 
     def _decide(self, now: float, first: bool = False) -> None:
@@ -123,11 +139,11 @@ class _Run:
         world = self.world
         for job in world.ended[self._seen_ended :]:
             if job.ended == "finished":
-                lengths = self._lengths[job.ask.service, job.ask.kind]
-                lengths[1] += _LEARN * (job.ask.output - lengths[1])
+                self._lengths[job.ask.service, job.ask.kind][1].add(job.ask.output)
         self._seen_ended = len(world.ended)
         seen = tuple(
-            Seen(s, c, self._arrived[s, c], lengths[0], lengths[1]) for (s, c), lengths in self._lengths.items()
+            Seen(s, c, self._arrived[s, c], prompt.mean, output.mean, max(prompt.spread, output.spread))
+            for (s, c), (prompt, output) in self._lengths.items()
         )
         self._arrived.clear()
         free: Counter[str] = Counter()
