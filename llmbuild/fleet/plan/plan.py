@@ -15,9 +15,12 @@ from llmbuild.fleet.plan.rounding import Rounding
 from llmbuild.spec.fleet import Basis, Fleet, Profile, RequestClass, weakest
 
 SMALL = 60
-"""Whole numbers of a program up to which it is solved exactly, as far as `EXACT_S` allows."""
-EXACT_S = 2.0
-SEARCH_S = 0.5
+"""Whole numbers of a program up to which it is solved exactly, as far as `BRANCHES` go."""
+BRANCHES = 3000
+"""Nodes of the search tree of an exact program: some 2 s at most on one core."""
+MOVES = 12_000
+"""Moves of the local search that are looked at, over all its beginnings. A count, not a time: equal loads have equal
+plans on every machine."""
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def plan(
     max_nodes: int | None = None,
     held: Held | None = None,
     small: int = SMALL,
-    search_s: float = SEARCH_S,
+    moves: int = MOVES,
 ) -> Plan:
     """Return a plan for a load; with `held` one that pays for starting what does not run yet.
 
@@ -122,7 +125,7 @@ def plan(
     began = monotonic()
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
-    replicas, bound, method = _whole(asked, least, held, small, search_s)
+    replicas, bound, method = _whole(asked, least, held, small, moves)
     found = _Found(replicas, bound, least.shortage, method)
     return _made(asked, profiles, load, found, monotonic() - began)
 
@@ -143,11 +146,10 @@ def worth(fleet: Fleet, profiles: Sequence[Profile], load: Load, held: Held, mad
     replicas = current
     if made is not None:
         replicas = _current(asked, Held(tuple((a.service, a.point, a.replicas) for a in made.assignments), inf))
-    rounding = Rounding(asked)
+    rounding = Rounding(asked, current)
     rounding.place(replicas)
     shortage, cost = rounding.value()
-    starts = sum(o.start * max(0, n - c) for o, n, c in zip(asked.options, replicas, current, strict=True))
-    return Worth(shortage, cost, starts)
+    return Worth(shortage, cost, rounding.starts())
 
 
 def cheapest(fleet: Fleet, profiles: Sequence[Profile], load: Load, service: int) -> list[OperatingPoint]:
@@ -161,23 +163,21 @@ def cheapest(fleet: Fleet, profiles: Sequence[Profile], load: Load, service: int
     return list(found.values())
 
 
-def _whole(
-    asked: Program, least: Relaxed, held: Held | None, small: int, search_s: float
-) -> tuple[list[int], float, str]:
+def _whole(asked: Program, least: Relaxed, held: Held | None, small: int, moves: int) -> tuple[list[int], float, str]:
     """Return whole replicas, a bound of the cost, and how they were found."""
     current = None if held is None else _current(asked, held)
-    found = [_searched(asked, start, current, held, search_s) for start in _starts(least, current)]
+    found = [_searched(asked, start, current, held, moves) for start in _starts(least, current)]
     best = min(found, key=lambda each: each.value())
     whole = len(asked.options) + len(asked.fleet.nodes)
     if held is None and whole <= small and least.shortage <= 0:
-        solved = exact(asked, tuple((0.0,) * len(rates) for rates in asked.demands), EXACT_S)
+        solved = exact(asked, tuple((0.0,) * len(rates) for rates in asked.demands), BRANCHES)
         if solved is not None:
             bound = max(least.bound, solved.bound)
             better = Rounding(asked)
             better.place(solved.replicas)
             if better.value() < best.value():
                 best = better
-            return best.replicas, bound, "exact" if solved.proven else "exact, out of time"
+            return best.replicas, bound, "exact" if solved.proven else "exact, cut short"
     return best.replicas, least.bound, "relaxed, rounded and searched"
 
 
@@ -190,12 +190,12 @@ def _starts(least: Relaxed, current: list[int] | None) -> list[list[int]]:
 
 
 def _searched(
-    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, search_s: float
+    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int
 ) -> Rounding:
-    rounding = Rounding(asked, current, held.horizon_s if held else inf)
+    rounding = Rounding(asked, current, held.horizon_s if held else 0.0)
     rounding.place(_allowed(asked, start))
     rounding.fill()
-    rounding.improve(monotonic() + search_s / 3)
+    rounding.improve(moves // 3)
     return rounding
 
 

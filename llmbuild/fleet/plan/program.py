@@ -43,11 +43,19 @@ class Program:
     options: tuple[Option, ...]
     node_cost: tuple[float, ...]
     """Of a node that is on, by class of nodes."""
+    boot_cost: tuple[float, ...]
+    """Of turning a node on, in that unit times seconds."""
     max_nodes: int | None = None
 
     def of_service(self, service: int) -> tuple[int, ...]:
         """Return the indices of the options of a service."""
         return tuple(i for i, option in enumerate(self.options) if option.service == service)
+
+    def alike(self) -> tuple[int, ...]:
+        """Return a number for each option that those share which differ by their clock alone."""
+        kinds: dict[object, int] = {}
+        keys = [(o.service, o.node, o.point.profile, o.point.batch) for o in self.options]
+        return tuple(kinds.setdefault(key, len(kinds)) for key in keys)
 
     @property
     def slots(self) -> tuple[int, ...]:
@@ -65,7 +73,9 @@ def program(fleet: Fleet, profiles: Sequence[Profile], load: Load, max_nodes: in
         for k, node in enumerate(fleet.nodes)
         for option in _options(fleet, s, k, kinds[s], serving(profiles, service, node))
     )
-    return Program(fleet, demands, kinds, options, tuple(_node_cost(fleet, node) for node in fleet.nodes), max_nodes)
+    costs = tuple(_node_cost(fleet, node) for node in fleet.nodes)
+    boots = tuple(cost * node.boot_s for cost, node in zip(costs, fleet.nodes, strict=True))
+    return Program(fleet, demands, kinds, options, costs, boots, max_nodes)
 
 
 def serving(profiles: Iterable[Profile], service: Service, node: NodeClass) -> list[Profile]:

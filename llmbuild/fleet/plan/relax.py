@@ -33,7 +33,7 @@ class Relaxed:
 
 @dataclass(frozen=True)
 class Exact:
-    """What the exact program found within its time: replicas by option, and the bound it proved."""
+    """What the exact program found within its branches: replicas by option, and the bound it proved."""
 
     replicas: tuple[int, ...]
     bound: float
@@ -66,7 +66,7 @@ class _Model:
         self.low.append(low)
         self.high.append(high)
 
-    def solve(self, time_s: float | None = None) -> tuple[Any, float, float, bool]:
+    def solve(self, branches: int | None = None) -> tuple[Any, float, float, bool]:
         """Return the columns' values, the objective, its bound, and whether it is optimal.
 
         Raises:
@@ -77,8 +77,8 @@ class _Model:
         solver = _silent()
         solver.setOptionValue("threads", 1)
         solver.setOptionValue("random_seed", 0)
-        if time_s is not None:
-            solver.setOptionValue("time_limit", time_s)
+        if branches is not None:
+            solver.setOptionValue("mip_max_nodes", branches)  # a time would end equal programs in different places
             solver.setOptionValue("mip_rel_gap", 1e-6)
         lp = highspy.HighsLp()
         lp.num_col_, lp.num_row_ = len(self.cost), len(self.low)
@@ -186,8 +186,8 @@ def _flows(program: Program, cost: bool) -> tuple[_Model, list[tuple[int, int]],
     return model, flows, lacks
 
 
-def exact(program: Program, missing: tuple[tuple[float, ...], ...], time_s: float) -> Exact | None:
-    """Return the integer program's solution with at most this shortage; None where the time was too short for any."""
+def exact(program: Program, missing: tuple[tuple[float, ...], ...], branches: int) -> Exact | None:
+    """Return the integer program's solution with at most this shortage; None where so many branches found none."""
     model = _Model()
     nodes = [model.column(cost, node.count, True) for node, cost in _priced_nodes(program)]
     found = [model.column(o.hold, float(program.slots[o.node]), True) for o in program.options]
@@ -211,7 +211,7 @@ def exact(program: Program, missing: tuple[tuple[float, ...], ...], time_s: floa
     if program.max_nodes is not None:
         model.row([(column, 1.0) for column in nodes], 0.0, float(program.max_nodes))
     try:
-        values, _, bound, optimal = model.solve(time_s)
+        values, _, bound, optimal = model.solve(branches)
     except LlmbuildError:
         return None
     return Exact(tuple(round(values[column]) for column in found), float(bound), optimal)

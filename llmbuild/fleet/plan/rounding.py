@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
-from time import monotonic
 
 from llmbuild.fleet.plan.program import Program
 
@@ -31,8 +30,14 @@ class Rounding:
         """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon."""
         self.program = program
         self._of_service = [program.of_service(s) for s in range(len(program.demands))]
-        self._starts = [o.start / horizon_s if current is not None else 0.0 for o in program.options]
+        self._paid = 1 / horizon_s if current is not None and horizon_s > 0 else 0.0
         self._current = list(current) if current is not None else [0] * len(program.options)
+        self._alike = program.alike()
+        self._held = [0] * (max(self._alike, default=0) + 1)
+        for kind, count in zip(self._alike, self._current, strict=True):
+            self._held[kind] += count
+        self._on = [ceil(u / n.slots) for u, n in zip(self._uses(self._current), program.fleet.nodes, strict=True)]
+        self._left = 0
         self._known: dict[tuple[int, tuple[int, ...]], Fit] = {}
         self.replicas = [0] * len(program.options)
         self._used = [0] * len(program.fleet.nodes)
@@ -54,8 +59,8 @@ class Rounding:
         missing = list(program.demands[service])
         cost = 0.0
         for option, count in zip(places, counts, strict=True):
-            started = max(0, count - self._current[option])
-            cost += program.options[option].hold * count + self._starts[option] * started
+            cost += program.options[option].hold * count
+        cost += self._paid * self._starts(places, counts)
         takers = [[o for o in places if program.options[o].takes[c].rate > 0] for c in range(len(missing))]
         for c in sorted(range(len(missing)), key=lambda c: len(takers[c])):
             for o in sorted(takers[c], key=lambda o: program.options[o].costs[c]):
@@ -70,6 +75,27 @@ class Rounding:
         left = tuple(m if m > _SLACK * max(1.0, rate) else 0.0 for m, rate in zip(missing, rates, strict=True))
         return Fit(flows, left, cost)
 
+    def _starts(self, places: Sequence[int], counts: Sequence[int]) -> float:
+        """Return the cost of the starts among a service's options; another clock of what runs is no start."""
+        cost, wanted = 0.0, dict[int, int]()
+        for option, count in zip(places, counts, strict=True):
+            kind = self._alike[option]
+            before = wanted.get(kind, 0)
+            wanted[kind] = before + count
+            more = max(0, wanted[kind] - self._held[kind]) - max(0, before - self._held[kind])
+            cost += more * self.program.options[option].start
+        return cost
+
+    def starts(self) -> float:
+        """Return the cost of all starts, of nodes too, in the unit of the objective times seconds."""
+        parts = range(len(self.program.demands))
+        return sum(self._starts(self._of_service[s], self.counts(s)) for s in parts) + self._boots(self._used)
+
+    def _boots(self, used: Sequence[int]) -> float:
+        nodes = self.program.fleet.nodes
+        more = (max(0, ceil(u / n.slots) - on) for u, n, on in zip(used, nodes, self._on, strict=True))
+        return sum(count * cost for count, cost in zip(more, self.program.boot_cost, strict=True))
+
     def counts(self, service: int) -> tuple[int, ...]:
         """Return the replicas of a service's options."""
         return tuple(self.replicas[o] for o in self._of_service[service])
@@ -83,12 +109,18 @@ class Rounding:
             cost += fit.cost
         return shortage, cost + self._nodes_cost(self._used)
 
+    def _uses(self, replicas: Sequence[int]) -> list[int]:
+        """Return the slots that replicas take, by class of nodes."""
+        used = [0] * len(self.program.fleet.nodes)
+        for option, count in zip(self.program.options, replicas, strict=True):
+            used[option.node] += count
+        return used
+
     def _nodes_cost(self, used: Sequence[int]) -> float:
         nodes = self.program.fleet.nodes
-        return sum(
-            cost * ceil(slots / node.slots)
-            for cost, slots, node in zip(self.program.node_cost, used, nodes, strict=True)
-        )
+        counts = (ceil(slots / node.slots) for slots, node in zip(used, nodes, strict=True))
+        running = sum(count * cost for count, cost in zip(counts, self.program.node_cost, strict=True))
+        return running + (self._paid * self._boots(used) if self._paid else 0.0)
 
     def _fits(self, used: Sequence[int]) -> bool:
         """Return whether there are slots, and nodes, for this."""
@@ -104,9 +136,7 @@ class Rounding:
     def place(self, replicas: Sequence[int]) -> None:
         """Take replicas as they are."""
         self.replicas = list(replicas)
-        self._used = [0] * len(self.program.fleet.nodes)
-        for option, count in zip(self.program.options, replicas, strict=True):
-            self._used[option.node] += count
+        self._used = self._uses(replicas)
 
     def fill(self) -> None:
         """Add replicas where requests find no place, those that cost least for each request first."""
@@ -147,22 +177,23 @@ class Rounding:
         for option, by in changes:
             self.replicas[option] += by
 
-    def improve(self, until_s: float) -> None:
-        """Make the first move that helps, service after service, until none does or the time is over."""
-        moved = True
-        while moved and monotonic() < until_s:
+    def improve(self, moves: int) -> None:
+        """Make the first move that helps, service after service, until none does or so many were looked at."""
+        self._left, moved = moves, True
+        while moved and self._left > 0:
             moved = False
             for s in range(len(self.program.demands)):
-                while self._step(s, until_s):
+                while self._step(s):
                     moved = True
-                while self._yield_slot(s, until_s):
+                while self._yield_slot(s):
                     moved = True
 
-    def _step(self, service: int, until_s: float) -> bool:
+    def _step(self, service: int) -> bool:
         """Make one move of a service that helps; return whether there was one."""
         before = self._worth(service, self.counts(service), self._used)
         for changes in self._moves(service):
-            if monotonic() > until_s:
+            self._left -= 1
+            if self._left < 0:
                 return False
             used = self._with(changes)
             if not self._fits(used):
@@ -175,7 +206,7 @@ class Rounding:
                 return True
         return False
 
-    def _yield_slot(self, service: int, until_s: float) -> bool:
+    def _yield_slot(self, service: int) -> bool:
         """Give a service that lacks a place a slot of another one, where that places more by priority."""
         before = self.value()
         if sum(self.fit(service, self.counts(service)).missing) <= 0:
@@ -184,8 +215,9 @@ class Rounding:
             for other, option in enumerate(self.program.options):
                 if not self.replicas[other] or option.service == service:
                     continue
-                if option.node != self.program.options[mine].node or monotonic() > until_s:
+                if option.node != self.program.options[mine].node or self._left < 0:
                     continue
+                self._left -= 1
                 self._apply(((other, -1), (mine, 1)))
                 if self.value()[0] < before[0] - _SLACK:
                     return True

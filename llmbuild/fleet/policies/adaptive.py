@@ -21,6 +21,8 @@ SLOW_S = 60.0
 """Seconds between two looks for a saving."""
 HORIZON_S = 900.0
 """Seconds over which a change must pay."""
+OVER_S = 20.0
+"""Seconds over which the clairvoyant policy takes rates: bursts that are longer find a place."""
 WORTH = 2.0
 """How many times its own cost a change must save."""
 
@@ -62,7 +64,7 @@ class Planned:
         now = worth(fleet, self._given.profiles, load, held)
         if urgent and now.shortage <= 0:
             return
-        made = plan(fleet, self._given.profiles, load, held=held, search_s=0.1)
+        made = plan(fleet, self._given.profiles, load, held=held)
         then = worth(fleet, self._given.profiles, load, held, made)
         if then.shortage < now.shortage - 1e-9:
             self._take(self._whole(made), "capacity was short")
@@ -106,12 +108,12 @@ class Adaptive:
         if now <= 0:
             return self._planned.target
         rates = self._forecast.rates()
-        if short(self._given.fleet, self._forecast.load(rates), self._planned.target):
-            self._planned.change(self._forecast.load(rates), urgent=True)
-        if now - self._slow_s >= SLOW_S - 1e-9:
+        held = self._forecast.load({key: max(one[key] for _, one in self._recent) for key in rates})
+        slow = now - self._slow_s >= SLOW_S - 1e-9
+        if slow:
             self._slow_s = now
-            held = {key: max(one[key] for _, one in self._recent) for key in rates}
-            self._planned.change(self._forecast.load(held), urgent=False)
+        if slow or short(self._given.fleet, held, self._planned.target):
+            self._planned.change(held, urgent=not slow)
         return self._planned.target
 
     def explain(self) -> str:
@@ -132,7 +134,7 @@ class Oracle:
         self._slow_s = 0.0
 
     def _load(self, now: float) -> Load:
-        return self._given.load(self._given.most(now, now + self._lead_s))
+        return self._given.load(self._given.most(now, now + self._lead_s, OVER_S))
 
     def observe(self, seen: Observation) -> None:
         """Take the time, and which nodes have failed."""

@@ -16,6 +16,8 @@ KEPT = 20
 """Windows whose errors make the head-room."""
 GUESS, GUESSES = 0.25, 5
 """Relative error that is taken for granted before errors are seen, and how many windows it stands for."""
+ABOVE, MOST_KEPT = 1.3, 120
+"""No forecast is more than this times the largest rate of so many windows: an hour."""
 _LEVEL = 0.4
 _GRID = 0.1
 """Steps of the logarithm at which lengths are taken, so that equal plans are not made again."""
@@ -29,6 +31,7 @@ class Forecast:
         self._keys = [(s, c) for s, service in enumerate(fleet.services) for c in range(len(service.classes))]
         self._level: dict[tuple[int, int], float] = {}
         self._errors: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=KEPT) for key in self._keys}
+        self._most: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=MOST_KEPT) for key in self._keys}
         self._open = dict.fromkeys(self._keys, 0)
         self._passed_s = 0.0
         self.kinds = {(s, c): fleet.services[s].classes[c] for s, c in self._keys}
@@ -39,6 +42,7 @@ class Forecast:
         self._level = {key: rates.get(key, 0.0) for key in self._keys}
         for key, rate in self._level.items():
             self._errors[key] += [GUESS * rate] * GUESSES
+            self._most[key].append(rate)
 
     def observe(self, seen: Observation) -> None:
         """Take the arrivals of a period."""
@@ -46,9 +50,7 @@ class Forecast:
             key = one.service, one.kind
             self._open[key] += one.arrivals
             kind = self._fleet.services[one.service].classes[one.kind]
-            self.kinds[key] = replace(
-                kind, prompt=_near(one.prompt), output=max(1.0, _near(one.output)), spread=round(one.spread * 4) / 4
-            )
+            self.kinds[key] = replace(kind, prompt=_near(one.prompt), output=max(1.0, _near(one.output)))
         self._passed_s += seen.period_s if seen.now_s > 0 else 0.0
         if self._passed_s >= BIN_S - 1e-9:
             self._close()
@@ -61,6 +63,7 @@ class Forecast:
             self.covered += rate <= self._rate(key)
             level = self._level.get(key, rate)
             self._errors[key].append(rate - level)
+            self._most[key].append(rate)
             self._level[key] = level + _LEVEL * (rate - level)
             self._open[key] = 0
         self._passed_s = 0.0
@@ -68,7 +71,9 @@ class Forecast:
     def _rate(self, key: tuple[int, int]) -> float:
         errors = self._errors[key]
         spread = math.sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
-        return max(0.0, self._level.get(key, 0.0) + self._z * spread)
+        level = self._level.get(key, 0.0)
+        most = max(self._most[key], default=level)
+        return max(0.0, min(level + self._z * spread, max(level, most) * ABOVE))
 
     def rates(self) -> dict[tuple[int, int], float]:
         """Return the rates that are planned for."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from math import ceil, inf
 from typing import Protocol
 
 from llmbuild.fleet.capacity import OperatingPoint
@@ -11,6 +12,10 @@ from llmbuild.fleet.plan.load import Demand, Load
 from llmbuild.fleet.plan.plan import Plan
 from llmbuild.spec.fleet import Fleet, Profile
 
+BIN_S = 10.0
+"""Seconds of the bins in which a trace is counted."""
+WINDOW_S = 60.0
+"""Seconds over which a rate is taken that is called a peak."""
 Target = Mapping[tuple[int, OperatingPoint], int]
 """Replicas by service and operating point."""
 
@@ -26,8 +31,6 @@ class Seen:
     """Mean of the prompts of the last minutes; the fleet file's where none came."""
     output: float
     """Mean of the answers that ended in the last minutes; the fleet file's where none did."""
-    spread: float
-    """Larger coefficient of variation of the two."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Observation:
 
 @dataclass(frozen=True)
 class Counted:
-    """How much comes in a window of a trace: requests and mean lengths by service and class."""
+    """How many requests come in a bin of a trace, by service and class."""
 
     begin_s: float
     arrivals: Mapping[tuple[int, int], int]
@@ -61,10 +64,10 @@ class Given:
 
     fleet: Fleet
     profiles: tuple[Profile, ...]
-    lengths: Mapping[tuple[int, int], tuple[float, float, float]]
-    """Mean prompt, mean answer and spread by service and class, of the whole trace."""
-    windows: tuple[Counted, ...]
-    """Arrivals of the whole trace in windows of `WINDOW_S`."""
+    lengths: Mapping[tuple[int, int], tuple[float, float]]
+    """Mean prompt and mean answer by service and class, of the whole trace."""
+    bins: tuple[Counted, ...]
+    """Arrivals of the whole trace in bins of `BIN_S`."""
 
     def load(self, rates: Mapping[tuple[int, int], float]) -> Load:
         """Return a load with the lengths of the trace."""
@@ -72,7 +75,7 @@ class Given:
             tuple(
                 Demand(
                     service.name,
-                    replace(kind, prompt=lengths[0], output=lengths[1], spread=lengths[2]),
+                    replace(kind, prompt=lengths[0], output=max(1.0, lengths[1])),
                     rates.get((s, c), 0.0),
                 )
                 for s, service in enumerate(self.fleet.services)
@@ -81,24 +84,21 @@ class Given:
             )
         )
 
-    def most(self, begin_s: float, end_s: float) -> dict[tuple[int, int], float]:
-        """Return the largest rates of windows that overlap a time, by service and class."""
+    def most(self, begin_s: float, end_s: float, over_s: float = WINDOW_S) -> dict[tuple[int, int], float]:
+        """Return the largest mean rate over so many seconds within a time, by service and class."""
+        first, last = int(begin_s // BIN_S), min(len(self.bins), ceil(end_s / BIN_S)) if end_s < inf else len(self.bins)
+        bins, width = self.bins[first:last], max(1, round(over_s / BIN_S))
         found: dict[tuple[int, int], float] = {}
-        for window in self.windows:
-            if window.begin_s < end_s and window.begin_s + WINDOW_S > begin_s:
-                for key, count in window.arrivals.items():
-                    found[key] = max(found.get(key, 0.0), count / WINDOW_S)
+        for key in self.lengths:
+            counts = [one.arrivals.get(key, 0) for one in bins]
+            running = [sum(counts[i : i + width]) for i in range(max(1, len(counts) - width + 1))]
+            found[key] = max(running, default=0) / (BIN_S * max(1, min(width, len(counts))))
         return found
 
     def mean(self) -> dict[tuple[int, int], float]:
         """Return the mean rates of the trace."""
-        seconds = WINDOW_S * len(self.windows)
-        keys = {key for window in self.windows for key in window.arrivals}
-        return {key: sum(w.arrivals.get(key, 0) for w in self.windows) / seconds for key in sorted(keys)}
-
-
-WINDOW_S = 60.0
-"""Seconds of the windows whose largest rate is called a peak."""
+        seconds = BIN_S * len(self.bins)
+        return {key: sum(one.arrivals.get(key, 0) for one in self.bins) / seconds for key in self.lengths}
 
 
 class Policy(Protocol):

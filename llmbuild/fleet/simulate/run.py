@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import inf, sqrt
+from math import inf
 from time import perf_counter
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.capacity import OperatingPoint, capacity
-from llmbuild.fleet.policies.policy import WINDOW_S, Counted, Given, Make, Observation, Policy, Seen
+from llmbuild.fleet.policies.policy import BIN_S, Counted, Given, Make, Observation, Policy, Seen
 from llmbuild.fleet.simulate.outcome import Outcome, classes_of
 from llmbuild.fleet.simulate.replica import Job, Router
 from llmbuild.fleet.simulate.trace import Asked
@@ -22,8 +22,8 @@ from llmbuild.spec.fleet import Basis, Fleet, Profile, weakest
 
 LATEST_S = 3600.0
 """Seconds after the last arrival at which what still runs is given up as unfinished."""
-_LEARN = 0.02
-"""Weight of a request in the running means of lengths."""
+_LEARN = 0.002
+"""Weight of a request in the running means of lengths: fewer than some 500 say little of lengths with long tails."""
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,6 @@ class Setting:
     """Ask the scheduler at each step, also where nothing changed: slower, for tests."""
 
 
-class _Running:
-    """Running mean and spread of a length, of the last 1 / `_LEARN` requests or so."""
-
-    def __init__(self, mean: float, spread: float) -> None:
-        self.mean, self._square = mean, mean * mean * (1 + spread * spread)
-
-    def add(self, length: int) -> None:
-        """Take one more."""
-        self.mean += _LEARN * (length - self.mean)
-        self._square += _LEARN * (length * length - self._square)
-
-    @property
-    def spread(self) -> float:
-        """Return the coefficient of variation."""
-        return sqrt(max(0.0, self._square / (self.mean * self.mean) - 1))
-
-
 class _Run:
     """The loop over arrivals, events and ticks, and what it has seen."""
 
@@ -74,7 +57,7 @@ class _Run:
         self.world = World(fleet, setting.scheduler, router, _takes(fleet), setting.stepwise)
         self._arrived: Counter[tuple[int, int]] = Counter()
         self._lengths = {
-            (s, c): (_Running(kind.prompt, kind.spread), _Running(kind.output, kind.spread))
+            (s, c): [kind.prompt, kind.output]
             for s, service in enumerate(fleet.services)
             for c, kind in enumerate(service.classes)
         }
@@ -121,7 +104,8 @@ class _Run:
     def _arrive(self, job: Job, now: float) -> None:
         key = job.ask.service, job.ask.kind
         self._arrived[key] += 1
-        self._lengths[key][0].add(job.ask.prompt)
+        lengths = self._lengths[key]
+        lengths[0] += _LEARN * (job.ask.prompt - lengths[0])
         self.world.arrive(job, now)
 
     def _decide(self, now: float, first: bool = False) -> None:
@@ -139,11 +123,11 @@ class _Run:
         world = self.world
         for job in world.ended[self._seen_ended :]:
             if job.ended == "finished":
-                self._lengths[job.ask.service, job.ask.kind][1].add(job.ask.output)
+                lengths = self._lengths[job.ask.service, job.ask.kind]
+                lengths[1] += _LEARN * (job.ask.output - lengths[1])
         self._seen_ended = len(world.ended)
         seen = tuple(
-            Seen(s, c, self._arrived[s, c], prompt.mean, output.mean, max(prompt.spread, output.spread))
-            for (s, c), (prompt, output) in self._lengths.items()
+            Seen(s, c, self._arrived[s, c], prompt, output) for (s, c), (prompt, output) in self._lengths.items()
         )
         self._arrived.clear()
         free: Counter[str] = Counter()
@@ -202,37 +186,30 @@ def simulate(
 
 def given_of(fleet: Fleet, profiles: Sequence[Profile], requests: Sequence[Asked]) -> Given:
     """Return what a policy may know of requests before they come."""
-    windows: dict[int, Counter[tuple[int, int]]] = {}
+    bins: dict[int, Counter[tuple[int, int]]] = {}
     lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
     for ask in requests:
         key = ask.service, ask.kind
-        windows.setdefault(int(ask.at_s // WINDOW_S), Counter())[key] += 1
+        bins.setdefault(int(ask.at_s // BIN_S), Counter())[key] += 1
         lengths.setdefault(key, []).append((ask.prompt, ask.output))
-    last = max(windows, default=0)
+    last = max(bins, default=0)
     return Given(
         fleet,
         tuple(profiles),
         {
-            (s, c): _lengths(lengths.get((s, c), []), kind.prompt, kind.output, kind.spread)
+            (s, c): _means(lengths.get((s, c), []), kind.prompt, kind.output)
             for s, service in enumerate(fleet.services)
             for c, kind in enumerate(service.classes)
         },
-        tuple(Counted(i * WINDOW_S, dict(windows.get(i, Counter()))) for i in range(last + 1)),
+        tuple(Counted(i * BIN_S, dict(bins.get(i, Counter()))) for i in range(last + 1)),
     )
 
 
-def _lengths(
-    found: Sequence[tuple[int, int]], prompt: float, output: float, spread: float
-) -> tuple[float, float, float]:
-    """Return the means of prompts and answers, and their larger spread; the file's where none came."""
-    if len(found) < 2:
-        return prompt, output, spread
-    means, spreads = [], []
-    for values in zip(*found, strict=True):
-        mean = sum(values) / len(values)
-        means.append(mean)
-        spreads.append(sqrt(sum((v - mean) ** 2 for v in values) / len(values)) / mean)
-    return means[0], max(1.0, means[1]), round(max(spreads), 2)
+def _means(found: Sequence[tuple[int, int]], prompt: float, output: float) -> tuple[float, float]:
+    """Return the means of prompts and answers; the file's where none came."""
+    if not found:
+        return prompt, output
+    return sum(p for p, _ in found) / len(found), sum(o for _, o in found) / len(found)
 
 
 def _takes(fleet: Fleet) -> Takes:

@@ -170,10 +170,10 @@ class World:
                     break
                 have[key] += 1
         lacking = {key for key, wanted in self._target.items() if wanted > have[key]}
+        loading = {slot.key[0] for slot in self._taken() if slot.replica is None and slot.key is not None}
         for key in list(have):
             surplus = have[key] - self._target.get(key, 0)
-            if surplus > 0 and (self._spare(key, lacking)):
-                self._stop(key, surplus, now)
+            self._stop(key, min(surplus, self._spare(key, lacking, loading)), now)
         self._turn_off(now)
 
     def counts(self) -> Counter[Key]:
@@ -253,19 +253,28 @@ class World:
     def _off(self, kind: str) -> Slot | None:
         return next((n.slots[0] for n in self.nodes if n.kind.name == kind and n.state == "off"), None)
 
-    def _spare(self, key: Key, lacking: set[Key]) -> bool:
-        """Return whether surplus replicas may stop: nothing of their service starts, or a start needs their slot."""
-        if any(one[1].node.name == key[1].node.name for one in lacking):
-            return True
-        return not any(
-            slot.key is not None and slot.key[0] == key[0] and slot.replica is None
-            for node in self.nodes
-            for slot in node.slots
-        )
+    def _spare(self, key: Key, lacking: set[Key], loading: set[int]) -> int:
+        """Return how many surplus replicas may stop: all where their service has what it wants.
+
+        Where it loads some, none. Where starts wait for slots of this class of nodes, one, if another one serves.
+        """
+        service, point = key
+        if service in loading:
+            return 0
+        if service not in {one[0] for one in lacking}:
+            return len(self._slot_of)
+        waits = any(one[1].node.name == point.node.name for one in lacking)
+        return int(waits and len(self.ready[service]) > 1)
+
+    def _taken(self) -> Iterator[Slot]:
+        """Yield the slots that hold or load a replica."""
+        return (slot for node in self.nodes for slot in node.slots if slot.key is not None)
 
     def _stop(self, key: Key, count: int, now: float) -> None:
         """Drain replicas, those on the emptiest nodes and with the least to do first; what still loads is given up."""
-        here = [slot for node in self.nodes for slot in node.slots if slot.key == key]
+        if count <= 0:
+            return
+        here = [slot for slot in self._taken() if slot.key == key]
         loading = [slot for slot in here if slot.replica is None]
         serving = [slot for slot in here if slot.replica is not None and not slot.replica.draining]
         serving.sort(key=lambda s: (sum(o.key is not None for o in s.node.slots), s.replica.load if s.replica else 0))
