@@ -213,12 +213,13 @@ def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float,
     if decode_s > kind.tpot_s:
         return 1.0
     prompt_s = step.prompt_s * kind.prompt * (1 + kind.spread**2)  # a prompt that falls into an answer, by its length
+    own_s = peak_s + step.prompt_s * kind.prompt  # what comes while the own prompt is computed falls into the answer
     missed = 0.0
     for output, share in _lengths(kind.output, kind.spread):
         if output < 1.5:
             continue  # one token: there is no time between tokens
         room = (kind.tpot_s - decode_s) * (output - 1)
-        fallen = rate * (output - 1) * peak_s
+        fallen = rate * ((output - 1) * peak_s + own_s)
         several = _poisson_above(fallen, room / prompt_s)
         one = 1 - math.exp(-fallen * _longer(room / step.prompt_s, kind.prompt, kind.spread))
         missed += share * min(1.0, several + one)

@@ -21,7 +21,7 @@ SLOW_S = 60.0
 """Seconds between two looks for a saving."""
 HORIZON_S = 900.0
 """Seconds over which a change must pay."""
-OVER_S = 20.0
+OVER_S = 10.0
 """Seconds over which the clairvoyant policy takes rates: bursts that are longer find a place."""
 WORTH = 2.0
 """How many times its own cost a change must save."""
