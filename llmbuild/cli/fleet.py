@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import click
 
 from llmbuild.cli.options import PATH, Shared, catalog_option
 from llmbuild.errors import InputError, NoPlan
+from llmbuild.system.extras import EXTRAS
 from llmbuild.system.strict_json import dumps
 
 if TYPE_CHECKING:
@@ -146,14 +148,12 @@ def _outcomes(
 
 def _read(path: Path, catalog: Path) -> tuple[Fleet, tuple[Profile, ...]]:
     """Return a fleet and the profiles of its models."""
-    try:
-        import highspy  # noqa: F401 - a missing extra is told before anything is read
-
-        from llmbuild.spec.files.fleet import read_fleet
-    except ModuleNotFoundError as error:
-        raise InputError(f"fleets need {error.name}: pip install 'llmbuild[fleet]'") from None
+    missing = [name for name in EXTRAS["fleet"] if find_spec(name) is None]
+    if missing:
+        raise InputError(f"fleets need {', '.join(missing)}: pip install 'llmbuild[fleet]'")
     from llmbuild.fleet.policies.named import POLICIES
     from llmbuild.fleet.profiles.gather import profiles_of
+    from llmbuild.spec.files.fleet import read_fleet
 
     fleet = read_fleet(path, tuple(POLICIES))
     return fleet, profiles_of(fleet, catalog)

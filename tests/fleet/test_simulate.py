@@ -13,8 +13,8 @@ from llmbuild.errors import InputError
 from llmbuild.fleet.plan.load import stated
 from llmbuild.fleet.plan.plan import plan
 from llmbuild.fleet.policies.named import POLICIES
-from llmbuild.fleet.policies.policy import target_of
 from llmbuild.fleet.policies.routing import least_loaded
+from llmbuild.fleet.policy import target_of
 from llmbuild.fleet.simulate.outcome import Outcome
 from llmbuild.fleet.simulate.run import Failing, Setting, simulate
 from llmbuild.fleet.simulate.trace import Asked, steady_trace

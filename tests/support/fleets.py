@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.policies.policy import Given, Observation, Target
+from llmbuild.fleet.policy import Given, Observation, Target
 from llmbuild.spec.fleet import Clock, Fleet, Line, NodeClass, Profile, RequestClass, Service, StepPower, StepTime
 
 GB = 1e9

@@ -14,7 +14,7 @@ from llmbuild.fleet.capacity import capacity
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.plan import Held, Plan, plan, worth
 from llmbuild.fleet.policies.forecast import Forecast
-from llmbuild.fleet.policies.policy import WINDOW_S, Given, Observation, Target, target_of
+from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import Fleet
 
 SLOW_S = 60.0

@@ -7,7 +7,7 @@ from collections import deque
 from dataclasses import replace
 
 from llmbuild.fleet.plan.load import Demand, Load
-from llmbuild.fleet.policies.policy import Observation
+from llmbuild.fleet.policy import Observation
 from llmbuild.spec.fleet import Fleet
 
 BIN_S = 30.0

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.policies.adaptive import adaptive, oracle
-from llmbuild.fleet.policies.policy import Make
 from llmbuild.fleet.policies.reactive import lowest_clock, reactive
 from llmbuild.fleet.policies.routing import by_slack, least_loaded
 from llmbuild.fleet.policies.static import static_mean, static_peak
+from llmbuild.fleet.policy import Make
 from llmbuild.fleet.simulate.replica import Router
 from llmbuild.spec.fleet import Fleet
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from llmbuild.fleet.capacity import OperatingPoint, capacity
 from llmbuild.fleet.plan.plan import cheapest, plan
-from llmbuild.fleet.policies.policy import WINDOW_S, Given, Observation, Target, target_of
+from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import UNSET
 
 TARGET = 0.7

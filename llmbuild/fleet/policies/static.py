@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmbuild.fleet.plan.plan import plan
-from llmbuild.fleet.policies.policy import WINDOW_S, Given, Observation, Target, target_of
+from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 
 
 class Static:

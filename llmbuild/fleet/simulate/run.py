@@ -11,7 +11,7 @@ from time import perf_counter
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.capacity import OperatingPoint, capacity
-from llmbuild.fleet.policies.policy import BIN_S, Counted, Given, Make, Observation, Policy, Seen
+from llmbuild.fleet.policy import BIN_S, Counted, Given, Make, Observation, Policy, Seen
 from llmbuild.fleet.simulate.outcome import Outcome, classes_of
 from llmbuild.fleet.simulate.replica import Job, Router
 from llmbuild.fleet.simulate.trace import Asked

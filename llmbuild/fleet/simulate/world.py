@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Literal
 
 from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.policies.policy import Target
+from llmbuild.fleet.policy import Target
 from llmbuild.fleet.simulate.meter import Meter
 from llmbuild.fleet.simulate.replica import QUEUE, Job, Replica, Router
 from llmbuild.serve.schedule.state import Scheduler
