@@ -4,8 +4,9 @@
                                   [--policy P]... [--context N] [--json]
     python scripts/bench/fleet.py --sizes [--json]
 
-Figures are simulated; their basis is in the table. Seeds turn the trace to another beginning. `--sizes` plans for made-up
-fleets whose profiles are the published ones at random speeds: seconds of this machine, and the gap to the bound.
+Figures are simulated; their basis is in the table. Seeds turn the trace to another beginning. `--sizes` plans for
+made-up fleets whose profiles are the published ones at random speeds: seconds of this machine, and the gap to the
+bound.
 """
 
 from __future__ import annotations

@@ -24,7 +24,10 @@ class Fit:
 
 
 class Rounding:
-    """Whole replicas of a program, changed move by move; the order of moves is fixed, so equal programs end alike."""
+    """Whole replicas of a program, changed move by move; the order of moves is fixed, so equal programs end alike.
+
+    One class: replicas, the slots they use and the fits that are known change together.
+    """
 
     def __init__(self, program: Program, current: Sequence[int] | None = None, horizon_s: float = 0.0) -> None:
         """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon."""

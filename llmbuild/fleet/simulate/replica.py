@@ -51,7 +51,10 @@ class Job:
 
 
 class Replica:
-    """Sequences of one operating point on one slot, and the step that runs."""
+    """Sequences of one operating point on one slot, and the step that runs.
+
+    One class: as in the engine, sequences, memory and the step change together.
+    """
 
     def __init__(
         self,
