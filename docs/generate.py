@@ -13,6 +13,7 @@ def write(folder: Path) -> None:
     """Write every generated page into `folder`; a page that did not change keeps its time."""
     folder.mkdir(parents=True, exist_ok=True)
     pages = {"knobs": knobs(), "formats": formats(), "metrics": metrics(), "recipe": recipe(), "target": target()}
+    pages["fleet"] = fleet()
     for name, text in pages.items():
         path = folder / f"{name}.md"
         if not path.is_file() or path.read_text() != text:
@@ -88,6 +89,13 @@ def target() -> str:
     from llmbuild.spec.files.reader import _Target
 
     return f"# Keys of a target file\n\n{keys(_Target)}\n"
+
+
+def fleet() -> str:
+    """Return the page of a fleet file's keys, read from the model that parses it."""
+    from llmbuild.spec.files.fleet import _Fleet
+
+    return f"# Keys of a fleet file\n\n{keys(_Fleet)}\n"
 
 
 def keys(model: type[BaseModel]) -> str:

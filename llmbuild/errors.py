@@ -6,8 +6,9 @@ LlmbuildError            reported by a command in one message, without a traceba
 ├── CatalogError         a catalog that cannot be read or written as it stands          exit 2
 ├── LoadRefused          an artifact that must not be opened on this host              exit 2
 ├── NothingUsable        a build that ended without one usable variant                 exit 1
-└── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
-    └── UnknownLoad      no variant has a load curve of this host
+├── NoVariant            no variant meets the SLO; carries the pick with its reasons    exit 3
+│   └── UnknownLoad      no variant has a load curve of this host
+└── NoPlan               a fleet cannot take its load within its SLOs                   exit 3
 """
 
 from __future__ import annotations
@@ -74,6 +75,12 @@ class NoVariant(LlmbuildError):
 
 class UnknownLoad(NoVariant):
     """No variant has a load curve of this host: nothing is known of what it holds."""
+
+
+class NoPlan(LlmbuildError):
+    """A fleet has no place for part of its load: the message says for what, and what is missing."""
+
+    exit_code = 3
 
 
 def sentence(error: OSError) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 import llmbuild
-from llmbuild.cli import build, catalog, convert, query, run, serve, streams
+from llmbuild.cli import build, catalog, convert, fleet, query, run, serve, streams
 from llmbuild.cli.options import TEXT, before_command, check_taken, teaching
 from llmbuild.errors import InputError, LlmbuildError
 from llmbuild.system.extras import advice
@@ -107,7 +107,7 @@ EPILOG = """\b
 First:       llmbuild doctor; llmbuild recipes FOLDER; llmbuild build RECIPE
 Then:        llmbuild query; llmbuild run MODEL
 Exit codes:  0 done, 1 built nothing usable, 2 bad input,
-             3 no variant meets the SLO, 130 interrupted, 141 output closed"""
+             3 nothing meets the SLO, 130 interrupted, 141 output closed"""
 
 
 @click.group(cls=Group, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
@@ -127,6 +127,7 @@ for _command in (
     *run.COMMANDS,
     *serve.COMMANDS,
     *convert.COMMANDS,
+    *fleet.COMMANDS,
     *catalog.COMMANDS,
 ):
     main.add_command(_command)

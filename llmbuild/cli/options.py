@@ -121,6 +121,7 @@ def check_taken(group: click.Context, command: click.Command) -> None:
 
 
 LISTED_BY = {
+    "fleet": "a fleet is a YAML file with nodes and services; recipes/fleets has some",
     "recipes": "a recipe is a YAML file; `llmbuild recipes FOLDER` lists those of a folder",
     "what": "name a recipe's file, or variants as `llmbuild query --all` lists them",
     "variant": "`llmbuild query --all` lists the variants of a catalog; the first digits of one are enough",

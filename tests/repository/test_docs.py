@@ -18,8 +18,10 @@ from ruamel.yaml import YAML
 from llmbuild.catalog.schema import FILE
 from llmbuild.catalog.writer import Catalog
 from llmbuild.cli.main import main
+from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.frontend.config import KINDS
 from llmbuild.search.knobs.space import knobs_of
+from llmbuild.spec.files.fleet import read_fleet
 from llmbuild.spec.files.reader import read_recipe, read_target
 from llmbuild.spec.slo import METRICS
 from llmbuild.spec.target import BACKENDS
@@ -89,11 +91,12 @@ def script_lines() -> list[str]:
 
 
 @pytest.mark.parametrize(("page", "text"), blocks("yaml"))
-def test_a_recipe_or_target_is_read_as_it_stands(page: str, text: str, tmp_path: Path) -> None:
+def test_a_recipe_target_or_fleet_is_read_as_it_stands(page: str, text: str, tmp_path: Path) -> None:
     path = tmp_path / "copied.yaml"
     path.write_text(text)
     keys = YAML(typ="safe").load(text)
-    read = read_recipe(path) if "model" in keys else read_target(path)
+    reads = {"model": read_recipe, "nodes": lambda fleet: read_fleet(fleet, tuple(POLICIES))}
+    read = next((each for key, each in reads.items() if key in keys), read_target)(path)
     assert (page, read.name) == (page, keys.get("name", "copied"))
 
 

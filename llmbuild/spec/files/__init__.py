@@ -1,1 +1,1 @@
-"""Strict readers of recipes and targets: all errors at once, each with its path and line."""
+"""Strict readers of recipes, targets and fleets: all errors at once, each with its path and line."""

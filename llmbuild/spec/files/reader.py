@@ -1,7 +1,7 @@
 """Strict YAML into Recipe and Target: unknown and duplicate keys refused, every error with file, line and key path.
 
-The only module of `spec` that reads files; only `build` and `cli` reach it, so that the loader needs neither
-YAML (ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (pydantic: every error at once).
+Only `build` and `cli` reach this folder, the one of `spec` that reads files, so that the loader needs neither YAML
+(ruamel.yaml: keeps line numbers, refuses duplicate keys) nor validation (pydantic: every error at once).
 """
 
 from __future__ import annotations
@@ -10,33 +10,25 @@ import json
 import math
 import re
 import shlex
-from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.constructor import DuplicateKeyError
-from ruamel.yaml.error import MarkedYAMLError, YAMLError
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llmbuild.errors import InputError
 from llmbuild.spec import recipe as nouns
+from llmbuild.spec.files.strict import Strict, line_of, read, validate
 from llmbuild.spec.slo import METRICS, Bound, parse_bound
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import BACKENDS, CUDA, LLVM_CPU, VULKAN, Backend, Target
 from llmbuild.spec.workload import Workload
 from llmbuild.system.paths import real
 
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
-
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)?")
 _UNIT = {"s": 1.0, "m": 60.0, "h": 3600.0, None: 1.0}
 _PACKAGE_FILE = re.compile(rf"{nouns.PACKAGE}[A-Za-z_]\w*(/(?!\.\.?(/|$))[^/\0]+)+", re.ASCII)
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 
-MAX_FILE_BYTES = 1 << 20
-"""Maximum size of a recipe or target; a larger file is refused unread."""
 MAX_BATCH = 256
 """Maximum batch size."""
 
@@ -88,26 +80,7 @@ _Feature = Annotated[str, Field(pattern=r"^[+-][A-Za-z0-9._-]+$")]
 _Positive = Annotated[int, Field(ge=1, le=1 << 24, strict=True)]
 
 
-_YAML_FAULTS = (
-    YAMLError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    ValueError,
-    ArithmeticError,
-    AssertionError,
-    RecursionError,
-)
-"""What ruamel.yaml raises on text that is not YAML: its own errors, and on odd tags and merges the builtin ones."""
-
-_M = TypeVar("_M", bound=BaseModel)
-
-
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
-
-
-class _Model(_Strict):
+class _Model(Strict):
     huggingface: str = ""
     gguf: str = ""
     random_init: Annotated[bool, Field(strict=True)] = False
@@ -127,7 +100,7 @@ class _Model(_Strict):
         return self
 
 
-class _Workload(_Strict):
+class _Workload(Strict):
     name: str = Field(pattern=f"^{_NAME}$")
     prompt: _Positive
     output: _Positive
@@ -142,7 +115,7 @@ class _Workload(_Strict):
         return self
 
 
-class _Text(_Strict):
+class _Text(Strict):
     stdlib: tuple[str, ...] = ()
     file: str = ""
 
@@ -153,23 +126,23 @@ class _Text(_Strict):
         return self
 
 
-class _Quality(_Strict):
+class _Quality(Strict):
     text: _Text | None = None
     tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 512
     bounds: tuple[_Bound, ...] | None = None
 
 
-class _Calibration(_Strict):
+class _Calibration(Strict):
     text: _Text
     tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 4096
 
 
-class _Budget(_Strict):
+class _Budget(Strict):
     trials: _Positive = 12
     time: _Seconds = 1200.0
 
 
-class _Recipe(_Strict):
+class _Recipe(Strict):
     name: str | None = Field(default=None, pattern=f"^{_NAME}$")
     model: _Model
     workloads: tuple[_Workload, ...] = Field(min_length=1)
@@ -192,7 +165,7 @@ class _Recipe(_Strict):
         return self
 
 
-class _Target(_Strict):
+class _Target(Strict):
     name: str | None = Field(default=None, pattern=f"^{_NAME}$")
     backend: _BackendName
     arch: str | None = None
@@ -251,10 +224,10 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
     Raises:
         InputError: all errors of the file at once, each with line and key path.
     """
-    raw = _read(path, RECIPE_HINT)
+    raw = read(path, RECIPE_HINT, _about_folder)
     if "backend" in raw and "model" not in raw:
         raise InputError(f"{path}: a target, not a recipe: name it with -t")
-    parsed = _validate(_Recipe, raw, path)
+    parsed = validate(_Recipe, raw, path)
     if parsed.name is None and not path.stem.isprintable():
         raise InputError(f"{str(path)!a}: its name is no text to call a model by: add `name: NAME` to the recipe")
     text = parsed.quality.text
@@ -297,7 +270,7 @@ def _location(model: _Model, raw: object, path: Path) -> str:
         return str((path.parent / model.gguf).absolute())  # links stay: their names say what they are
     folder = real(path.parent / model.huggingface)
     if folder.suffix.lower() == ".gguf" and folder.is_file():
-        line = _line(raw, ("model", "huggingface"))
+        line = line_of(raw, ("model", "huggingface"))
         raise InputError(f"{path}:{line} $.model.huggingface: {folder} is a GGUF file: name it with `gguf`")
     local = folder.exists() or model.huggingface.startswith((".", "/")) or "/" not in model.huggingface
     return str(folder) if local else model.huggingface
@@ -320,10 +293,10 @@ def read_target(path: Path) -> Target:
     Raises:
         InputError: all errors of the file at once.
     """
-    raw = _read(path)
+    raw = read(path, "", _about_folder)
     if "model" in raw and "backend" not in raw:
         raise InputError(f"{path}: a recipe, not a target: it is built for the target that -t names")
-    parsed = _validate(_Target, raw, path)
+    parsed = validate(_Target, raw, path)
     return Target(
         name=parsed.name or path.stem,
         backend=parsed.backend,
@@ -346,7 +319,7 @@ def _workload(w: _Workload) -> Workload:
 def _knob_values(name: str, value: object, raw: object, path: Path) -> tuple[str, tuple[Value, ...]]:
     values = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     if not values or any(not isinstance(v, (str, int, bool)) for v in values):
-        raise InputError(f"{path}:{_line(raw, ('knobs', name))} $.knobs.{name}: give one value or a list of values")
+        raise InputError(f"{path}:{line_of(raw, ('knobs', name))} $.knobs.{name}: give one value or a list of values")
     return name, values
 
 
@@ -355,88 +328,8 @@ EXAMPLE = "{model: {huggingface: FOLDER}, workloads: [{name: chat, prompt: 32, o
 RECIPE_HINT = f"a recipe is a YAML file, at least {EXAMPLE}"
 
 
-def _near(path: Path) -> str:
-    """Return the recipe or target most similar to a name that is not a file; empty where none is similar."""
-    there = [each for folder in (path.parent, Path("recipes")) for each in sorted(folder.glob("*.y*ml"))]
-    named = {each.name: each for each in reversed(there)} | {each.stem: each for each in reversed(there)}
-    close = get_close_matches(path.name, list(named), 1, 0.75)
-    return f"; did you mean {named[close[0]]}?" if close else ""
-
-
-def _read(path: Path, hint: str = "") -> dict[object, object]:
-    text, hint = _text_of(path, hint), f": {hint}" if hint else ""
-    try:
-        raw = YAML(typ="rt").load(text)
-    except DuplicateKeyError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else "?"
-        key = str(error.problem or "").split('"')[1:2]
-        raise InputError(f"{path}:{line} duplicate key {key[0] if key else ''!r}: keep one of the two") from None
-    except MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise InputError(f"{path}:{mark.line + 1 if mark else '?'} not YAML: {error.problem}") from None
-    except _YAML_FAULTS as error:
-        raise InputError(f"{path}: not YAML: {error}") from None
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: a mapping of keys is expected at the top{hint}")
-    return raw
-
-
-def _text_of(path: Path, hint: str) -> str:
-    try:
-        if path.is_dir():
-            raise InputError(f"{path}: {_about_folder(path)}")
-        if path.exists() and not path.is_file():
-            raise InputError(f"{path}: not a regular file: copy it into one")
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise InputError(f"{path}: larger than {MAX_FILE_BYTES} bytes, which no recipe or target is")
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file{_near(path) or (hint and f': {hint}')}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text: {error}") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be read: {error}") from None
-
-
 def _about_folder(path: Path) -> str:
     if (path / "config.json").is_file():
         named = EXAMPLE.replace("FOLDER", json.dumps(str(real(path))))
         return f"a model's folder, not a recipe: write one that names it, at least {named}"
     return f"a folder, not a file: `llmbuild recipes {shlex.quote(str(path))}` lists its recipes"
-
-
-def _validate(kind: type[_M], raw: object, path: Path) -> _M:
-    try:
-        return kind.model_validate(raw)
-    except ValidationError as error:
-        faults = error.errors()
-        inner = [f["loc"] for f in faults]
-        # An invalid list item also makes the list count as too short: report only the items.
-        told = [f for f in faults if not any(len(x) > len(f["loc"]) and x[: len(f["loc"])] == f["loc"] for x in inner)]
-        lines = [_fault_line(fault, raw, path) for fault in told]
-        raise InputError("\n".join(lines)) from None
-
-
-def _fault_line(fault: ErrorDetails, raw: object, path: Path) -> str:
-    where = tuple(fault["loc"])
-    text = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        text = "unknown key"
-    elif fault["type"] == "missing":
-        text = "this key is missing"
-    dotted = "$" + "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where)
-    return f"{path}:{_line(raw, where)} {dotted}: {text}"
-
-
-def _line(raw: object, where: tuple[int | str, ...]) -> int:
-    """Return the 1-based line of the deepest key of `where` that is in the file."""
-    node: Any = raw
-    line = 1
-    for part in where:
-        marks = getattr(node, "lc", None)
-        try:
-            line = int((marks.key(part) if isinstance(node, dict) else marks.item(part))[0]) + 1  # type: ignore[union-attr]
-            node = node[part]
-        except (KeyError, IndexError, TypeError, AttributeError):
-            break
-    return line

@@ -1,0 +1,213 @@
+"""The commands of fleets: plan, simulate."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from llmbuild.cli.options import PATH, Shared, catalog_option
+from llmbuild.errors import InputError, NoPlan
+from llmbuild.system.extras import EXTRAS
+from llmbuild.system.strict_json import dumps
+
+if TYPE_CHECKING:
+    from llmbuild.fleet.simulate.outcome import Outcome
+    from llmbuild.fleet.simulate.run import Failing
+    from llmbuild.fleet.simulate.trace import Trace
+    from llmbuild.spec.fleet import Fleet, Profile
+
+_FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
+_FAILURE = re.compile(r"([^@]+)@(\d+(?:\.\d+)?)(?:\+(\d+(?:\.\d+)?))?")
+
+
+class _Factor(click.ParamType):  # type: ignore[type-arg]  # generic in later versions alone
+    """A factor as `x2`."""
+
+    name = "factor"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """Return the number."""
+        match = _FACTOR.fullmatch(str(value).strip())
+        if not match or not 0 < float(match[1]) <= 1e6:
+            self.fail(f"{value!r} is no factor: write x2 or x0.5", param, ctx)
+        return float(match[1])
+
+
+FACTOR = _Factor()
+
+
+@click.command(short_help="Say which variants run where, how many, for the load of a FLEET.")
+@click.argument("fleet", type=PATH)
+@click.option("--rate", type=FACTOR, default="x1", metavar="xN", help="Plan for N times the rates of the file.")
+@click.option("--without", multiple=True, metavar="NODE", help="A node, as h100-0, or a whole class of them, is gone.")
+@click.option("--max-nodes", type=click.IntRange(min=0), metavar="N", help="At most N nodes are on.")
+@catalog_option
+@click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout.")
+def plan(
+    fleet: Path, rate: float, without: tuple[str, ...], max_nodes: int | None, catalog: str, form: str | None
+) -> int:
+    """Say which variants run where, how many and at which setting, for the load that a FLEET file states.
+
+    Requests without a place come first, then the objective. Exits with 3, and says what is missing, if some have none.
+    """
+    asked, profiles = _read(fleet, Path(catalog))
+    from llmbuild.fleet.plan.load import stated
+    from llmbuild.fleet.plan.plan import plan as made
+    from llmbuild.report.fleet import plan_json, plan_table, shortage_lines
+
+    reduced = _reduced(asked, without).at_rate(rate)
+    found = made(reduced, profiles, stated(reduced), max_nodes)
+    click.echo(dumps(plan_json(found)) if form else plan_table(found))
+    if not found.feasible:
+        raise NoPlan("\n".join(shortage_lines(found)))
+    return 0
+
+
+@click.command(short_help="Run a trace of requests over a FLEET with policies, simulated.")
+@click.argument("fleet", type=PATH)
+@click.option(
+    "--trace",
+    "traces",
+    multiple=True,
+    required=True,
+    metavar="[SERVICE=]FILE",
+    help="Azure's CSV, Mooncake's JSON lines, or `steady`: Poisson arrivals at the rates of the file.",
+)
+@click.option("--policy", "policies", multiple=True, metavar="POLICY", help="May be given again; default: the file's.")
+@click.option("--rate", type=FACTOR, default="x1", metavar="xN", help="N times the requests of the trace.")
+@click.option("--lengths", type=FACTOR, default="x1", metavar="xN", help="N times the lengths of the trace.")
+@click.option("--context", type=click.IntRange(min=2), metavar="N", help="Cut prompt and answer to N tokens together.")
+@click.option("--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Only the first S of the trace.")
+@click.option("--seeds", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many are run.")
+@click.option("--scheduler", type=click.Choice(("fcfs", "sarathi")), default="fcfs", show_default=True)
+@click.option("--fail", "failures", multiple=True, metavar="NODE@S[+S]", help="A node fails at S, for S or for good.")
+@catalog_option
+@click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout, a document for each run.")
+def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, form: str | None, **options: Any) -> int:
+    """Run a trace of requests over a FLEET with policies, step by step, with the server's scheduler.
+
+    Every arrival counts: what is rejected or lost has missed its SLO. Figures are simulated; their basis is told.
+    """
+    asked, profiles = _read(fleet, Path(catalog))
+    from llmbuild.fleet.policies.named import ORACLE, policy
+    from llmbuild.report.fleet import outcome_json, outcomes_table, trace_lines
+    from llmbuild.system.terminal import clear_line
+
+    names = policies or (asked.policy,)
+    for name in names:
+        policy(name)
+    traces = _traces(asked, options)
+    for line in trace_lines(traces):
+        click.echo(line, err=True)
+    found = list(_outcomes(asked, profiles, traces, names, seeds, options))
+    clear_line()
+    if form:
+        click.echo("[\n" + ",\n".join(dumps(outcome_json(one)) for one in found) + "\n]")
+    else:
+        click.echo(outcomes_table(found, ORACLE))
+        for name in names:
+            click.echo(f"{name}: knows {policy(name).knows}", err=True)
+    return 0
+
+
+def _outcomes(
+    fleet: Fleet,
+    profiles: Sequence[Profile],
+    traces: dict[str, Trace],
+    names: Sequence[str],
+    seeds: int,
+    options: dict[str, Any],
+) -> Iterator[Outcome]:
+    """Yield the outcome of every policy under every seed, and tell each on stderr."""
+    from llmbuild.fleet.policies.named import policy
+    from llmbuild.fleet.simulate.run import Setting, simulate
+    from llmbuild.fleet.simulate.trace import asked, steady_trace
+    from llmbuild.serve.schedule.named import scheduler
+
+    chosen = scheduler(options["scheduler"], 1, fleet.name)
+    failures = tuple(_failing(text) for text in options["failures"])
+    for seed in range(seeds):
+        if traces:
+            requests = asked(fleet, traces, seed)
+        else:
+            requests = steady_trace(fleet.at_rate(options["rate"]), options["seconds"] or 600.0, seed)
+        for name in names:
+            made = policy(name)
+            setting = Setting(seed, chosen, failures)
+            one = simulate(fleet, profiles, requests, name, made.make, made.router(fleet), setting)
+            told = f"seed {seed} {name}: {one.arrivals} requests, {one.attainment:.2%} met"
+            click.echo(f"{told}, {one.joules_per_token:.3f} J/token; {one.explained}", err=True)
+            yield one
+
+
+def _read(path: Path, catalog: Path) -> tuple[Fleet, tuple[Profile, ...]]:
+    """Return a fleet and the profiles of its models."""
+    missing = [name for name in EXTRAS["fleet"] if find_spec(name) is None]
+    if missing:
+        raise InputError(f"fleets need {', '.join(missing)}: pip install 'llmbuild[fleet]'")
+    from llmbuild.fleet.policies.named import POLICIES
+    from llmbuild.fleet.profiles.gather import profiles_of
+    from llmbuild.spec.files.fleet import read_fleet
+
+    fleet = read_fleet(path, tuple(POLICIES))
+    return fleet, profiles_of(fleet, catalog)
+
+
+def _reduced(fleet: Fleet, without: Sequence[str]) -> Fleet:
+    """Return the fleet without some nodes."""
+    counts = {node.name: node.count for node in fleet.nodes}
+    gone = set[str]()
+    for name in without:
+        if name in counts:
+            gone |= set(fleet.node_class(name).nodes)
+        elif any(name in node.nodes for node in fleet.nodes):
+            gone.add(name)
+        else:
+            there = ", ".join(f"{node.name}-0 to {node.name}-{node.count - 1}" for node in fleet.nodes)
+            raise InputError(f"--without {name}: no such node or class: there are {there}")
+    return fleet.with_counts({node.name: sum(name not in gone for name in node.nodes) for node in fleet.nodes})
+
+
+def _traces(fleet: Fleet, options: dict[str, Any]) -> dict[str, Trace]:
+    """Return the traces by service; none for steady arrivals."""
+    from llmbuild.fleet.simulate.trace import STEADY, read_trace
+
+    if STEADY in options["traces"]:
+        if len(options["traces"]) > 1:
+            raise InputError(f"--trace {STEADY} is for all services: give no other trace with it")
+        if options["lengths"] != 1 or options["context"] is not None:
+            raise InputError(f"--trace {STEADY} has the lengths of the fleet file: change them there")
+        return {}
+    found: dict[str, Trace] = {}
+    services = [service.name for service in fleet.services]
+    for text in options["traces"]:
+        service, sign, file = text.partition("=")
+        name = service if sign and service in services else ""
+        if sign and not name and not Path(text).exists():
+            raise InputError(f"--trace {text}: no service {service!r}: there are {', '.join(services)}")
+        if name in found:
+            raise InputError(f"--trace {text}: {name or 'every service'} has a trace already: keep one")
+        trace = read_trace(Path(file if name else text)).window(options["seconds"] or math.inf)
+        found[name] = trace.lengths(options["lengths"], options["context"]).at_rate(options["rate"])
+    bare = [name for name in services if name not in found and "" not in found]
+    if bare:
+        raise InputError(f"no trace for {', '.join(bare)}: add --trace {bare[0]}=FILE, or one FILE for all")
+    return found
+
+
+def _failing(text: str) -> Failing:
+    from llmbuild.fleet.simulate.run import Failing
+
+    match = _FAILURE.fullmatch(text)
+    if not match:
+        raise InputError(f"--fail {text}: write NODE@SECONDS, or NODE@SECONDS+SECONDS for a time")
+    return Failing(match[1], float(match[2]), float(match[3]) if match[3] else math.inf)
+
+
+COMMANDS = (plan, simulate)

@@ -1,0 +1,156 @@
+"""The program of a plan: operating points with what they take of each class, and the nodes they stand on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from llmbuild.fleet.capacity import NONE, Capacity, OperatingPoint, capacity, floor
+from llmbuild.fleet.plan.load import Load
+from llmbuild.spec.fleet import UNSET, Fleet, NodeClass, Profile, RequestClass, Service
+
+LADDER = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+"""Batch limits that are tried."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """An operating point for one service, and what it takes of each of its classes."""
+
+    service: int
+    """Index of the service."""
+    node: int
+    """Index of the class of nodes."""
+    point: OperatingPoint
+    takes: tuple[Capacity, ...]
+    """By class of the service; a rate of 0 where the class's SLO does not hold."""
+    hold: float
+    """Cost of a replica, besides its node and its requests."""
+    costs: tuple[float, ...]
+    """Cost of each request, by class."""
+    start: float
+    """Cost of starting a replica, in the unit of `hold` times seconds."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is asked: demands, options, nodes with their costs, and the most nodes that may be on."""
+
+    fleet: Fleet
+    demands: tuple[tuple[float, ...], ...]
+    """Requests a second by service and class."""
+    kinds: tuple[tuple[RequestClass, ...], ...]
+    options: tuple[Option, ...]
+    node_cost: tuple[float, ...]
+    """Of a node that is on, by class of nodes."""
+    boot_cost: tuple[float, ...]
+    """Of turning a node on, in that unit times seconds."""
+    max_nodes: int | None = None
+
+    def of_service(self, service: int) -> tuple[int, ...]:
+        """Return the indices of the options of a service."""
+        return tuple(i for i, option in enumerate(self.options) if option.service == service)
+
+    def alike(self) -> tuple[int, ...]:
+        """Return a number for each option that those share which differ by their clock alone."""
+        kinds: dict[object, int] = {}
+        keys = [(o.service, o.node, o.point.profile, o.point.batch) for o in self.options]
+        return tuple(kinds.setdefault(key, len(kinds)) for key in keys)
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Return the slots of each class of nodes, all together."""
+        return tuple(node.count * node.slots for node in self.fleet.nodes)
+
+
+def program(fleet: Fleet, profiles: Sequence[Profile], load: Load, max_nodes: int | None = None) -> Program:
+    """Return the program of a fleet under a load."""
+    kinds = tuple(tuple(d.kind for d in load.demands if d.service == s.name) for s in fleet.services)
+    demands = tuple(tuple(d.rate for d in load.demands if d.service == s.name) for s in fleet.services)
+    options = tuple(
+        option
+        for s, service in enumerate(fleet.services)
+        for k, node in enumerate(fleet.nodes)
+        for option in _options(fleet, s, k, kinds[s], serving(profiles, service, node))
+    )
+    costs = tuple(_node_cost(fleet, node) for node in fleet.nodes)
+    boots = tuple(cost * node.boot_s for cost, node in zip(costs, fleet.nodes, strict=True))
+    return Program(fleet, demands, kinds, options, costs, boots, max_nodes)
+
+
+def serving(profiles: Iterable[Profile], service: Service, node: NodeClass) -> list[Profile]:
+    """Return the profiles of a service's model on a class of nodes that are good enough."""
+    found = [p for p in profiles if p.device == node.device and p.model == service.model]
+    return [p for p in found if all(_holds(bound.metric, bound.holds, p) for bound in service.quality)]
+
+
+def _holds(metric: str, holds: object, profile: Profile) -> bool:
+    return metric == "quality_kl" and callable(holds) and bool(holds(profile.quality_kl))
+
+
+def points(service: Sequence[RequestClass], node: NodeClass, profile: Profile) -> list[OperatingPoint]:
+    """Return the operating points of a profile: for each class the largest batch that is fast enough, at each clock."""
+    ladder = [b for b in LADDER if b < profile.max_rows] + [profile.max_rows]
+    found = []
+    for clock in (UNSET, *node.clocks):
+        for kind in service:
+            fast = [b for b in ladder if _fast(OperatingPoint(profile, node, b, clock), kind)]
+            if fast:
+                found.append(OperatingPoint(profile, node, fast[-1], clock))
+    return list(dict.fromkeys(found))
+
+
+def _fast(point: OperatingPoint, kind: RequestClass) -> bool:
+    context = kind.prompt + kind.output * (1 + kind.spread**2) / 2
+    return point.step.seconds(point.batch, point.batch * context, 0) <= kind.tpot_s
+
+
+def _options(
+    fleet: Fleet, s: int, k: int, kinds: tuple[RequestClass, ...], profiles: Sequence[Profile]
+) -> Iterable[Option]:
+    service, node = fleet.services[s], fleet.nodes[k]
+    for point in (point for profile in profiles for point in points(kinds, node, profile)):
+        takes = tuple(capacity(point, kind, service.attainment) for kind in kinds)
+        if any(each is not NONE for each in takes):
+            yield _priced(fleet, s, k, point, takes)
+
+
+def _priced(fleet: Fleet, s: int, k: int, point: OperatingPoint, takes: tuple[Capacity, ...]) -> Option:
+    """Return an option with costs in the unit of the objective: watts, price an hour, or nodes.
+
+    With another objective than energy, watts count a millionth: they decide between what is else alike.
+    """
+    weight = 1.0 if fleet.objective == "energy" else 1e-6
+    node = fleet.nodes[k]
+    base = max(each.base_w for each in takes) - node.bare_w
+    joules = tuple(each.joules for each in takes)
+    load_j = point.profile.load_s * (node.parked_w if point.power is None else point.power.rows_w(1.0))
+    return Option(s, k, point, takes, weight * base, tuple(weight * j for j in joules), weight * load_j)
+
+
+def _node_cost(fleet: Fleet, node: NodeClass) -> float:
+    watts = node.host_w + node.slots * node.bare_w
+    return {"energy": watts, "cost": node.price_per_h + 1e-6 * watts, "nodes": 1.0 + 1e-6 * watts}[fleet.objective]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """How near a class comes to its SLO on an idle replica: why no operating point takes it."""
+
+    service: str
+    kind: RequestClass
+    ttft_s: float
+    tpot_s: float
+    where: str
+
+
+def nearest(fleet: Fleet, profiles: Sequence[Profile], service: Service, kind: RequestClass) -> Nearest | None:
+    """Return the operating point that comes nearest to a class's SLO; None where no profile serves the model."""
+    best: tuple[float, Nearest] | None = None
+    for node in fleet.nodes:
+        for profile in serving(profiles, service, node):
+            ttft_s, tpot_s = floor(OperatingPoint(profile, node, 1), kind)
+            over = max(ttft_s / kind.ttft_s, tpot_s / kind.tpot_s)
+            if best is None or over < best[0]:
+                best = over, Nearest(service.name, kind, ttft_s, tpot_s, f"{profile.variant} on {node.name}")
+    return best[1] if best else None

@@ -1,0 +1,89 @@
+"""What is coming: a level and a head-room from recent windows. On real traces nothing did better than this."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import replace
+
+from llmbuild.fleet.plan.load import Demand, Load
+from llmbuild.fleet.policy import Observation
+from llmbuild.spec.fleet import Fleet
+
+BIN_S = 30.0
+"""Seconds of the windows that rates are taken over."""
+KEPT = 20
+"""Windows whose errors make the head-room."""
+GUESS, GUESSES = 0.25, 5
+"""Relative error that is taken for granted before errors are seen, and how many windows it stands for."""
+ABOVE, MOST_KEPT = 1.3, 120
+"""No forecast is more than this times the largest rate of so many windows: an hour."""
+_LEVEL = 0.4
+_GRID = 0.1
+"""Steps of the logarithm at which lengths are taken, so that equal plans are not made again."""
+
+
+class Forecast:
+    """The rate of each class that is not exceeded with a stated quantile, if errors go on as they were."""
+
+    def __init__(self, fleet: Fleet, z: float = 1.64) -> None:
+        self._fleet, self._z = fleet, z
+        self._keys = [(s, c) for s, service in enumerate(fleet.services) for c in range(len(service.classes))]
+        self._level: dict[tuple[int, int], float] = {}
+        self._errors: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=KEPT) for key in self._keys}
+        self._most: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=MOST_KEPT) for key in self._keys}
+        self._open = dict.fromkeys(self._keys, 0)
+        self._passed_s = 0.0
+        self.kinds = {(s, c): fleet.services[s].classes[c] for s, c in self._keys}
+        self.covered = self.windows = 0
+
+    def begin(self, rates: dict[tuple[int, int], float]) -> None:
+        """Take the rates that time begins with, and a guess of how far off they are."""
+        self._level = {key: rates.get(key, 0.0) for key in self._keys}
+        for key, rate in self._level.items():
+            self._errors[key] += [GUESS * rate] * GUESSES
+            self._most[key].append(rate)
+
+    def observe(self, seen: Observation) -> None:
+        """Take the arrivals of a period."""
+        for one in seen.seen:
+            key = one.service, one.kind
+            self._open[key] += one.arrivals
+            kind = self._fleet.services[one.service].classes[one.kind]
+            self.kinds[key] = replace(kind, prompt=_near(one.prompt), output=max(1.0, _near(one.output)))
+        self._passed_s += seen.period_s if seen.now_s > 0 else 0.0
+        if self._passed_s >= BIN_S - 1e-9:
+            self._close()
+
+    def _close(self) -> None:
+        """End a window: the level follows it, and its error is kept."""
+        for key in self._keys:
+            rate = self._open[key] / self._passed_s
+            self.windows += 1
+            self.covered += rate <= self._rate(key)
+            level = self._level.get(key, rate)
+            self._errors[key].append(rate - level)
+            self._most[key].append(rate)
+            self._level[key] = level + _LEVEL * (rate - level)
+            self._open[key] = 0
+        self._passed_s = 0.0
+
+    def _rate(self, key: tuple[int, int]) -> float:
+        errors = self._errors[key]
+        spread = math.sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
+        level = self._level.get(key, 0.0)
+        most = max(self._most[key], default=level)
+        return max(0.0, min(level + self._z * spread, max(level, most) * ABOVE))
+
+    def rates(self) -> dict[tuple[int, int], float]:
+        """Return the rates that are planned for."""
+        return {key: self._rate(key) for key in self._keys}
+
+    def load(self, rates: dict[tuple[int, int], float]) -> Load:
+        """Return a load of these rates, with the lengths that were seen."""
+        services = self._fleet.services
+        return Load(tuple(Demand(services[s].name, self.kinds[s, c], rates[s, c]) for s, c in self._keys))
+
+
+def _near(length: float) -> float:
+    return math.exp(round(math.log(max(1.0, length)) / _GRID) * _GRID)

@@ -1,0 +1,50 @@
+"""The policies by their names, as the command line and fleet files take them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llmbuild.errors import InputError
+from llmbuild.fleet.policies.adaptive import adaptive, oracle
+from llmbuild.fleet.policies.reactive import lowest_clock, reactive
+from llmbuild.fleet.policies.routing import by_slack, least_loaded
+from llmbuild.fleet.policies.static import static_mean, static_peak
+from llmbuild.fleet.policy import Make
+from llmbuild.fleet.simulate.replica import Router
+from llmbuild.spec.fleet import Fleet
+
+
+@dataclass(frozen=True)
+class Named:
+    """A policy, its router, and what it knows that a live one could not."""
+
+    make: Make
+    router: Callable[[Fleet], Router]
+    knows: str
+
+
+def _least(fleet: Fleet) -> Router:
+    return least_loaded
+
+
+ORACLE = "oracle"
+POLICIES = {
+    "static-peak": Named(static_peak, _least, "the trace's peak and lengths"),
+    "static-mean": Named(static_mean, _least, "the trace's mean and lengths"),
+    "reactive": Named(reactive, _least, "the trace's lengths"),
+    "lowest-clock": Named(lowest_clock, _least, "the trace's peak and lengths"),
+    "adaptive": Named(adaptive, by_slack, "the rate of the first minute"),
+    ORACLE: Named(oracle, by_slack, "the whole trace"),
+}
+
+
+def policy(name: str) -> Named:
+    """Return the policy of that name.
+
+    Raises:
+        InputError: no such policy.
+    """
+    if name not in POLICIES:
+        raise InputError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
+    return POLICIES[name]

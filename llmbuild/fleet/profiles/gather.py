@@ -1,0 +1,35 @@
+"""All profiles of a fleet: those that its file gives, those that were published, and those of a catalog."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from llmbuild.errors import InputError
+from llmbuild.fleet.profiles.measured import measured
+from llmbuild.fleet.profiles.published import published
+from llmbuild.spec.fleet import Fleet, Profile
+
+
+def profiles_of(fleet: Fleet, catalog: Path) -> tuple[Profile, ...]:
+    """Return the profiles of a fleet's models on its devices; what the file gives stands for what was published.
+
+    Raises:
+        InputError: a model has no profile anywhere, or energy is asked for and a profile has no watts.
+        CatalogError: a class of nodes names a machine of a catalog that cannot be read.
+    """
+    models = [service.model for service in fleet.services]
+    devices = [node.device for node in fleet.nodes]
+    given = {(p.device, p.model, p.variant) for p in fleet.profiles}
+    others = [p for p in published() if (p.device, p.model, p.variant) not in given]
+    all_ = (*fleet.profiles, *others, *measured(catalog, fleet.nodes, models))
+    found = tuple(p for p in all_ if p.model in models and p.device in devices)
+    for model in models:
+        if not any(p.model == model for p in found):
+            known = sorted({f"{p.model} on {p.device}" for p in all_})
+            told = f"no profile of model {model} on any of {', '.join(sorted(set(devices)))}"
+            raise InputError(f"{told}: give one in `profiles`; there are {', '.join(known) or 'none'}")
+    dark = next((p for p in found if p.power is None), None)
+    if dark is not None and fleet.objective == "energy":
+        told = f"no watts of {dark.variant} on {dark.device}, and the objective is energy"
+        raise InputError(f"{told}: give `decode_w` and `prompt_w` of a profile, or `active` watts of the nodes")
+    return found

@@ -1,0 +1,294 @@
+"""A replica: the server's scheduler over sequences whose steps take simulated time.
+
+Where every running sequence decodes and none waits, the scheduler is asked once and its batch is repeated until a
+sequence ends or something comes: what it sees changes by nothing but the clock. `stepwise` asks it at each step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+from llmbuild.fleet.capacity import OperatingPoint
+from llmbuild.fleet.simulate.meter import Meter
+from llmbuild.fleet.simulate.trace import Asked
+from llmbuild.serve.schedule.state import Batch, Entry, Scheduler, State
+
+SEEN = 64
+"""Sequences at the front of the queue that a scheduler sees, as in the engine."""
+QUEUE = 256
+"""Sequences that may wait at a replica, the server's default."""
+
+
+class Job:
+    """A request on its way. It ends once: finished, rejected or lost."""
+
+    __slots__ = ("ask", "emitted", "ended", "entry", "first_s", "last_s", "pending", "takes")
+
+    def __init__(self, ask: Asked) -> None:
+        self.ask = ask
+        self.takes = ask.prompt + ask.output
+        self.first_s = self.last_s = -1.0
+        self.ended = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget what was computed: it begins anew elsewhere."""
+        self.emitted, self.pending = 0, self.ask.prompt
+        self.entry = Entry(self.ask.number, self.pending, False, self.ask.at_s)
+
+    @property
+    def ttft_s(self) -> float:
+        """Return the seconds from arrival to the first token."""
+        return self.first_s - self.ask.at_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Return the seconds between tokens, on average; 0 for a single token."""
+        return (self.last_s - self.first_s) / (self.ask.output - 1) if self.ask.output > 1 else 0.0
+
+
+class Replica:
+    """Sequences of one operating point on one slot, and the step that runs.
+
+    One class: as in the engine, sequences, memory and the step change together.
+    """
+
+    def __init__(
+        self,
+        point: OperatingPoint,
+        service: int,
+        takes: tuple[float, ...],
+        scheduler: Scheduler,
+        meter: Meter,
+        stepwise: bool = False,
+    ) -> None:
+        self.service, self._scheduler, self._meter, self._stepwise = service, scheduler, meter, stepwise
+        self.takes = takes
+        """Requests a second by class; 0 where the class's SLO does not hold."""
+        self.running: dict[int, Job] = {}
+        self.waiting: deque[Job] = deque()
+        self.draining = False
+        self._context = 0
+        """Positions that the decoding rows see together in the next step."""
+        self._entries: tuple[Entry, ...] | None = None
+        self._idle_since = 0.0
+        self._begin_s = 0.0
+        self._count = 0
+        self._decoding = 0
+        self._prompts = 0
+        self._batch: Batch | None = None
+        self.end_s = math.inf
+        """When the step, or the run of steps, ends; infinite while nothing runs."""
+        self._next: OperatingPoint | None = None
+        self._take_point(point)
+        self.kv_tokens = self._free_kv = point.kv_tokens
+
+    def set_clock(self, point: OperatingPoint, now: float) -> None:
+        """Take the times and watts of a point with another clock, from the next step on."""
+        self.point = self._next = point
+        self.interrupt(now)
+
+    def _take_point(self, point: OperatingPoint) -> None:
+        self.point, self._next = point, None
+        step, power, node = point.step, point.power, point.node
+        rows = range(point.batch + 1)
+        self._rows_s = [max(step.rows_s(float(r)), 0.0) for r in rows]
+        self._context_s, self._prompt_s = step.context_s, step.prompt_s
+        self._parked_w = node.parked_w
+        self._rows_w = [max(node.parked_w, power.rows_w(max(1.0, float(r)))) if power else node.parked_w for r in rows]
+        self._prompt_w = max(node.parked_w, power.prompt_w) if power else node.parked_w
+
+    # --- what a router asks ------------------------------------------------------------------------------------------
+
+    @property
+    def load(self) -> int:
+        """Return the sequences that run or wait."""
+        return len(self.running) + len(self.waiting)
+
+    @property
+    def idle(self) -> bool:
+        """Return whether nothing runs or waits."""
+        return not self.running and not self.waiting
+
+    def expected_ttft_s(self, prompt: int, now: float) -> float:
+        """Return an estimate of the seconds to the first token of one more prompt: what is before it, and itself."""
+        before = sum(job.pending for job in self.waiting) + self._prompts
+        slots = self.point.batch - len(self.running) - len(self.waiting)
+        step_s = self._rows_s[min(len(self.running), self.point.batch)] + self._context_s * self._context
+        wait = 0.0 if slots > 0 else self._turnover_s(step_s) * (1 - slots)
+        return wait + 2 * step_s + (before + prompt) * self._prompt_s
+
+    def _turnover_s(self, step_s: float) -> float:
+        """Return the mean seconds until one of the running sequences ends."""
+        left = [job.ask.output - job.emitted for job in self.running.values()]
+        return step_s * sum(left) / len(left) / len(left) if left else 0.0
+
+    # --- sequences ---------------------------------------------------------------------------------------------------
+
+    def take(self, job: Job, now: float) -> None:
+        """Queue a job; a run of steps ends with the step that is on its way."""
+        self.waiting.append(job)
+        self.interrupt(now)
+
+    def interrupt(self, now: float) -> None:
+        """End a run of steps with the step that is on its way."""
+        if self._count > 1:
+            count = self._steps_begun(now - self._begin_s)
+            if count < self._count:
+                self._count = count
+                self.end_s = self._begin_s + self._run_s(count)
+
+    def start(self, now: float) -> None:
+        """Begin the next step where there is anything to compute."""
+        if self.idle or self.end_s < math.inf:
+            return
+        self._meter.add("parked", now - self._idle_since, self._parked_w)
+        if self._next is not None:
+            self._take_point(self._next)
+        if self._entries is None:
+            self._entries = tuple(job.entry for job in self.running.values())
+        fitting = self._fitting()
+        waiting = tuple(job.entry for job in islice(self.waiting, SEEN))
+        batch = self._scheduler(State(self._entries, waiting, fitting), now)
+        prompts = decoding = context = 0
+        for number, tokens in batch.shares:
+            job = self.running.get(number)
+            if job is None:
+                job = self._admit(number)
+            if job.emitted:
+                decoding += 1
+                context += job.ask.prompt + job.emitted
+            else:
+                prompts += tokens
+        self._batch, self._decoding, self._prompts, self._context = batch, decoding, prompts, context
+        self._begin_s, self._count = now, 1
+        if not self._stepwise and not prompts and not self.waiting and decoding == len(self.running):
+            self._count = min(job.ask.output - job.emitted for job in self.running.values())
+        self.end_s = now + self._run_s(self._count)
+
+    def _fitting(self) -> int:
+        """Return how many of the front of the queue may be admitted: a slot for each, and memory to its end."""
+        room, count = self._free_kv, 0
+        for job in islice(self.waiting, self.point.batch - len(self.running)):
+            if job.takes > room:
+                break
+            room -= job.takes
+            count += 1
+        return count
+
+    def _admit(self, number: int) -> Job:
+        if self.waiting and self.waiting[0].ask.number == number:
+            job = self.waiting.popleft()
+        else:
+            job = next(each for each in self.waiting if each.ask.number == number)
+            self.waiting.remove(job)
+        self.running[number] = job
+        self._free_kv -= job.takes
+        self._entries = None
+        return job
+
+    def _run_s(self, count: int) -> float:
+        """Return the seconds of so many steps: each row sees one more position in each."""
+        one = self._rows_s[self._decoding] + self._context_s * self._context + self._prompt_s * self._prompts
+        return count * one + self._context_s * self._decoding * (count * (count - 1) // 2)
+
+    def _steps_begun(self, passed_s: float) -> int:
+        """Return how many steps of the run have begun after so many seconds."""
+        one = self._rows_s[self._decoding] + self._context_s * self._context
+        more = self._context_s * self._decoding
+        if more > 0:
+            half = one - more / 2
+            count = int((math.sqrt(half * half + 2 * more * passed_s) - half) / more)
+        else:
+            count = int(passed_s / one)
+        count = min(max(count, 0), self._count)
+        while count < self._count and self._run_s(count) <= passed_s:
+            count += 1
+        return max(1, count)
+
+    def finish(self) -> list[Job]:
+        """End the step or run that is due, and return the jobs that ended with it."""
+        assert self._batch is not None
+        now, count, done = self.end_s, self._count, list[Job]()
+        self._measure(count)
+        if count > 1 or (not self._prompts and self._decoding == len(self.running)):
+            for job in self.running.values():
+                job.emitted += count
+                job.last_s = now
+                if job.emitted >= job.ask.output:
+                    done.append(job)
+        else:
+            self._finish_step(now, done)
+        for job in done:
+            job.ended = "finished"
+            del self.running[job.ask.number]
+            self._free_kv += job.takes
+        if done:
+            self._entries = None
+        self.end_s, self._count, self._prompts, self._batch, self._idle_since = math.inf, 0, 0, None, now
+        return done
+
+    def _finish_step(self, now: float, done: list[Job]) -> None:
+        """Apply one step with prompts in it."""
+        assert self._batch is not None
+        for number, tokens in self._batch.shares:
+            job = self.running[number]
+            if job.emitted:
+                job.emitted += 1
+            elif tokens < job.pending:
+                job.pending -= tokens
+                job.entry = job.entry._replace(pending=job.pending)
+                self._entries = None
+                continue
+            else:
+                job.pending, job.emitted, job.first_s = 1, 1, now
+                job.entry = Entry(number, 1, True, job.ask.at_s)
+                self._entries = None
+            job.last_s = now
+            if job.emitted >= job.ask.output:
+                done.append(job)
+
+    def _measure(self, count: int) -> None:
+        prompt_s = self._prompt_s * self._prompts * count
+        decode_s = self._run_s(count) - prompt_s
+        if self._decoding:
+            self._meter.add("decode", decode_s, self._rows_w[self._decoding])
+            self._meter.add("prompt", prompt_s, self._prompt_w)
+        else:
+            self._meter.add("prompt", decode_s + prompt_s, self._prompt_w)
+
+    # --- its ends ----------------------------------------------------------------------------------------------------
+
+    def ready(self, now: float) -> None:
+        """Begin to wait for sequences."""
+        self._idle_since = now
+
+    def settle(self, now: float) -> None:
+        """Count the time up to now, in which nothing ran, as parked."""
+        if self.end_s == math.inf:
+            self._meter.add("parked", now - self._idle_since, self._parked_w)
+            self._idle_since = now
+
+    def abandon(self, now: float) -> Iterator[Job]:
+        """Yield all its jobs: the node has gone. What runs is counted up to now."""
+        if self.end_s < math.inf:
+            whole = self._run_s(self._count)
+            share = min(1.0, (now - self._begin_s) / whole) if whole else 0.0
+            watts = self._rows_w[self._decoding] if self._decoding else self._prompt_w
+            self._meter.add("decode" if self._decoding else "prompt", share * whole, watts)
+            self.end_s, self._count = math.inf, 0
+        else:
+            self.settle(now)
+        self._idle_since = now
+        jobs = [*self.running.values(), *self.waiting]
+        self.running.clear()
+        self.waiting.clear()
+        self._entries, self._free_kv = None, self.kv_tokens
+        yield from jobs
+
+
+Router = Callable[[list[Replica], Job, float], Replica | None]
+"""Chooses a replica for a job among those that are ready and serve its class; None: it is rejected."""

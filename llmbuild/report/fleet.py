@@ -1,0 +1,216 @@
+"""Plans of fleets and outcomes of simulations as tables and JSON; every number has its basis beside it."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from statistics import mean
+
+from llmbuild.fleet.plan.plan import Assignment, Plan
+from llmbuild.fleet.simulate.outcome import Outcome
+from llmbuild.fleet.simulate.trace import Trace
+from llmbuild.report.table import table, terminal
+
+RESAMPLES = 2000
+
+
+def plan_json(plan: Plan) -> dict[str, object]:
+    """Return a plan as plain data."""
+    return {
+        "fleet": plan.fleet.name,
+        "objective": plan.fleet.objective,
+        "feasible": plan.feasible,
+        "method": plan.method,
+        "seconds": plan.seconds,
+        "watts": plan.watts,
+        "price_per_h": plan.price_per_h,
+        "cost": plan.cost,
+        "bound": plan.bound,
+        "gap": plan.gap if plan.feasible else None,
+        "shortage": plan.shortage,
+        "least_shortage": plan.least_shortage,
+        "basis": plan.basis,
+        "nodes": {node.name: count for node, count in zip(plan.fleet.nodes, plan.nodes, strict=True)},
+        "assignments": [_assignment_json(each) for each in plan.assignments],
+        "shortages": [
+            {"service": s.service, "class": s.kind.name, "missing_per_s": s.rate, "of_per_s": s.of, "remedy": s.told}
+            for s in plan.shortages
+        ],
+    }
+
+
+def _assignment_json(one: Assignment) -> dict[str, object]:
+    return {
+        "service": one.service,
+        "node": one.point.node.name,
+        "variant": one.point.profile.variant,
+        "replicas": one.replicas,
+        "batch": one.point.batch,
+        "clock_mhz": one.point.clock.mhz or None,
+        "used": one.used,
+        "watts": one.watts,
+        "basis": one.point.profile.told,
+        "clock_basis": one.point.clock.basis if one.point.clock.mhz else None,
+        "fit_error": one.point.profile.error,
+        "source": one.point.profile.source,
+        "classes": [{"class": s.kind.name, "rate_per_s": s.rate, "expected_miss": s.miss} for s in one.served],
+        "why": one.why,
+    }
+
+
+def plan_table(plan: Plan) -> str:
+    """Return a plan as a table and a summary."""
+    header = [
+        "service",
+        "replicas",
+        "node",
+        "variant",
+        "batch",
+        "clock",
+        "rate",
+        "used",
+        "miss",
+        "watts",
+        "basis",
+        "why",
+    ]
+    lines = [
+        [
+            a.service,
+            a.replicas,
+            a.point.node.name,
+            a.point.profile.variant,
+            a.point.batch,
+            f"{a.point.clock.mhz} MHz" if a.point.clock.mhz else "-",
+            f"{sum(s.rate for s in a.served):.3g}/s",
+            f"{a.used:.0%}",
+            f"{max((s.miss for s in a.served), default=0):.1%}",
+            f"{a.watts:.0f}",
+            a.point.profile.told + (f"; clock {a.point.clock.basis}" if a.point.clock.mhz else ""),
+            a.why,
+        ]
+        for a in plan.assignments
+    ]
+    told = [table(header, lines, (0, 2, 3, 10, 11), terminal(), (11, 8, 5))] if lines else []
+    return "\n".join([*told, *_summary(plan)])
+
+
+def _summary(plan: Plan) -> list[str]:
+    nodes = zip(plan.fleet.nodes, plan.nodes, strict=True)
+    told = ", ".join(f"{count} of {node.count} {node.name}" for node, count in nodes)
+    price = f", {plan.price_per_h:.2f} an hour" if plan.price_per_h else ""
+    lines = [f"{plan.load.rate:.3g} requests/s on {told} nodes: {plan.watts:.0f} W{price}; basis: {plan.basis}"]
+    unit = {"energy": "W", "cost": "an hour", "nodes": "nodes"}[plan.fleet.objective]
+    if plan.feasible:
+        gap = f"{plan.cost:.4g} {unit}, at least {plan.bound:.4g} by the bound: gap {plan.gap:.1%}"
+    else:
+        least = f"no plan for less than {plan.least_shortage:.3g} by the bound"
+        gap = f"no place for {plan.shortage:.3g} requests/s, weighted by priority; {least}"
+    lines.append(f"{plan.method}: {gap}; {plan.seconds:.2f} s")
+    return lines
+
+
+def shortage_lines(plan: Plan) -> list[str]:
+    """Return what finds no place, and what would help."""
+    return [
+        f"{s.service}/{s.kind.name}: no place for {s.rate:.3g} of {s.of:.3g} requests/s: {s.told}"
+        for s in plan.shortages
+    ]
+
+
+# --- simulations -----------------------------------------------------------------------------------------------------
+
+
+def outcome_json(one: Outcome) -> dict[str, object]:
+    """Return an outcome as plain data."""
+    return {
+        "policy": one.policy,
+        "seed": one.seed,
+        "requests": one.arrivals,
+        "attainment": one.attainment,
+        "joules": dict(one.joules),
+        "joules_per_output_token": one.joules_per_token,
+        "idle_share": one.idle_share,
+        "output_tokens": one.output_tokens,
+        "prompt_tokens": one.prompt_tokens,
+        "node_hours": one.node_hours,
+        "switches": dict(one.switches),
+        "seconds": one.seconds,
+        "decide_s": one.decide_s,
+        "basis": one.basis,
+        "explained": one.explained,
+        "classes": [
+            {
+                "service": c.service,
+                "class": c.kind,
+                "arrivals": c.arrivals,
+                "attainment": c.attainment,
+                "good_minutes": c.good_minutes,
+                "rejected": c.rejected,
+                "lost": c.lost,
+                "unfinished": c.unfinished,
+                "ttft_s_p50_p95_p99": list(c.ttft_s),
+                "tpot_s_p50_p95_p99": list(c.tpot_s),
+            }
+            for c in one.classes
+        ],
+    }
+
+
+def outcomes_table(outcomes: Sequence[Outcome], oracle: str) -> str:
+    """Return a row for each policy: means over seeds, with 95 % bootstrap intervals where there are several.
+
+    Regret is the energy for each token over the oracle's, seed by seed.
+    """
+    by_policy: dict[str, list[Outcome]] = {}
+    for one in outcomes:
+        by_policy.setdefault(one.policy, []).append(one)
+    names = [f"{c.service}/{c.kind}" for c in outcomes[0].classes]
+    header = ["policy", *(f"met {name}" for name in names), "J/token", "idle", "node-h", "changes", "regret", "basis"]
+    lines = [_line(policy, those, by_policy.get(oracle, ())) for policy, those in by_policy.items()]
+    return table(header, lines, (0, len(header) - 1), terminal())
+
+
+def _line(policy: str, those: Sequence[Outcome], best: Sequence[Outcome]) -> list[object]:
+    attained = [_interval([one.classes[i].attainment for one in those], ".2%") for i in range(len(those[0].classes))]
+    regret = "-"
+    if best and policy != best[0].policy:
+        theirs = {one.seed: one.joules_per_token for one in best}
+        paired = [one.joules_per_token / theirs[one.seed] - 1 for one in those if one.seed in theirs]
+        regret = _interval(paired, "+.1%") if paired else "-"
+    return [
+        policy,
+        *attained,
+        _interval([one.joules_per_token for one in those], ".3f"),
+        _interval([one.idle_share for one in those], ".0%", False),
+        _interval([one.node_hours for one in those], ".2f", False),
+        _interval([float(one.changes) for one in those], ".0f", False),
+        regret,
+        those[0].basis,
+    ]
+
+
+def _interval(values: Sequence[float], form: str, bounds: bool = True) -> str:
+    """Return the mean, and its bootstrap interval."""
+    middle = format(mean(values), form)
+    if len(values) < 3 or not bounds or not all(map(math.isfinite, values)):
+        return middle
+    low, high = bootstrap(values)
+    return f"{middle} [{low:{form}}, {high:{form}}]"
+
+
+def bootstrap(values: Sequence[float]) -> tuple[float, float]:
+    """Return the 95 % bootstrap interval of the mean; the draws are always the same."""
+    rng = random.Random(0)
+    means = sorted(mean(rng.choices(values, k=len(values))) for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+def trace_lines(traces: Mapping[str, Trace]) -> list[str]:
+    """Return what each trace is, and what was done to it."""
+    return [
+        f"{name + ': ' if name else ''}{trace.name}: {len(trace.arrivals)} requests in {trace.seconds:.0f} s, "
+        f"{trace.rate:.3g}/s, CV of gaps {trace.variation:.1f}; {'; '.join(trace.told) or 'as it is'}"
+        for name, trace in traces.items()
+    ]

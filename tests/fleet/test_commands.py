@@ -1,0 +1,105 @@
+"""`llmbuild plan` and `llmbuild simulate`: data on stdout, exit codes, and one message for each mistake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from llmbuild.cli.fleet import plan, simulate
+from llmbuild.cli.main import main
+from llmbuild.errors import LlmbuildError
+from tests.fleet.test_files import TEXT
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Path:
+    path = tmp_path / "small.yaml"
+    path.write_text(TEXT)
+    return path
+
+
+def run(*words: str | Path) -> Result:
+    return CliRunner().invoke({"plan": plan, "simulate": simulate}[str(words[0])], [str(word) for word in words[1:]])
+
+
+def test_a_plan_is_a_document_with_its_basis_and_bound(fleet: Path) -> None:
+    done = run("plan", fleet, "--json")
+    found = json.loads(done.stdout)
+    assert (done.exception, found["feasible"], found["basis"]) == (None, True, "estimated")
+    assert found["bound"] <= found["cost"] * (1 + 1e-6)
+    assert [a["basis"] for a in found["assignments"]] == ["decode published, prompt estimated, power published"]
+    assert all("@" in a["source"] for a in found["assignments"])
+
+
+def test_a_load_without_a_place_exits_with_3_and_says_what_is_missing(
+    fleet: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(["plan", str(fleet), "--rate", "x100"])
+    out, told = capsys.readouterr()
+    assert exit_.value.code == 3
+    assert "more of a would take it" in told
+    assert "weighted by priority" in out
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--without", "b"), "no such node or class: there are a-0 to a-1"),
+        (("--rate", "2"), "write x2 or x0.5"),
+    ],
+)
+def test_a_wrong_option_of_a_plan_is_told(fleet: Path, words: tuple[str, ...], told: str) -> None:
+    done = run("plan", fleet, *words)
+    assert told in (str(done.exception) if isinstance(done.exception, LlmbuildError) else done.output)
+
+
+def test_without_a_node_there_is_one_less(fleet: Path) -> None:
+    whole, less = (json.loads(run("plan", fleet, "--json", *words).stdout) for words in ((), ("--without", "a-1")))
+    assert whole["nodes"] == less["nodes"] == {"a": 1}
+    assert run("plan", fleet, "--without", "a").exception is not None
+
+
+def test_a_simulation_is_a_document_for_each_run_and_the_same_each_time(fleet: Path) -> None:
+    words = ("simulate", fleet, "--trace", "steady", "--seconds", "60", "--seeds", "2")
+    words = (*words, "--policy", "static-mean", "--policy", "oracle", "--json")
+    first, second = (json.loads(run(*words).stdout) for _ in range(2))
+    assert [(one["policy"], one["seed"]) for one in first] == [
+        ("static-mean", 0),
+        ("oracle", 0),
+        ("static-mean", 1),
+        ("oracle", 1),
+    ]
+    for one in (*first, *second):
+        one.pop("decide_s")
+    assert first == second
+
+
+def test_a_table_has_a_row_for_each_policy_and_stderr_says_what_was_done_to_the_trace(fleet: Path) -> None:
+    trace = fleet.with_name("trace.jsonl")
+    lines = [json.dumps({"timestamp": i * 500, "input_length": 400, "output_length": 20}) for i in range(60)]
+    trace.write_text("\n".join(lines))
+    done = run("simulate", fleet, "--trace", trace, "--rate", "x0.5", "--policy", "static-peak", "--seeds", "1")
+    assert done.stdout.splitlines()[1].split()[0] == "static-peak"
+    assert "thinned: CV of gaps 0.0 before" in done.stderr
+    assert "static-peak: knows the trace's peak and lengths" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--trace", "nowhere.csv"), "no such trace"),
+        (("--trace", "steady", "--policy", "clever"), "no policy 'clever'"),
+        (("--trace", "steady", "--fail", "a-0"), "write NODE@SECONDS"),
+        (("--trace", "steady", "--fail", "b-0@3"), "nodes are a-0 to a-1"),
+        (("--trace", "steady", "--lengths", "x2"), "change them there"),
+        (("--trace", "other=x.csv"), "no service 'other': there are llama-3-8b"),
+    ],
+)
+def test_a_mistake_of_a_simulation_is_told(fleet: Path, words: tuple[str, ...], told: str) -> None:
+    done = run("simulate", fleet, *words)
+    assert isinstance(done.exception, LlmbuildError)
+    assert told in str(done.exception)

@@ -1,0 +1,82 @@
+"""The fleet file: what ships is read, and every mistake is told with file, line and key."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmbuild.errors import InputError
+from llmbuild.fleet.policies.named import POLICIES
+from llmbuild.fleet.profiles.gather import profiles_of
+from llmbuild.spec.files.fleet import read_fleet
+from llmbuild.spec.fleet import Fleet
+
+SHIPPED = sorted((Path(__file__).parents[2] / "recipes" / "fleets").glob("*.yaml"))
+TEXT = """\
+nodes:
+  - class: a
+    device: H100-SXM-80GB
+    count: 2
+    memory: 80GB
+    watts: {bare: 75, parked: 113, basis: published, source: here}
+services:
+  - model: llama-3-8b
+    rate: 2
+    classes:
+      - {name: chat, prompt: 500, output: 100, slo: [ttft_s_p99<=1, tpot_s<=0.05]}
+"""
+
+
+def read(folder: Path, text: str) -> Fleet:
+    path = folder / "fleet.yaml"
+    path.write_text(text)
+    return read_fleet(path, tuple(POLICIES))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_a_fleet_that_ships_is_read_and_has_profiles(path: Path, tmp_path: Path) -> None:
+    made = read_fleet(path, tuple(POLICIES))
+    found = profiles_of(made, tmp_path)
+    assert {p.model for p in found} == {s.model for s in made.services}
+    assert all(p.source for p in found)
+
+
+def test_a_short_fleet_has_its_defaults(tmp_path: Path) -> None:
+    made = read(tmp_path, TEXT)
+    assert (made.name, made.objective, made.policy, made.period_s) == ("fleet", "energy", "adaptive", 10.0)
+    assert (made.nodes[0].slots, made.nodes[0].memory_bytes, made.nodes[0].nodes) == (1, 80e9, ("a-0", "a-1"))
+    kind = made.services[0].classes[0]
+    assert (kind.ttft_s, kind.tpot_s, made.services[0].attainment) == (1.0, 0.05, 0.99)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("count: 2", "count: 0", r"fleet.yaml:4 \$.nodes\[0\].count: "),
+        ("count: 2", "number: 2", r"\$.nodes\[0\].number: unknown key"),
+        ("memory: 80GB", "memory: 80", r":5 \$.nodes\[0\].memory: 80 is no size: write 640kB, 16GB"),
+        ("parked: 113", "parked: 50", r":6 .*parked, 50 W, is below bare, 75 W"),
+        ("basis: published", "basis: guessed", r"watts.basis: .*'measured', 'published' or 'estimated'"),
+        ("device: H100-SXM-80GB", "memory: 80GB", r"fleet.yaml:5 duplicate key 'memory'"),
+        ("device: H100-SXM-80GB", "slots: 2", r"name either `device`, .*or `machine`"),
+        ("ttft_s_p99<=1", "ttft_s_p95<=1", r"asks for 95 % of the requests, attainment for 0.99: they must agree"),
+        ("ttft_s_p99<=1", "quality_kl<=1", r":11 .*is no SLO of a request"),
+        ("ttft_s_p99<=1", "tpot_s<=1", r"a metric has two limits"),
+        ("name: chat,", "name: chat, share: 0.5,", r"the shares of its classes are 0.5 together: they must be 1"),
+        ("rate: 2", "rate: -2", r":9 \$.services\[0\].rate: "),
+        ("services:", "policy: clever\nservices:", r":7 \$.policy: no policy 'clever': there are static-peak"),
+        ("services:", "objective: cost\nservices:", r"objective cost needs the price_per_h"),
+        ("services:", "workloads: []\nservices:", r"a recipe, not a fleet"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(old: str, new: str, told: str, tmp_path: Path) -> None:
+    assert old in TEXT
+    with pytest.raises(InputError, match=told):
+        read(tmp_path, TEXT.replace(old, new))
+
+
+def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InputError) as told:
+        read(tmp_path, TEXT.replace("count: 2", "count: 0").replace("rate: 2", "rate: none"))
+    assert len(str(told.value).splitlines()) == 2
