@@ -128,8 +128,8 @@ def measure(
         cells, spans = _rounds(live.child, bounds, budget_s, tell)
         judges = sum(cell.held_out for cell in cells)
         if judges < LEAST_JUDGES or len(cells) - judges < LEAST_JUDGES:
-            told = f"only {len(cells)} kinds of steps fit into {budget_s:g} s: give more with --budget"
-            return Failure("profile", told, live.child.pasteable(), "", lasting=False)
+            few = f"only {len(cells)} kinds of steps fit into {budget_s:g} s: give more with --budget"
+            return Failure("profile", few, live.child.pasteable(), "", lasting=False)
         fit = fitted(cells, bounds.shared)
         source, watts, why = _power(live, bounds, cells)
     except ChildFailed as failed:
