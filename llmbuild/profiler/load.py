@@ -136,8 +136,8 @@ def measure(
         return failed.failure
     finally:
         live.child.close()
-    told = {"noise": noise.description(spans), "energy": why}
-    notes = {"rounds": str(len(spans)), "medians": _sure(cells), **{name: text for name, text in told.items() if text}}
+    notes = {"rounds": str(len(spans)), "medians": _sure(cells)}
+    notes |= {name: text for name, text in (("noise", noise.description(spans)), ("energy", why)) if text}
     if bounds.contexts < bounds.sequences:
         notes["memory"] = f"{bounds.sequences} sequences shared the memory of {bounds.contexts}"
     return Measured(cells, fit, error_p95(fit, cells), source, watts, notes)

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import text
@@ -17,6 +18,7 @@ from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import NoVariant, UnknownLoad
 from llmbuild.runtime import reader
 from llmbuild.runtime.model import host_facts
+from llmbuild.serve.capacity import Lengths
 from llmbuild.serve.pick_load import Wanted, pick_load
 from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.slo import Bound
@@ -26,6 +28,9 @@ from tests.support.curves import curve
 from tests.support.server import command
 
 SLO = ("--slo", "ttft_s_p99<=2", "--slo", "tpot_s_p99<=1", "--lengths", "8:8")
+
+ONE: Any = {"lengths": Lengths(8, 8), "sequences": 4, "scheduler": "fcfs"}
+"""One way to serve, so that no others are tried."""
 
 
 @pytest.fixture(scope="module")
@@ -90,9 +95,9 @@ def test_pick_names_the_rate_and_says_when_it_is_not_held_or_not_known(measured:
     assert told["rate_per_s"] == 1.0 < told["highest_rate_per_s"] and told["ttft_s_p99"] <= 2
     assert "has no load curve of this machine" in done.stderr and "8 and answers of 8 tokens" in done.stderr
     with pytest.raises(NoVariant, match=r"no variant of tiny holds 1e\+06/s here: the nearest, \w+, holds"):
-        pick_load(measured, "tiny", [], None, Wanted((), 1e6))
+        pick_load(measured, "tiny", [], None, Wanted((), 1e6, **ONE))
     with pytest.raises(NoVariant, match="holds no rate at all"):
-        pick_load(measured, "tiny", [], None, Wanted((Bound("ttft_s_p99", "<=", 1e-9),)))
+        pick_load(measured, "tiny", [], None, Wanted((Bound("ttft_s_p99", "<=", 1e-9),), **ONE))
 
 
 def test_without_a_curve_of_this_machine_nothing_is_promised(catalog: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -120,7 +125,7 @@ def test_the_best_variant_depends_on_the_load(measured: Path, tmp_path: Path) ->
     writer.record_load_curve(replace(steady, fit=replace(fit, read_s=0, context_s=0, seen_s=0)))
     writer.record_load_curve(replace(first, fit=replace(first.fit, read_s=0.01)))
     writer.close()
-    made = pick_load(folder, "tiny", [], None, Wanted((Bound("tpot_s_p99", "<=", 0.05),)))
+    made = pick_load(folder, "tiny", [], None, Wanted((Bound("tpot_s_p99", "<=", 0.05),), **ONE))
     assert made.row["variant"] == row["variant"]
     assert [other["variant"] for other, _ in made.others] == [first.variant]
 
