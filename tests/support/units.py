@@ -26,14 +26,14 @@ def all_pairs(forms: Mapping[str, str]) -> list[Pair]:
 
 
 def covering(pairs: Sequence[Pair], groups: Mapping[str, str]) -> list[Pair]:
-    """Return pairs with every instruction set that a group of cases has, and two for every case that has two."""
+    """Return pairs with every instruction set that a group of cases has, and one for every case."""
     chosen: list[Pair] = []
     for unit, group in dict.fromkeys((unit, groups[case]) for unit, case in pairs):
         tried = Counter(case for _, case in chosen)
         alike = (pair for pair in pairs if (pair[0], groups[pair[1]]) == (unit, group))
         chosen.append(min(alike, key=lambda pair: tried[pair[1]]))
     for case in groups:
-        for _ in range(2 - sum(pair[1] == case for pair in chosen)):
+        if not any(pair[1] == case for pair in chosen):
             used = Counter(unit for unit, _ in chosen)
             left = [pair for pair in pairs if pair[1] == case and pair not in chosen]
             chosen += sorted(left, key=lambda pair: used[pair[0]])[:1]
