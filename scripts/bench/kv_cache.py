@@ -208,37 +208,27 @@ def _row(entrant: Entrant, usual: Entrant | None, quality: Mapping[str, float | 
 
 
 def text(found: dict[str, Any]) -> str:
-    """Return the table."""
-    context = found["rows"][0]["context"]
-    behind = f"behind {found['tokens']}"
-    header = [
-        "cache",
-        "KL",
-        "+-",
-        "top-1",
-        f"decode {behind}",
-        "f16 over it",
-        "prompt",
-        "a position",
-        f"{context} of them",
-    ]
-    lines = []
-    for row in found["rows"]:
-        factor = row["decode_of_f16"]
-        lines.append(
-            [
-                row["cache"],
-                *("-" if row[name] is None else f"{row[name]:.5f}" for name in ("quality_kl", "kl_error")),
-                "-" if row["quality_top1"] is None else f"{row['quality_top1']:.2%}",
-                quantity(row["decode_s"], "s"),
-                f"{factor['median']:.2f} [{factor['low']:.2f}, {factor['high']:.2f}]" if factor else "",
-                quantity(row["prefill_s"], "s"),
-                f"{row['position_bytes']:,} B",
-                quantity(row["sequence_bytes"], "B"),
-            ]
-        )
-    reasons = [f"{row['cache']}: {row['reason']}" for row in found["rows"] if row["reason"]]
-    return "\n".join([table(header, lines), *reasons])
+    """Return the table of what was measured."""
+    rows = found["rows"]
+    columns = {"cache": [row["cache"] for row in rows]}
+    if found["windows"]:
+        columns |= {
+            "KL": [f"{row['quality_kl']:.5f}" for row in rows],
+            "+-": [f"{row['kl_error']:.5f}" for row in rows],
+        }
+        columns["top-1"] = [f"{row['quality_top1']:.2%}" for row in rows]
+    if found["rounds"]:
+        columns[f"decode behind {found['tokens']}"] = [quantity(row["decode_s"], "s") for row in rows]
+        columns["f16 over it"] = [_factor(row["decode_of_f16"]) for row in rows]
+        columns["prompt"] = [quantity(row["prefill_s"], "s") for row in rows]
+    columns["a position"] = [f"{row['position_bytes']:,} B" for row in rows]
+    columns[f"{rows[0]['context']} of them"] = [quantity(row["sequence_bytes"], "B") for row in rows]
+    reasons = [f"{row['cache']}: {row['reason']}" for row in rows if row["reason"]]
+    return "\n".join([table(list(columns), [list(line) for line in zip(*columns.values(), strict=True)]), *reasons])
+
+
+def _factor(found: dict[str, float] | None) -> str:
+    return f"{found['median']:.2f} [{found['low']:.2f}, {found['high']:.2f}]" if found else ""
 
 
 def main() -> None:
@@ -255,6 +245,7 @@ def main() -> None:
     )
     print(text(found))
     if found["rounds"]:
+        print(f"{found['rounds']} rounds of {found['decode']} tokens")
         print(f"noisy machine: {found['noise']}" if found["noise"] else "the machine was quiet")
 
 
