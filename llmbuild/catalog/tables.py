@@ -249,8 +249,9 @@ class LoadCurveRow(Base):
     """
 
     __tablename__ = "load_curve"
+    __table_args__ = (Index("load_curve_by_variant", "variant"),)
     key: Mapped[str] = mapped_column(Digest, primary_key=True)
-    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"), index=True)
+    variant: Mapped[str] = mapped_column(ForeignKey("variant.digest"))
     artifact: Mapped[str] = mapped_column(ForeignKey("artifact.digest"))
     machine: Mapped[str] = mapped_column(ForeignKey("machine.digest"))
     driver: Mapped[str]
