@@ -144,7 +144,7 @@ def recipes(folder: Path | None, form: str | None) -> int:
 @catalog_option
 @format_options
 def targets(targets: tuple[str, ...], probed: bool, knobs: bool, catalog: str, form: str | None) -> int:
-    """List the targets, and whether this host can compile and run each."""
+    """List the targets, and which of them this host can use."""
     from llmbuild.cli import reading
 
     rows = reading.knobs(targets) if knobs else reading.targets(targets, Path(catalog), probed)
