@@ -21,6 +21,7 @@ from tests.support import marked
 from tests.support.limits import give_limits
 
 SCRIPT = Path(sys.executable).with_name("llmbuild")
+FLEET = Path(__file__).parents[2] / "recipes" / "fleets" / "cpus.yaml"
 IN_CHILDREN = {"PYTHONPATH": "{0}", "PYTHONSTARTUP": "{0}/json.py", "PYTHONHOME": "/nowhere", "PYTHONWARNINGS": "error"}
 
 
@@ -62,6 +63,9 @@ def lines(built: Project, out: Path) -> dict[str, list[str]]:
         "pull": [str(out / "published"), "-C", str(out / "pulled")],
         "study": ["tiny", "--storage", f"sqlite:///{out / 'study.db'}", *catalog],
         "keys": [str(out / "mine")],
+        "convert": ["vllm", "vllm serve org/name"],
+        "plan": [str(FLEET)],
+        "simulate": [str(FLEET), "--trace", "steady", "--policy", "static-mean", "--seconds", "5", "--seeds", "1"],
     }
 
 

@@ -31,8 +31,8 @@ def texts(vocabulary: int, context: int) -> list[list[int]]:
 @pytest.mark.parametrize("name", CASES)
 def test_own_kernels_score_as_they_decode(imports: Imports, name: str) -> None:
     """Formats of layers and tables: 7, 4 and 12 bits, 8 bits, as compiled in `test_shapes`."""
-    kind, shape, forms = CASES[name]
-    choices = {**PACKED, "weight_format": forms[0], "head_format": forms[1]}
+    kind, shape, (*forms, cache) = CASES[name]
+    choices = {**PACKED, "weight_format": forms[0], "head_format": forms[1], "kv_dtype": cache}
     kernels = [UNITS[UNIT].kernels[form.partition("_g")[0]] for form in forms]
     features = tuple(dict.fromkeys(feature for kernel in kernels for feature in kernel.features))
     made = imports(imports.model(kind, **shape), choices, context=CONTEXT, features=features)
