@@ -7,9 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,7 +23,6 @@ from llmbuild.profiler.budget import FEWEST, LEAST_TOKENS, SLOW_PROMPT_S, Pace, 
 from llmbuild.profiler.live import WHOLE, Answer, Live, MeterFound
 from llmbuild.profiler.noise import Shares
 from llmbuild.profiler.protocol import Prepared, Protocol, Quality, Subject
-from llmbuild.profiler.statistics import few_of
 from llmbuild.search.front import dominated, standings
 from llmbuild.spec.measurement import SCREENED, Measurement, Reading
 from llmbuild.spec.space import Point
@@ -279,13 +277,6 @@ def test_who_was_screened_is_judged_again_by_what_is_asked_now(start: Start) -> 
     assert found == asked, "it is the smaller one, and its quality was never scored"
 
 
-@given(st.lists(st.floats(1e-6, 1e3), min_size=2, max_size=5))
-def test_a_few_samples_have_a_wide_interval(samples: list[float]) -> None:
-    found = few_of(samples)
-    assert found.low <= min(samples) <= found.median <= max(samples) <= found.high
-    assert found.samples == tuple(samples)
-
-
 # --- the plan ---------------------------------------------------------------------------------------------------------
 
 paces = st.builds(Pace, st.floats(1e-4, 5), st.floats(1e-5, 1), st.floats(0, 0.2))
@@ -492,21 +483,3 @@ def test_a_race_in_which_nobody_is_undecided_ends_with_its_first_look(start: Sta
     raced = bench.race([subject(name) for name in fast], lambda measured, reach: set())
     assert {samples_of(found) for found in raced} == {PROTOCOL.race_rounds}
     assert clock.now - begin < PROTOCOL.race_seconds / 2
-
-
-class Visited:
-    prompt = None
-
-
-def test_equal_places_in_the_samples_of_a_race_are_pairs_also_where_few_rounds_were_calm() -> None:
-    made = rounds.Rounds(LOAD, Random(0), PROTOCOL)
-    stayed, left = (cast(Live, Visited()) for _ in range(2))
-    made.taken = {stayed: {"tpot_s": [float(i) for i in range(24)]}, left: {"tpot_s": [float(i) for i in range(12)]}}
-    made.shares = [Shares(0.0, 0.5 if i < 9 else 0.0) for i in range(24)]
-    for one, other in ((stayed, left), (left, stayed)):
-        assert made.samples(one, 5)["tpot_s"][:12] == made.samples(other, 5)["tpot_s"][:12]
-    brief = cast(Live, Visited())
-    made.taken[brief] = {"tpot_s": [float(i) for i in range(5)]}
-    made.shares = [Shares(0.0, 0.5 if i == 2 else 0.0) for i in range(24)]
-    assert made.pairs(stayed, brief, 5)["tpot_s"] == [(float(i),) * 2 for i in (0, 1, 3, 4)]
-    assert len(made.samples(stayed, 5)["tpot_s"]) == 23, "who leaves first keeps no disturbed round for others"
