@@ -98,7 +98,11 @@ def whole(factory: pytest.TempPathFactory, name: str) -> Begun:
     return Begun(replace(job, key="a key", **paths), folder)
 
 
-@pytest.fixture(params=CHOICES)
+LEFT = ("gptq", "scaled", "own gptq", "own scaled")
+"""Parts of what "both" and "own both" choose."""
+
+
+@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.exhaustive] if n in LEFT else []) for n in CHOICES])
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Begun:
     return whole(tmp_path_factory, request.param)
 

@@ -28,6 +28,18 @@ FORMATS = (
     {"weight_format": "f12_e4m7"},
 )
 
+TABLES = [
+    pytest.param(
+        choices,
+        tied,
+        id=f"{choices['weight_format']}-{'one table' if tied else 'two tables'}",
+        marks=[] if tied == (number % 2 == 0) else [pytest.mark.exhaustive],
+    )
+    for number, choices in enumerate(FORMATS)
+    for tied in (True, False)
+]
+"""Each format with one token table or with two; the others of the two are an exhaustive run's."""
+
 
 def imported(folder: Path, out: Path, choices: dict[str, str], shell: Path | None = None) -> Path:
     """Return the folder of an import with our kernels."""
@@ -51,8 +63,7 @@ def first(imports: Imports) -> dict[bool, Path]:
     return {tied: imports.make(f"shell-{tied}", lambda folder, tied=tied: make(folder, tied)) for tied in (True, False)}
 
 
-@pytest.mark.parametrize("tied", [True, False], ids=["one table", "two tables"])
-@pytest.mark.parametrize("choices", FORMATS, ids=lambda choices: choices["weight_format"])
+@pytest.mark.parametrize(("choices", "tied"), TABLES)
 def test_a_module_from_another_formats_trace_is_the_formats_own_and_computes_its_check_data(
     choices: dict[str, str], tied: bool, first: dict[bool, Path], tmp_path: Path
 ) -> None:

@@ -16,7 +16,7 @@ from llmbuild.transform.panels import Matrix, encode_for, pack, unpack
 from llmbuild.transform.weights import pad_width
 from tests.support.artifact import relative_error
 from tests.support.machines import MACHINES
-from tests.support.units import with_all
+from tests.support.units import with_each_family
 
 HEADS = {
     "whole panel": (64, "int8"),
@@ -82,7 +82,7 @@ def _as(held: str, name: str, wanted: str) -> str:
     )
 
 
-@with_all("case", FORMS)
+@with_each_family("case", FORMS)
 def test_head_agrees_with_numpy_and_takes_the_first_largest(tmp_path: Path, case: tuple[Instructions, str]) -> None:
     unit, made = case[0], Head(*case)
     kinds, taken, seen, norm = made.weights
@@ -101,7 +101,7 @@ util.return %r#0, %r#1 : {results}
     assert token.tolist() == [3]
 
 
-@with_all("case", FORMS)
+@with_each_family("case", FORMS)
 def test_many_rows_are_those_of_the_head_bit_for_bit(tmp_path: Path, case: tuple[Instructions, str]) -> None:
     unit, made = case[0], Head(*case)
     kinds, taken, seen, norm = made.weights

@@ -27,7 +27,7 @@ from tests.support.artifact import relative_error
 from tests.support.buffers import layer_buffer
 from tests.support.machines import MACHINES
 from tests.support.products import panel, prepared, products_module
-from tests.support.units import UNITS, all_pairs, covering, with_all, with_enough
+from tests.support.units import UNITS, all_pairs, covering, with_each_family, with_enough
 
 ALL = TWO_BYTES["int16"]
 SHAPES = {
@@ -360,7 +360,7 @@ WIDE_ENDS = ("int8", "int3_g64", "int4_g128", "int6_g64", "int7_g64", "q4_1")
 OF_TWO_BYTES = " of two bytes"
 
 
-@with_all("case", {form: form for form in ENDS} | {form + OF_TWO_BYTES: form for form in WIDE_ENDS})
+@with_each_family("case", {form: form for form in ENDS} | {form + OF_TWO_BYTES: form for form in WIDE_ENDS})
 @pytest.mark.parametrize("together", [False, True], ids=["one row", "a tile of rows"])
 def test_products_are_exact_at_the_ends_of_integers(
     tmp_path: Path, case: tuple[Instructions, str], together: bool

@@ -50,17 +50,20 @@ def families(forms: Mapping[str, str]) -> dict[str, str]:
     return {case: family(form) for case, form in forms.items()}
 
 
-def with_all(argument: str, forms: Mapping[str, str]) -> pytest.MarkDecorator:
-    """Give a test (instruction set, name of the case) for every pair."""
-    return _parametrize(argument, all_pairs(forms), ())
-
-
 def with_enough(argument: str, forms: Mapping[str, str], groups: Mapping[str, str]) -> pytest.MarkDecorator:
     """Give a fixture (instruction set, name of the case) for each pair; what `covering` leaves is exhaustive."""
-    pairs = all_pairs(forms)
-    here = runnable(pairs)
+    return _parametrize(argument, all_pairs(forms), _left(forms, groups), indirect=True)
+
+
+def with_each_family(argument: str, forms: Mapping[str, str]) -> pytest.MarkDecorator:
+    """Give a test (instruction set, name of the case) for every pair; those that `covering` leaves are exhaustive."""
+    return _parametrize(argument, all_pairs(forms), _left(forms, families(forms)))
+
+
+def _left(forms: Mapping[str, str], groups: Mapping[str, str]) -> list[Pair]:
+    here = runnable(all_pairs(forms))
     kept = covering(here, groups)
-    return _parametrize(argument, pairs, [pair for pair in here if pair not in kept], indirect=True)
+    return [pair for pair in here if pair not in kept]
 
 
 def _parametrize(
