@@ -255,4 +255,4 @@ def make_job(
 
 def _calibrated(choices: Mapping[str, str]) -> bool:
     """Return whether an import needs calibration text."""
-    return any(choices.get(knob) == value for knob, value in CALIBRATED.items())
+    return any(choices.get(knob) == value for knob, value in CALIBRATED)

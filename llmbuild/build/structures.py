@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from llmbuild import digest
 from llmbuild.build.job import Job
 from llmbuild.frontend.files import CONFIG
-from llmbuild.kernels.layouts import up_to
+from llmbuild.kernels.layouts import UNIFORM, up_to
 from llmbuild.kernels.shapes import multiple
 from llmbuild.spec.formats import SAME
 from llmbuild.spec.model import facts_of
@@ -72,7 +72,8 @@ class Structures:
         settled = {name: value for name, value in choices.items() if name != "quantization"}
         shared = {name: inputs[name] for name in ("context", "batch", "features", "importer")}
         by_value = {}
-        if "sensitive" in (settled.get("mixed"), settled.get("allocation")):  # weights and text decide on formats
+        shared_out = settled.get("allocation", UNIFORM) != UNIFORM
+        if shared_out or settled.get("mixed") == "sensitive":  # weights and text decide on formats
             by_value = {name: inputs[name] for name in ("model", "calibration")}
         more = {"random_init": self.job.recipe.model.random_init, "subgroup": inputs.get("subgroup", 0)}
         return {"structure": {**shared, **by_value, **more, "config": self._config(), "choices": settled}}

@@ -16,7 +16,7 @@ from llmbuild.frontend.modules import Linear, Matrix, ScaledColumns
 from llmbuild.frontend.own import NAMES, NORM_NAMES, OwnHead, OwnLayers, PanelEmbedding
 from llmbuild.frontend.weights import Source
 from llmbuild.kernels.layouts import PANEL
-from llmbuild.kernels.shapes import buffer_bytes
+from llmbuild.kernels.lying import offsets
 from llmbuild.transform.archive import Layout
 from llmbuild.transform.decoder import layer_units, packer
 from llmbuild.transform.stored import Encoded, Keep, Place, Rows, matrix_unit, plain, regions, tasks
@@ -106,7 +106,8 @@ def _matrix(name: str, module: Matrix, source: Source, keep: Keep | None) -> lis
 
 
 def _own_layer(tensor: str, index: int, module: OwnLayers, source: Source, keep: Keep | None) -> list[Unit]:
-    shape, layouts = module.shape, module.shape.layouts()
+    shape = module.shapes[index]
+    layouts, begin = shape.layouts(), offsets(module.shapes)[index]
     prefix = f"model.layers.{module.first + index}."
     homes = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate_up", "up": "gate_up"}
 
@@ -122,7 +123,7 @@ def _own_layer(tensor: str, index: int, module: OwnLayers, source: Source, keep:
     for part, theirs in NAMES.items():
         if source.model.has(f"{prefix}{theirs}.bias"):
             vectors[f"{part}.bias"] = source.whole(f"{prefix}{theirs}.bias")
-    return layer_units(tensor, index * buffer_bytes(shape), shape, vectors, encode, None if keep is None else kept)
+    return layer_units(tensor, begin, shape, vectors, encode, None if keep is None else kept)
 
 
 def _own_head(name: str, module: OwnHead, source: Source, keep: Keep | None) -> list[Unit]:

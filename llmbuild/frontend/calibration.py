@@ -23,10 +23,11 @@ from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
 from llmbuild.frontend.layerwise import Layers, Look, embedded, head_parts, own_vectors
 from llmbuild.frontend.modules import FUSED_GROUPS
 from llmbuild.frontend.scaling import Site, fitting_scale, fold, sites, spread
+from llmbuild.frontend.sensitivity import harms
 from llmbuild.frontend.tensors import HEAD
 from llmbuild.frontend.weights import Patch, Source
 from llmbuild.spec.formats import INTEGERS
-from llmbuild.transform.allocation import Kind, share
+from llmbuild.transform.allocation import share
 from llmbuild.transform.gptq import DAMPING, gptq, nearest
 from llmbuild.transform.quantized import Quantized, dequantize, quantize
 
@@ -263,33 +264,16 @@ class Calibration:
             states = self._layers.run(states)
         return states
 
-    def allocated(self, formats: Formats, kinds: Mapping[str, Sequence[str]]) -> dict[str, str]:
-        """Return the format of each matrix: kinds whose rounding the text shows most get more bits.
+    def allocated(self, formats: Formats, kinds: Mapping[str, Sequence[str]], extra: float) -> dict[str, str]:
+        """Return the format of each matrix: those whose rounding the text shows most get more bits.
 
-        `kinds` are the names in a layer of the matrices that share a format. Each kind is rounded alone in all layers,
-        all else being exact, and the KL divergence of the next token is measured on the first windows.
+        `kinds` are the names in a layer of the matrices that share a format; `extra` bits of a weight in the mean are
+        spent beyond those of the layers' format.
         """
-        base = INTEGERS[formats.layers]
-        exact = self._begin(SENSITIVE_WINDOWS)
-        rounded, weights = dict.fromkeys(kinds, exact), dict.fromkeys(kinds, 0)
-        for index in range(self.config.num_hidden_layers):
-            layer = self._load(index)
-            for kind, names in kinds.items():
-                parts = [layer.get_submodule(name) for name in names]
-                own = [part.weight.clone() for part in parts]
-                for part, dense in zip(parts, own, strict=True):
-                    part.weight.copy_(torch.from_numpy(dequantize(quantize(dense.numpy(), base))))
-                rounded[kind] = self._layers.run(rounded[kind])
-                for part, dense in zip(parts, own, strict=True):
-                    part.weight.copy_(dense)
-                weights[kind] += sum(dense.numel() for dense in own)
-            exact = self._layers.run(exact)
-        right = self._log_probabilities(exact)
-        harm = {kind: _divergence(right, self._log_probabilities(states)) for kind, states in rounded.items()}
-        found = {kind: Kind(weights[kind], harm[kind]) for kind in kinds}
-        chosen = share(found, formats.layers)
-        layers = range(self.config.num_hidden_layers)
-        return {f"model.layers.{i}.{name}": chosen[kind] for i in layers for kind in kinds for name in kinds[kind]}
+        tokens = self.tokens[:SENSITIVE_WINDOWS]
+        found = harms(self._layers, self.model, tokens, INTEGERS[formats.layers], kinds)
+        chosen = share(found, formats.layers, extra)
+        return {f"model.layers.{i}.{name}": form for (i, kind), form in chosen.items() for name in kinds[kind]}
 
     def _log_probabilities(self, states: torch.Tensor) -> torch.Tensor:
         """Return f32[W*L,V] of final states."""

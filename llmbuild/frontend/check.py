@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,8 @@ NUDGE = 1e-6
 NOISE_FORCED = 2
 """Forced tokens that noise is measured on."""
 
-Rounding = Callable[[str], Layout | None]
-"""From a layer's name, without that of the decoder layer, to the layout that rounds what it reads, if one does."""
+Rounding = Callable[[int, str], Layout | None]
+"""From a decoder layer's number and a matrix's name in it to the layout that rounds what it reads, if one does."""
 
 
 class Kept:
@@ -60,11 +61,11 @@ class Check:
 
     def __init__(self, config: Any, cached: Cached, rounding: Rounding, tokens: CheckTokens, look: Look) -> None:
         attention.register()
-        self.tokens, self._head = tokens, rounding(TABLES[1])
+        self.tokens, self._head, self._at = tokens, rounding(0, TABLES[1]), 0
         self._layers = Layers(config, attention.NAME, cached)
         for name, part in self._layers.module.named_modules():
-            if isinstance(part, nn.Linear) and (layout := rounding(name)) is not None:
-                part.register_forward_pre_hook(_rounds(layout))
+            if isinstance(part, nn.Linear):
+                part.register_forward_pre_hook(_rounds(partial(self._layout, rounding, name)))
         self._texts: list[Texts] = [tokens.texts(), tokens.texts(NOISE_FORCED)]
         with torch.inference_mode():
             plain = [embedded(look, line[None]) for line in self._texts[0].lines]
@@ -72,6 +73,9 @@ class Check:
         self._states = [plain, nudged]
         self._rows: np.ndarray = np.empty(0)
         self._logits: np.ndarray = np.empty(0)
+
+    def _layout(self, rounding: Rounding, name: str) -> Layout | None:
+        return rounding(self._at, name)
 
     def room(self, source: Source, index: int) -> Kept:
         """Return the room for a layer's matrices."""
@@ -81,6 +85,7 @@ class Check:
 
     def layer(self, index: int, weights: Kept) -> None:
         """Run a layer."""
+        self._at = index
         with torch.inference_mode(), _half_of_the_threads():
             self._layers.layer(index, weights)
             self._states = [[self._layers.run(state) for state in states] for states in self._states]
@@ -138,8 +143,11 @@ def _half_of_the_threads() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _rounds(layout: Layout) -> Any:
+def _rounds(layout_now: Callable[[], Layout | None]) -> Any:
     def hook(_: nn.Module, read: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        layout = layout_now()
+        if layout is None:
+            return read
         flat = read[0].flatten(0, -2).numpy()
         return (torch.from_numpy(_rounded(flat, layout)).view(read[0].shape),)
 

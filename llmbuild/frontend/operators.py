@@ -4,17 +4,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
 from llmbuild.kernels.head import HeadShape
+from llmbuild.kernels.lying import offsets
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform import reference
 from llmbuild.transform.panels import Matrix, unpack
 from llmbuild.transform.weights import Array
 
-LAYERS: dict[str, DecoderShape] = {}
-PAGED: dict[str, DecoderShape] = {}
+LAYERS: dict[str, Sequence[DecoderShape]] = {}
+PAGED: dict[str, Sequence[DecoderShape]] = {}
 HEADS: dict[str, HeadShape] = {}
 """Shapes by kernel name: an operator can carry a name, not a dataclass. `PAGED` are layers whose cache is shared."""
 
@@ -33,10 +36,11 @@ def layers(
 
     The cache is written in place, and torch is not told: an export would otherwise return a copy of it.
     """
-    shape, state = PAGED.get(kernel) or LAYERS[kernel], x.numpy()
-    seen = _seen(where.numpy(), len(state), shape.page if kernel in PAGED else 0)
+    shapes, state = PAGED.get(kernel) or LAYERS[kernel], x.numpy()
+    seen = _seen(where.numpy(), len(state), shapes[0].page if kernel in PAGED else 0)
     angles = cosine.numpy(), sine.numpy()
-    for packed, pair in zip(np.split(buffer.numpy().view(np.uint8), len(cache) // 2), pairs(cache), strict=True):
+    stored = np.split(buffer.numpy().view(np.uint8), offsets(shapes)[1:-1])
+    for shape, packed, pair in zip(shapes, stored, pairs(cache), strict=True):
         arrays = [part.numpy() for part in pair]
         state, *new = reference.layer(shape, state, *angles, seen, packed, *arrays)
         for old, part in zip(arrays, new, strict=True):

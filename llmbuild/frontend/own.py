@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import PANEL, TWO_BYTES, Layout, family
 from llmbuild.kernels.look import look
-from llmbuild.kernels.shapes import DecoderShape, buffer_bytes
+from llmbuild.kernels.lying import offsets
+from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.transform.decoder import PARTS
@@ -57,11 +59,11 @@ NORM_NAMES = {
 class OwnLayers(nn.Module):
     """Decoder layers as one operator; they are called like one of the library's."""
 
-    def __init__(self, shape: DecoderShape, first: int, count: int, kernel: str) -> None:
+    def __init__(self, shapes: Sequence[DecoderShape], first: int, kernel: str) -> None:
         super().__init__()
-        self.shape, self.first, self.count, self.kernel = shape, first, count, kernel
+        self.shapes, self.first, self.count, self.kernel = shapes, first, len(shapes), kernel
         self.buffer: torch.Tensor
-        self.register_buffer("buffer", torch.empty(count * buffer_bytes(shape), dtype=torch.int8))
+        self.register_buffer("buffer", torch.empty(offsets(shapes)[-1], dtype=torch.int8))
 
     def forward(
         self,
@@ -182,7 +184,6 @@ def put_in(
     shape = replace(
         _shape(model, context, cache, work_groups, formats, units.layers),
         wide=tuple(wide) if formats.layers in INTEGERS else (),
-        formats=tuple((kind, form) for kind, form in by_kind(formats).items() if form != formats.layers),
     )
     head_shape = HeadShape(
         shape.hidden,
@@ -196,23 +197,40 @@ def put_in(
     )
     operators.HEADS.update(dict.fromkeys((HEAD, SCORES, PICKED), head_shape))
     kernels = dict.fromkeys((HEAD, SCORES, PICKED), head(HEAD, head_shape, units.head))
-    decoder = model.model
-    groups, first = [], 0
-    for part in _split(len(decoder.layers)):
-        kernel = f"{LAYERS}_{part}"
-        if kernel not in kernels:  # the text is long
-            operators.LAYERS[kernel] = operators.PAGED[paged(kernel)] = shape
-            kernels |= dict.fromkeys((kernel, paged(kernel)), layers(kernel, shape, part, units.layers))
-        groups.append(OwnLayers(shape, first, part, kernel))
-        first += part
-    decoder.layers = nn.ModuleList(groups)
+    groups = _groups([replace(shape, formats=others(formats, n)) for n in range(len(model.model.layers))])
+    for names in _alike(groups):
+        kernels |= dict.fromkeys([*names, *map(paged, names)], layers(names, groups[names[0]], units.layers))
+    first, made = 0, []
+    for name, shapes in groups.items():
+        operators.LAYERS[name] = operators.PAGED[paged(name)] = shapes
+        made.append(OwnLayers(shapes, first, name))
+        first += len(shapes)
+    model.model.layers = nn.ModuleList(made)
     _put_in_tables(model, head_shape, formats)
     return kernels
 
 
-def by_kind(formats: Formats) -> dict[str, str]:
-    """Return the format of each matrix of a layer as our kernels have them; all layers are alike."""
-    return {kind: formats.of(f"model.layers.0.{names[0]}") for kind, names in KINDS.items()}
+def others(formats: Formats, layer: int) -> tuple[tuple[str, str], ...]:
+    """Return the matrices of a layer, as our kernels have them, whose format is not that of the layers, and which."""
+    found = {kind: formats.of(f"model.layers.{layer}.{names[0]}") for kind, names in KINDS.items()}
+    return tuple((kind, form) for kind, form in found.items() if form != formats.layers)
+
+
+def _groups(shapes: Sequence[DecoderShape]) -> dict[str, tuple[DecoderShape, ...]]:
+    """Return the layers of each dispatch by its name, which says its place alone: it is the same in all formats. They
+    are as few as bindings allow, of nearly one size.
+    """
+    count = -(-len(shapes) // MAX_LAYERS)
+    ends = [len(shapes) * number // count for number in range(count + 1)]
+    return {f"{LAYERS}_{n}": tuple(shapes[a:b]) for n, (a, b) in enumerate(pairwise(ends))}
+
+
+def _alike(groups: Mapping[str, tuple[DecoderShape, ...]]) -> list[list[str]]:
+    """Return the names of the groups whose layers are the same: one text does for them, and it is long."""
+    found: dict[tuple[DecoderShape, ...], list[str]] = {}
+    for name, shapes in groups.items():
+        found.setdefault(shapes, []).append(name)
+    return list(found.values())
 
 
 def rounded_to_bytes(activations: str) -> frozenset[str]:
@@ -243,21 +261,20 @@ def look_kernel(model: Any) -> dict[str, str]:
     return {LOOK: look(LOOK, inner.head.shape, scaled=table is not inner)}
 
 
-def rounding(model: Any) -> Callable[[str], Layout | None]:
-    """Return by which layout our kernels in a model round what a matrix reads, by its name in a decoder layer."""
+def rounding(model: Any) -> Callable[[int, str], Layout | None]:
+    """Return by which layout our kernels in a model round what a matrix reads: one of a decoder layer, by the layer's
+    number and its name in it, or the head, by its name alone. None where that is not rounded.
+    """
     if not isinstance(model.lm_head, OwnHead):
-        return lambda _: None
-    layouts = model.model.layers[0].shape.layouts()
-    homes = {"query": "qkv", "key": "qkv", "value": "qkv", "gate": "gate_up", "up": "gate_up"}
-    found = {theirs: layouts[homes.get(ours, ours)] for ours, theirs in NAMES.items()}
-    found[TABLES[1]] = model.lm_head.shape.layout
-    return lambda name: layout if (layout := found.get(name)) and (layout.block or layout.narrow) else None
+        return lambda *_: None
+    layers = [shape.layouts() for group in model.model.layers for shape in group.shapes]
+    kinds = {name: kind for kind, names in KINDS.items() for name in names}
 
+    def found(layer: int, name: str) -> Layout | None:
+        layout = layers[layer].get(kinds.get(name, "")) if name != TABLES[1] else model.lm_head.shape.layout
+        return layout if layout and (layout.block or layout.narrow) else None
 
-def _split(count: int) -> list[int]:
-    """Return how many layers go into each dispatch: as few dispatches as bindings allow, of nearly one size."""
-    dispatches = -(-count // MAX_LAYERS)
-    return [count // dispatches + (index < count % dispatches) for index in range(dispatches)]
+    return found
 
 
 def _shape(model: Any, context: int, cache: str, workers: int, formats: Formats, unit: Instructions) -> DecoderShape:

@@ -40,7 +40,7 @@ from llmbuild.kernels import matvec
 from llmbuild.kernels.applies import gpu_problem
 from llmbuild.kernels.choose import required_features
 from llmbuild.kernels.kept import CACHES
-from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS, TWO_BYTES
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS, TWO_BYTES, UNIFORM
 from llmbuild.kernels.shapes import PAGE
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SAME, WEIGHT_FORMATS
 from llmbuild.spec.program import (
@@ -68,7 +68,7 @@ KNOBS: dict[str, tuple[str, ...]] = {
     "kernel": ("compiler", "own"),
     "kv_dtype": CACHES,
     "activations": ACTIVATIONS,
-    "allocation": ALLOCATIONS,
+    "allocation": tuple(ALLOCATIONS),
     "work_groups": ("2", "1", "4", "8", "16", "32", "64"),
     "row_tile": matvec.ROW_TILES,
     "row_reads": matvec.ROW_READS,
@@ -298,7 +298,7 @@ class Calibrated:
     calibration: Calibration
     asked: Asked
     mixed: bool
-    allocated: bool = False
+    allocation: str = UNIFORM
 
 
 def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrated | None:
@@ -318,16 +318,17 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
         raise ChoiceRefused(f"quantization=gptq rounds weights to integers; weight_format is {layers}")
     if scaled and not {layers, head} & set(INTEGERS):
         raise ChoiceRefused(f"scaling=activation is for weights rounded to integers; weight_format is {layers}")
-    allocated = choices["allocation"] != ALLOCATIONS[0]
+    allocation = choices["allocation"]
+    allocated = allocation != UNIFORM
     if allocated and not (own_on_cpu(job, choices) and neighbours(layers)):
         raise ChoiceRefused(
-            f"allocation=sensitive is for kernel=own on CPUs and weights of 3 to 7 bits in groups; found {layers}"
+            f"allocation={allocation} is for kernel=own on CPUs and weights of 3 to 7 bits in groups; found {layers}"
         )
     if not (fitted or mixed or scaled or allocated):
         return None
     calibration = Calibration(taken.config, taken.weights, read_tokens(job.calibration))
     rounded = own.rounded_to_bytes(choices["activations"]) if own_on_cpu(job, choices) else frozenset[str]()
-    return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed, allocated)
+    return Calibrated(calibration, Asked(fitted, scaled, rounded), mixed, allocation)
 
 
 @dataclass(frozen=True)
@@ -368,11 +369,14 @@ def rounded_again(weights: Model, formats: Formats) -> tuple[str, ...]:
 def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Formats:
     """Return the formats of all layers; some keep more bits where calibration finds them sensitive."""
     formats = Formats(*stored_formats(choices))
-    if calibrated is None or not (calibrated.mixed or calibrated.allocated):
+    if calibrated is None:
+        return formats
+    if calibrated.allocation != UNIFORM:
+        extra = ALLOCATIONS[calibrated.allocation]
+        return replace(formats, kept=calibrated.calibration.allocated(formats, own.KINDS, extra))
+    if not calibrated.mixed:
         return formats
     with torch.no_grad():
-        if calibrated.allocated:
-            return replace(formats, kept=calibrated.calibration.allocated(formats, own.KINDS))
         return replace(formats, kept=calibrated.calibration.sensitive(formats))
 
 

@@ -15,9 +15,10 @@ from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.kept import Kept
 from llmbuild.kernels.layouts import LINE, Layout, up_to
+from llmbuild.kernels.lying import Lying, offsets
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
 from llmbuild.kernels.scratch import MAX_PARTS, score_bytes, scratch, spread_bytes
-from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes, panels_of, sections
+from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, panels_of
 from llmbuild.kernels.text import I64, PTR, VF, Writer
 
 PHASES = 10
@@ -87,18 +88,20 @@ def cache_names(layers: int) -> list[str]:
 class LayerWriter:
     """Writes the body of the dispatch; each method is one phase of a layer."""
 
-    def __init__(self, name: str, shape: DecoderShape, layers: int, unit: Instructions) -> None:
-        self.shape = shape
-        self.layers = layers
+    def __init__(self, name: str, shapes: Sequence[DecoderShape], unit: Instructions) -> None:
+        """Take the layers' shapes: one another but for the formats of their matrices."""
+        self.shapes, self.layers = shapes, len(shapes)
+        self.shape = shape = shapes[0]
         self.unit = unit
         self.w = w = Writer(name)
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
-        self.p = bind(w, BEFORE + cache_names(layers) + AFTER, self._sizes())
+        self.p = bind(w, BEFORE + cache_names(self.layers) + AFTER, self._sizes())
+        self.lying = Lying(w, self.p["weights"], shapes)
         self.number = worker(w)
         self.shift = w.cast("arith.index_cast", "%shift", "index", I64)
         self.some = w.cast("arith.extui", w.below(self.shift, attention.UNPAGED), "i1", I64)
-        self.s, offset = {}, w.integer(scratch(shape).fixed)
-        for region, size in scratch(shape).per_row.items():
+        self.s, offset = {}, w.integer(scratch(shapes).fixed)
+        for region, size in scratch(shapes).per_row.items():
             self.s[region] = w.at(self.p["scratch"], offset)
             offset = w.add(offset, w.mul(self.rows, size))
         self.parts: dict[str, str] = {}
@@ -112,10 +115,10 @@ class LayerWriter:
         places = [shape.kv_heads * kept.bytes for kept in shape.kept]  # of one; how many there are is the caller's
         row = w.mul(rows, 4 * shape.width)
         angle = w.mul(rows, 4 * shape.head_dim)
-        size = scratch(shape)
+        size = scratch(self.shapes)
         sizes: dict[str, int | str] = {
             "x": row, "out": row, "cosine": angle, "sine": angle, "where": w.mul(rows, 8),
-            "weights": self.layers * buffer_bytes(shape), "counters": counters_bytes(shape, self.layers),
+            "weights": offsets(self.shapes)[-1], "counters": counters_bytes(shape, self.layers),
             "scratch": w.add(size.fixed, w.mul(rows, size.total(1) - size.fixed)),
         }  # fmt: skip
         return sizes | dict(zip(cache_names(self.layers), places * self.layers, strict=True))
@@ -126,14 +129,15 @@ class LayerWriter:
         table = w.let(f"llvm.alloca {w.integer(2 * self.layers)} x {PTR} : ({I64}) -> {PTR}")
         for i, name in enumerate(cache_names(self.layers)):
             w.store(self.p[name], w.at(table, 8 * i), PTR, 8)
+        self.lying.prepare()
         self.phases.run(self.rows, lambda row: self._copy(w.mul(row, width)))
         first = w.at(self.p["counters"], counter_bytes(1, self.shape.workers))
 
         def body(layer: str) -> list[str]:
             counters = w.at(first, w.mul(layer, counter_bytes(PHASES, self.shape.workers)))
             self.phases = Phases(w, counters, self.number, self.shape.workers, self.unit.pause)
-            buffer = w.at(self.p["weights"], w.mul(layer, buffer_bytes(self.shape)))
-            self.parts = {name: w.at(buffer, part.offset) for name, part in sections(self.shape).items()}
+            self.lying.at(layer)
+            self.parts = self.lying.parts()
             self.keys, self.values = (w.load(w.at(table, w.mul(layer, 16), 8 * i), PTR, 8) for i in range(2))
             self._layer()
             return []
@@ -168,14 +172,13 @@ class LayerWriter:
         self.ahead = self._first_of("down")
         self.multiply("gate_up", self.gated)
         self.prepare(s["inner"], 4 * shape.inner_padded, "down")
-        self.ahead = self._first_of("qkv", buffer_bytes(shape))
+        self.ahead = self._first_of("qkv", 1)
         last = self.residual(s["middle"], self._middle, out, hidden)
         self.multiply("down", last)
 
     def _first_of(self, name: str, further: int = 0) -> Ahead:
-        """Return the data of a matrix of this layer, or of the layer that lies `further` bytes on."""
-        pointer = self.w.at(self.parts[f"{name}.data"], further)
-        return Ahead(pointer, panels_of(self.shape, name), self.shape.layouts()[name].panel_bytes)
+        """Return the data of a matrix of this layer, or of one that comes so many layers `further`."""
+        return self.lying.ahead(name, self.parts[f"{name}.data"], further)
 
     def _run(self, units: int | str, unit: Callable[[str], None]) -> None:
         self.phases.run(units, unit, self.ahead)
@@ -188,9 +191,13 @@ class LayerWriter:
         """Return the pointer of a row that is ready for a product."""
         return self.w.at(self.s["prepared"], self.w.mul(row, layout.prepared_bytes))
 
+    def _put(self, name: str, source: k.Reader, row: str) -> None:
+        """Prepare a row for a matrix."""
+        self.lying.each(name, lambda by: products.prepare(self.w, by, source, self.prepared(by, row)))
+
     def normalize(self, norm: str, source: str, stride: int, name: str) -> None:
         """Normalize rows and prepare them for a matrix."""
-        w, shape, layout = self.w, self.shape, self.shape.layouts()[name]
+        w, shape = self.w, self.shape
 
         def unit(row: str) -> None:
             x = k.vectors(w, w.at(source, w.mul(row, stride)))
@@ -200,34 +207,33 @@ class LayerWriter:
             def normal(i: str) -> str:
                 return w.op("arith.mulf", w.op("arith.mulf", x(i), factor), weight(i))
 
-            products.prepare(w, layout, normal, self.prepared(layout, row))
+            self._put(name, normal, row)
 
         self._run(self.rows, unit)
 
     def prepare(self, source: str, stride: int, name: str, before: Callable[[], None] = lambda: None) -> None:
         """Prepare rows for a matrix, after what `before` writes for each row."""
-        w, layout = self.w, self.shape.layouts()[name]
+        w = self.w
 
         def unit(row: str) -> None:
             before()
-            x = k.vectors(w, w.at(source, w.mul(row, stride)))
-            products.prepare(w, layout, x, self.prepared(layout, row))
+            self._put(name, k.vectors(w, w.at(source, w.mul(row, stride))), row)
 
         self._run(self.rows, unit)
 
     def multiply(self, name: str, finish: products.Epilogue) -> None:
         """Multiply the prepared rows by a matrix, panel by panel."""
-        parts, layout = self.parts, self.shape.layouts()[name]
-        panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
-        room = self.w.at(
-            self.p["scratch"], scratch(self.shape).spread, self.w.mul(self.number, spread_bytes(self.shape))
-        )
-        self._run(
-            panels_of(self.shape, name),
-            lambda panel: products.multiply_panel(
-                self.w, self.unit, panels, panel, self.s["prepared"], self.rows, finish, room
-            ),
-        )
+        w, parts, x = self.w, self.parts, self.s["prepared"]
+        room = w.at(self.p["scratch"], scratch(self.shapes).spread, w.mul(self.number, spread_bytes(self.shapes)))
+
+        def unit(panel: str) -> None:
+            def by(layout: Layout) -> None:
+                panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
+                products.multiply_panel(w, self.unit, panels, panel, x, self.rows, finish, room)
+
+            self.lying.each(name, by)
+
+        self._run(panels_of(self.shape, name), unit)
 
     def plain(self, target: str, stride: int) -> products.Epilogue:
         """Store a panel's outputs as they are; rows are whole panels wide."""
@@ -404,7 +410,7 @@ class LayerWriter:
         """Return where the result for a part of the positions goes, in the room of a head or of a work-group."""
         w, stride = self.w, attention.Parts.stride(self.shape.head_dim)
         number = w.add(w.mul(room, MAX_PARTS), part)
-        return w.at(self.p["scratch"], scratch(self.shape).parts, w.mul(number, stride))
+        return w.at(self.p["scratch"], scratch(self.shapes).parts, w.mul(number, stride))
 
     def _join(self, room: int | str, count: str, out: str) -> None:
         """Make one result of as many parts as `count`."""
@@ -433,8 +439,11 @@ def counters_bytes(shape: DecoderShape, layers: int) -> int:
     return counter_bytes(1 + layers * PHASES, shape.workers)
 
 
-def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> str:
-    """Return the executable and two functions that dispatch it, `util.func @name` and `@paged(name)`.
+def layers(names: Sequence[str], shapes: Sequence[DecoderShape], unit: Instructions) -> str:
+    """Return an executable and, for each of the names, two functions that dispatch it, `util.func @name` and
+    `@paged(name)`.
+
+    `shapes` are those of the layers, one another but for the formats of their matrices.
 
     They take `x [T,width]`, `cosine` and `sine [T,head_dim]`, `where i64[W]`, the layers' weights one after the other,
     and keys and values of each layer, which they write in place; they return the new hidden states. Rows attend to
@@ -444,23 +453,23 @@ def layers(name: str, shape: DecoderShape, count: int, unit: Instructions) -> st
     row's pages begin, the numbers of the blocks of the cache in which its sequence's positions are, `page` of them in
     each.
     """
-    body = LayerWriter(name, shape, count, unit).write()
-    return "\n".join(
-        [
-            executable(name, BEFORE + cache_names(count) + AFTER, body, shape.workers, ("shift",)),
-            _dispatch(name, name, shape, count, str(shape.context), attention.UNPAGED),
-            _dispatch(paged(name), name, shape, count, "?", shape.page.bit_length() - 1),
-        ]
-    )
+    own, shape = names[0], shapes[0]
+    body = LayerWriter(own, shapes, unit).write()
+    made = executable(own, BEFORE + cache_names(len(shapes)) + AFTER, body, shape.workers, ("shift",))
+    for name in names:
+        made += "\n" + _dispatch(name, own, shapes, str(shape.context), attention.UNPAGED)
+        made += "\n" + _dispatch(paged(name), own, shapes, "?", shape.page.bit_length() - 1)
+    return made
 
 
-def _dispatch(function: str, name: str, shape: DecoderShape, count: int, places: str, shift: int) -> str:
+def _dispatch(function: str, name: str, shapes: Sequence[DecoderShape], places: str, shift: int) -> str:
     """Return a function that dispatches the executable of some layers on caches of so many places."""
-    row, names = scratch(shape), cache_names(count)
+    shape, count = shapes[0], len(shapes)
+    row, names = scratch(shapes), cache_names(count)
     held = [f"tensor<{places}x{shape.kv_heads}x{kept.elements}x{kept.element}>" for kept in shape.kept] * count
     behind = "{%places}" if places == "?" else ""
     wide, angle = f"tensor<?x{shape.width}xf32>", f"tensor<?x{shape.head_dim}xf32>"
-    weights, counters = f"tensor<{count * buffer_bytes(shape)}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
+    weights, counters = f"tensor<{offsets(shapes)[-1]}xi8>", f"tensor<{counters_bytes(shape, count)}xi8>"
     taken, caches = (
         ", ".join(f"%{n}: {kind}" for n, kind in zip(names, held, strict=True)),
         ", ".join(f"%{n}" for n in names),

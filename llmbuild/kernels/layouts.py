@@ -14,8 +14,11 @@ TWO_BYTES = {"int8": (), "int16": ("qkv", "out", "gate_up", "down", "head"), "mi
 """By what activations of integer weights are rounded to: the matrices that read two bytes of each, not one."""
 ACTIVATIONS = tuple(TWO_BYTES)
 """The first is the default."""
-ALLOCATIONS = ("uniform", "sensitive")
-"""How bits of weights are shared out among kinds of matrices; the first is the default."""
+ALLOCATIONS = {"uniform": 0.0, "sensitive": 0.0, "sensitive+half": 0.5}
+"""How bits of weights are shared out among the matrices of all layers, with the bits of a weight in the mean that are
+spent beyond those of the format; the first is the default, in which all have that format.
+"""
+UNIFORM = next(iter(ALLOCATIONS))
 LOW_BITS = 7
 LOW = 1 << LOW_BITS
 """What the first byte of an activation of two bytes counts; the second one is -64..63."""

@@ -29,7 +29,7 @@ class Ahead:
 
     pointer: str
     units: int
-    unit_bytes: int
+    unit_bytes: int | str
 
 
 def counter_bytes(phases: int, workers: int) -> int:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.attention import Parts
-from llmbuild.kernels.layouts import LINE, up_to
+from llmbuild.kernels.layouts import LINE, Layout, up_to
 from llmbuild.kernels.shapes import DecoderShape
 
 MAX_PARTS = 16
@@ -30,23 +31,30 @@ class Scratch:
         return self.fixed + rows * sum(self.per_row.values())
 
 
-def scratch(shape: DecoderShape) -> Scratch:
-    """Return the scratch of a layer; every region is a multiple of a cache line per row."""
+def scratch(shapes: Sequence[DecoderShape]) -> Scratch:
+    """Return the scratch of layers, one another but for their formats; every region is a multiple of a cache line per
+    row.
+    """
+    shape = shapes[0]
     per_row = {
         "qkv": 4 * shape.projected,
         "attended": up_to(4 * shape.attended_padded, LINE),
         "middle": up_to(4 * shape.width, LINE),
         "inner": 4 * shape.inner_padded,
-        "prepared": max(layout.prepared_bytes for layout in shape.layouts().values()),
+        "prepared": max(layout.prepared_bytes for layout in _layouts(shapes)),
     }
     parts = score_bytes(shape) * shape.workers
     spread = parts + max(shape.heads, shape.workers) * MAX_PARTS * Parts.stride(shape.head_dim)
-    return Scratch(parts, spread, spread + spread_bytes(shape) * shape.workers, per_row)
+    return Scratch(parts, spread, spread + spread_bytes(shapes) * shape.workers, per_row)
 
 
-def spread_bytes(shape: DecoderShape) -> int:
+def spread_bytes(shapes: Sequence[DecoderShape]) -> int:
     """Return the room for a panel whose codes have a byte each."""
-    return max(layout.spread_bytes for layout in shape.layouts().values())
+    return max(layout.spread_bytes for layout in _layouts(shapes))
+
+
+def _layouts(shapes: Sequence[DecoderShape]) -> set[Layout]:
+    return {layout for shape in shapes for layout in shape.layouts().values()}
 
 
 def score_bytes(shape: DecoderShape) -> int:

@@ -106,9 +106,9 @@ class ImportJob:
     `weight_format` one of `formats.WEIGHT_FORMATS`, `head_format` same | one of these, `quantization` rtn | gptq,
     `scaling` none | activation, `mixed` none | sensitive, `layout` row_major | packed, `kernel` compiler | own,
     `kv_dtype` f32 | f16 | int8; of `own` kernels on a CPU `kv_dtype` k8v4 | int4 too, `activations` int8 | int16 |
-    mixed: what vectors are rounded to that integers are multiplied by, `allocation` uniform | sensitive: bits of each
-    kind of matrix, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work; `row_tile` and `row_reads`
-    how rows are shared out on a GPU.
+    mixed: what vectors are rounded to that integers are multiplied by, `allocation` uniform | sensitive |
+    sensitive+half: bits of each matrix, `work_groups` 2 | 1 | 4 ... 64: how many threads at most share the work;
+    `row_tile` and `row_reads` how rows are shared out on a GPU.
     """
 
     model: str

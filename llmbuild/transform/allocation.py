@@ -1,25 +1,25 @@
-"""Share out bits among the kinds of matrices of a decoder: up to half a bit more than one format, for the least harm.
+"""Share out bits among the matrices of all layers: as many as one format has, or half a bit more, for the least harm.
 
 Rounding to codes of `b` bits moves weights by a step in proportion to `1 / (2^b - 1)`, and the KL divergence that small
-errors cause grows with their square. So what one format does to a kind tells what its neighbours of the same group do.
-Harms of kinds add up. Without the half bit, formats are whole bits apart and kinds too few: what one kind gives up is
-more than the others gain.
+errors cause grows with their square. So what one format does to a matrix tells what its neighbours of the same group
+do. Harms of matrices add up. A bit more does less the more there are, so that taking the bit that does most for its
+weights, again and again, is best but for the last one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
-from itertools import product
+from heapq import heapify, heappop, heappush
+from typing import TypeVar
 
 from llmbuild.spec.formats import INTEGERS
 
-EXTRA = 0.5
-"""Bits of a weight, in the mean, that may be spent beyond those of the format."""
+Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
-class Kind:
+class Part:
     """Matrices that share a format: how many weights, and the KL divergence (nat) when they alone are rounded."""
 
     weights: int
@@ -34,29 +34,43 @@ def neighbours(form: str) -> tuple[str, ...]:
     return tuple(name for name, other in INTEGERS.items() if other.has_sides and other.group == of.group)
 
 
-def modelled(kinds: Mapping[str, Kind], base: str, formats: Mapping[str, str]) -> float:
-    """Return the modelled harm of formats by kind; the kinds' own harms were measured in `base`."""
-    steps = {name: _step(formats[name]) / _step(base) for name in kinds}
-    return sum(kinds[name].harm * steps[name] ** 2 for name in sorted(kinds))  # in one order: the sum is the same
+def modelled(parts: Mapping[Name, Part], base: str, formats: Mapping[Name, str]) -> float:
+    """Return the modelled harm of formats by part; the parts' own harms were measured in `base`."""
+    return sum(part.harm * _share_of_harm(formats[name], base) for name, part in parts.items())
 
 
-def share(kinds: Mapping[str, Kind], base: str) -> dict[str, str]:
-    """Return a format for each kind: of all within the bits of `base` and `EXTRA`, those of the least harm."""
-    names, choices = sorted(kinds), neighbours(base)
-    budget = (INTEGERS[base].bits + EXTRA) * sum(kind.weights for kind in kinds.values())
-    fitting = [
-        found for found in (dict(zip(names, forms, strict=True)) for forms in product(choices, repeat=len(names)))
-        if _bits(kinds, found) <= budget
-    ]  # fmt: skip
-    return min(fitting, key=lambda found: (modelled(kinds, base, found), _bits(kinds, found), _order(found)))
+def share(parts: Mapping[Name, Part], base: str, extra: float = 0.0) -> dict[Name, str]:
+    """Return a format for each part, within the bits of `base` and `extra` for each weight in the mean.
+
+    Of parts for which a bit does as much, the first one has it. Never worse than `base` for all, which parts of very
+    different sizes could lead to.
+    """
+    choices = sorted(neighbours(base), key=lambda form: INTEGERS[form].bits)
+    number, names = dict.fromkeys(parts, 0), list(parts)
+    left = (INTEGERS[base].bits + extra - INTEGERS[choices[0]].bits) * sum(part.weights for part in parts.values())
+
+    def gain(name: Name) -> float:
+        now, then = choices[number[name]], choices[number[name] + 1]
+        part = parts[name]
+        return part.harm * (_share_of_harm(now, base) - _share_of_harm(then, base)) / part.weights
+
+    waiting = [(-gain(name), place) for place, name in enumerate(names)]
+    heapify(waiting)
+    while waiting:
+        _, place = heappop(waiting)
+        name = names[place]
+        if parts[name].weights > left:
+            continue
+        left -= parts[name].weights
+        number[name] += 1
+        if number[name] + 1 < len(choices):
+            heappush(waiting, (-gain(name), place))
+    found, alike = {name: choices[number[name]] for name in names}, dict.fromkeys(names, base)
+    return min(found, alike, key=lambda formats: modelled(parts, base, formats))
 
 
-def _bits(kinds: Mapping[str, Kind], formats: Mapping[str, str]) -> int:
-    return sum(kind.weights * INTEGERS[formats[name]].bits for name, kind in kinds.items())
-
-
-def _order(formats: Mapping[str, str]) -> Sequence[str]:
-    return [formats[name] for name in sorted(formats)]
+def _share_of_harm(form: str, base: str) -> float:
+    return float((_step(form) / _step(base)) ** 2)
 
 
 def _step(form: str) -> float:

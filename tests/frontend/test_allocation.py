@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from llmbuild.errors import ChoiceRefused
-from llmbuild.frontend.own import KINDS, by_kind
+from llmbuild.frontend.own import KINDS, others
 from llmbuild.frontend.program import calibrate, formats_of, settle, take
 from tests.frontend.conftest import ONE, TWO, Imports
 from tests.frontend.test_frontend import CONTEXT, FEATURES, OWN, needs_vnni
@@ -22,17 +22,18 @@ def test_bits_shared_out_among_matrices_are_what_the_artifact_reads(imports: Imp
 
 
 @needs_vnni
-def test_bits_are_shared_out_by_what_rounding_each_kind_of_matrix_does(imports: Imports) -> None:
+def test_bits_are_shared_out_by_what_rounding_each_matrix_does(imports: Imports) -> None:
     model = imports.model(**TWO)
     job = imports.job(model, SHARED_OUT, context=CONTEXT, features=FEATURES)
     taken, choices = take(job, settle(job)), settle(job)
     calibrated = calibrate(taken, job, choices)
     formats = formats_of(choices, calibrated)
-    found = by_kind(formats)
-    assert len({*found.values()}) > 1, "else every kind is alike, and the test says nothing"
-    for index in range(taken.config.num_hidden_layers):
+    found = [others(formats, index) for index in range(taken.config.num_hidden_layers)]
+    assert found[0] != found[1], "else layers are alike, and the test says nothing"
+    for index, own in enumerate(found):
         for kind, names in KINDS.items():
-            assert {formats.of(f"model.layers.{index}.{name}") for name in names} == {found[kind]}
+            expected = dict(own).get(kind, formats.layers)
+            assert {formats.of(f"model.layers.{index}.{name}") for name in names} == {expected}
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.kept import Kept
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
 from llmbuild.kernels.layouts import TWO_BYTES, Layout, family
-from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, buffer_bytes
+from llmbuild.kernels.lying import offsets
+from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape
 from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference
 from llmbuild.transform.kept import packed, unpacked
@@ -69,10 +70,20 @@ SHAPES = {
         formats=(("qkv", "int7_g32"), ("gate_up", "int3_g32"), ("down", "int6_g32")),
         wide=TWO_BYTES["mixed"],
     ),
+    "bits of each layer": DecoderShape(
+        80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "int5_g64", formats=(("out", "int4_g64"), ("down", "int7_g64"))
+    ),
+    "bits of each layer, two bytes": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int4_g32", wide=ALL),
     "int8 cache": DecoderShape(80, 4, 2, 48, 50, 1e-5, 0.15, 40, "int8", 2, "f16"),
     "int4 cache": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, "int4", 2, "bf16", head_norms=True),
     "heads of 8": DecoderShape(44, 5, 1, 8, 43, 1e-5, 8**-0.5, 40, "f32", 2, activation="gelu", head_norms=True),
 }
+Formats = tuple[tuple[str, str], ...]
+SECOND: dict[str, Formats] = {
+    "bits of each layer": (("qkv", "int3_g64"), ("gate_up", "int6_g64")),
+    "bits of each layer, two bytes": (("qkv", "int6_g32"), ("out", "int5_g32"), ("down", "int3_g32")),
+}
+"""Formats of the second layer's matrices where they are not those of the first's."""
 IN_PARTS = {
     "parts of positions": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 700, "f32", 2, part=16),
     "parts, f16 cache": DecoderShape(64, 4, 2, 64, 75, 1e-5, 0.125, 700, "f16", 3, "f16", part=32),
@@ -86,7 +97,7 @@ FORMS = {name: shape.weights for name, shape in SHAPES.items()}
 GROUPS = {
     name: shape.cache
     if shape.kept[0].is_integer
-    else f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}"
+    else f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}{' by layer' if name in SECOND else ''}"
     for name, shape in SHAPES.items()
 }
 LONG_FORMS = {name: shape.weights for name, shape in IN_PARTS.items()}
@@ -129,23 +140,26 @@ Call = tuple[Any, int, list[Any], list[Any]]
 class Layers:
     """Two compiled layers with random weights."""
 
-    def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path) -> None:
-        """Compile them; where a process would be needed for each call, with functions that make several."""
+    def __init__(self, shape: DecoderShape, unit: Instructions, folder: Path, second: Formats = ()) -> None:
+        """Compile them, the second one perhaps with other formats of its matrices; where a process would be needed for
+        each call, with functions that make several.
+        """
         self.shape = shape = replace(shape, narrow=unit.kernels[family(shape.weights)].narrow, page=PAGE)
+        self.shapes = [replace(shape, formats=formats) for formats in (shape.formats, second or shape.formats)]
         rng = np.random.default_rng(1)
-        self.buffers = [layer_buffer(shape, draw(shape, rng)) for _ in range(COUNT)]
+        self.buffers = [layer_buffer(each, draw(each, rng)) for each in self.shapes]
         self.machine = MACHINES[unit.name]
         several = {len(EMULATED_CALLS), len(LONG_CALLS), len(SIZES), len(MIX)} if self.machine.emulated else set()
         mains = [self._main("main", 1), *(self._main(f"main_{n}", n) for n in sorted(several))]
         mains.append(self._main("main_paged", 1, paged("layers"), "?"))
-        (folder / "layers.mlir").write_text("".join([layers("layers", shape, COUNT, unit), *mains]))
+        (folder / "layers.mlir").write_text("".join([layers(["layers"], self.shapes, unit), *mains]))
         self.artifact = self.machine.compile(folder / "layers.mlir")
 
     def _main(self, name: str, calls: int, function: str = "layers", places: str = "") -> str:
         s = self.shape
         cache = [f"tensor<{places or s.context}x{s.kv_heads}x{kept.elements}x{kept.element}>" for kept in s.kept]
         wide, angle = f"tensor<?x{s.width}xf32>", f"tensor<?x{s.head_dim}xf32>"
-        kinds = [wide, angle, angle, "tensor<?xi64>", f"tensor<{COUNT * buffer_bytes(s)}xi8>"] + cache * COUNT
+        kinds = [wide, angle, angle, "tensor<?xi64>", f"tensor<{offsets(self.shapes)[-1]}xi8>"] + cache * COUNT
         names = [[f"%a{call}_{i}" for i in range(len(kinds))] for call in range(calls)]
         taken = ", ".join(f"{n}: {k}" for each in names for n, k in zip(each, kinds, strict=True))
         made = ", ".join([wide] * calls)
@@ -175,9 +189,9 @@ util.func public @{name}({taken}) -> ({made}) {{
         """Return what `run` should, by NumPy."""
         x, start, cache, angles = call
         after: list[Any] = []
-        for i, buffer in enumerate(self.buffers):
+        for i, (shape, buffer) in enumerate(zip(self.shapes, self.buffers, strict=True)):
             seen = reference.places(rows_from(start, x))
-            x, *new = reference.layer(self.shape, x, *angles, seen, buffer, *cache[2 * i : 2 * i + 2])
+            x, *new = reference.layer(shape, x, *angles, seen, buffer, *cache[2 * i : 2 * i + 2])
             after += new
         return x, after
 
@@ -191,7 +205,7 @@ def layers_of(
     request: pytest.FixtureRequest, shapes: dict[str, DecoderShape], factory: pytest.TempPathFactory
 ) -> Layers:
     unit, name = request.param
-    return Layers(shapes[name], unit, factory.mktemp("layers"))
+    return Layers(shapes[name], unit, factory.mktemp("layers"), SECOND.get(name, ()))
 
 
 @pytest.fixture(scope="module")
@@ -352,7 +366,7 @@ def test_every_kernel_multiplies_one_row_and_a_tile_of_rows(calls: tuple[tuple[i
 
 def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     (unit,) = (unit for unit in KNOWN if unit.name == "avx512")
-    assert layers("many", SHAPES["smallest"], MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
+    assert layers(["many"], (SHAPES["smallest"],) * MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
 
 
 ENDS = ("int8", *(f"int{bits}_g64" for bits in range(3, 8)), "int4_g128", *BLOCKS)

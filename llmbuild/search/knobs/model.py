@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from llmbuild.kernels.kept import CACHES
-from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS
+from llmbuild.kernels.layouts import ACTIVATIONS, ALLOCATIONS, UNIFORM
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.matvec import FORMATS as GPU_FORMATS
 from llmbuild.kernels.matvec import ROW_READS, ROW_TILES
@@ -140,16 +140,16 @@ KNOBS: tuple[Knob, ...] = (
     Knob(
         "allocation",
         "model",
-        ALLOCATIONS,
-        ALLOCATIONS[0],
-        "bits of each kind of matrix: all alike, or as the calibration text shows what rounding each does, with up to "
-        "half a bit more for each weight",
+        tuple(ALLOCATIONS),
+        UNIFORM,
+        "bits of each matrix of each layer: all alike, or shared out by what the calibration text shows that rounding "
+        "each does; as many in the mean as the format has, or half a bit more",
         when=(
             Condition("kernel", ("own",)),
             Condition("weight_format", tuple(f for f in OWN_FORMATS if f in INTEGERS and INTEGERS[f].has_sides)),
         ),
         backends=(LLVM_CPU,),
-        searched=ALLOCATIONS[:1],
+        searched=(UNIFORM,),
     ),
     Knob(
         "work_groups",

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from llmbuild.kernels.layouts import ALLOCATIONS, UNIFORM
 from llmbuild.spec.model import ModelFacts
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import Target
 
-CALIBRATED = {"quantization": "gptq", "scaling": "activation", "mixed": "sensitive", "allocation": "sensitive"}
-"""Values that need calibration text."""
+CALIBRATED: tuple[tuple[str, Value], ...] = (
+    ("quantization", "gptq"),
+    ("scaling", "activation"),
+    ("mixed", "sensitive"),
+    *(("allocation", value) for value in ALLOCATIONS if value != UNIFORM),
+)
+"""Values of knobs that need calibration text."""
 
 OWN = "own"
 
 ASKED_OF_MODELS: Mapping[tuple[str, Value], str] = {
     ("kernel", OWN): "sizes, activation and norms that llmbuild's kernels support",
-    **dict.fromkeys(CALIBRATED.items(), "a tokenizer.json that makes enough tokens of the calibration text"),
+    **dict.fromkeys(CALIBRATED, "a tokenizer.json that makes enough tokens of the calibration text"),
 }
 """Requirements of values on a model, in words; `refusals` checks them."""
 
@@ -39,7 +45,7 @@ def refusals(target: Target, facts: ModelFacts, uncalibrated: str = "") -> tuple
     """Return the values that a model does not support on a target; `uncalibrated` is why calibration is impossible."""
     told = _own_kernels(target, facts)
     if uncalibrated:
-        told += [Refusal(knob, value, uncalibrated) for knob, value in CALIBRATED.items()]
+        told += [Refusal(knob, value, uncalibrated) for knob, value in CALIBRATED]
     return tuple(told)
 
 

@@ -225,18 +225,18 @@ def work_groups(cores: int) -> int:
 
 
 def _calibrated(knob: Knob, recipe: Recipe, asked: Sequence[Value] | None) -> Knob:
-    """Return the knob without the value that needs calibration text, where there is none.
+    """Return the knob without the values that need calibration text, where there is none.
 
     Raises:
-        InputError: that value was requested.
+        InputError: such a value was requested.
     """
-    needing = CALIBRATED.get(knob.name)
-    if needing is None or (recipe.calibration and not recipe.model.random_init):
+    needing = [value for name, value in CALIBRATED if name == knob.name]
+    if not needing or (recipe.calibration and not recipe.model.random_init):
         return knob
-    if asked is not None and needing in map(str, asked):
+    if refused := [value for value in needing if str(value) in map(str, asked or ())]:
         why = "random weights have no text to be calibrated on" if recipe.model.random_init else "the recipe names none"
-        raise InputError(f"knob {knob.name}={needing} needs calibration text, and {why}")
-    return replace(knob, domain=tuple(v for v in knob.domain if v != needing))
+        raise InputError(f"knob {knob.name}={refused[0]} needs calibration text, and {why}")
+    return replace(knob, domain=tuple(v for v in knob.domain if v not in needing))
 
 
 def _own(knob: Knob, target: Target, asked: Mapping[str, Sequence[Value]], batch: int) -> Knob:
