@@ -167,7 +167,7 @@ def test_the_check_runs_what_is_kept_of_a_layer_and_goes_on_from_its_states(fold
     source, layers = Source(model, Formats("f32", "f32")), untouched.config.num_hidden_layers
 
     def begun() -> Check:
-        return Check(config, cached, lambda _: None, tokens, own_vectors(model))
+        return Check(config, cached, lambda *_: None, tokens, own_vectors(model))
 
     def filled(check: Check, index: int) -> Kept:
         kept = check.room(source, index)
