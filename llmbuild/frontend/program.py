@@ -373,7 +373,8 @@ def formats_of(choices: dict[str, str], calibrated: Calibrated | None) -> Format
         return formats
     if calibrated.allocation != UNIFORM:
         extra = ALLOCATIONS[calibrated.allocation]
-        return replace(formats, kept=calibrated.calibration.allocated(formats, own.KINDS, extra))
+        kept = calibrated.calibration.allocated(formats, own.KINDS, extra, calibrated.asked)
+        return replace(formats, kept=kept)
     if not calibrated.mixed:
         return formats
     with torch.no_grad():

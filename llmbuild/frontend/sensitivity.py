@@ -8,7 +8,7 @@ independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,11 +16,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.frontend.checkpoint import Model
+from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.layerwise import Layers, embedded, head_parts, own_vectors
-from llmbuild.spec.formats import Format
 from llmbuild.transform.allocation import Part
-from llmbuild.transform.quantized import dequantize, quantize
 
 ROWS = 128
 """States whose logits are held at a time."""
@@ -29,12 +27,25 @@ Place = tuple[int, str]
 """A decoder layer's number, and the kind of its matrices."""
 
 
-def harms(
-    layers: Layers, model: Model, tokens: np.ndarray, form: Format, kinds: Mapping[str, Sequence[str]]
-) -> dict[Place, Part]:
-    """Return what rounding to a format does to each kind of matrix of each layer, on tokens i64[W,L].
+Change = Callable[[int, Any, torch.Tensor], object]
+"""Changes a decoder layer in place, by its number, before it is rounded; it is given the states that come in."""
 
-    `kinds` are the names in a layer of the matrices that share a format. A layer is read twice, and held alone.
+Round = Callable[[Floats, torch.Tensor], Floats]
+"""From a matrix f32[N,K] and what it reads f32[W*L,K] to the matrix as it is stored."""
+
+
+def harms(
+    layers: Layers,
+    model: Model,
+    tokens: np.ndarray,
+    kinds: Mapping[str, Sequence[str]],
+    rounded: Round,
+    change: Change = lambda *_: None,
+) -> dict[Place, Part]:
+    """Return what rounding does to each kind of matrix of each layer, on tokens i64[W,L].
+
+    `kinds` are the names in a layer of the matrices that share a format. A layer is read twice, and held alone. What
+    `change` does to it may not change what it computes.
     """
     count = layers.config.num_hidden_layers
 
@@ -49,13 +60,16 @@ def harms(
             states.append(layers.run(states[-1]))
     gradient, found = _of_drawn(layers, model, states.pop()), dict[Place, Part]()
     for index in reversed(range(count)):
-        module, entering = load(index), states.pop().requires_grad_()
+        module, entering = load(index), states.pop()
+        with torch.no_grad():
+            change(index, module, entering)
+        entering.requires_grad_()
         with torch.enable_grad(), _seen(module) as seen:
             layers.run(entering).backward(gradient)
         gradient = entering.grad if entering.grad is not None else torch.zeros_like(entering)
         for kind, names in kinds.items():
             parts = [module.get_submodule(name) for name in names]
-            moved = sum(_moved(part.weight, form, *seen[name]) for name, part in zip(names, parts, strict=True))
+            moved = sum(_moved(part.weight, rounded, *seen[name]) for name, part in zip(names, parts, strict=True))
             harm = float(torch.as_tensor(moved).square().mean()) / 2
             found[index, kind] = Part(sum(part.weight.numel() for part in parts), harm)
     return {(index, kind): found[index, kind] for index in range(count) for kind in kinds}
@@ -78,10 +92,10 @@ def _of_drawn(layers: Layers, model: Model, states: torch.Tensor) -> torch.Tenso
     return torch.cat(found).view(states.shape)
 
 
-def _moved(weight: torch.Tensor, form: Format, read: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _moved(weight: torch.Tensor, rounded: Round, read: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return how far rounding moves the log-probability at each token, f32[W*L]."""
     dense = weight.detach()
-    change = torch.from_numpy(dequantize(quantize(dense.numpy(), form))) - dense
+    change = torch.from_numpy(rounded(dense.numpy(), read)) - dense
     return (nn.functional.linear(read, change) * gradient).sum(-1)
 
 

@@ -185,6 +185,8 @@ def main() -> None:
     """Print the table."""
     asked = options()
     asked.work = asked.work.absolute()
+    if asked.plot and (why := plot.needs_matplotlib()):
+        raise InputError(why)
     made = document(asked)
     if asked.plot:
         plot.write(made["rows"], f"{made['gguf']} on {made['machine']}", asked.plot)

@@ -40,6 +40,7 @@ from llmbuild.profiler.worker import QUALITY_PROMPT
 from llmbuild.report import rows as shown
 from llmbuild.report.rows import quantity
 from llmbuild.runtime import host
+from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 
@@ -223,12 +224,11 @@ def own_rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """
     if asked.reference is not None and not asked.recipe.is_file():
         return []
-    rows = setup.usable(asked.catalog, asked.recipe.stem, peers.positions(asked))
+    name = read_recipe(asked.recipe).name if asked.recipe.is_file() else asked.recipe.stem
+    rows = setup.usable(asked.catalog, name, peers.positions(asked))
     rows = [row for row in rows if not getattr(asked, "front", False) or row["status"] in FRONT]
     if not rows and asked.reference is None:
-        raise InputError(
-            f"{asked.catalog}: no variant of {asked.recipe.stem} runs here: `llmbuild build {asked.recipe}`"
-        )
+        raise InputError(f"{asked.catalog}: no variant of {name} runs here: `llmbuild build {asked.recipe}`")
     return rows
 
 

@@ -12,13 +12,17 @@ from llmbuild.frontend.calibration import Calibration
 from llmbuild.frontend.layerwise import Layers, head_parts
 from llmbuild.frontend.own import KINDS
 from llmbuild.frontend.program import settle, take
-from llmbuild.frontend.sensitivity import harms
-from llmbuild.spec.formats import INTEGERS
+from llmbuild.frontend.sensitivity import Round, harms
+from llmbuild.spec.formats import INTEGERS, Format
 from llmbuild.spec.program import ImportJob
 from llmbuild.transform.quantized import dequantize, quantize
 
 PYSTDLIB = Path(__file__).parents[2] / "recipes" / "pystdlib"
-FORM = INTEGERS["int3_g32"]
+COARSE, FINE = INTEGERS["int3_g32"], INTEGERS["int7_g32"]
+
+
+def rounding(form: Format) -> Round:
+    return lambda dense, _: dequantize(quantize(dense, form))
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +41,14 @@ def logits(calibration: Calibration, rounded: tuple[int, str] | None = None) -> 
         layer = calibration._load(index)
         for name in KINDS[rounded[1]] if rounded and rounded[0] == index else ():
             weight = layer.get_submodule(name).weight
-            weight.copy_(torch.from_numpy(dequantize(quantize(weight.numpy(), FORM))))
+            weight.copy_(torch.from_numpy(dequantize(quantize(weight.numpy(), COARSE))))
         states = layers.run(states)
     rows = layers.normalized(states, calibration.model.whole("model.norm.weight")).flatten(0, 1)
     return torch.log_softmax(torch.cat([rows @ part.T for _, part in head_parts(calibration.model)], -1), -1)
 
 
 def test_harms_are_near_the_divergence_that_rounding_each_alone_makes(calibration: Calibration) -> None:
-    found = harms(calibration._layers, calibration.model, calibration.tokens, FORM, KINDS)
+    found = harms(calibration._layers, calibration.model, calibration.tokens, KINDS, rounding(COARSE))
     with torch.no_grad():
         exact = logits(calibration)
         seen = {place: float((exact.exp() * (exact - logits(calibration, place))).sum(-1).mean()) for place in found}
@@ -56,8 +60,7 @@ def test_harms_are_near_the_divergence_that_rounding_each_alone_makes(calibratio
 
 
 def test_finer_steps_do_little_harm_and_tokens_are_drawn_alike_each_time(calibration: Calibration) -> None:
-    fine = INTEGERS["int7_g32"]
-    found = harms(calibration._layers, calibration.model, calibration.tokens[:1], fine, {"out": KINDS["out"]})
+    asked = (calibration._layers, calibration.model, calibration.tokens[:1], {"out": KINDS["out"]}, rounding(FINE))
+    found = harms(*asked)
     assert all(0 < part.harm < 0.01 for part in found.values())
-    again = harms(calibration._layers, calibration.model, calibration.tokens[:1], fine, {"out": KINDS["out"]})
-    assert again == found, "drawn tokens are the same each time"
+    assert harms(*asked) == found, "drawn tokens are the same each time"
