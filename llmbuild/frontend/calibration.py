@@ -270,20 +270,15 @@ class Calibration:
         """Return the format of each matrix: those whose rounding the text shows most get more bits.
 
         `kinds` are the names in a layer of the matrices that share a format; `extra` bits of a weight in the mean are
-        spent beyond those of the layers' format. Channels are scaled first and weights are fitted where that is asked
-        for: what these make good is no reason for more bits.
+        spent beyond those of the layers' format. Channels are scaled first where that is asked for.
         """
-        form = INTEGERS[formats.layers]
 
         def scale(index: int, layer: Any, states: torch.Tensor) -> None:
             if asked.scaled:
                 self._scale(index, layer, states, formats, asked)
 
-        def rounded(dense: Floats, read: torch.Tensor) -> Floats:
-            return dequantize(gptq(dense, (read.T @ read).numpy(), form) if asked.fitted else quantize(dense, form))
-
         tokens = self.tokens[:SENSITIVE_WINDOWS]
-        found = harms(self._layers, self.model, tokens, kinds, rounded, scale)
+        found = harms(self._layers, self.model, tokens, INTEGERS[formats.layers], kinds, scale)
         chosen = share(found, formats.layers, extra)
         return {f"model.layers.{i}.{name}": form for (i, kind), form in chosen.items() for name in kinds[kind]}
 

@@ -16,9 +16,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.frontend.checkpoint import Floats, Model
+from llmbuild.frontend.checkpoint import Model
 from llmbuild.frontend.layerwise import Layers, embedded, head_parts, own_vectors
+from llmbuild.spec.formats import Format
 from llmbuild.transform.allocation import Part
+from llmbuild.transform.quantized import dequantize, quantize
 
 ROWS = 128
 """States whose logits are held at a time."""
@@ -30,19 +32,16 @@ Place = tuple[int, str]
 Change = Callable[[int, Any, torch.Tensor], object]
 """Changes a decoder layer in place, by its number, before it is rounded; it is given the states that come in."""
 
-Round = Callable[[Floats, torch.Tensor], Floats]
-"""From a matrix f32[N,K] and what it reads f32[W*L,K] to the matrix as it is stored."""
-
 
 def harms(
     layers: Layers,
     model: Model,
     tokens: np.ndarray,
+    form: Format,
     kinds: Mapping[str, Sequence[str]],
-    rounded: Round,
     change: Change = lambda *_: None,
 ) -> dict[Place, Part]:
-    """Return what rounding does to each kind of matrix of each layer, on tokens i64[W,L].
+    """Return what rounding to the nearest of a format does to each kind of matrix of each layer, on tokens i64[W,L].
 
     `kinds` are the names in a layer of the matrices that share a format. A layer is read twice, and held alone. What
     `change` does to it may not change what it computes.
@@ -69,7 +68,7 @@ def harms(
         gradient = entering.grad if entering.grad is not None else torch.zeros_like(entering)
         for kind, names in kinds.items():
             parts = [module.get_submodule(name) for name in names]
-            moved = sum(_moved(part.weight, rounded, *seen[name]) for name, part in zip(names, parts, strict=True))
+            moved = sum(_moved(part.weight, form, *seen[name]) for name, part in zip(names, parts, strict=True))
             harm = float(torch.as_tensor(moved).square().mean()) / 2
             found[index, kind] = Part(sum(part.weight.numel() for part in parts), harm)
     return {(index, kind): found[index, kind] for index in range(count) for kind in kinds}
@@ -92,10 +91,10 @@ def _of_drawn(layers: Layers, model: Model, states: torch.Tensor) -> torch.Tenso
     return torch.cat(found).view(states.shape)
 
 
-def _moved(weight: torch.Tensor, rounded: Round, read: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def _moved(weight: torch.Tensor, form: Format, read: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """Return how far rounding moves the log-probability at each token, f32[W*L]."""
     dense = weight.detach()
-    change = torch.from_numpy(rounded(dense.numpy(), read)) - dense
+    change = torch.from_numpy(dequantize(quantize(dense.numpy(), form))) - dense
     return (nn.functional.linear(read, change) * gradient).sum(-1)
 
 

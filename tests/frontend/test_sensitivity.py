@@ -12,17 +12,13 @@ from llmbuild.frontend.calibration import Calibration
 from llmbuild.frontend.layerwise import Layers, head_parts
 from llmbuild.frontend.own import KINDS
 from llmbuild.frontend.program import settle, take
-from llmbuild.frontend.sensitivity import Round, harms
-from llmbuild.spec.formats import INTEGERS, Format
+from llmbuild.frontend.sensitivity import harms
+from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import ImportJob
 from llmbuild.transform.quantized import dequantize, quantize
 
 PYSTDLIB = Path(__file__).parents[2] / "recipes" / "pystdlib"
 COARSE, FINE = INTEGERS["int3_g32"], INTEGERS["int7_g32"]
-
-
-def rounding(form: Format) -> Round:
-    return lambda dense, _: dequantize(quantize(dense, form))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +44,7 @@ def logits(calibration: Calibration, rounded: tuple[int, str] | None = None) -> 
 
 
 def test_harms_are_near_the_divergence_that_rounding_each_alone_makes(calibration: Calibration) -> None:
-    found = harms(calibration._layers, calibration.model, calibration.tokens, KINDS, rounding(COARSE))
+    found = harms(calibration._layers, calibration.model, calibration.tokens, COARSE, KINDS)
     with torch.no_grad():
         exact = logits(calibration)
         seen = {place: float((exact.exp() * (exact - logits(calibration, place))).sum(-1).mean()) for place in found}
@@ -60,7 +56,7 @@ def test_harms_are_near_the_divergence_that_rounding_each_alone_makes(calibratio
 
 
 def test_finer_steps_do_little_harm_and_tokens_are_drawn_alike_each_time(calibration: Calibration) -> None:
-    asked = (calibration._layers, calibration.model, calibration.tokens[:1], {"out": KINDS["out"]}, rounding(FINE))
+    asked = (calibration._layers, calibration.model, calibration.tokens[:1], FINE, {"out": KINDS["out"]})
     found = harms(*asked)
     assert all(0 < part.harm < 0.01 for part in found.values())
     assert harms(*asked) == found, "drawn tokens are the same each time"
