@@ -15,8 +15,8 @@ from llmbuild.frontend.formats import TABLES
 from llmbuild.frontend.modules import Linear, Matrix, ScaledColumns
 from llmbuild.frontend.own import NAMES, NORM_NAMES, OwnHead, OwnLayers, PanelEmbedding
 from llmbuild.frontend.weights import Source
+from llmbuild.kernels.layer_weights import offsets
 from llmbuild.kernels.layouts import PANEL
-from llmbuild.kernels.lying import offsets
 from llmbuild.transform.archive import Layout
 from llmbuild.transform.decoder import layer_units, packer
 from llmbuild.transform.stored import Encoded, Keep, Place, Rows, matrix_unit, plain, regions, tasks

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from llmbuild.kernels.head import HeadShape
-from llmbuild.kernels.lying import offsets
+from llmbuild.kernels.layer_weights import offsets
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.transform import reference
 from llmbuild.transform.panels import Matrix, unpack

@@ -20,9 +20,9 @@ from llmbuild.kernels.choose import instructions
 from llmbuild.kernels.head import HeadShape, head, picked, scores
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
+from llmbuild.kernels.layer_weights import offsets
 from llmbuild.kernels.layouts import PANEL, TWO_BYTES, Layout, family
 from llmbuild.kernels.look import look
-from llmbuild.kernels.lying import offsets
 from llmbuild.kernels.shapes import DecoderShape
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.formats import INTEGERS

@@ -14,8 +14,8 @@ from llmbuild.kernels import attention, cache, products
 from llmbuild.kernels import elementwise as k
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.kept import Kept
+from llmbuild.kernels.layer_weights import LayerWeights, offsets
 from llmbuild.kernels.layouts import LINE, Layout, up_to
-from llmbuild.kernels.lying import Lying, offsets
 from llmbuild.kernels.phases import Ahead, Phases, counter_bytes
 from llmbuild.kernels.scratch import MAX_PARTS, score_bytes, scratch, spread_bytes
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape, panels_of
@@ -96,7 +96,7 @@ class LayerWriter:
         self.w = w = Writer(name)
         self.rows = w.cast("arith.index_cast", "%rows", "index", I64)
         self.p = bind(w, BEFORE + cache_names(self.layers) + AFTER, self._sizes())
-        self.lying = Lying(w, self.p["weights"], shapes)
+        self.weights = LayerWeights(w, self.p["weights"], shapes)
         self.number = worker(w)
         self.shift = w.cast("arith.index_cast", "%shift", "index", I64)
         self.some = w.cast("arith.extui", w.below(self.shift, attention.UNPAGED), "i1", I64)
@@ -129,15 +129,15 @@ class LayerWriter:
         table = w.let(f"llvm.alloca {w.integer(2 * self.layers)} x {PTR} : ({I64}) -> {PTR}")
         for i, name in enumerate(cache_names(self.layers)):
             w.store(self.p[name], w.at(table, 8 * i), PTR, 8)
-        self.lying.prepare()
+        self.weights.prepare()
         self.phases.run(self.rows, lambda row: self._copy(w.mul(row, width)))
         first = w.at(self.p["counters"], counter_bytes(1, self.shape.workers))
 
         def body(layer: str) -> list[str]:
             counters = w.at(first, w.mul(layer, counter_bytes(PHASES, self.shape.workers)))
             self.phases = Phases(w, counters, self.number, self.shape.workers, self.unit.pause)
-            self.lying.at(layer)
-            self.parts = self.lying.parts()
+            self.weights.at(layer)
+            self.parts = self.weights.parts()
             self.keys, self.values = (w.load(w.at(table, w.mul(layer, 16), 8 * i), PTR, 8) for i in range(2))
             self._layer()
             return []
@@ -178,7 +178,7 @@ class LayerWriter:
 
     def _first_of(self, name: str, further: int = 0) -> Ahead:
         """Return the data of a matrix of this layer, or of one that comes so many layers `further`."""
-        return self.lying.ahead(name, self.parts[f"{name}.data"], further)
+        return self.weights.ahead(name, self.parts[f"{name}.data"], further)
 
     def _run(self, units: int | str, unit: Callable[[str], None]) -> None:
         self.phases.run(units, unit, self.ahead)
@@ -193,7 +193,7 @@ class LayerWriter:
 
     def _put(self, name: str, source: k.Reader, row: str) -> None:
         """Prepare a row for a matrix."""
-        self.lying.each(name, lambda by: products.prepare(self.w, by, source, self.prepared(by, row)))
+        self.weights.each(name, lambda by: products.prepare(self.w, by, source, self.prepared(by, row)))
 
     def normalize(self, norm: str, source: str, stride: int, name: str) -> None:
         """Normalize rows and prepare them for a matrix."""
@@ -231,7 +231,7 @@ class LayerWriter:
                 panels = products.Panels(layout, parts[f"{name}.data"], parts[f"{name}.scale"], parts[f"{name}.bias"])
                 products.multiply_panel(w, self.unit, panels, panel, x, self.rows, finish, room)
 
-            self.lying.each(name, by)
+            self.weights.each(name, by)
 
         self._run(panels_of(self.shape, name), unit)
 

@@ -11,7 +11,6 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 import gguf
 import numpy as np
@@ -23,18 +22,9 @@ from llmbuild.frontend.source import FoundModel, at_hand, examine, find_model, l
 from llmbuild.spec.recipe import ModelSource
 from tests.conftest import llmbuild
 from tests.support import folders, gguf_files
+from tests.support.gguf_files import found, refused
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def found(path: Path | str, random_init: bool = False, context: int = 64, seed: int = 0) -> FoundModel:
-    return find_model(ModelSource("gguf", str(path), random_init, seed), context)
-
-
-def refused(path: Path | str, **how: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        found(path, **how)
-    return str(caught.value)
 
 
 @pytest.fixture

@@ -14,26 +14,11 @@ from llmbuild.errors import InputError
 from llmbuild.frontend import gguf_rope
 from llmbuild.frontend.gguf_header import read_header
 from llmbuild.frontend.gguf_weights import GgufCheckpoint
-from llmbuild.frontend.source import FoundModel, examine, find_model
-from llmbuild.spec.recipe import ModelSource
+from llmbuild.frontend.source import examine
 from tests.support import gguf_files
+from tests.support.gguf_files import refused
 
 pytestmark = pytest.mark.usefixtures("cache")
-
-
-def found(path: Path | str, random_init: bool = False, context: int = 64, seed: int = 0) -> FoundModel:
-    return find_model(ModelSource("gguf", str(path), random_init, seed), context)
-
-
-def refused(path: Path | str, **how: Any) -> str:
-    with pytest.raises(InputError) as caught:
-        found(path, **how)
-    return str(caught.value)
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return gguf_files.write(tmp_path / "m.gguf")
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
@@ -299,10 +284,13 @@ def test_an_architecture_that_is_not_taken_is_told(tmp_path: Path, architecture:
     ],
 )
 def test_tensors_that_cannot_be_taken_are_told_by_name(
-    tmp_path: Path, model: Path, name: str, kind: str, size: tuple[int, ...], told: str
+    tmp_path: Path, name: str, kind: str, size: tuple[int, ...], told: str
 ) -> None:
     keys = gguf_files.metadata(gguf_files.configuration(), "llama")
-    tensors = {tensor.name: (np.array(tensor.data), "F32") for tensor in gguf.GGUFReader(model).tensors}
+    tensors = {
+        tensor.name: (np.array(tensor.data), "F32")
+        for tensor in gguf.GGUFReader(gguf_files.write(tmp_path / "m.gguf")).tensors
+    }
     path = gguf_files.write_file(
         tmp_path / "n.gguf", "llama", keys, {**tensors, name: (np.zeros(size, np.float32), kind)}
     )

@@ -16,8 +16,8 @@ from llmbuild.kernels.choose import KNOWN
 from llmbuild.kernels.instructions import Instructions
 from llmbuild.kernels.kept import Kept
 from llmbuild.kernels.layer import MAX_LAYERS, layers, paged
+from llmbuild.kernels.layer_weights import offsets
 from llmbuild.kernels.layouts import TWO_BYTES, Layout, family
-from llmbuild.kernels.lying import offsets
 from llmbuild.kernels.shapes import HEAD_NORMS, DecoderShape
 from llmbuild.spec.formats import BLOCKS, INTEGERS
 from llmbuild.transform import reference

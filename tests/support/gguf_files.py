@@ -8,7 +8,11 @@ from typing import Any
 
 import gguf
 import numpy as np
+import pytest
 
+from llmbuild.errors import InputError
+from llmbuild.frontend.source import FoundModel, find_model
+from llmbuild.spec.recipe import ModelSource
 from tests.support import folders
 
 Kind = gguf.GGMLQuantizationType
@@ -141,3 +145,15 @@ def _add(writer: Any, key: str, value: Any) -> None:
         (list, "add_array"),
     )
     getattr(writer, next(name for kind, name in adders if isinstance(value, kind)))(key, value)
+
+
+def found(path: Path | str, random_init: bool = False, context: int = 64, seed: int = 0) -> FoundModel:
+    """Return the model of a file as a recipe names it."""
+    return find_model(ModelSource("gguf", str(path), random_init, seed), context)
+
+
+def refused(path: Path | str, **how: Any) -> str:
+    """Return why a file is refused."""
+    with pytest.raises(InputError) as caught:
+        found(path, **how)
+    return str(caught.value)

@@ -23,7 +23,7 @@ def offsets(shapes: Sequence[DecoderShape]) -> list[int]:
     return [0, *accumulate(map(buffer_bytes, shapes))]
 
 
-class Lying:
+class LayerWeights:
     """Writes where the weights of the layer at work lie; `at` names that layer."""
 
     def __init__(self, w: Writer, weights: str, shapes: Sequence[DecoderShape]) -> None:
