@@ -15,12 +15,10 @@ from typing import Any
 
 import real_model
 from comparison import setup
-from comparison.conversion import ROOT
 from comparison.rounds import Participant, Worker, WorkerFailed
 from comparison.script import end, say
 from rate_distortion import LADDER, rungs
 
-from llmbuild.errors import InputError
 from llmbuild.report import rows as shown
 from llmbuild.report.rows import quantity
 from llmbuild.runtime import host
@@ -95,11 +93,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp is not there, or the catalog has no variant that runs here.
     """
-    place = setup.environment(
-        (asked.environment or ROOT / ".peers").absolute(), not asked.environment, [real_model.PEER], say
-    )
-    if real_model.PEER in place.reasons:
-        raise InputError(f"{real_model.PEER}: {place.reasons[real_model.PEER]}")
+    place = real_model.ready(asked)
     ours = [row for row in real_model.own_rows(asked) if row["ttft_s"] <= LONGEST]
     quality = {row["variant"]: row["quality_kl"] for row in ours}
     everyone = [*setup.own_participants(asked.catalog, ours, asked.threads, everyone=True), *rungs(asked, place.python)]

@@ -3,15 +3,15 @@
     python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0]
         [--importance] [--plot FILE] [--json]
 
-llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. A rung names
-what most matrices have: llama.cpp takes another format for those whose rows do not fit its blocks, and for some others,
-so the bytes are those of the files. `+imatrix` is a rung that was made with an importance matrix from the recipe's
-calibration text, which llmbuild's own calibration reads too. Speed is that of peers.py: running processes in
-interleaved rounds. KL divergence and top-1 agreement are to the f32 model of the file's weights, on the recipe's
-held-out text: ours are the catalog's, llama.cpp's are scored here on the same windows and reference logits. A row is on
-the front if no other is as good in bytes, decoding time and KL and better in one of them; `of all` is the front of
-everyone, `of own` that of its runtime. A variant whose prompt took longer than `--longest` when it was built is not run
-again: its times are the catalog's.
+llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. Where the
+model is a folder of weights, llama.cpp's conversion makes the file, in f32. A rung names what most matrices have:
+llama.cpp takes another format for those whose rows do not fit its blocks, and for some others, so the bytes are those of
+the files. `+imatrix` is a rung that was made with an importance matrix from the recipe's calibration text, which llmbuild's
+own calibration reads too. Speed is that of peers.py: running processes in interleaved rounds. KL divergence and top-1
+agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's, llama.cpp's
+are scored here on the same windows and reference logits. A row is on the front if no other is as good in bytes,
+decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime. A
+variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from typing import Any
 import peers
 import real_model
 from comparison import plot, setup, table
-from comparison.conversion import ROOT
 from comparison.rounds import Participant, compare
 from comparison.script import end, say
 from peer_worker import FILE_TYPES
@@ -109,9 +108,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: llama.cpp is not there, or the catalog has no variant that runs here.
     """
-    place = setup.environment((asked.environment or ROOT / ".peers").absolute(), not asked.environment, [PEER], say)
-    if PEER in place.reasons:
-        raise InputError(f"{PEER}: {place.reasons[PEER]}")
+    place = real_model.ready(asked)
     ours, reference = real_model.own_rows(asked), real_model.reference_of(asked)
     quality = {row["variant"]: row for row in ours}
     theirs = rungs(asked, place.python)

