@@ -5,13 +5,13 @@
 
 llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. Where the
 model is a folder of weights, llama.cpp's conversion makes the file, in f32. A rung names what most matrices have:
-llama.cpp takes another format for those whose rows do not fit its blocks, and for some others, so the bytes are those of
-the files. `+imatrix` is a rung that was made with an importance matrix from the recipe's calibration text, which llmbuild's
-own calibration reads too. Speed is that of peers.py: running processes in interleaved rounds. KL divergence and top-1
-agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's, llama.cpp's
-are scored here on the same windows and reference logits. A row is on the front if no other is as good in bytes,
-decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime. A
-variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
+llama.cpp takes another format for those whose rows do not fit its blocks, and for some others, so the bytes are those
+of the files. `+imatrix` is a rung that was made with an importance matrix from the recipe's calibration text, which
+llmbuild's own calibration reads too. Speed is that of peers.py: running processes in interleaved rounds. KL divergence
+and top-1 agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's,
+llama.cpp's are scored here on the same windows and reference logits. A row is on the front if no other is as good in
+bytes, decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime.
+A variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
 """
 
 from __future__ import annotations
