@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 SCHEDULERS = ("fcfs", "sarathi", "fairbatching", "isrtf", "vtc")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
+SPECULATIONS = ("none", "ngram")
+"""As `serve/speculate.py` has them."""
 CUT_OFF = 130
 """The exit code where answers were cut off at the end."""
 VERDICTS = 4
@@ -51,6 +53,13 @@ VERDICTS = 4
     "--max-sequences",
     type=click.IntRange(1, 1024),
     help="Sequences of a model that run at a time, as far as the memory holds them.  [default: 16; or as --scheduler]",
+)
+@click.option(
+    "--speculation",
+    type=click.Choice(SPECULATIONS),
+    default="none",
+    show_default=True,
+    help="Guess tokens from what followed the same ones before, where that pays. Answers stay the same.",
 )
 @click.option(
     "--slo-class",
@@ -126,7 +135,12 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
 
     bounds, rest = parse_load(options["slo"])
     selection = replace(selection_of(options), slo=rest)
-    plan = Plan(options["scheduler"] or Plan.scheduler, options["max_sequences"] or Plan.sequences, targets_of(bounds))
+    plan = Plan(
+        options["scheduler"] or Plan.scheduler,
+        options["max_sequences"] or Plan.sequences,
+        targets_of(bounds),
+        speculation=options["speculation"],
+    )
     variant = options["variant"]
     if bounds and not variant:
         made = _by_load(name, options, None if memory is None else memory // models)

@@ -22,7 +22,8 @@ from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, State
 from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.serve.sequence import Sequence
-from llmbuild.serve.step import Output, Step
+from llmbuild.serve.speculate import Lookup, Speculation
+from llmbuild.serve.step import Output, Rows, Step
 
 Texts = Callable[[Request, frozenset[int]], Text]
 """Makes what turns tokens into text; the tokens given are those that end the answer, and are no text."""
@@ -57,10 +58,11 @@ class Engine:
         observer: Observer | None = None,
         lengths: Lengths | None = None,
         clock: Callable[[], float] = monotonic,
+        speculation: Speculation | None = None,
     ) -> None:
         self._step, self._scheduler, self._texts, self._outlet = step, scheduler, texts, outlet
         self.limits, self._observer, self._clock = limits, observer or Observer(), clock
-        self._lengths, self._accounts = lengths or History(), Accounts()
+        self._lengths, self._accounts, self._speculation = lengths or History(), Accounts(), speculation
         self._inbox = Inbox(limits.queue)
         self._free = list(range(step.slots))
         self._reserved = 0
@@ -176,7 +178,8 @@ class Engine:
         try:
             batch = self._schedule()
             if batch.shares:
-                self._sample(batch, self._run(batch), begun)
+                rows = self._rows(batch)
+                self._sample(batch, rows, self._run(rows), begun)
         except Exception as error:  # noqa: BLE001 - whatever it is, clients must be told, and none may wait for ever
             batch = Batch()
             self._fail(f"{type(error).__name__}: {error}")
@@ -211,6 +214,7 @@ class Engine:
     def _queue(self, one: Sequence) -> None:
         self._arrived += 1
         one.number = self._arrived
+        one.lookup = None if self._speculation is None else Lookup(one.request.prompt)
         one.predicted = self._lengths.predict(one.request, 0)
         self._accounts.arrived(one.request.tenant)
         insort(self._waiting, one, key=lambda each: each.order)
@@ -259,30 +263,60 @@ class Engine:
             count, room = count + 1, room - one.takes
         return count
 
-    def _run(self, batch: Batch) -> list[Output]:
+    def _rows(self, batch: Batch) -> list[Rows]:
+        """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts."""
+        ones = [self._running[share.number] for share in batch.shares]
+        looked = [one.lookup for one in ones if one.lookup is not None and one.tokens]
+        if self._speculation is None or self._waiting or len(looked) < len(ones):
+            return [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]
+        most = [one.most_drafts(self._step.context) for one in ones]
+        drafts = self._speculation.drafts(list(zip(looked, most, strict=True)))
+        return [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
+
+    def _run(self, rows: list[Rows]) -> list[Output]:
         """Run the rows on the device."""
-        rows = [self._running[share.number].rows(share.tokens) for share in batch.shares]
         begun = self._clock()
         outputs = list(self._step.run(rows))
         self._last_step_s = self._clock()
         self._step_s = self._last_step_s - begun
         return outputs
 
-    def _sample(self, batch: Batch, outputs: list[Output], begun: float) -> None:
-        """Choose a token for each sequence whose tokens are all computed."""
-        computed = prompt_tokens = chosen = 0
+    def _sample(self, batch: Batch, rows: list[Rows], outputs: list[Output], begun: float) -> None:
+        """Choose a token for each sequence whose tokens are all computed, and go on behind drafts that are right."""
+        computed = prompt_tokens = chosen = drafts = right = 0
         now = self._last_step_s
-        for share, output in zip(batch.shares, outputs, strict=True):
+        for share, asked, output in zip(batch.shares, rows, outputs, strict=True):
             one = self._running[share.number]
-            computed += share.tokens
+            computed += share.tokens + len(asked.drafts)
             prompt_tokens += 0 if one.tokens else share.tokens
             whole = one.pending == share.tokens
             one.computed += share.tokens
             if whole:
                 chosen += 1
                 self._take(one, output, now)
-        turn_s = self._clock() - begun
-        self._observer.turned(Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s))
+                drafts, right = drafts + len(asked.drafts), right + self._verify(one, asked, output, now)
+        if self._speculation is not None and not prompt_tokens:
+            self._speculation.took(computed, self._step_s)
+        turn_s, chosen = self._clock() - begun, chosen + right
+        done = Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s, drafts, right)
+        self._observer.turned(done)
+
+    def _verify(self, one: Sequence, asked: Rows, output: Output, now: float) -> int:
+        """Keep the drafts of a sequence that are its tokens, choose behind each of them, and return their number."""
+        right, tried = 0, 0
+        for draft, behind in zip(asked.drafts, output.drafts, strict=True):
+            if one.ended:
+                break
+            tried += 1
+            if one.tokens[-1] != draft:
+                break
+            right += 1
+            self._step.keep(asked.slot, (draft,))
+            one.computed += 1
+            self._take(one, behind, now)
+        if one.lookup is not None:
+            one.lookup.judged(right, tried)
+        return right
 
     def _take(self, one: Sequence, output: Output, now: float) -> None:
         """Choose a sequence's next token; a fault in it ends this sequence alone."""

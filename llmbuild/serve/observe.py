@@ -33,6 +33,10 @@ class Turned:
     """Of the device."""
     turn_s: float
     """Of the whole turn: scheduling, the step, choosing and text."""
+    drafts: int = 0
+    """Guessed tokens that it computed too."""
+    right: int = 0
+    """Drafts that were right."""
 
 
 @dataclass(frozen=True, slots=True)

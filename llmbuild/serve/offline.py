@@ -17,6 +17,7 @@ from llmbuild.serve.events import Delta, Ended, Event
 from llmbuild.serve.request import LARGEST_COUNT, LARGEST_SEED, Request, SamplingParams
 from llmbuild.serve.schedule.named import FCFS
 from llmbuild.serve.served import MOST_SEQUENCES, Prompt, Settings, opened
+from llmbuild.serve.speculate import NAMES, NONE
 from llmbuild.spec.pick import Pick
 
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -76,16 +77,19 @@ class LLM:
         memory_bytes: int | None = None,
         max_sequences: int = MOST_SEQUENCES,
         scheduler: str = FCFS,
+        speculation: str = NONE,
     ) -> None:
         """Pick and open the variant.
 
         Raises:
             LlmbuildError: as `llmbuild.load`, or the memory does not hold one sequence.
         """
+        if speculation not in NAMES:
+            raise InputError(f"speculation {speculation!r} is unknown: {' or '.join(NAMES)}")
         found = load(catalog, model, slo, objective, variant=variant)
         self.pick: Pick = found.pick
         self._outputs: dict[str, RequestOutput] = {}
-        settings = Settings(memory_bytes, max_sequences, scheduler, Limits(LARGEST_COUNT, math.inf))
+        settings = Settings(memory_bytes, max_sequences, scheduler, Limits(LARGEST_COUNT, math.inf), speculation)
         (self._served,) = opened([found], settings, self._take, {})
         self._asked = 0
 

@@ -29,7 +29,7 @@ _LETTER = Output(1)
 class _NoDevice:
     """A device that says the same token at once, whatever it is asked."""
 
-    context, vocabulary, ends, cut = 1 << 20, 2, (), 1
+    context, vocabulary, ends, cut, drafts = 1 << 20, 2, (), 1, False
 
     def __init__(self, slots: int) -> None:
         self.slots = self.room = slots
@@ -48,6 +48,9 @@ class _NoDevice:
 
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         return [_LETTER] * len(batch)
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """There are no drafts."""
 
     def end(self, slot: int) -> None:
         """Nothing is held."""

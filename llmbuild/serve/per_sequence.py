@@ -26,6 +26,9 @@ _PIECES, _LEAST = 3, 40
 class PerSequenceStep(OfSession):
     """The step of one opened artifact; each slot has its own KV cache of the whole context."""
 
+    drafts = False
+    """What is read behind several tokens of one sequence takes a call for each."""
+
     def __init__(self, session: Session, slots: int) -> None:
         """Allocate the caches of all slots, so that no request finds them missing.
 
@@ -60,6 +63,9 @@ class PerSequenceStep(OfSession):
     def begin(self, slot: int, tokens: Sequence[int], names: Names, salt: bytes) -> int:
         """Return 0: every token of a prompt is computed."""
         return 0
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Do nothing: there are no drafts."""
 
     def end(self, slot: int) -> None:
         """Do nothing: the slot keeps its cache."""

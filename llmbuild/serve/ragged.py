@@ -6,17 +6,23 @@ prompts with the same beginning share the blocks of it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
 
 from llmbuild.runtime.rows import told
 from llmbuild.runtime.session import Session
 from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.of_session import OfSession
-from llmbuild.serve.step import Output, Rows
+from llmbuild.serve.step import Logits, Output, Rows
 
 
 class RaggedStep(OfSession):
     """The step of one opened artifact that has `step`."""
+
+    drafts = True
+    """A row is computed alike alone and among others: a draft that is right has the bits that it would have later."""
 
     def __init__(self, session: Session, slots: int, contexts: int = 0) -> None:
         """Allocate blocks for so many whole contexts, or for one of each slot.
@@ -58,12 +64,28 @@ class RaggedStep(OfSession):
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run the rows of all sequences by one call."""
         for rows in batch:
-            self.tables.grow(rows.slot, rows.start + len(rows.tokens))
-        tokens, starts, slots = zip(*((rows.tokens, rows.start, rows.slot) for rows in batch), strict=True)
+            self.tables.grow(rows.slot, rows.start + len(rows.tokens) + len(rows.drafts))
+        pieces = [piece for rows in batch for piece in _pieces(rows)]
+        tokens, starts, slots = zip(*pieces, strict=True)
         found, logits = self._session.step(*told(tokens, starts, slots, self.tables.array), self._cache)
         for rows in batch:
             self.tables.computed(rows.slot, rows.tokens)
-        return [
-            Output(int(token), row if rows.logits else None)
-            for token, row, rows in zip(found, logits, batch, strict=True)
-        ]
+        said = zip(found, logits, strict=True)
+        return [_output(rows, said) for rows in batch]
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Take drafts as right: the blocks that they fill may be found by others from now on."""
+        self.tables.computed(slot, tokens)
+
+
+def _pieces(rows: Rows) -> Iterator[tuple[Sequence[int], int, int]]:
+    """Yield tokens, their first position and their slot: what is read behind its last token, each draft alone."""
+    yield rows.tokens, rows.start, rows.slot
+    for position, draft in enumerate(rows.drafts, rows.start + len(rows.tokens)):
+        yield (draft,), position, rows.slot
+
+
+def _output(rows: Rows, said: Iterator[tuple[np.int64, Logits]]) -> Output:
+    """Return what the device says of some rows: the next of all that it said."""
+    found = [(int(token), logits if rows.logits else None) for token, logits in islice(said, 1 + len(rows.drafts))]
+    return Output(*found[0], tuple(Output(*one) for one in found[1:]))

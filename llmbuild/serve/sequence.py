@@ -10,6 +10,7 @@ from llmbuild.serve.choose import Chooser
 from llmbuild.serve.events import Delta, Finish
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import Entry
+from llmbuild.serve.speculate import Lookup
 from llmbuild.serve.step import Output, Rows
 
 
@@ -39,6 +40,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     predicted: float | None = None
     """How many tokens it is expected to have."""
+    lookup: Lookup | None = None
+    """What its next tokens are guessed from, where they are."""
     ended: bool = False
     admitted_s: float = 0.0
     first_s: float = 0.0
@@ -72,13 +75,18 @@ class Sequence:
             self.takes,
         )
 
-    def rows(self, count: int) -> Rows:
-        """Return the next `count` tokens to compute."""
+    def most_drafts(self, context: int) -> int:
+        """Return how many drafts its next step may have: no token behind its last one is computed."""
+        most, room = self.request.params.max_tokens, context - self.computed - self.pending
+        return max(0, room if most is None else min(room, most - len(self.tokens) - 1))
+
+    def rows(self, count: int, drafts: tuple[int, ...] = ()) -> Rows:
+        """Return the next `count` tokens to compute, and drafts behind them."""
         assert self.slot is not None
         start, prompt = self.computed, self.request.prompt
         tokens = prompt[start : start + count] if start < len(prompt) else self.tokens[start - len(prompt) :]
         last = count == self.pending
-        return Rows(self.slot, tokens, start, last and self.chooser.reads)
+        return Rows(self.slot, tokens, start, last and self.chooser.reads, drafts)
 
     def take(self, output: Output, context: int) -> Delta:
         """Take what the device says behind the last token: choose the next one and make text of it.
@@ -88,6 +96,8 @@ class Sequence:
         """
         token, logprob = self.chooser.choose(output)
         self.tokens.append(token)
+        if self.lookup is not None:
+            self.lookup.add(token)
         text = self.text.push(token)
         finish = self._finish(token, context)
         if finish is not None:

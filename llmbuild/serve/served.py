@@ -22,6 +22,7 @@ from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.named import FCFS, Targets, scheduler
+from llmbuild.serve.speculate import NONE, Speculation
 from llmbuild.serve.tools import BEGIN, Form, form_of
 from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.program import Abi, abi_from
@@ -40,6 +41,8 @@ class Plan:
     """Deadlines of requests that have none of their own, for schedulers that go by them."""
     curve: LoadCurve | None = None
     """What the variant's steps take, for schedulers that go by it."""
+    speculation: str = NONE
+    """How tokens are guessed ahead, by its name."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,14 @@ class Settings:
     max_sequences: int = MOST_SEQUENCES
     scheduler: str = FCFS
     limits: Limits = Limits()  # noqa: RUF009 - frozen
+    speculation: str = NONE
     plans: Mapping[str, Plan] = field(default_factory=dict)
     classes: Mapping[str, Targets] = field(default_factory=dict)
     """Deadlines of the classes that requests may name."""
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""
-        return self.plans.get(name, Plan(self.scheduler, self.max_sequences))
+        return self.plans.get(name, Plan(self.scheduler, self.max_sequences, speculation=self.speculation))
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,8 @@ class Served:
         plan = settings.of(self.name)
         self.step = _step(model.session, slots, plan)
         policy = scheduler(plan.scheduler, self.step.cut, self.name, plan.curve, plan.targets)
-        self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer)
+        guesses = _speculation(self.name, self.step, plan)
+        self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer, speculation=guesses)
 
     @property
     def variant(self) -> str:
@@ -167,6 +172,20 @@ def _step(session: Session, contexts: int, plan: Plan) -> RaggedStep | PerSequen
     if plan.scheduler != FCFS:
         step.probe()
     return step
+
+
+def _speculation(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> Speculation | None:
+    """Return what guesses tokens; None where nothing is to.
+
+    Raises:
+        InputError: the variant computes one row at a time.
+    """
+    if plan.speculation == NONE:
+        return None
+    if not step.drafts:
+        told = f"{name}: speculation {plan.speculation} needs a variant that computes several rows in one call"
+        raise InputError(f"{told}: one with kernel=own")
+    return Speculation()
 
 
 def opened(

@@ -27,6 +27,8 @@ class Rows:
     start: int
     logits: bool
     """Whether the logits behind the last token are read; else the device's own choice is."""
+    drafts: Sequence[int] = ()
+    """Guesses of the tokens behind those: computed with them, and kept only as far as `Step.keep` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,8 @@ class Output:
 
     token: int
     logits: Logits | None = None
+    drafts: tuple[Output, ...] = ()
+    """The same behind each draft, as if it and those before it were right."""
 
 
 class Step(Protocol):
@@ -67,6 +71,10 @@ class Step(Protocol):
         """The model's end tokens."""
 
     @property
+    def drafts(self) -> bool:
+        """Whether rows may have drafts."""
+
+    @property
     def cut(self) -> int:
         """Multiple of which a prompt may be cut without a change of any bit; 0: it must run whole."""
 
@@ -81,6 +89,9 @@ class Step(Protocol):
 
     def run(self, batch: Sequence[Rows]) -> Sequence[Output]:
         """Run rows, each of another slot, and return the output behind the last token of each."""
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Take the next drafts of a slot's last rows as right: its next rows begin behind them."""
 
     def end(self, slot: int) -> None:
         """Free a slot."""

@@ -69,6 +69,21 @@ def test_what_there_is_not_is_refused_by_name() -> None:
     assert [one.why for one in made.flags if one.flag == "--new-flag 3"] == ["this llmbuild does not know the flag"]
 
 
+@pytest.mark.parametrize(
+    ("name", "words", "kind"),
+    [
+        ("vllm", 'vllm serve m --speculative-config \'{"method": "ngram", "prompt_lookup_max": 4}\'', "mapped"),
+        ("vllm", 'vllm serve m --speculative-config \'{"method": "eagle", "model": "m2"}\'', "refused"),
+        ("sglang", "python3 -m sglang.launch_server --model-path m --speculative-algorithm NGRAM", "mapped"),
+        ("sglang", "python3 -m sglang.launch_server --model-path m --speculative-algorithm EAGLE", "refused"),
+    ],
+)
+def test_prompt_lookup_is_the_speculation_that_there_is(name: str, words: str, kind: str) -> None:
+    made = convert_line(name, words, lambda file: {}, GIB)
+    assert [one.kind for one in made.flags if "speculative" in one.flag] == [kind]
+    assert ("--speculation ngram" in made.serve) == (kind == "mapped")
+
+
 def test_sglang_s_flags_have_their_own_names_and_port() -> None:
     made = convert_line(
         "sglang",

@@ -115,6 +115,34 @@ def test_answers_of_a_mix_are_those_of_the_loader(
     assert len(calls.rows) < sum(map(len, wanted)) / 2 and 4 in calls.rows, "sequences share calls"
 
 
+def test_outputs_behind_drafts_are_those_of_a_call_for_each_token(model: Model) -> None:
+    drawn = np.random.default_rng(5)
+    texts = [drawn.integers(0, 300, count).tolist() for count in (9, 40)]
+    drafts = [drawn.integers(0, 300, count).tolist() for count in (4, 1)]
+    one, each = RaggedStep(model.session, 2), PerSequenceStep(model.session, 2)
+    for step in (one, each):
+        step.run([Rows(slot, text, 0, False) for slot, text in enumerate(texts)])
+    guessed = [Rows(slot, [7], len(text), True, drafts[slot]) for slot, text in enumerate(texts)]
+    found = [[made, *made.drafts] for made in one.run(guessed)]
+    for slot, (text, guesses) in enumerate(zip(texts, drafts, strict=True)):
+        for at, token in enumerate((7, *guesses)):
+            assert same([replace(found[slot][at], drafts=())], each.run([Rows(slot, [token], len(text) + at, True)]))
+    one.keep(0, drafts[0][:2])  # the others are forgotten
+    each.run([Rows(0, [7, *drafts[0][:2]], 9, False)])
+    assert same(one.run([Rows(0, [5], 12, True)]), each.run([Rows(0, [5], 12, True)]))
+    one.close()
+    each.close()
+
+
+def test_guessed_tokens_change_no_answer(model: Model) -> None:
+    hot = SamplingParams(temperature=0.7, max_tokens=24, ignore_eos=True, seed=3)
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts = [(*prompt, *prompt) for prompt in PROMPTS[:4]]
+    requests = [Request(f"r{n}", prompt, (hot, greedy)[n % 2], n) for n, prompt in enumerate(prompts)]
+    plain = answered(model, Settings(max_sequences=4), requests)
+    assert answered(model, Settings(max_sequences=4, speculation="ngram"), requests) == plain
+
+
 def test_draws_of_a_mix_are_those_alone(model: Model) -> None:
     hot = SamplingParams(temperature=2.0, top_p=0.9, frequency_penalty=0.5, max_tokens=8, logprobs=3)
     requests = [Request(f"r{n}", tuple(prompt), hot, n) for n, prompt in enumerate(PROMPTS)]

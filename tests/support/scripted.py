@@ -54,7 +54,7 @@ def tokenizer(folder: Path, added: Sequence[str] = ()) -> Path:
 class ScriptedStep:
     """A device that prefers the tokens of a script, one after another, and behind it the end."""
 
-    slots, context, cut, room = 4, 4096, 1, 4
+    slots, context, cut, room, drafts = 4, 4096, 1, 4, False
 
     def __init__(self, script: Sequence[int], vocabulary: int, end: int) -> None:
         self.script, self.vocabulary, self.ends = [*script, end], vocabulary, (end,)
@@ -78,6 +78,9 @@ class ScriptedStep:
         self._prompts[slot] = len(tokens)
         self.prompts.append(list(tokens))
         return 0
+
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """There are no drafts."""
 
     def end(self, slot: int) -> None:
         """Free a slot."""

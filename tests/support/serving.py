@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.isrtf import Isrtf
 from llmbuild.serve.schedule.state import Scheduler
 from llmbuild.serve.schedule.vtc import Vtc
+from llmbuild.serve.speculate import Speculation
 from llmbuild.serve.step import Output, Rows
 
 VOCABULARY, CONTEXT, END, PAGE = 64, 24, 0, 4
@@ -39,6 +40,8 @@ class FakeStep:
 
     context, vocabulary, ends = CONTEXT, VOCABULARY, (END,)
 
+    drafts = True
+
     shares = True
     """Whether it knows the beginnings of prompts again."""
 
@@ -54,7 +57,8 @@ class FakeStep:
         self.content: list[list[int]] = [[] for _ in range(self.room)]
         self.held: list[list[int]] = [[] for _ in range(slots)]
         self.taken: set[int] = set()
-        self.steps = self.found = 0
+        self.steps = self.found = self.kept = 0
+        self.guessed: list[list[int]] = [[] for _ in range(slots)]
         self.forced: dict[int, int] = {}
         """Tokens that follow so many others, whatever these are."""
 
@@ -86,6 +90,14 @@ class FakeStep:
         self.found += count
         return count
 
+    def keep(self, slot: int, tokens: Sequence[int]) -> None:
+        """Take drafts as right: they must be the next that were run."""
+        assert slot in self.taken and list(tokens) == self.guessed[slot][: len(tokens)]
+        del self.guessed[slot][: len(tokens)]
+        self.held[slot].extend(tokens)
+        self.kept += len(tokens)
+        self.tables.computed(slot, tokens)
+
     def end(self, slot: int) -> None:
         """Free a slot."""
         self.taken.remove(slot)
@@ -100,20 +112,25 @@ class FakeStep:
 
     def _one(self, rows: Rows) -> Output:
         assert len(rows.tokens) > 0
-        assert rows.start + len(rows.tokens) <= CONTEXT
+        assert rows.start + len(rows.tokens) + len(rows.drafts) <= CONTEXT
         held = self.held[rows.slot]
         assert rows.slot in self.taken and rows.start == len(held)
-        self.tables.grow(rows.slot, rows.start + len(rows.tokens))
-        for position, token in enumerate(rows.tokens, rows.start):
+        self.tables.grow(rows.slot, rows.start + len(rows.tokens) + len(rows.drafts))
+        for position, token in enumerate((*rows.tokens, *rows.drafts), rows.start):
             block = int(self.tables.array[rows.slot, position // PAGE])
             assert self.tables.blocks._references[block] == 1, "a block that is written has one owner"
             self.content[block][position % PAGE :] = [token]
         self.tables.computed(rows.slot, rows.tokens)
         held.extend(rows.tokens)
-        made = logits_of(held)
-        if len(held) in self.forced:
-            made[self.forced[len(held)]] = 1e3
-        return Output(int(made.argmax()), made if rows.logits else None)
+        self.guessed[rows.slot] = list(rows.drafts)
+        first, *rest = (self._said([*held, *rows.drafts[:n]], rows.logits) for n in range(len(rows.drafts) + 1))
+        return replace(first, drafts=tuple(rest))
+
+    def _said(self, tokens: Sequence[int], logits: bool) -> Output:
+        made = logits_of(tokens)
+        if len(tokens) in self.forced:
+            made[self.forced[len(tokens)]] = 1e3
+        return Output(int(made.argmax()), made if logits else None)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -158,12 +175,20 @@ class Bench:
     observer: Any = None
     contexts: int = 0
     clock: Clock = field(default_factory=Clock)
+    speculation: Speculation | None = None
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.step = FakeStep(self.slots, self.cut, contexts=self.contexts)
         self.engine = Engine(
-            self.step, self.scheduler, text_of, self.events.extend, self.limits, self.observer, clock=self.clock
+            self.step,
+            self.scheduler,
+            text_of,
+            self.events.extend,
+            self.limits,
+            self.observer,
+            clock=self.clock,
+            speculation=self.speculation,
         )
 
     def submit(self, name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from llmbuild.serve.speculate import NGRAM
 
 Kind = Literal["mapped", "moot", "refused"]
 
@@ -227,7 +230,22 @@ PARSER = only(
 )
 NO_LORA = refuse("there are no adapters: merge them into the weights")
 NO_MEDIA = refuse("models take text alone")
-NO_DRAFTS = refuse("there is no speculative decoding")
+NO_DRAFTS = refuse("tokens are guessed by prompt lookup alone: `llmbuild serve --speculation ngram`")
+
+
+def speculation(values: tuple[str, ...], draft: Draft) -> Told:
+    """Take the method of vLLM's JSON, or the name that SGLang has; how many tokens are guessed is the server's."""
+    try:
+        asked = json.loads(values[0])
+    except ValueError:
+        asked = values[0]
+    method = asked.get("method") if isinstance(asked, dict) else asked
+    if not isinstance(method, str) or method.lower() != NGRAM:
+        return NO_DRAFTS(values, draft)
+    draft.serve["--speculation"] = NGRAM
+    return mapped(f"llmbuild serve --speculation {NGRAM}: as many tokens are guessed as pay")
+
+
 NO_TLS = refuse("the server speaks no TLS: put a proxy in front of it")
 NO_GRAPHS = moot("steps are compiled before, and captured by nobody")
 NO_CODE = refuse("code of a model is never run: it must be of a kind that `llmbuild doctor` lists")

@@ -86,6 +86,7 @@ FLAGS: Mapping[str, Flag] = {
     "enable-cache-report": Flag(r.moot("usage always tells cached tokens"), 0),
     "enable-lora": Flag(r.NO_LORA, 0),
     "disaggregation-mode": Flag(r.only(("null",), "there is one process", "there is one process")),
+    "speculative-algorithm": Flag(r.speculation),
     "enable-hierarchical-cache": Flag(r.refuse("caches are in memory alone"), 0),
 }
 

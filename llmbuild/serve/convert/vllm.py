@@ -110,6 +110,7 @@ FLAGS: Mapping[str, Flag] = {
     "middleware": Flag(r.refuse("code of others is not run")),
     "otlp-traces-endpoint": Flag(r.refuse("there are no traces: /metrics has the times")),
     "kv-transfer-config": Flag(r.refuse("caches are in one process")),
+    "speculative-config": Flag(r.speculation),
     "enable-sleep-mode": Flag(r.refuse("a server that is not needed is ended"), 0),
 }
 
