@@ -109,7 +109,7 @@ class Job:
         """Notes before a build: about the model, and about bounds that are not checked."""
         bounds = ", ".join(map(str, self.recipe.quality.bounds))
         quality = self.recipe.quality
-        absent = self._unscored if bounds or quality.stdlib or quality.file else ""
+        absent = self._unscored if bounds or quality.stdlib or quality.files else ""
         judged = f"{bounds} will not be judged: " if bounds else ""
         return (*self.model.notes, *((f"{judged}quality is {absent}",) if absent else ()))
 
@@ -157,7 +157,7 @@ class Job:
         if self.recipe.model.random_init:
             return "absent: random-init weights, speed only"
         text = self.recipe.quality
-        if not (text.stdlib or text.file):
+        if not (text.stdlib or text.files):
             return "absent: the recipe names no held-out text"
         vocabulary = read_facts(self.model.folder / "config.json").decoder.vocabulary
         why = heldout.unfit(text, self.model.tokenizer, self.recipe.context, vocabulary)

@@ -28,17 +28,13 @@ LONG_LINE = 30
 
 
 def read_text(text: Quality | Calibration) -> str:
-    """Return a text: modules of this interpreter's standard library, or a file.
+    """Return a text: modules of this interpreter's standard library, or files, one behind the other.
 
     Raises:
-        InputError: a module or the file is missing.
+        InputError: a module or a file is missing.
     """
-    if text.file:
-        try:
-            return Path(text.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{_named(text)} text {text.file}: cannot be read: {error}") from None
-    return "\n".join(_module(name, _named(text)) for name in text.stdlib)
+    files = [_file(name, _named(text)) for name in text.files]
+    return "\n".join([*files, *(_module(name, _named(text)) for name in text.stdlib)])
 
 
 def check_apart(calibration: Calibration, quality: Quality) -> None:
@@ -47,9 +43,9 @@ def check_apart(calibration: Calibration, quality: Quality) -> None:
     Raises:
         InputError: both name a module or a file, or one contains much of the other's text.
     """
-    shared = sorted(set(calibration.stdlib) & set(quality.stdlib))
-    if shared or (calibration.file and calibration.file == quality.file):
-        told = ", ".join(shared) or calibration.file
+    shared = sorted({*calibration.stdlib, *calibration.files} & {*quality.stdlib, *quality.files})
+    if shared:
+        told = ", ".join(shared)
         raise InputError(f"calibration text {told} is quality text too: quality is measured on what was not seen")
     held = {line for line in read_text(quality).splitlines() if len(line.strip()) >= LONG_LINE}
     copied = held & set(read_text(calibration).splitlines())
@@ -60,6 +56,13 @@ def check_apart(calibration: Calibration, quality: Quality) -> None:
 
 def _named(text: Quality | Calibration) -> str:
     return type(text).__name__.lower()
+
+
+def _file(name: str, purpose: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{purpose} text {name}: cannot be read: {error}") from None
 
 
 def _module(name: str, purpose: str) -> str:

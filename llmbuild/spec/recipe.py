@@ -39,26 +39,26 @@ GATE = (Bound("quality_kl", "<=", 0.05), Bound("quality_top1", ">=", 0.9))
 
 @dataclass(frozen=True)
 class Quality:
-    """The quality gate of a variant on held-out text: `stdlib` module names, or one text file.
+    """The quality gate of a variant on held-out text: `stdlib` module names, or text files.
 
     `tokens` is the number of scored tokens. A bound is a quality metric with a limit.
     """
 
     stdlib: tuple[str, ...] = ()
-    file: str = ""
+    files: tuple[str, ...] = ()
     tokens: int = 512
     bounds: tuple[Bound, ...] = ()
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The text for the calibration of weights: `stdlib` module names, or one text file, of which `tokens` are read.
+    """The text for the calibration of weights: `stdlib` module names, or text files, of which `tokens` are read.
 
     It must not be the text that quality is measured on.
     """
 
     stdlib: tuple[str, ...] = ()
-    file: str = ""
+    files: tuple[str, ...] = ()
     tokens: int = 4096
 
 

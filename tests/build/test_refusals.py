@@ -124,7 +124,7 @@ def test_text_that_makes_no_window_is_told_before_anything_is_made(project: Proj
 def test_text_fits_where_windows_can_be_cut_of_it(project: Project, words: int, context: int, vocabulary: int) -> None:
     path, tokenizer = project.folder / "drawn.txt", project.model / "tokenizer.json"
     path.write_text("def push " * words)
-    text = Calibration(file=str(path))
+    text = Calibration(files=(str(path),))
     ids = Tokenizer(tokenizer).encode(path.read_text()).ids
     fits = len(ids) >= min(heldout.WINDOW, context) and max(ids) < vocabulary
     assert (heldout.unfit(text, tokenizer, context, vocabulary) == "") == fits

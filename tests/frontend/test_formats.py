@@ -147,7 +147,7 @@ def test_calibration_text_must_not_be_the_quality_text(tmp_path: Path) -> None:
     copy = tmp_path / "copy.py"
     copy.write_text(Path(np.__file__).read_text())
     with pytest.raises(InputError, match="100% of the quality text's lines"):
-        check_apart(Text(file=str(copy)), Quality(file=np.__file__))
+        check_apart(Text(files=(str(copy),)), Quality(files=(np.__file__,)))
     check_apart(Text(("ast",)), Quality(("heapq",)))
 
 

@@ -161,6 +161,14 @@ def test_a_held_out_module_that_is_not_there_is_told() -> None:
     assert "def heappush" in read_text(Quality(stdlib=("heapq",)))
 
 
+def test_texts_of_files_follow_one_another(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    (tmp_path / "b").write_text("two")
+    assert read_text(Quality(files=(str(tmp_path / "b"), str(tmp_path / "a")))) == "two\none"
+    with pytest.raises(InputError, match=r"quality text .*none: cannot be read"):
+        read_text(Quality(files=(str(tmp_path / "a"), str(tmp_path / "none"))))
+
+
 def test_a_device_with_memory_of_its_own_is_read_by_copies_and_says_the_same(
     built: Project, monkeypatch: pytest.MonkeyPatch
 ) -> None:

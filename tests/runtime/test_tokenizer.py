@@ -99,7 +99,7 @@ def test_held_out_text_is_read_whole(tmp_path: Path) -> None:
     made.enable_truncation(40)
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "held.txt").write_text("0123456789" * 72)
-    found = windows(Quality(file=str(tmp_path / "held.txt"), tokens=720), tmp_path / "tokenizer.json", 256)
+    found = windows(Quality(files=(str(tmp_path / "held.txt"),), tokens=720), tmp_path / "tokenizer.json", 256)
     assert found.shape == (5, 128)
 
 

@@ -117,13 +117,18 @@ class _Workload(Strict):
 
 class _Text(Strict):
     stdlib: tuple[str, ...] = ()
-    file: str = ""
+    file: Annotated[str, Field(min_length=1)] | tuple[Annotated[str, Field(min_length=1)], ...] = ()
 
     @model_validator(mode="after")
     def _one(self) -> _Text:
         if bool(self.stdlib) == bool(self.file):
-            raise ValueError("name either `stdlib` modules or one `file`")
+            raise ValueError("name either `stdlib` modules or a `file`, or a list of files")
         return self
+
+    def files(self, path: Path) -> tuple[str, ...]:
+        """Return the files of a recipe, resolved against its folder."""
+        named = (self.file,) if isinstance(self.file, str) else self.file
+        return tuple(str(real(path.parent / name)) for name in named)
 
 
 class _Quality(Strict):
@@ -244,7 +249,7 @@ def read_recipe(path: Path, random_init: bool = False) -> nouns.Recipe:
         constraints=tuple(parsed.constraints),
         quality=nouns.Quality(
             stdlib=text.stdlib if text else (),
-            file=_relative_to(path, text.file) if text else "",
+            files=text.files(path) if text else (),
             tokens=parsed.quality.tokens,
             bounds=_gate(parsed.quality, parsed.model.random_init or random_init),
         ),
@@ -279,12 +284,7 @@ def _location(model: _Model, raw: object, path: Path) -> str:
 def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
     if parsed is None:
         return None
-    return nouns.Calibration(parsed.text.stdlib, _relative_to(path, parsed.text.file), parsed.tokens)
-
-
-def _relative_to(path: Path, file: str) -> str:
-    """Return a file of a recipe, resolved against the recipe's folder."""
-    return str(real(path.parent / file)) if file else ""
+    return nouns.Calibration(parsed.text.stdlib, parsed.text.files(path), parsed.tokens)
 
 
 def read_target(path: Path) -> Target:
