@@ -137,7 +137,7 @@ class Engine:
         with self._inbox.changed:
             busy = self._inbox.alive > 0
             running, waiting = self._inbox.alive - self._inbox.queued, self._inbox.queued
-            idle = self._clock() - self._last_step_s if busy else 0.0
+            idle = self._clock() - max(self._last_step_s, self._inbox.busy_s) if busy else 0.0
             used = self._reserved / self._step.room
             slots, fault = self._step.slots, self._inbox.fault
             return Snapshot(running, waiting, slots, idle, fault, self._inbox.phase == "open", used)
@@ -174,8 +174,9 @@ class Engine:
         A fault of the device or the scheduler ends every sequence, and the engine: what the device holds is unknown.
         """
         begun = self._clock()
-        self._admit()
         try:
+            for one in self._admit():
+                self._foresee(one)
             batch = self._schedule()
             if batch.shares:
                 rows = self._rows(batch)
@@ -196,8 +197,8 @@ class Engine:
                 inbox.changed.wait()
             return inbox.phase != "closed"
 
-    def _admit(self) -> None:
-        """Take what came: requests go to the end of the queue, cancelled and late ones leave."""
+    def _admit(self) -> list[Sequence]:
+        """Take what came, and return it: requests go to the end of the queue, cancelled and late ones leave."""
         arrivals, cancelled = self._inbox.taken()
         for one in arrivals:
             self._queue(one)
@@ -210,12 +211,16 @@ class Engine:
             if not one.ended:
                 told = f"the answer took longer than {one.deadline_s - one.arrival_s:g} s"
                 self._give_up(one, "deadline", told)
+        return arrivals
+
+    def _foresee(self, one: Sequence) -> None:
+        """Note what is expected of a sequence; it is in the queue, so it is told if this fails."""
+        one.lookup = None if self._speculation is None else Lookup(one.request.prompt)
+        one.predicted = self._lengths.predict(one.request, 0)
 
     def _queue(self, one: Sequence) -> None:
         self._arrived += 1
         one.number = self._arrived
-        one.lookup = None if self._speculation is None else Lookup(one.request.prompt)
-        one.predicted = self._lengths.predict(one.request, 0)
         self._accounts.arrived(one.request.tenant)
         insort(self._waiting, one, key=lambda each: each.order)
         self._by_request.setdefault(one.request.id, []).append(one)
@@ -322,8 +327,9 @@ class Engine:
         """Choose a sequence's next token; a fault in it ends this sequence alone."""
         try:
             delta = one.take(output, self._step.context)
-        except InputError as error:
-            self._give_up(one, "engine", str(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is of this sequence alone
+            bug = f"the server has made an error: {type(error).__name__}"
+            self._give_up(one, "engine", str(error) if isinstance(error, InputError) else bug)
             return
         if len(one.tokens) == 1:
             one.first_s = now

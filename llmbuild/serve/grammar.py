@@ -121,7 +121,12 @@ class Grammars:
             raise RequestRefused(f"{name}: {str(error)[:300]}", name) from None
         if matcher.is_error():
             raise RequestRefused(f"{name}: {what} is not supported: {matcher.get_error()[:300]}", name)
-        return Grammar(matcher, self._vocabulary)
+        made = Grammar(matcher, self._vocabulary)
+        try:  # some faults appear with the first token: here nobody else waits for them
+            made.begin().restrict(np.zeros(self._vocabulary, np.float32))
+        except InputError as error:
+            raise RequestRefused(f"{name}: {what} lets no answer begin: {error}", name) from None
+        return made
 
     def _opened(self, name: str) -> LLTokenizer:
         from llguidance import LLTokenizer

@@ -29,6 +29,8 @@ class Inbox:
     """Sequences that arrived and neither have a slot nor have ended."""
     alive: int = 0
     """Sequences that arrived and have not ended."""
+    busy_s: float = 0.0
+    """When the last one arrived that found no other."""
     sequence_s: float = 0.0
     """A moving mean of the seconds between two ends, for the advice when to ask again."""
 
@@ -49,6 +51,8 @@ class Inbox:
             if self.queued + count > self.most:
                 told = f"{self.queued} sequences wait, and no more than {self.most} may"
                 raise QueueFull(told, min(60, max(1, math.ceil(self.queued * self.sequence_s))))
+            if not self.alive:
+                self.busy_s = sequences[0].arrival_s
             self.queued += count
             self.alive += count
             self.arrivals.extend(sequences)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -193,3 +194,29 @@ def test_the_metrics_of_the_catalog_are_all_named() -> None:
 
 def test_the_architectures_that_are_named_are_those_that_are_taken() -> None:
     assert {kind for kind in KINDS if kind in spans()} == set(KINDS)
+
+
+def faults() -> list[list[str]]:
+    """Return the rows of the tables of faults that other servers had."""
+    lines = (ROOT / "docs/explanation/serving-faults.md").read_text().splitlines()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    return [row for row in rows if row[0] != "fault"]
+
+
+def test_every_fault_of_other_servers_has_its_tests() -> None:
+    sources = [source for row in faults() for source in row[3].split(", ")]
+    assert (len(faults()), len(set(sources))) == (42, len(sources))
+    assert all(re.fullmatch(r"[\w.-]+/[\w.-]+#\d+|CVE-\d+-\d+", source) for source in sources)
+    for _, does, tests, _ in faults():
+        assert does and re.fullmatch(r"`test_\w+\.py::\w+`(, `test_\w+\.py::\w+`)*", tests), tests
+
+
+@pytest.mark.parametrize("name", sorted({name for row in faults() for name in re.findall(r"`([^`]+)`", row[2])}))
+def test_a_test_that_is_named_is_there(name: str) -> None:
+    file, _, wanted = name.partition("::")
+    found = ast.parse((ROOT / "tests/serve" / file).read_text()).body
+    functions = {each.name for each in found if isinstance(each, ast.FunctionDef)}
+    machines = {
+        each.targets[0].id for each in found if isinstance(each, ast.Assign) and isinstance(each.targets[0], ast.Name)
+    }
+    assert wanted in functions | machines

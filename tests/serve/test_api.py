@@ -198,7 +198,10 @@ def test_what_asks_for_what_is_done_anyway_is_taken(client: httpx.Client) -> Non
     [
         (b"", "not JSON"),
         (b"[1]", "must be a JSON object"),
-        (b'{"model": NaN}', "NaN is no number"),
+        (b'{"model": NaN}', "NaN is no JSON"),
+        (b'{"top_p": 1e400}', "1e400 is not finite"),
+        (b'{"\\ud800": 1}', "U+D800 alone"),
+        (b'{"user": "\xed\xa0\x80"}', "not JSON"),
         (b"\xff", "not JSON"),
         (b'{"a":' + b"[" * 20000, "not JSON"),
         (b'{"a":' + b"[" * 100 + b"]" * 100 + b"}", "nested deeper"),

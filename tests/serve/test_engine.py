@@ -434,3 +434,11 @@ class Machine(RuleBasedStateMachine):
 
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+class LongMachine(Machine):
+    """The same in more than 10,000 steps."""
+
+
+TestLongMachine = pytest.mark.exhaustive(LongMachine.TestCase)
+TestLongMachine.settings = settings(max_examples=240, stateful_step_count=50, deadline=None)

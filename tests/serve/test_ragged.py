@@ -115,6 +115,27 @@ def test_answers_of_a_mix_are_those_of_the_loader(
     assert len(calls.rows) < sum(map(len, wanted)) / 2 and 4 in calls.rows, "sequences share calls"
 
 
+def test_a_call_has_rows_of_tokens_alone_and_has_read_its_inputs_when_it_returns(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three sequences of eight slots: nothing fills the others, and what a call was given may be overwritten."""
+    whole, rows = model.session.step, list[int]()
+
+    def step(*given: Any) -> Any:
+        rows.append(len(given[0]))
+        said = whole(*given)
+        for array in given[:4]:
+            array.fill(-1)
+        return said
+
+    monkeypatch.setattr(model.session, "step", step)
+    greedy = SamplingParams(temperature=0, max_tokens=12)
+    requests = [Request(f"r{n}", tuple(prompt), greedy, 0) for n, prompt in enumerate(PROMPTS[:3])]
+    said = [tokens(events) for events in answered(model, Settings(max_sequences=8), requests).values()]
+    assert said == [list(model.tokens(prompt, 12)) for prompt in PROMPTS[:3]]
+    assert sum(rows) == sum(len(prompt) + len(one) - 1 for prompt, one in zip(PROMPTS, said, strict=False))
+
+
 def test_outputs_behind_drafts_are_those_of_a_call_for_each_token(model: Model) -> None:
     drawn = np.random.default_rng(5)
     texts = [drawn.integers(0, 300, count).tolist() for count in (9, 40)]

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from llmbuild.errors import InputError
+from llmbuild.serve.engine import Limits
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.request import Request
+from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.served import Plan, _speculation
 from llmbuild.serve.speculate import Candidate, Lookup, Pace, Speculation, counts
-from tests.serve.test_engine import PROMPTS
-from tests.support.serving import ADAPTIVE, CONTEXT, Bench, alone, request
+from tests.serve.test_engine import PROMPTS, Counted
+from tests.support.serving import ADAPTIVE, CONTEXT, VOCABULARY, Bench, alone, logits_of, request
 
 
 @pytest.mark.parametrize(
@@ -145,3 +149,57 @@ def test_blocks_of_guessed_tokens_are_found_again_only_where_they_were_right() -
     bench.submit("again", [3, 4, 5, 3, 4, *bench.tokens("r")], max_tokens=4)  # the device compares what is there
     bench.settle()
     assert bench.step.kept > 0 and bench.step.found > 0
+
+
+class Told(Speculation):
+    """Guesses of texts that are known: so many tokens that are right, and behind them so many that are wrong."""
+
+    def __init__(self, texts: list[list[int]], right: int, wrong: int) -> None:
+        super().__init__()
+        self.texts, self.right, self.wrong = texts, right, wrong
+
+    def drafts(self, asked: Sequence[tuple[Lookup, int]]) -> list[tuple[int, ...]]:
+        return [self._of(lookup._tokens, most) for lookup, most in asked]
+
+    def _of(self, known: list[int], most: int) -> tuple[int, ...]:
+        text = next((text for text in self.texts if text[: len(known)] == known), known)
+        rest = [*text[len(known) :], 0]
+        found = rest[: min(self.right, len(rest) - 1)]
+        return (*found, *[(rest[len(found)] + 1) % VOCABULARY] * self.wrong)[:most]
+
+
+@pytest.mark.parametrize("heat", [0, 1.4])
+@pytest.mark.parametrize(("right", "wrong"), [(0, 1), (0, 3), (1, 0), (1, 1), (2, 1)])
+def test_guesses_change_no_answer_wherever_the_first_wrong_one_is(heat: float, right: int, wrong: int) -> None:
+    made = [request(f"r{n}", [n + 1, 3], n, max_tokens=8, temperature=heat, ignore_eos=n < 2) for n in range(3)]
+    plain, counted = Bench(slots=3), Counted()
+    wanted = answers(plain, made)
+    texts = [[*one.prompt, *plain.tokens(one.id)] for one in made]
+    bench = Bench(slots=3, observer=counted, speculation=Told(texts, right, wrong))
+    assert answers(bench, made) == wanted
+    tried, kept = sum(turn.drafts for turn in counted.turns), sum(turn.right for turn in counted.turns)
+    assert tried > 0 and kept == bench.step.kept
+    assert (kept > 0) == (right > 0) and (kept < tried or not wrong)
+
+
+@pytest.mark.parametrize("guess", [None, 9, 8])
+def test_draws_behind_guesses_have_the_probabilities_of_the_model(guess: int | None) -> None:
+    """768 draws of the token behind a guess that is right (9), behind one that is wrong, and behind none."""
+    counts, kept = np.zeros(VOCABULARY), 0
+    for seed in range(12):
+        told = None if guess is None else Told([[20, 7, guess, 0]], 1, 0)
+        bench = Bench(slots=64, limits=Limits(queue=64), scheduler=Fcfs(512), speculation=told)
+        bench.step.forced = {1: 7, 2: 9}
+        made = bench.submit("r", [20], seed, n=64, max_tokens=3, temperature=1.5, top_k=8, ignore_eos=True)
+        bench.settle()
+        said = [bench.tokens(made.id, i) for i in range(64)]
+        assert all(one[:2] == [7, 9] for one in said)
+        np.add.at(counts, [one[2] for one in said], 1)
+        kept += bench.step.kept
+    row = logits_of([20, 7, 9]).astype(np.float64)
+    best = np.argsort(-row)[:8]
+    wanted = np.exp(row[best] / 1.5)
+    wanted *= 768 / wanted.sum()
+    assert counts[best].sum() == 768
+    assert ((counts[best] - wanted) ** 2 / wanted).sum() < 24.3  # chi-squared of 7 degrees of freedom at 0.1 %
+    assert kept == (768 if guess == 9 else 0)

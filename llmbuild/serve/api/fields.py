@@ -8,6 +8,7 @@ from typing import TypeVar
 
 from llmbuild.errors import InputError
 from llmbuild.serve.errors import RequestRefused
+from llmbuild.system.strict_json import loads
 
 T = TypeVar("T")
 _DEEPEST = 64
@@ -21,18 +22,26 @@ def parsed(data: bytes) -> dict[str, object]:
         RequestRefused: it is not a JSON object.
     """
     try:
-        found = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        text = data.decode("utf-8-sig")
+        found = loads(text)
+    except ValueError as error:
         raise RequestRefused(f"the body is not JSON: {str(error)[:200]}") from None
     if not isinstance(found, dict):
         raise RequestRefused("the body must be a JSON object")
     if _depth(found) > _DEEPEST:
         raise RequestRefused(f"the body is nested deeper than {_DEEPEST} levels")
+    if "\\u" in text:  # nothing else makes half a character
+        _check_characters(found)
     return found
 
 
-def _no_constant(name: str) -> object:
-    raise ValueError(f"{name} is no number of JSON")
+def _check_characters(found: dict[str, object]) -> None:
+    """Refuse texts that UTF-8 cannot hold: neither templates, grammars nor answers can have them."""
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        code = ord(error.object[error.start])
+        raise RequestRefused(f"the body has half a character: U+{code:04X} alone is no Unicode text") from None
 
 
 def _depth(value: object) -> int:
