@@ -11,7 +11,8 @@ llmbuild's own calibration reads too. Speed is that of peers.py: running process
 and top-1 agreement are to the f32 model of the file's weights, on the recipe's held-out text: ours are the catalog's,
 llama.cpp's are scored here on the same windows and reference logits. A row is on the front if no other is as good in
 bytes, decoding time and KL and better in one of them; `of all` is the front of everyone, `of own` that of its runtime.
-A variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's.
+A variant whose prompt took longer than `--longest` when it was built is not run again: its times are the catalog's. A
+second table has, for each of llama.cpp's rows, what of ours has no more KL in the fewest bytes: ours over theirs.
 """
 
 from __future__ import annotations
@@ -56,6 +57,29 @@ def with_fronts(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for row in sorted(rows, key=lambda row: (row["size_bytes"], row["participant"])):
         own = [other for other in rows if other["runtime"] == row["runtime"]]
         found.append({**row, "front_of_all": on_front(row, rows), "front_of_own": on_front(row, own)})
+    return found
+
+
+def matched(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return, for each row of llama.cpp, what of ours has no more KL in the fewest bytes, and both ratios to it."""
+    found = []
+    ours = [row for row in rows if row["runtime"] != PEER and row["quality_kl"] is not None]
+    for rung in rows:
+        if rung["runtime"] != PEER or rung["quality_kl"] is None:
+            continue
+        as_good = [row for row in ours if row["quality_kl"] <= rung["quality_kl"]]
+        best = min(as_good, key=lambda row: row["size_bytes"], default=None)
+        times = best and best["decode_s"] and rung["decode_s"]
+        found.append(
+            {
+                "rung": rung["participant"],
+                "quality_kl": rung["quality_kl"],
+                "ours": best and best["participant"],
+                "ours_kl": best and best["quality_kl"],
+                "bytes_ratio": best and best["size_bytes"] / rung["size_bytes"],
+                "decode_ratio": best["decode_s"] / rung["decode_s"] if best and times else None,
+            }
+        )
     return found
 
 
@@ -134,6 +158,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         "context": max(asked.prompt, asked.context),
         "noise": noisy,
         "rows": with_fronts(rows),
+        "matched": matched(with_fronts(rows)),
     }
 
 
@@ -156,7 +181,18 @@ def text(made: dict[str, Any]) -> str:
     ours = [f"{row['participant']}: {row['choices']}" for row in made["rows"] if row["variant"]]
     told = [f"{row['participant']}: {row['reason']}" for row in made["rows"] if row["reason"]]
     told += [f"{row['participant']} is not scored: {row['not_scored']}" for row in made["rows"] if row["not_scored"]]
-    return "\n".join([shown.table(header, lines), "", *ours, *told])
+    pairs = [
+        [
+            one["rung"],
+            f"{one['quality_kl']:.5f}",
+            one["ours"] or "-",
+            *("-" if one[name] is None else f"{one[name]:.5f}" for name in ("ours_kl",)),
+            *("-" if one[name] is None else f"{one[name]:.2f}" for name in ("bytes_ratio", "decode_ratio")),
+        ]
+        for one in made["matched"]
+    ]
+    equal = shown.table(["at the KL of", "KL", "fewest bytes of ours", "KL", "bytes", "decode"], pairs)
+    return "\n".join([shown.table(header, lines), "", equal, "", *ours, *told])
 
 
 def options(words: list[str] | None = None) -> argparse.Namespace:
