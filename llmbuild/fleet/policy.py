@@ -55,7 +55,7 @@ class Counted:
     """How many requests come in a bin of a trace, by service and class."""
 
     begin_s: float
-    arrivals: Mapping[tuple[int, int], int]
+    arrivals: Mapping[tuple[int, int], float]
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from llmbuild.errors import InputError
 from llmbuild.fleet.policies.adaptive import adaptive, oracle
 from llmbuild.fleet.policies.reactive import lowest_clock, reactive
-from llmbuild.fleet.policies.routing import by_slack, least_loaded
+from llmbuild.fleet.policies.routing import Choose, by_slack, least_loaded
 from llmbuild.fleet.policies.static import static_mean, static_peak
 from llmbuild.fleet.policy import Make
-from llmbuild.fleet.simulate.replica import Router
 from llmbuild.spec.fleet import Fleet
 
 
@@ -20,11 +19,11 @@ class Named:
     """A policy, its router, and what it knows that a live one could not."""
 
     make: Make
-    router: Callable[[Fleet], Router]
+    router: Callable[[Fleet], Choose]
     knows: str
 
 
-def _least(fleet: Fleet) -> Router:
+def _least(fleet: Fleet) -> Choose:
     return least_loaded
 
 
