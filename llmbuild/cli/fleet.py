@@ -147,17 +147,19 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         raise InputError(f"--on {backend}: not built yet: `--on local` runs a fleet on this machine")
     if form and not dry:
         raise InputError("--json goes with -n: a running fleet prints its address")
+    from llmbuild.fleet.policies.named import live_policy
+
+    if options["policy"]:
+        live_policy(options["policy"])
     asked, profiles = _read(fleet, Path(catalog), serves=True)
     from llmbuild.fleet.orchestrate import Setup, to_stderr
     from llmbuild.fleet.orchestrate import dry as intended
     from llmbuild.fleet.orchestrate import orchestrate as run
-    from llmbuild.fleet.policies.named import policy
     from llmbuild.report.fleet import actions_json, actions_table
 
     if options["period"]:
         asked = replace(asked, period_s=options["period"])
     name = options["policy"] or asked.policy
-    policy(name)
     folder = options["state"] or Path(catalog) / "fleets" / asked.name
     setup = Setup(asked, profiles, Path(catalog), folder, name, options["port"])
     if dry:

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import uvicorn
 
-from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Intended
 from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
@@ -22,7 +21,7 @@ from llmbuild.fleet.gateway.metrics import FleetMetrics
 from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Table
 from llmbuild.fleet.loop import Loop, given_live, permitted, unseen
-from llmbuild.fleet.policies.named import ORACLE, policy
+from llmbuild.fleet.policies.named import live_policy
 from llmbuild.serve.api.server import BACKLOG, MOST_CONNECTIONS, Place, Server, listening, signals, url_of
 from llmbuild.spec.fleet import Fleet, Profile
 
@@ -87,9 +86,7 @@ def _loop(
     tell: Callable[[str], None],
     done: Callable[[Action, Answer], None],
 ) -> Loop:
-    if setup.policy == ORACLE:
-        raise InputError(f"policy {ORACLE} knows the trace: it can be simulated, and nothing live knows what will come")
-    return Loop(fleet, policy(setup.policy).make(given_live(fleet, setup.profiles)), backend, tell, done)
+    return Loop(fleet, live_policy(setup.policy).make(given_live(fleet, setup.profiles)), backend, tell, done)
 
 
 class _Runner:
@@ -108,7 +105,7 @@ class _Runner:
 
     async def run(self, listener: object, ready: Callable[[], None]) -> bool:
         """Serve until a signal comes."""
-        self._table = table = Table(self._fleet, policy(self._setup.policy).router(self._fleet))
+        self._table = table = Table(self._fleet, live_policy(self._setup.policy).router(self._fleet))
         state = Gateway(self._fleet, table, self._watch, self._metrics, self._tell)
         config = uvicorn.Config(
             application(state),

@@ -47,6 +47,8 @@ from llmbuild.spec.fleet import Fleet
 READY_S, AFTER_S = 120.0, 60.0
 """Seconds for the fleet to be ready, and for answers after the last arrival."""
 LOOK_S = 0.25
+TOLD = ("decides", "start", "route", "stop", "ready", "died", "ended", "finds", "waits", "broken", "retry")
+"""First words of the lines of an orchestrator's log that are kept."""
 TOKENS = range(5, 200)
 """Ids that every vocabulary has."""
 
@@ -124,7 +126,7 @@ def with_rate(path: Path, folder: Path, rate: float) -> Path:
     return made
 
 
-# --- the fleet ---------------------------------------------------------------------------------------------------------
+# --- the fleet -------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
@@ -192,7 +194,7 @@ async def replicas(url: str) -> int:
     return sum(one["replicas"] for one in json.loads(await got(url, "/v1/models"))["data"])
 
 
-# --- the client --------------------------------------------------------------------------------------------------------
+# --- the client ------------------------------------------------------------------------------------------------------
 
 
 async def send(url: str, model: str, arrival: Arrival, began: float, rng: random.Random, run: Run) -> None:
@@ -213,7 +215,7 @@ async def send(url: str, model: str, arrival: Arrival, began: float, rng: random
         answer = await ask(url, "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}, 120)
         try:
             if answer.status != 200:
-                found.end = "rejected" if answer.status in (429, 503) else f"status {answer.status}"
+                found.end = "rejected" if answer.status in (429, 503) else "failed"
                 return
             await read(answer.pieces(), found, due, arrival.output)
         finally:
@@ -260,7 +262,7 @@ async def sent(url: str, model: str, trace: Trace, run: Run, journal: Journal, k
     run.actions = {name: int(float(count)) for name, count in found}
 
 
-# --- the figures -------------------------------------------------------------------------------------------------------
+# --- the figures -----------------------------------------------------------------------------------------------------
 
 
 def percentiles(values: Sequence[float]) -> list[float]:

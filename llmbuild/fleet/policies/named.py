@@ -47,3 +47,14 @@ def policy(name: str) -> Named:
     if name not in POLICIES:
         raise InputError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def live_policy(name: str) -> Named:
+    """Return the policy of that name for a fleet that runs.
+
+    Raises:
+        InputError: no such policy, or one that knows what will come.
+    """
+    if name == ORACLE:
+        raise InputError(f"policy {ORACLE} knows the trace: it can be simulated, and nothing live knows what will come")
+    return policy(name)
