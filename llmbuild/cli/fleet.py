@@ -167,6 +167,10 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         click.echo(dumps(actions_json(asked, found)) if form else actions_table(asked, found))
         _place_for_all(asked, profiles)
         return 0
+    try:
+        _place_for_all(asked, profiles)
+    except NoPlan as lacking:  # what has a place is served all the same
+        click.echo(f"warning: {lacking}", err=True)
     done = run(setup, to_stderr, click.echo)
     click.echo("every answer was finished" if done else "answers were cut off", err=True)
     return 0 if done else CUT_OFF

@@ -146,9 +146,10 @@ class _Runner:
     async def _beats(self, ready: Callable[[], None]) -> None:
         """Beat until the end; tell once that every service is served."""
         assert self._table is not None
-        began, told = time.monotonic(), False
+        began, told = 0.0, False
         while not self._ending:
             now = time.monotonic()
+            began = began or now  # the first decision is at 0
             decides = self._loop.due(now - began)
             traffic = self._watch.traffic(now, decides)
             try:
@@ -162,7 +163,8 @@ class _Runner:
             self._states = {key: float(count) for key, count in states.items()}
             if decides:
                 self._metrics.decisions.inc()
-            if not told and all(self._table.serves(s) for s in range(len(self._fleet.services))):
+            wanted = {service for service, _ in self._loop.target}
+            if not told and all(self._table.serves(service) for service in wanted):
                 told = True
                 ready()
             await asyncio.sleep(BEAT_S)

@@ -10,8 +10,13 @@ import time
 import httpx
 import pytest
 
+from llmbuild.fleet.actuators.interface import Live, Slot
+from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.gateway import table
-from tests.support.fleets import fleet, service
+from llmbuild.fleet.gateway.table import Job, Place
+from llmbuild.fleet.policies.routing import by_slack
+from llmbuild.fleet.simulate.trace import Asked
+from tests.support.fleets import fleet, profile, service
 from tests.support.live_fleets import (
     DONE,
     USAGE,
@@ -177,3 +182,22 @@ def test_what_the_policy_is_told_of_are_arrivals_and_lengths() -> None:
         assert [one.arrivals for one in second.seen] == [0]
         assert first.rates[0, 0] == pytest.approx(0.3)
         assert first.seen[0].prompt < 100 and first.seen[0].output < 50  # the file's, drawn towards what came
+
+
+def test_the_router_of_the_simulator_fills_live_replicas_while_they_are_in_time() -> None:
+    made = fleet(service(ttft_s=0.2))
+    kind, choose = made.nodes[0], by_slack(made)
+    at = OperatingPoint(profile(kind.device), kind, 4)
+    places = [Place(Live(f"r{i}", 0, at, Slot(kind.name, kind.nodes[i], 0), "ready"), at, (1.0,)) for i in range(2)]
+
+    def chosen(prompt: int) -> int:
+        job = Job(Asked(0, 0.0, 0, 0, prompt, 50))
+        place = choose(places, job, 0.0)
+        place.jobs.add(job)
+        return places.index(place)
+
+    assert places[0].expected_ttft_s(100, 0.0) == pytest.approx(0.01 + 2 * 0.010)  # 100 us a token, 10 ms a step
+    assert [chosen(100) for _ in range(3)] == [0, 0, 0]  # within half of the deadline: the busiest one
+    assert places[0].expected_ttft_s(100, 0.0) > 0.06
+    assert [chosen(500), chosen(100)] == [1, 0]  # a long prompt behind three others would be late; 80 % of 4 are 3
+    assert places[0].load == 4

@@ -16,6 +16,7 @@ from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import SetClock, SetPartition, SetPower, Slot, Start, Stop, Switch
 from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
 from llmbuild.fleet.actuators.local import Dry, Local, checked
+from llmbuild.fleet.orchestrate import Setup, dry
 from llmbuild.spec.fleet import Fleet
 from tests.support.fleets import fleet, node, point, profile, service
 
@@ -159,6 +160,21 @@ def test_what_a_process_cannot_do_is_unsupported_with_its_reason(tmp_path: Path)
         backend.stop(Stop("none", "")),
     ]
     assert all(one.outcome == "unsupported" and one.reason for one in found)
+
+
+def test_a_dry_run_says_what_would_start_and_why(tmp_path: Path) -> None:
+    cores = sorted(os.sched_getaffinity(0))[:1]
+    made = replace(MADE, nodes=(replace(KIND, count=1, cores=(tuple(cores),)),))
+    lines: list[str] = []
+    (one,) = dry(Setup(made, PROFILES, tmp_path, tmp_path / "state", "static-peak"), lines.append)
+    assert isinstance(one.action, Start)
+    assert (one.action.slot.name, one.answer.outcome, one.action.why) == (
+        "core-0/0",
+        "applied",
+        "0 of 1 of v on core, batch 16 run",
+    )
+    assert any("planned once for the largest rate" in line for line in lines)
+    assert not (tmp_path / "state").exists()
 
 
 @pytest.mark.parametrize(
