@@ -20,7 +20,8 @@ from llmbuild.fleet.orchestrate import Setup, dry
 from llmbuild.spec.fleet import Fleet
 from tests.support.fleets import fleet, node, point, profile, service
 
-KIND = replace(node("core", 2), cores=((0,), (1,)), machine=True, device="host/1")
+CORES = sorted(os.sched_getaffinity(0))
+KIND = replace(node("core", 2), cores=((CORES[0],), (CORES[-1],)), machine=True, device="host/1")
 MADE = fleet(service(), nodes=(KIND,))
 PROFILES = (profile("host/1"),)
 SLEEP = "import time; time.sleep(60)"
@@ -41,6 +42,7 @@ def sleeper(journal: Journal, name: str, into: list[subprocess.Popen[bytes]]) ->
     env = {**os.environ, MARK: journal.mark(name)}
     into.append(subprocess.Popen([sys.executable, "-c", SLEEP], env=env, start_new_session=True))
     pid = into[-1].pid
+    os.sched_setaffinity(pid, {CORES[0]})
     began = began_of(pid)
     assert began is not None
     return Entry(name, "s", "v", 16, 0, "core-0", 0, pid, began, boot_of())
@@ -99,6 +101,17 @@ def test_a_replica_that_the_fleet_has_no_place_for_is_ended(
     assert told.startswith("ended: pid")
     assert ended(sleepers[0]) == -15
     assert (list(backend.live()), journal.read()) == ([], ())
+
+
+def test_a_replica_on_cores_that_its_slot_has_no_more_is_ended(
+    tmp_path: Path, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    journal = Journal(tmp_path)
+    journal.write([sleeper(journal, "a", sleepers)])
+    made = replace(MADE, nodes=(replace(KIND, cores=((CORES[0], 4000), (4001,))),))
+    ((_, told),) = Local(made, tmp_path, journal).adopt(PROFILES)
+    assert told.startswith("ended: pid")
+    assert ended(sleepers[0]) == -15
 
 
 def test_a_process_that_was_started_and_not_written_down_is_ended(
@@ -163,8 +176,7 @@ def test_what_a_process_cannot_do_is_unsupported_with_its_reason(tmp_path: Path)
 
 
 def test_a_dry_run_says_what_would_start_and_why(tmp_path: Path) -> None:
-    cores = sorted(os.sched_getaffinity(0))[:1]
-    made = replace(MADE, nodes=(replace(KIND, count=1, cores=(tuple(cores),)),))
+    made = replace(MADE, nodes=(replace(KIND, count=1, cores=((CORES[0],),)),))
     lines: list[str] = []
     (one,) = dry(Setup(made, PROFILES, tmp_path, tmp_path / "state", "static-peak"), lines.append)
     assert isinstance(one.action, Start)
@@ -182,7 +194,7 @@ def test_a_dry_run_says_what_would_start_and_why(tmp_path: Path) -> None:
     [
         (node("gpu"), "are not this machine"),
         (replace(KIND, cores=()), "has no cores"),
-        (replace(KIND, cores=((0,), (4000,))), "core 4000 is not among those"),
+        (replace(KIND, cores=((CORES[0],), (4000,))), "core 4000 is not among those"),
         (replace(KIND, device="00000000/1"), "are not this machine"),
     ],
 )

@@ -267,11 +267,11 @@ class Local:
                 told.append((entry.name, "has ended"))
                 continue
             live = self._known(entry, profiles)
-            if live is not None and not self._taken(live.slot):
+            if live is not None and not self._taken(live.slot) and self._pinned(entry, live.slot):
                 self._replicas[entry.name] = _Replica(live, entry, None, self._clock())
                 told.append((entry.name, f"adopted: pid {entry.pid} on {live.slot.name}"))
                 continue
-            told.append((entry.name, f"ended: pid {entry.pid} is of no service, slot or variant of this fleet"))
+            told.append((entry.name, f"ended: pid {entry.pid} is of no service, variant, slot or cores of this fleet"))
             self._orphan(entry, dry)
         for name, pid in marked.items():  # started, and not written down before its orchestrator was killed
             began = began_of(pid)
@@ -287,6 +287,12 @@ class Local:
         if not dry:
             self._orphans.append((entry, self._clock() + self._drain_s + KILL_S))
             _signal(entry, signal.SIGTERM)
+
+    def _pinned(self, entry: Entry, slot: Slot) -> bool:
+        """Return whether a process runs on the cores that the fleet file gives its slot now."""
+        with contextlib.suppress(OSError):
+            return os.sched_getaffinity(entry.pid) == set(self._cores(slot))
+        return False
 
     def _taken(self, slot: Slot) -> bool:
         return any(one.live.slot == slot for one in self._replicas.values())
