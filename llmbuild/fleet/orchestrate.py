@@ -101,6 +101,7 @@ class _Runner:
         self._watch = Watch(fleet, time.monotonic())
         self._table: Table | None = None
         self._states: Mapping[tuple[str, str], float] = {}
+        self._corrected: dict[int, float] = {}
         self._ending = False
 
     async def run(self, listener: object, ready: Callable[[], None]) -> bool:
@@ -163,11 +164,22 @@ class _Runner:
             self._states = {key: float(count) for key, count in states.items()}
             if decides:
                 self._metrics.decisions.inc()
+                self._tell_corrections()
             wanted = {service for service, _ in self._loop.target}
             if not told and all(self._table.serves(service) for service in wanted):
                 told = True
                 ready()
             await asyncio.sleep(BEAT_S)
+
+    def _tell_corrections(self) -> None:
+        """Tell how far steps are off their profiles, where that has changed by a fifth."""
+        for s, one in enumerate(self._watch.corrections):
+            if abs(one.factor / self._corrected.get(s, 1.0) - 1) > 0.2:
+                self._corrected[s] = one.factor
+                name = self._fleet.services[s].name
+                self._tell(
+                    f"corrects {name}: tokens take {one.factor:.2f} times their profile, and loads count so much"
+                )
 
     def _acted(self, action: Action, answer: Answer) -> None:
         self._metrics.actions.labels(NAMES[type(action)], answer.outcome).inc()
@@ -179,7 +191,13 @@ class _Runner:
         for place in places:
             running[names[place.live.service], ""] += place.load
         waiting = {(name, ""): float(self._watch.waiting[s]) for s, name in enumerate(names)}
-        return {"fleet_replicas": self._states, "fleet_running": running, "fleet_waiting": waiting}
+        factors = {(name, ""): self._watch.corrections[s].factor for s, name in enumerate(names)}
+        return {
+            "fleet_replicas": self._states,
+            "fleet_running": running,
+            "fleet_waiting": waiting,
+            "fleet_correction": factors,
+        }
 
 
 async def _drained(state: Gateway, most_s: float, second: asyncio.Future[None]) -> bool:

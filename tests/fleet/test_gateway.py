@@ -12,7 +12,8 @@ import pytest
 
 from llmbuild.fleet.actuators.interface import Live, Slot
 from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.gateway import table
+from llmbuild.fleet.gateway import correct, table
+from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Job, Place
 from llmbuild.fleet.policies.routing import by_slack
 from llmbuild.fleet.simulate.trace import Asked
@@ -201,3 +202,23 @@ def test_the_router_of_the_simulator_fills_live_replicas_while_they_are_in_time(
     assert places[0].expected_ttft_s(100, 0.0) > 0.06
     assert [chosen(500), chosen(100)] == [1, 0]  # a long prompt behind three others would be late; 80 % of 4 are 3
     assert places[0].load == 4
+
+
+def test_tokens_that_take_longer_than_their_profile_make_the_load_larger() -> None:
+    made = fleet()
+    kind = made.nodes[0]
+    at = OperatingPoint(profile(kind.device), kind, 16)
+    watch = Watch(made, 0.0)
+    for _ in range(5):
+        watch.arrived((0, 0), 99.0)
+    correction = watch.corrections[0]
+    for i in range(correct.ENOUGH):
+        assert correction.factor == 1.0, i
+        correction.seen(at, 16, 100.0, 50, 2 * at.step.seconds(16, 16 * 100.0, 0))
+    correction.seen(at, 1, 100.0, 2, 1e9)  # too short to say anything
+    found = watch.traffic(100.0, decides=True)
+    assert [one.arrivals for one in found.seen] == pytest.approx([10.0])
+    assert found.rates[0, 0] == pytest.approx(1.0)
+    for _ in range(300):
+        correction.seen(at, 1, 100.0, 50, 100 * at.step.seconds(1, 100.0, 0))
+    assert correction.factor == correct.MOST

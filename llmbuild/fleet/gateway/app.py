@@ -25,7 +25,7 @@ from starlette.routing import Route
 from llmbuild.fleet.gateway.metrics import FleetMetrics
 from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.stream import Relay
-from llmbuild.fleet.gateway.table import SUSPECT_S, Job, Place, Table
+from llmbuild.fleet.gateway.table import SUSPECT_S, WARM_S, Job, Place, Table
 from llmbuild.fleet.gateway.upstream import SILENT_S, Answer, Broken, ask
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.serve.api import replies
@@ -154,6 +154,8 @@ class _Trip:
         self._answer: Answer | None = None
         self._ended = False
         self._first = False
+        self._rows = 1
+        """Requests at the replica when the first token came."""
         state.watch.waiting[wanted.key[0]] += 1
 
     async def go(self, method: str) -> Response:
@@ -232,6 +234,7 @@ class _Trip:
 
     def _seen_first(self, now: float) -> None:
         self._wanted.job.begun = self._first = True
+        self._rows = self._place.load if self._place else 1
         self._state.watch.waiting[self._wanted.key[0]] -= 1
         self._labelled(self._state.metrics.first).observe(now - self._wanted.arrived_s)
 
@@ -248,8 +251,17 @@ class _Trip:
         kind = service.classes[self._wanted.key[1]]
         tpot_s = (relay.last_s - relay.first_s) / (relay.output - 1) if relay.output > 1 else 0.0
         self._labelled(self._state.metrics.per_token).observe(tpot_s)
+        self._corrected(relay, tpot_s)
         met = relay.first_s - self._wanted.arrived_s <= kind.ttft_s and tpot_s <= kind.tpot_s
         self._state.metrics.slo.labels(service.name, kind.name, str(met).lower()).inc()
+
+    def _corrected(self, relay: Relay, tpot_s: float) -> None:
+        """Hold the time between tokens against the profile's."""
+        place = self._place
+        if place is not None and asyncio.get_running_loop().time() - place.since_s >= WARM_S:
+            rows, positions = (self._rows + place.load) / 2, relay.prompt + relay.output / 2
+            correction = self._state.watch.corrections[self._wanted.key[0]]
+            correction.seen(place.point, rows, positions, relay.output, tpot_s)
 
     def _learn(self, prompt: int, output: int) -> None:
         self._note.prompt_tokens, self._note.completion_tokens = prompt, output

@@ -47,6 +47,7 @@ _MEANINGS = {
     "fleet_replicas": "Replicas by their state.",
     "fleet_running": "Requests at replicas.",
     "fleet_waiting": "Requests without a first token.",
+    "fleet_correction": "Time between tokens over that of the profile: so many times a load counts.",
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter, deque
 
+from llmbuild.fleet.gateway.correct import Correction
 from llmbuild.fleet.loop import Traffic
 from llmbuild.fleet.policy import Seen
 from llmbuild.spec.fleet import Fleet
@@ -30,6 +31,7 @@ class Watch:
         self._lengths = {key: [kind.prompt, kind.output] for key, kind in self._kinds.items()}
         self._recent: deque[tuple[float, Key]] = deque()
         self._characters = [_CHARACTERS for _ in fleet.services]
+        self.corrections = [Correction() for _ in fleet.services]
         self.waiting: Counter[int] = Counter()
         """Requests without a first token, by service."""
 
@@ -61,7 +63,9 @@ class Watch:
             self._recent.popleft()
         window = min(MOMENT_S, max(_LEAST_S, now - self._began))
         counts = Counter(key for _, key in self._recent)
-        seen = tuple(Seen(*key, self._arrived[key], *self._lengths[key]) for key in self._kinds)
+        factors = [one.factor for one in self.corrections]
+        seen = tuple(Seen(*key, self._arrived[key] * factors[key[0]], *self._lengths[key]) for key in self._kinds)
         if decides:
             self._arrived.clear()
-        return Traffic(seen, dict(self.waiting), {key: counts[key] / window for key in self._kinds})
+        rates = {key: counts[key] / window * factors[key[0]] for key in self._kinds}
+        return Traffic(seen, dict(self.waiting), rates)

@@ -17,6 +17,8 @@ HELD_S = 30.0
 """Seconds that a request waits for a replica that starts."""
 MOST_HELD = 256
 """Requests of a service that wait so."""
+WARM_S = 5.0
+"""Seconds of a replica from which nothing is learned."""
 SUSPECT_S = 1.0
 """Seconds for which a replica that broke a connection gets nothing."""
 RETRY_S = 5
@@ -40,6 +42,8 @@ class Place:
     point: OperatingPoint
     takes: tuple[float, ...]
     jobs: set[Job] = field(default_factory=set)
+    since_s: float = 0.0
+    """When it began to take requests, by the event loop's clock."""
     suspect_s: float = 0.0
     """Until when it is not trusted."""
 
@@ -85,7 +89,7 @@ class Table:
     def _place(self, live: Live) -> Place:
         service = self._fleet.services[live.service]
         takes = tuple(capacity(live.point, kind, service.attainment).rate for kind in service.classes)
-        return Place(live, live.point, takes)
+        return Place(live, live.point, takes, since_s=asyncio.get_running_loop().time())
 
     @property
     def places(self) -> list[Place]:
