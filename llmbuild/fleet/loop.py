@@ -98,6 +98,7 @@ class Loop:
         self.target: Target = {}
         self._closed: set[str] = set()
         self._troubles: dict[Slot, _Trouble] = {}
+        self._started: dict[Slot, float] = {}
         self._begun: dict[str, float] = {}
         self._ready: set[str] = set()
         self._clocks: dict[str, int] = {}
@@ -131,7 +132,7 @@ class Loop:
     def _notice(self, live: Sequence[Live], now: float) -> None:
         """Tell what has changed, and remember where starts fail."""
         for one in live:
-            began = self._begun.setdefault(one.name, now)
+            began = self._begun.setdefault(one.name, self._started.pop(one.slot, now))
             if one.state == "ready" and one.name not in self._ready:
                 self._ready.add(one.name)
                 self._tell(f"ready    {one.name} at {one.url}, {now - began:.1f} s after its start")
@@ -186,6 +187,8 @@ class Loop:
         self._done(action, answer)
         if isinstance(action, Stop) or (isinstance(action, Route) and not action.open):
             self._closed.add(action.replica)
+        if isinstance(action, Start):
+            self._started[action.slot] = now
         if isinstance(action, Start) and answer.outcome != "applied":
             self._troubles.setdefault(action.slot, _Trouble()).until_s = now + AGAIN_S
         outcome = "" if answer.outcome == "applied" else f" -> {answer.outcome}"

@@ -60,7 +60,9 @@ def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
     return found
 
 
-def orchestrate(setup: Setup, tell: Callable[[str], None], ready: Callable[[str], None]) -> bool:
+def orchestrate(
+    setup: Setup, tell: Callable[[str], None], ready: Callable[[str], None], backend: type[Local] = Local
+) -> bool:
     """Run a fleet until SIGTERM or SIGINT; return whether all that was begun was finished. No replica is left.
 
     The first signal lets requests end, and takes no more; a second one ends them. `ready` is called with the address
@@ -72,7 +74,7 @@ def orchestrate(setup: Setup, tell: Callable[[str], None], ready: Callable[[str]
     checked(setup.fleet)
     place = Place(port=setup.port, drain_s=setup.drain_s)
     with Journal(setup.folder).held(), contextlib.closing(listening(place)) as listener:
-        runner = _Runner(setup, tell)
+        runner = _Runner(setup, tell, backend)
         try:
             return asyncio.run(runner.run(listener, lambda: ready(url_of(place, listener))))
         finally:
@@ -92,10 +94,10 @@ def _loop(
 class _Runner:
     """The parts of a running fleet."""
 
-    def __init__(self, setup: Setup, tell: Callable[[str], None]) -> None:
+    def __init__(self, setup: Setup, tell: Callable[[str], None], backend: type[Local]) -> None:
         self._setup, self._tell = setup, tell
         self._fleet = fleet = permitted(setup.fleet)
-        self.backend = Local(fleet, setup.catalog, Journal(setup.folder), setup.drain_s)
+        self.backend = backend(fleet, setup.catalog, Journal(setup.folder), setup.drain_s)
         self._metrics = FleetMetrics(self._gauges)
         self._loop = _loop(setup, fleet, self.backend, tell, self._acted)
         self._watch = Watch(fleet, time.monotonic())
