@@ -147,7 +147,8 @@ class Loop:
         if not asked and (one.name not in self._ready or now - began < SOUND_S):
             trouble = self._troubles.setdefault(one.slot, _Trouble())
             trouble.count += 1
-            wait_s = min(LONGEST_S, AGAIN_S * 2 ** (trouble.count - 1))
+            served = one.name in self._ready and trouble.count == 1  # it may have been killed: no reason to wait
+            wait_s = 0.0 if served else min(LONGEST_S, AGAIN_S * 2 ** (trouble.count - 1))
             trouble.until_s = now + wait_s
             self._tell(f"waits    {one.slot.name}: {trouble.count} starts failed in a row, the next in {wait_s:.0f} s")
         self._closed.discard(one.name)
