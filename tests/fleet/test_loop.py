@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -211,3 +213,45 @@ def test_replicas_that_take_no_more_requests_are_closed_before_they_are_told_to_
     assert [type(one) for one in last] == [Route, Stop]
     assert any(line.startswith("ended") for line in at.lines)
     assert not any(line.startswith("died") for line in at.lines)
+
+
+def drawn(rng: random.Random, made: Fleet) -> dict[tuple[int, OperatingPoint], int]:
+    """Return a random target that the slots of a fleet hold, with something for every service."""
+    found: dict[tuple[int, OperatingPoint], int] = {}
+    slots = [slot.kind for slot in slots_of(made)]
+    rng.shuffle(slots)
+    for i, kind in enumerate(slots[: rng.randint(2, len(slots))]):
+        service_ = i if i < 2 else rng.randrange(2)
+        at = point(made, profile(kind), rng.choice((4, 8, 16)))
+        found[service_, at] = found.get((service_, at), 0) + 1
+    return found
+
+
+def takes(made: Fleet, target: Target, service_: int) -> float:
+    """Return the requests a second that a service's replicas take."""
+    kind = made.services[service_].classes[0]
+    return sum(capacity(p, kind, 0.99).rate * count for (of, p), count in target.items() if of == service_)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_from_any_target_to_any_other_capacity_falls_below_the_load_only_where_it_is_said(seed: int) -> None:
+    rng = random.Random(seed)
+    made = fleet(service("a"), service("b"), nodes=(node("fast", 2), node("slow", 2)), period_s=1.0)
+    backend, lines = FakeBackend(rng.choice((0.5, 2.0)), rng.choice((0.0, 3.0))), list[str]()
+    loop = Loop(made, Fixed(*((40.0 * i, drawn(rng, made)) for i in range(6))), backend, lines.append)
+    rates, held = {(0, 0): 0.0, (1, 0): 0.0}, [False, False]
+    for beat in range(4 * 240):
+        backend.now = now = beat / 4
+        fresh = beat % 160 == 100  # a load that what is wanted takes, and that stays while the next target comes
+        if fresh:
+            rates = {(s, 0): takes(made, loop.target, s) * rng.uniform(0.1, 0.95) for s in (0, 1)}
+        said = len(lines)
+        live = loop.beat(now, replace(unseen(made), rates=rates))
+        told = any("no room to start" in line for line in lines[said:])
+        ready = Counter(one.key for one in live if one.state == "ready")
+        for s in (0, 1):
+            enough = takes(made, ready, s) >= rates[s, 0]
+            assert enough or told or fresh or not held[s], (now, s, lines[-3:])
+            held[s] = enough
+        if beat % 160 == 159 and all(takes(made, loop.target, s) >= rates[s, 0] for s in (0, 1)):
+            assert ready == Counter(loop.target), (now, lines[-5:])
