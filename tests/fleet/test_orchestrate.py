@@ -12,10 +12,12 @@ import pytest
 
 from llmbuild.fleet.actuators.journal import began_of, runs
 from tests.conftest import Project, llmbuild
+from tests.support import marked
 from tests.support.orchestrated import Client, all_ends, asked, kill_amid, orchestrated
 
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
 pytestmark = pytest.mark.skipif(len(CORES) < 2, reason="two nodes need two cores and Linux")
+SCRIPT = Path(sys.executable).with_name("llmbuild")
 FLEET = """\
 name: two
 nodes:
@@ -44,7 +46,7 @@ def fleet(tmp_path: Path) -> Path:
 
 def words(fleet: Path, catalog: Path) -> list[object]:
     state = fleet.parent / "state"
-    return [sys.executable, "-m", "llmbuild", "orchestrate", fleet, "-C", catalog, "--state", state, "--port", "0"]
+    return [SCRIPT, "orchestrate", fleet, "-C", catalog, "--state", state, "--port", "0"]
 
 
 def cores_of(pid: int) -> set[int]:
@@ -56,7 +58,9 @@ def cores_of(pid: int) -> set[int]:
 def test_a_killed_server_loses_no_request_in_silence_and_the_next_orchestrator_takes_over(
     fleet: Path, built: Project
 ) -> None:
-    with orchestrated(words(fleet, built.catalog), fleet.parent / "state") as first:
+    log = fleet.parent / "log"
+    here = marked.fill(fleet.parent / "here", log)  # replicas import nothing of it
+    with orchestrated(words(fleet, built.catalog), fleet.parent / "state", cwd=here) as first:
         assert first.said("warning: tiny/only: no place for")
         before = first.entries()
         clients = [Client(first.url, "tiny") for _ in range(6)]
@@ -67,6 +71,7 @@ def test_a_killed_server_loses_no_request_in_silence_and_the_next_orchestrator_t
         assert {*ends} <= {"done", "replica_lost"}, ends
         assert ends.count("replica_lost") <= 6
         assert {one.node: cores_of(one.pid) for one in after} == {"core-0": {CORES[0]}, "core-1": {CORES[1]}}
+        assert not log.exists()
         first.process.kill()
         first.process.wait(10)
     assert all(runs(one) for one in after)
@@ -76,7 +81,7 @@ def test_a_killed_server_loses_no_request_in_silence_and_the_next_orchestrator_t
         assert {one.pid for one in second.entries()} == {one.pid for one in after}
         with httpx.Client(base_url=second.url, timeout=30, trust_env=False) as client:
             assert asked(client, "tiny") == "done"
-        other = llmbuild(*map(str, words(fleet, built.catalog)[3:]))
+        other = llmbuild(*map(str, words(fleet, built.catalog)[1:]))
         assert (other.returncode, "another orchestrator runs this fleet" in other.stderr) == (2, True), other.stderr
         second.process.send_signal(signal.SIGINT)
         assert second.process.wait(30) == 0

@@ -51,9 +51,12 @@ class Orchestrator:
 
 
 @contextlib.contextmanager
-def orchestrated(words: Sequence[object], state: Path, replicas: int = 2) -> Iterator[Orchestrator]:
-    """Run a command until the block ends; whatever fails in it, no process is left."""
-    with subprocess.Popen(list(map(str, words)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+def orchestrated(
+    words: Sequence[object], state: Path, replicas: int = 2, cwd: Path | None = None
+) -> Iterator[Orchestrator]:
+    """Run a command in a folder until the block ends; whatever fails in it, no process is left."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(list(map(str, words)), **pipes, text=True, cwd=cwd) as process:
         assert process.stdout is not None and process.stderr is not None
         found = Orchestrator(process, Journal(state))
         reader = threading.Thread(target=lambda: found.lines.extend(process.stderr or ()))

@@ -17,7 +17,7 @@ class Stubbed(Local):
     """Starts stubs in place of servers."""
 
     def _words(self, action: Start) -> list[str]:
-        return [sys.executable, str(Path(__file__).with_name("stub_server.py"))]
+        return [str(Path(__file__).with_name("stub_server.py"))]
 
 
 def setup(folder: Path, policy: str) -> Setup:

@@ -12,7 +12,6 @@ import os
 import secrets
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,6 +36,7 @@ from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boo
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.plan.program import serving
 from llmbuild.fleet.profiles.measured import machine_of
+from llmbuild.process import child
 from llmbuild.runtime import model as loader
 from llmbuild.spec.fleet import UNSET, Fleet, Profile
 
@@ -50,10 +50,7 @@ ASK_S = 2.0
 """Seconds that a replica has to say whether it is ready."""
 CHECK_S, SILENT = 5.0, 3
 """A replica that serves is asked so often, and killed when it has not been ready for so many times in a row."""
-_PINNED = (
-    "import os, sys; os.sched_setaffinity(0, map(int, sys.argv[1].split(','))); os.execv(sys.executable, sys.argv[2:])"
-)
-"""Pins itself, then becomes the server: all of its threads are pinned from their beginning."""
+_PINNED = Path(__file__).with_name("pinned.py")
 _LAST = 400
 """Bytes of the log's end that are looked at for its last line."""
 
@@ -120,14 +117,15 @@ class Local:
             return Answer("unsupported", f"{action.slot.name} has a replica")
         name = f"{action.slot.node}-{action.slot.index}-{secrets.token_hex(4)}"
         cores = self._cores(action.slot)
-        words = [sys.executable, "-c", _PINNED, ",".join(map(str, cores)), *self._words(action)]
+        words = child.python(str(_PINNED), ",".join(map(str, cores)), *self._words(action))
         with self._address(name).open("wb") as address, self._log(name).open("wb") as log:
-            child = subprocess.Popen(
+            process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
                 stdout=address,
                 stderr=log,
-                env={**os.environ, MARK: self._journal.mark(name)},
+                env=child.environment({MARK: self._journal.mark(name)}),
+                cwd="/",
                 start_new_session=True,
             )
         service, point = self._fleet.services[action.service], action.point
@@ -139,20 +137,20 @@ class Local:
             clock_mhz=point.clock.mhz,
             node=action.slot.node,
             slot=action.slot.index,
-            pid=child.pid,
-            began=began_of(child.pid) or 0,
+            pid=process.pid,
+            began=began_of(process.pid) or 0,
             boot=boot_of(),
         )
-        live = Live(name, action.service, point, action.slot, "starting", pid=child.pid)
-        self._replicas[name] = _Replica(live, entry, child, self._clock())
+        live = Live(name, action.service, point, action.slot, "starting", pid=process.pid)
+        self._replicas[name] = _Replica(live, entry, process, self._clock())
         self._save()
-        return replace(APPLIED, reason=f"{name}, pid {child.pid}, cores {','.join(map(str, cores))}")
+        return replace(APPLIED, reason=f"{name}, pid {process.pid}, cores {','.join(map(str, cores))}")
 
     def _words(self, action: Start) -> list[str]:
         service, point = self._fleet.services[action.service], action.point
         memory = max(1, int(point.node.memory_bytes / 1e6))
         return [
-            *(sys.executable, "-m", "llmbuild", "serve", service.model, "-C", str(self._catalog)),
+            *("llmbuild", "serve", service.model, "-C", str(self._catalog.resolve())),
             *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
             *("--host", "127.0.0.1", "--port", "0", "--shutdown-timeout", f"{self._drain_s:g}"),
         ]
