@@ -119,10 +119,13 @@ def asked(client: httpx.Client, model: str) -> str:
     return "done" if len(ends) <= 1 and choices else f"ends: {ends}"
 
 
-def kill_amid(found: Orchestrator, victim: Entry, clients: Sequence[Client]) -> None:
-    """Stop a replica so that requests come to it and are not begun, then kill it; wait until that was noticed."""
+def kill_amid(found: Orchestrator, victim: Entry, clients: list[Client]) -> None:
+    """Stop a replica so that requests of more clients come to it and are not begun, then kill it, and wait until that
+    was noticed.
+    """
     waited(lambda: sum(len(one.ends) for one in clients) > 20)
     os.kill(victim.pid, signal.SIGSTOP)
-    time.sleep(0.3)
+    clients += [Client(found.url, one.model) for one in clients]
+    time.sleep(0.5)
     os.kill(victim.pid, signal.SIGKILL)
     waited(lambda: victim.name not in {one.name for one in found.journal.read()})
