@@ -161,13 +161,13 @@ class _Runner:
                 self._tell(f"error    {error}")
                 await asyncio.sleep(1.0)
                 continue
-            self._table.update(live)
+            wanted = {service for service, _ in self._loop.target}
+            self._table.update(live, wanted)
             states = Counter((self._fleet.services[one.service].name, str(one.state)) for one in live)
             self._states = {key: float(count) for key, count in states.items()}
             if decides:
                 self._metrics.decisions.inc()
                 self._tell_corrections()
-            wanted = {service for service, _ in self._loop.target}
             if not told and all(self._table.serves(service) for service in wanted):
                 told = True
                 ready()

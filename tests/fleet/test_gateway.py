@@ -126,6 +126,18 @@ def test_a_request_waits_for_a_replica_that_starts() -> None:
         assert [one.content for one in answers] == [event("a") + event("b") + DONE]
 
 
+def test_a_request_waits_for_a_replica_that_is_wanted_and_not_started_yet() -> None:
+    with fronted(fleet(), streams) as found:
+        found.call(lambda: found.state.table.update([], {0}))
+        answers: list[httpx.Response] = []
+        asking = threading.Thread(target=lambda: answers.append(post(found, stream=True)))
+        asking.start()
+        time.sleep(0.1)
+        found.update("ready")
+        asking.join(10)
+        assert [one.status_code for one in answers] == [200]
+
+
 def test_a_request_does_not_wait_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table, "HELD_S", 0.1)
     with fronted(fleet(), streams) as found:

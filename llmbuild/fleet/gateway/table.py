@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from llmbuild.fleet.actuators.interface import Live
@@ -75,14 +75,14 @@ class Table:
         self._held = [0 for _ in fleet.services]
         self._changed = asyncio.Event()
 
-    def update(self, live: Sequence[Live]) -> None:
-        """Take what the loop has found: replicas that take requests or will."""
+    def update(self, live: Sequence[Live], wanted: Collection[int] = ()) -> None:
+        """Take what the loop has found: replicas that take requests or will, and services that are to have some."""
         kept = {}
         for one in live:
             if one.state == "ready":
                 kept[one.name] = self._places.get(one.name) or self._place(one)
         self._places = kept
-        self._coming = {one.service for one in live if one.state == "starting"}
+        self._coming = {one.service for one in live if one.state == "starting"} | set(wanted)
         self._changed.set()
         self._changed = asyncio.Event()
 
