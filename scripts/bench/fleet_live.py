@@ -3,8 +3,8 @@
     python scripts/bench/fleet_live.py FLEET --trace FILE [--seconds S] [--rate N] [--lengths N] [--context N]
                                        [--policy P]... [--kill-at S] [-C CATALOG] [--json]
 
-For each policy `llmbuild orchestrate FLEET` is started with the trace's largest rate of 60 s as the rate of its first
-service. Requests are sent at the trace's times, whether earlier ones are answered or not, as streams of token ids that
+For each policy `llmbuild orchestrate FLEET` is started with the trace's largest rate of 60 s and its mean lengths as
+those of the first class of its first service: so a static policy knows what it knows in the simulator. Requests are sent at the trace's times, whether earlier ones are answered or not, as streams of token ids that
 ask for as many tokens as the trace has. The client, the gateway and the replicas share this machine. `lost` are
 requests that ended without an end of the answer and without an error; `failed` ended with an error behind the first
 byte, `rejected` before it. `twice` are streams with more tokens than were asked for or with a second end.
@@ -28,6 +28,7 @@ from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import inf
 from pathlib import Path
+from statistics import mean
 
 from comparison.script import end, say
 from ruamel.yaml import YAML
@@ -115,11 +116,14 @@ def peak(arrivals: Sequence[Arrival], window_s: float = 60.0) -> float:
     return max(sum(start <= t < start + window for t in times) for start in range(0, int(times[-1]) + 1, 5)) / window
 
 
-def with_rate(path: Path, folder: Path, rate: float) -> Path:
-    """Write the fleet's file with another rate of its first service."""
+def with_load(path: Path, folder: Path, rate: float, arrivals: Sequence[Arrival]) -> Path:
+    """Write the fleet's file with another rate and other lengths of its first service."""
     yaml = YAML()
     found = yaml.load(path.read_text())
-    found["services"][0]["rate"] = round(rate, 3)
+    service = found["services"][0]
+    service["rate"] = round(rate, 3)
+    service["classes"][0]["prompt"] = round(mean(one.prompt for one in arrivals), 1)
+    service["classes"][0]["output"] = round(mean(one.output for one in arrivals), 1)
     made = folder / path.name
     with made.open("w") as file:
         yaml.dump(found, file)
@@ -332,7 +336,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = with_rate(asked.fleet, folder, rate)
+        path = with_load(asked.fleet, folder, rate, trace.arrivals)
         fleet = read_fleet(path, tuple(POLICIES))
         for policy in asked.policy or ["static-peak", "adaptive"]:
             run = Run(policy)
