@@ -1,13 +1,14 @@
 """A running fleet under a piece of a trace, with a replica killed on the way: what was answered, and how fast.
 
     python scripts/bench/fleet_live.py FLEET --trace FILE [--seconds S] [--rate N] [--lengths N] [--context N]
-                                       [--policy P]... [--kill-at S] [-C CATALOG] [--json]
+                                       [--policy P]... [--kill-at S] [--stated N] [-C CATALOG] [--json]
 
 For each policy `llmbuild orchestrate FLEET` is started with the trace's largest rate of 60 s and its mean lengths as
-those of the first class of its first service: so a static policy knows what it knows in the simulator. Requests are sent at the trace's times, whether earlier ones are answered or not, as streams of token ids that
-ask for as many tokens as the trace has. The client, the gateway and the replicas share this machine. `lost` are
-requests that ended without an end of the answer and without an error; `failed` ended with an error behind the first
-byte, `rejected` before it. `twice` are streams with more tokens than were asked for or with a second end.
+those of the first class of its first service: so a static policy knows what it knows in the simulator. Requests are
+sent at the trace's times, whether earlier ones are answered or not, as streams of token ids that ask for as many tokens
+as the trace has. The client, the gateway and the replicas share this machine. `lost` are requests that ended without an
+end of the answer and without an error; `failed` ended with an error behind the first byte, `rejected` before it.
+`twice` are streams with more tokens than were asked for or with a second end.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rate", type=float, default=1.0)
     parser.add_argument("--lengths", type=float, default=1.0)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument("--stated", type=float, default=1.0, help="times the largest rate that the file states")
     parser.add_argument("--policy", action="append", help=" ".join(POLICIES))
     parser.add_argument("--kill-at", type=float, help="seconds; default: half of --seconds")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
@@ -336,7 +338,7 @@ def main() -> None:
     found = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        path = with_load(asked.fleet, folder, rate, trace.arrivals)
+        path = with_load(asked.fleet, folder, asked.stated * rate, trace.arrivals)
         fleet = read_fleet(path, tuple(POLICIES))
         for policy in asked.policy or ["static-peak", "adaptive"]:
             run = Run(policy)
