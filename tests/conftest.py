@@ -43,13 +43,13 @@ TEXT = "def push(self, item):\n    self.items.append(item)\n\n" * 40
 SLOW = (
     "build/build build/freshness build/imports build/shared_imports build/tuning carry/drawn carry/pack "
     "carry/peers_bench catalog/postgres catalog/publish cli/chat cli/cli cli/endurance cli/isolated cli/study "
-    "compiler/phases compiler/targets fleet/measured frontend/batch frontend/formats frontend/frontend "
-    "frontend/frontend_job frontend/hub frontend/loading frontend/odd_widths frontend/pystdlib_model frontend/repeat "
-    "frontend/resume frontend/scaling frontend/score frontend/shapes frontend/step kernels/aarch64 kernels/kernels "
-    "kernels/matvec kernels/shared_exponent kernels/vulkan profiler/comparisons profiler/energy profiler/profiler "
-    "profiler/remote profiler/roofline repository/docs repository/nightly repository/scripts repository/tutorial "
-    "repository/wheel runtime/answers runtime/ladder serve/client serve/exact serve/offline serve/ragged "
-    "system/odd_hosts"
+    "compiler/phases compiler/targets fleet/measured fleet/orchestrate frontend/batch frontend/formats "
+    "frontend/frontend frontend/frontend_job frontend/hub frontend/loading frontend/odd_widths "
+    "frontend/pystdlib_model frontend/repeat frontend/resume frontend/scaling frontend/score frontend/shapes "
+    "frontend/step kernels/aarch64 kernels/kernels kernels/matvec kernels/shared_exponent kernels/vulkan "
+    "profiler/comparisons profiler/energy profiler/profiler profiler/remote profiler/roofline repository/docs "
+    "repository/nightly repository/scripts repository/tutorial repository/wheel runtime/answers runtime/ladder "
+    "serve/client serve/exact serve/offline serve/ragged system/odd_hosts"
 ).split()
 """Modules that compile or build models, or wait for servers: `scripts/test --fast` goes without them."""
 

@@ -1,4 +1,4 @@
-"""The commands of fleets: plan, simulate."""
+"""The commands of fleets: plan, simulate, orchestrate."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from llmbuild.fleet.simulate.trace import Trace
     from llmbuild.spec.fleet import Fleet, Profile
 
+CUT_OFF = 130
+"""The exit code where answers were cut off at the end."""
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 _FAILURE = re.compile(r"([^@]+)@(\d+(?:\.\d+)?)(?:\+(\d+(?:\.\d+)?))?")
 
@@ -116,6 +118,80 @@ def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, f
     return 0
 
 
+@click.command(short_help="Run a FLEET: start, route, switch and end replicas by a policy.")
+@click.argument("fleet", type=PATH)
+@click.option(
+    "--on",
+    "backend",
+    type=click.Choice(("local", "ray", "kubernetes")),
+    default="local",
+    show_default=True,
+    help="What runs the replicas; ray and kubernetes are not built.",
+)
+@click.option("-n", "--dry-run", "dry", is_flag=True, help="Say what would be done first, and why; do nothing.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option("--policy", metavar="POLICY", help="Who decides what runs; default: the file's.")
+@click.option("--period", type=click.FloatRange(0.1, 3600), metavar="S", help="Seconds between two decisions.")
+@click.option("--state", type=PATH, metavar="DIR", help="Where what runs is noted.  [default: CATALOG/fleets/NAME]")
+@catalog_option
+@click.option("--json", "form", cls=Shared, flag_value="json", help="With -n: JSON on stdout.")
+def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | None, **options: Any) -> int:
+    """Run a FLEET on this machine behind one OpenAI-compatible address, until SIGTERM or Ctrl-C.
+
+    Replicas are `llmbuild serve` processes on the cores that the file names. The address is printed on standard output
+    as soon as every service has a replica. What a killed orchestrator has left running is taken over by the next one.
+    """
+    from dataclasses import replace
+
+    if backend != "local":
+        raise InputError(f"--on {backend}: not built yet: `--on local` runs a fleet on this machine")
+    if form and not dry:
+        raise InputError("--json goes with -n: a running fleet prints its address")
+    from llmbuild.fleet.policies.named import live_policy
+
+    if options["policy"]:
+        live_policy(options["policy"])
+    asked, profiles = _read(fleet, Path(catalog), serves=True)
+    from llmbuild.fleet.orchestrate import Setup, to_stderr
+    from llmbuild.fleet.orchestrate import dry as intended
+    from llmbuild.fleet.orchestrate import orchestrate as run
+    from llmbuild.report.fleet import actions_json, actions_table
+
+    if options["period"]:
+        asked = replace(asked, period_s=options["period"])
+    name = options["policy"] or asked.policy
+    folder = options["state"] or Path(catalog) / "fleets" / asked.name
+    setup = Setup(asked, profiles, Path(catalog), folder, name, options["port"])
+    if dry:
+        found = intended(setup, to_stderr)
+        click.echo(dumps(actions_json(asked, found)) if form else actions_table(asked, found))
+        _place_for_all(asked, profiles)
+        return 0
+    try:
+        _place_for_all(asked, profiles)
+    except NoPlan as lacking:  # what has a place is served all the same
+        click.echo(f"warning: {lacking}", err=True)
+    done = run(setup, to_stderr, click.echo)
+    click.echo("every answer was finished" if done else "answers were cut off", err=True)
+    return 0 if done else CUT_OFF
+
+
+def _place_for_all(fleet: Fleet, profiles: Sequence[Profile]) -> None:
+    """Say what the load of the file lacks.
+
+    Raises:
+        NoPlan: some requests have no place.
+    """
+    from llmbuild.fleet.loop import permitted
+    from llmbuild.fleet.plan.load import stated
+    from llmbuild.fleet.plan.plan import plan as made
+    from llmbuild.report.fleet import shortage_lines
+
+    found = made(permitted(fleet), profiles, stated(fleet))
+    if not found.feasible:
+        raise NoPlan("\n".join(shortage_lines(found)))
+
+
 def _outcomes(
     fleet: Fleet,
     profiles: Sequence[Profile],
@@ -146,11 +222,12 @@ def _outcomes(
             yield one
 
 
-def _read(path: Path, catalog: Path) -> tuple[Fleet, tuple[Profile, ...]]:
+def _read(path: Path, catalog: Path, serves: bool = False) -> tuple[Fleet, tuple[Profile, ...]]:
     """Return a fleet and the profiles of its models."""
-    missing = [name for name in EXTRAS["fleet"] if find_spec(name) is None]
+    extras = ["fleet", *(["serve"] if serves else [])]
+    missing = [name for extra in extras for name in EXTRAS[extra] if find_spec(name) is None]
     if missing:
-        raise InputError(f"fleets need {', '.join(missing)}: pip install 'llmbuild[fleet]'")
+        raise InputError(f"fleets need {', '.join(missing)}: pip install 'llmbuild[{','.join(extras)}]'")
     from llmbuild.fleet.policies.named import POLICIES
     from llmbuild.fleet.profiles.gather import profiles_of
     from llmbuild.spec.files.fleet import read_fleet
@@ -210,4 +287,4 @@ def _failing(text: str) -> Failing:
     return Failing(match[1], float(match[2]), float(match[3]) if match[3] else math.inf)
 
 
-COMMANDS = (plan, simulate)
+COMMANDS = (plan, simulate, orchestrate)

@@ -26,7 +26,8 @@ class Seen:
 
     service: int
     kind: int
-    arrivals: int
+    arrivals: float
+    """Live they are corrected by how far steps are off their profile."""
     prompt: float
     """Mean of the prompts of the last minutes; the fleet file's where none came."""
     output: float
@@ -55,7 +56,7 @@ class Counted:
     """How many requests come in a bin of a trace, by service and class."""
 
     begin_s: float
-    arrivals: Mapping[tuple[int, int], int]
+    arrivals: Mapping[tuple[int, int], float]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ import random
 from collections.abc import Mapping, Sequence
 from statistics import mean
 
+from llmbuild.fleet.actuators.interface import NAMES, Intended
+from llmbuild.fleet.loop import told_of
 from llmbuild.fleet.plan.plan import Assignment, Plan
 from llmbuild.fleet.simulate.outcome import Outcome
 from llmbuild.fleet.simulate.trace import Trace
 from llmbuild.report.table import table, terminal
+from llmbuild.spec.fleet import Fleet
 
 RESAMPLES = 2000
 
@@ -117,6 +120,35 @@ def shortage_lines(plan: Plan) -> list[str]:
         f"{s.service}/{s.kind.name}: no place for {s.rate:.3g} of {s.of:.3g} requests/s: {s.told}"
         for s in plan.shortages
     ]
+
+
+# --- live fleets -----------------------------------------------------------------------------------------------------
+
+
+def actions_json(fleet: Fleet, actions: Sequence[Intended]) -> list[dict[str, object]]:
+    """Return actions as plain data."""
+    return [
+        {
+            "action": NAMES[type(one.action)],
+            "what": _what(fleet, one),
+            "outcome": one.answer.outcome,
+            "reason": one.answer.reason,
+            "why": one.action.why,
+        }
+        for one in actions
+    ]
+
+
+def actions_table(fleet: Fleet, actions: Sequence[Intended]) -> str:
+    """Return actions as a table."""
+    if not actions:
+        return "nothing to do: what runs is what is wanted"
+    lines = [[NAMES[type(one.action)], _what(fleet, one), one.answer.outcome, one.action.why] for one in actions]
+    return table(["action", "what", "answer", "why"], lines, (0, 1, 2, 3), terminal(), (3,))
+
+
+def _what(fleet: Fleet, one: Intended) -> str:
+    return told_of(fleet, one.action).partition(" ")[2].strip()
 
 
 # --- simulations -----------------------------------------------------------------------------------------------------

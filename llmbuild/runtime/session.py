@@ -15,7 +15,7 @@ from iree.runtime.flags import parse_flags
 from numpy.typing import NDArray
 
 from llmbuild.errors import InputError, LoadRefused
-from llmbuild.runtime import checks
+from llmbuild.runtime import checks, host
 from llmbuild.runtime.calls import PlainCaller, PolledCaller
 from llmbuild.runtime.code import mapped
 from llmbuild.runtime.memory import shares_memory
@@ -445,11 +445,13 @@ def threaded_device(workers: int) -> Any:
     """Return a device with its own worker threads, one per physical core where `workers` is 0.
 
     IREE creates the threads with the driver, from process flags, and keeps one driver for all devices of a process:
-    without its own driver, a second device would use as many workers as the first. A single worker is not pinned.
+    without its own driver, a second device would use as many workers as the first. A single worker is not pinned,
+    unless the process is: IREE lets an unpinned worker run on every core of the host, also on those of other processes.
     Several are pinned, each to its own core: woken together without pinning, Linux puts them on one core, and they
     run as slowly as one.
     """
-    alone, most = int(workers == 1), workers or _MOST_WORKERS
+    alone = int(workers == 1 and host.cores() == host.machine_cores())
+    most = workers or _MOST_WORKERS
     parse_flags(f"--task_topology_group_count={alone}", f"--task_topology_max_group_count={most}")
     uri = "local-task"
     return create_hal_driver(uri).create_device_by_uri(uri)

@@ -16,6 +16,13 @@ BASES: tuple[Basis, ...] = ("measured", "published", "estimated")
 
 FleetObjective = Literal["energy", "cost", "nodes"]
 
+Guarded = Literal["set_clock", "set_power", "set_partition"]
+GUARDED: tuple[Guarded, ...] = ("set_clock", "set_power", "set_partition")
+"""Actions that change a device for everybody who uses it: done only where the fleet file allows them by name."""
+
+HOST = "host"
+"""In place of a machine's digits: the machine that reads the file."""
+
 
 def weakest(bases: Iterable[Basis]) -> Basis:
     """Return the weakest basis: what is made of several numbers is as good as the worst of them."""
@@ -155,6 +162,10 @@ class NodeClass:
     price_per_h: float = 0.0
     """Of a node that is on."""
     clocks: tuple[Clock, ...] = ()
+    cores: tuple[tuple[int, ...], ...] = ()
+    """CPUs of each slot, node by node, where the nodes are parts of the machine that runs them."""
+    variants: tuple[str, ...] = ()
+    """First digits of the variants that may run on it; empty: all."""
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -204,7 +215,8 @@ class Fleet:
     policy: str = "adaptive"
     period_s: float = 10.0
     """Between two decisions of a policy."""
-    actuators: tuple[str, ...] = ()
+    actuators: tuple[Guarded, ...] = ()
+    """Guarded actions that are allowed."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 EXTRAS = {
     "build": "alembic archspec gguf iree optuna pydantic ruamel safetensors sqlalchemy torch transformers".split(),
     "serve": "llguidance prometheus_client starlette uvicorn".split(),
-    "fleet": "highspy numpy pydantic ruamel".split(),
+    "fleet": "h11 highspy numpy pydantic ruamel".split(),
     "publish": "cryptography fsspec gcsfs oras requests s3fs".split(),
     "postgres": ["psycopg"],
 }

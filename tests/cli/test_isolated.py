@@ -38,6 +38,14 @@ def untouched(trap: Path) -> Iterator[Path]:
     assert not log.exists(), f"files of the caller's folder were run: {sorted(set(log.read_text().split()))}"
 
 
+def made_here(folder: Path) -> Path:
+    """Write a fleet of this machine."""
+    text = (FLEET.parent / "local.yaml").read_text().replace("pystdlib", "tiny").replace("count: 2", "count: 1")
+    path = folder / "here.yaml"
+    path.write_text(text.replace("[[0], [1]]", f"[[{min(os.sched_getaffinity(0))}]]").replace("rate: 30", "rate: 0.1"))
+    return path
+
+
 def lines(built: Project, out: Path) -> dict[str, list[str]]:
     """Return a call of every command; those that build and measure do so."""
     variant = reader.variants(built.catalog, "tiny")[0]["variant"]
@@ -65,6 +73,7 @@ def lines(built: Project, out: Path) -> dict[str, list[str]]:
         "keys": [str(out / "mine")],
         "convert": ["vllm", "vllm serve org/name"],
         "plan": [str(FLEET)],
+        "orchestrate": [str(made_here(out)), "-n", *catalog],
         "simulate": [str(FLEET), "--trace", "steady", "--policy", "static-mean", "--seconds", "5", "--seeds", "1"],
     }
 

@@ -1,4 +1,4 @@
-"""`llmbuild plan` and `llmbuild simulate`: data on stdout, exit codes, and one message for each mistake."""
+"""`llmbuild plan`, `simulate` and `orchestrate`: data on stdout, exit codes, and one message for each mistake."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from llmbuild.cli.fleet import plan, simulate
+from llmbuild.cli.fleet import orchestrate, plan, simulate
 from llmbuild.cli.main import main
 from llmbuild.errors import LlmbuildError
 from tests.fleet.test_files import TEXT
@@ -103,3 +103,21 @@ def test_a_mistake_of_a_simulation_is_told(fleet: Path, words: tuple[str, ...], 
     done = run("simulate", fleet, *words)
     assert isinstance(done.exception, LlmbuildError)
     assert told in str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--on", "ray"), "--on ray: not built yet"),
+        (("--on", "kubernetes", "-n"), "--on kubernetes: not built yet"),
+        (("--json",), "--json goes with -n"),
+        (("-n", "--policy", "oracle"), "knows the trace"),
+        (("-n", "--policy", "none"), "no policy 'none'"),
+        (("-n",), "are not this machine"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_with_one_message(
+    fleet: Path, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    done = CliRunner().invoke(orchestrate, [str(fleet), *words, "-C", str(tmp_path)])
+    assert told in str(done.exception), (done.output, done.exception)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmbuild.errors import InputError
+from llmbuild.errors import CatalogError, InputError
 from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.fleet.profiles.gather import profiles_of
 from llmbuild.spec.files.fleet import read_fleet
@@ -37,6 +37,10 @@ def read(folder: Path, text: str) -> Fleet:
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_fleet_that_ships_is_read_and_has_profiles(path: Path, tmp_path: Path) -> None:
     made = read_fleet(path, tuple(POLICIES))
+    if any(node.machine for node in made.nodes):
+        with pytest.raises(CatalogError, match="build one with `llmbuild build`"):
+            profiles_of(made, tmp_path)
+        return
     found = profiles_of(made, tmp_path)
     assert {p.model for p in found} == {s.model for s in made.services}
     assert all(p.source for p in found)
@@ -80,3 +84,29 @@ def test_all_mistakes_are_told_at_once(tmp_path: Path) -> None:
     with pytest.raises(InputError) as told:
         read(tmp_path, TEXT.replace("count: 2", "count: 0").replace("rate: 2", "rate: none"))
     assert len(str(told.value).splitlines()) == 2
+
+
+LOCAL = TEXT.replace("device: H100-SXM-80GB", "machine: host").replace(
+    "memory: 80GB", "memory: 80GB\n    cores: [[0], [1, 2]]"
+)
+
+
+def test_parts_of_this_machine_have_cores_and_profiles_of_their_own(tmp_path: Path) -> None:
+    made = read(tmp_path, LOCAL.replace("[1, 2]", "[1]") + "actuators: [set_clock, set_clock]\n")
+    kind = made.nodes[0]
+    assert (kind.device, kind.machine, kind.cores, made.actuators) == ("host/1", True, ((0,), (1,)), ("set_clock",))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (LOCAL, "the slots of a class are equal"),
+        (LOCAL.replace("[[0], [1, 2]]", "[[0]]"), "cores has 1 lists, and there are 2 nodes with slots: 1"),
+        (LOCAL.replace("[1, 2]", "[0]"), "core 0 is in two slots"),
+        (LOCAL.replace("[1, 2]", "[-1]"), r"cores\[1\]\[0\]: "),
+        (LOCAL.replace("[1, 2]", "[1]") + "actuators: [reboot]\n", "'set_clock', 'set_power' or 'set_partition'"),
+    ],
+)
+def test_a_mistake_in_the_parts_of_a_machine_is_told(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        read(tmp_path, text)

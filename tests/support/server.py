@@ -21,7 +21,7 @@ from llmbuild.serve.api.app import State, application
 from llmbuild.serve.api.bridge import Bridge
 from llmbuild.serve.api.keys import Keys
 from llmbuild.serve.api.metrics import Metrics
-from llmbuild.serve.api.server import _Server
+from llmbuild.serve.api.server import Server
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.schedule.fcfs import Fcfs
@@ -146,7 +146,7 @@ def local(
     config = uvicorn.Config(
         application(state), port=0, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=5
     )
-    server, ready = _Server(config), threading.Event()
+    server, ready = Server(config), threading.Event()
 
     async def answer() -> None:
         running = asyncio.ensure_future(server.serve())

@@ -81,6 +81,8 @@ def program(fleet: Fleet, profiles: Sequence[Profile], load: Load, max_nodes: in
 def serving(profiles: Iterable[Profile], service: Service, node: NodeClass) -> list[Profile]:
     """Return the profiles of a service's model on a class of nodes that are good enough."""
     found = [p for p in profiles if p.device == node.device and p.model == service.model]
+    if node.variants:
+        found = [p for p in found if p.variant.startswith(node.variants)]
     return [p for p in found if all(_holds(bound.metric, bound.holds, p) for bound in service.quality)]
 
 

@@ -32,7 +32,7 @@ class Forecast:
         self._level: dict[tuple[int, int], float] = {}
         self._errors: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=KEPT) for key in self._keys}
         self._most: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=MOST_KEPT) for key in self._keys}
-        self._open = dict.fromkeys(self._keys, 0)
+        self._open = dict.fromkeys(self._keys, 0.0)
         self._passed_s = 0.0
         self.kinds = {(s, c): fleet.services[s].classes[c] for s, c in self._keys}
         self.covered = self.windows = 0
@@ -65,7 +65,7 @@ class Forecast:
             self._errors[key].append(rate - level)
             self._most[key].append(rate)
             self._level[key] = level + _LEVEL * (rate - level)
-            self._open[key] = 0
+            self._open[key] = 0.0
         self._passed_s = 0.0
 
     def _rate(self, key: tuple[int, int]) -> float:

@@ -8,10 +8,9 @@ from dataclasses import dataclass
 from llmbuild.errors import InputError
 from llmbuild.fleet.policies.adaptive import adaptive, oracle
 from llmbuild.fleet.policies.reactive import lowest_clock, reactive
-from llmbuild.fleet.policies.routing import by_slack, least_loaded
+from llmbuild.fleet.policies.routing import Choose, by_slack, least_loaded
 from llmbuild.fleet.policies.static import static_mean, static_peak
 from llmbuild.fleet.policy import Make
-from llmbuild.fleet.simulate.replica import Router
 from llmbuild.spec.fleet import Fleet
 
 
@@ -20,11 +19,11 @@ class Named:
     """A policy, its router, and what it knows that a live one could not."""
 
     make: Make
-    router: Callable[[Fleet], Router]
+    router: Callable[[Fleet], Choose]
     knows: str
 
 
-def _least(fleet: Fleet) -> Router:
+def _least(fleet: Fleet) -> Choose:
     return least_loaded
 
 
@@ -48,3 +47,14 @@ def policy(name: str) -> Named:
     if name not in POLICIES:
         raise InputError(f"no policy {name!r}: there are {', '.join(POLICIES)}")
     return POLICIES[name]
+
+
+def live_policy(name: str) -> Named:
+    """Return the policy of that name for a fleet that runs.
+
+    Raises:
+        InputError: no such policy, or one that knows what will come.
+    """
+    if name == ORACLE:
+        raise InputError(f"policy {ORACLE} knows the trace: it can be simulated, and nothing live knows what will come")
+    return policy(name)

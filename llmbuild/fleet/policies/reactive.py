@@ -29,7 +29,7 @@ class _Rates:
 
     def __init__(self, given: Given) -> None:
         self._first = given.most(0.0, WINDOW_S)
-        self._seen: deque[tuple[float, dict[tuple[int, int], int]]] = deque()
+        self._seen: deque[tuple[float, dict[tuple[int, int], float]]] = deque()
 
     def observe(self, seen: Observation) -> None:
         """Take a period."""

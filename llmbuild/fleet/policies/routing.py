@@ -1,8 +1,12 @@
-"""Routers: which of the replicas that are ready gets a request."""
+"""Routers: which of the replicas that are ready gets a request, in the simulator and in the gateway."""
 
 from __future__ import annotations
 
-from llmbuild.fleet.simulate.replica import Job, Replica, Router
+from collections.abc import Sequence
+from typing import Protocol, TypeVar
+
+from llmbuild.fleet.capacity import OperatingPoint
+from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.spec.fleet import Fleet
 
 SLACK = 0.5
@@ -11,20 +15,51 @@ ROWS = 0.8
 """Share of the batch limit up to which replicas are filled one after another."""
 
 
-def least_loaded(ready: list[Replica], job: Job, now: float) -> Replica:
+class Candidate(Protocol):
+    """A replica that may be chosen, simulated or live."""
+
+    point: OperatingPoint
+    takes: tuple[float, ...]
+    """Requests a second by class; 0 where the class's SLO does not hold."""
+
+    @property
+    def load(self) -> int:
+        """Return the sequences that run or wait."""
+
+    def expected_ttft_s(self, prompt: int, now: float) -> float:
+        """Return an estimate of the seconds to the first token of one more prompt."""
+
+
+class Waiting(Protocol):
+    """A request that is to be routed."""
+
+    ask: Asked
+
+
+C = TypeVar("C", bound=Candidate)
+
+
+class Choose(Protocol):
+    """Chooses a replica for a request among those that are ready."""
+
+    def __call__(self, ready: Sequence[C], job: Waiting, now: float) -> C:
+        """Return the replica."""
+
+
+def least_loaded(ready: Sequence[C], job: Waiting, now: float) -> C:
     """Return the replica with the least to do, measured by what it takes."""
     kind = job.ask.kind
     return min(ready, key=lambda r: (r.load + 1) / (r.takes[kind] or 1e-9))
 
 
-def by_slack(fleet: Fleet) -> Router:
+def by_slack(fleet: Fleet) -> Choose:
     """Return a router that takes the busiest replica that still answers in time, so that others may rest.
 
     After PolyServe (arXiv 2507.17769): the most loaded server that meets the deadline; the batch limit bounds TPOT.
     """
     limits = {(s, c): kind.ttft_s for s, one in enumerate(fleet.services) for c, kind in enumerate(one.classes)}
 
-    def choose(ready: list[Replica], job: Job, now: float) -> Replica:
+    def choose(ready: Sequence[C], job: Waiting, now: float) -> C:
         limit = SLACK * limits[job.ask.service, job.ask.kind]
         best, most = None, -1
         for replica in ready:

@@ -27,7 +27,10 @@ def profiles_of(fleet: Fleet, catalog: Path) -> tuple[Profile, ...]:
         if not any(p.model == model for p in found):
             known = sorted({f"{p.model} on {p.device}" for p in all_})
             told = f"no profile of model {model} on any of {', '.join(sorted(set(devices)))}"
-            raise InputError(f"{told}: give one in `profiles`; there are {', '.join(known) or 'none'}")
+            todo = "give one in `profiles`"
+            if any(node.machine for node in fleet.nodes):
+                todo = f"build it on that machine with `llmbuild build`, or {todo}"
+            raise InputError(f"{told}: {todo}; there are {', '.join(known) or 'none'}")
     dark = next((p for p in found if p.power is None), None)
     if dark is not None and fleet.objective == "energy":
         told = f"no watts of {dark.variant} on {dark.device}, and the objective is energy"

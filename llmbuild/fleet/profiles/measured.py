@@ -1,22 +1,42 @@
-"""Profiles from a catalog's rows: what was measured on a machine of the fleet, and not beyond.
+"""Profiles from a catalog: what was measured on a machine of the fleet, and not beyond.
 
-A row knows the time of a prompt and of a decode step at one batch, so a profile's batch limit is the largest batch that
-was measured: one, unless the recipe asked for more.
+A load curve knows steps of many sequences, up to as many as were measured. A row knows the time of a prompt and of a
+decode step at one batch: without a curve the batch limit of a profile is the largest batch that was measured, one
+unless the recipe asked for more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmbuild.runtime import reader
-from llmbuild.spec.fleet import Line, NodeClass, Profile, StepPower, StepTime
+from llmbuild.runtime import host, reader
+from llmbuild.runtime import model as loader
+from llmbuild.serve import budget
+from llmbuild.spec.fleet import HOST, Basis, Line, NodeClass, Profile, StepPower, StepTime
+from llmbuild.spec.load_curve import LoadCurve, Work
 from llmbuild.spec.measurement import ESTIMATES
+from llmbuild.spec.program import abi_from
 from llmbuild.spec.rows import Row, reading
 from llmbuild.system.strict_json import loads
 
 _BODIES = "SELECT DISTINCT workload, workload_body FROM measurements"
+_SYNC = "local-sync"
+"""The driver that computes on the thread that calls."""
+_PROMPT = 512
+"""Tokens of the piece of a prompt whose time is taken for all."""
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a catalog knows of one variant on one machine."""
+
+    row: Row
+    body: Mapping[str, Any]
+    """Of the row's workload."""
+    curve: LoadCurve | None
 
 
 def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str]) -> list[Profile]:
@@ -25,18 +45,27 @@ def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str])
     Raises:
         CatalogError: the catalog cannot be read.
     """
-    named = [each for each in classes if each.machine]
+    named = {each.device: each for each in classes if each.machine}
     if not named:
         return []
     bodies = _workloads(catalog)
     rows = [row for model in dict.fromkeys(models) for row in reader.variants(catalog, model=model)]
+    curves = reader.load_curves(catalog, [row["variant"] for row in rows])
     found = []
-    for kind in named:
-        on_it = [row for row in rows if row["machine_digest"].startswith(kind.device)]
+    for kind in named.values():
+        digits = machine_of(kind)
+        on_it = [row for row in rows if row["machine_digest"].startswith(digits)]
         for variant in dict.fromkeys(row["variant"] for row in on_it):
-            made = _profile(kind, [row for row in on_it if row["variant"] == variant], bodies)
-            found += [made] if made else []
+            curve = next((c for c in curves if c.variant == variant and c.machine.startswith(digits)), None)
+            known = _known([row for row in on_it if row["variant"] == variant], bodies, curve)
+            found += [_on_cores(_profile(kind, known), kind, known)] if known else []
     return found
+
+
+def machine_of(kind: NodeClass) -> str:
+    """Return the first digits of the machine of a class of nodes."""
+    name = kind.device.partition("/")[0]
+    return loader.host_facts().machine if name == HOST else name
 
 
 def _workloads(catalog: Path) -> Mapping[str, Mapping[str, Any]]:
@@ -44,16 +73,20 @@ def _workloads(catalog: Path) -> Mapping[str, Mapping[str, Any]]:
         return {str(row[0]): loads(row[1]) for row in connection.execute(_BODIES).fetchall()}
 
 
-def _profile(kind: NodeClass, rows: list[Row], bodies: Mapping[str, Mapping[str, Any]]) -> Profile | None:
-    """Return what a variant's rows say; None where a time is missing."""
-    known = [row for row in rows if reading(row, "tpot_s") and reading(row, "ttft_s") and row["workload"] in bodies]
-    if not known:
+def _known(rows: list[Row], bodies: Mapping[str, Mapping[str, Any]], curve: LoadCurve | None) -> _Known | None:
+    """Return what a variant's rows and curve say; None where a time is missing."""
+    timed = [row for row in rows if reading(row, "tpot_s") and reading(row, "ttft_s") and row["workload"] in bodies]
+    if not timed:
         return None
-    row = max(known, key=lambda each: int(bodies[each["workload"]]["prompt"]))  # its prompt says most of long ones
-    body = bodies[row["workload"]]
+    row = max(timed, key=lambda each: int(bodies[each["workload"]]["prompt"]))  # its prompt says most of long ones
+    return _Known(row, bodies[row["workload"]], curve)
+
+
+def _profile(kind: NodeClass, known: _Known) -> Profile:
+    row, body = known.row, known.body
     batch, tpot_s, ttft_s = int(body.get("batch", 1)), row["tpot_s"] or 0.0, row["ttft_s"] or 0.0
     power, basis = _power(kind, row, tpot_s, batch)
-    return Profile(
+    made = Profile(
         device=kind.device,
         model=row["model"],
         variant=row["variant"][:12],
@@ -69,6 +102,46 @@ def _profile(kind: NodeClass, rows: list[Row], bodies: Mapping[str, Mapping[str,
         source=f"catalog, workload {row['workload']}, {row['machine']}",
         quality_kl=row["quality_kl"],
     )
+    return made if known.curve is None else _by_curve(made, row, known.curve)
+
+
+def _by_curve(made: Profile, row: Row, curve: LoadCurve) -> Profile:
+    """Return a profile with the times of a load curve, which knows steps of many sequences."""
+    most = max(1, curve.decodes_most)
+    rows = sorted({1, most, *(n for n in (2, 4, 8, 16, 32, 64) if n < most)})
+    single, idle_s = Work(decodes=1), curve.turn_s
+    seen_s = curve.step_s(single._replace(context=1)) - curve.step_s(single)
+    piece = max(1, min(_PROMPT, curve.prompt_most))
+    prompt_s = (curve.step_s(Work.of([(0, piece)])) - idle_s) / piece
+    abi = row.get("abi")
+    need = budget.need(row["model"], row, abi_from(abi), most) if abi else None
+    return replace(
+        made,
+        step=StepTime(
+            Line((0.0, *map(float, rows)), (idle_s, *(curve.step_s(Work(decodes=n)) for n in rows))), seen_s, prompt_s
+        ),
+        max_rows=most,
+        weights_bytes=float(need.fixed_bytes) if need else made.weights_bytes,
+        kv_bytes_per_token=need.sequence_bytes / curve.context if need else 0.0,
+        source=f"catalog, load curve {curve.key[:12]}, {row['machine']}",
+        error=curve.error_p95,
+    )
+
+
+def _on_cores(made: Profile, kind: NodeClass, known: _Known) -> Profile:
+    """Return a profile for a slot of some cores: what computed on more of them is taken to be slower in proportion."""
+    if not kind.cores:
+        return made
+    point = known.row["point"]
+    workers = int(point.get("workers", 0)) or host.machine_cores()
+    used, here = 1 if point.get("driver") == _SYNC else workers, len(kind.cores[0])
+    if used <= here:
+        return made
+    slower = used / here
+    step = StepTime(made.step.rows_s.times(slower), made.step.context_s * slower, made.step.prompt_s * slower)
+    basis: Basis = "estimated"
+    told = f"{made.source}; times x{slower:g}: measured on {used} cores, a slot has {here}"
+    return replace(made, step=step, decode_basis=basis, prompt_basis=basis, source=told)
 
 
 def _decode_s(tpot_s: float, batch: int) -> Line:

@@ -62,7 +62,7 @@ def serve(models: Sequence[Model], settings: Settings, place: Place, keys: Keys,
         InputError: the address cannot be listened on, or the models do not fit.
         LlmbuildError: a variant cannot be opened.
     """
-    with contextlib.closing(_listening(place)) as listener:
+    with contextlib.closing(listening(place)) as listener:
         return asyncio.run(_serve(models, settings, place, keys, told, listener))
 
 
@@ -78,7 +78,7 @@ async def _serve(
     try:
         for one in found:
             one.engine.start(f"engine-{one.name}")
-        return await _answer(state, place, listener, partial(told.ready, _url(place, listener), found))
+        return await _answer(state, place, listener, partial(told.ready, url_of(place, listener), found))
     finally:
         for one in found:
             await asyncio.to_thread(one.engine.close)
@@ -99,8 +99,8 @@ async def _answer(state: State, place: Place, listener: socket.socket, ready: Ca
         timeout_graceful_shutdown=_LAST_S,
         backlog=BACKLOG,
     )
-    server = _Server(config)
-    with _signals() as asked:
+    server = Server(config)
+    with signals() as asked:
         running = asyncio.ensure_future(server.serve(sockets=[listener]))
         begun = asyncio.ensure_future(server.begun.wait())
         await asyncio.wait((running, begun), return_when=asyncio.FIRST_COMPLETED)
@@ -133,7 +133,7 @@ async def _drained(state: State, most_s: float, asked: asyncio.Queue[None]) -> b
     return False
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """A server that says when it listens, and leaves signals to its caller."""
 
     def __init__(self, config: uvicorn.Config) -> None:
@@ -152,7 +152,7 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[asyncio.Queue[None]]:
+def signals() -> Iterator[asyncio.Queue[None]]:
     """Put each signal to end into a queue."""
     loop, asked, names = asyncio.get_running_loop(), asyncio.Queue[None](), (signal.SIGTERM, signal.SIGINT)
     before = {name: signal.getsignal(name) for name in names}
@@ -166,7 +166,7 @@ def _signals() -> Iterator[asyncio.Queue[None]]:
             signal.signal(name, before[name])
 
 
-def _listening(place: Place) -> socket.socket:
+def listening(place: Place) -> socket.socket:
     """Return a socket that is bound; it listens when the server begins.
 
     Raises:
@@ -187,7 +187,8 @@ def _listening(place: Place) -> socket.socket:
     return made
 
 
-def _url(place: Place, listener: socket.socket) -> str:
+def url_of(place: Place, listener: socket.socket) -> str:
+    """Return the address of a socket that listens."""
     host = f"[{place.host}]" if ":" in place.host else place.host
     return f"http://{host}:{listener.getsockname()[1]}"
 

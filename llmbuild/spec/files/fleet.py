@@ -60,6 +60,8 @@ _Watts = Annotated[float, Field(ge=0, le=1e6)]
 _Ratio = Annotated[float, Field(gt=0, le=100)]
 _Positive = Annotated[float, Field(gt=0, le=1e9)]
 _Count = Annotated[int, Field(ge=1, le=100_000, strict=True)]
+_Cores = Annotated[tuple[Annotated[int, Field(ge=0, le=4095, strict=True)], ...], Field(min_length=1)]
+_Digits = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{4,64}$")]
 _Places = Annotated[dict[Annotated[int, Field(ge=0, le=4096)], _Positive], Field(min_length=1)]
 
 
@@ -93,13 +95,26 @@ class _Node(Strict):
     class_: str = Field(alias="class", pattern=f"^{_NAME}$")
     count: _Count
     device: str = Field(default="", pattern=f"^({_NAME})?$")
-    machine: str = Field(default="", pattern=r"^([0-9a-f]{4,64})?$")
+    machine: str = Field(default="", pattern=r"^([0-9a-f]{4,64}|host)?$")
     slots: Annotated[int, Field(ge=1, le=256, strict=True)] = 1
     memory: _Bytes
     watts: _Levels
     boot: _Seconds = 0.0
     price_per_h: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     clocks: tuple[_Clock, ...] = ()
+    cores: tuple[_Cores, ...] = ()
+    variants: tuple[_Digits, ...] = ()
+
+    @model_validator(mode="after")
+    def _pinned(self) -> _Node:
+        if not self.cores:
+            return self
+        if len(self.cores) != self.count * self.slots:
+            told = f"cores has {len(self.cores)} lists, and there are {self.count} nodes with slots: {self.slots}"
+            raise ValueError(f"{told}: give one list of CPUs for each slot, such as [[0], [1]]")
+        if len({len(set(each)) for each in self.cores}) > 1:
+            raise ValueError("the slots of a class are equal: give each as many cores, or make two classes")
+        return self
 
     @model_validator(mode="after")
     def _one(self) -> _Node:
@@ -186,6 +201,7 @@ class _Fleet(Strict):
     objective: nouns.FleetObjective = "energy"
     policy: str = "adaptive"
     period: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=3600)] = 10.0
+    actuators: tuple[nouns.Guarded, ...] = ()
 
     @model_validator(mode="after")
     def _distinct(self) -> _Fleet:
@@ -196,6 +212,10 @@ class _Fleet(Strict):
             twice = sorted({name for name in names if names.count(name) > 1})
             if twice:
                 raise ValueError(f"two {what} are called {twice[0]}: each has a name of its own")
+        cores = [core for node in self.nodes for each in node.cores for core in set(each)]
+        shared = sorted({core for core in cores if cores.count(core) > 1})
+        if shared:
+            raise ValueError(f"core {shared[0]} is in two slots: what runs on one would slow down the other")
         if self.objective == "cost" and not all(node.price_per_h for node in self.nodes):
             raise ValueError("objective cost needs the price_per_h of every class of nodes")
         return self
@@ -222,7 +242,14 @@ def read_fleet(path: Path, policies: tuple[str, ...]) -> nouns.Fleet:
         objective=parsed.objective,
         policy=parsed.policy,
         period_s=parsed.period,
+        actuators=tuple(dict.fromkeys(parsed.actuators)),
     )
+
+
+def _device(one: _Node) -> str:
+    """Return what profiles name: slots of other numbers of cores of a machine have profiles of their own."""
+    name = one.device or one.machine
+    return f"{name}/{len(set(one.cores[0]))}" if one.cores and one.machine else name
 
 
 def _node(one: _Node) -> nouns.NodeClass:
@@ -234,7 +261,7 @@ def _node(one: _Node) -> nouns.NodeClass:
     return nouns.NodeClass(
         name=one.class_,
         count=one.count,
-        device=one.device or one.machine,
+        device=_device(one),
         machine=bool(one.machine),
         slots=one.slots,
         memory_bytes=one.memory,
@@ -247,6 +274,8 @@ def _node(one: _Node) -> nouns.NodeClass:
         source=watts.source,
         price_per_h=one.price_per_h,
         clocks=clocks,
+        cores=tuple(tuple(sorted(set(each))) for each in one.cores),
+        variants=one.variants,
     )
 
 

@@ -1,0 +1,386 @@
+"""The local backend: replicas are `llmbuild serve` processes, each pinned to the cores of its slot.
+
+A replica is a session of its own: Ctrl-C in the terminal ends the orchestrator, which drains its replicas, and a
+kill -9 of the orchestrator leaves them serving for the next one to adopt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import os
+import secrets
+import signal
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import monotonic
+
+from llmbuild.errors import InputError
+from llmbuild.fleet.actuators.interface import (
+    APPLIED,
+    Answer,
+    Live,
+    Route,
+    SetClock,
+    SetPartition,
+    SetPower,
+    Slot,
+    Start,
+    Stop,
+    Switch,
+    slots_of,
+)
+from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
+from llmbuild.fleet.capacity import OperatingPoint
+from llmbuild.fleet.plan.program import serving
+from llmbuild.fleet.profiles.measured import machine_of
+from llmbuild.process import child
+from llmbuild.runtime import model as loader
+from llmbuild.spec.fleet import UNSET, Fleet, Profile
+
+DRAIN_S = 30.0
+"""Seconds that a replica has to finish what it has begun."""
+KILL_S = 5.0
+"""Seconds beyond these after which it is killed."""
+READY_S = 120.0
+"""Seconds from the start after which a replica that is not ready is given up."""
+ASK_S = 2.0
+"""Seconds that a replica has to say whether it is ready."""
+CHECK_S, SILENT = 5.0, 3
+"""A replica that serves is asked so often, and killed when it has not been ready for so many times in a row."""
+_PINNED = Path(__file__).with_name("pinned.py")
+_LAST = 400
+"""Bytes of the log's end that are looked at for its last line."""
+
+
+def checked(fleet: Fleet) -> None:
+    """Refuse a fleet that this machine is not.
+
+    Raises:
+        InputError: a class of nodes has no cores, cores that are not here, or another machine.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        raise InputError("the local backend pins processes to cores, which needs Linux")
+    here = loader.host_facts().machine
+    mine = os.sched_getaffinity(0)
+    for kind in fleet.nodes:
+        if not kind.machine or not here.startswith(machine_of(kind)):
+            told = f"nodes of class {kind.name} are not this machine"
+            raise InputError(f"{told}: on the local backend give `machine: host` and `cores`")
+        if not kind.cores:
+            raise InputError(f"class {kind.name} has no cores: give a list for each slot, such as `cores: [[0], [1]]`")
+        away = sorted({core for each in kind.cores for core in each} - mine)
+        if away:
+            there = ", ".join(map(str, sorted(mine)))
+            raise InputError(f"class {kind.name}: core {away[0]} is not among those of this process: there are {there}")
+
+
+@dataclass
+class _Replica:
+    """A replica and its process; `child` is None where another orchestrator started it."""
+
+    live: Live
+    entry: Entry
+    child: subprocess.Popen[bytes] | None
+    begun_s: float
+    end_s: float = float("inf")
+    """When it is killed."""
+    check_s: float = 0.0
+    """When it is asked next."""
+    silent: int = 0
+
+
+class Local:
+    """Starts and ends replicas on this machine. One class: processes, journal and states change together."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        catalog: Path,
+        journal: Journal,
+        drain_s: float = DRAIN_S,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        self._fleet, self._catalog, self._journal = fleet, catalog, journal
+        self._drain_s, self._clock = drain_s, clock
+        self._replicas: dict[str, _Replica] = {}
+        self._orphans: list[tuple[Entry, float]] = []
+        """Processes that were told to end, and when they are killed."""
+
+    # --- actions -----------------------------------------------------------------------------------------------------
+
+    def start(self, action: Start) -> Answer:
+        """Start a server on a slot's cores, on a port of the loopback that it finds itself."""
+        if any(one.live.slot == action.slot for one in self._replicas.values()):
+            return Answer("unsupported", f"{action.slot.name} has a replica")
+        name = f"{action.slot.node}-{action.slot.index}-{secrets.token_hex(4)}"
+        cores = self._cores(action.slot)
+        words = child.python(str(_PINNED), ",".join(map(str, cores)), *self._words(action))
+        with self._address(name).open("wb") as address, self._log(name).open("wb") as log:
+            process = subprocess.Popen(
+                words,
+                stdin=subprocess.DEVNULL,
+                stdout=address,
+                stderr=log,
+                env=child.environment({MARK: self._journal.mark(name)}),
+                cwd="/",
+                start_new_session=True,
+            )
+        service, point = self._fleet.services[action.service], action.point
+        entry = Entry(
+            name=name,
+            service=service.name,
+            variant=point.profile.variant,
+            batch=point.batch,
+            clock_mhz=point.clock.mhz,
+            node=action.slot.node,
+            slot=action.slot.index,
+            pid=process.pid,
+            began=began_of(process.pid) or 0,
+            boot=boot_of(),
+        )
+        live = Live(name, action.service, point, action.slot, "starting", pid=process.pid)
+        self._replicas[name] = _Replica(live, entry, process, self._clock())
+        self._save()
+        return replace(APPLIED, reason=f"{name}, pid {process.pid}, cores {','.join(map(str, cores))}")
+
+    def _words(self, action: Start) -> list[str]:
+        service, point = self._fleet.services[action.service], action.point
+        memory = max(1, int(point.node.memory_bytes / 1e6))
+        return [
+            *("llmbuild", "serve", service.model, "-C", str(self._catalog.resolve())),
+            *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
+            *("--host", "127.0.0.1", "--port", "0", "--shutdown-timeout", f"{self._drain_s:g}"),
+        ]
+
+    def stop(self, action: Stop) -> Answer:
+        """Send SIGTERM: the server finishes what it has begun. It is killed where that takes too long."""
+        one = self._replicas.get(action.replica)
+        if one is None:
+            return Answer("unsupported", f"there is no replica {action.replica}")
+        if one.live.state != "draining":
+            one.live = replace(one.live, state="draining")
+            one.end_s = self._clock() + self._drain_s + KILL_S
+            _signal(one.entry, signal.SIGTERM)
+        return APPLIED
+
+    def switch(self, action: Switch) -> Answer:
+        """Refuse: a server has one variant."""
+        return Answer("unsupported", "a server holds one variant with one batch limit: another replica is started")
+
+    def route(self, action: Route) -> Answer:
+        """Agree: the gateway routes, a process takes whatever comes."""
+        return APPLIED if action.replica in self._replicas else Answer("unsupported", "there is no such replica")
+
+    def set_clock(self, action: SetClock) -> Answer:
+        """Refuse: setting clocks of CPUs is not built."""
+        return Answer("unsupported", "the local backend sets no clocks")
+
+    def set_power(self, action: SetPower) -> Answer:
+        """Refuse: bounding the power of CPUs is not built."""
+        return Answer("unsupported", "the local backend sets no power limits")
+
+    def set_partition(self, action: SetPartition) -> Answer:
+        """Refuse: slots are sets of cores, which the fleet file states."""
+        return Answer("unsupported", "the slots of a local node are the cores of the fleet file")
+
+    # --- what is there -----------------------------------------------------------------------------------------------
+
+    def live(self) -> Sequence[Live]:
+        """Return the replicas; one that has ended is among them once, as dead."""
+        found = []
+        self._end_orphans()
+        for name, one in list(self._replicas.items()):
+            one.live = self._seen(one)
+            found.append(one.live)
+            if one.live.state == "dead":
+                del self._replicas[name]
+                self._address(name).unlink(missing_ok=True)
+                if one.end_s < float("inf"):  # it was to end: its log says nothing that is needed
+                    self._log(name).unlink(missing_ok=True)
+        if any(one.state == "dead" for one in found):
+            self._save()
+        return found
+
+    def _end_orphans(self) -> None:
+        self._orphans = [(entry, end_s) for entry, end_s in self._orphans if runs(entry)]
+        for entry, end_s in self._orphans:
+            if self._clock() >= end_s:
+                _signal(entry, signal.SIGKILL)
+
+    def _seen(self, one: _Replica) -> Live:
+        code = None if one.child is None else one.child.poll()
+        ended = code is not None or not runs(one.entry)
+        now = self._clock()
+        if ended:
+            return replace(one.live, state="dead", told=self._why(one, code))
+        if now >= one.end_s:
+            _signal(one.entry, signal.SIGKILL)
+        if one.live.state == "ready":
+            self._check(one, now)
+        if one.live.state != "starting":
+            return one.live
+        url = self._url(one.entry.name)
+        if url and _ready(url):
+            one.check_s = now + CHECK_S
+            return replace(one.live, state="ready", url=url)
+        if now - one.begun_s > READY_S:
+            _signal(one.entry, signal.SIGKILL)
+        return one.live
+
+    def _check(self, one: _Replica, now: float) -> None:
+        """Kill a replica that serves no more."""
+        if now < one.check_s:
+            return
+        one.check_s = now + CHECK_S
+        one.silent = 0 if _ready(one.live.url) else one.silent + 1
+        if one.silent >= SILENT:
+            _signal(one.entry, signal.SIGKILL)
+
+    def _why(self, one: _Replica, code: int | None) -> str:
+        """Return how a replica ended: its code, and what it said last where nobody asked it to end."""
+        told = "ended" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        if one.live.state == "draining":
+            return told
+        with contextlib.suppress(OSError), self._log(one.entry.name).open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST))
+            lines = log.read().decode(errors="replace").splitlines()
+            return f"{told}: {lines[-1]}" if lines else told
+        return told
+
+    # --- what was there before ---------------------------------------------------------------------------------------
+
+    def adopt(self, profiles: Sequence[Profile], dry: bool = False) -> list[tuple[str, str]]:
+        """Take over what an earlier orchestrator started, and end what is not known; return each with what was done.
+
+        With `dry` nothing is ended or written.
+        """
+        told = []
+        marked = self._journal.marked()
+        for entry in self._journal.read():
+            marked.pop(entry.name, None)
+            if not runs(entry):
+                told.append((entry.name, "has ended"))
+                continue
+            live = self._known(entry, profiles)
+            if live is not None and not self._taken(live.slot) and self._pinned(entry, live.slot):
+                self._replicas[entry.name] = _Replica(live, entry, None, self._clock())
+                told.append((entry.name, f"adopted: pid {entry.pid} on {live.slot.name}"))
+                continue
+            told.append((entry.name, f"ended: pid {entry.pid} is of no service, variant, slot or cores of this fleet"))
+            self._orphan(entry, dry)
+        for name, pid in marked.items():  # started, and not written down before its orchestrator was killed
+            began = began_of(pid)
+            if began is not None:
+                told.append((name, f"ended: pid {pid} was started and not written down"))
+                self._orphan(Entry(name, "", "", 0, 0, "", 0, pid, began, boot_of()), dry)
+        if not dry:
+            self._save()
+        return told
+
+    def _orphan(self, entry: Entry, dry: bool) -> None:
+        """End a process that no slot of this fleet is for."""
+        if not dry:
+            self._orphans.append((entry, self._clock() + self._drain_s + KILL_S))
+            _signal(entry, signal.SIGTERM)
+
+    def _pinned(self, entry: Entry, slot: Slot) -> bool:
+        """Return whether a process runs on the cores that the fleet file gives its slot now."""
+        with contextlib.suppress(OSError):
+            return os.sched_getaffinity(entry.pid) == set(self._cores(slot))
+        return False
+
+    def _taken(self, slot: Slot) -> bool:
+        return any(one.live.slot == slot for one in self._replicas.values())
+
+    def _known(self, entry: Entry, profiles: Sequence[Profile]) -> Live | None:
+        """Return the replica of an entry; None where this fleet has no such service, slot or variant."""
+        slot = next((s for s in slots_of(self._fleet) if (s.node, s.index) == (entry.node, entry.slot)), None)
+        service = next((i for i, s in enumerate(self._fleet.services) if s.name == entry.service), None)
+        if slot is None or service is None:
+            return None
+        kind = self._fleet.node_class(slot.kind)
+        clock = next((c for c in (UNSET, *kind.clocks) if c.mhz == entry.clock_mhz), None)
+        for each in serving(profiles, self._fleet.services[service], kind):
+            if each.variant == entry.variant and clock is not None:
+                point = OperatingPoint(each, kind, entry.batch, clock)
+                return Live(entry.name, service, point, slot, "starting", pid=entry.pid)
+        return None
+
+    def close(self, wait: Callable[[float], None], now: bool = False) -> None:
+        """End all replicas: drained, or killed after their time, or at once with `now`."""
+        for name in self._replicas:
+            self.stop(Stop(name, "the orchestrator ends"))
+        if now:
+            self.hurry()
+        while self._replicas or self._orphans:
+            self.live()
+            if self._replicas or self._orphans:
+                wait(0.05)
+
+    def hurry(self) -> None:
+        """Kill at the next look what was told to end."""
+        now = self._clock()
+        for one in list(self._replicas.values()):
+            one.end_s = min(one.end_s, now)
+        self._orphans = [(entry, now) for entry, _ in self._orphans]
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self._journal.write([one.entry for one in self._replicas.values()])
+
+    def _cores(self, slot: Slot) -> tuple[int, ...]:
+        kind = self._fleet.node_class(slot.kind)
+        return kind.cores[kind.nodes.index(slot.node) * kind.slots + slot.index]
+
+    def _log(self, name: str) -> Path:
+        return self._journal.folder / f"{name}.log"
+
+    def _address(self, name: str) -> Path:
+        return self._journal.folder / f"{name}.url"
+
+    def _url(self, name: str) -> str:
+        """Return where a replica says that it answers; empty until it does."""
+        with contextlib.suppress(OSError):
+            line, end, _ = self._address(name).read_text(errors="replace").partition("\n")
+            return line.strip() if end else ""
+        return ""
+
+
+def _signal(entry: Entry, name: signal.Signals) -> None:
+    """Send a signal to the process of an entry, if it still is that one."""
+    if runs(entry):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(entry.pid, name)
+
+
+def _ready(url: str) -> bool:
+    """Ask a replica whether it is ready."""
+    host, _, port = url.removeprefix("http://").rpartition(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=ASK_S)
+    try:
+        connection.request("GET", "/ready")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+class Dry(Local):
+    """Says what it would do; nothing is started, ended or written."""
+
+    def start(self, action: Start) -> Answer:
+        """Agree."""
+        return APPLIED
+
+    def stop(self, action: Stop) -> Answer:
+        """Agree."""
+        return APPLIED
+
+    def live(self) -> Sequence[Live]:
+        """Return what would be adopted, as ready."""
+        return [replace(one.live, state="ready") for one in self._replicas.values()]

@@ -1,0 +1,1 @@
+"""One OpenAI-compatible address in front of a fleet: routes, retries what was not begun, tells what broke."""
