@@ -179,8 +179,16 @@ def test_the_table_has_each_figure_beside_the_peer_s_and_what_was_checked() -> N
     ours = {1: run(answer(), answer(text="b"), wall_s=1.0)}
     peer = {1: run(answer(), answer(), wall_s=2.0)}
     made = {
-        **{"machine": "a machine", "cores": "servers on 2 cores", "gguf": "a.gguf", "context": 1024, "sequences": 8},
-        **{"rounds": 1, "requests": 2, "lengths": "drawn", "choices": {OURS: "kernel=own"}, "noise": ""},
+        "machine": "a machine",
+        "cores": "servers on 2 cores",
+        "gguf": "a.gguf",
+        "context": 1024,
+        "sequences": 8,
+        "rounds": 1,
+        "requests": 2,
+        "lengths": "drawn",
+        "choices": {OURS: "kernel=own"},
+        "noise": "",
         "rows": serve_table.rows({8: {PEER: peer, OURS: ours}}, PEER),
         "wrong": ["it counts 3 tokens of a prompt of 2"],
     }
@@ -227,7 +235,10 @@ def test_a_server_that_is_not_there_is_built_only_in_a_folder_of_our_own(tmp_pat
 def test_a_server_that_ends_is_told_with_its_last_line() -> None:
     script = "import sys; print('no such model', file=sys.stderr); sys.exit(3)"
     entrant = Entrant("peer", (sys.executable, "-c", script), "m")
-    with pytest.raises(InputError, match="peer does not answer: .*no such model"), http_servers.started([entrant], [0]):
+    with (
+        pytest.raises(InputError, match=r"peer does not answer: .*no such model"),
+        http_servers.started([entrant], [0]),
+    ):
         pass
 
 
