@@ -13,6 +13,7 @@ import codecs
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
+from functools import lru_cache
 
 from llmbuild.system.strict_json import JsonObject
 
@@ -33,6 +34,7 @@ BYTES = _byte_of_character()
 """The byte of each character of a byte-level token."""
 
 
+@lru_cache(maxsize=1 << 13)
 def level_bytes(token: str) -> bytes:
     """Return the bytes of a byte-level token; one with a character outside the table is text as it is."""
     found = [BYTES.get(character) for character in token]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
 import time
@@ -129,10 +128,9 @@ async def _generate(read: Reader, kind: str, state: State, request: Request) -> 
             body = await while_there(request.receive, _whole(made, answers))
             note.completion_tokens, note.outcome = answers.completion_tokens, "done"
             return JSONResponse(body)
-        events = aiter(answers)
-        first = await while_there(request.receive, anext(events))
+        first = await while_there(request.receive, answers.some())
         replies.parts(first)  # what fails before the first token is told by the status
-        source = _stream(made, answers, first, events, note)
+        source = _stream(made, answers, first, note)
         ended = partial(_stream_ended, state, request, note, answers, held.pop_all())
         return EventStream(source, ended)
 
@@ -146,25 +144,20 @@ async def _read(request: Request, read: Callable[[dict[str, object]], Asked]) ->
 
 async def _whole(made: replies.Replies, answers: Answers) -> replies.Json:
     found: dict[int, replies.Part] = {}
-    async for events in answers:
-        replies.parts(events, found)
+    while answers.open:
+        replies.parts(await answers.some(), found)
     return made.whole(found, answers)
 
 
-async def _stream(
-    made: replies.Replies, answers: Answers, first: list[Numbered], rest: AsyncIterator[list[Numbered]], note: Note
-) -> AsyncIterator[bytes]:
+async def _stream(made: replies.Replies, answers: Answers, first: list[Numbered], note: Note) -> AsyncIterator[bytes]:
     """Yield the chunks of a stream: what came since the last one is one chunk."""
     try:
         yield made.opening() + made.chunks(replies.parts(first))
-        while True:
-            waiting = asyncio.ensure_future(anext(rest, None))
-            while not (await asyncio.wait((waiting,), timeout=PING_S))[0]:
+        while answers.open:
+            events = await answers.some(PING_S)
+            if not events:
                 yield b": still working\n\n"
-            events = waiting.result()
-            if events is None:
-                break
-            if piece := made.chunks(replies.parts(events)):
+            elif piece := made.chunks(replies.parts(events)):
                 yield piece
         note.outcome = "done"
         yield made.ending(answers)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from llmbuild.serve.api.asked import Asked
@@ -24,7 +24,8 @@ class Answers:
             at += one.params.n
         self._left = at
         self._events: list[Numbered] = []
-        self._some = asyncio.Event()
+        self._woken: asyncio.Future[None] | None = None
+        """What the reader waits for, while it does: an event and a task of their own would cost more than a chunk."""
         self.completion_tokens = self.cached_tokens = 0
 
     @property
@@ -35,20 +36,34 @@ class Answers:
     def put(self, event: Event) -> None:
         """Take an event, in the event loop."""
         self._events.append((self._first[event.request] + event.index, event))
-        self._some.set()
+        self._wake()
 
-    async def __aiter__(self) -> AsyncIterator[list[Numbered]]:
-        """Yield what has come since the last time, until every answer has ended."""
-        while self._left:
-            await self._some.wait()
-            self._some.clear()
-            events, self._events = self._events, []
-            for _, event in events:
-                self._left -= isinstance(event, Ended) or event.finish is not None
-                if isinstance(event, Delta):
-                    self.completion_tokens += 1
-                    self.cached_tokens += event.cached if event.index == 0 else 0  # a prompt is counted once
-            yield events
+    async def some(self, most_s: float | None = None) -> list[Numbered]:
+        """Return what has come since the last time, once there is something; nothing where it takes too many seconds.
+
+        For one reader, while an answer is open.
+        """
+        if not self._events:
+            loop = asyncio.get_running_loop()
+            self._woken = loop.create_future()
+            timer = None if most_s is None else loop.call_later(most_s, self._wake)
+            try:
+                await self._woken
+            finally:
+                self._woken = None
+                if timer is not None:
+                    timer.cancel()
+        events, self._events = self._events, []
+        for _, event in events:
+            self._left -= isinstance(event, Ended) or event.finish is not None
+            if isinstance(event, Delta):
+                self.completion_tokens += 1
+                self.cached_tokens += event.cached if event.index == 0 else 0  # a prompt is counted once
+        return events
+
+    def _wake(self) -> None:
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
 
 
 class Bridge:

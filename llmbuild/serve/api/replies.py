@@ -64,6 +64,9 @@ class Replies:
         self._parsers = [Parser(asked.tools) for _ in range(asked.choices)] if asked.tools else []
         self._offsets = [0] * asked.choices
         """Characters of each choice's tokens so far, for the offsets of completions."""
+        self._begin = b"data: " + _json(self._head(self._kind()))[:-1] + b',"choices":'
+        self._end = b',"usage":null}\n\n' if asked.include_usage else b"}\n\n"
+        """What all chunks begin and end with: a stream has one for each token."""
 
     def whole(self, found: dict[int, Part], answers: Answers) -> Json:
         """Return the body of an answer that is not streamed."""
@@ -192,8 +195,7 @@ class Replies:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"
 
     def _chunk(self, choices: Sequence[Json]) -> bytes:
-        usage = {"usage": None} if self._asked.include_usage else {}
-        return _event({**self._head(self._kind()), "choices": list(choices), **usage})
+        return self._begin + _json(choices) + self._end
 
     def _head(self, kind: str) -> Json:
         served = self._asked.served
@@ -221,5 +223,12 @@ def _finished(finish: Finish | None) -> Json:
     return {"finish_reason": finish.reason, "stop_reason": finish.stop_reason}
 
 
+_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+def _json(body: object) -> bytes:
+    return _encode(body).encode()
+
+
 def _event(body: object) -> bytes:
-    return b"data: " + json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + _json(body) + b"\n\n"

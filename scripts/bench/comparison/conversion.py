@@ -6,7 +6,8 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -127,22 +128,34 @@ def converter(place: setup.Environment, own: bool, say: setup.Say) -> Path:
         return tree
     if not own:
         raise InputError(f"{tree}: no {CONVERTER} here, which comes with the source package of llama-cpp-python")
+    with source(place.python, _wanted, say) as found:
+        tree.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run(["cp", "-r", str(found), str(tree)], check=True)
+    return tree
+
+
+@contextmanager
+def source(python: Path, wanted: Callable[[str], bool], say: setup.Say) -> Iterator[Path]:
+    """Give llama.cpp's tree from the source package that llama-cpp-python is built from, fetched by this Python's pip.
+
+    It has the files whose names in the package are `wanted`, and goes with the block.
+
+    Raises:
+        InputError: it is not to be had.
+    """
     (pin,) = setup.pins(["llama-cpp-python"], setup.REQUIREMENTS.read_text()).values()
     say(f"fetching the source package of {pin}")
     with TemporaryDirectory(prefix="llmbuild-bench-") as name:
         options = ["--no-deps", "--no-binary", "llama-cpp-python", "--disable-pip-version-check", "-d", name]
-        command = [str(place.python), "-m", "pip", "download", *options, pin]
+        command = [str(python), "-m", "pip", "download", *options, pin]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         archives = list(Path(name).glob("*.tar.gz"))
         if done.returncode or not archives:
             raise InputError(f"{pin}: no source package: {done.stderr.strip().splitlines()[-1:] or done.returncode}")
         with tarfile.open(archives[0]) as archive:
-            members = [each for each in archive if _wanted(each.name)]
-            archive.extractall(name, members, filter="data")
+            archive.extractall(name, [each for each in archive if wanted(each.name)], filter="data")
         (found,) = Path(name).glob("*/vendor/llama.cpp")
-        tree.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run(["cp", "-r", str(found), str(tree)], check=True)
-    return tree
+        yield found
 
 
 def _wanted(name: str) -> bool:
