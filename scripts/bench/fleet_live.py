@@ -163,7 +163,7 @@ def running(fleet: Path, policy: str, catalog: Path, folder: Path, run: Run) -> 
 
 async def looks(url: str, run: Run, journal: Journal, kill_s: float, began: float) -> None:
     """Count replicas all the time; kill one at its time, and note when there are as many as before."""
-    before = 0
+    before, gone = 0, False
     victim: Entry | None = None
     while True:
         now = time.monotonic() - began
@@ -174,8 +174,9 @@ async def looks(url: str, run: Run, journal: Journal, kill_s: float, began: floa
             if victim is not None:
                 os.kill(victim.pid, signal.SIGKILL)
                 run.killed_s = now
-        elif victim is not None and run.recovered_s == inf and victim.name not in names(journal) and count >= before:
+        elif gone and run.recovered_s == inf and count >= before:
             run.recovered_s = now - run.killed_s
+        gone = gone or (victim is not None and victim.name not in names(journal))  # what was counted may be of before
         await asyncio.sleep(LOOK_S)
 
 
