@@ -101,7 +101,7 @@ def answers(bench: Bench, made: list[Request]) -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("policy", ADAPTIVE, ids=str)
+@pytest.mark.parametrize("policy", ADAPTIVE)
 @pytest.mark.parametrize("period", [0, 2, 5])
 def test_answers_are_those_without_drafts(policy: Any, period: int) -> None:
     params: list[dict[str, Any]] = [
