@@ -30,7 +30,7 @@ def load(request: Request) -> Request:
 
 
 async def _load(url: str, bodies: list[dict[str, Any]], streams: int) -> Request:
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=streams)
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)  # llama-server closes what is kept at will
     found: list[tuple[float, list[Piece]]] = [(0.0, [])] * len(bodies)
     async with httpx.AsyncClient(timeout=LIMIT_S, limits=limits, trust_env=False) as client:
         waiting = iter(range(len(bodies)))
