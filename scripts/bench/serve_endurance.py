@@ -6,7 +6,7 @@ Clients of the `openai` package ask for greedy completions of prompts whose answ
 streamed. A fifth goes away at a random moment, a twentieth is malformed. The server is killed with SIGKILL `--kills`
 times at even distances, and started again on the same port. What must hold: every finished answer is the loader's, what
 a broken stream said is its beginning, every malformed request gets a 4xx in the API's form, and at the end nothing
-runs, waits or holds memory for keys and values. Memory is that of the server's process tree: resident bytes after the
+runs, waits or holds memory for keys and values. Memory is the anonymous memory of the server's process tree after the
 first tenth of the requests of its last start, and at the end.
 """
 
@@ -29,8 +29,8 @@ from typing import Any
 
 import httpx
 import openai
-import psutil
 from comparison.script import end, say
+from comparison.watched import memory, tree
 
 from llmbuild.errors import LlmbuildError
 from llmbuild.report.rows import quantity
@@ -47,7 +47,7 @@ BAD: tuple[dict[str, Any] | bytes, ...] = (
     {"model": "no-such-model", "prompt": "x"},
     {"model": None, "prompt": "x"},
     {"model": "", "prompt": "x", "max_tokens": -1},
-    {"model": "", "prompt": "x", "temperature": 99},
+    {"model": "", "prompt": "x", "temperature": -1},
     {"model": "", "prompt": "x", "n": 10**7},
     {"model": "", "prompt": "x", "logprobs": 10**9},
     {"model": "", "prompt": "x" * 200_000},
@@ -102,10 +102,9 @@ class Server:
         return self._process.wait(ENDS_S)
 
     def memory_bytes(self) -> int:
-        """Return the resident bytes of the process and what it started."""
+        """Return the anonymous memory of the process and of what it started."""
         assert self._process is not None
-        of = psutil.Process(self._process.pid)
-        return sum(one.memory_info().rss for one in (of, *of.children(recursive=True)))
+        return sum(memory(number).get("RssAnon", 0) for number in tree(self._process.pid))
 
 
 @dataclass
@@ -213,7 +212,7 @@ def ended(run: Run, prompt: str, wanted: str, text: str, count: int) -> None:
         run.wrong.append(f"{prompt!r}: {text!r} instead of {wanted!r}")
 
 
-async def kills(run: Run, server: Server, count: int, memory: list[int]) -> None:
+async def kills(run: Run, server: Server, count: int, held: list[int]) -> None:
     """Kill the server at even distances and start it again; note its memory a tenth behind its last start."""
     for number in range(1, count + 1):
         while run.begun < run.wanted * number // (count + 1):
@@ -226,7 +225,7 @@ async def kills(run: Run, server: Server, count: int, memory: list[int]) -> None
     behind = run.begun
     while run.begun < min(run.wanted, behind + (run.wanted - behind) // 10):
         await asyncio.sleep(0.02)
-    memory.append(server.memory_bytes())
+    held.append(server.memory_bytes())
 
 
 async def settled(raw: httpx.AsyncClient) -> dict[str, float]:
@@ -242,7 +241,7 @@ async def settled(raw: httpx.AsyncClient) -> dict[str, float]:
 
 async def everything(asked: argparse.Namespace, server: Server, run: Run) -> dict[str, Any]:
     """Run all clients against the server."""
-    memory: list[int] = []
+    held: list[int] = []
     begin = monotonic()
     async with (
         openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="-", max_retries=0, timeout=ANSWER_S) as api,
@@ -250,11 +249,11 @@ async def everything(asked: argparse.Namespace, server: Server, run: Run) -> dic
     ):
         run.up.set()
         clients = [client(run, api, raw, asked.output) for _ in range(asked.clients)]
-        await asyncio.gather(kills(run, server, asked.kills, memory), *clients)
+        await asyncio.gather(kills(run, server, asked.kills, held), *clients)
         taken = monotonic() - begin
         left = await settled(raw)
-        memory.append(server.memory_bytes())
-    return {"seconds": taken, "left": left, "memory_bytes": memory}
+        held.append(server.memory_bytes())
+    return {"seconds": taken, "left": left, "memory_bytes": held}
 
 
 def document(asked: argparse.Namespace) -> dict[str, Any]:
