@@ -88,7 +88,7 @@ def job_of(asked: Asked, folder: Path) -> Job:
         workloads=tuple(Workload(name, 8, 8, 32) for name in asked.workloads),
         objectives=asked.objectives,
         constraints=(Bound("tpot_s", "<=", asked.bound),),
-        quality=QualityAsked(file=str(files["text"])),
+        quality=QualityAsked(files=(str(files["text"]),)),
         budget=ALL,
     )
     chat = ChatTemplate(asked.chat).blob() if asked.chat else None
@@ -155,7 +155,7 @@ class QuickBench:
             value = least * (1 + int(digest.of([subject.variant, workload.name, *of])[:6], 16) / (1 << 24))
             return Reading(value, value, value, (value,) * 4)
 
-        text = digest.of_file(Path(self.job.recipe.quality.file))
+        text = digest.of([digest.of_file(Path(file)) for file in self.job.recipe.quality.files])
         readings = {name: still(name, least=0.01) for name in ("tpot_s", "ttft_s", "e2e_s", "load_s")}
         readings |= {"quality_kl": still("kl", text, least=0.001), "peak_memory_bytes": still("memory", least=1e6)}
         machine = digest.of(self.job.machine)
