@@ -45,7 +45,7 @@ def verify(catalog: str, form: str | None, **options: Any) -> int:
 @click.option("--size", metavar="SIZE", help="Free only as much as it takes to get below this, such as 2GB.")
 @click.option("-n", "--dry-run", is_flag=True, help="List what would be removed; remove nothing.")
 def gc(catalog: str, form: str | None, size: str | None, dry_run: bool) -> int:
-    """Free blobs that no front, no default and no publication needs. Rows and measurements stay."""
+    """Free blobs that no front, default or publication needs. Rows and measurements stay."""
     from llmbuild.cli import maintenance
 
     return _printed(maintenance.collect(Path(catalog), size, dry_run), form)
