@@ -163,7 +163,7 @@ def answered(answers: Answers, asked: argparse.Namespace) -> dict[str, Any]:
 def cost(answers: Answers, asked: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds for a token with grammars and without."""
     params = SamplingParams(temperature=asked.temperature, max_tokens=TIMED, ignore_eos=True)
-    long = {"type": "array", "items": drawn(1), "minItems": 1000}
+    long = {"type": "array", "items": _object(random.Random(1), 3), "minItems": 1000}
     grammar = answers.served.grammars.of_schema("schema", long)
     seconds: dict[str, list[float]] = {"free": [], "bound": []}
     for number in range(ROUNDS):
