@@ -11,8 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import uvicorn
-
 from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Intended
 from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
@@ -22,12 +20,11 @@ from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Table
 from llmbuild.fleet.loop import Loop, given_live, permitted, unseen
 from llmbuild.fleet.policies.named import live_policy
-from llmbuild.serve.api.server import BACKLOG, MOST_CONNECTIONS, Place, Server, listening, signals, url_of
+from llmbuild.serve.api.server import Place, listening, server_of, signals, url_of
 from llmbuild.spec.fleet import Fleet, Profile
 
 BEAT_S = 0.25
 """Seconds between two looks at the replicas."""
-_LAST_S = 5
 
 
 @dataclass(frozen=True)
@@ -110,17 +107,7 @@ class _Runner:
         """Serve until a signal comes."""
         self._table = table = Table(self._fleet, live_policy(self._setup.policy).router(self._fleet))
         state = Gateway(self._fleet, table, self._watch, self._metrics, self._tell)
-        config = uvicorn.Config(
-            application(state),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
-            timeout_graceful_shutdown=_LAST_S,
-            backlog=BACKLOG,
-        )
-        server = Server(config)
+        server = server_of(application(state))
         with signals() as asked:
             for name, told in self.backend.adopt(self._setup.profiles):
                 self._tell(f"finds    {name}: {told}")

@@ -29,9 +29,18 @@ from llmbuild.fleet.gateway.table import SUSPECT_S, WARM_S, Job, Place, Table
 from llmbuild.fleet.gateway.upstream import SILENT_S, Answer, Broken, ask
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.serve.api import replies
-from llmbuild.serve.api.errors import INVALID, UNAVAILABLE, ApiError, of_exception, of_status
+from llmbuild.serve.api.errors import INVALID, UNAVAILABLE, ApiError, of_status
 from llmbuild.serve.api.fields import parsed
-from llmbuild.serve.api.http import ClientGone, EventStream, Note, body_of, note_of, refused, while_there
+from llmbuild.serve.api.http import (
+    ClientGone,
+    EventStream,
+    Handler,
+    Note,
+    answered,
+    body_of,
+    refused,
+    while_there,
+)
 from llmbuild.serve.api.metrics import CONTENT_TYPE
 from llmbuild.spec.fleet import Fleet
 
@@ -98,26 +107,11 @@ def application(state: Gateway) -> Starlette:
     return Starlette(routes=made, exception_handlers={404: no_route, 405: no_route})
 
 
-def _guarded(state: Gateway, way: Way) -> Callable[[Request], Awaitable[Response]]:
-    """Return a handler that turns errors into answers and writes the log."""
+def _guarded(state: Gateway, way: Way) -> Handler:
+    """Return a handler that turns errors into answers; the log has a line for each request to a model."""
 
     async def guarded(request: Request) -> Response:
-        note = request.state.note = note_of(request)
-        try:
-            response = await way(state, request)
-        except ClientGone:
-            note.outcome = "client_gone"
-            response = Response(status_code=499)
-        except Exception as error:  # noqa: BLE001 - a client is told of any error, and other clients go on
-            told = of_exception(error)
-            if told.status == 500:
-                state.log(f"error id={note.id} {type(error).__name__}: {error}")
-            note.outcome = told.code or "refused"
-            response = refused(told)
-        response.headers["x-request-id"] = note.id
-        if request.method == "POST" and not isinstance(response, EventStream):
-            state.log(note.line(request.method, request.url.path, response.status_code))
-        return response
+        return await answered(request, partial(way, state), state.log, quiet=request.method != "POST")
 
     return guarded
 

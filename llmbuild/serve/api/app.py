@@ -21,9 +21,20 @@ from llmbuild.runtime import checks
 from llmbuild.serve.api import asked, replies
 from llmbuild.serve.api.asked import Asked, Models
 from llmbuild.serve.api.bridge import Answers, Bridge, Numbered
-from llmbuild.serve.api.errors import UNAVAILABLE, ApiError, of_exception, of_fault, of_status
+from llmbuild.serve.api.errors import UNAVAILABLE, ApiError, of_fault, of_status
 from llmbuild.serve.api.fields import Fields, parsed, truth
-from llmbuild.serve.api.http import PING_S, ClientGone, EventStream, Note, body_of, note_of, refused, while_there
+from llmbuild.serve.api.http import (
+    PING_S,
+    EventStream,
+    Handler,
+    Note,
+    answered,
+    body_of,
+    note_of,
+    noted,
+    refused,
+    while_there,
+)
 from llmbuild.serve.api.keys import Keys
 from llmbuild.serve.api.metrics import CONTENT_TYPE, Metrics, ModelMetrics
 from llmbuild.serve.served import Served
@@ -34,8 +45,6 @@ STALLED_S = 60.0
 """A server with work whose last step ended longer ago is not ready."""
 _LONG_BODY = 4096
 """Bytes of a body from which on it is read on another thread: templates and tokenizers take time."""
-
-Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass
@@ -68,7 +77,7 @@ def application(state: State) -> Starlette:
 
     def no_route(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
-        return _noted(state, request, note_of(request), refused(of_status(status)))
+        return noted(request, note_of(request), refused(of_status(status)), state.log)
 
     made = [Route(path, _guarded(state, partial(handler, state)), methods=[way]) for way, path, handler in routes]
     return Starlette(routes=made, exception_handlers={404: no_route, 405: no_route})
@@ -77,32 +86,15 @@ def application(state: State) -> Starlette:
 def _guarded(state: State, handler: Handler) -> Handler:
     """Return a handler that checks the key, turns errors into answers and writes the log."""
 
+    async def checked(request: Request) -> Response:
+        if request.url.path not in OPEN:
+            request.state.note.key = state.keys.name(request.headers.get("authorization"))
+        return await handler(request)
+
     async def guarded(request: Request) -> Response:
-        note = request.state.note = note_of(request)
-        try:
-            if request.url.path not in OPEN:
-                note.key = state.keys.name(request.headers.get("authorization"))
-            response = await handler(request)
-        except ClientGone:
-            note.outcome = "client_gone"
-            response = Response(status_code=499)
-        except Exception as error:  # noqa: BLE001 - a client is told of any error, and other clients go on
-            told = of_exception(error)
-            if told.status == 500:
-                state.log(f"error id={note.id} {type(error).__name__}: {error}")
-            note.outcome = told.code or "refused"
-            response = refused(told)
-        return _noted(state, request, note, response)
+        return await answered(request, checked, state.log)
 
     return guarded
-
-
-def _noted(state: State, request: Request, note: Note, response: Response) -> Response:
-    """Return a response with the request's id; the line of a stream is written when it has ended."""
-    response.headers["x-request-id"] = note.id
-    if not isinstance(response, EventStream):
-        state.log(note.line(request.method, request.url.path, response.status_code))
-    return response
 
 
 # --- generation ------------------------------------------------------------------------------------------------------

@@ -15,9 +15,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from llmbuild.serve.api.errors import INVALID, ApiError
+from llmbuild.serve.api.errors import INVALID, ApiError, of_exception
 
 T = TypeVar("T")
+Handler = Callable[[Request], Awaitable[Response]]
 LARGEST_BODY = 2 << 20
 """Bytes of a request's body."""
 PING_S = 15.0
@@ -142,3 +143,28 @@ class EventStream(Response):
 def refused(error: ApiError) -> Response:
     """Return the answer that tells an error."""
     return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def answered(request: Request, handler: Handler, log: Callable[[str], None], quiet: bool = False) -> Response:
+    """Return a handler's answer, or the one that tells its error; `quiet` requests have no line in the log."""
+    note = request.state.note = note_of(request)
+    try:
+        response = await handler(request)
+    except ClientGone:
+        note.outcome = "client_gone"
+        response = Response(status_code=499)
+    except Exception as error:  # noqa: BLE001 - a client is told of any error, and other clients go on
+        told = of_exception(error)
+        if told.status == 500:
+            log(f"error id={note.id} {type(error).__name__}: {error}")
+        note.outcome = told.code or "refused"
+        response = refused(told)
+    return noted(request, note, response, None if quiet else log)
+
+
+def noted(request: Request, note: Note, response: Response, log: Callable[[str], None] | None) -> Response:
+    """Return a response with the request's id; the line of a stream is written when it has ended."""
+    response.headers["x-request-id"] = note.id
+    if log is not None and not isinstance(response, EventStream):
+        log(note.line(request.method, request.url.path, response.status_code))
+    return response

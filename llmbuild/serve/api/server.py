@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import uvicorn
+from starlette.applications import Starlette
 
 from llmbuild.errors import InputError, sentence
 from llmbuild.runtime.model import Model
@@ -26,7 +27,7 @@ BACKLOG = 128
 MOST_CONNECTIONS = 1024
 """Connections that are open at a time; more are answered by 503."""
 _LAST_S = 5
-"""Seconds that connections have to take what was written, after the engines have ended."""
+"""Seconds that connections have to take what was written, after everything else has ended."""
 
 
 @dataclass(frozen=True)
@@ -89,17 +90,7 @@ async def _serve(
 
 async def _answer(state: State, place: Place, listener: socket.socket, ready: Callable[[], None]) -> bool:
     """Answer until a signal comes; return whether all that was begun was finished."""
-    config = uvicorn.Config(
-        application(state),
-        log_config=None,
-        access_log=False,
-        lifespan="off",
-        server_header=False,
-        limit_concurrency=MOST_CONNECTIONS,
-        timeout_graceful_shutdown=_LAST_S,
-        backlog=BACKLOG,
-    )
-    server = Server(config)
+    server = server_of(application(state))
     with signals() as asked:
         running = asyncio.ensure_future(server.serve(sockets=[listener]))
         begun = asyncio.ensure_future(server.begun.wait())
@@ -149,6 +140,21 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Take no signal."""
         yield
+
+
+def server_of(routes: Starlette) -> Server:
+    """Return a server of these routes, as all of ours are set up."""
+    config = uvicorn.Config(
+        routes,
+        log_config=None,
+        access_log=False,
+        lifespan="off",
+        server_header=False,
+        limit_concurrency=MOST_CONNECTIONS,
+        timeout_graceful_shutdown=_LAST_S,
+        backlog=BACKLOG,
+    )
+    return Server(config)
 
 
 @contextlib.contextmanager
