@@ -6,8 +6,8 @@ Clients of the `openai` package ask for greedy completions of prompts whose answ
 streamed. A fifth goes away at a random moment, a twentieth is malformed. The server is killed with SIGKILL `--kills`
 times at even distances, and started again on the same port. What must hold: every finished answer is the loader's, what
 a broken stream said is its beginning, every malformed request gets a 4xx in the API's form, and at the end nothing
-runs, waits or holds memory for keys and values. Memory is the anonymous memory of the server's process tree after the
-first tenth of the requests of its last start, and at the end.
+runs, waits or holds memory for keys and values. Memory is the anonymous memory of the server's process tree after each
+tenth of the requests of its last start.
 """
 
 from __future__ import annotations
@@ -213,7 +213,7 @@ def ended(run: Run, prompt: str, wanted: str, text: str, count: int) -> None:
 
 
 async def kills(run: Run, server: Server, count: int, held: list[int]) -> None:
-    """Kill the server at even distances and start it again; note its memory a tenth behind its last start."""
+    """Kill the server at even distances and start it again; note its memory after each tenth behind its last start."""
     for number in range(1, count + 1):
         while run.begun < run.wanted * number // (count + 1):
             await asyncio.sleep(0.02)
@@ -223,9 +223,10 @@ async def kills(run: Run, server: Server, count: int, held: list[int]) -> None:
         await asyncio.to_thread(server.start)
         run.up.set()
     behind = run.begun
-    while run.begun < min(run.wanted, behind + (run.wanted - behind) // 10):
-        await asyncio.sleep(0.02)
-    held.append(server.memory_bytes())
+    for tenth in range(1, 10):
+        while run.begun < behind + (run.wanted - behind) * tenth // 10:
+            await asyncio.sleep(0.02)
+        held.append(server.memory_bytes())
 
 
 async def settled(raw: httpx.AsyncClient) -> dict[str, float]:
@@ -289,7 +290,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
 
 def text(made: dict[str, Any]) -> str:
     """Return what happened, in lines."""
-    early, late = made["memory_bytes"]
+    memory = " ".join(f"{each / 1e6:.0f}" for each in made["memory_bytes"])
     held = ", ".join(f"{name} {value:g}" for name, value in made["left"].items())
     return "\n".join(
         [
@@ -299,7 +300,7 @@ def text(made: dict[str, Any]) -> str:
             "; ".join(f"{name}: {count}" for name, count in made["counts"].items()),
             f"{made['tokens']} tokens of finished answers; wrong or lost: {len(made['wrong'])}",
             f"held at the end: {held}",
-            f"memory {quantity(early, 'B')} after a tenth, {quantity(late, 'B')} at the end",
+            f"memory after each tenth, in MB: {memory}",
             f"tracebacks: {made['tracebacks']}; exit code {made['exit']}",
             *made["wrong"][:10],
         ]
