@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmbuild.cli.listening import ended, listen_options, listens
 from llmbuild.cli.options import PATH, Shared, catalog_option
 from llmbuild.errors import InputError, NoPlan
 from llmbuild.system.extras import EXTRAS
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from llmbuild.fleet.simulate.trace import Trace
     from llmbuild.spec.fleet import Fleet, Profile
 
-CUT_OFF = 130
-"""The exit code where answers were cut off at the end."""
 _FACTOR = re.compile(r"x(\d+(?:\.\d+)?)")
 _FAILURE = re.compile(r"([^@]+)@(\d+(?:\.\d+)?)(?:\+(\d+(?:\.\d+)?))?")
 
@@ -129,7 +128,7 @@ def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, f
     help="What runs the replicas; ray and kubernetes are not built.",
 )
 @click.option("-n", "--dry-run", "dry", is_flag=True, help="Say what would be done first, and why; do nothing.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@listen_options
 @click.option("--policy", metavar="POLICY", help="Who decides what runs; default: the file's.")
 @click.option("--period", type=click.FloatRange(0.1, 3600), metavar="S", help="Seconds between two decisions.")
 @click.option("--state", type=PATH, metavar="DIR", help="Where what runs is noted.  [default: CATALOG/fleets/NAME]")
@@ -152,6 +151,7 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
     if options["policy"]:
         live_policy(options["policy"])
     asked, profiles = _read(fleet, Path(catalog), serves=True)
+    from llmbuild.fleet.actuators.local import DRAIN_S
     from llmbuild.fleet.orchestrate import Setup, to_stderr
     from llmbuild.fleet.orchestrate import dry as intended
     from llmbuild.fleet.orchestrate import orchestrate as run
@@ -161,7 +161,8 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         asked = replace(asked, period_s=options["period"])
     name = options["policy"] or asked.policy
     folder = options["state"] or Path(catalog) / "fleets" / asked.name
-    setup = Setup(asked, profiles, Path(catalog), folder, name, options["port"])
+    place, keys = listens(options, DRAIN_S)
+    setup = Setup(asked, profiles, Path(catalog), folder, name, place, keys, options["api_keys"])
     if dry:
         found = intended(setup, to_stderr)
         click.echo(dumps(actions_json(asked, found)) if form else actions_table(asked, found))
@@ -171,9 +172,7 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         _place_for_all(asked, profiles)
     except NoPlan as lacking:  # what has a place is served all the same
         click.echo(f"warning: {lacking}", err=True)
-    done = run(setup, to_stderr, click.echo)
-    click.echo("every answer was finished" if done else "answers were cut off", err=True)
-    return 0 if done else CUT_OFF
+    return ended(run(setup, to_stderr, click.echo))
 
 
 def _place_for_all(fleet: Fleet, profiles: Sequence[Profile]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmbuild.cli.listening import ended, listen_options, listens
 from llmbuild.cli.options import (
-    PATH,
     catalog_option,
     lengths_option,
     selection_of,
@@ -33,16 +33,13 @@ SCHEDULERS = ("fcfs", "sarathi", "fairbatching", "isrtf", "vtc")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
 SPECULATIONS = ("none", "ngram")
 """As `serve/speculate.py` has them."""
-CUT_OFF = 130
-"""The exit code where answers were cut off at the end."""
 VERDICTS = 4
 """Variants of each model whose verdict is told."""
 
 
 @click.command(short_help="Answer over an OpenAI-compatible API.")
 @click.argument("models", nargs=-1, required=True, metavar="MODEL...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0 for any.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@listen_options
 @click.option("--memory", metavar="SIZE", help="Memory for weights and caches, such as 4GB; else 80 % of what is free.")
 @click.option(
     "--scheduler",
@@ -88,7 +85,6 @@ VERDICTS = 4
     metavar="SECONDS",
     help="Time that answers have to end after SIGTERM or Ctrl-C.",
 )
-@click.option("--api-keys", type=PATH, metavar="FILE", help="Take only requests with a key of this file, one a line.")
 @click.option("--variant", help="Open this variant instead of picking one; for one MODEL.")
 @slo_options
 @catalog_option
@@ -98,8 +94,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
 
     The address is printed on standard output as soon as requests are answered.
     """
-    from llmbuild.serve.api.keys import Keys
-    from llmbuild.serve.api.server import Place, Told, serve, to_stderr
+    from llmbuild.serve.api.server import Told, serve, to_stderr
     from llmbuild.serve.engine import Limits
     from llmbuild.serve.served import Settings
 
@@ -107,10 +102,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
         raise InputError("a model is named twice: each has one variant in a server")
     if options["variant"] and len(models) > 1:
         raise InputError("--variant is for one MODEL")
-    keys = Keys() if options["api_keys"] is None else Keys.read(options["api_keys"])
-    place = Place(options["host"], options["port"], options["shutdown_timeout"])
-    if not place.local and not keys.digests:
-        click.echo(f"warning: anybody who reaches {place.host} is answered: --api-keys FILE asks for a key", err=True)
+    place, keys = listens(options, options["shutdown_timeout"])
     classes, given = dict(map(_class_of, options["classes"])), options["memory"]
     memory = None if given is None else size_of("--memory", given)
     served = [_planned(model, options, memory, len(models)) for model in models]
@@ -121,9 +113,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
         classes=classes,
     )
     picked = [model for model, _ in served]
-    done = serve(picked, settings, place, keys, Told(_ready, to_stderr))
-    click.echo("every answer was finished" if done else "answers were cut off", err=True)
-    return 0 if done else CUT_OFF
+    return ended(serve(picked, settings, place, keys, Told(_ready, to_stderr)))
 
 
 def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: int) -> tuple[Model, Plan]:

@@ -20,6 +20,7 @@ from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Table
 from llmbuild.fleet.loop import Loop, given_live, permitted, unseen
 from llmbuild.fleet.policies.named import live_policy
+from llmbuild.serve.api.keys import Keys
 from llmbuild.serve.api.server import Place, listening, server_of, signals, url_of
 from llmbuild.spec.fleet import Fleet, Profile
 
@@ -36,8 +37,10 @@ class Setup:
     catalog: Path
     folder: Path
     policy: str
-    port: int = 0
-    drain_s: float = DRAIN_S
+    place: Place = Place(port=0, drain_s=DRAIN_S)  # noqa: RUF009 - frozen
+    keys: Keys = Keys()  # noqa: RUF009 - frozen
+    keys_file: Path | None = None
+    """Where the keys are, for the replicas, which ask for them too."""
 
 
 def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
@@ -48,7 +51,7 @@ def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
     """
     fleet = permitted(setup.fleet)
     checked(fleet)
-    backend = Dry(fleet, setup.catalog, Journal(setup.folder))
+    backend = Dry(fleet, setup.catalog, Journal(setup.folder), api_keys=setup.keys_file)
     for name, told in backend.adopt(setup.profiles, dry=True):
         tell(f"finds    {name}: {told}")
     found: list[Intended] = []
@@ -69,11 +72,10 @@ def orchestrate(
         InputError: the fleet is not this machine, another orchestrator runs it, or the port is taken.
     """
     checked(setup.fleet)
-    place = Place(port=setup.port, drain_s=setup.drain_s)
-    with Journal(setup.folder).held(), contextlib.closing(listening(place)) as listener:
+    with Journal(setup.folder).held(), contextlib.closing(listening(setup.place)) as listener:
         runner = _Runner(setup, tell, backend)
         try:
-            return asyncio.run(runner.run(listener, lambda: ready(url_of(place, listener))))
+            return asyncio.run(runner.run(listener, lambda: ready(url_of(setup.place, listener))))
         finally:
             runner.backend.close(time.sleep, now=True)  # whatever broke, nothing is left behind
 
@@ -94,7 +96,9 @@ class _Runner:
     def __init__(self, setup: Setup, tell: Callable[[str], None], backend: type[Local]) -> None:
         self._setup, self._tell = setup, tell
         self._fleet = fleet = permitted(setup.fleet)
-        self.backend = backend(fleet, setup.catalog, Journal(setup.folder), setup.drain_s)
+        self.backend = backend(
+            fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, api_keys=setup.keys_file
+        )
         self._metrics = FleetMetrics(self._gauges)
         self._loop = _loop(setup, fleet, self.backend, tell, self._acted)
         self._watch = Watch(fleet, time.monotonic())
@@ -106,7 +110,7 @@ class _Runner:
     async def run(self, listener: object, ready: Callable[[], None]) -> bool:
         """Serve until a signal comes."""
         self._table = table = Table(self._fleet, live_policy(self._setup.policy).router(self._fleet))
-        state = Gateway(self._fleet, table, self._watch, self._metrics, self._tell)
+        state = Gateway(self._fleet, table, self._watch, self._metrics, self._setup.keys, self._tell)
         server = server_of(application(state))
         with signals() as asked:
             for name, told in self.backend.adopt(self._setup.profiles):
@@ -119,7 +123,7 @@ class _Runner:
             first.cancel()
             self._tell("ends     requests are finished, then the replicas")
             second = asyncio.ensure_future(asked.get())
-            done = await _drained(state, self._setup.drain_s, second)
+            done = await _drained(state, self._setup.place.drain_s, second)
             await asyncio.wait((beating,))
             server.should_exit = True
             ending = asyncio.ensure_future(asyncio.to_thread(self.backend.close, time.sleep))

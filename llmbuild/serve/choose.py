@@ -45,14 +45,8 @@ class Chooser:
         Raises:
             InputError: a logit is no number, or all tokens are ruled out.
         """
-        params, token = self._params, output.token
-        if not self._plain:
-            assert output.logits is not None
-            made = self._changed(output.logits)
-            if params.temperature == 0:
-                token = int(checked(made).argmax())
-            else:
-                token = drawn(made, params, uniform(self._seed, self._index, self._chosen))
+        params = self._params
+        token = output.token if self._plain else self._read(output)
         self._chosen += 1
         if self._matching is not None:
             self._matching.take(token)
@@ -63,11 +57,35 @@ class Chooser:
         assert output.logits is not None
         return token, logprob(output.logits, token, params.logprobs)
 
+    def forced(self) -> list[int]:
+        """Return tokens that a grammar leaves no choice about, as they are usually split; a guess, to be chosen too."""
+        return [] if self._matching is None else self._matching.forced()
+
+    def _read(self, output: Output) -> int:
+        """Return the token that the logits say, changed as asked for.
+
+        What may follow by a grammar is asked of the likeliest token first: most often it may, and is then the likeliest
+        of those that may.
+        """
+        assert output.logits is not None
+        params, made = self._params, self._changed(output.logits)
+        greedy, matching = params.temperature == 0, self._matching
+        if greedy:
+            likeliest = int(checked(made).argmax())
+            if matching is None or matching.allows(likeliest):
+                return likeliest
+        if matching is not None:
+            made = made.astype(np.float32, copy=True) if made is output.logits else made
+            matching.restrict(made)
+        if greedy:
+            return int(checked(made).argmax())
+        return drawn(made, params, uniform(self._seed, self._index, self._chosen))
+
     def _changed(self, logits: Logits) -> Logits:
         """Return logits with penalties and biases; the given ones are only read."""
         params = self._params
         barred = self._chosen < params.min_tokens
-        if not (params.penalized or params.biases or barred or self._matching is not None):
+        if not (params.penalized or params.biases or barred):
             return logits
         made = logits.astype(np.float32, copy=True)
         if params.penalized:
@@ -76,8 +94,6 @@ class Chooser:
             made[token] += bias
         if barred:
             made[self._ends] = -np.inf
-        if self._matching is not None:
-            self._matching.restrict(made)
         return made
 
     def _penalize(self, made: Logits) -> None:

@@ -22,7 +22,7 @@ from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, State
 from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.serve.sequence import Sequence
-from llmbuild.serve.speculate import Lookup, Speculation
+from llmbuild.serve.speculate import Speculation
 from llmbuild.serve.step import Output, Rows, Step
 
 Texts = Callable[[Request, frozenset[int]], Text]
@@ -215,7 +215,9 @@ class Engine:
 
     def _foresee(self, one: Sequence) -> None:
         """Note what is expected of a sequence; it is in the queue, so it is told if this fails."""
-        one.lookup = None if self._speculation is None else Lookup(one.request.prompt)
+        if self._speculation is not None:
+            forced = None if one.request.grammar is None else one.chooser.forced
+            one.guesses = self._speculation.of(one.request.prompt, forced)
         one.predicted = self._lengths.predict(one.request, 0)
 
     def _queue(self, one: Sequence) -> None:
@@ -271,11 +273,10 @@ class Engine:
     def _rows(self, batch: Batch) -> list[Rows]:
         """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts."""
         ones = [self._running[share.number] for share in batch.shares]
-        looked = [one.lookup for one in ones if one.lookup is not None and one.tokens]
-        if self._speculation is None or self._waiting or len(looked) < len(ones):
+        guessing = any(one.guesses is not None for one in ones) and all(one.tokens for one in ones)
+        if self._speculation is None or self._waiting or not guessing:
             return [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]
-        most = [one.most_drafts(self._step.context) for one in ones]
-        drafts = self._speculation.drafts(list(zip(looked, most, strict=True)))
+        drafts = self._speculation.drafts([(one.guesses, one.most_drafts(self._step.context)) for one in ones])
         return [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
 
     def _run(self, rows: list[Rows]) -> list[Output]:
@@ -319,8 +320,8 @@ class Engine:
             self._step.keep(asked.slot, (draft,))
             one.computed += 1
             self._take(one, behind, now)
-        if one.lookup is not None:
-            one.lookup.judged(right, tried)
+        if one.guesses is not None:
+            one.guesses.judged(right, tried)
         return right
 
     def _take(self, one: Sequence, output: Output, now: float) -> None:

@@ -45,8 +45,22 @@ class Matching:
 
         fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
-        allowed = np.unpackbits(self._bits.view(np.uint8)[0], bitorder="little")[: logits.size]
-        logits[allowed == 0] = -np.inf
+        barred = np.unpackbits(~self._bits.view(np.uint8)[0], count=logits.size, bitorder="little")
+        np.copyto(logits, -np.inf, where=barred.view(np.bool_))
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token may follow.
+
+        Raises:
+            InputError: the matcher has failed.
+        """
+        allowed = self._matcher.validate_tokens([token]) == 1
+        self._check()
+        return allowed
+
+    def forced(self) -> list[int]:
+        """Return the tokens that must follow as text, split as the tokenizer would split it."""
+        return self._matcher.compute_ff_tokens()
 
     def take(self, token: int) -> None:
         """Take the token that follows.

@@ -10,7 +10,7 @@ from llmbuild.serve.choose import Chooser
 from llmbuild.serve.events import Delta, Finish
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import Entry
-from llmbuild.serve.speculate import Lookup
+from llmbuild.serve.speculate import Guesses
 from llmbuild.serve.step import Output, Rows
 
 
@@ -40,8 +40,8 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     predicted: float | None = None
     """How many tokens it is expected to have."""
-    lookup: Lookup | None = None
-    """What its next tokens are guessed from, where they are."""
+    guesses: Guesses | None = None
+    """What guesses its next tokens, where they are."""
     ended: bool = False
     admitted_s: float = 0.0
     first_s: float = 0.0
@@ -96,8 +96,8 @@ class Sequence:
         """
         token, logprob = self.chooser.choose(output)
         self.tokens.append(token)
-        if self.lookup is not None:
-            self.lookup.add(token)
+        if self.guesses is not None:
+            self.guesses.add(token)
         text = self.text.push(token)
         finish = self._finish(token, context)
         if finish is not None:

@@ -22,7 +22,7 @@ from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.named import FCFS, Targets, scheduler
-from llmbuild.serve.speculate import NONE, Speculation
+from llmbuild.serve.speculate import NGRAM, NONE, Speculation
 from llmbuild.serve.tools import BEGIN, Form, form_of
 from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.program import Abi, abi_from
@@ -175,17 +175,17 @@ def _step(session: Session, contexts: int, plan: Plan) -> RaggedStep | PerSequen
 
 
 def _speculation(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> Speculation | None:
-    """Return what guesses tokens; None where nothing is to.
+    """Return what guesses tokens; None where the variant computes one row at a time.
 
     Raises:
-        InputError: the variant computes one row at a time.
+        InputError: it does, and they are to be looked up.
     """
-    if plan.speculation == NONE:
-        return None
-    if not step.drafts:
+    if step.drafts:
+        return Speculation(plan.speculation == NGRAM)
+    if plan.speculation != NONE:
         told = f"{name}: speculation {plan.speculation} needs a variant that computes several rows in one call"
         raise InputError(f"{told}: one with kernel=own")
-    return Speculation()
+    return None
 
 
 def opened(

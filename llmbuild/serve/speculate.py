@@ -1,14 +1,15 @@
-"""Speculation by prompt lookup: guess the next tokens of a sequence from what followed the same tokens before.
+"""Speculation: guess the next tokens of a sequence, from its grammar or from what followed the same tokens before.
 
 A step computes the guesses of a sequence, its drafts, together with its last token. A draft is right where the token
 that is chosen in its place is the same, so answers are those without drafts, token for token, whether they are greedy
-or drawn. Nobody needs a second model.
+or drawn. Nobody needs a second model. Tokens that a grammar leaves no choice about are always guessed, others where it
+is asked for.
 Source: prompt lookup decoding (Saxena, 2023), which other servers call n-gram speculation.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 
@@ -30,15 +31,41 @@ FORGET = 0.95
 """What an older draft counts, compared with the next newer one."""
 
 
-class Lookup:
+class Guesses:
+    """What guesses the next tokens of one sequence, and how often it was right lately."""
+
+    def __init__(self, right: float, tried: float) -> None:
+        """Take what share of the first drafts is expected to be right, and how many drafts this is worth."""
+        self._right, self._tried = right, tried
+
+    def add(self, token: int) -> None:
+        """Go on with a token."""
+
+    def drafts(self, most: int) -> list[int]:
+        """Return the tokens that are expected next, at most so many."""
+        raise NotImplementedError
+
+    def judged(self, right: int, tried: int) -> None:
+        """Take how many drafts of a step were right, of those that were tried: up to the first wrong one."""
+        for number in range(tried):
+            self._right = self._right * FORGET + (number < right)
+            self._tried = self._tried * FORGET + 1
+
+    @property
+    def rate(self) -> float:
+        """The share of drafts that are expected to be right, each behind a right one."""
+        return self._right / self._tried
+
+
+class Lookup(Guesses):
     """The tokens of one sequence, and where each short run of them was last followed by something."""
 
     def __init__(self, tokens: Sequence[int]) -> None:
+        super().__init__(1.0, 2.0)
         self._tokens: list[int] = []
         self._behind: dict[tuple[int, ...], int] = {}
         """The place behind the latest earlier occurrence of a run."""
         self._next: int | None = None
-        self._right, self._tried = 1.0, 2.0
         for token in tokens:
             self.add(token)
 
@@ -64,16 +91,39 @@ class Lookup:
             found.append(self._tokens[place] if behind < 0 else found[behind])
         return found
 
+
+class Forced(Guesses):
+    """The tokens that a grammar forces, and where it forces none, those of another guess."""
+
+    def __init__(self, forced: Callable[[], list[int]], other: Guesses | None = None) -> None:
+        super().__init__(1.8, 2.0)
+        self._forced, self._other = forced, other
+        self._by: Guesses = self
+        """What made the last drafts."""
+
+    def add(self, token: int) -> None:
+        """Go on with a token."""
+        if self._other is not None:
+            self._other.add(token)
+
+    def drafts(self, most: int) -> list[int]:
+        """Return the next tokens, at most so many."""
+        found, self._by = self._forced()[:most], self
+        if not found and self._other is not None:
+            found, self._by = self._other.drafts(most), self._other
+        return found
+
     def judged(self, right: int, tried: int) -> None:
-        """Take how many drafts of a step were right, of those that were tried: up to the first wrong one."""
-        for number in range(tried):
-            self._right = self._right * FORGET + (number < right)
-            self._tried = self._tried * FORGET + 1
+        """Take how many of the last drafts were right, of those that were tried."""
+        if self._by is self:
+            super().judged(right, tried)
+        else:
+            self._by.judged(right, tried)
 
     @property
     def rate(self) -> float:
-        """The share of drafts that are expected to be right, each behind a right one."""
-        return self._right / self._tried
+        """The share of the last drafts that is expected to be right, each behind a right one."""
+        return super().rate if self._by is self else self._by.rate
 
 
 class Pace:
@@ -103,17 +153,25 @@ class Pace:
 class Speculation:
     """How many drafts sequences have in a step: as many as pay by what steps took and how often drafts were right."""
 
-    def __init__(self, most_rows: int = MOST_ROWS) -> None:
-        """Take the most rows of a step that has drafts, those of last tokens included."""
-        self._most_rows, self._pace = most_rows, Pace()
+    def __init__(self, lookup: bool = True, most_rows: int = MOST_ROWS) -> None:
+        """Take whether tokens are looked up, and the most rows of a step that has drafts, last tokens included."""
+        self._lookup, self._most_rows, self._pace = lookup, most_rows, Pace()
 
-    def drafts(self, asked: Sequence[tuple[Lookup, int]]) -> list[tuple[int, ...]]:
+    def of(self, prompt: Sequence[int], forced: Callable[[], list[int]] | None) -> Guesses | None:
+        """Return what guesses the tokens of a sequence, by its prompt and by what its grammar forces; or None."""
+        looked = Lookup(prompt) if self._lookup else None
+        return looked if forced is None else Forced(forced, looked)
+
+    def drafts(self, asked: Sequence[tuple[Guesses | None, int]]) -> list[tuple[int, ...]]:
         """Return the drafts of sequences that decode, at most so many of each."""
         left = self._most_rows - len(asked)
         if left < 1:
             return [()] * len(asked)
-        found = [lookup.drafts(min(most, left)) for lookup, most in asked]
-        made = [Candidate(len(one), lookup.rate) for one, (lookup, _) in zip(found, asked, strict=True)]
+        found = [guesses.drafts(min(most, left)) if guesses else [] for guesses, most in asked]
+        made = [
+            Candidate(len(one), guesses.rate if guesses else 0.0)
+            for one, (guesses, _) in zip(found, asked, strict=True)
+        ]
         taken = counts(made, self._pace, self._most_rows)
         return [tuple(one[:count]) for one, count in zip(found, taken, strict=True)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import threading
@@ -17,6 +18,7 @@ from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Job, Place
 from llmbuild.fleet.policies.routing import by_slack
 from llmbuild.fleet.simulate.trace import Asked
+from llmbuild.serve.api.keys import Keys
 from tests.support.fleets import fleet, profile, service
 from tests.support.live_fleets import (
     DONE,
@@ -98,6 +100,31 @@ def test_where_every_replica_is_full_the_client_is_told_so() -> None:
         assert post(found).status_code == 429
         assert [len(one.bodies) for one in found.replicas] == [1, 1]
         assert counted(found, "fleet_requests") == {"rejected": 1}
+
+
+def test_a_key_is_asked_for_and_the_replica_gets_it() -> None:
+    digest = hashlib.sha256(b"a-key-of-16-signs").digest()
+    with fronted(fleet(), streams, keys=Keys((digest,))) as found, found.client() as client:
+        ask = {**ASK, "stream": True}
+        asked = [
+            client.post("/v1/completions", json=ask, headers=headers).status_code
+            for headers in ({}, {"authorization": "Bearer another-key-of-16"})
+        ]
+        assert (asked, found.replicas[0].heads) == ([401, 401], [])
+        told = client.post("/v1/completions", json=ask, headers={"authorization": "Bearer a-key-of-16-signs"})
+        assert told.status_code == 200
+        (head,) = found.replicas[0].heads
+        assert b"\r\nauthorization: Bearer a-key-of-16-signs\r\n" in head
+        paths = ("/health", "/ready", "/v1/models", "/metrics")
+        assert [client.get(path).status_code for path in paths] == [200, 200, 401, 401]
+        assert any(f"key={digest.hex()[:8]}" in line for line in found.lines)
+
+
+def test_a_key_that_nobody_asked_for_goes_no_further() -> None:
+    with fronted(fleet(), streams) as found, found.client() as client:
+        headers = {"authorization": "Bearer secret-of-somebody"}
+        assert client.post("/v1/completions", json={**ASK, "stream": True}, headers=headers).status_code == 200
+        assert b"secret" not in found.replicas[0].heads[0]
 
 
 def test_without_a_replica_a_client_is_told_when_to_come_again() -> None:

@@ -17,6 +17,7 @@ from llmbuild.fleet.actuators.interface import SetClock, SetPartition, SetPower,
 from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
 from llmbuild.fleet.actuators.local import Dry, Local, checked
 from llmbuild.fleet.orchestrate import Setup, dry
+from llmbuild.serve.api.keys import Keys
 from llmbuild.spec.fleet import Fleet
 from tests.support.fleets import fleet, node, point, profile, service
 
@@ -90,7 +91,7 @@ def test_a_replica_that_still_runs_is_adopted(tmp_path: Path, sleepers: list[sub
     assert journal.read() == ()
 
 
-@pytest.mark.parametrize("change", [{"service": "other"}, {"variant": "w"}, {"node": "core-7"}])
+@pytest.mark.parametrize("change", [{"service": "other"}, {"variant": "w"}, {"node": "core-7"}, {"keys": "x"}])
 def test_a_replica_that_the_fleet_has_no_place_for_is_ended(
     tmp_path: Path, sleepers: list[subprocess.Popen[bytes]], change: dict[str, str]
 ) -> None:
@@ -161,6 +162,22 @@ def test_what_ends_by_itself_is_dead_once_with_its_last_line(tmp_path: Path) -> 
         found = list(backend.live())
     assert found[0].told.startswith("exit code 2: error: no catalog at"), found[0].told
     assert (list(backend.live()), journal.read()) == ([], ())
+
+
+def test_a_replica_asks_for_the_keys_of_its_fleet_and_is_of_no_other(
+    tmp_path: Path, sleepers: list[subprocess.Popen[bytes]]
+) -> None:
+    keys, journal = tmp_path / "keys", Journal(tmp_path)
+    keys.write_text("a-key-of-16-signs\nanother-key-of-16\n")
+    same = tmp_path / "same"
+    same.write_text("# in another order\nanother-key-of-16\na-key-of-16-signs\n")
+    backend = Local(MADE, tmp_path, journal, api_keys=keys)
+    words = backend._words(Start(0, point(MADE, PROFILES[0]), Slot("core", "core-0", 0), ""))
+    assert words[-2:] == ["--api-keys", str(keys)]
+    journal.write([replace(sleeper(journal, "a", sleepers), keys=Keys.read(same).digest)])
+    ((_, told),) = backend.adopt(PROFILES)
+    assert told.startswith("adopted")
+    backend.close(time.sleep, now=True)
 
 
 def test_what_a_process_cannot_do_is_unsupported_with_its_reason(tmp_path: Path) -> None:

@@ -47,10 +47,21 @@ def answer(grammars: Grammars, schema: Any, seed: int, **params: Any) -> str:
     drawn, found = np.random.default_rng(seed), list[int]()
     while END not in found:
         row = drawn.normal(0, 3, VOCABULARY).astype(np.float32)
+        best = restricted(chooser, row)
         found.append(chooser.choose(Output(int(row.argmax()), row))[0])
+        if chooser._params.plain:
+            assert found[-1] == best, "the likeliest of those that may follow"
         assert len(found) < 200
     back = {letter: byte for byte, letter in _bytes().items()}
     return bytes(back[LETTERS[token]] for token in found[:-1]).decode()
+
+
+def restricted(chooser: Chooser, row: Any) -> int:
+    """Return the likeliest token of those that may follow, of all of them."""
+    made = row.copy()
+    assert chooser._matching is not None
+    chooser._matching.restrict(made)
+    return int(made.argmax())
 
 
 def _bytes() -> dict[int, str]:
@@ -67,6 +78,17 @@ def test_every_answer_matches_its_schema(grammars: Grammars, params: dict[str, A
         assert isinstance(one["name"], str) and len(one["name"]) <= 4
         assert one["age"] in range(10)
     assert len({str(one) for one in found}) > 10
+
+
+def test_what_a_grammar_leaves_no_choice_about_is_known_ahead(grammars: Grammars) -> None:
+    grammar = grammars.of_schema("f", {"const": "abc"})
+    chooser = Chooser(Request("r", (1,), SamplingParams(temperature=0), 0, grammar=grammar), 0, [END])
+    assert "".join(LETTERS[token] for token in chooser.forced()) == '"abc"'
+    row = np.zeros(VOCABULARY, np.float32)
+    assert LETTERS[chooser.choose(Output(0, row))[0]] == '"'
+    assert "".join(LETTERS[token] for token in chooser.forced()) == 'abc"'
+    free = Chooser(Request("r", (1,), SamplingParams(temperature=0), 0), 0, [END])
+    assert free.forced() == []
 
 
 def test_a_device_that_loves_line_breaks_does_not_go_on_for_ever(grammars: Grammars) -> None:

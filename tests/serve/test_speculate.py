@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -15,9 +16,9 @@ from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.served import Plan, _speculation
-from llmbuild.serve.speculate import Candidate, Lookup, Pace, Speculation, counts
+from llmbuild.serve.speculate import Candidate, Guesses, Lookup, Pace, Speculation, counts
 from tests.serve.test_engine import PROMPTS, Counted
-from tests.support.serving import ADAPTIVE, CONTEXT, VOCABULARY, Bench, alone, logits_of, request
+from tests.support.serving import ADAPTIVE, CONTEXT, END, VOCABULARY, Bench, alone, logits_of, request
 
 
 @pytest.mark.parametrize(
@@ -125,6 +126,54 @@ def test_answers_are_those_without_drafts(policy: Any, period: int) -> None:
         assert answers(Bench(slots=3, speculation=Speculation()), made)[0] == alone(made[0])
 
 
+class Scripted:
+    """A grammar whose tokens are given; where None is, any but the end may follow, and after them the end."""
+
+    def __init__(self, tokens: list[int | None]) -> None:
+        self.tokens = tokens
+
+    def begin(self) -> Scripted:
+        return Scripted(list(self.tokens))
+
+    def _may(self, token: int) -> bool:
+        wanted = self.tokens[0] if self.tokens else END
+        return token == wanted or (wanted is None and token != END)
+
+    def allows(self, token: int) -> bool:
+        return self._may(token)
+
+    def restrict(self, logits: Any) -> None:
+        logits[[not self._may(token) for token in range(VOCABULARY)]] = -np.inf
+
+    def take(self, token: int) -> None:
+        assert self._may(token)
+        self.tokens = self.tokens[1:]
+
+    def forced(self) -> list[int]:
+        found = []
+        for token in self.tokens:
+            if token is None:
+                break
+            found.append(token)
+        return found
+
+
+@pytest.mark.parametrize("heat", [0, 1.4])
+@pytest.mark.parametrize("lookup", [False, True])
+def test_tokens_that_a_grammar_forces_are_computed_ahead_and_change_no_answer(heat: float, lookup: bool) -> None:
+    script = [7, 8, 9, 10, None, 11, 12, 13, None, None, 14, 15]
+    plain = Bench(slots=2)
+    guessing = Bench(slots=2, speculation=Speculation(lookup))
+    made = [
+        replace(request("held", [5, 6], 3, temperature=heat), grammar=cast(Any, Scripted(list(script)))),
+        request("free", [5, 7], 4, temperature=heat, max_tokens=4, ignore_eos=True),
+    ]
+    assert answers(guessing, made) == answers(plain, made)
+    assert plain.tokens("held")[:4] == script[:4]
+    assert guessing.step.kept >= (5 if heat else 6)
+    assert guessing.step.steps < plain.step.steps
+
+
 def test_a_variant_of_one_row_at_a_time_refuses_to_guess() -> None:
     step = cast(PerSequenceStep, SimpleNamespace(drafts=False))
     with pytest.raises(InputError, match="m: speculation ngram needs a variant that computes several rows in one call"):
@@ -158,8 +207,8 @@ class Told(Speculation):
         super().__init__()
         self.texts, self.right, self.wrong = texts, right, wrong
 
-    def drafts(self, asked: Sequence[tuple[Lookup, int]]) -> list[tuple[int, ...]]:
-        return [self._of(lookup._tokens, most) for lookup, most in asked]
+    def drafts(self, asked: Sequence[tuple[Guesses | None, int]]) -> list[tuple[int, ...]]:
+        return [self._of(cast(Lookup, guesses)._tokens, most) for guesses, most in asked]
 
     def _of(self, known: list[int], most: int) -> tuple[int, ...]:
         text = next((text for text in self.texts if text[: len(known)] == known), known)

@@ -31,6 +31,7 @@ from llmbuild.fleet.gateway.metrics import FleetMetrics
 from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Table
 from llmbuild.fleet.policies.routing import least_loaded
+from llmbuild.serve.api.keys import Keys
 from llmbuild.serve.api.server import Server
 from llmbuild.spec.fleet import Fleet
 
@@ -103,6 +104,7 @@ class FakeBackend:
 
 # --- scripted replicas behind a real gateway -------------------------------------------------------------------------
 
+NO_KEYS = Keys()
 Script = Callable[[bytes, asyncio.StreamWriter], Awaitable[None]]
 """Answers the body of a request."""
 
@@ -114,11 +116,13 @@ class Replica:
     script: Script
     url: str = ""
     bodies: list[bytes] = field(default_factory=list)
+    heads: list[bytes] = field(default_factory=list)
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer one request."""
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+        self.heads.append(head)
         self.bodies.append(await reader.readexactly(length))
         with contextlib.suppress(ConnectionError):
             await self.script(self.bodies[-1], writer)
@@ -230,7 +234,7 @@ def lives(fleet: Fleet, replicas: list[Replica], *states: State) -> list[Live]:
 
 
 @contextlib.contextmanager
-def fronted(fleet: Fleet, *scripts: Script) -> Iterator[Fronted]:
+def fronted(fleet: Fleet, *scripts: Script, keys: Keys = NO_KEYS) -> Iterator[Fronted]:
     """Serve a gateway with a scripted replica for each script, on the loopback, until the block ends."""
     loop, ready, end = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
     lines: list[str] = []
@@ -249,7 +253,7 @@ def fronted(fleet: Fleet, *scripts: Script) -> Iterator[Fronted]:
             for one in replicas:
                 await stack.enter_async_context(served(one))
             table = Table(fleet, least_loaded)
-            state = Gateway(fleet, table, Watch(fleet, 0.0), FleetMetrics(dict), lines.append)
+            state = Gateway(fleet, table, Watch(fleet, 0.0), FleetMetrics(dict), keys, lines.append)
             table.update(lives(fleet, replicas))
             server = Server(uvicorn.Config(application(state), port=0, log_config=None, lifespan="off"))
             running = asyncio.ensure_future(server.serve())

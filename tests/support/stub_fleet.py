@@ -10,6 +10,7 @@ from pathlib import Path
 from llmbuild.fleet.actuators.interface import Start
 from llmbuild.fleet.actuators.local import Local
 from llmbuild.fleet.orchestrate import Setup, orchestrate, to_stderr
+from llmbuild.serve.api.server import Place
 from tests.support.fleets import fleet, node, profile, service
 
 
@@ -25,7 +26,7 @@ def setup(folder: Path, policy: str) -> Setup:
     cores = sorted(os.sched_getaffinity(0))
     kind = replace(node("core", 2), cores=((cores[0],), (cores[-1],)), machine=True, device="host/1", boot_s=0.1)
     made = fleet(service(rate=1e6), nodes=(kind,), period_s=0.5)
-    return Setup(made, (profile("host/1"),), folder, folder / "state", policy, drain_s=5.0)
+    return Setup(made, (profile("host/1"),), folder, folder / "state", policy, Place(port=0, drain_s=5.0))
 
 
 def main(folder: str, policy: str) -> int:

@@ -43,6 +43,8 @@ class Entry:
     """Clock ticks from the host's boot to the process's start."""
     boot: str
     """Which boot of the host it was."""
+    keys: str = ""
+    """Digest of the API keys that it takes."""
 
 
 class Journal:

@@ -38,6 +38,7 @@ from llmbuild.fleet.plan.program import serving
 from llmbuild.fleet.profiles.measured import machine_of
 from llmbuild.process import child
 from llmbuild.runtime import model as loader
+from llmbuild.serve.api.keys import Keys
 from llmbuild.spec.fleet import UNSET, Fleet, Profile
 
 DRAIN_S = 30.0
@@ -102,8 +103,10 @@ class Local:
         journal: Journal,
         drain_s: float = DRAIN_S,
         clock: Callable[[], float] = monotonic,
+        api_keys: Path | None = None,
     ) -> None:
         self._fleet, self._catalog, self._journal = fleet, catalog, journal
+        self._api_keys, self._keys = api_keys, "" if api_keys is None else Keys.read(api_keys).digest
         self._drain_s, self._clock = drain_s, clock
         self._replicas: dict[str, _Replica] = {}
         self._orphans: list[tuple[Entry, float]] = []
@@ -140,6 +143,7 @@ class Local:
             pid=process.pid,
             began=began_of(process.pid) or 0,
             boot=boot_of(),
+            keys=self._keys,
         )
         live = Live(name, action.service, point, action.slot, "starting", pid=process.pid)
         self._replicas[name] = _Replica(live, entry, process, self._clock())
@@ -149,10 +153,12 @@ class Local:
     def _words(self, action: Start) -> list[str]:
         service, point = self._fleet.services[action.service], action.point
         memory = max(1, int(point.node.memory_bytes / 1e6))
+        keys = [] if self._api_keys is None else ["--api-keys", str(self._api_keys.resolve())]
         return [
             *("llmbuild", "serve", service.model, "-C", str(self._catalog.resolve())),
             *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
             *("--host", "127.0.0.1", "--port", "0", "--shutdown-timeout", f"{self._drain_s:g}"),
+            *keys,
         ]
 
     def stop(self, action: Stop) -> Answer:
@@ -264,12 +270,13 @@ class Local:
             if not runs(entry):
                 told.append((entry.name, "has ended"))
                 continue
-            live = self._known(entry, profiles)
+            live = self._known(entry, profiles) if entry.keys == self._keys else None
             if live is not None and not self._taken(live.slot) and self._pinned(entry, live.slot):
                 self._replicas[entry.name] = _Replica(live, entry, None, self._clock())
                 told.append((entry.name, f"adopted: pid {entry.pid} on {live.slot.name}"))
                 continue
-            told.append((entry.name, f"ended: pid {entry.pid} is of no service, variant, slot or cores of this fleet"))
+            other = "of no service, variant, slot, cores or API keys of this fleet"
+            told.append((entry.name, f"ended: pid {entry.pid} is {other}"))
             self._orphan(entry, dry)
         for name, pid in marked.items():  # started, and not written down before its orchestrator was killed
             began = began_of(pid)

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from prometheus_client import Histogram
@@ -41,6 +41,7 @@ from llmbuild.serve.api.http import (
     refused,
     while_there,
 )
+from llmbuild.serve.api.keys import OPEN, Keys
 from llmbuild.serve.api.metrics import CONTENT_TYPE
 from llmbuild.spec.fleet import Fleet
 
@@ -62,6 +63,7 @@ class Gateway:
     table: Table
     watch: Watch
     metrics: FleetMetrics
+    keys: Keys = field(default_factory=Keys)
     log: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True)
     draining: bool = False
     created: int = field(default_factory=lambda: int(time.time()))
@@ -82,6 +84,8 @@ class _Wanted:
     """Whether the client asked for the usage at a stream's end."""
     characters: int
     arrived_s: float
+    authorization: str | None = None
+    """The client's key, which the replicas ask for too: what they share between requests is a key's own."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -108,10 +112,15 @@ def application(state: Gateway) -> Starlette:
 
 
 def _guarded(state: Gateway, way: Way) -> Handler:
-    """Return a handler that turns errors into answers; the log has a line for each request to a model."""
+    """Return a handler that checks the key, turns errors into answers, and logs each request to a model."""
+
+    async def checked(request: Request) -> Response:
+        if request.url.path not in OPEN:
+            request.state.note.key = state.keys.name(request.headers.get("authorization"))
+        return await way(state, request)
 
     async def guarded(request: Request) -> Response:
-        return await answered(request, partial(way, state), state.log, quiet=request.method != "POST")
+        return await answered(request, checked, state.log, quiet=request.method != "POST")
 
     return guarded
 
@@ -124,6 +133,8 @@ async def _generate(state: Gateway, request: Request) -> Response:
     if state.draining:
         raise ApiError(503, "the fleet is shutting down", UNAVAILABLE, "unavailable")
     wanted = _wanted(state, request.url.path, await body_of(request))
+    if state.keys.digests:
+        wanted = replace(wanted, authorization=request.headers.get("authorization"))
     note.model = state.fleet.services[wanted.key[0]].name
     state.watch.arrived(wanted.key, wanted.arrived_s)
     trip = _Trip(state, wanted, note)
@@ -193,6 +204,8 @@ class _Trip:
         """
         wanted = self._wanted
         headers = {"content-type": "application/json", "x-request-id": self._note.id}
+        if wanted.authorization is not None:
+            headers["authorization"] = wanted.authorization
         silent_s = SILENT_S if wanted.stream else ANSWER_S
         self._answer = answer = await ask(place.live.url, wanted.path, wanted.body, headers, silent_s)
         kept = {name: answer.headers[name] for name in _KEPT if name in answer.headers}

@@ -2,7 +2,9 @@
 
 A load curve knows steps of many sequences, up to as many as were measured. A row knows the time of a prompt and of a
 decode step at one batch: without a curve the batch limit of a profile is the largest batch that was measured, one
-unless the recipe asked for more.
+unless the recipe asked for more. A row knows nothing of what a server does between two steps: that is taken from the
+curves of other variants on the same machine, where there are some, and the profile is then an estimate. Else a variant
+would look the faster for not having been measured under load.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from llmbuild.runtime import host, reader
@@ -37,6 +40,8 @@ class _Known:
     body: Mapping[str, Any]
     """Of the row's workload."""
     curve: LoadCurve | None
+    own_s: float | None
+    """What a server does between two steps, by the curves of other variants."""
 
 
 def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str]) -> list[Profile]:
@@ -55,9 +60,11 @@ def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str])
     for kind in named.values():
         digits = machine_of(kind)
         on_it = [row for row in rows if row["machine_digest"].startswith(digits)]
+        own = [curve.turn_s for curve in curves if curve.machine.startswith(digits)]
+        own_s = median(own) if own else None
         for variant in dict.fromkeys(row["variant"] for row in on_it):
             curve = next((c for c in curves if c.variant == variant and c.machine.startswith(digits)), None)
-            known = _known([row for row in on_it if row["variant"] == variant], bodies, curve)
+            known = _known([row for row in on_it if row["variant"] == variant], bodies, curve, own_s)
             found += [_on_cores(_profile(kind, known), kind, known)] if known else []
     return found
 
@@ -73,13 +80,15 @@ def _workloads(catalog: Path) -> Mapping[str, Mapping[str, Any]]:
         return {str(row[0]): loads(row[1]) for row in connection.execute(_BODIES).fetchall()}
 
 
-def _known(rows: list[Row], bodies: Mapping[str, Mapping[str, Any]], curve: LoadCurve | None) -> _Known | None:
+def _known(
+    rows: list[Row], bodies: Mapping[str, Mapping[str, Any]], curve: LoadCurve | None, own_s: float | None
+) -> _Known | None:
     """Return what a variant's rows and curve say; None where a time is missing."""
     timed = [row for row in rows if reading(row, "tpot_s") and reading(row, "ttft_s") and row["workload"] in bodies]
     if not timed:
         return None
     row = max(timed, key=lambda each: int(bodies[each["workload"]]["prompt"]))  # its prompt says most of long ones
-    return _Known(row, bodies[row["workload"]], curve)
+    return _Known(row, bodies[row["workload"]], curve, own_s)
 
 
 def _profile(kind: NodeClass, known: _Known) -> Profile:
@@ -102,7 +111,17 @@ def _profile(kind: NodeClass, known: _Known) -> Profile:
         source=f"catalog, workload {row['workload']}, {row['machine']}",
         quality_kl=row["quality_kl"],
     )
-    return made if known.curve is None else _by_curve(made, row, known.curve)
+    if known.curve is not None:
+        return _by_curve(made, row, known.curve)
+    return made if known.own_s is None else _served(made, known.own_s)
+
+
+def _served(made: Profile, own_s: float) -> Profile:
+    """Return a profile whose steps take what a server does between them, too."""
+    rows = made.step.rows_s
+    step = replace(made.step, rows_s=Line(rows.at, tuple(seconds + own_s for seconds in rows.values)))
+    told = f"{made.source}; a server's own {own_s * 1e6:.0f} us a step by other load curves: it has none"
+    return replace(made, step=step, decode_basis="estimated", source=told)
 
 
 def _by_curve(made: Profile, row: Row, curve: LoadCurve) -> Profile:

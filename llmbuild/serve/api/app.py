@@ -35,11 +35,10 @@ from llmbuild.serve.api.http import (
     refused,
     while_there,
 )
-from llmbuild.serve.api.keys import Keys
+from llmbuild.serve.api.keys import OPEN, Keys
 from llmbuild.serve.api.metrics import CONTENT_TYPE, Metrics, ModelMetrics
 from llmbuild.serve.served import Served
 
-OPEN = ("/health", "/ready")
 """Paths that need no key."""
 STALLED_S = 60.0
 """A server with work whose last step ended longer ago is not ready."""

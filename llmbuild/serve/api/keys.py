@@ -11,6 +11,8 @@ from llmbuild.errors import InputError, as_our_errors
 from llmbuild.serve.api.errors import ApiError
 
 SHORTEST = 16
+OPEN = ("/health", "/ready")
+"""Paths that need no key."""
 _SHOWN = 8
 
 
@@ -44,6 +46,11 @@ class Keys:
         if not found:
             raise InputError(f"{path}: no key in it: write one on each line")
         return Keys(tuple(found))
+
+    @property
+    def digest(self) -> str:
+        """What says whether two servers take the same keys, and nothing of the keys; empty without keys."""
+        return hashlib.sha256(b"".join(sorted(self.digests))).hexdigest() if self.digests else ""
 
     def name(self, authorization: str | None) -> str:
         """Return the first digits of the digest of a request's key, by which a log may name it; empty without keys.
