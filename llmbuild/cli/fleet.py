@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llmbuild.cli.clusters import cluster_options, manifests, misplaced, on_cluster
 from llmbuild.cli.listening import ended, listen_options, listens
 from llmbuild.cli.options import PATH, Shared, catalog_option
 from llmbuild.errors import InputError, NoPlan
@@ -125,25 +126,30 @@ def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, f
     type=click.Choice(("local", "ray", "kubernetes")),
     default="local",
     show_default=True,
-    help="What runs the replicas; ray and kubernetes are not built.",
+    help="What runs the replicas; ray is not built.",
 )
 @click.option("-n", "--dry-run", "dry", is_flag=True, help="Say what would be done first, and why; do nothing.")
 @listen_options
 @click.option("--policy", metavar="POLICY", help="Who decides what runs; default: the file's.")
 @click.option("--period", type=click.FloatRange(0.1, 3600), metavar="S", help="Seconds between two decisions.")
 @click.option("--state", type=PATH, metavar="DIR", help="Where what runs is noted.  [default: CATALOG/fleets/NAME]")
+@cluster_options
 @catalog_option
 @click.option("--json", "form", cls=Shared, flag_value="json", help="With -n: JSON on stdout.")
 def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | None, **options: Any) -> int:
-    """Run a FLEET on this machine behind one OpenAI-compatible address, until SIGTERM or Ctrl-C.
+    """Run a FLEET on this machine or in a cluster behind one OpenAI-compatible address, until SIGTERM or Ctrl-C.
 
-    Replicas are `llmbuild serve` processes on the cores that the file names. The address is printed on standard output
-    as soon as every service has a replica. What a killed orchestrator has left running is taken over by the next one.
+    Replicas are `llmbuild serve`: processes on the cores that the file names, or Deployments of Kubernetes, which -n
+    prints for `kubectl apply -f -`. The address is printed on standard output as soon as every service has a replica.
+    What a killed orchestrator has left running is taken over by the next one.
     """
     from dataclasses import replace
 
-    if backend != "local":
-        raise InputError(f"--on {backend}: not built yet: `--on local` runs a fleet on this machine")
+    if backend == "ray":
+        raise InputError(
+            "--on ray: not built yet: `--on local` runs a fleet on this machine, `--on kubernetes` elsewhere"
+        )
+    misplaced(options, backend, dry)
     if form and not dry:
         raise InputError("--json goes with -n: a running fleet prints its address")
     from llmbuild.fleet.policies.named import live_policy
@@ -152,7 +158,7 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         live_policy(options["policy"])
     asked, profiles = _read(fleet, Path(catalog), serves=True)
     from llmbuild.fleet.actuators.local import DRAIN_S
-    from llmbuild.fleet.orchestrate import Setup, to_stderr
+    from llmbuild.fleet.orchestrate import Setup, local, to_stderr
     from llmbuild.fleet.orchestrate import dry as intended
     from llmbuild.fleet.orchestrate import orchestrate as run
     from llmbuild.report.fleet import actions_json, actions_table
@@ -163,16 +169,21 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
     folder = options["state"] or Path(catalog) / "fleets" / asked.name
     place, keys = listens(options, DRAIN_S)
     setup = Setup(asked, profiles, Path(catalog), folder, name, place, keys, options["api_keys"])
+    if dry and backend == "kubernetes":
+        click.echo(manifests(setup, form, options["picker"], to_stderr))
+        _place_for_all(asked, profiles)
+        return 0
     if dry:
         found = intended(setup, to_stderr)
         click.echo(dumps(actions_json(asked, found)) if form else actions_table(asked, found))
         _place_for_all(asked, profiles)
         return 0
+    make = local if backend == "local" else on_cluster(options)
     try:
         _place_for_all(asked, profiles)
     except NoPlan as lacking:  # what has a place is served all the same
         click.echo(f"warning: {lacking}", err=True)
-    return ended(run(setup, to_stderr, click.echo))
+    return ended(run(setup, to_stderr, click.echo, make))
 
 
 def _place_for_all(fleet: Fleet, profiles: Sequence[Profile]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Intended
+from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Backend, Intended
 from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
 from llmbuild.fleet.gateway.app import Gateway, application
@@ -43,15 +43,38 @@ class Setup:
     """Where the keys are, for the replicas, which ask for them too."""
 
 
-def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
+def local(setup: Setup, fleet: Fleet) -> Backend:
+    """Return the backend whose replicas are processes of this machine.
+
+    Raises:
+        InputError: the fleet is not this machine.
+    """
+    checked(fleet)
+    return Local(fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, api_keys=setup.keys_file)
+
+
+def local_dry(setup: Setup, fleet: Fleet) -> Backend:
+    """Return the same backend where it starts, ends and writes nothing.
+
+    Raises:
+        InputError: the fleet is not this machine.
+    """
+    checked(fleet)
+    return Dry(fleet, setup.catalog, Journal(setup.folder), api_keys=setup.keys_file)
+
+
+Make = Callable[[Setup, Fleet], Backend]
+"""Makes the backend of a fleet as it may be run."""
+
+
+def dry(setup: Setup, tell: Callable[[str], None], make: Make = local_dry) -> list[Intended]:
     """Return what would be done first; nothing is started, ended or written.
 
     Raises:
-        InputError: the fleet is not this machine, or the policy cannot run live.
+        InputError: the backend cannot run the fleet, or the policy cannot run live.
     """
     fleet = permitted(setup.fleet)
-    checked(fleet)
-    backend = Dry(fleet, setup.catalog, Journal(setup.folder), api_keys=setup.keys_file)
+    backend = make(setup, fleet)
     for name, told in backend.adopt(setup.profiles, dry=True):
         tell(f"finds    {name}: {told}")
     found: list[Intended] = []
@@ -60,30 +83,28 @@ def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
     return found
 
 
-def orchestrate(
-    setup: Setup, tell: Callable[[str], None], ready: Callable[[str], None], backend: type[Local] = Local
-) -> bool:
-    """Run a fleet until SIGTERM or SIGINT; return whether all that was begun was finished. No replica is left.
+def orchestrate(setup: Setup, tell: Callable[[str], None], ready: Callable[[str], None], make: Make = local) -> bool:
+    """Run a fleet until SIGTERM or SIGINT; return whether all that was begun was finished.
 
     The first signal lets requests end, and takes no more; a second one ends them. `ready` is called with the address
-    once every service has a replica.
+    once every service has a replica. What becomes of the replicas is the backend's.
 
     Raises:
-        InputError: the fleet is not this machine, another orchestrator runs it, or the port is taken.
+        InputError: the backend cannot run the fleet, another orchestrator runs it, or the port is taken.
     """
-    checked(setup.fleet)
-    with Journal(setup.folder).held(), contextlib.closing(listening(setup.place)) as listener:
+    backend = make(setup, permitted(setup.fleet))
+    with backend.held(), contextlib.closing(listening(setup.place)) as listener:
         runner = _Runner(setup, tell, backend)
         try:
             return asyncio.run(runner.run(listener, lambda: ready(url_of(setup.place, listener))))
         finally:
-            runner.backend.close(time.sleep, now=True)  # whatever broke, nothing is left behind
+            backend.close(time.sleep, now=True)  # whatever broke, nothing that is to end is left behind
 
 
 def _loop(
     setup: Setup,
     fleet: Fleet,
-    backend: Local,
+    backend: Backend,
     tell: Callable[[str], None],
     done: Callable[[Action, Answer], None],
 ) -> Loop:
@@ -93,12 +114,10 @@ def _loop(
 class _Runner:
     """The parts of a running fleet."""
 
-    def __init__(self, setup: Setup, tell: Callable[[str], None], backend: type[Local]) -> None:
+    def __init__(self, setup: Setup, tell: Callable[[str], None], backend: Backend) -> None:
         self._setup, self._tell = setup, tell
         self._fleet = fleet = permitted(setup.fleet)
-        self.backend = backend(
-            fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, api_keys=setup.keys_file
-        )
+        self.backend = backend
         self._metrics = FleetMetrics(self._gauges)
         self._loop = _loop(setup, fleet, self.backend, tell, self._acted)
         self._watch = Watch(fleet, time.monotonic())
@@ -121,7 +140,7 @@ class _Runner:
             await asyncio.wait((running, beating, first), return_when=asyncio.FIRST_COMPLETED)
             self._ending, state.draining = True, True
             first.cancel()
-            self._tell("ends     requests are finished, then the replicas")
+            self._tell(f"ends     {self.backend.ending}")
             second = asyncio.ensure_future(asked.get())
             done = await _drained(state, self._setup.place.drain_s, second)
             await asyncio.wait((beating,))

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llmbuild.spec.cluster import Cluster, Pods
 from llmbuild.spec.slo import Bound
 
 Basis = Literal["measured", "published", "estimated"]
@@ -166,11 +167,20 @@ class NodeClass:
     """CPUs of each slot, node by node, where the nodes are parts of the machine that runs them."""
     variants: tuple[str, ...] = ()
     """First digits of the variants that may run on it; empty: all."""
+    pods: Pods | None = None
+    """How its slots are asked for on Kubernetes."""
 
     @property
     def nodes(self) -> tuple[str, ...]:
         """Return the names of its nodes."""
         return tuple(f"{self.name}-{i}" for i in range(self.count))
+
+    @property
+    def slot_cores(self) -> int:
+        """Return the CPUs that a slot computes on; 0 where it computes on a device, or the file does not say."""
+        if self.cores:
+            return len(self.cores[0])
+        return self.pods.cpus if self.pods and not self.pods.resources else 0
 
 
 @dataclass(frozen=True)
@@ -217,6 +227,8 @@ class Fleet:
     """Between two decisions of a policy."""
     actuators: tuple[Guarded, ...] = ()
     """Guarded actions that are allowed."""
+    cluster: Cluster | None = None
+    """Where it runs on Kubernetes."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

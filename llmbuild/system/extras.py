@@ -6,6 +6,7 @@ EXTRAS = {
     "build": "alembic archspec gguf iree optuna pydantic ruamel safetensors sqlalchemy torch transformers".split(),
     "serve": "llguidance prometheus_client starlette uvicorn".split(),
     "fleet": "h11 highspy numpy pydantic ruamel".split(),
+    "kubernetes": ["kubernetes"],
     "publish": "cryptography fsspec gcsfs oras requests s3fs".split(),
     "postgres": ["psycopg"],
 }

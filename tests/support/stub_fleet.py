@@ -8,9 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from llmbuild.fleet.actuators.interface import Start
+from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import Local
 from llmbuild.fleet.orchestrate import Setup, orchestrate, to_stderr
 from llmbuild.serve.api.server import Place
+from llmbuild.spec.fleet import Fleet
 from tests.support.fleets import fleet, node, profile, service
 
 
@@ -19,6 +21,11 @@ class Stubbed(Local):
 
     def _words(self, action: Start) -> list[str]:
         return [str(Path(__file__).with_name("stub_server.py"))]
+
+
+def stubbed(setup: Setup, fleet: Fleet) -> Stubbed:
+    """Return the backend of a fleet."""
+    return Stubbed(fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s)
 
 
 def setup(folder: Path, policy: str) -> Setup:
@@ -31,7 +38,7 @@ def setup(folder: Path, policy: str) -> Setup:
 
 def main(folder: str, policy: str) -> int:
     """Run it; print the address."""
-    done = orchestrate(setup(Path(folder), policy), to_stderr, lambda url: print(url, flush=True), Stubbed)
+    done = orchestrate(setup(Path(folder), policy), to_stderr, lambda url: print(url, flush=True), stubbed)
     return 0 if done else 130
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.spec.fleet import GUARDED, Fleet
+from llmbuild.spec.fleet import GUARDED, Fleet, Profile
 
 Outcome = Literal["applied", "denied", "unsupported"]
 State = Literal["starting", "ready", "draining", "dead"]
@@ -170,6 +171,25 @@ class Actuator(Protocol):
 
     def live(self) -> Sequence[Live]:
         """Return the replicas, also those that have died since the last time, once."""
+
+
+class Backend(Actuator, Protocol):
+    """An actuator that outlives its orchestrator: what it is told to do, it finds again."""
+
+    ending: str
+    """What becomes of the replicas when the orchestrator ends, for its log."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other orchestrators of the fleet away."""
+
+    def adopt(self, profiles: Sequence[Profile], dry: bool = False) -> list[tuple[str, str]]:
+        """Take over what an earlier orchestrator started; return each replica with what was done."""
+
+    def hurry(self) -> None:
+        """Give what was told to end no more time."""
+
+    def close(self, wait: Callable[[float], None], now: bool = False) -> None:
+        """Do with the replicas what `ending` says, or end at once, with `now`, what is to end."""
 
 
 def perform(fleet: Fleet, backend: Actuator, action: Action) -> Answer:

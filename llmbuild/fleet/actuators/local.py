@@ -13,6 +13,7 @@ import secrets
 import signal
 import subprocess
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
@@ -96,6 +97,8 @@ class _Replica:
 class Local:
     """Starts and ends replicas on this machine. One class: processes, journal and states change together."""
 
+    ending: str = "requests are finished, then the replicas"
+
     def __init__(
         self,
         fleet: Fleet,
@@ -111,6 +114,14 @@ class Local:
         self._replicas: dict[str, _Replica] = {}
         self._orphans: list[tuple[Entry, float]] = []
         """Processes that were told to end, and when they are killed."""
+
+    def held(self) -> AbstractContextManager[None]:
+        """Keep other orchestrators away.
+
+        Raises:
+            InputError: another one runs, or the folder of the journal cannot be written.
+        """
+        return self._journal.held()
 
     # --- actions -----------------------------------------------------------------------------------------------------
 

@@ -149,11 +149,11 @@ def _by_curve(made: Profile, row: Row, curve: LoadCurve) -> Profile:
 
 def _on_cores(made: Profile, kind: NodeClass, known: _Known) -> Profile:
     """Return a profile for a slot of some cores: what computed on more of them is taken to be slower in proportion."""
-    if not kind.cores:
+    if not kind.slot_cores:
         return made
     point = known.row["point"]
     workers = int(point.get("workers", 0)) or host.machine_cores()
-    used, here = 1 if point.get("driver") == _SYNC else workers, len(kind.cores[0])
+    used, here = 1 if point.get("driver") == _SYNC else workers, kind.slot_cores
     if used <= here:
         return made
     slower = used / here

@@ -11,24 +11,16 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llmbuild.errors import InputError
 from llmbuild.spec import fleet as nouns
+from llmbuild.spec.files.cluster import Bytes, ClusterKeys, PodKeys, cluster_of, pods_of
 from llmbuild.spec.files.reader import seconds
 from llmbuild.spec.files.strict import Strict, line_of, read, validate
 from llmbuild.spec.slo import Bound, is_quality, parse_bound
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|kB|MB|GB|TB)")
-_UNITS = {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
 _LIMIT = re.compile(r"\s*(ttft_s|tpot_s)(?:_p(\d{2}(?:\.\d+)?))?\s*<=\s*([0-9.eE+-]+)\s*")
 
 EXAMPLE = "{nodes: [{class: a, count: 2, device: H100-SXM-80GB, ...}], services: [{model: llama-3-8b, rate: 5, ...}]}"
 FLEET_HINT = f"a fleet is a YAML file with nodes and services, such as {EXAMPLE}; recipes/fleets has some"
-
-
-def _bytes(text: object) -> float:
-    match = _SIZE.fullmatch(str(text).strip())
-    if not match:
-        raise ValueError(f"{text!r} is no size: write 640kB, 16GB")
-    return float(match[1]) * _UNITS[match[2]]
 
 
 def _limit(text: object) -> tuple[str, float | None, float]:
@@ -54,7 +46,6 @@ def _quality(text: object) -> Bound:
     return bound
 
 
-_Bytes = Annotated[float, BeforeValidator(_bytes)]
 _Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=0, le=1e6)]
 _Watts = Annotated[float, Field(ge=0, le=1e6)]
 _Ratio = Annotated[float, Field(gt=0, le=100)]
@@ -97,13 +88,14 @@ class _Node(Strict):
     device: str = Field(default="", pattern=f"^({_NAME})?$")
     machine: str = Field(default="", pattern=r"^([0-9a-f]{4,64}|host)?$")
     slots: Annotated[int, Field(ge=1, le=256, strict=True)] = 1
-    memory: _Bytes
+    memory: Bytes
     watts: _Levels
     boot: _Seconds = 0.0
     price_per_h: Annotated[float, Field(ge=0, le=1e6)] = 0.0
     clocks: tuple[_Clock, ...] = ()
     cores: tuple[_Cores, ...] = ()
     variants: tuple[_Digits, ...] = ()
+    kubernetes: PodKeys | None = None
 
     @model_validator(mode="after")
     def _pinned(self) -> _Node:
@@ -114,6 +106,20 @@ class _Node(Strict):
             raise ValueError(f"{told}: give one list of CPUs for each slot, such as [[0], [1]]")
         if len({len(set(each)) for each in self.cores}) > 1:
             raise ValueError("the slots of a class are equal: give each as many cores, or make two classes")
+        return self
+
+    @model_validator(mode="after")
+    def _sized(self) -> _Node:
+        if self.kubernetes is None:
+            return self
+        cores, cpus = len(set(self.cores[0])) if self.cores else 0, self.kubernetes.cpus
+        if not cores and cpus is None:
+            raise ValueError("kubernetes needs `cpus`, the whole cores of a slot, where the class has no `cores`")
+        if cores and cpus not in (None, cores):
+            raise ValueError(f"kubernetes.cpus is {cpus}, and each of `cores` has {cores}: keep one of the two")
+        if self.kubernetes.resources and self.kubernetes.memory is None:
+            told = "kubernetes needs `memory`, that of a pod, beside `resources`"
+            raise ValueError(f"{told}: the class's `memory` is that of the device")
         return self
 
     @model_validator(mode="after")
@@ -178,8 +184,8 @@ class _Profile(Strict):
     prompt_w: _Watts | None = None
     power_basis: nouns.Basis | None = None
     max_rows: Annotated[int, Field(ge=1, le=4096, strict=True)] | None = None
-    weights: _Bytes
-    kv_per_token: _Bytes
+    weights: Bytes
+    kv_per_token: Bytes
     load: _Seconds
     quality_kl: Annotated[float, Field(ge=0)] | None = None
 
@@ -202,6 +208,7 @@ class _Fleet(Strict):
     policy: str = "adaptive"
     period: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=3600)] = 10.0
     actuators: tuple[nouns.Guarded, ...] = ()
+    kubernetes: ClusterKeys | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> _Fleet:
@@ -216,6 +223,8 @@ class _Fleet(Strict):
         shared = sorted({core for core in cores if cores.count(core) > 1})
         if shared:
             raise ValueError(f"core {shared[0]} is in two slots: what runs on one would slow down the other")
+        if self.kubernetes is None and any(node.kubernetes for node in self.nodes):
+            raise ValueError("a class has `kubernetes`, and the fleet has not: give it with image, namespace and claim")
         if self.objective == "cost" and not all(node.price_per_h for node in self.nodes):
             raise ValueError("objective cost needs the price_per_h of every class of nodes")
         return self
@@ -243,13 +252,22 @@ def read_fleet(path: Path, policies: tuple[str, ...]) -> nouns.Fleet:
         policy=parsed.policy,
         period_s=parsed.period,
         actuators=tuple(dict.fromkeys(parsed.actuators)),
+        cluster=cluster_of(parsed.kubernetes),
     )
 
 
 def _device(one: _Node) -> str:
     """Return what profiles name: slots of other numbers of cores of a machine have profiles of their own."""
     name = one.device or one.machine
-    return f"{name}/{len(set(one.cores[0]))}" if one.cores and one.machine else name
+    cores = 0 if one.kubernetes and one.kubernetes.resources else _cores(one)
+    return f"{name}/{cores}" if cores and one.machine else name
+
+
+def _cores(one: _Node) -> int:
+    """Return how many cores a slot has; 0 where the file does not say."""
+    if one.cores:
+        return len(set(one.cores[0]))
+    return (one.kubernetes.cpus or 0) if one.kubernetes else 0
 
 
 def _node(one: _Node) -> nouns.NodeClass:
@@ -276,6 +294,7 @@ def _node(one: _Node) -> nouns.NodeClass:
         clocks=clocks,
         cores=tuple(tuple(sorted(set(each))) for each in one.cores),
         variants=one.variants,
+        pods=pods_of(one.kubernetes, _cores(one), one.memory),
     )
 
 

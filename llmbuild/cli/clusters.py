@@ -1,0 +1,88 @@
+"""What a fleet's command does on Kubernetes: the objects of a plan, and access to a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from llmbuild.cli.options import PATH
+from llmbuild.errors import InputError
+from llmbuild.system.extras import EXTRAS
+
+if TYPE_CHECKING:
+    from llmbuild.fleet.orchestrate import Make, Setup
+
+F = TypeVar("F", bound=Callable[..., object])
+_OPTIONS = (
+    click.option("--kubeconfig", type=PATH, metavar="FILE", help="Access to a cluster.  [default: as kubectl's]"),
+    click.option("--context", metavar="NAME", help="Which cluster of the kubeconfig file."),
+    click.option(
+        "--inference-pool",
+        "picker",
+        metavar="SERVICE",
+        help="With -n on Kubernetes: an InferencePool for each service, too, whose endpoint picker is SERVICE.",
+    ),
+)
+
+
+def cluster_options(command: F) -> F:
+    """Add which cluster a fleet runs on."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+def misplaced(options: Mapping[str, Any], backend: str, dry: bool) -> None:
+    """Refuse options of a cluster where there is none.
+
+    Raises:
+        InputError: one is given on another backend, or where it says nothing.
+    """
+    given = [name for name in ("kubeconfig", "context") if options[name]]
+    if given and (backend != "kubernetes" or dry):
+        raise InputError(f"--{given[0]} goes with --on kubernetes, and without -n, which asks no cluster")
+    if options["picker"] and not (backend == "kubernetes" and dry):
+        raise InputError("--inference-pool goes with --on kubernetes -n, which prints the objects")
+
+
+def manifests(setup: Setup, form: str | None, picker: str | None, tell: Callable[[str], None]) -> str:
+    """Return the objects that a fleet's first decision needs, as `kubectl apply -f -` reads them.
+
+    Raises:
+        InputError: the fleet file does not say enough of Kubernetes.
+    """
+    from llmbuild.fleet.kubernetes.manifests import Asked, all_objects, cluster_of
+    from llmbuild.fleet.kubernetes.planned import Planned
+    from llmbuild.fleet.loop import permitted
+    from llmbuild.fleet.orchestrate import dry
+    from llmbuild.report.manifests import as_json, as_yaml
+
+    asked, backend = Asked(setup.place.drain_s, setup.keys.digest), Planned()
+    cluster_of(setup.fleet, asked.keys)
+    dry(setup, tell, lambda setup, fleet: backend)
+    objects = all_objects(permitted(setup.fleet), backend.starts, asked, picker or "")
+    return as_json(objects) if form else as_yaml(objects)
+
+
+def on_cluster(options: Mapping[str, Any]) -> Make:
+    """Return what makes the backend of a fleet on the cluster that the options name.
+
+    Raises:
+        InputError: the client's library is not installed.
+    """
+    missing = [name for name in EXTRAS["kubernetes"] if find_spec(name) is None]
+    if missing:
+        raise InputError(f"Kubernetes needs {', '.join(missing)}: pip install 'llmbuild[fleet,serve,kubernetes]'")
+    from llmbuild.fleet.kubernetes.api import connected
+    from llmbuild.fleet.kubernetes.backend import Kubernetes
+    from llmbuild.fleet.kubernetes.manifests import Asked, cluster_of
+
+    def make(setup: Setup, fleet: Any) -> Kubernetes:
+        asked = Asked(setup.place.drain_s, setup.keys.digest)
+        namespace = cluster_of(fleet, asked.keys).namespace
+        return Kubernetes(fleet, connected(namespace, options["kubeconfig"], options["context"]), asked)
+
+    return make
