@@ -68,7 +68,7 @@ async def ask(url: str, path: str, body: bytes, headers: dict[str, str], silent_
     host, _, port = url.removeprefix("http://").rpartition(":")
     try:
         async with asyncio.timeout(CONNECT_S):
-            reader, writer = await asyncio.open_connection(host, int(port))
+            reader, writer = await asyncio.open_connection(host.strip("[]"), int(port))  # of an IPv6 address
     except (OSError, TimeoutError) as error:
         raise Broken(f"{url} takes no connection: {error or type(error).__name__}") from None
     connection = h11.Connection(h11.CLIENT)
