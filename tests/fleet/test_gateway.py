@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import re
@@ -16,6 +17,7 @@ from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.gateway import correct, table
 from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Job, Place
+from llmbuild.fleet.gateway.upstream import Broken, ask
 from llmbuild.fleet.policies.routing import by_slack
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.serve.api.keys import Keys
@@ -261,3 +263,16 @@ def test_tokens_that_take_longer_than_their_profile_make_the_load_larger() -> No
     for _ in range(300):
         correction.seen(at, 1, 100.0, 50, 100 * at.step.seconds(1, 100.0, 0))
     assert correction.factor == correct.MOST
+
+
+def test_a_replica_at_an_ipv6_address_is_connected_to_without_its_brackets(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, int]] = []
+
+    async def refuses_all(host: str, port: int) -> None:
+        asked.append((host, port))
+        raise ConnectionRefusedError("nobody is here")
+
+    monkeypatch.setattr(asyncio, "open_connection", refuses_all)
+    with pytest.raises(Broken, match=r"http://\[fd00::1\]:8000 takes no connection: nobody is here"):
+        asyncio.run(ask("http://[fd00::1]:8000", "/", b"", {}, 1.0))
+    assert asked == [("fd00::1", 8000)]

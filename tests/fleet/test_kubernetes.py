@@ -185,11 +185,10 @@ def test_a_changed_image_replaces_replicas_without_an_outage(cluster: Cluster, s
 
 
 def test_objects_that_were_applied_are_adopted_as_they_are(cluster: Cluster, steered: Callable[..., Steered]) -> None:
-    planned = Steered(cluster, SMALL, steered().folder, ()).backend
+    one = steered()
     for slot in ("fast-0", "fast-1"):
         cluster.put(replica(SMALL, Start(0, OLD, Slot("fast", slot, 0), "why"), Asked(5.0)))
-    assert planned.live() == [], "no profile is known before what is there is adopted"
-    one = steered()
+    assert one.backend.live() == [], "nothing is known, and nothing ended, before it is adopted"
     assert [told for _, told in one.adopt()] == [f"adopted: v on fast, batch 8 on fast-{i}/0" for i in (0, 1)]
     one.run(6)
     assert len(cluster.created) == 2

@@ -60,7 +60,8 @@ class Kubernetes(Inert):
         cluster = cluster_of(fleet, asked.keys)
         self._fleet, self._api, self._asked, self._clock, self._wait = fleet, api, asked, clock, wait
         self._lease = Lease(api, object_name(fleet.name, "lease"), labels_of(fleet, "orchestrator"), clock)
-        self._profiles: Sequence[Profile] = ()
+        self._profiles: Sequence[Profile] | None = None
+        """None before what is there is adopted: until then nothing is known, and nothing ended."""
         self._replicas: dict[str, _Replica] = {}
         self._deleted: dict[str, Object] = {}
         """Options by which Deployments were deleted that are no replicas any more, by unique number."""
@@ -157,7 +158,7 @@ class Kubernetes(Inert):
         self._end_again(deployments, pods, gone)
         there = {one["metadata"]["name"]: one for one in deployments if one["metadata"]["uid"] not in self._deleted}
         for name, one in there.items():
-            if name not in self._replicas and not ending(one):
+            if self._profiles is not None and name not in self._replicas and not ending(one):
                 self._met(one)  # applied by somebody, or by us without an answer
         found = [self._now(one, there.get(name), pods, gone) for name, one in list(self._replicas.items())]
         for one in found:
@@ -262,7 +263,7 @@ class Kubernetes(Inert):
     def _point(self, service: int, slot: Slot, noted: Noted) -> OperatingPoint | None:
         kind = self._fleet.node_class(slot.kind)
         clock = next((c for c in (UNSET, *kind.clocks) if c.mhz == noted.clock_mhz), None)
-        for each in serving(self._profiles, self._fleet.services[service], kind):
+        for each in serving(self._profiles or (), self._fleet.services[service], kind):
             if each.variant == noted.variant and clock is not None:
                 return OperatingPoint(each, kind, noted.batch, clock)
         return None
