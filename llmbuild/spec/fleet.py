@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmbuild.spec.slo import Bound
+from llmbuild.spec.tariff import Tariff
 
 Basis = Literal["measured", "published", "estimated"]
 BASES: tuple[Basis, ...] = ("measured", "published", "estimated")
@@ -217,6 +218,8 @@ class Fleet:
     """Between two decisions of a policy."""
     actuators: tuple[Guarded, ...] = ()
     """Guarded actions that are allowed."""
+    tariff: Tariff | None = None
+    """What electricity costs and emits."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""
