@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Backend, Intended
+from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Backend, Intended, KeysFile
 from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
 from llmbuild.fleet.gateway.app import Gateway, application
@@ -42,6 +42,11 @@ class Setup:
     keys_file: Path | None = None
     """Where the keys are, for the replicas, which ask for them too."""
 
+    @property
+    def asked_of_replicas(self) -> KeysFile:
+        """Return the keys as a backend gives them to its replicas."""
+        return KeysFile(self.keys_file, self.keys.digest)
+
 
 def local(setup: Setup, fleet: Fleet) -> Backend:
     """Return the backend whose replicas are processes of this machine.
@@ -50,7 +55,7 @@ def local(setup: Setup, fleet: Fleet) -> Backend:
         InputError: the fleet is not this machine.
     """
     checked(fleet)
-    return Local(fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, api_keys=setup.keys_file)
+    return Local(fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, keys=setup.asked_of_replicas)
 
 
 def local_dry(setup: Setup, fleet: Fleet) -> Backend:
@@ -60,7 +65,7 @@ def local_dry(setup: Setup, fleet: Fleet) -> Backend:
         InputError: the fleet is not this machine.
     """
     checked(fleet)
-    return Dry(fleet, setup.catalog, Journal(setup.folder), api_keys=setup.keys_file)
+    return Dry(fleet, setup.catalog, Journal(setup.folder), keys=setup.asked_of_replicas)
 
 
 Make = Callable[[Setup, Fleet], Backend]

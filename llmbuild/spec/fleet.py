@@ -10,6 +10,7 @@ from typing import Literal
 
 from llmbuild.spec.cluster import Cluster, Pods
 from llmbuild.spec.slo import Bound
+from llmbuild.spec.tariff import Tariff
 
 Basis = Literal["measured", "published", "estimated"]
 BASES: tuple[Basis, ...] = ("measured", "published", "estimated")
@@ -229,6 +230,8 @@ class Fleet:
     """Guarded actions that are allowed."""
     cluster: Cluster | None = None
     """Where it runs on Kubernetes."""
+    tariff: Tariff | None = None
+    """What electricity costs and emits."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""
