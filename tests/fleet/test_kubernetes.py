@@ -62,11 +62,11 @@ def test_a_node_that_is_removed_or_silent_loses_its_replica_to_another(
         cluster.objects.pop(("nodes", "", "b"), None)
         one = steered()
         one.adopt()
-        one.run(8)
+        one.run(5)
         cluster.node("e", 4, labels={"pool": "fast"})
         lose("c")
-        assert "ready" in [live.state for live in one.run(3)], "the other one serves on"
-        assert [live.state for live in one.run(20)] == ["ready", "ready"]
+        assert "ready" in [live.state for live in one.run(2)], "the other one serves on"
+        assert [live.state for live in one.run(15)] == ["ready", "ready"]
         assert one.said("node c is lost") or lose == cluster.remove
         assert {pod["spec"]["nodeName"] for pod in cluster.all("pods")} == {"d", "e"}, "nothing hangs on the lost one"
         cluster.objects.clear()
@@ -109,7 +109,7 @@ def test_what_is_not_of_the_fleet_is_not_touched(cluster: Cluster, steered: Call
     kept.append(cluster.put(bare)["metadata"])
     one = steered(((0.0, {(0, OLD): 1}), (10.0, {})))
     assert one.adopt() == []
-    one.run(30)
+    one.run(16)
     left = {one["metadata"]["uid"] for space in ("llm", "other") for one in cluster.all("deployments", space)}
     assert left == {one["uid"] for one in kept}
 
@@ -150,11 +150,11 @@ def test_a_replica_that_cannot_run_is_dead_with_the_reason_and_its_slot_is_tried
     cluster.broken["v"] = state
     one = steered(((0.0, {(0, OLD): 1}),))
     one.adopt()
-    one.run(12)
+    one.run(6)
     assert one.said(f"died     {replica_name(SMALL, Slot('fast', 'fast-0', 0))}: {told}"), one.lines
     assert one.said("starts failed in a row")
     cluster.broken.clear()
-    assert [live.state for live in one.run(20)] == ["ready"]
+    assert [live.state for live in one.run(11)] == ["ready"]
 
 
 def test_a_pod_that_no_node_takes_is_waited_for_and_then_given_up(
@@ -214,7 +214,7 @@ def test_errors_of_the_server_are_answers_or_waited_out(
     cluster.refusals += [("create", "deployments", status), ("list", "pods", status), ("delete", "deployments", status)]
     assert [live.state for live in one.run(9)] == ["ready"]
     assert one.errors == [f"the API server answers {status}: try again later"]
-    one.run(20)
+    one.run(6)
     assert [one.outcome for one in one.answers].count("unsupported") == 2
     assert cluster.all("deployments") == []
 
@@ -310,7 +310,7 @@ def test_the_printed_rights_are_those_that_are_used(cluster: Cluster, steered: C
         one.adopt()
         one.run(7)
         cluster.silence(cluster.all("pods")[0]["spec"]["nodeName"])
-        one.run(20)
+        one.run(6)
     rules = [rule for each in access(made) for rule in each.get("rules", ())]
     given = {(verb, name) for rule in rules for name in rule["resources"] for verb in rule["verbs"]}
     assert set(cluster.asked) == given
@@ -339,7 +339,14 @@ def test_what_kubernetes_cannot_is_unsupported(cluster: Cluster, steered: Callab
 
 def test_a_file_without_access_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
-    for kubeconfig, context in ((tmp_path / "none", None), (None, None)):
+    (tmp_path / "odd").write_text("{a: [}")
+    (tmp_path / "list").write_text("[1]")
+    for kubeconfig, context in (
+        (tmp_path / "none", None),
+        (tmp_path / "odd", None),
+        (tmp_path / "list", None),
+        (None, None),
+    ):
         with pytest.raises(InputError, match="give --kubeconfig FILE and --context NAME"):
             api.connected("llm", kubeconfig, context)
     with pytest.raises(InputError, match="no access to a cluster"):

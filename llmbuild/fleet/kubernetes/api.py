@@ -15,6 +15,7 @@ from typing import Any
 
 import urllib3
 from kubernetes import client, config
+from yaml import YAMLError
 
 from llmbuild.errors import InputError
 from llmbuild.system.strict_json import loads
@@ -145,8 +146,8 @@ class Api:
         except ValueError:
             found = {}
         if status >= HTTPStatus.BAD_REQUEST or not isinstance(found, dict):
-            told = found.get("message") if isinstance(found, dict) else ""
-            raise Refused(status, f"the API server answers {status}: {str(told or 'nothing that is JSON')[:_TOLD]}")
+            message = found.get("message") if isinstance(found, dict) else ""
+            raise Refused(status, f"the API server answers {status}: {str(message or 'nothing that is JSON')[:_TOLD]}")
         return found
 
 
@@ -164,7 +165,7 @@ def connected(namespace: str, kubeconfig: Path | None = None, context: str | Non
             config.load_kube_config(told, context=context, client_configuration=settings, persist_config=False)
         else:
             config.load_incluster_config(client_configuration=settings)
-    except (config.ConfigException, OSError, ValueError) as error:
+    except (config.ConfigException, YAMLError, OSError, ValueError, TypeError, AttributeError) as error:
         told = " ".join(str(error).split())[:_TOLD]
         raise InputError(f"no access to a cluster ({told}): give --kubeconfig FILE and --context NAME") from None
     return Api(client.ApiClient(settings), namespace)

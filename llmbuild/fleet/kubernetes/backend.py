@@ -23,7 +23,7 @@ from llmbuild.fleet.kubernetes.states import Seen, ending, lost, node_of, seen
 from llmbuild.fleet.plan.program import serving
 from llmbuild.spec.fleet import UNSET, Fleet, Profile
 
-LOOK_S, NODES_S = 1.0, 5.0
+LOOK_S, NODES_S = 1.0, 10.0
 """Seconds between two looks at the replicas, and at the nodes."""
 PLACED_S = 60.0
 """Seconds beyond the boot of a node after which a pod that no node takes is given up."""
@@ -157,9 +157,9 @@ class Kubernetes(Inert):
         self._looked_s = now
         self._end_again(deployments, pods, gone)
         there = {one["metadata"]["name"]: one for one in deployments if one["metadata"]["uid"] not in self._deleted}
-        for name, one in there.items():
-            if self._profiles is not None and name not in self._replicas and not ending(one):
-                self._met(one)  # applied by somebody, or by us without an answer
+        for name, deployment in there.items():
+            if self._profiles is not None and name not in self._replicas and not ending(deployment):
+                self._met(deployment)  # applied by somebody, or by us without an answer
         found = [self._now(one, there.get(name), pods, gone) for name, one in list(self._replicas.items())]
         for one in found:
             if one.state == "dead":
