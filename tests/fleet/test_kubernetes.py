@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -210,7 +211,8 @@ def test_errors_of_the_server_are_answers_or_waited_out(
     cluster: Cluster, steered: Callable[..., Steered], status: int
 ) -> None:
     one = steered(((0.0, {(0, OLD): 1}), (10.0, {})))
-    one.adopt()
+    cluster.refusals.append(("list", "deployments", status))
+    assert one.adopt() == [("later", f"the API server answers {status}: try again later")]
     cluster.refusals += [("create", "deployments", status), ("list", "pods", status), ("delete", "deployments", status)]
     assert [live.state for live in one.run(9)] == ["ready"]
     assert one.errors == [f"the API server answers {status}: try again later"]
@@ -314,6 +316,44 @@ def test_the_printed_rights_are_those_that_are_used(cluster: Cluster, steered: C
     rules = [rule for each in access(made) for rule in each.get("rules", ())]
     given = {(verb, name) for rule in rules for name in rule["resources"] for verb in rule["verbs"]}
     assert set(cluster.asked) == given
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_whatever_happens_the_target_runs_once_it_is_calm(
+    cluster: Cluster, steered: Callable[..., Steered], seed: int
+) -> None:
+    draw = random.Random(seed)
+    crash = {"state": {"waiting": {"reason": "CrashLoopBackOff", "message": "back-off"}}}
+    events = [
+        lambda: cluster.silence("a"),
+        lambda: cluster.remove("a") if ("nodes", "", "a") in cluster.objects else None,
+        lambda: cluster.node("a", labels={"pool": "fast"}),
+        lambda: cluster.broken.update(v=crash),
+        cluster.broken.clear,
+        lambda: cluster.refusals.append((draw.choice(["list", "create", "delete"]), "deployments", 503)),
+        lambda: cluster.objects.pop(next((key for key in cluster.objects if key[0] == "pods"), ("", "", "")), None),
+        lambda: cluster.objects.pop(next((key for key in cluster.objects if key[0] == "deployments"), ("",) * 3), None),
+    ]
+    one = steered()
+    one.adopt()
+    for _ in range(20):
+        cluster.node("a", labels={"pool": "fast"}) if ("nodes", "", "a") not in cluster.objects else None
+        draw.choice(events)()
+        if draw.random() < 0.1:  # it is killed
+            one = steered()
+            one.adopt()
+        one.run(1)
+    cluster.node("a", labels={"pool": "fast"})
+    cluster.broken.clear()
+    cluster.refusals.clear()
+    cluster.now += 60  # the longest wait after failed starts
+    one = steered()
+    one.adopt()
+    assert states(one.run(14)) == [("fast-0/0", "ready", 8), ("fast-1/0", "ready", 8)], one.lines
+    pods = cluster.all("pods")
+    assert sorted(pod["metadata"]["labels"]["llmbuild/replica"] for pod in pods) == sorted(
+        deployment["metadata"]["name"] for deployment in cluster.all("deployments")
+    )
 
 
 def test_lists_are_read_page_by_page(

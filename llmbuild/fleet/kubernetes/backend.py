@@ -126,14 +126,16 @@ class Kubernetes(Inert):
     def adopt(self, profiles: Sequence[Profile], dry: bool = False) -> list[tuple[str, str]]:
         """Take over the fleet's Deployments, and end those that no slot is for; return each with what was done.
 
-        One whose template is of an earlier fleet file serves until another has taken its place.
-
-        Raises:
-            Refused: the server does not answer.
+        One whose template is of an earlier fleet file serves until another has taken its place. Where the server does
+        not answer, `live` takes over what it finds.
         """
         self._profiles = profiles
-        told = [self._met(one) for one in self._api.listed(DEPLOYMENTS, selector(self._fleet.name)) if not ending(one)]
-        self._look_at_nodes(())
+        try:
+            there = self._api.listed(DEPLOYMENTS, selector(self._fleet.name))
+            self._look_at_nodes(())
+        except Refused as error:
+            return [("later", str(error))]
+        told = [self._met(one) for one in there if not ending(one)]
         if self._nodes is None:
             told.append(("nodes", "may not be listed: the loss of one is seen when Kubernetes moves its pods"))
         return told
