@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 from llmbuild.runtime import host
 from tests.support import tiny
@@ -60,7 +61,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let the compiler check its own text after each pass where a run has all of each sweep."""
+    """Let the compiler check its own text after each pass where a run has all of each sweep; no example has a deadline:
+    a slow machine is no fault.
+    """
+    settings.register_profile("llmbuild", deadline=None)
+    settings.load_profile("llmbuild")
     if config.getoption("exhaustive"):
         os.environ[CHECKS] = "1"
 
@@ -93,7 +98,7 @@ def llmbuild(*arguments: str | Path, cwd: Path | None = None, **env: str) -> sub
     """Run the command line as a user would."""
     command = [sys.executable, "-m", "llmbuild", *map(str, arguments)]
     return subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **env}, timeout=300
+        command, capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **env}, timeout=900
     )
 
 

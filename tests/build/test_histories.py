@@ -283,6 +283,4 @@ def scratch(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 TestHistories = Histories.TestCase
-TestHistories.settings = settings(
-    max_examples=6, stateful_step_count=8, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestHistories.settings = settings(max_examples=6, stateful_step_count=8, suppress_health_check=list(HealthCheck))

@@ -44,7 +44,7 @@ FEW |= {"distribution_size": (64,), "split_reduction": (False,)}
 """Knobs that have nothing to do with a model, narrowed."""
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(configurations(), st.sampled_from(TARGETS), st.booleans(), st.booleans())
 def test_the_space_of_a_model_is_no_exception_and_has_our_kernels_where_they_apply(
     config: dict[str, Any], target: Any, tokenizer: bool, calibrated: bool
@@ -61,7 +61,7 @@ def test_the_space_of_a_model_is_no_exception_and_has_our_kernels_where_they_app
     assert all(space.contains(p) or p == space.default() for p in initial_points(space))
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.data())
 def test_every_point_to_begin_with_has_what_is_pinned(data: st.DataObject) -> None:
     knobs = data.draw(st.lists(st.sampled_from(KNOBS), min_size=1, max_size=3, unique_by=lambda k: k.name))
@@ -119,7 +119,7 @@ def test_text_that_makes_no_window_is_told_before_anything_is_made(project: Proj
     assert (unscored.returncode, len(re.findall(told, unscored.stderr))) == (0, 1)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.integers(0, 40), st.integers(1, 64), st.integers(250, 330))
 def test_text_fits_where_windows_can_be_cut_of_it(project: Project, words: int, context: int, vocabulary: int) -> None:
     path, tokenizer = project.folder / "drawn.txt", project.model / "tokenizer.json"

@@ -33,7 +33,7 @@ def test_numbers_behind_the_first_part_are_the_same_on_every_machine_too() -> No
     assert digest.of_bytes(found.astype("<f4").tobytes())[:16] == "2db54119b6e4912a"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 40), st.lists(st.integers(1, 12), max_size=2), st.data())
 def test_rows_are_drawn_without_those_before_them(rows: int, more: list[int], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, rows))

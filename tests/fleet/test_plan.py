@@ -43,7 +43,7 @@ def small(rate: float, slow: float) -> tuple[Fleet, tuple[Profile, ...]]:
     return replace(made, nodes=nodes, services=services), profiles
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(rate=st.floats(0.2, 20), slow=st.floats(0.1, 2))
 def test_an_exact_plan_is_the_best_of_all(rate: float, slow: float) -> None:
     made, profiles = small(rate, slow)
@@ -58,7 +58,7 @@ def test_an_exact_plan_is_the_best_of_all(rate: float, slow: float) -> None:
         assert found.shortage <= shortage * 1.1 + 1e-6
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(rate=st.floats(0.2, 20), slow=st.floats(0.1, 2))
 def test_a_searched_plan_lies_between_the_bound_and_its_neighbours(rate: float, slow: float) -> None:
     made, profiles = small(rate, slow)

@@ -67,7 +67,7 @@ def test_equal_seeds_give_equal_outcomes(name: str) -> None:
     assert without_clock(first) == without_clock(second)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=12, derandomize=True)
 @given(
     rate=st.floats(1, 25), prompt=st.floats(20, 600), output=st.floats(2, 150), spread=st.sampled_from([0.0, 0.5, 1.0])
 )

@@ -78,7 +78,7 @@ def test_all_tensors_are_there_with_their_shapes(stored: Checkpoint, tensors: di
     assert {stored.blocks(name) for name in tensors} == {""}
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_rows_are_those_of_the_tensor_in_f32(
     stored: Checkpoint, tensors: dict[str, torch.Tensor], data: st.DataObject

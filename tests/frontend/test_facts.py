@@ -74,7 +74,7 @@ def built_facts(config: dict[str, Any]) -> ModelFacts:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(configurations())
 def test_facts_are_those_of_what_the_library_builds(config: dict[str, Any]) -> None:
     assert facts_of(config) == built_facts(config)

@@ -27,7 +27,7 @@ def drawn(rows: int, columns: int) -> np.ndarray:
     return np.random.default_rng(rows * columns).standard_normal((rows, columns), dtype=np.float32)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.sampled_from(sorted(modules.LAYOUTS)),
     st.sampled_from(FOURS),

@@ -79,7 +79,7 @@ def test_a_scaled_model_computes_the_same(
 
 
 @given(st.integers(0, 99), st.sampled_from(range(4)), st.booleans())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_any_positive_scales_leave_a_layer_as_it_is(seed: int, place: int, biased: bool) -> None:
     layer, config = decoder_layer(seed, biased)
     hidden, drawn = torch.randn(1, 5, config.hidden_size), torch.Generator().manual_seed(seed)
@@ -145,7 +145,7 @@ def test_scaled_channels_are_rounded_with_less_error(seed: int, name: str, round
 
 
 @given(st.integers(0, 99), st.floats(0, 1), st.sampled_from(("int8", "int4_g32")), st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_the_modelled_error_is_convex_in_the_logarithms(seed: int, share: float, name: str, rounded: bool) -> None:
     site, inputs = uneven(seed)
     noise = Noise(inputs, site.readers["linear"].weight, INTEGERS[name], rounded)

@@ -83,7 +83,7 @@ def drawn(kind: str, shape: dict[str, Any]) -> Any:
     return model
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(shapes(), st.sampled_from(("f32", "f16")))
 def test_arithmetic_on_packed_weights_is_that_of_the_library(shape: tuple[str, dict[str, Any]], cache: str) -> None:
     library, model = drawn(*shape), drawn(*shape)
@@ -178,7 +178,7 @@ def test_what_our_kernels_do_not_take_is_told_from_the_facts_of_a_model() -> Non
     assert "found hidden_act mish" in cpu_problem(replace(taken, activation="mish"), "int8", "int8")
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.integers(1, 8).map(lambda n: 8 * n),
     st.integers(1, 20).map(lambda n: 8 * n),

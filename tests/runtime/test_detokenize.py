@@ -79,7 +79,7 @@ def whole(state: dict[str, Any] | None, tokens: list[str]) -> str | None:
     return None if "�" in text and "ByteFallback" in json.dumps(state) else text
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ANY, TOKENS)
 def test_pieces_joined_are_the_librarys_text(state: dict[str, Any] | None, tokens: list[str]) -> None:
     expected = whole(state, tokens)
@@ -87,7 +87,7 @@ def test_pieces_joined_are_the_librarys_text(state: dict[str, Any] | None, token
         assert "".join(pieces(state, tokens)) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(ANY, TOKENS, st.data())
 def test_a_continuation_is_what_the_text_has_beyond_its_beginning(
     state: dict[str, Any] | None, tokens: list[str], data: Any
@@ -98,7 +98,7 @@ def test_a_continuation_is_what_the_text_has_beyond_its_beginning(
         assert begun + "".join(pieces(state, tokens[split:], tokens[:split])) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.binary(max_size=24), st.sampled_from(["byte level", "byte fallback"]))
 def test_any_bytes_become_text_and_a_bad_one_takes_nothing_with_it(data: bytes, name: str) -> None:
     signs = {byte: sign for sign, byte in BYTES.items()}

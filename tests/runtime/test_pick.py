@@ -62,7 +62,7 @@ row = st.tuples(
     st.booleans(),
     st.sampled_from([(None, None), ("host", None), (None, "short"), ("host", "short"), ("host", "other")]),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_the_database_and_every_row_agree(
     shelf: Path, cells: list[tuple], bounds: list[str], objective: str, only_elsewhere: bool, narrowed: tuple
 ) -> None:

@@ -206,7 +206,7 @@ def test_tokens_that_the_vocabulary_lacks_say_nothing(opened: dict[str, Tokenize
     assert tokenizer.name(5000) == "<5000>"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(LOSSLESS), st.text(max_size=30))
 def test_any_text_comes_back(opened: dict[str, Tokenizer], name: str, text: str) -> None:
     tokenizer = opened[name]
@@ -217,7 +217,7 @@ def test_any_text_comes_back(opened: dict[str, Tokenizer], name: str, text: str)
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.sampled_from(sorted(MAKERS)), st.lists(st.integers(0, 270), max_size=16), st.data())
 def test_the_stream_says_what_all_tokens_say(
     opened: dict[str, Tokenizer], name: str, ids: list[int], data: Any

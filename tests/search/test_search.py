@@ -63,7 +63,7 @@ def test_free_cells_fill_what_the_front_leaves(rows: list[list[int]]) -> None:
     assert sizes.sum() + hypervolume(losses, reference) == pytest.approx(5.0**d)
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(fronts, st.integers(0, 100))
 def test_expected_gain_is_the_mean_gain_of_draws(rows: list[list[int]], seed: int) -> None:
     losses, source = np.array(rows, dtype=float), np.random.default_rng(seed)

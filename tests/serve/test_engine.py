@@ -433,7 +433,7 @@ class Machine(RuleBasedStateMachine):
 
 
 TestMachine = Machine.TestCase
-TestMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
 class LongMachine(Machine):
@@ -441,4 +441,4 @@ class LongMachine(Machine):
 
 
 TestLongMachine = pytest.mark.exhaustive(LongMachine.TestCase)
-TestLongMachine.settings = settings(max_examples=240, stateful_step_count=50, deadline=None)
+TestLongMachine.settings = settings(max_examples=240, stateful_step_count=50)

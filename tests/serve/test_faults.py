@@ -18,6 +18,7 @@ from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.isrtf import Isrtf
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Batch, Scheduler, State
+from llmbuild.serve.speculate import Speculation
 from llmbuild.serve.step import Output, Rows
 from tests.support.serving import ADAPTIVE, CONTEXT, PAGE, VOCABULARY, Bench, FakeStep, alone, request
 
@@ -326,15 +327,28 @@ class Cycle:
         """Rule out all tokens but the next."""
         logits[np.arange(VOCABULARY) != self.tokens[self.at % len(self.tokens)]] = -np.inf
 
+    def allows(self, token: int) -> bool:
+        """Return whether it is the next."""
+        return token == self.tokens[self.at % len(self.tokens)]
+
+    def forced(self) -> list[int]:
+        """Return the next tokens."""
+        return [self.tokens[(self.at + n) % len(self.tokens)] for n in range(2)]
+
     def take(self, token: int) -> None:
         """Go on."""
-        assert token == self.tokens[self.at % len(self.tokens)]
+        assert self.allows(token)
         self.at += 1
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_answers_with_a_form_and_without_one_share_steps_in_any_order(policy: Scheduler) -> None:
-    bench = Bench(slots=4, scheduler=policy)
+    for speculation in (None, Speculation(lookup=False)):
+        shared(Bench(slots=4, scheduler=policy, speculation=speculation))
+
+
+def shared(bench: Bench) -> None:
+    """Let answers with a form and without one run together, and hold each against itself alone."""
     free = [request(f"free{n}", [n + 1] * (n + 2), n, max_tokens=6, temperature=n % 2 * 1.0) for n in range(4)]
     for n, one in enumerate(free):
         bench.engine.submit(one)

@@ -197,7 +197,7 @@ def refusal(model: Any, body: dict[str, Any]) -> ApiError | None:
     return None
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.lists(FIELDS, max_size=3))
 def test_any_body_is_taken_or_refused_in_words_that_can_be_sent(model: Any, fields: list[tuple[str, Any]]) -> None:
     told = refusal(model, {"model": "fake", "messages": [{"role": "user", "content": "a"}], **dict(fields)})

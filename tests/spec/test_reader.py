@@ -136,7 +136,7 @@ def test_durations(text: object, expected: float) -> None:
     assert seconds(text) == expected
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200, deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=200)
 @given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode) | st.just(GOOD.encode()))
 def test_no_bytes_make_the_reader_fail_in_another_way(tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "fuzz.yaml"

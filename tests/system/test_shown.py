@@ -100,7 +100,7 @@ def told_by(shelf: Path, folder: Path, text: str) -> Iterator[tuple[str, Told]]:
             yield " ".join(map(str, line[:1])), Told(*line)
 
 
-@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @example("\x1b]52;c;cm0gLXJm\x07\x9b2J\x7f\r\na\tb\u202egpj.exe\u2028\u200b\U000e0041")
 @given(text=TEXTS)
 def test_no_command_gives_a_terminal_what_steers_it(

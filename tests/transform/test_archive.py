@@ -41,7 +41,7 @@ def by_pieces(held: dict[str, np.ndarray], path: Path, reverse: bool) -> bytes:
     return path.read_bytes()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(NAMES, SIZES, min_size=1, max_size=12), st.booleans())
 def test_an_archive_is_byte_for_byte_that_of_iree(sizes: dict[str, int], reverse: bool) -> None:
     held = tensors(sizes)

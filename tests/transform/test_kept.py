@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.kernels.kept import CACHES, Kept, keys_and_values
@@ -51,7 +51,6 @@ def test_bytes_lie_as_the_kernels_read_them() -> None:
     assert stored[8:].view(np.uint16).tolist() == [one, 0x3F00]
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(0, 9), st.sampled_from(("int8", "int4")))
 def test_no_turned_number_is_off_by_more_than_its_halfs_rounding(size: int, seed: int, kind: str) -> None:
     kept, rows = Kept(kind, size), drawn(size, seed)
@@ -63,7 +62,6 @@ def test_no_turned_number_is_off_by_more_than_its_halfs_rounding(size: int, seed
     assert not rounded(kept, rows)[0, 0].any()
 
 
-@settings(deadline=None)
 @given(SIZES, st.integers(0, 9))
 def test_turning_twice_is_a_factor_and_keeps_products(size: int, seed: int) -> None:
     count = Kept("int8", size).turned

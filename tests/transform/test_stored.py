@@ -46,7 +46,7 @@ def made(matrix: StoredMatrix, dense: dict[str, np.ndarray], chunk: int) -> tupl
     return {name.removeprefix("m."): data.tobytes() for name, data in held.items()}, kept
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     st.sampled_from(WEIGHT_FORMATS),
     st.booleans(),
@@ -66,7 +66,7 @@ def test_chunks_of_a_matrix_are_the_matrix(form: str, packed: bool, rows: list[i
         assert np.array_equal(kept[name], plain(part, columns))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from(WEIGHT_FORMATS), st.booleans(), st.integers(1, 140), st.integers(1, 140))
 def test_tensors_have_the_sizes_that_are_told(form: str, packed: bool, rows: int, columns: int) -> None:
     matrix = StoredMatrix(Rows((("m", rows),)), columns, form, packed)
@@ -75,7 +75,6 @@ def test_tensors_have_the_sizes_that_are_told(form: str, packed: bool, rows: int
     assert {name: (array.nbytes, array.shape) for name, array in matrix.encode(part).items()} == told
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 99), min_size=1, max_size=4), st.data())
 def test_spans_are_the_rows_between(counts: list[int], data: st.DataObject) -> None:
     rows = Rows(tuple((str(i), count) for i, count in enumerate(counts)))
@@ -86,7 +85,7 @@ def test_spans_are_the_rows_between(counts: list[int], data: st.DataObject) -> N
     assert found == all_rows[start:stop]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 5))
 def test_rows_in_turns_are_those_of_both_parts(count: int, panels: int) -> None:
     rows = Rows((("gate", count), ("up", count)), turns=True)
@@ -116,7 +115,7 @@ SHAPES = st.builds(
 )
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SHAPES, st.sampled_from((1, 1 << 13)))
 def test_chunks_of_a_layers_buffer_are_the_buffer(shape: DecoderShape, chunk: int) -> None:
     sizes = part_shapes(shape)

@@ -21,7 +21,7 @@ def matrix(size: tuple[int, int]) -> weights.Array:
     return np.random.default_rng(size[0]).standard_normal(size).astype(np.float32)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES)
 def test_quantized_rows_are_within_half_a_step(size: tuple[int, int]) -> None:
     dense = matrix(size)
@@ -36,7 +36,7 @@ def test_row_of_zeros_stays_zero_with_a_scale_of_one() -> None:
     assert scale.tolist() == [1.0, 1.0]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES)
 def test_panels_hold_every_row_once(size: tuple[int, int]) -> None:
     dense = matrix(size)
