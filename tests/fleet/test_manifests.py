@@ -139,7 +139,7 @@ def test_annotations_say_all_that_a_successor_must_know() -> None:
 WORDS = st.text("aZ09-._/ é", min_size=1, max_size=80)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(WORDS, min_size=1, max_size=3), min_size=2, max_size=6, unique_by=str))
 def test_names_are_valid_and_others_for_other_parts(all_parts: list[list[str]]) -> None:
     names = [object_name(*parts) for parts in all_parts]
