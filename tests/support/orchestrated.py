@@ -81,16 +81,22 @@ def orchestrated(
 class Client(threading.Thread):
     """Asks again and again until it is over, and keeps how each request ended."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, tokens: int = 10) -> None:
         super().__init__()
-        self.url, self.model, self.ends, self.over = url, model, list[str](), threading.Event()
+        self.url, self.model, self.tokens = url, model, tokens
+        self.ends, self.over = list[str](), threading.Event()
+        self.begun = 0
+        """Requests whose answers have begun."""
         self.start()
 
     def run(self) -> None:
         """Ask."""
         with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as client:
             while not self.over.is_set():
-                self.ends.append(asked(client, self.model))
+                self.ends.append(asked(client, self.model, self.tokens, self._begin))
+
+    def _begin(self) -> None:
+        self.begun += 1
 
 
 def all_ends(clients: Sequence[Client]) -> list[str]:
@@ -102,16 +108,21 @@ def all_ends(clients: Sequence[Client]) -> list[str]:
     return [end for one in clients for end in one.ends]
 
 
-def asked(client: httpx.Client, model: str) -> str:
-    """Return how a request ended: `done` with its number of events, an error's code, or what it broke with."""
-    body = {"model": model, "prompt": "def push", "max_tokens": 20, "stream": True, "ignore_eos": True}
+def asked(client: httpx.Client, model: str, tokens: int = 10, begin: Callable[[], None] = lambda: None) -> str:
+    """Return how a request ended: `done`, an error's code, or what it broke with; call `begin` at its first bytes."""
+    body = {"model": model, "prompt": "def push", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    data = b""
     try:
-        answer = client.post("/v1/completions", json=body)
+        with client.stream("POST", "/v1/completions", json=body) as answer:
+            for piece in answer.iter_bytes():
+                if not data:
+                    begin()
+                data += piece
     except httpx.HTTPError as error:
         return repr(error)
-    *events, last = answer.text.strip().split("\n\n")
+    *events, last = data.decode().strip().split("\n\n")
     if answer.status_code != 200:
-        return str(answer.json()["error"]["code"])
+        return str(json.loads(data)["error"]["code"])
     if last != "data: [DONE]":
         return str(json.loads(last.removeprefix("data: "))["error"]["code"])
     choices = [json.loads(one[6:])["choices"][0] for one in events]

@@ -7,7 +7,8 @@ import json
 import signal
 import sys
 
-TOKENS, PAUSE_S = 10, 0.02
+PAUSE_S = 0.02
+"""Seconds of each token."""
 
 
 async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -17,13 +18,13 @@ async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
     else:
         length = next(int(one[16:]) for one in head.lower().split(b"\r\n") if one.startswith(b"content-length: "))
-        await reader.readexactly(length)
+        tokens = json.loads(await reader.readexactly(length))["max_tokens"]
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nconnection: close\r\n\r\n")
-        for i in range(TOKENS):
+        for i in range(tokens):
             await asyncio.sleep(PAUSE_S)
             writer.write(event({"choices": [{"index": 0, "text": str(i), "finish_reason": None}]}))
             await writer.drain()
-        usage = {"prompt_tokens": 3, "completion_tokens": TOKENS}
+        usage = {"prompt_tokens": 3, "completion_tokens": tokens}
         writer.write(event({"choices": [], "usage": usage}) + b"data: [DONE]\n\n")
     await writer.drain()
     writer.close()
