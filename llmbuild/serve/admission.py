@@ -1,7 +1,7 @@
-"""Who may have a slot: a sequence of which all that it may take is free, or one of which what it is expected to take is.
+"""Who may have a slot: a sequence for which all that it may take is free, or what it is expected to take.
 
 By the worst case, what is admitted ends. By what is expected, more sequences run at a time where answers are shorter
-than they may be; when memory is short all the same, the engine takes the place of the last one, which is computed again.
+than they may be; when memory is short all the same, the engine preempts the last one, which is computed again.
 """
 
 from __future__ import annotations

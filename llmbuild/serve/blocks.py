@@ -113,8 +113,8 @@ class Blocks:
 class Tables:
     """The blocks of each slot.
 
-    There are those of a number of whole contexts. Who gives slots out sees to it that a slot finds a block when it grows:
-    by keeping free all that sequences take at most, or by ending the use of another slot first.
+    There are those of a number of whole contexts. Who gives slots out sees to it that a slot finds a block when it
+    grows: all that sequences take at most is kept free, or another slot is ended first.
     """
 
     def __init__(self, slots: int, context: int, page: int, contexts: int) -> None:

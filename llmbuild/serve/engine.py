@@ -308,7 +308,7 @@ class Engine:
         return one.slot, one.computed + share.tokens
 
     def _preempt(self, one: Sequence) -> None:
-        """Take a sequence's slot and blocks; it waits in its place by its order, and is computed again from its tokens."""
+        """Take a sequence's slot and blocks. It waits in its place by its order, and its tokens are computed again."""
         self._release(one)
         one.slot, one.computed = None, 0
         one.names = self._step.names(one.so_far, one.request.salt)
@@ -325,8 +325,8 @@ class Engine:
         self._free.append(one.slot)
 
     def _rows(self, batch: Batch) -> list[Rows]:
-        """Return the rows of a batch; where all of it decodes, nobody waits, and there is memory for them, sequences may
-        have drafts.
+        """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts, as far as
+        there is memory.
         """
         ones = [self._running[share.number] for share in batch.shares]
         plain = [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from llmbuild.serve.admission import NAMES, WORST_CASE
+from llmbuild.serve.admission import EXPECTED, WORST_CASE
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import QueueFull, RequestRefused, Unavailable
 from llmbuild.serve.events import Delta, Ended, Event
@@ -321,21 +321,33 @@ class Counted(Observer):
 class Machine(RuleBasedStateMachine):
     """Any order of arrivals, cancellations, late answers and steps."""
 
+    admission = WORST_CASE
+
+    def lengths(self, prompt: int, most: int | None) -> tuple[int, int | None]:
+        """Return the tokens of a prompt, and of an answer at most."""
+        return prompt, most
+
     @initialize(
         slots=st.integers(1, 4),
         policy=st.sampled_from([Fcfs(8), Fcfs(1), Sarathi(4, 1), Sarathi(6, 3), Sarathi(1, 2), *ADAPTIVE]),
         queue=st.integers(1, 8),
         contexts=st.integers(1, 4),
         guesses=st.booleans(),
-        admission=st.sampled_from(NAMES),
     )
-    def begin(
-        self, slots: int, policy: Scheduler, queue: int, contexts: int, guesses: bool, admission: str
-    ) -> None:
+    def begin(self, slots: int, policy: Scheduler, queue: int, contexts: int, guesses: bool) -> None:
         """Make an engine, in which nobody is preempted for a later one."""
         self.counted, guessing = Counted(), Speculation() if guesses else None
-        limits = Limits(queue, 1000.0)
-        self.bench = Bench(slots, policy, limits, 1, self.counted, contexts, speculation=guessing, admission=admission)
+        if self.admission == EXPECTED:
+            slots, queue, contexts = slots + 1, 8, 1
+        self.bench = Bench(
+            slots,
+            policy,
+            Limits(queue, 1000.0),
+            observer=self.counted,
+            contexts=contexts,
+            speculation=guessing,
+            admission=self.admission,
+        )
         engine, self.lost = self.bench.engine, 0
         preempt = engine._preempt
 
@@ -375,6 +387,7 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         """Submit a request."""
         name = f"r{len(self.taken) + self.refused}"
+        length, most = self.lengths(length, most)
         prompt = [1 + (text * 7 + k * 5) % 60 for k in range(length)]  # of a few texts: many begin alike
         more = {**more, "deadline_s": late, "salt": whose, "tenant": str(whose), "priority": priority}
         made = request(name, prompt, length, max_tokens=most, n=n, temperature=heat, **more)
@@ -457,8 +470,30 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+class ExpectingMachine(Machine):
+    """The same by what is expected, with little memory and answers that take more of it than they are expected to."""
+
+    admission = EXPECTED
+
+    def lengths(self, prompt: int, most: int | None) -> tuple[int, int | None]:
+        """Return shorter prompts, and longer answers."""
+        return 1 + prompt % 7, None if most is None else 4 * most
+
+
+TestExpectingMachine = ExpectingMachine.TestCase
+TestExpectingMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+
+
 class LongMachine(Machine):
     """The same in more than 10,000 steps."""
+
+
+class LongExpectingMachine(ExpectingMachine):
+    """The same in more than 10,000 steps."""
+
+
+TestLongExpectingMachine = pytest.mark.exhaustive(LongExpectingMachine.TestCase)
+TestLongExpectingMachine.settings = settings(max_examples=240, stateful_step_count=50, deadline=None)
 
 
 TestLongMachine = pytest.mark.exhaustive(LongMachine.TestCase)

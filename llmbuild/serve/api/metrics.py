@@ -154,7 +154,10 @@ class _States(Collector):
         gauges: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
             "vllm:num_requests_running": ("Sequences with a slot.", lambda s: s.running),
             "vllm:num_requests_waiting": ("Sequences in the queue.", lambda s: s.waiting),
-            "vllm:kv_cache_usage_perc": ("Part of the KV cache that is reserved; or taken, with expected admission.", lambda s: s.used),
+            "vllm:kv_cache_usage_perc": (
+                "Part of the KV cache that is reserved; or taken, with expected admission.",
+                lambda s: s.used,
+            ),
             "llmbuild:slots": ("Sequences that can run at a time.", lambda s: s.slots),
             "llmbuild:seconds_without_step": ("Since the last step, while there is work.", lambda s: s.idle_s),
         }

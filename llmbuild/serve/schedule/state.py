@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     pending: int
     """Tokens to compute before its next token can be chosen."""
     decoding: bool
-    """Whether it has a token and only its last one is pending; one that was preempted computes the others again first."""
+    """Whether it has a token, and only its last one is pending: all are, once more, of one that was preempted."""
     arrival_s: float
     computed: int = 0
     """Tokens whose keys and values are there, or would be at once."""
