@@ -94,7 +94,7 @@ class Served:
         self.step = _step(model.session, slots, plan)
         policy = scheduler(plan.scheduler, self.step.cut, self.name, plan.curve, plan.targets)
         guesses = _speculation(self.name, self.step, plan)
-        admission = _admission(self.name, self.step, plan)
+        self.admission = _admission(self.name, self.step, plan)
         self.engine = Engine(
             self.step,
             policy,
@@ -103,7 +103,7 @@ class Served:
             settings.limits,
             observer,
             speculation=guesses,
-            admission=admission,
+            admission=self.admission,
         )
 
     @property
@@ -124,7 +124,8 @@ class Served:
         else:
             contexts, calls = slots, "in a call each"
         memory = f"memory for {contexts * self.context} tokens: {self.need.told(contexts)}"
-        return f"up to {slots} sequences at a time, {calls}, of {self.context} tokens at most; {memory}"
+        expected = "; admitted by what they are expected to take" if isinstance(self.admission, Expected) else ""
+        return f"up to {slots} sequences at a time, {calls}, of {self.context} tokens at most; {memory}{expected}"
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return the prompt of a text.

@@ -4,7 +4,8 @@
 
 The engine is the server's, with its blocks, its queue and its scheduler; the device computes nothing, and ends each
 answer at a length that is drawn. All requests are there at the beginning, and none has a `max_tokens`: each may fill
-the context. Lengths are log-normal about medians. Nothing is timed: seconds are those of the load curve of
+the context. Lengths are log-normal about medians. "Unknown" is by what is expected, where each request has an API key
+of its own: no answer before it tells of its length. Nothing is timed: seconds are those of the load curve of
 SmolLM2-135M in int8 on two cores that `schedulers.py` has, so each run prints the same.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from llmbuild.report.rows import table
 from llmbuild.runtime.answers import Text
 from llmbuild.runtime.detokenize import Decoder, stages
-from llmbuild.serve.admission import EXPECTED, NAMES, Expected
+from llmbuild.serve.admission import EXPECTED, WORST_CASE, Expected
 from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.observe import Observer, Turned
@@ -30,6 +31,9 @@ from llmbuild.spec.load_curve import Work
 from scripts.bench.schedulers import MEASURED, log_normal
 
 PAGE, END, WORD = 32, 0, 1
+UNKNOWN = "unknown"
+WAYS = (WORST_CASE, EXPECTED, UNKNOWN)
+"""Ways of admission that are compared."""
 
 
 class Device:
@@ -92,11 +96,7 @@ class Counted(Observer):
     """Counts rows, sequences and preemptions."""
 
     def __init__(self) -> None:
-        self.sequences = self.computed = self.preemptions = self.found = 0
-
-    def admitted(self, prompt_tokens: int, cached: int) -> None:
-        """Count what is found."""
-        self.found += cached
+        self.sequences = self.computed = self.preemptions = 0
 
     def preempted(self) -> None:
         """Count a preemption."""
@@ -125,12 +125,13 @@ class Row:
 def answered(name: str, contexts: int, slots: int, context: int, lengths: Sequence[tuple[int, int]]) -> Row:
     """Return what it takes to answer requests of these lengths."""
     device, counted = Device(slots, contexts, context, lengths), Counted()
-    admission = Expected(device.tables) if name == EXPECTED else None
+    admission = None if name == WORST_CASE else Expected(device.tables)
     limits = Limits(len(lengths), 1e9)
     engine = Engine(device, Fcfs(), _text, lambda events: None, limits, counted, admission=admission)
     params = SamplingParams(temperature=0, max_tokens=None)
     for number, (prompt, _) in enumerate(lengths):
-        engine.submit(Request(str(number), (number + 2, *[WORD] * (prompt - 1)), params, 0))
+        tenant = str(number) if name == UNKNOWN else ""
+        engine.submit(Request(str(number), (number + 2, *[WORD] * (prompt - 1)), params, 0, tenant=tenant))
     while engine.turn():
         pass
     if fault := engine.snapshot().fault:
@@ -147,20 +148,18 @@ def _text(request: Request, ends: frozenset[int]) -> Text:
 def main(words: list[str] | None = None) -> None:
     """Print a table, or one JSON document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1, 2, 4], help="whole contexts that memory holds")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1, 4], help="whole contexts that memory holds")
     parser.add_argument("--context", type=int, default=1664)
     parser.add_argument("--sequences", type=int, default=16, help="that run at a time at most")
-    parser.add_argument("--requests", type=int, default=100)
-    parser.add_argument("--prompt", type=int, default=64, help="median of the tokens of prompts")
-    parser.add_argument("--output", type=int, default=48, help="median of the tokens of answers")
+    parser.add_argument("--requests", type=int, default=60)
+    parser.add_argument("--prompt", type=int, default=32, help="median of the tokens of prompts")
+    parser.add_argument("--output", type=int, default=96, help="median of the tokens of answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args(words)
     draw, lengths_of = random.Random(asked.seed), log_normal(asked.prompt, asked.output, asked.context)
     lengths = [lengths_of(draw) for _ in range(asked.requests)]
-    rows = [
-        answered(name, count, asked.sequences, asked.context, lengths) for count in asked.contexts for name in NAMES
-    ]
+    rows = [answered(name, count, asked.sequences, asked.context, lengths) for count in asked.contexts for name in WAYS]
     if asked.json:
         print(json.dumps([asdict(one) for one in rows]))
         return
