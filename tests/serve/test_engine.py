@@ -481,7 +481,7 @@ class ExpectingMachine(Machine):
 
 
 TestExpectingMachine = ExpectingMachine.TestCase
-TestExpectingMachine.settings = settings(max_examples=40, stateful_step_count=40, deadline=None)
+TestExpectingMachine.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
 
 
 class LongMachine(Machine):
