@@ -336,18 +336,11 @@ class Machine(RuleBasedStateMachine):
     )
     def begin(self, slots: int, policy: Scheduler, queue: int, contexts: int, guesses: bool) -> None:
         """Make an engine, in which nobody is preempted for a later one."""
-        self.counted, guessing = Counted(), Speculation() if guesses else None
+        self.counted = Counted()
         if self.admission == EXPECTED:
             slots, queue, contexts = slots + 1, 8, 1
-        self.bench = Bench(
-            slots,
-            policy,
-            Limits(queue, 1000.0),
-            observer=self.counted,
-            contexts=contexts,
-            speculation=guessing,
-            admission=self.admission,
-        )
+        more: dict[str, Any] = {"speculation": Speculation() if guesses else None, "admission": self.admission}
+        self.bench = Bench(slots, policy, Limits(queue, 1000.0), 1, self.counted, contexts, **more)
         engine, self.lost = self.bench.engine, 0
         preempt = engine._preempt
 
