@@ -33,6 +33,8 @@ SCHEDULERS = ("fcfs", "sarathi", "fairbatching", "isrtf", "vtc")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
 SPECULATIONS = ("none", "ngram")
 """As `serve/speculate.py` has them."""
+ADMISSIONS = ("worst-case", "expected")
+"""As `serve/admission.py` has them."""
 VERDICTS = 4
 """Variants of each model whose verdict is told."""
 
@@ -57,6 +59,13 @@ VERDICTS = 4
     default="none",
     show_default=True,
     help="Guess tokens from what followed the same ones before, where that pays. Answers stay the same.",
+)
+@click.option(
+    "--admission",
+    type=click.Choice(ADMISSIONS),
+    default="worst-case",
+    show_default=True,
+    help="Run a sequence when all that it may take is free, or what it is expected to take. Answers stay the same.",
 )
 @click.option(
     "--slo-class",
@@ -130,6 +139,7 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
         options["max_sequences"] or Plan.sequences,
         targets_of(bounds),
         speculation=options["speculation"],
+        admission=options["admission"],
     )
     variant = options["variant"]
     if bounds and not variant:

@@ -59,6 +59,10 @@ class Blocks:
         """Return how many blocks of a text's beginning are there."""
         return sum(1 for _ in takewhile(self._block_of.__contains__, names))
 
+    def beside(self, names: Names) -> int:
+        """Return how many blocks of a text's beginning are there and referred to."""
+        return sum(self._references[self._block_of[name]] > 0 for name in names[: self.known(names)])
+
     def take(self, names: Names) -> list[int]:
         """Refer to the blocks of a text's beginning that are there."""
         found = [self._block_of[name] for name in names[: self.known(names)]]
@@ -109,8 +113,8 @@ class Blocks:
 class Tables:
     """The blocks of each slot.
 
-    There are those of a number of whole contexts. Who gives slots out sees to it that what their sequences take at most
-    is there: then no slot ever waits for a block.
+    There are those of a number of whole contexts. Who gives slots out sees to it that a slot finds a block when it
+    grows: all that sequences take at most is kept free, or another slot is ended first.
     """
 
     def __init__(self, slots: int, context: int, page: int, contexts: int) -> None:
@@ -126,6 +130,10 @@ class Tables:
     def takes(self, positions: int) -> int:
         """Return how many blocks so many positions are in."""
         return -(-positions // self.page)
+
+    def held(self, slot: int) -> int:
+        """Return how many blocks a slot has."""
+        return len(self._held[slot])
 
     def names(self, tokens: Sequence[int], salt: bytes) -> Names:
         """Return the names of a prompt's full blocks; its last token must be computed, and so its block."""

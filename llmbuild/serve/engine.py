@@ -1,4 +1,4 @@
-"""The engine: admit, schedule, step, sample, emit. One thread owns every sequence and every slot."""
+"""The engine: admit, schedule, preempt, step, sample, emit. One thread owns every sequence and every slot."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from time import monotonic
 
 from llmbuild.errors import InputError
 from llmbuild.runtime.answers import Text
+from llmbuild.serve.admission import Admission, WorstCase
 from llmbuild.serve.choose import Chooser
 from llmbuild.serve.errors import CONTEXT_EXCEEDED, RequestRefused
 from llmbuild.serve.events import Delta, Ended, Event, Fault, Outlet
@@ -19,7 +20,7 @@ from llmbuild.serve.inbox import Inbox, Phase
 from llmbuild.serve.lengths import AGAIN, History, Lengths
 from llmbuild.serve.observe import Lived, Observer, Snapshot, Turned
 from llmbuild.serve.request import Request
-from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, State
+from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, Share, State
 from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.serve.sequence import Sequence
 from llmbuild.serve.speculate import Speculation
@@ -59,13 +60,14 @@ class Engine:
         lengths: Lengths | None = None,
         clock: Callable[[], float] = monotonic,
         speculation: Speculation | None = None,
+        admission: Admission | None = None,
     ) -> None:
         self._step, self._scheduler, self._texts, self._outlet = step, scheduler, texts, outlet
         self.limits, self._observer, self._clock = limits, observer or Observer(), clock
         self._lengths, self._accounts, self._speculation = lengths or History(), Accounts(), speculation
         self._inbox = Inbox(limits.queue)
         self._free = list(range(step.slots))
-        self._reserved = 0
+        self._admission = admission or WorstCase(step)
         self._running: dict[int, Sequence] = {}
         self._waiting: list[Sequence] = []
         """In their order: by priority, then by arrival."""
@@ -97,7 +99,7 @@ class Engine:
         made = ((self._texts(request, ends), Chooser(request, i, sorted(ends))) for i in range(params.n))
         self._inbox.put(
             [
-                Sequence(request, i, text, chooser, ends, now, late_s, names, takes)
+                Sequence(request, i, text, chooser, ends, now, late_s, names, takes, takes)
                 for i, (text, chooser) in enumerate(made)
             ]
         )
@@ -138,7 +140,7 @@ class Engine:
             busy = self._inbox.alive > 0
             running, waiting = self._inbox.alive - self._inbox.queued, self._inbox.queued
             idle = self._clock() - max(self._last_step_s, self._inbox.busy_s) if busy else 0.0
-            used = self._reserved / self._step.room
+            used = self._admission.used
             slots, fault = self._step.slots, self._inbox.fault
             return Snapshot(running, waiting, slots, idle, fault, self._inbox.phase == "open", used)
 
@@ -177,7 +179,7 @@ class Engine:
         try:
             for one in self._admit():
                 self._foresee(one)
-            batch = self._schedule()
+            batch = self._spared()
             if batch.shares:
                 rows = self._rows(batch)
                 self._sample(batch, rows, self._run(rows), begun)
@@ -220,6 +222,12 @@ class Engine:
             one.guesses = self._speculation.of(one.request.prompt, forced)
         one.predicted = self._lengths.predict(one.request, 0)
 
+    def _foresee_again(self, tenant: str) -> None:
+        """Note what an answer that has ended tells of those to the same tenant of which nothing was known."""
+        for one in (*self._running.values(), *islice(self._waiting, SEEN)):
+            if one.predicted is None and one.request.tenant == tenant:
+                one.predicted = self._lengths.predict(one.request, len(one.tokens))
+
     def _queue(self, one: Sequence) -> None:
         self._arrived += 1
         one.number = self._arrived
@@ -234,50 +242,101 @@ class Engine:
             return Batch()
         running = tuple(one.entry() for one in self._running.values())
         front = {one.number: one for one in islice(self._waiting, SEEN)}
-        slots, room = len(self._free), self._step.room - self._reserved
+        slots, room = len(self._free), self._admission.room(self._running.values())
         if slots:
             for one in front.values():
-                one.computed = self._step.known(one.names)
+                one.computed, one.takes = self._step.known(one.names), self._admission.takes(one)
         waiting = tuple(one.entry() for one in front.values())
         now = self._clock()
-        batch = self._scheduler(State(running, waiting, self._fitting(), slots, room, self._accounts.served), now)
+        batch = self._scheduler(State(running, waiting, self._fitting(room), slots, room, self._accounts.served), now)
         if not batch.shares:
             raise RuntimeError("the scheduler gives no batch, and there are sequences")
         admitted = [front[share.number] for share in batch.shares if share.number not in self._running]
         if len(admitted) > slots or sum(one.takes for one in admitted) > room:
             raise RuntimeError("the scheduler admits more than fits")
         for one in admitted:
-            self._waiting.remove(one)
-            one.slot, one.admitted_s = self._free.pop(), now
-            one.cached = self._step.begin(one.slot, one.request.prompt, one.names, one.request.salt)
-            assert one.cached == one.computed, "what is known stays there until it is taken"
-            self._reserved += one.takes
-            self._running[one.number] = one
-            self._accounts.prompt(one.request.tenant, len(one.request.prompt) - one.cached)
-            self._observer.admitted(len(one.request.prompt), one.cached)
+            self._begin(one, now)
         if admitted:
             self._inbox.admitted(len(admitted))
         return batch
 
-    def _fitting(self) -> int:
+    def _begin(self, one: Sequence, now: float) -> None:
+        """Give a sequence a slot. What it computes again after a preemption is told and charged once."""
+        self._waiting.remove(one)
+        one.slot = self._free.pop()
+        found = self._step.begin(one.slot, one.so_far, one.names, one.request.salt)
+        assert found == one.computed, "what is known stays there until it is taken"
+        self._admission.begun(one)
+        self._running[one.number] = one
+        if one.admitted_s is None:
+            one.admitted_s, one.cached = now, found
+            self._accounts.prompt(one.request.tenant, len(one.request.prompt) - found)
+            self._observer.admitted(len(one.request.prompt), found)
+
+    def _fitting(self, room: int) -> int:
         """Return how many sequences at the front of the queue may be admitted together: there is a slot for each, and
-        memory for all that they and those before may take at most. So what is admitted ends.
+        memory for what they and those before are to find.
         """
-        count, room = 0, self._step.room - self._reserved
+        count = 0
         for one in islice(self._waiting, len(self._free)):
             if one.takes > room:
                 break
             count, room = count + 1, room - one.takes
         return count
 
+    def _spared(self) -> Batch:
+        """Return a batch for whose rows there is memory. Where it is short, the last of all that run, by priority and
+        arrival, are preempted one after another, in the batch or not.
+
+        So nobody is preempted for a later one, and the first never: alone it takes no more than there is.
+        """
+        while (batch := self._schedule()).shares:
+            shares = batch.shares
+            while self._admission.lacks(self._grown(share) for share in shares):
+                last = max(self._running.values(), key=lambda one: one.order)
+                assert len(self._running) > 1, "one sequence has room in the empty memory"
+                self._preempt(last)
+                shares = tuple(share for share in shares if share.number != last.number)
+            if shares:
+                return Batch(shares)
+        return batch
+
+    def _grown(self, share: Share) -> tuple[int, int]:
+        """Return the slot of a sequence, and the positions that it has after its share."""
+        one = self._running[share.number]
+        assert one.slot is not None
+        return one.slot, one.computed + share.tokens
+
+    def _preempt(self, one: Sequence) -> None:
+        """Take a sequence's slot and blocks. It waits in its place by its order, and its tokens are computed again."""
+        self._release(one)
+        one.slot, one.computed = None, 0
+        one.names = self._step.names(one.so_far, one.request.salt)
+        insort(self._waiting, one, key=lambda each: each.order)
+        self._inbox.preempted()
+        self._observer.preempted()
+
+    def _release(self, one: Sequence) -> None:
+        """Free what a sequence that runs holds."""
+        assert one.slot is not None
+        del self._running[one.number]
+        self._step.end(one.slot)
+        self._admission.ended(one)
+        self._free.append(one.slot)
+
     def _rows(self, batch: Batch) -> list[Rows]:
-        """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts."""
+        """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts, as far as
+        there is memory.
+        """
         ones = [self._running[share.number] for share in batch.shares]
-        guessing = any(one.guesses is not None for one in ones) and all(one.tokens for one in ones)
+        plain = [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]
+        guessing = any(one.guesses is not None for one in ones) and all(one.decoding for one in ones)
         if self._speculation is None or self._waiting or not guessing:
-            return [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]
+            return plain
         drafts = self._speculation.drafts([(one.guesses, one.most_drafts(self._step.context)) for one in ones])
-        return [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
+        guessed = [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
+        lacks = self._admission.lacks((rows.slot, rows.start + 1 + len(rows.drafts)) for rows in guessed)
+        return plain if lacks else guessed
 
     def _run(self, rows: list[Rows]) -> list[Output]:
         """Run the rows on the device."""
@@ -294,7 +353,7 @@ class Engine:
         for share, asked, output in zip(batch.shares, rows, outputs, strict=True):
             one = self._running[share.number]
             computed += share.tokens + len(asked.drafts)
-            prompt_tokens += 0 if one.tokens else share.tokens
+            prompt_tokens += 0 if one.decoding else share.tokens
             whole = one.pending == share.tokens
             one.computed += share.tokens
             if whole:
@@ -364,18 +423,16 @@ class Engine:
         self._accounts.ended(one.request.tenant)
         if last is not None and last.finish is not None:
             self._lengths.learn(one.request, len(one.tokens))
+            self._foresee_again(one.request.tenant)
         siblings = self._by_request[one.request.id]
         siblings.remove(one)
         if not siblings:
             del self._by_request[one.request.id]
         queued = one.slot is None
-        if one.slot is None:
+        if queued:
             self._waiting.remove(one)
         else:
-            del self._running[one.number]
-            self._step.end(one.slot)
-            self._reserved -= one.takes
-            self._free.append(one.slot)
+            self._release(one)
         if len(self._deadlines) > _SPARE + 4 * (len(self._running) + len(self._waiting)):
             self._deadlines = [late for late in self._deadlines if not late[2].ended]
             heapq.heapify(self._deadlines)
@@ -400,6 +457,5 @@ class Engine:
 
 def _lived(one: Sequence, last: Delta | None, now: float) -> Lived:
     reason = last.finish.reason if last is not None and last.finish is not None else "abort"
-    admitted = None if one.slot is None else one.admitted_s
     first, latest = (one.first_s, one.last_s) if one.tokens else (None, None)
-    return Lived(len(one.request.prompt), len(one.tokens), reason, one.arrival_s, admitted, first, latest, now)
+    return Lived(len(one.request.prompt), len(one.tokens), reason, one.arrival_s, one.admitted_s, first, latest, now)

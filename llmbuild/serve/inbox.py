@@ -26,7 +26,7 @@ class Inbox:
     arrivals: deque[Sequence] = field(default_factory=deque)
     cancelled: deque[str] = field(default_factory=deque)
     queued: int = 0
-    """Sequences that arrived and neither have a slot nor have ended."""
+    """Sequences that arrived, and neither have a slot now nor have ended."""
     alive: int = 0
     """Sequences that arrived and have not ended."""
     busy_s: float = 0.0
@@ -76,6 +76,11 @@ class Inbox:
         """Note that sequences of the queue have slots now."""
         with self.changed:
             self.queued -= count
+
+    def preempted(self) -> None:
+        """Note that a sequence has no slot any more, and waits again."""
+        with self.changed:
+            self.queued += 1
 
     def ended(self, queued: int, running: int, each_s: float) -> None:
         """Note that sequences have ended, of the queue and of the slots, `each_s` seconds after those before."""

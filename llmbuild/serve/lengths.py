@@ -27,7 +27,8 @@ class Lengths(Protocol):
 class History:
     """Expects of a tenant's answer what its last answers had that were longer: the mean of those above `tokens`.
 
-    An answer that is longer than all of them is expected to have half as much again. `max_tokens` bounds it all.
+    An answer that is longer than all of them is expected to have half as much again. `max_tokens` bounds it all. Of a
+    tenant with few answers nothing is known.
     """
 
     def __init__(self) -> None:
@@ -39,7 +40,7 @@ class History:
         most = request.params.max_tokens
         known = self._sorted.get(request.tenant, [])
         if len(known) < _LEAST:
-            return None if most is None else float(most)
+            return None
         longer = known[bisect_right(known, tokens) :]
         found = sum(longer) / len(longer) if longer else tokens * 1.5
         return found if most is None else min(found, float(most))

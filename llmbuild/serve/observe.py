@@ -23,7 +23,10 @@ class Lived:
 
 @dataclass(frozen=True, slots=True)
 class Turned:
-    """One step: its sequences, all tokens that it computed and those of prompts, the chosen tokens, and its seconds."""
+    """One step: its sequences, all tokens that it computed and those of prompts, the chosen tokens, and its seconds.
+
+    What a preempted sequence computes again counts as its prompt.
+    """
 
     sequences: int
     computed: int
@@ -53,14 +56,17 @@ class Snapshot:
     open: bool
     """Whether it takes requests."""
     used: float = 0.0
-    """Part of the memory for keys and values that running sequences may take at most."""
+    """Part of the memory for keys and values that is reserved or, where admission is by what is expected, taken."""
 
 
 class Observer:
     """Takes what an engine tells, in the engine's thread; this one keeps nothing."""
 
     def admitted(self, prompt_tokens: int, cached: int) -> None:
-        """Take a sequence that is admitted, and how many tokens of its prompt were there."""
+        """Take a sequence that is admitted for the first time, and how many tokens of its prompt were there."""
+
+    def preempted(self) -> None:
+        """Take that a sequence has lost its place, and what it had computed."""
 
     def turned(self, turn: Turned) -> None:
         """Take a step."""

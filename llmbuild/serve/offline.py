@@ -11,6 +11,8 @@ from pathlib import Path
 from llmbuild.errors import InputError
 from llmbuild.runtime.chat import Message
 from llmbuild.runtime.model import load
+from llmbuild.serve.admission import NAMES as ADMISSIONS
+from llmbuild.serve.admission import WORST_CASE
 from llmbuild.serve.engine import Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Delta, Ended, Event
@@ -78,18 +80,21 @@ class LLM:
         max_sequences: int = MOST_SEQUENCES,
         scheduler: str = FCFS,
         speculation: str = NONE,
+        admission: str = WORST_CASE,
     ) -> None:
         """Pick and open the variant.
 
         Raises:
             LlmbuildError: as `llmbuild.load`, or the memory does not hold one sequence.
         """
-        if speculation not in NAMES:
-            raise InputError(f"speculation {speculation!r} is unknown: {' or '.join(NAMES)}")
+        for what, name, names in (("speculation", speculation, NAMES), ("admission", admission, ADMISSIONS)):
+            if name not in names:
+                raise InputError(f"{what} {name!r} is unknown: {' or '.join(names)}")
         found = load(catalog, model, slo, objective, variant=variant)
         self.pick: Pick = found.pick
         self._outputs: dict[str, RequestOutput] = {}
-        settings = Settings(memory_bytes, max_sequences, scheduler, Limits(LARGEST_COUNT, math.inf), speculation)
+        limits = Limits(LARGEST_COUNT, math.inf)
+        settings = Settings(memory_bytes, max_sequences, scheduler, limits, speculation, admission)
         (self._served,) = opened([found], settings, self._take, {})
         self._asked = 0
 

@@ -16,7 +16,10 @@ from llmbuild.serve.step import Output, Rows
 
 @dataclass(eq=False)
 class Sequence:
-    """A sequence and its state: it waits without a slot, runs with one, and has ended once `ended` is set."""
+    """A sequence and its state: it waits without a slot, runs with one, and has ended once `ended` is set.
+
+    One that is preempted waits again, with the tokens that it has: they are computed again, and none is chosen again.
+    """
 
     request: Request
     index: int
@@ -27,23 +30,26 @@ class Sequence:
     arrival_s: float
     deadline_s: float
     names: Names = ()
-    """By what the beginning of its prompt is known."""
-    takes: int = 0
+    """By what the beginning of its prompt, and of its answer so far, is known."""
+    most: int = 0
     """Parts of the device's memory that it takes at most."""
+    takes: int = 0
+    """Parts that it is to find free when it is admitted."""
     number: int = 0
     """Its place in the order of arrivals."""
     slot: int | None = None
     computed: int = 0
     """Tokens whose keys and values are in the slot; while it waits, those that would be there at once."""
     cached: int = 0
-    """Tokens of the prompt that were there when it was admitted."""
+    """Tokens of the prompt that were there when it was first admitted."""
     tokens: list[int] = field(default_factory=list)
     predicted: float | None = None
-    """How many tokens it is expected to have."""
+    """How many tokens it is expected to have, where answers before it tell."""
     guesses: Guesses | None = None
     """What guesses its next tokens, where they are."""
     ended: bool = False
-    admitted_s: float = 0.0
+    admitted_s: float | None = None
+    """When it was first admitted."""
     first_s: float = 0.0
     last_s: float = 0.0
 
@@ -54,15 +60,26 @@ class Sequence:
 
     @property
     def pending(self) -> int:
-        """Tokens that are not computed yet: the rest of the prompt, or the last token."""
+        """Tokens that are not computed yet: the last one at least."""
         return len(self.request.prompt) + len(self.tokens) - self.computed
 
+    @property
+    def decoding(self) -> bool:
+        """Whether it runs, and all but its last token is computed."""
+        return self.slot is not None and bool(self.tokens) and self.pending == 1
+
+    @property
+    def so_far(self) -> tuple[int, ...]:
+        """The tokens of its prompt and its answer."""
+        return (*self.request.prompt, *self.tokens)
+
     def entry(self) -> Entry:
-        """Return what a scheduler sees."""
+        """Return what a scheduler sees. An answer of which nothing is known is expected to be as long as it may be."""
+        most = self.request.params.max_tokens
         return Entry(
             self.number,
             self.pending,
-            bool(self.tokens),
+            self.decoding,
             self.arrival_s,
             self.computed,
             len(self.tokens),
@@ -71,7 +88,7 @@ class Sequence:
             self.request.priority,
             self.request.ttft_s,
             self.request.tpot_s,
-            self.predicted,
+            float(most) if self.predicted is None and most is not None else self.predicted,
             self.takes,
         )
 
@@ -84,7 +101,10 @@ class Sequence:
         """Return the next `count` tokens to compute, and drafts behind them."""
         assert self.slot is not None
         start, prompt = self.computed, self.request.prompt
-        tokens = prompt[start : start + count] if start < len(prompt) else self.tokens[start - len(prompt) :]
+        first, end = start - len(prompt), start - len(prompt) + count
+        tokens: tuple[int, ...] | list[int] = prompt[start : start + count] if first < 0 else self.tokens[first:end]
+        if first < 0 < end:  # a preempted sequence computes its prompt and its answer again
+            tokens = (*tokens, *self.tokens[:end])
         last = count == self.pending
         return Rows(self.slot, tokens, start, last and self.chooser.reads, drafts)
 

@@ -12,6 +12,7 @@ from llmbuild.runtime.chat import Message
 from llmbuild.runtime.model import Model
 from llmbuild.runtime.session import Session
 from llmbuild.serve import budget
+from llmbuild.serve.admission import EXPECTED, WORST_CASE, Admission, Expected, WorstCase
 from llmbuild.serve.budget import Need
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
@@ -43,6 +44,8 @@ class Plan:
     """What the variant's steps take, for schedulers that go by it."""
     speculation: str = NONE
     """How tokens are guessed ahead, by its name."""
+    admission: str = WORST_CASE
+    """By what sequences are admitted, by its name."""
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,15 @@ class Settings:
     scheduler: str = FCFS
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     speculation: str = NONE
+    admission: str = WORST_CASE
     plans: Mapping[str, Plan] = field(default_factory=dict)
     classes: Mapping[str, Targets] = field(default_factory=dict)
     """Deadlines of the classes that requests may name."""
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""
-        return self.plans.get(name, Plan(self.scheduler, self.max_sequences, speculation=self.speculation))
+        plan = Plan(self.scheduler, self.max_sequences, speculation=self.speculation, admission=self.admission)
+        return self.plans.get(name, plan)
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,17 @@ class Served:
         self.step = _step(model.session, slots, plan)
         policy = scheduler(plan.scheduler, self.step.cut, self.name, plan.curve, plan.targets)
         guesses = _speculation(self.name, self.step, plan)
-        self.engine = Engine(self.step, policy, self._text, outlet, settings.limits, observer, speculation=guesses)
+        self.admission = _admission(self.name, self.step, plan)
+        self.engine = Engine(
+            self.step,
+            policy,
+            self._text,
+            outlet,
+            settings.limits,
+            observer,
+            speculation=guesses,
+            admission=self.admission,
+        )
 
     @property
     def variant(self) -> str:
@@ -109,7 +124,8 @@ class Served:
         else:
             contexts, calls = slots, "in a call each"
         memory = f"memory for {contexts * self.context} tokens: {self.need.told(contexts)}"
-        return f"up to {slots} sequences at a time, {calls}, of {self.context} tokens at most; {memory}"
+        expected = "; admitted by what they are expected to take" if isinstance(self.admission, Expected) else ""
+        return f"up to {slots} sequences at a time, {calls}, of {self.context} tokens at most; {memory}{expected}"
 
     def text(self, text: str, add_special_tokens: bool = True) -> Prompt:
         """Return the prompt of a text.
@@ -186,6 +202,20 @@ def _speculation(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> S
         told = f"{name}: speculation {plan.speculation} needs a variant that computes several rows in one call"
         raise InputError(f"{told}: one with kernel=own")
     return None
+
+
+def _admission(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> Admission:
+    """Return by what sequences are admitted.
+
+    Raises:
+        InputError: by what is expected, and each sequence has a cache of the whole context.
+    """
+    if plan.admission != EXPECTED:
+        return WorstCase(step)
+    if not isinstance(step, RaggedStep):
+        told = f"{name}: admission {EXPECTED} needs a variant whose sequences share a cache in blocks"
+        raise InputError(f"{told}: one with kernel=own, or take {WORST_CASE}")
+    return Expected(step.tables)
 
 
 def opened(

@@ -98,7 +98,7 @@ def test_sequences_are_admitted_while_all_that_they_may_take_is_there() -> None:
     bench.settle()
     assert bench.ends("long") == ["length"] == bench.ends("behind")
     assert len(bench.tokens("long")) == CONTEXT - len(PROMPT) + 1
-    assert bench.engine._reserved == 0
+    assert bench.engine.snapshot().used == 0
 
 
 def test_what_can_never_fit_is_refused_and_the_next_is_answered() -> None:

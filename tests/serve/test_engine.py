@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llmbuild.serve.admission import EXPECTED, WORST_CASE
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import QueueFull, RequestRefused, Unavailable
 from llmbuild.serve.events import Delta, Ended, Event
@@ -19,6 +20,7 @@ from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Batch, Scheduler
+from llmbuild.serve.sequence import Sequence
 from llmbuild.serve.speculate import Speculation
 from llmbuild.serve.step import Output
 from tests.support.serving import (
@@ -294,7 +296,10 @@ class Counted(Observer):
     def __init__(self) -> None:
         self.lives: list[Lived] = []
         self.turns: list[Turned] = []
-        self.firsts = self.gaps = 0
+        self.firsts = self.gaps = self.losses = 0
+
+    def preempted(self) -> None:
+        self.losses += 1
 
     def turned(self, turn: Turned) -> None:
         self.turns.append(turn)
@@ -316,6 +321,12 @@ class Counted(Observer):
 class Machine(RuleBasedStateMachine):
     """Any order of arrivals, cancellations, late answers and steps."""
 
+    admission = WORST_CASE
+
+    def lengths(self, prompt: int, most: int | None) -> tuple[int, int | None]:
+        """Return the tokens of a prompt, and of an answer at most."""
+        return prompt, most
+
     @initialize(
         slots=st.integers(1, 4),
         policy=st.sampled_from([Fcfs(8), Fcfs(1), Sarathi(4, 1), Sarathi(6, 3), Sarathi(1, 2), *ADAPTIVE]),
@@ -324,18 +335,29 @@ class Machine(RuleBasedStateMachine):
         guesses=st.booleans(),
     )
     def begin(self, slots: int, policy: Scheduler, queue: int, contexts: int, guesses: bool) -> None:
-        """Make an engine."""
-        self.counted, guessing = Counted(), Speculation() if guesses else None
-        self.bench = Bench(
-            slots, policy, Limits(queue, 1000.0), observer=self.counted, contexts=contexts, speculation=guessing
-        )
+        """Make an engine, in which nobody is preempted for a later one."""
+        self.counted = Counted()
+        if self.admission == EXPECTED:
+            slots, queue, contexts = slots + 1, 8, 1
+        more: dict[str, Any] = {"speculation": Speculation() if guesses else None, "admission": self.admission}
+        self.bench = Bench(slots, policy, Limits(queue, 1000.0), 1, self.counted, contexts, **more)
+        engine, self.lost = self.bench.engine, 0
+        preempt = engine._preempt
+
+        def watched(last: Sequence) -> None:
+            assert all(one.order < last.order for one in engine._running.values() if one is not last)
+            assert len(engine._running) > 1
+            self.lost += 1
+            preempt(last)
+
+        engine._preempt = watched  # type: ignore[method-assign]
         self.taken: dict[str, Request] = {}
         self.cancelled: set[str] = set()
         self.refused = 0
 
     @rule(
         length=st.integers(1, CONTEXT),
-        most=st.integers(1, 6),
+        most=st.sampled_from([*range(1, 7), None]),
         n=st.integers(1, 3),
         heat=st.sampled_from([0, 0, 1.5]),
         late=st.sampled_from([None, None, 2.0]),
@@ -347,7 +369,7 @@ class Machine(RuleBasedStateMachine):
     def arrive(
         self,
         length: int,
-        most: int,
+        most: int | None,
         n: int,
         heat: float,
         late: float | None,
@@ -358,6 +380,7 @@ class Machine(RuleBasedStateMachine):
     ) -> None:
         """Submit a request."""
         name = f"r{len(self.taken) + self.refused}"
+        length, most = self.lengths(length, most)
         prompt = [1 + (text * 7 + k * 5) % 60 for k in range(length)]  # of a few texts: many begin alike
         more = {**more, "deadline_s": late, "salt": whose, "tenant": str(whose), "priority": priority}
         made = request(name, prompt, length, max_tokens=most, n=n, temperature=heat, **more)
@@ -402,9 +425,12 @@ class Machine(RuleBasedStateMachine):
         tables = self.bench.step.tables
         tables.check()
         assert self.bench.step.taken == set(owned)
-        assert engine._reserved == sum(one.takes for one in engine._running.values()) <= tables.blocks.count
         assert owned or tables.blocks.free == tables.blocks.count
-        assert found.used == engine._reserved / tables.blocks.count
+        reserved = sum(one.most for one in engine._running.values())
+        if self.bench.admission == WORST_CASE:
+            assert found.used == reserved / tables.blocks.count <= 1 and not self.lost
+        else:
+            assert found.used == 1 - tables.blocks.free / tables.blocks.count
         assert found.waiting == len(engine._waiting) + len(engine._inbox.arrivals)
         assert len(engine._deadlines) <= 64 + 4 * (len(engine._running) + len(engine._waiting))
         orders = [one.order for one in engine._waiting]
@@ -428,6 +454,7 @@ class Machine(RuleBasedStateMachine):
             else:
                 assert end in ("cancelled", "deadline") and said == tokens[: len(said)]
         assert len(self.counted.lives) == len(sequences)
+        assert self.counted.losses == self.lost
         spoken = sum(one.tokens for one in self.counted.lives)
         assert spoken == sum(t.tokens for t in self.counted.turns) == self.counted.firsts + self.counted.gaps
 
@@ -436,8 +463,30 @@ TestMachine = Machine.TestCase
 TestMachine.settings = settings(max_examples=60, stateful_step_count=40)
 
 
+class ExpectingMachine(Machine):
+    """The same by what is expected, with little memory and answers that take more of it than they are expected to."""
+
+    admission = EXPECTED
+
+    def lengths(self, prompt: int, most: int | None) -> tuple[int, int | None]:
+        """Return shorter prompts, and longer answers."""
+        return 1 + prompt % 7, None if most is None else 4 * most
+
+
+TestExpectingMachine = ExpectingMachine.TestCase
+TestExpectingMachine.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
+
+
 class LongMachine(Machine):
     """The same in more than 10,000 steps."""
+
+
+class LongExpectingMachine(ExpectingMachine):
+    """The same in more than 10,000 steps."""
+
+
+TestLongExpectingMachine = pytest.mark.exhaustive(LongExpectingMachine.TestCase)
+TestLongExpectingMachine.settings = settings(max_examples=240, stateful_step_count=50, deadline=None)
 
 
 TestLongMachine = pytest.mark.exhaustive(LongMachine.TestCase)

@@ -13,10 +13,13 @@ import pytest
 from llmbuild.errors import InputError
 from llmbuild.runtime import load, reader
 from llmbuild.runtime.model import Model
+from llmbuild.serve import budget
+from llmbuild.serve.engine import Engine
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request, SamplingParams
-from llmbuild.serve.served import Settings, opened
+from llmbuild.serve.sequence import Sequence
+from llmbuild.serve.served import Settings, abi_of, opened
 from llmbuild.serve.step import Output, Rows
 from tests.conftest import RECIPE, Project, llmbuild, shared
 from tests.serve.test_exact import PROMPTS, answered, tokens
@@ -162,6 +165,26 @@ def test_guessed_tokens_change_no_answer(model: Model) -> None:
     requests = [Request(f"r{n}", prompt, (hot, greedy)[n % 2], n) for n, prompt in enumerate(prompts)]
     plain = answered(model, Settings(max_sequences=4), requests)
     assert answered(model, Settings(max_sequences=4, speculation="ngram"), requests) == plain
+
+
+def test_answers_that_lose_their_place_are_those_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory for one context, and four sequences that each fill it: what is computed again has the bits that it had."""
+    lost, preempt = list[int](), Engine._preempt
+
+    def counted(engine: Engine, one: Sequence) -> None:
+        lost.append(one.number)
+        preempt(engine, one)
+
+    monkeypatch.setattr(Engine, "_preempt", counted)
+    hot = SamplingParams(temperature=0.8, max_tokens=None, ignore_eos=True, logprobs=2)
+    greedy = SamplingParams(temperature=0, max_tokens=None, ignore_eos=True)
+    requests = [Request(f"r{n}", tuple(range(9 + n, 15 + n)), (hot, greedy)[n % 2], n) for n in range(4)]
+    memory = budget.need("tiny", model.row, abi_of(model), 4).total(1)
+    tight = answered(model, Settings(memory, max_sequences=4, admission="expected"), requests)
+    assert lost and 1 not in lost
+    for one in requests:
+        (alone,) = answered(model, Settings(max_sequences=1), [one]).values()
+        assert tight[one.id] == alone and len(alone) == CONTEXT - 5
 
 
 def test_draws_of_a_mix_are_those_alone(model: Model) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from llmbuild.runtime.answers import Text
 from llmbuild.runtime.detokenize import Decoder, stages
+from llmbuild.serve.admission import EXPECTED, WORST_CASE, Expected
 from llmbuild.serve.blocks import Names, Tables
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.events import Delta, Ended, Event
@@ -188,6 +189,7 @@ class Bench:
     contexts: int = 0
     clock: Clock = field(default_factory=Clock)
     speculation: Speculation | None = None
+    admission: str = WORST_CASE
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -201,6 +203,7 @@ class Bench:
             self.observer,
             clock=self.clock,
             speculation=self.speculation,
+            admission=Expected(self.step.tables) if self.admission == EXPECTED else None,
         )
 
     def submit(self, name: str, prompt: Sequence[int], seed: int = 0, **params: Any) -> Request:

@@ -40,7 +40,7 @@ class Metrics:
         self.drafts = counter("spec_decode_num_draft_tokens", "Tokens that were guessed and computed.")
         self.right = counter("spec_decode_num_accepted_tokens", "Guessed tokens that were right.")
         self.success = counter("request_success", "Sequences that ended, by their finish reason.", "finished_reason")
-        self.preemptions = counter("num_preemptions", "Sequences that lost their place; here none ever does.")
+        self.preemptions = counter("num_preemptions", "Sequences that lost their place, and were computed again.")
         self.iteration = histogram("iteration_tokens_total", "Tokens that a step computed.", _TOKENS)
         self.first = histogram("time_to_first_token_seconds", "From the arrival to the first token.")
         self.gap = histogram("inter_token_latency_seconds", "Between two tokens of a sequence.")
@@ -88,7 +88,7 @@ class ModelMetrics(Observer):
 
         self._prompt_tokens = metrics.prompt_tokens.labels(*self._all)
         self._generation_tokens = metrics.generation_tokens.labels(*self._all)
-        metrics.preemptions.labels(*self._all)
+        self._preemptions = metrics.preemptions.labels(*self._all)
         self._drafts, self._right = metrics.drafts.labels(*self._all), metrics.right.labels(*self._all)
         self._queries, self._hits = metrics.queries.labels(*self._all), metrics.hits.labels(*self._all)
         self._iteration, self._step, self._host = one(metrics.iteration), one(metrics.step), one(metrics.host)
@@ -107,6 +107,9 @@ class ModelMetrics(Observer):
     def admitted(self, prompt_tokens: int, cached: int) -> None:
         self._queries.inc(prompt_tokens)
         self._hits.inc(cached)
+
+    def preempted(self) -> None:
+        self._preemptions.inc()
 
     def turned(self, turn: Turned) -> None:
         self._prompt_tokens.inc(turn.prompt_tokens)
@@ -151,7 +154,10 @@ class _States(Collector):
         gauges: dict[str, tuple[str, Callable[[Snapshot], float]]] = {
             "vllm:num_requests_running": ("Sequences with a slot.", lambda s: s.running),
             "vllm:num_requests_waiting": ("Sequences in the queue.", lambda s: s.waiting),
-            "vllm:kv_cache_usage_perc": ("Part of the KV cache that is reserved.", lambda s: s.used),
+            "vllm:kv_cache_usage_perc": (
+                "Part of the KV cache that is reserved; or taken, with expected admission.",
+                lambda s: s.used,
+            ),
             "llmbuild:slots": ("Sequences that can run at a time.", lambda s: s.slots),
             "llmbuild:seconds_without_step": ("Since the last step, while there is work.", lambda s: s.idle_s),
         }

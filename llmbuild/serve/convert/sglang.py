@@ -31,7 +31,9 @@ FLAGS: Mapping[str, Flag] = {
     "schedule-policy": Flag(
         r.only(("fcfs",), "requests of equal priority are taken in their order", "there is no such policy")
     ),
-    "schedule-conservativeness": Flag(r.moot("all that a request may take is reserved when it is admitted")),
+    "schedule-conservativeness": Flag(
+        r.moot("all that a request may take is reserved, unless llmbuild serve has --admission expected")
+    ),
     "enable-priority-scheduling": Flag(r.moot("priorities hold under every scheduler"), 0),
     "enable-mixed-chunk": Flag(r.moot("prompts and decodes share a step"), 0),
     "page-size": Flag(r.moot("blocks have 32 positions")),

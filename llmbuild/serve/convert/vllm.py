@@ -33,7 +33,7 @@ FLAGS: Mapping[str, Flag] = {
     "no-enable-prefix-caching": Flag(r.refuse("prompts that begin alike always share blocks"), 0),
     "prefix-caching-hash-algo": Flag(r.moot("blocks are named by SHA-256")),
     "block-size": Flag(r.moot("blocks have 32 positions")),
-    "swap-space": Flag(r.moot("what is admitted ends: nothing is swapped out")),
+    "swap-space": Flag(r.moot("nothing is swapped out: what loses its place is computed again")),
     "cpu-offload-gb": Flag(r.moot("weights are mapped from the disk into memory")),
     "kv-cache-memory-bytes": Flag(
         r.refuse("llmbuild serve --memory bounds weights and caches together: give their sum")

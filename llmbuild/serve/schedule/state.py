@@ -18,7 +18,7 @@ class Entry(NamedTuple):
     pending: int
     """Tokens to compute before its next token can be chosen."""
     decoding: bool
-    """Whether it has its first token: `pending` is then 1."""
+    """Whether it has a token, and only its last one is pending: all are, once more, of one that was preempted."""
     arrival_s: float
     computed: int = 0
     """Tokens whose keys and values are there, or would be at once."""
@@ -35,9 +35,9 @@ class Entry(NamedTuple):
     tpot_s: float | None = None
     """Seconds that are asked for between its tokens."""
     predicted: float | None = None
-    """How many tokens its answer is expected to have, by what was known at its arrival."""
+    """How many tokens its answer is expected to have, by what is known of answers before it."""
     takes: int = 1
-    """Parts of the memory that it takes at most, in the unit of `State.room`."""
+    """Parts of the memory that are to be free when it is admitted, in the unit of `State.room`."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class State:
     slots: int = 0
     """Slots that are free."""
     room: int = 0
-    """Parts of the memory that are free."""
+    """Parts of the memory that are free for those that wait."""
     service: Mapping[str, float] = field(default_factory=dict)
     """What each tenant was served, in weighted tokens."""
 
@@ -68,7 +68,7 @@ class Share(NamedTuple):
 
 @dataclass(frozen=True)
 class Batch:
-    """The rows of one step. A share of a waiting sequence admits it: it takes a free slot and keeps it to its end."""
+    """The rows of one step. A share of a waiting sequence admits it: it takes a free slot."""
 
     shares: tuple[Share, ...] = ()
 

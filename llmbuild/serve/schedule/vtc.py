@@ -82,7 +82,7 @@ class Vtc:
 
 
 def _by_service(waiting: Iterable[Entry], service: Mapping[str, float]) -> list[Entry]:
-    """Return those that wait in the order in which they would be admitted, each charged with its prompt."""
+    """Return those that wait in the order in which they would be admitted, each charged with its prompt, once."""
     queues: dict[tuple[int, str], list[Entry]] = {}
     for one in waiting:
         queues.setdefault((one.priority, one.tenant), []).append(one)
@@ -93,6 +93,6 @@ def _by_service(waiting: Iterable[Entry], service: Mapping[str, float]) -> list[
         one = queues[place].pop(0)
         if not queues[place]:
             del queues[place]
-        served[one.tenant] += PROMPT_WEIGHT * one.pending
+        served[one.tenant] += 0 if one.tokens else PROMPT_WEIGHT * one.pending
         found.append(one)
     return found
