@@ -118,7 +118,9 @@ class Profile:
     source: str
     quality_kl: float | None = None
     error: float = 0.0
-    """Largest relative error of the fit on its own rows."""
+    """Largest relative error of the fit on its own rows; of a profile that is unseen, what nine of ten stay below."""
+    unseen: bool = False
+    """Whether nothing of the model was read on the device: all of it is an estimate."""
 
     @property
     def basis(self) -> Basis:
@@ -217,6 +219,8 @@ class Fleet:
     """Between two decisions of a policy."""
     actuators: tuple[Guarded, ...] = ()
     """Guarded actions that are allowed."""
+    estimates: bool = False
+    """Whether a model gets estimated profiles on devices that have none of it."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

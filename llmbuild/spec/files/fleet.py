@@ -202,6 +202,7 @@ class _Fleet(Strict):
     policy: str = "adaptive"
     period: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=3600)] = 10.0
     actuators: tuple[nouns.Guarded, ...] = ()
+    estimates: Annotated[bool, Field(strict=True)] = False
 
     @model_validator(mode="after")
     def _distinct(self) -> _Fleet:
@@ -243,6 +244,7 @@ def read_fleet(path: Path, policies: tuple[str, ...]) -> nouns.Fleet:
         policy=parsed.policy,
         period_s=parsed.period,
         actuators=tuple(dict.fromkeys(parsed.actuators)),
+        estimates=parsed.estimates,
     )
 
 
