@@ -164,7 +164,7 @@ class LowRank:
         return self.roofs + self.mean + rows @ machine
 
 
-_RIDGE, _RANK, _TURNS = 0.5, 2, 3
+_RIDGE, _RANK, _TURNS = 0.5, 2, 2
 
 
 def low_rank(train: Sequence[Observation], points: Sequence[Point], quantity: Quantity) -> Held:
@@ -207,7 +207,7 @@ def _column(at: Point) -> tuple[str, str]:
 
 # --- boosted trees ----------------------------------------------------------------------------------------------------
 
-_TREES, _DEPTH, _SHRINK, _BINS, _LEAF = 100, 3, 0.1, 32, 5
+_TREES, _DEPTH, _SHRINK, _BINS, _LEAF = 60, 3, 0.15, 32, 5
 
 
 def boosted(train: Sequence[Observation], points: Sequence[Point], quantity: Quantity) -> Held:
