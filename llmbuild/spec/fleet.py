@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from llmbuild.spec.figures import Architecture, Machine
 from llmbuild.spec.slo import Bound
 
 Basis = Literal["measured", "published", "estimated"]
@@ -221,6 +222,10 @@ class Fleet:
     """Guarded actions that are allowed."""
     estimates: bool = False
     """Whether a model gets estimated profiles on devices that have none of it."""
+    machines: tuple[Machine, ...] = ()
+    """Figures of devices that estimates do not know, or that stand for those that they do."""
+    architectures: tuple[Architecture, ...] = ()
+    """The same of models."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

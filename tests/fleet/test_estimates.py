@@ -16,6 +16,7 @@ from llmbuild.fleet.plan.load import stated
 from llmbuild.fleet.plan.plan import plan
 from llmbuild.fleet.profiles.gather import profiles_of
 from llmbuild.report.fleet import plan_json
+from llmbuild.spec.files.fleet import read_fleet
 from llmbuild.spec.fleet import Fleet, Line, Profile, StepTime
 from tests.support.fleets import fleet, node, service
 
@@ -158,14 +159,41 @@ def test_a_plan_says_that_it_stands_on_an_estimate(tmp_path: Path) -> None:
 
 
 def test_what_has_no_figures_is_refused_with_those_that_have(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"device X.*there are A10-24GB.*`estimates`"):
+    with pytest.raises(InputError, match=r"device X .*there are A10-24GB.*`figures`"):
         profiles_of(on("X"), tmp_path)
     strange = on(NEW)
     strange = replace(strange, services=(replace(strange.services[0], model="m"),))
-    with pytest.raises(InputError, match=r"model m .*there are bloom-176b.*`estimates`"):
+    with pytest.raises(InputError, match=r"model m .*there are bloom-176b.*`figures`"):
         profiles_of(strange, tmp_path)
     with pytest.raises(InputError, match=r"or set `estimates: true`"):
         profiles_of(on(NEW, estimates=False), tmp_path)
+
+
+FIGURES = """
+estimates: true
+figures:
+  devices: [{device: own, bandwidth: 600GB, fp16_tflops: 121, fp8_tflops: 242, memory: 24GB, board_w: 72, source: mine}]
+  models: [{model: small, parameters: 4.0e9, layers: 36, kv_per_token: 147kB, source: mine}]
+nodes: [{class: a, device: own, count: 1, memory: 24GB, watts: {bare: 1, parked: 2, basis: estimated, source: mine}}]
+services: [{model: small, rate: 1, classes: [{name: c, prompt: 100, output: 100, slo: [tpot_s<=0.2]}]}]
+"""
+
+
+def test_figures_of_the_file_lead_to_estimates_of_what_nobody_knows(tmp_path: Path) -> None:
+    path = tmp_path / "own.yaml"
+    path.write_text(FIGURES)
+    asked = read_fleet(path, ("adaptive",))
+    slow = replace(asked, machines=(replace(asked.machines[0], bandwidth=300e9),))
+    wide, narrow = profiles_of(asked, tmp_path), profiles_of(slow, tmp_path)
+    assert [(p.device, p.model, p.variant, p.told) for p in wide] == [
+        ("own", "small", "fp16", "estimated"),
+        ("own", "small", "fp8", "estimated"),
+    ]
+    assert wide[0].step.rows_s(1) < narrow[0].step.rows_s(1)
+    assert wide[0].weights_bytes == 8e9
+    path.write_text(FIGURES.replace("layers: 36", "layers: 36, active: 1.0e9"))
+    with pytest.raises(InputError, match="active and expert_share belong together"):
+        read_fleet(path, ("adaptive",))
 
 
 def test_a_step_reads_the_experts_that_its_tokens_choose() -> None:

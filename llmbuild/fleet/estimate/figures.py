@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
+from llmbuild.spec.figures import Architecture, Machine
+
 WIDTHS = {"fp16": 2.0, "fp8": 1.0, "mxfp4": 0.56}
 """Bytes of a parameter; those of mxfp4 are the size of gpt-oss-120b's files over its parameters."""
 SOURCES = {
@@ -25,51 +27,6 @@ SOURCES = {
 }
 _HELD = 0.92
 """Share of the memory that weights and cache may take: a batch beyond it was computed in parts."""
-
-
-@dataclass(frozen=True)
-class Machine:
-    """A device by its data sheet; products are dense."""
-
-    name: str
-    bandwidth: float
-    """Bytes a second."""
-    fp16: float
-    """Operations a second."""
-    fp8: float
-    """Of 8-bit numbers; where there are none, those of fp16."""
-    memory_bytes: float
-    board_w: float
-    source: str
-
-    def rate(self, precision: str) -> float:
-        """Return operations a second for weights of a precision; narrower weights than 8 bits are widened first."""
-        return self.fp8 if precision == "fp8" else self.fp16
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """A model by its configuration."""
-
-    name: str
-    parameters: float
-    active: float
-    """Parameters that one token is multiplied by."""
-    layers: int
-    kv_bytes: float
-    """Keys and values of one position."""
-    expert_share: float
-    """Experts that one token uses, of all; 1 without experts."""
-    source: str
-
-    def read(self, tokens: float) -> float:
-        """Return the parameters that a step of so many tokens reads: of experts, those that any token chose."""
-        if self.expert_share >= 1:
-            return self.parameters
-        experts = (self.parameters - self.active) / (1 - self.expert_share)
-        dense = self.parameters - experts
-        touched: float = 1 - (1 - self.expert_share) ** max(tokens, 1.0)
-        return dense + experts * touched
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ What a fleet file gives of other models or devices counts as observations, where
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.estimate.estimator import Estimator, shipped
-from llmbuild.fleet.estimate.figures import WIDTHS, Architecture, Machine, Observation, Point, machines, models
+from llmbuild.fleet.estimate.figures import WIDTHS, Observation, Point, machines, models
 from llmbuild.fleet.estimate.figures import observations as batches
 from llmbuild.fleet.profiles.published import LOAD_S
+from llmbuild.spec.figures import Architecture, Machine
 from llmbuild.spec.fleet import Fleet, Line, Profile, StepPower, StepTime
 
 ENGINE, KIND = "vllm", "batch"
@@ -55,33 +56,27 @@ def estimated(fleet: Fleet, known: Iterable[Profile]) -> list[Profile]:
     missing = [pair for pair in wanted if pair not in there]
     if not missing:
         return []
-    both = _refined(fleet.profiles)
-    return [made for device, model in missing for made in _profiles(both, _machine(device), _model(model))]
+    on = machines() | {each.name: each for each in fleet.machines}
+    of = models() | {each.name: each for each in fleet.architectures}
+    for device, model in missing:
+        _known("device", device, on)
+        _known("model", model, of)
+    both = _refined(fleet.profiles, on, of)
+    return [made for device, model in missing for made in _profiles(both, on[device], of[model])]
 
 
-def _machine(name: str) -> Machine:
-    if name not in machines():
-        raise InputError(
-            f"no profile of device {name}, and no figures to estimate one from: there are {', '.join(machines())}; "
-            "give profiles of its models in `profiles`, or take `estimates` out"
-        )
-    return machines()[name]
+def _known(what: str, name: str, there: Iterable[str]) -> None:
+    if name not in there:
+        told = f"no figures of {what} {name} to estimate a profile from: there are {', '.join(there)}"
+        raise InputError(f"{told}; give them in `figures`, or all its profiles in `profiles`")
 
 
-def _model(name: str) -> Architecture:
-    if name not in models():
-        raise InputError(
-            f"no profile of model {name} on some device, and no figures to estimate one from: "
-            f"there are {', '.join(models())}; give its profiles in `profiles`, or take `estimates` out"
-        )
-    return models()[name]
-
-
-def _refined(given: Sequence[Profile]) -> _Both:
+def _refined(given: Sequence[Profile], on: Mapping[str, Machine], of: Mapping[str, Architecture]) -> _Both:
     """Return the estimators, refined by the profiles of a fleet file that are no estimates."""
-    of = [p for p in given if p.device in machines() and p.model in models() and p.variant in WIDTHS]
-    timed = [each for p in of for each in _steps(p)]
-    both = _Both(shipped("seconds"), shipped("watts"), tuple(f"{p.model} on {p.device}" for p in of if _steps(p)))
+    seen = [p for p in given if p.device in on and p.model in of and p.variant in WIDTHS]
+    steps = [(p, _steps(p, on[p.device], of[p.model])) for p in seen]
+    timed = [each for _, found in steps for each in found]
+    both = _Both(shipped("seconds"), shipped("watts"), tuple(f"{p.model} on {p.device}" for p, found in steps if found))
     if not timed:
         return both
     drawn = [each for each in timed if each.watts]
@@ -89,9 +84,9 @@ def _refined(given: Sequence[Profile]) -> _Both:
     return _Both(both.seconds.refined(timed), watts, both.seen)
 
 
-def _steps(profile: Profile) -> list[Observation]:
+def _steps(profile: Profile, machine: Machine, model: Architecture) -> list[Observation]:
     """Return the steps of a profile that were measured or published."""
-    machine, model, found = machines()[profile.device], models()[profile.model], []
+    found = []
     power = profile.power if profile.power_basis != "estimated" else None
     if profile.decode_basis != "estimated":
         for rows in profile.step.rows_s.at:
