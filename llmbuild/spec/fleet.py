@@ -119,9 +119,9 @@ class Profile:
     source: str
     quality_kl: float | None = None
     error: float = 0.0
-    """Largest relative error of the fit on its own rows; of a profile that is unseen, what nine of ten stay below."""
-    unseen: bool = False
-    """Whether nothing of the model was read on the device: all of it is an estimate."""
+    """Largest relative error of the fit on its own rows; of an estimate, what nine of ten stay below."""
+    estimate: bool = False
+    """Whether all of it is an estimate, which rows of other devices and models led to as well."""
 
     @property
     def basis(self) -> Basis:

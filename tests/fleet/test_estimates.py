@@ -115,11 +115,11 @@ def test_estimates_stand_only_where_there_is_nothing_else_and_say_so(tmp_path: P
     made = [p for p in found if p.device == NEW]
     assert [p.variant for p in made] == ["fp16", "fp8"]
     for each in made:
-        assert (each.told, each.unseen) == ("estimated", True)
+        assert (each.told, each.estimate) == ("estimated", True)
         assert each.error > 0.1
-        assert "0 of them on L4-24GB" in each.source
+        assert "0 of llama-3-8b on L4-24GB" in each.source
         assert list(each.step.rows_s.values) == sorted(each.step.rows_s.values)
-    assert not any(p.unseen for p in plain)
+    assert not any(p.estimate for p in plain)
 
 
 def test_watts_that_are_estimated_are_below_the_limit_of_the_board(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_profile_of_the_file_refines_the_estimates_of_other_models_on_its_devi
         model="qwen3-8b",
         step=StepTime(Line((1.0, 16.0), (0.2, 0.25)), 0.0, plain.step.prompt_s),
         decode_basis="measured",
-        unseen=False,
+        estimate=False,
     )
     refined = profiles_of(on(NEW, profiles=(slow,)), tmp_path)[0]
     assert refined.step.rows_s(16) > 1.5 * plain.step.rows_s(16)
@@ -146,12 +146,18 @@ def test_a_profile_of_the_file_refines_the_estimates_of_other_models_on_its_devi
     assert again.step == plain.step
 
 
+def test_a_model_is_estimated_in_the_precision_that_it_comes_in(tmp_path: Path) -> None:
+    asked = on("H200-SXM-141GB")
+    asked = replace(asked, services=(replace(asked.services[0], model="gpt-oss-120b"),))
+    assert [p.variant for p in profiles_of(asked, tmp_path)] == ["mxfp4"]
+
+
 def test_a_plan_says_that_it_stands_on_an_estimate(tmp_path: Path) -> None:
     asked = on(NEW)
     found = plan(asked, profiles_of(asked, tmp_path), stated(asked))
     told = plan_json(found)
     assert found.feasible
-    assert "by an estimate: never measured there" in found.assignments[0].why
+    assert "by an estimate: nine of ten are within a factor of" in found.assignments[0].why
     assert told["basis"] == "estimated"
     (one,) = told["assignments"]  # type: ignore[misc, attr-defined]
     assert one["fit_error"] is None

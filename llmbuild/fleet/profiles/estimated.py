@@ -103,9 +103,9 @@ def _steps(profile: Profile, machine: Machine, model: Architecture) -> list[Obse
 
 
 def _profiles(both: _Both, machine: Machine, model: Architecture) -> list[Profile]:
-    """Return a profile in each precision that the model is published in and the machine multiplies."""
-    experts = model.expert_share < 1
-    precisions = ["mxfp4"] if experts else ["fp16", *(["fp8"] if machine.fp8 > machine.fp16 else [])]
+    """Return a profile in each precision that the machine multiplies, or in the narrower one that the model comes in."""
+    narrow = any(at.model == model and at.precision == "mxfp4" for at in (each.point for each in batches()))
+    precisions = ["mxfp4"] if narrow else ["fp16", *(["fp8"] if machine.fp8 > machine.fp16 else [])]
     return [_profile(both, machine, model, precision) for precision in precisions]
 
 
@@ -140,13 +140,13 @@ def _profile(both: _Both, machine: Machine, model: Architecture, precision: str)
         power_basis="estimated",
         source=_source(both, machine, model),
         error=error,
-        unseen=True,
+        estimate=True,
     )
 
 
 def _source(both: _Both, machine: Machine, model: Architecture) -> str:
     """Return what an estimate is made of."""
-    own = sum(each.point.machine.name == machine.name for each in batches())
-    told = f"estimate for {ENGINE} from {len(batches())} published batches, {own} of them on {machine.name}"
+    own = sum((each.point.machine.name, each.point.model.name) == (machine.name, model.name) for each in batches())
+    told = f"estimate for {ENGINE} from {len(batches())} published batches, {own} of {model.name} on {machine.name}"
     told += f"; {machine.source}; {model.source}"
     return f"{told}; refined by {', '.join(both.seen)} of the fleet file" if both.seen else told
