@@ -103,7 +103,7 @@ def _steps(profile: Profile, machine: Machine, model: Architecture) -> list[Obse
 
 
 def _profiles(both: _Both, machine: Machine, model: Architecture) -> list[Profile]:
-    """Return a profile in each precision that the machine multiplies, or in the narrower one that the model comes in."""
+    """Return a profile in each precision that the machine multiplies, or in the one that the model comes in."""
     narrow = any(at.model == model and at.precision == "mxfp4" for at in (each.point for each in batches()))
     precisions = ["mxfp4"] if narrow else ["fp16", *(["fp8"] if machine.fp8 > machine.fp16 else [])]
     return [_profile(both, machine, model, precision) for precision in precisions]
