@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmbuild.spec.cluster import Cluster, Pods
+from llmbuild.spec.figures import Architecture, Machine
 from llmbuild.spec.slo import Bound
 from llmbuild.spec.tariff import Tariff
 
@@ -120,7 +121,9 @@ class Profile:
     source: str
     quality_kl: float | None = None
     error: float = 0.0
-    """Largest relative error of the fit on its own rows."""
+    """Largest relative error of the fit on its own rows; of an estimate, what nine of ten stay below."""
+    estimate: bool = False
+    """Whether all of it is an estimate, which rows of other devices and models led to as well."""
 
     @property
     def basis(self) -> Basis:
@@ -232,6 +235,12 @@ class Fleet:
     """Where it runs on Kubernetes."""
     tariff: Tariff | None = None
     """What electricity costs and emits."""
+    estimates: bool = False
+    """Whether a model gets estimated profiles on devices that have none of it."""
+    machines: tuple[Machine, ...] = ()
+    """Figures of devices that estimates do not know, or that stand for those that they do."""
+    architectures: tuple[Architecture, ...] = ()
+    """The same of models."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

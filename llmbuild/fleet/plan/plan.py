@@ -289,7 +289,7 @@ def _why(asked: Program, chosen: Option) -> str:
     """Return the reason for an option: what a request costs on it, and on the next best one elsewhere."""
     mine = _whole_cost(asked, chosen)
     others = [o for o in asked.options if o.service == chosen.service and o.point != chosen.point]
-    told = f"{mine:.3g} {_UNIT[asked.fleet.objective]} for each request at full use"
+    told = f"{mine:.3g} {_UNIT[asked.fleet.objective]} for each request at full use{_estimate(chosen)}"
     if not others:
         return f"{told}; no other point meets the SLO"
     best = min(others, key=lambda o: _whole_cost(asked, o))
@@ -297,6 +297,14 @@ def _why(asked: Program, chosen: Option) -> str:
     if theirs >= mine:
         return f"{told}, the least; next: {best.point.name}, {theirs:.3g}"
     return f"{told}; {best.point.name} has {theirs:.3g}, but its slots are taken or one more replica of it costs more"
+
+
+def _estimate(chosen: Option) -> str:
+    """Return how far an estimated profile may be off."""
+    profile = chosen.point.profile
+    if not profile.estimate:
+        return ""
+    return f" by an estimate: nine of ten are within a factor of {1 + profile.error:.2g}"
 
 
 _UNIT = {"energy": "J", "cost": "price units", "nodes": "nodes x s"}

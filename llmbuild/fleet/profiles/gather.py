@@ -1,10 +1,11 @@
-"""All profiles of a fleet: those that its file gives, those that were published, and those of a catalog."""
+"""All profiles of a fleet: those that its file gives, that were published, of a catalog, and estimates if asked for."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from llmbuild.errors import InputError
+from llmbuild.fleet.profiles.estimated import estimated
 from llmbuild.fleet.profiles.measured import measured
 from llmbuild.fleet.profiles.published import published
 from llmbuild.spec.fleet import Fleet, Profile
@@ -13,8 +14,11 @@ from llmbuild.spec.fleet import Fleet, Profile
 def profiles_of(fleet: Fleet, catalog: Path) -> tuple[Profile, ...]:
     """Return the profiles of a fleet's models on its devices; what the file gives stands for what was published.
 
+    Estimates stand for nothing: a model gets them where it has no other profile, and only if the file asks for them.
+
     Raises:
-        InputError: a model has no profile anywhere, or energy is asked for and a profile has no watts.
+        InputError: a model has no profile anywhere, what is to be estimated has no figures, or energy is asked for and
+            a profile has no watts.
         CatalogError: a class of nodes names a machine of a catalog that cannot be read.
     """
     models = [service.model for service in fleet.services]
@@ -23,11 +27,13 @@ def profiles_of(fleet: Fleet, catalog: Path) -> tuple[Profile, ...]:
     others = [p for p in published() if (p.device, p.model, p.variant) not in given]
     all_ = (*fleet.profiles, *others, *measured(catalog, fleet.nodes, models))
     found = tuple(p for p in all_ if p.model in models and p.device in devices)
+    if fleet.estimates:
+        found += tuple(estimated(fleet, found))
     for model in models:
         if not any(p.model == model for p in found):
             known = sorted({f"{p.model} on {p.device}" for p in all_})
             told = f"no profile of model {model} on any of {', '.join(sorted(set(devices)))}"
-            todo = "give one in `profiles`"
+            todo = "give one in `profiles`, or set `estimates: true`"
             if any(node.machine for node in fleet.nodes):
                 todo = f"build it on that machine with `llmbuild build`, or {todo}"
             raise InputError(f"{told}: {todo}; there are {', '.join(known) or 'none'}")

@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llmbuild.errors import InputError
 from llmbuild.spec import fleet as nouns
+from llmbuild.spec.figures import Architecture, Machine
 from llmbuild.spec.files.cluster import Bytes, ClusterKeys, PodKeys, cluster_of, pods_of
 from llmbuild.spec.files.reader import seconds
 from llmbuild.spec.files.strict import Strict, line_of, read, validate
@@ -51,6 +52,7 @@ _Seconds = Annotated[float, BeforeValidator(seconds), Field(ge=0, le=1e6)]
 _Watts = Annotated[float, Field(ge=0, le=1e6)]
 _Ratio = Annotated[float, Field(gt=0, le=100)]
 _Positive = Annotated[float, Field(gt=0, le=1e9)]
+_Large = Annotated[float, Field(ge=1e6, le=1e14)]
 _Count = Annotated[int, Field(ge=1, le=100_000, strict=True)]
 _Cores = Annotated[tuple[Annotated[int, Field(ge=0, le=4095, strict=True)], ...], Field(min_length=1)]
 _Digits = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{4,64}$")]
@@ -200,6 +202,39 @@ class _Profile(Strict):
         return self
 
 
+class _Device(Strict):
+    device: str = Field(pattern=f"^{_NAME}$")
+    bandwidth: Bytes
+    fp16_tflops: _Positive
+    fp8_tflops: _Positive | None = None
+    memory: Bytes
+    board_w: _Positive
+    source: str = Field(min_length=1)
+
+
+class _Model(Strict):
+    model: str = Field(min_length=1)
+    parameters: _Large
+    active: _Large | None = None
+    layers: Annotated[int, Field(ge=1, le=10_000, strict=True)]
+    kv_per_token: Bytes
+    expert_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    source: str = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _experts(self) -> _Model:
+        if (self.active or self.parameters) > self.parameters:
+            raise ValueError(f"active, {self.active:g}, is above parameters, {self.parameters:g}")
+        if (self.active is None) != (self.expert_share == 1):
+            raise ValueError("active and expert_share belong together: give both for a model with experts, else none")
+        return self
+
+
+class _Figures(Strict):
+    devices: tuple[_Device, ...] = ()
+    models: tuple[_Model, ...] = ()
+
+
 class _Fleet(Strict):
     name: str | None = Field(default=None, pattern=f"^{_NAME}$")
     nodes: tuple[_Node, ...] = Field(min_length=1)
@@ -211,6 +246,8 @@ class _Fleet(Strict):
     actuators: tuple[nouns.Guarded, ...] = ()
     kubernetes: ClusterKeys | None = None
     electricity: Electricity | None = None
+    estimates: Annotated[bool, Field(strict=True)] = False
+    figures: _Figures = _Figures()
 
     @model_validator(mode="after")
     def _distinct(self) -> _Fleet:
@@ -256,6 +293,9 @@ def read_fleet(path: Path, policies: tuple[str, ...]) -> nouns.Fleet:
         actuators=tuple(dict.fromkeys(parsed.actuators)),
         cluster=cluster_of(parsed.kubernetes),
         tariff=None if parsed.electricity is None else parsed.electricity.made(),
+        estimates=parsed.estimates,
+        machines=tuple(_machine(each) for each in parsed.figures.devices),
+        architectures=tuple(_architecture(each) for each in parsed.figures.models),
     )
 
 
@@ -332,6 +372,17 @@ def _profile(one: _Profile) -> nouns.Profile:
         source=one.source,
         quality_kl=one.quality_kl,
     )
+
+
+def _machine(one: _Device) -> Machine:
+    fp16 = one.fp16_tflops * 1e12
+    fp8 = one.fp8_tflops * 1e12 if one.fp8_tflops else fp16
+    return Machine(one.device, one.bandwidth, fp16, fp8, one.memory, one.board_w, one.source)
+
+
+def _architecture(one: _Model) -> Architecture:
+    active = one.active or one.parameters
+    return Architecture(one.model, one.parameters, active, one.layers, one.kv_per_token, one.expert_share, one.source)
 
 
 def _line(places: dict[int, float]) -> nouns.Line:
