@@ -241,7 +241,7 @@ def widest(some: Sequence[Layout]) -> tuple[Layout, ...]:
 
 @cache
 def placed(gpu: str, layout: Layout) -> tuple[tuple[Slice, int], ...]:
-    """Return where the slices of a layout begin, so that most can be added: a 3g at 0 leaves less room than one at 4."""
+    """Return where the slices of a layout begin, so that most can be added: a 3g at 0 leaves less room than at 4."""
     all_ = _placements(gpu)
     fitting = [one for one in all_ if layout_of(each for each, _ in one) == layout]
     best = max(fitting, key=lambda one: sum(one < other for other in all_))
