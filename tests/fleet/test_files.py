@@ -119,7 +119,7 @@ def test_a_class_with_partitions_has_the_layouts_of_its_gpu_and_is_undivided_at_
     made = read(tmp_path, DIVIDED)
     found = made.nodes[0].partitions
     assert found is not None
-    assert (len(found.layouts), found.now.name, round(found.change.seconds)) == (77, "7g.80gb", 66)
+    assert (len(found.layouts), found.now.name, round(found.change.seconds)) == (28, "7g.80gb", 66)
     assert made.layouts(made.nodes[0]) == (found.now,)
     allowed = read(tmp_path, DIVIDED + "actuators: [set_partition]\n")
     assert allowed.layouts(allowed.nodes[0]) == found.layouts

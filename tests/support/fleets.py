@@ -7,8 +7,7 @@ from dataclasses import replace
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.policy import Given, Observation, Target
 from llmbuild.spec.fleet import Clock, Fleet, Line, NodeClass, Profile, RequestClass, Service, StepPower, StepTime
-from llmbuild.spec.partitions import CHANGES, GPUS, ChangeBy, Partitions, layout_of
-from llmbuild.spec.partitions import layouts as all_layouts
+from llmbuild.spec.partitions import CHANGES, GPUS, ChangeBy, Partitions, fullest, layout_of
 
 GB = 1e9
 
@@ -53,7 +52,7 @@ def divided_node(
     gpu = GPUS["H100-80GB"]
     by_name = {each.name: each for each in gpu.slices}
     have = layout_of(by_name[each] for each in now)
-    some = (layout_of(by_name[each] for each in layouts), have) if layouts else all_layouts(gpu.name)
+    some = (layout_of(by_name[each] for each in layouts), have) if layouts else fullest(gpu.name)
     made = replace(node(name, count), memory_bytes=80 * GB)
     return replace(made, partitions=Partitions(gpu.name, some, have, CHANGES[change]))
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from math import ceil
 
 from llmbuild.spec.fleet import Fleet, NodeClass
 from llmbuild.spec.partitions import Layout, Slice, widest
 
-EXACT = 6.0
+EXACT = 4.0
 """Nodes, by the memory of what is wanted, up to which the fewest are found exactly; above, the best layout is repeated.
 """
 
@@ -68,14 +68,19 @@ def columns(fleet: Fleet, node: NodeClass, useful: Collection[Slice] | None = No
     """
     if node.partitions is None:
         return Columns((None,), (None,), ((node.slots,),))
+    return _columns(fleet.layouts(node), None if useful is None else frozenset(useful), node.slots)
+
+
+@lru_cache(256)
+def _columns(layouts: tuple[Layout, ...], useful: frozenset[Slice] | None, devices: int) -> Columns:
     seen: dict[Layout, Layout] = {}
-    for layout in fleet.layouts(node):
+    for layout in layouts:
         kept = Layout(tuple(each for each in layout.slices if useful is None or each in useful))
         if kept.slices:
             seen.setdefault(kept, layout)
     some = widest(tuple(seen))
     parts = sorted({each for one in some for each in one.slices}, key=lambda each: (-each.compute, -each.size))
-    counts = tuple(tuple(node.slots * one.slices.count(part) for part in parts) for one in some)
+    counts = tuple(tuple(devices * one.slices.count(part) for part in parts) for one in some)
     return Columns(tuple(seen[one] for one in some), tuple(parts), counts)
 
 
@@ -103,13 +108,26 @@ def _searched(of: Columns, wanted: Slots) -> Nodes:
     if part is None:
         return (0,) * len(of.layouts)
     best: Nodes | None = None
-    for i, counts in enumerate(of.counts):
-        if counts[part]:
-            found = _fewest(of, _rest(wanted, counts))
-            if best is None or sum(found) + 1 < sum(best):
-                best = (*found[:i], found[i] + 1, *found[i + 1 :])
+    for i, rest in _rests(of, wanted, part):
+        found = _fewest(of, rest)
+        if best is None or sum(found) + 1 < sum(best):
+            best = (*found[:i], found[i] + 1, *found[i + 1 :])
     assert best is not None, "a part is a part of some layout"
     return best
+
+
+def _rests(of: Columns, wanted: Slots, part: int) -> list[tuple[int, Slots]]:
+    """Return what each layout with a part leaves of what is wanted, without those that leave more than another one."""
+    rests: dict[Slots, int] = {}
+    for i, counts in enumerate(of.counts):
+        if counts[part]:
+            rests.setdefault(_rest(wanted, counts), i)
+    least = [
+        rest
+        for rest in rests
+        if not any(other != rest and all(x <= y for x, y in zip(other, rest, strict=True)) for other in rests)
+    ]
+    return [(rests[rest], rest) for rest in least]
 
 
 def settled(of: Columns, held: Nodes, wanted: Slots) -> Nodes:

@@ -296,7 +296,7 @@ def _partitions(one: _Partitions | None) -> mig.Partitions | None:
     def layout(names: tuple[str, ...]) -> mig.Layout:
         return mig.layout_of(each for name in names if (each := gpu.slice_of(name)) is not None)
 
-    some = mig.layouts(gpu.name) if one.layouts == "all" else tuple(dict.fromkeys(map(layout, one.layouts)))
+    some = mig.fullest(gpu.name) if one.layouts == "all" else tuple(dict.fromkeys(map(layout, one.layouts)))
     now = layout(one.now) if one.now else gpu.undivided
     return mig.Partitions(gpu.name, some, now, mig.CHANGES[one.change])
 
