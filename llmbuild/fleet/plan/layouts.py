@@ -156,6 +156,29 @@ def changed(held: Nodes, wanted: Nodes) -> int:
     return min(more, sum(max(0, h - w) for h, w in zip(held, wanted, strict=True)))
 
 
+class Room:
+    """Slots of a fleet that are given away one after another, as far as its nodes have them by any layouts."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._nodes = {node.name: (node, columns(fleet, node)) for node in fleet.nodes}
+        self._taken = {name: [0] * len(of.parts) for name, (_, of) in self._nodes.items()}
+
+    def take(self, name: str, part: Slice | None, count: int) -> int:
+        """Take up to so many slots of a class of nodes, and return how many there were."""
+        node, of = self._nodes[name]
+        if part not in of.parts:
+            return 0
+        taken, at = self._taken[name], of.parts.index(part)
+        given = 0
+        while given < count:
+            taken[at] += 1
+            if of.nodes(tuple(taken)) > node.count:
+                taken[at] -= 1
+                break
+            given += 1
+        return given
+
+
 def _rest(wanted: Slots, counts: Slots) -> Slots:
     return tuple(max(0, w - c) for w, c in zip(wanted, counts, strict=True))
 

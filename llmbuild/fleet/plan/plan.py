@@ -8,7 +8,7 @@ from math import ceil, floor, inf
 from time import monotonic
 
 from llmbuild.fleet.capacity import OperatingPoint, steady
-from llmbuild.fleet.plan.layouts import Nodes
+from llmbuild.fleet.plan.layouts import Columns, Nodes
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.program import Nearest, Option, Program, nearest, program
 from llmbuild.fleet.plan.relax import Relaxed, exact, relaxed
@@ -218,15 +218,26 @@ def _allowed(asked: Program, start: Sequence[int]) -> list[int]:
     return kept
 
 
-def _layouts(asked: Program, held: Held) -> list[Nodes] | None:
+def _layouts(asked: Program, held: Held) -> list[Nodes | None]:
     """Return the nodes that are on by layout, in the order of the program's columns; None where they are not known."""
-    if held.layouts is None:
-        return None
-    found = []
-    for of, have in zip(asked.columns, held.layouts, strict=True):
-        counts = dict(have)
-        found.append(tuple(counts.get(layout, 0) if layout else 0 for layout in of.layouts))
+    found: list[Nodes | None] = []
+    for of, have in zip(asked.columns, held.layouts or ((),) * len(asked.columns), strict=True):
+        if held.layouts is None or of.layouts == (None,):
+            found.append(None)
+            continue
+        nodes = [0] * len(of.layouts)
+        for layout, count in have:  # alike are layouts whose slots are alike, as far as anything can use them
+            slots = _slots(layout, of)
+            alike = (i for i, one in enumerate(of.layouts) if one and _slots(one, of) == slots)
+            at = next(alike, None)
+            if at is not None:
+                nodes[at] += count
+        found.append(tuple(nodes))
     return found
+
+
+def _slots(layout: Layout, of: Columns) -> tuple[int, ...]:
+    return tuple(layout.slices.count(part) for part in of.parts if part)
 
 
 def _current(asked: Program, held: Held) -> list[int]:

@@ -34,11 +34,12 @@ class Rounding:
         program: Program,
         current: Sequence[int] | None = None,
         horizon_s: float = 0.0,
-        layouts: Sequence[Nodes] | None = None,
+        layouts: Sequence[Nodes | None] | None = None,
     ) -> None:
         """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon.
 
-        `layouts` are those of the nodes that are on, by class of nodes; the fewest for `current` where none are given.
+        `layouts` are those of the nodes that are on, by class of nodes; where they are not known, the fewest for
+        `current`.
         """
         self.program = program
         self._of_service = [program.of_service(s) for s in range(len(program.demands))]
@@ -50,7 +51,8 @@ class Rounding:
             self._held[kind] += count
         self._on: list[Nodes] = [(0,) * len(of.layouts) for of in program.columns]
         used = self._uses(self._current)
-        self._on = list(layouts) if layouts is not None else [self._settled(k, used) for k in self._kinds()]
+        known = layouts if layouts is not None else [None] * len(self._on)
+        self._on = [self._settled(k, used) if on is None else on for k, on in enumerate(known)]
         self._left = 0
         self._known: dict[tuple[int, tuple[int, ...]], Fit] = {}
         self.replicas = [0] * len(program.options)
