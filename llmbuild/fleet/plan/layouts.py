@@ -6,7 +6,8 @@ the fewest those that keep what the nodes have.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
@@ -154,6 +155,17 @@ def changed(held: Nodes, wanted: Nodes) -> int:
     """Return how many nodes that are on take another layout."""
     more = sum(max(0, w - h) for h, w in zip(held, wanted, strict=True))
     return min(more, sum(max(0, h - w) for h, w in zip(held, wanted, strict=True)))
+
+
+def lacked(
+    fleet: Fleet, node: NodeClass, there: Iterable[Layout], wanted: Mapping[Slice, int]
+) -> tuple[Counter[Layout], Counter[Layout]]:
+    """Return the layouts that nodes lack for the slices that are wanted, and those of which they have too many."""
+    of, have = columns(fleet, node), Counter(there)
+    slots = tuple(wanted.get(part, 0) if part else 0 for part in of.parts)
+    held = tuple(have[layout] if layout else 0 for layout in of.layouts)
+    want = Counter({layout: n for layout, n in zip(of.layouts, settled(of, held, slots), strict=True) if layout})
+    return want - have, have - want
 
 
 class Room:

@@ -198,7 +198,7 @@ def _starts(least: Relaxed, current: list[int] | None) -> list[list[int]]:
 def _searched(
     asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int
 ) -> Rounding:
-    rounding = Rounding(asked, current, held.horizon_s if held else 0.0, held and _layouts(asked, held))
+    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held)) if held else Rounding(asked)
     rounding.place(_allowed(asked, start))
     rounding.fill()
     rounding.improve(moves // 3)
@@ -293,7 +293,9 @@ def _made(asked: Program, profiles: Sequence[Profile], load: Load, found: _Found
 def _settled(asked: Program, found: _Found) -> tuple[Nodes, ...]:
     """Return the nodes that are on by layout, near to those that are held."""
     held = found.held
-    rounding = Rounding(asked, held and _current(asked, held), layouts=held and _layouts(asked, held))
+    rounding = Rounding(asked)
+    if held is not None:
+        rounding = Rounding(asked, _current(asked, held), layouts=_layouts(asked, held))
     rounding.place(found.replicas)
     return rounding.layouts()
 

@@ -83,7 +83,7 @@ class Program:
     def _kinds(self) -> tuple[tuple[Columns, int, int], ...]:
         """The columns of each class of nodes, and its first place and the one after its last."""
         ends = tuple(accumulate((len(of.parts) for of in self.columns), initial=0))
-        return tuple((of, *ends[k : k + 2]) for k, of in enumerate(self.columns))
+        return tuple((of, ends[k], ends[k + 1]) for k, of in enumerate(self.columns))
 
     @property
     def slots(self) -> tuple[int, ...]:

@@ -260,7 +260,8 @@ class Rounding:
             for counts in of.counts if self.program.fleet.nodes[k].partitions else ():
                 if self._left < 0:
                     return False
-                best, least = (), before
+                best: tuple[tuple[int, int], ...] = ()
+                least = before
                 changes: dict[int, int] = {}
                 for place, move in self._packed(k, counts):
                     changes[place] = changes.get(place, 0) - 1

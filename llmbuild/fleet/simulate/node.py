@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.plan.layouts import columns, settled
-from llmbuild.fleet.policy import Target
+from llmbuild.fleet.plan.layouts import lacked
+from llmbuild.fleet.policy import Target, wanted_of
 from llmbuild.fleet.simulate.replica import Replica
 from llmbuild.spec.fleet import Fleet, NodeClass
 from llmbuild.spec.partitions import Layout, Slice
@@ -77,13 +77,8 @@ def lacking(
     fleet: Fleet, kind: NodeClass, nodes: Iterable[Node], target: Target
 ) -> tuple[Counter[Layout], Counter[Layout]]:
     """Return the layouts that a class of nodes lacks for a target, and those of which it has too many."""
-    of = columns(fleet, kind)
-    wanted = tuple(sum(n for (_, p), n in target.items() if p.node.name == kind.name and p.part == t) for t in of.parts)
-    there = [node.next or node.layout for node in nodes if node.kind is kind and node.state in ("on", "boot", "change")]
-    have = Counter(layout for layout in there if layout is not None)
-    held = tuple(have.get(layout, 0) if layout else 0 for layout in of.layouts)
-    want = {layout: n for layout, n in zip(of.layouts, settled(of, held, wanted), strict=True) if layout}
-    return Counter(want) - have, have - Counter(want)
+    there = (node.next or node.layout for node in nodes if node.kind is kind and node.state in ("on", "boot", "change"))
+    return lacked(fleet, kind, (layout for layout in there if layout), wanted_of(target, kind.name))
 
 
 def layout_with(fleet: Fleet, kind: NodeClass, part: Slice) -> Layout | None:
