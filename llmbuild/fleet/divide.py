@@ -12,10 +12,10 @@ from dataclasses import dataclass, field, replace
 from llmbuild.fleet.actuators.interface import Live, SetPartition
 from llmbuild.fleet.plan.layouts import lacked
 from llmbuild.fleet.policy import Target, wanted_of
-from llmbuild.spec.fleet import Fleet, NodeClass
+from llmbuild.spec.fleet import Fleet, Guarded, NodeClass
 from llmbuild.spec.partitions import Layout, placed
 
-_PARTITION = "set_partition"
+_PARTITION: Guarded = "set_partition"
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llmbuild.spec.partitions import Layout, Partitions
@@ -167,7 +167,7 @@ class NodeClass:
     """CPUs of each slot, node by node, where the nodes are parts of the machine that runs them."""
     variants: tuple[str, ...] = ()
     """First digits of the variants that may run on it; empty: all."""
-    partitions: Partitions | None = None
+    partitions: Partitions | None = field(default=None, hash=False)
     """How its devices are divided, where they are in MIG mode; `slots` counts devices then, not slices."""
 
     @property

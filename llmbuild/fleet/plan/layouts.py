@@ -46,6 +46,11 @@ class Columns:
         """The fewest nodes for what was asked before."""
         return {}
 
+    @cached_property
+    def near(self) -> dict[tuple[Nodes, Slots], Nodes]:
+        """The same, near to nodes that are held."""
+        return {}
+
     def nodes(self, wanted: Slots) -> int:
         """Return the fewest nodes that have these slots."""
         if self.layouts == (None,):
@@ -87,6 +92,12 @@ def _columns(layouts: tuple[Layout, ...], useful: frozenset[Slice] | None, devic
 
 def fewest(of: Columns, wanted: Slots) -> Nodes:
     """Return the fewest nodes that have these slots, by layout; nearly the fewest where they are many."""
+    if wanted not in of.known:
+        of.known[wanted] = _repeated(of, wanted)
+    return of.known[wanted]
+
+
+def _repeated(of: Columns, wanted: Slots) -> Nodes:
     chosen, rest = [0] * len(of.layouts), wanted
     while sum(weight * count for weight, count in zip(of.weights, rest, strict=True)) > EXACT:
         best = max(range(len(of.layouts)), key=lambda i: _covered(of, of.counts[i], rest))
@@ -94,23 +105,17 @@ def fewest(of: Columns, wanted: Slots) -> Nodes:
         times = max(1, min((w // c for w, c in zip(rest, counts, strict=True) if c and w), default=1) // 2)
         rest = tuple(max(0, w - times * c) for w, c in zip(rest, counts, strict=True))
         chosen[best] += times
-    return tuple(a + b for a, b in zip(chosen, _fewest(of, rest), strict=True))
-
-
-def _fewest(of: Columns, wanted: Slots) -> Nodes:
-    """Return the fewest nodes: a layout that has the largest slot that is wanted, and the fewest for the rest."""
-    if wanted not in of.known:
-        of.known[wanted] = _searched(of, wanted)
-    return of.known[wanted]
+    return tuple(a + b for a, b in zip(chosen, _searched(of, rest), strict=True))
 
 
 def _searched(of: Columns, wanted: Slots) -> Nodes:
+    """Return the fewest nodes: a layout that has the largest slot that is wanted, and the fewest for the rest."""
     part = next((p for p, count in enumerate(wanted) if count), None)
     if part is None:
         return (0,) * len(of.layouts)
     best: Nodes | None = None
     for i, rest in _rests(of, wanted, part):
-        found = _fewest(of, rest)
+        found = fewest(of, rest)
         if best is None or sum(found) + 1 < sum(best):
             best = (*found[:i], found[i] + 1, *found[i + 1 :])
     assert best is not None, "a part is a part of some layout"
@@ -133,6 +138,12 @@ def _rests(of: Columns, wanted: Slots, part: int) -> list[tuple[int, Slots]]:
 
 def settled(of: Columns, held: Nodes, wanted: Slots) -> Nodes:
     """Return the fewest nodes that have these slots, and of these as many as are held as can be told quickly."""
+    if (held, wanted) not in of.near:
+        of.near[held, wanted] = _settled(of, held, wanted)
+    return of.near[held, wanted]
+
+
+def _settled(of: Columns, held: Nodes, wanted: Slots) -> Nodes:
     least = of.nodes(wanted)
     kept, rest = [0] * len(of.layouts), wanted
     steps: list[tuple[Nodes, Slots]] = [(tuple(kept), rest)]
