@@ -223,9 +223,17 @@ def _placements(gpu: str) -> tuple[Placement, ...]:
 
 
 @cache
+def _by_layout(gpu: str) -> dict[Layout, list[Placement]]:
+    found: dict[Layout, list[Placement]] = {}
+    for one in _placements(gpu):
+        found.setdefault(layout_of(each for each, _ in one), []).append(one)
+    return found
+
+
+@cache
 def layouts(gpu: str) -> tuple[Layout, ...]:
     """Return every valid layout of a GPU."""
-    return tuple(dict.fromkeys(layout_of(each for each, _ in one) for one in _placements(gpu)))
+    return tuple(_by_layout(gpu))
 
 
 @cache
@@ -242,9 +250,7 @@ def widest(some: Sequence[Layout]) -> tuple[Layout, ...]:
 @cache
 def placed(gpu: str, layout: Layout) -> tuple[tuple[Slice, int], ...]:
     """Return where the slices of a layout begin, so that most can be added: a 3g at 0 leaves less room than at 4."""
-    all_ = _placements(gpu)
-    fitting = [one for one in all_ if layout_of(each for each, _ in one) == layout]
-    best = max(fitting, key=lambda one: sum(one < other for other in all_))
+    best = max(_by_layout(gpu)[layout], key=lambda one: sum(one < other for other in _placements(gpu)))
     return tuple(sorted(best, key=lambda place: place[1]))
 
 
