@@ -65,7 +65,10 @@ def plan(
 
     reduced = _reduced(asked, without).at_rate(rate)
     found = made(reduced, profiles, stated(reduced), max_nodes)
-    click.echo(dumps(plan_json(found)) if form else plan_table(found))
+    whole = None
+    if any(node.partitions is not None for node in reduced.nodes):
+        whole = made(reduced.undivided(), profiles, stated(reduced), max_nodes)
+    click.echo(dumps(plan_json(found, whole)) if form else plan_table(found, whole))
     if not found.feasible:
         raise NoPlan("\n".join(shortage_lines(found)))
     return 0

@@ -20,6 +20,7 @@ from itertools import pairwise
 from statistics import NormalDist
 
 from llmbuild.spec.fleet import UNSET, Clock, NodeClass, Profile, RequestClass, StepPower, StepTime
+from llmbuild.spec.partitions import Slice
 
 PROMPT_TOKENS = 512
 """Prompt tokens that the scheduler `fcfs` puts into one step."""
@@ -43,6 +44,28 @@ class OperatingPoint:
     node: NodeClass
     batch: int
     clock: Clock = UNSET
+    part: Slice | None = None
+    """The slice that it runs on; None: a whole slot."""
+
+    @property
+    def memory_bytes(self) -> float:
+        """Return the memory of its slot."""
+        return self.node.memory_bytes if self.part is None else self.part.memory_bytes
+
+    @property
+    def bare_w(self) -> float:
+        """Return the watts of its slot without a replica: of a slice, its share of the board's."""
+        return self.node.bare_w * (1.0 if self.part is None else self.part.memory_share)
+
+    @property
+    def parked_w(self) -> float:
+        """Return the watts of its slot with a replica that has no requests."""
+        return self.node.parked_w * (1.0 if self.part is None else self.part.memory_share)
+
+    @property
+    def place(self) -> str:
+        """Return the class of nodes, and the slice, in words."""
+        return self.node.name if self.part is None else f"{self.node.name} {self.part.name}"
 
     @property
     def step(self) -> StepTime:
@@ -58,7 +81,7 @@ class OperatingPoint:
     @property
     def kv_tokens(self) -> float:
         """Return how many positions of keys and values a slot holds beside the weights."""
-        room = self.node.memory_bytes * MEMORY_SHARE - self.profile.weights_bytes
+        room = self.memory_bytes * MEMORY_SHARE - self.profile.weights_bytes
         kept = self.profile.kv_bytes_per_token
         return math.inf if not kept and room >= 0 else max(0.0, room) / kept if kept else 0.0
 
@@ -66,7 +89,7 @@ class OperatingPoint:
     def name(self) -> str:
         """Return it in words."""
         clock = "" if self.clock is UNSET else f" {self.clock.mhz} MHz"
-        return f"{self.profile.variant} on {self.node.name}, batch {self.batch}{clock}"
+        return f"{self.profile.variant} on {self.place}, batch {self.batch}{clock}"
 
 
 MEMORY_SHARE = 0.9
@@ -122,7 +145,7 @@ def capacity(point: OperatingPoint, kind: RequestClass, attainment: float) -> Ca
             break
     full, half = steady(point, kind, low).watts, steady(point, kind, low / 2).watts
     joules = max(0.0, (full - half) / (low / 2))
-    return Capacity(low, max(point.node.parked_w, full - joules * low), joules)
+    return Capacity(low, max(point.parked_w, full - joules * low), joules)
 
 
 def floor(point: OperatingPoint, kind: RequestClass) -> tuple[float, float]:
@@ -187,7 +210,7 @@ def _rows(step: StepTime, context: float, tokens: float, prompts: float, most: f
 
 def _watts(point: OperatingPoint, rows: float, prompts: float) -> float:
     """Return the mean watts of a replica's slot."""
-    power, parked = point.power, point.node.parked_w
+    power, parked = point.power, point.parked_w
     if power is None:
         return parked
     busy = 1 - math.exp(-rows)

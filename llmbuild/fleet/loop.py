@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from llmbuild.fleet.actuators.interface import (
     NAMES,
@@ -26,9 +27,11 @@ from llmbuild.fleet.actuators.interface import (
     perform,
     slots_of,
 )
+from llmbuild.fleet.divide import Divided
 from llmbuild.fleet.policy import Counted, Given, Observation, Policy, Seen, Target
 from llmbuild.fleet.transition import Rates, Scene, steps
 from llmbuild.spec.fleet import Fleet, Profile
+from llmbuild.spec.partitions import GPUS, Layout, layout_of
 
 SOUND_S = 10.0
 """A replica that dies within so many seconds of its start has failed to start."""
@@ -102,6 +105,9 @@ class Loop:
         self._begun: dict[str, float] = {}
         self._ready: set[str] = set()
         self._clocks: dict[str, int] = {}
+        self._layouts: dict[str, Layout] = {}
+        self._changes: dict[str, float] = {}
+        """Until when a node takes another layout; for ever where it could not be asked to."""
         self._next_s = self._last_s = 0.0
 
     def due(self, now: float) -> bool:
@@ -119,9 +125,16 @@ class Loop:
         if self.due(now):
             self._decide(now, traffic, live)
         avoided = [slot for slot, trouble in self._troubles.items() if trouble.until_s > now]
-        for action in steps(self._fleet, self.target, Scene(live, frozenset(self._closed), traffic.rates, avoided)):
+        divided = self._divided(now)
+        scene = Scene(live, frozenset(self._closed), traffic.rates, avoided, divided)
+        for action in steps(self._fleet, self.target, scene):
             self._act(action, now)
         return self._kept(live)
+
+    def _divided(self, now: float) -> Divided:
+        changing = [node for node, until_s in self._changes.items() if now < until_s < inf]
+        refused = [node for node, until_s in self._changes.items() if until_s == inf]
+        return Divided(self._layouts, changing, refused)
 
     def _kept(self, live: Sequence[Live]) -> list[Live]:
         """Return the replicas that take requests or will."""
@@ -160,7 +173,8 @@ class Loop:
         bad = {slot.node: slot.kind for slot, trouble in self._troubles.items() if trouble.count >= FAILED}
         failed.update(bad.values())
         taken = {one.slot for one in live}
-        free = Counter(s.kind for s in slots_of(self._fleet) if s not in taken and s.node not in bad)
+        slots = slots_of(self._fleet, self._layouts)
+        free = Counter(s.kind for s in slots if s not in taken and s.node not in bad)
         running = Counter(one.key for one in self._kept(live))
         period = now - self._last_s if now > 0 else self._fleet.period_s
         return Observation(now, period, traffic.seen, running, free, failed, traffic.queued)
@@ -188,6 +202,8 @@ class Loop:
         self._done(action, answer)
         if isinstance(action, Stop) or (isinstance(action, Route) and not action.open):
             self._closed.add(action.replica)
+        if isinstance(action, SetPartition):
+            self._partitioned(action, answer, now)
         if isinstance(action, Start):
             self._started[action.slot] = now
         if isinstance(action, Start) and answer.outcome != "applied":
@@ -195,6 +211,19 @@ class Loop:
         outcome = "" if answer.outcome == "applied" else f" -> {answer.outcome}"
         reason = f" ({answer.reason})" if answer.reason else ""
         self._tell(f"{told_of(self._fleet, action)}: {action.why}{outcome}{reason}")
+
+    def _partitioned(self, action: SetPartition, answer: Answer, now: float) -> None:
+        """Remember a node's other layout, or that it stays as it is."""
+        kind = next(each for each in self._fleet.nodes if action.node in each.nodes)
+        assert kind.partitions is not None
+        if answer.outcome != "applied":
+            self._changes |= dict.fromkeys(kind.nodes, inf)  # what cannot be done to one node cannot be to its like
+            return
+        self._changes[action.node] = now + kind.partitions.change.seconds
+        gpu = GPUS[kind.partitions.gpu]
+        self._layouts[action.node] = layout_of(
+            each for name in action.layout if (each := gpu.slice_of(name.partition("@")[0])) is not None
+        )
 
 
 def told_of(fleet: Fleet, action: Action) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, inf
@@ -11,6 +12,7 @@ from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.plan.load import Demand, Load
 from llmbuild.fleet.plan.plan import Plan
 from llmbuild.spec.fleet import Fleet, Profile
+from llmbuild.spec.partitions import Slice
 
 BIN_S = 10.0
 """Seconds of the bins in which a trace is counted."""
@@ -122,3 +124,12 @@ def target_of(plan: Plan) -> dict[tuple[int, OperatingPoint], int]:
     """Return the replicas of a plan by index of the service."""
     index = {service.name: s for s, service in enumerate(plan.fleet.services)}
     return {(index[a.service], a.point): a.replicas for a in plan.assignments}
+
+
+def wanted_of(target: Target, kind: str) -> Counter[Slice]:
+    """Return how many slices of each sort a target takes of a class of nodes."""
+    found: Counter[Slice] = Counter()
+    for (_, point), count in target.items():
+        if point.part is not None and point.node.name == kind:
+            found[point.part] += count
+    return found

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from llmbuild.fleet.actuators.interface import Action, Live, Route, Slot, Start, Stop, slots_of
 from llmbuild.fleet.capacity import OperatingPoint, capacity
+from llmbuild.fleet.divide import Divided, Division, divisions
 from llmbuild.fleet.policy import Target
 from llmbuild.spec.fleet import Fleet
 
@@ -30,6 +31,7 @@ class Scene:
     rates: Rates
     avoided: Collection[Slot] = ()
     """Slots where starts fail, until some time has passed."""
+    divided: Divided = Divided()  # noqa: RUF009 - frozen
 
     def serving(self, service: int) -> list[Live]:
         """Return the replicas that take requests."""
@@ -54,12 +56,18 @@ def steps(fleet: Fleet, target: Target, scene: Scene) -> list[Action]:
     """Return what is to be done now; call it again when something has changed."""
     have = Counter(one.key for one in scene.live if one.state in ("starting", "ready") and one.name not in scene.closed)
     taken = {one.slot for one in scene.live if one.state != "dead"}
-    free = [slot for slot in slots_of(fleet) if slot not in taken and slot not in scene.avoided]
-    done: list[Action] = []
+    changes = divisions(fleet, target, scene.live, scene.closed, scene.divided)
+    closed_nodes = {one.node for one in changes if one.action is None} | set(scene.divided.changing)
+    free = [
+        slot
+        for slot in slots_of(fleet, scene.divided.layouts)
+        if slot not in taken and slot not in scene.avoided and slot.node not in closed_nodes
+    ]
+    done: list[Action] = [one.action for one in changes if one.action is not None]
     lacking: list[tuple[int, OperatingPoint]] = []
     for (service, point), wanted in target.items():
         for _ in range(wanted - have[service, point]):
-            slot = next((slot for slot in free if slot.kind == point.node.name), None)
+            slot = next((s for s in free if (s.kind, s.part) == (point.node.name, point.part)), None)
             if slot is None:
                 lacking.append((service, point))
                 continue
@@ -67,7 +75,33 @@ def steps(fleet: Fleet, target: Target, scene: Scene) -> list[Action]:
             done.append(Start(service, point, slot, f"{have[service, point]} of {wanted} of {point.name} run"))
             have[service, point] += 1
     done += _given_up(target, scene, have)
-    done += _ended(fleet, target, scene, have, lacking, {one.service for one in done if isinstance(one, Start)})
+    begun = {one.service for one in done if isinstance(one, Start)}
+    done += _ended(fleet, target, scene, have, lacking, begun)
+    closed = {one.replica for one in done if isinstance(one, Route)}
+    for change in changes:
+        done += _drained(fleet, scene, change, closed, begun)
+    return done
+
+
+def _drained(
+    fleet: Fleet, scene: Scene, change: Division, closed: Collection[str], begun: Collection[int]
+) -> list[Action]:
+    """Return the closing of what a node holds that takes another layout, once nothing starts elsewhere in its place."""
+    coming = {one.service for one in scene.live if one.state == "starting"} | set(begun)
+    done: list[Action] = []
+    for one in change.drained:
+        if one.state == "starting":
+            done.append(Stop(one.name, f"its node is divided: {change.why}"))
+        if not scene.serves(one) or one.name in closed or one.service in coming:
+            continue
+        gone = {each.name for each in change.drained} | set(closed)
+        share = used(
+            fleet, one.service, scene.rates, [o.point for o in scene.serving(one.service) if o.name not in gone]
+        )
+        left = f"the others take the load of the moment, {share:.0%} of theirs"
+        if share > 1:
+            left = f"what is left has {_missing(share)} of the load of the moment"
+        done.append(Route(one.name, False, f"its node is divided: {change.why}; {left}"))
     return done
 
 
@@ -104,7 +138,7 @@ def _ended(
             continue
         rest = [o.point for o in scene.serving(one.service) if o.name != one.name and o.name not in closed]
         share = used(fleet, one.service, scene.rates, rest)
-        room = any(point.node.name == one.slot.kind for _, point in lacking) and one.slot.kind not in leaving
+        room = any(_same(point, one.slot) for _, point in lacking) and one.slot.kind not in leaving
         waits = one.service in coming or one.service in short
         if share <= 1 and (not waits or room):
             why = "makes room" if waits else "more than wanted"
@@ -118,6 +152,10 @@ def _ended(
         closed.add(one.name)
         leaving.add(one.slot.kind)
     return done
+
+
+def _same(point: OperatingPoint, slot: Slot) -> bool:
+    return (point.node.name, point.part) == (slot.kind, slot.part)
 
 
 def _missing(share: float) -> str:

@@ -18,8 +18,28 @@ from llmbuild.spec.fleet import Fleet
 RESAMPLES = 2000
 
 
-def plan_json(plan: Plan) -> dict[str, object]:
-    """Return a plan as plain data."""
+def plan_json(plan: Plan, whole: Plan | None = None) -> dict[str, object]:
+    """Return a plan as plain data; `whole` is the best one without partitions."""
+    found = _plan_json(plan)
+    if whole is not None:
+        found["layouts"] = {
+            node.name: [{"layout": layout.name, "nodes": count} for layout, count in layouts]
+            for node, layouts in zip(plan.fleet.nodes, plan.layouts, strict=True)
+            if node.partitions is not None
+        }
+        found["without_partitions"] = {
+            "feasible": whole.feasible,
+            "cost": whole.cost,
+            "bound": whole.bound,
+            "watts": whole.watts,
+            "price_per_h": whole.price_per_h,
+            "nodes": {node.name: count for node, count in zip(whole.fleet.nodes, whole.nodes, strict=True)},
+            "basis": whole.basis,
+        }
+    return found
+
+
+def _plan_json(plan: Plan) -> dict[str, object]:
     return {
         "fleet": plan.fleet.name,
         "objective": plan.fleet.objective,
@@ -47,6 +67,7 @@ def _assignment_json(one: Assignment) -> dict[str, object]:
     return {
         "service": one.service,
         "node": one.point.node.name,
+        "slice": one.point.part.name if one.point.part else None,
         "variant": one.point.profile.variant,
         "replicas": one.replicas,
         "batch": one.point.batch,
@@ -63,8 +84,8 @@ def _assignment_json(one: Assignment) -> dict[str, object]:
     }
 
 
-def plan_table(plan: Plan) -> str:
-    """Return a plan as a table and a summary."""
+def plan_table(plan: Plan, whole: Plan | None = None) -> str:
+    """Return a plan as a table and a summary; `whole` is the best one without partitions."""
     header = [
         "service",
         "replicas",
@@ -83,7 +104,7 @@ def plan_table(plan: Plan) -> str:
         [
             a.service,
             a.replicas,
-            a.point.node.name,
+            a.point.place,
             a.point.profile.variant,
             a.point.batch,
             f"{a.point.clock.mhz} MHz" if a.point.clock.mhz else "-",
@@ -97,7 +118,32 @@ def plan_table(plan: Plan) -> str:
         for a in plan.assignments
     ]
     told = [table(header, lines, (0, 2, 3, 10, 11), terminal(), (11, 8, 5))] if lines else []
-    return "\n".join([*told, *_summary(plan)])
+    return "\n".join([*told, *_summary(plan), *(_layouts(plan, whole) if whole is not None else ())])
+
+
+_UNIT = {"energy": "W", "cost": "an hour", "nodes": "nodes"}
+
+
+def _layouts(plan: Plan, whole: Plan) -> list[str]:
+    """Return which layouts nodes have, and what the best plan without partitions comes to."""
+    lines = []
+    for node, layouts in zip(plan.fleet.nodes, plan.layouts, strict=True):
+        if node.partitions is None:
+            continue
+        told = ", ".join(f"{count} of {layout.name}" for layout, count in layouts) or "no node is on"
+        fixed = "set_partition" not in plan.fleet.actuators
+        stay = f"; all stay {node.partitions.now.name}: add `actuators: [set_partition]` for others" if fixed else ""
+        lines.append(f"layouts of {node.name}: {told}{stay}")
+    nodes = zip(whole.fleet.nodes, whole.nodes, strict=True)
+    told = f"without partitions: {', '.join(f'{count} {node.name}' for node, count in nodes)}, {whole.watts:.0f} W"
+    if not whole.feasible:
+        return [*lines, f"{told}, and no place for {whole.shortage:.3g} requests/s, weighted by priority"]
+    cost = f"{whole.cost:.4g} {_UNIT[whole.fleet.objective]}, at least {whole.bound:.4g} by the bound"
+    if not plan.feasible:
+        return [*lines, f"{told}: {cost}; it has a place for every request"]
+    saved = 1 - plan.cost / whole.cost
+    verdict = f"partitions save {saved:.1%}" if saved > 1e-6 else f"partitions cost {-saved:.1%} more"
+    return [*lines, f"{told}: {cost}; {verdict}, by profiles of basis {plan.basis}"]
 
 
 def _summary(plan: Plan) -> list[str]:
@@ -105,7 +151,7 @@ def _summary(plan: Plan) -> list[str]:
     told = ", ".join(f"{count} of {node.count} {node.name}" for node, count in nodes)
     price = f", {plan.price_per_h:.2f} an hour" if plan.price_per_h else ""
     lines = [f"{plan.load.rate:.3g} requests/s on {told} nodes: {plan.watts:.0f} W{price}; basis: {plan.basis}"]
-    unit = {"energy": "W", "cost": "an hour", "nodes": "nodes"}[plan.fleet.objective]
+    unit = _UNIT[plan.fleet.objective]
     if plan.feasible:
         gap = f"{plan.cost:.4g} {unit}, at least {plan.bound:.4g} by the bound: gap {plan.gap:.1%}"
     else:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from llmbuild.spec.cluster import Cluster, Pods
 from llmbuild.spec.figures import Architecture, Machine
+from llmbuild.spec.partitions import Layout, Partitions
 from llmbuild.spec.slo import Bound
 from llmbuild.spec.tariff import Tariff
 
@@ -173,6 +174,13 @@ class NodeClass:
     """First digits of the variants that may run on it; empty: all."""
     pods: Pods | None = None
     """How its slots are asked for on Kubernetes."""
+    partitions: Partitions | None = field(default=None, hash=False)
+    """How its devices are divided, where they are in MIG mode; `slots` counts devices then, not slices."""
+
+    @property
+    def idle_w(self) -> float:
+        """Return the watts of a node that is on and holds nothing; slices do not lower them."""
+        return self.host_w + self.slots * self.bare_w
 
     @property
     def nodes(self) -> tuple[str, ...]:
@@ -249,6 +257,16 @@ class Fleet:
     def service(self, name: str) -> Service:
         """Return the service of that name."""
         return next(each for each in self.services if each.name == name)
+
+    def layouts(self, node: NodeClass) -> tuple[Layout, ...]:
+        """Return the layouts that a node may take: what it has, where the file does not allow to change it."""
+        if node.partitions is None:
+            return ()
+        return node.partitions.layouts if "set_partition" in self.actuators else (node.partitions.now,)
+
+    def undivided(self) -> Fleet:
+        """Return the fleet without partitions: each device is one slot."""
+        return replace(self, nodes=tuple(replace(n, partitions=None) for n in self.nodes))
 
     def at_rate(self, factor: float) -> Fleet:
         """Return the fleet with every rate scaled."""

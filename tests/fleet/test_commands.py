@@ -45,6 +45,24 @@ def test_a_load_without_a_place_exits_with_3_and_says_what_is_missing(
     assert "weighted by priority" in out
 
 
+def test_a_plan_says_its_layouts_and_what_the_best_without_partitions_costs() -> None:
+    shipped = Path(__file__).parents[2] / "recipes" / "fleets" / "mig.yaml"
+    found = json.loads(run("plan", shipped, "--json", "--without", "a100", "--without", "h100-3").stdout)
+    assert found["feasible"] and found["basis"] == "estimated"
+    assert sum(each["nodes"] for each in found["layouts"]["h100"]) == found["nodes"]["h100"] == 1
+    assert {a["slice"] for a in found["assignments"]} == {"1g.20gb"}
+    assert all(a["source"].startswith("estimated, 1g.20gb by 0.25 of the bandwidth") for a in found["assignments"])
+    assert found["without_partitions"]["feasible"] is False  # four services, three GPUs
+
+
+def test_a_plan_says_that_layouts_stay_where_they_must_not_be_changed(tmp_path: Path) -> None:
+    path = tmp_path / "divided.yaml"
+    path.write_text(TEXT.replace("memory: 80GB", "memory: 80GB\n    partitions: {gpu: H100-80GB, change: direct}"))
+    told = run("plan", path).stdout
+    assert "all stay 7g.80gb: add `actuators: [set_partition]` for others" in told
+    assert "without partitions: 1 a" in told
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [

@@ -137,3 +137,55 @@ def test_parts_of_this_machine_have_cores_and_profiles_of_their_own(tmp_path: Pa
 def test_a_mistake_in_the_parts_of_a_machine_is_told(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(InputError, match=told):
         read(tmp_path, text)
+
+
+DIVIDED = TEXT.replace("memory: 80GB", "memory: 80GB\n    partitions: {gpu: H100-80GB, change: operator}")
+
+
+def test_a_class_with_partitions_has_the_layouts_of_its_gpu_and_is_undivided_at_first(tmp_path: Path) -> None:
+    made = read(tmp_path, DIVIDED)
+    found = made.nodes[0].partitions
+    assert found is not None
+    assert (len(found.layouts), found.now.name, round(found.change.seconds)) == (28, "7g.80gb", 66)
+    assert made.layouts(made.nodes[0]) == (found.now,)
+    allowed = read(tmp_path, DIVIDED + "actuators: [set_partition]\n")
+    assert allowed.layouts(allowed.nodes[0]) == found.layouts
+
+
+def test_layouts_may_be_listed_in_any_order(tmp_path: Path) -> None:
+    listed = "layouts: [[2g.20gb, 4g.40gb], [3g.40gb, 3g.40gb]], now: [3g.40gb, 3g.40gb]"
+    found = read(tmp_path, DIVIDED.replace("gpu: H100-80GB", f"gpu: H100-80GB, {listed}")).nodes[0].partitions
+    assert found is not None
+    assert [each.name for each in found.layouts] == ["4g.40gb + 2g.20gb", "2x 3g.40gb"]
+    assert found.now == found.layouts[1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("change: operator", "change: soon", r":6 \$.nodes\[0\].partitions.change: .*'direct' or 'operator'"),
+        ("H100-80GB,", "H100,", r"partitions.gpu: .*'H100-80GB' or 'H200-141GB'"),
+        ("H100-80GB,", "H100-80GB, now: [9g.90gb],", r"it has no slice 9g.90gb, there are 7g.80gb, 4g.40gb"),
+        (
+            "H100-80GB,",
+            "H100-80GB, layouts: [[3g.40gb, 4g.40gb, 1g.10gb]],",
+            r":6 .*\[3g.40gb, 4g.40gb, 1g.10gb\] is no layout of H100-80GB: it takes 8 compute slices, there are 7",
+        ),
+        (
+            "H100-80GB,",
+            "H100-80GB, layouts: [[1g.20gb, 1g.20gb, 1g.20gb, 1g.20gb, 1g.20gb]],",
+            "it takes 10 memory slices, there are 8",
+        ),
+        ("H100-80GB,", "H100-80GB, layouts: [[3g.40gb, 2g.20gb, 1g.20gb, 1g.20gb]],", "10 memory slices, there are 8"),
+        ("H100-80GB,", "A100-40GB,", "memory is 80GB, and A100-40GB has 42.14GB"),
+        (
+            "count: 2",
+            "count: 2\n    clocks: [{mhz: 8, decode_time: 1, prompt_time: 1, power: 1, basis: measured, source: x}]",
+            "share one clock",
+        ),
+    ],
+)
+def test_a_mistake_in_partitions_is_told_with_what_is_wrong(old: str, new: str, told: str, tmp_path: Path) -> None:
+    assert old in DIVIDED
+    with pytest.raises(InputError, match=told):
+        read(tmp_path, DIVIDED.replace(old, new))

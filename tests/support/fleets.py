@@ -7,6 +7,7 @@ from dataclasses import replace
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.policy import Given, Observation, Target
 from llmbuild.spec.fleet import Clock, Fleet, Line, NodeClass, Profile, RequestClass, Service, StepPower, StepTime
+from llmbuild.spec.partitions import CHANGES, GPUS, ChangeBy, Partitions, fullest, layout_of
 
 GB = 1e9
 
@@ -38,6 +39,22 @@ def node(name: str = "fast", count: int = 4, slots: int = 1, clocks: tuple[Clock
         price_per_h=1.0,
         clocks=clocks,
     )
+
+
+def divided_node(
+    name: str = "gpu",
+    count: int = 2,
+    layouts: tuple[str, ...] = (),
+    now: tuple[str, ...] = ("7g.80gb",),
+    change: ChangeBy = "direct",
+) -> NodeClass:
+    """Return a class of nodes with an H100 each that may take all layouts, or one besides what it has."""
+    gpu = GPUS["H100-80GB"]
+    by_name = {each.name: each for each in gpu.slices}
+    have = layout_of(by_name[each] for each in now)
+    some = (layout_of(by_name[each] for each in layouts), have) if layouts else fullest(gpu.name)
+    made = replace(node(name, count), memory_bytes=80 * GB)
+    return replace(made, partitions=Partitions(gpu.name, some, have, CHANGES[change]))
 
 
 def service(name: str = "s", rate: float = 4.0, model: str = "m", **limits: float) -> Service:

@@ -39,8 +39,8 @@ from llmbuild.spec.fleet import Fleet
 class FakeBackend:
     """Starts take `start_s`, drains take `drain_s`; a slot's starts may fail."""
 
-    def __init__(self, start_s: float = 2.0, drain_s: float = 1.0) -> None:
-        self.now, self.start_s, self.drain_s = 0.0, start_s, drain_s
+    def __init__(self, start_s: float = 2.0, drain_s: float = 1.0, divides: bool = False) -> None:
+        self.now, self.start_s, self.drain_s, self.divides = 0.0, start_s, drain_s, divides
         self.actions: list[object] = []
         self.broken: set[Slot] = set()
         self._live: dict[str, Live] = {}
@@ -83,7 +83,11 @@ class FakeBackend:
         return Answer("unsupported", "it does not")
 
     def set_partition(self, action: SetPartition) -> Answer:
-        """Refuse."""
+        """Agree or refuse, as it was made; the node must hold nothing."""
+        if self.divides:
+            assert all(one.slot.node != action.node for one in self._live.values())
+            self.actions.append(action)
+            return APPLIED
         return Answer("unsupported", "it does not")
 
     def die(self, name: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.spec.fleet import GUARDED, Fleet, Profile
+from llmbuild.spec.partitions import Layout, Slice
 
 Outcome = Literal["applied", "denied", "unsupported"]
 State = Literal["starting", "ready", "draining", "dead"]
@@ -23,6 +24,8 @@ class Slot:
     """Class of nodes."""
     node: str
     index: int
+    part: Slice | None = None
+    """The slice of a GPU that it is; None: a whole device."""
 
     @property
     def name(self) -> str:
@@ -86,7 +89,7 @@ class SetPower:
 
 @dataclass(frozen=True)
 class SetPartition:
-    """Divide a node's device."""
+    """Divide each device of a node that holds nothing: slices by name and first memory slice, as 3g.40gb@4."""
 
     node: str
     layout: tuple[str, ...]
@@ -213,6 +216,13 @@ def perform(fleet: Fleet, backend: Actuator, action: Action) -> Answer:
     return answer
 
 
-def slots_of(fleet: Fleet) -> tuple[Slot, ...]:
-    """Return all places for replicas, node by node."""
-    return tuple(Slot(kind.name, node, i) for kind in fleet.nodes for node in kind.nodes for i in range(kind.slots))
+def slots_of(fleet: Fleet, layouts: Mapping[str, Layout] | None = None) -> tuple[Slot, ...]:
+    """Return all places for replicas, node by node; a node without a layout has the one of the fleet file."""
+    found = []
+    for kind in fleet.nodes:
+        for node in kind.nodes:
+            parts: tuple[Slice | None, ...] = (None,)
+            if kind.partitions is not None:
+                parts = (layouts or {}).get(node, kind.partitions.now).slices
+            found += [Slot(kind.name, node, i, part) for i, part in enumerate(parts * kind.slots)]
+    return tuple(found)

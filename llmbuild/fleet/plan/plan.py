@@ -8,11 +8,13 @@ from math import ceil, floor, inf
 from time import monotonic
 
 from llmbuild.fleet.capacity import OperatingPoint, steady
+from llmbuild.fleet.plan.layouts import Columns, Nodes
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.program import Nearest, Option, Program, nearest, program
 from llmbuild.fleet.plan.relax import Relaxed, exact, relaxed
 from llmbuild.fleet.plan.rounding import Rounding
 from llmbuild.spec.fleet import Basis, Fleet, Profile, RequestClass, weakest
+from llmbuild.spec.partitions import Layout
 
 SMALL = 60
 """Whole numbers of a program up to which it is solved exactly, as far as `BRANCHES` go."""
@@ -68,6 +70,8 @@ class Plan:
     assignments: tuple[Assignment, ...]
     nodes: tuple[int, ...]
     """Nodes that are on, by class of nodes."""
+    layouts: tuple[tuple[tuple[Layout, int], ...], ...]
+    """Nodes by layout, by class of nodes; nothing for a class without partitions."""
     shortages: tuple[Shortage, ...]
     watts: float
     """Of the whole fleet, with hosts and empty slots; nodes that are off draw nothing."""
@@ -107,6 +111,8 @@ class Held:
 
     replicas: tuple[tuple[str, OperatingPoint, int], ...]
     horizon_s: float
+    layouts: tuple[tuple[tuple[Layout, int], ...], ...] | None = None
+    """Nodes that are on by layout, by class of nodes; the fewest for the replicas where they are not given."""
 
 
 def plan(
@@ -126,7 +132,7 @@ def plan(
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
     replicas, bound, method = _whole(asked, least, held, small, moves)
-    found = _Found(replicas, bound, least.shortage, method)
+    found = _Found(replicas, bound, least.shortage, method, held)
     return _made(asked, profiles, load, found, monotonic() - began)
 
 
@@ -146,7 +152,7 @@ def worth(fleet: Fleet, profiles: Sequence[Profile], load: Load, held: Held, mad
     replicas = current
     if made is not None:
         replicas = _current(asked, Held(tuple((a.service, a.point, a.replicas) for a in made.assignments), inf))
-    rounding = Rounding(asked, current)
+    rounding = Rounding(asked, current, layouts=_layouts(asked, held))
     rounding.place(replicas)
     shortage, cost = rounding.value()
     return Worth(shortage, cost, rounding.starts())
@@ -168,7 +174,7 @@ def _whole(asked: Program, least: Relaxed, held: Held | None, small: int, moves:
     current = None if held is None else _current(asked, held)
     found = [_searched(asked, start, current, held, moves) for start in _starts(least, current)]
     best = min(found, key=lambda each: each.value())
-    whole = len(asked.options) + len(asked.fleet.nodes)
+    whole = len(asked.options) + sum(len(of.layouts) for of in asked.columns)
     if held is None and whole <= small and least.shortage <= 0:
         solved = exact(asked, tuple((0.0,) * len(rates) for rates in asked.demands), BRANCHES)
         if solved is not None:
@@ -192,7 +198,7 @@ def _starts(least: Relaxed, current: list[int] | None) -> list[list[int]]:
 def _searched(
     asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int
 ) -> Rounding:
-    rounding = Rounding(asked, current, held.horizon_s if held else 0.0)
+    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held)) if held else Rounding(asked)
     rounding.place(_allowed(asked, start))
     rounding.fill()
     rounding.improve(moves // 3)
@@ -201,23 +207,37 @@ def _searched(
 
 def _allowed(asked: Program, start: Sequence[int]) -> list[int]:
     """Return replicas cut to the slots and nodes that there are."""
-    room, kept = list(asked.slots), []
+    used, kept = [0] * len(asked.places), []
     for option, count in zip(asked.options, start, strict=True):
-        taken = min(count, room[option.node])
-        room[option.node] -= taken
+        used[option.place] += count
+        taken = count
+        while taken and not asked.fits(used):
+            taken -= 1
+            used[option.place] -= 1
         kept.append(taken)
-    if asked.max_nodes is not None:
-        used = [0] * len(asked.fleet.nodes)
-        for i, option in enumerate(asked.options):
-            used[option.node] += kept[i]
-            while kept[i] and _nodes(asked, used) > asked.max_nodes:
-                kept[i] -= 1
-                used[option.node] -= 1
     return kept
 
 
-def _nodes(asked: Program, used: Sequence[int]) -> int:
-    return sum(ceil(u / node.slots) for u, node in zip(used, asked.fleet.nodes, strict=True))
+def _layouts(asked: Program, held: Held) -> list[Nodes | None]:
+    """Return the nodes that are on by layout, in the order of the program's columns; None where they are not known."""
+    found: list[Nodes | None] = []
+    for of, have in zip(asked.columns, held.layouts or ((),) * len(asked.columns), strict=True):
+        if held.layouts is None or of.layouts == (None,):
+            found.append(None)
+            continue
+        nodes = [0] * len(of.layouts)
+        for layout, count in have:  # alike are layouts whose slots are alike, as far as anything can use them
+            slots = _slots(layout, of)
+            alike = (i for i, one in enumerate(of.layouts) if one and _slots(one, of) == slots)
+            at = next(alike, None)
+            if at is not None:
+                nodes[at] += count
+        found.append(tuple(nodes))
+    return found
+
+
+def _slots(layout: Layout, of: Columns) -> tuple[int, ...]:
+    return tuple(layout.slices.count(part) for part in of.parts if part)
 
 
 def _current(asked: Program, held: Held) -> list[int]:
@@ -234,6 +254,7 @@ class _Found:
     bound: float
     least_shortage: float
     method: str
+    held: Held | None = None
 
 
 def _made(asked: Program, profiles: Sequence[Profile], load: Load, found: _Found, seconds: float) -> Plan:
@@ -244,18 +265,19 @@ def _made(asked: Program, profiles: Sequence[Profile], load: Load, found: _Found
     fits = [rounding.fit(s, rounding.counts(s)) for s in range(len(asked.demands))]
     flows = {key: flow for fit in fits for key, flow in fit.flows.items()}
     assignments = tuple(_assignment(asked, o, count, flows) for o, count in enumerate(replicas) if count)
-    used = [0] * len(asked.fleet.nodes)
-    for option, count in zip(asked.options, replicas, strict=True):
-        used[option.node] += count
-    nodes = tuple(ceil(u / node.slots) for u, node in zip(used, asked.fleet.nodes, strict=True))
-    watts = sum(a.watts for a in assignments)
-    for count, slots, node in zip(nodes, used, asked.fleet.nodes, strict=True):
-        watts += count * node.host_w + (count * node.slots - slots) * node.bare_w
+    layouts = _settled(asked, found)
+    nodes = tuple(sum(each) for each in layouts)
+    watts = sum(a.watts - a.replicas * a.point.bare_w for a in assignments)  # a node's own count all its slots as bare
+    watts += sum(count * node.idle_w for count, node in zip(nodes, asked.fleet.nodes, strict=True))
     return Plan(
         fleet=asked.fleet,
         load=load,
         assignments=assignments,
         nodes=nodes,
+        layouts=tuple(
+            tuple((layout, n) for layout, n in zip(of.layouts, each, strict=True) if layout and n)
+            for of, each in zip(asked.columns, layouts, strict=True)
+        ),
         shortages=tuple(_shortages(asked, profiles, [fit.missing for fit in fits])),
         watts=watts,
         price_per_h=sum(count * node.price_per_h for count, node in zip(nodes, asked.fleet.nodes, strict=True)),
@@ -266,6 +288,16 @@ def _made(asked: Program, profiles: Sequence[Profile], load: Load, found: _Found
         method=found.method,
         seconds=seconds,
     )
+
+
+def _settled(asked: Program, found: _Found) -> tuple[Nodes, ...]:
+    """Return the nodes that are on by layout, near to those that are held."""
+    held = found.held
+    rounding = Rounding(asked)
+    if held is not None:
+        rounding = Rounding(asked, _current(asked, held), layouts=_layouts(asked, held))
+    rounding.place(found.replicas)
+    return rounding.layouts()
 
 
 def _assignment(asked: Program, o: int, count: int, flows: dict[tuple[int, int], float]) -> Assignment:
@@ -280,7 +312,7 @@ def _assignment(asked: Program, o: int, count: int, flows: dict[tuple[int, int],
             served.append(Served(kind, rate, state.miss))
             watts += count * state.watts * rate / option.takes[c].rate / (used * count)
     if not served:
-        watts = count * option.point.node.parked_w
+        watts = count * option.point.parked_w
     service = asked.fleet.services[option.service].name
     return Assignment(service, option.point, count, tuple(served), used, watts, _why(asked, option))
 
@@ -312,8 +344,7 @@ _UNIT = {"energy": "J", "cost": "price units", "nodes": "nodes x s"}
 
 def _whole_cost(asked: Program, option: Option) -> float:
     """Return what a request costs on a full replica, its share of the node included."""
-    node = asked.fleet.nodes[option.node]
-    replica = option.hold + asked.node_cost[option.node] / node.slots
+    replica = option.hold + asked.node_cost[option.node] * asked.share(option)
     kinds = [(c, take) for c, take in enumerate(option.takes) if take.rate > 0]
     return min(replica / take.rate + option.costs[c] for c, take in kinds)
 
@@ -333,9 +364,9 @@ def _remedy(asked: Program, s: int, c: int, rate: float, near: Nearest | None) -
     """Return what is missing: nodes, or an operating point that meets the SLO at all."""
     takers = [o for o in asked.options if o.service == s and o.takes[c].rate > 0]
     if takers:
-        best = max(takers, key=lambda o: o.takes[c].rate * asked.fleet.nodes[o.node].slots)
+        best = max(takers, key=lambda o: o.takes[c].rate / asked.share(o))
         node = asked.fleet.nodes[best.node]
-        count = ceil(rate / best.takes[c].rate / node.slots)
+        count = ceil(rate / best.takes[c].rate * asked.share(best) - 1e-9)
         limit = "" if asked.max_nodes is None else f" and a limit above {asked.max_nodes} nodes"
         return f"{count} more of {node.name}{limit} would take it ({best.takes[c].rate:.3g}/s on each slot)"
     service = asked.fleet.services[s]

@@ -160,37 +160,60 @@ def _flows(program: Program, cost: bool) -> tuple[_Model, list[tuple[int, int]],
     """Return the relaxation, its columns as (option, class), and the columns of what finds no place."""
     model, flows = _Model(), list[tuple[int, int]]()
     by_class: dict[tuple[int, int], list[tuple[int, float]]] = {}
-    by_node: list[list[tuple[int, float]]] = [[] for _ in program.fleet.nodes]
+    by_place: list[list[tuple[int, float]]] = [[] for _ in program.places]
     for o, option in enumerate(program.options):
         node = program.fleet.nodes[option.node]
-        replica = option.hold + program.node_cost[option.node] / node.slots
+        alone = 0.0 if node.partitions else program.node_cost[option.node] / node.slots
+        replica = option.hold + alone  # nodes with layouts have columns of their own
         for c, take in enumerate(option.takes):
             if take.rate <= 0:
                 continue
             column = model.column(replica / take.rate + option.costs[c] if cost else 0.0, np.inf)
             flows.append((o, c))
             by_class.setdefault((option.service, c), []).append((column, 1.0))
-            by_node[option.node].append((column, 1 / take.rate))
+            by_place[option.place].append((column, 1 / take.rate))
     lacks = {}
     for s, rates in enumerate(program.demands):
         for c, rate in enumerate(rates):
             lacks[s, c] = model.column(0.0, np.inf)
             model.row([*by_class.get((s, c), []), (lacks[s, c], 1.0)], rate, rate)
-    for parts, slots in zip(by_node, program.slots, strict=True):
-        if parts:
-            model.row(parts, 0.0, float(slots))
+    nodes = [part for k in range(len(program.columns)) for part in _nodes(model, program, k, by_place, cost)]
     if program.max_nodes is not None:
-        slots_of = [node.slots for node in program.fleet.nodes]
-        shared = [(i, v / slots_of[k]) for k, parts in enumerate(by_node) for i, v in parts]
-        model.row(shared, 0.0, float(program.max_nodes))
+        model.row(nodes, 0.0, float(program.max_nodes))
     return model, flows, lacks
+
+
+def _nodes(
+    model: _Model, program: Program, k: int, by_place: list[list[tuple[int, float]]], cost: bool
+) -> list[tuple[int, float]]:
+    """Bound what a class of nodes holds by its nodes, and return how many nodes it takes, by column.
+
+    Without partitions the nodes are eliminated as replicas are: a share of a node for each slot.
+    """
+    node, of = program.fleet.nodes[k], program.columns[k]
+    here = [parts for place, parts in zip(program.places, by_place, strict=True) if place.node == k]
+    if node.partitions is None:
+        if here[0]:
+            model.row(here[0], 0.0, float(node.count * node.slots))
+        return [(column, share / node.slots) for column, share in here[0]]
+    layouts = [model.column(program.node_cost[k] if cost else 0.0, np.inf) for _ in of.layouts]
+    for part, parts in enumerate(here):
+        have = [(column, -float(counts[part])) for column, counts in zip(layouts, of.counts, strict=True)]
+        model.row([*parts, *((column, share) for column, share in have if share)], -np.inf, 0.0)
+    if layouts:
+        model.row([(column, 1.0) for column in layouts], 0.0, float(node.count))
+    return [(column, 1.0) for column in layouts]
 
 
 def exact(program: Program, missing: tuple[tuple[float, ...], ...], branches: int) -> Exact | None:
     """Return the integer program's solution with at most this shortage; None where so many branches found none."""
     model = _Model()
-    nodes = [model.column(cost, node.count, True) for node, cost in _priced_nodes(program)]
-    found = [model.column(o.hold, float(program.slots[o.node]), True) for o in program.options]
+    nodes = [
+        [model.column(cost, node.count, True) for _ in of.layouts]
+        for node, cost, of in zip(program.fleet.nodes, program.node_cost, program.columns, strict=True)
+    ]
+    slots = program.slots
+    found = [model.column(o.hold, float(slots[o.place]), True) for o in program.options]
     by_class: dict[tuple[int, int], list[tuple[int, float]]] = {}
     for o, option in enumerate(program.options):
         parts = [(found[o], -1.0)]
@@ -205,17 +228,18 @@ def exact(program: Program, missing: tuple[tuple[float, ...], ...], branches: in
             served = rate - missing[s][c]
             if served > 0:
                 model.row(by_class.get((s, c), []), served * (1 - 1e-9), np.inf)
-    for k, node in enumerate(program.fleet.nodes):
-        parts = [(found[o], 1.0) for o, option in enumerate(program.options) if option.node == k]
-        model.row([*parts, (nodes[k], -float(node.slots))], -np.inf, 0.0)
+    for at, place in enumerate(program.places):
+        parts = [(found[o], 1.0) for o, option in enumerate(program.options) if option.place == at]
+        counts = program.columns[place.node].counts
+        have = [(column, -float(each[place.part])) for column, each in zip(nodes[place.node], counts, strict=True)]
+        model.row([*parts, *((column, share) for column, share in have if share)], -np.inf, 0.0)
+    for node, layouts in zip(program.fleet.nodes, nodes, strict=True):
+        if len(layouts) > 1:
+            model.row([(column, 1.0) for column in layouts], 0.0, float(node.count))
     if program.max_nodes is not None:
-        model.row([(column, 1.0) for column in nodes], 0.0, float(program.max_nodes))
+        model.row([(column, 1.0) for layouts in nodes for column in layouts], 0.0, float(program.max_nodes))
     try:
         values, _, bound, optimal = model.solve(branches)
     except LlmbuildError:
         return None
     return Exact(tuple(round(values[column]) for column in found), float(bound), optimal)
-
-
-def _priced_nodes(program: Program) -> list[tuple[Any, float]]:
-    return list(zip(program.fleet.nodes, program.node_cost, strict=True))

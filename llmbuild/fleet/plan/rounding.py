@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from math import ceil
 
+from llmbuild.fleet.plan.layouts import Nodes, changed, settled
 from llmbuild.fleet.plan.program import Program
 
 _SLACK = 1e-9
@@ -29,8 +29,18 @@ class Rounding:
     One class: replicas, the slots they use and the fits that are known change together.
     """
 
-    def __init__(self, program: Program, current: Sequence[int] | None = None, horizon_s: float = 0.0) -> None:
-        """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon."""
+    def __init__(
+        self,
+        program: Program,
+        current: Sequence[int] | None = None,
+        horizon_s: float = 0.0,
+        layouts: Sequence[Nodes | None] | None = None,
+    ) -> None:
+        """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon.
+
+        `layouts` are those of the nodes that are on, by class of nodes; where they are not known, the fewest for
+        `current`.
+        """
         self.program = program
         self._of_service = [program.of_service(s) for s in range(len(program.demands))]
         self._paid = 1 / horizon_s if current is not None and horizon_s > 0 else 0.0
@@ -39,11 +49,14 @@ class Rounding:
         self._held = [0] * (max(self._alike, default=0) + 1)
         for kind, count in zip(self._alike, self._current, strict=True):
             self._held[kind] += count
-        self._on = [ceil(u / n.slots) for u, n in zip(self._uses(self._current), program.fleet.nodes, strict=True)]
+        self._on: list[Nodes] = [(0,) * len(of.layouts) for of in program.columns]
+        used = self._uses(self._current)
+        known = layouts if layouts is not None else [None] * len(self._on)
+        self._on = [self._settled(k, used) if on is None else on for k, on in enumerate(known)]
         self._left = 0
         self._known: dict[tuple[int, tuple[int, ...]], Fit] = {}
         self.replicas = [0] * len(program.options)
-        self._used = [0] * len(program.fleet.nodes)
+        self._used = [0] * len(program.places)
 
     # --- what a state is worth ---------------------------------------------------------------------------------------
 
@@ -95,9 +108,27 @@ class Rounding:
         return sum(self._starts(self._of_service[s], self.counts(s)) for s in parts) + self._boots(self._used)
 
     def _boots(self, used: Sequence[int]) -> float:
-        nodes = self.program.fleet.nodes
-        more = (max(0, ceil(u / n.slots) - on) for u, n, on in zip(used, nodes, self._on, strict=True))
-        return sum(count * cost for count, cost in zip(more, self.program.boot_cost, strict=True))
+        """Return the cost of turning nodes on, and of other layouts for those that are on."""
+        cost = 0.0
+        for k, (count, on) in enumerate(zip(self.program.nodes(used), self._on, strict=True)):
+            cost += max(0, count - sum(on)) * self.program.boot_cost[k]
+            if self.program.change_cost[k] and count:
+                cost += changed(on, self._settled(k, used)) * self.program.change_cost[k]
+        return cost
+
+    def _kinds(self) -> range:
+        return range(len(self.program.fleet.nodes))
+
+    def _settled(self, k: int, used: Sequence[int]) -> Nodes:
+        """Return the nodes of a class by layout, near to those that are on."""
+        of, wanted = self.program.columns[k], self.program.wanted(k, used)
+        if len(of.layouts) == 1:
+            return (of.nodes(wanted),)
+        return settled(of, self._on[k], wanted)
+
+    def layouts(self) -> tuple[Nodes, ...]:
+        """Return the nodes that are on by layout, by class of nodes."""
+        return tuple(self._settled(k, self._used) for k in self._kinds())
 
     def counts(self, service: int) -> tuple[int, ...]:
         """Return the replicas of a service's options."""
@@ -114,25 +145,15 @@ class Rounding:
 
     def _uses(self, replicas: Sequence[int]) -> list[int]:
         """Return the slots that replicas take, by class of nodes."""
-        used = [0] * len(self.program.fleet.nodes)
+        used = [0] * len(self.program.places)
         for option, count in zip(self.program.options, replicas, strict=True):
-            used[option.node] += count
+            used[option.place] += count
         return used
 
     def _nodes_cost(self, used: Sequence[int]) -> float:
-        nodes = self.program.fleet.nodes
-        counts = (ceil(slots / node.slots) for slots, node in zip(used, nodes, strict=True))
+        counts = self.program.nodes(used)
         running = sum(count * cost for count, cost in zip(counts, self.program.node_cost, strict=True))
         return running + (self._paid * self._boots(used) if self._paid else 0.0)
-
-    def _fits(self, used: Sequence[int]) -> bool:
-        """Return whether there are slots, and nodes, for this."""
-        if any(slots > most for slots, most in zip(used, self.program.slots, strict=True)):
-            return False
-        most = self.program.max_nodes
-        return (
-            most is None or sum(ceil(u / n.slots) for u, n in zip(used, self.program.fleet.nodes, strict=True)) <= most
-        )
 
     # --- moves -------------------------------------------------------------------------------------------------------
 
@@ -156,19 +177,20 @@ class Rounding:
         lacking = sum(before.missing)
         for option in self._of_service[service]:
             used = self._with(((option, 1),))
-            if not self._fits(used):
+            if not self.program.fits(used):
                 continue
             after = self.fit(service, self._counts_with(service, ((option, 1),)))
             placed = lacking - sum(after.missing)
             if placed > _SLACK:
-                node = self.program.options[option].node
-                share = self.program.node_cost[node] / self.program.fleet.nodes[node].slots
+                share = self.program.node_cost[self.program.options[option].node] * self.program.share(
+                    self.program.options[option]
+                )
                 yield (after.cost - before.cost + share) / placed, option
 
     def _with(self, changes: Sequence[tuple[int, int]]) -> list[int]:
         used = list(self._used)
         for option, by in changes:
-            used[self.program.options[option].node] += by
+            used[self.program.options[option].place] += by
         return used
 
     def _counts_with(self, service: int, changes: Sequence[tuple[int, int]]) -> tuple[int, ...]:
@@ -190,6 +212,8 @@ class Rounding:
                     moved = True
                 while self._yield_slot(s):
                     moved = True
+            while self._pack():
+                moved = True
 
     def _step(self, service: int) -> bool:
         """Make one move of a service that helps; return whether there was one."""
@@ -199,7 +223,7 @@ class Rounding:
             if self._left < 0:
                 return False
             used = self._with(changes)
-            if not self._fits(used):
+            if not self.program.fits(used):
                 continue
             after = self._worth(service, self._counts_with(service, changes), used)
             if after < (before[0] - _SLACK, float("inf")) or (
@@ -221,11 +245,70 @@ class Rounding:
                 if option.node != self.program.options[mine].node or self._left < 0:
                     continue
                 self._left -= 1
+                if not self.program.fits(self._with(((other, -1), (mine, 1)))):
+                    continue
                 self._apply(((other, -1), (mine, 1)))
                 if self.value()[0] < before[0] - _SLACK:
                     return True
                 self._apply(((other, 1), (mine, -1)))
         return False
+
+    def _pack(self) -> bool:
+        """Divide one more node for what runs elsewhere, where all of it together is worth it: no single move is."""
+        before = self.value()
+        for k, of in enumerate(self.program.columns):
+            for counts in of.counts if self.program.fleet.nodes[k].partitions else ():
+                if self._left < 0:
+                    return False
+                best: tuple[tuple[int, int], ...] = ()
+                least = before
+                changes: dict[int, int] = {}
+                for place, move in self._packed(k, counts):
+                    changes[place] = changes.get(place, 0) - 1
+                    changes[move] = changes.get(move, 0) + 1
+                    after = self._after(tuple(changes.items()))
+                    if after is not None and after[0] <= before[0] + _SLACK and after[1] < least[1] * (1 - 1e-9):
+                        best, least = tuple(changes.items()), after
+                if best:
+                    self._apply(best)
+                    return True
+        return False
+
+    def _packed(self, k: int, counts: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """Yield replicas and what would take their place in the slots of a node, those that save the most first."""
+        taken: dict[int, int] = {}
+        for part, slots in enumerate(counts):
+            at = next(i for i, p in enumerate(self.program.places) if (p.node, p.part) == (k, part))
+            moves = []
+            for mine, option in enumerate(self.program.options):
+                if option.place != at:
+                    continue
+                service = option.service
+                now = self.fit(service, self.counts(service))
+                for other in self._of_service[service]:
+                    theirs = self.program.options[other]
+                    if self.replicas[other] and theirs.place != at:
+                        self._left -= 1
+                        then = self.fit(service, self._counts_with(service, ((other, -1), (mine, 1))))
+                        freed = self.program.node_cost[theirs.node] * self.program.share(theirs)
+                        moves.append((sum(then.missing) - sum(now.missing), then.cost - now.cost - freed, other, mine))
+            left = slots
+            for lacking, _, other, mine in sorted(moves):
+                while left and lacking <= _SLACK and taken.get(other, 0) < self.replicas[other]:
+                    taken[other] = taken.get(other, 0) + 1
+                    left -= 1
+                    yield other, mine
+
+    def _after(self, changes: Sequence[tuple[int, int]]) -> tuple[float, float] | None:
+        """Return what the state would be worth after changes of several services; None where they do not fit."""
+        self._left -= 1
+        if not self.program.fits(self._with(changes)):
+            return None
+        back = tuple((option, -by) for option, by in changes)
+        self._apply(changes)
+        found = self.value()
+        self._apply(back)
+        return found
 
     def _worth(self, service: int, counts: tuple[int, ...], used: Sequence[int]) -> tuple[float, float]:
         fit = self.fit(service, counts)
@@ -242,9 +325,8 @@ class Rounding:
                 yield from (((o, -2), (other, 1)) for other in places if other != o)
             yield from (((o, -1), (other, 2)) for other in places if other != o)
         for o in here:
-            spare = (
-                self._used[self.program.options[o].node] % self.program.fleet.nodes[self.program.options[o].node].slots
-            )
+            mine = self.program.options[o]
+            spare = self._used[mine.place] % round(1 / self.program.share(mine))
             for count in sorted({spare, self.replicas[o]} & set(range(2, self.replicas[o] + 1))):
                 for other in (each for each in places if each != o):
                     yield from (((o, -count), (other, by)) for by in range(1, count + 1))

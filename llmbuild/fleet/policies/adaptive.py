@@ -45,6 +45,7 @@ class Planned:
 
     def _take(self, made: Plan, why: str) -> None:
         self.target = target_of(made)
+        self._layouts = made.layouts
         self.told = f"{why}: planned for {made.load.rate:.3g}/s, {sum(self.target.values())} replicas"
 
     def nodes_lost(self, failed: dict[str, int]) -> None:
@@ -60,7 +61,7 @@ class Planned:
         running = tuple(
             (names[s], replace(point, node=nodes[point.node.name]), count) for (s, point), count in self.target.items()
         )
-        held = Held(running, HORIZON_S)
+        held = Held(running, HORIZON_S, self._layouts)
         now = worth(fleet, self._given.profiles, load, held)
         if urgent and now.shortage <= 0:
             return

@@ -7,6 +7,7 @@ from collections import Counter, deque
 from dataclasses import replace
 
 from llmbuild.fleet.capacity import OperatingPoint, capacity
+from llmbuild.fleet.plan.layouts import Room
 from llmbuild.fleet.plan.plan import cheapest, plan
 from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import UNSET
@@ -75,20 +76,20 @@ class Reactive:
         """Return the replicas of each service."""
         assert self._seen is not None
         target: dict[tuple[int, OperatingPoint], int] = {}
-        room = Counter(
-            {n.name: (n.count - self._seen.failed.get(n.name, 0)) * n.slots for n in self._given.fleet.nodes}
-        )
+        room = Room(self._given.fleet.with_counts(self._left(self._seen)))
         for s in range(len(self._given.fleet.services)):
             present = {point: n for (of, point), n in self._target.items() if of == s}
             count = self._count(s, present)
             for point in self._points[s]:
-                placed = min(count, room[point.node.name])
+                placed = room.take(point.node.name, point.part, count)
                 if placed > 0:
                     target[s, point] = placed
-                    room[point.node.name] -= placed
                     count -= placed
         self._target = target
         return target
+
+    def _left(self, seen: Observation) -> dict[str, int]:
+        return {node.name: node.count - seen.failed.get(node.name, 0) for node in self._given.fleet.nodes}
 
     def _count(self, s: int, present: dict[OperatingPoint, int]) -> int:
         """Return how many replicas a service is to have, by the autoscaler's rule."""

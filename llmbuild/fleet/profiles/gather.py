@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmbuild.errors import InputError
+from llmbuild.fleet.profiles.divided import device_of, divided, parts_of
 from llmbuild.fleet.profiles.estimated import estimated
 from llmbuild.fleet.profiles.measured import measured
 from llmbuild.fleet.profiles.published import published
@@ -22,17 +23,18 @@ def profiles_of(fleet: Fleet, catalog: Path) -> tuple[Profile, ...]:
         CatalogError: a class of nodes names a machine of a catalog that cannot be read.
     """
     models = [service.model for service in fleet.services]
-    devices = [node.device for node in fleet.nodes]
+    devices = [device_of(node, part) for node in fleet.nodes for part in (None, *parts_of(node))]
     given = {(p.device, p.model, p.variant) for p in fleet.profiles}
     others = [p for p in published() if (p.device, p.model, p.variant) not in given]
-    all_ = (*fleet.profiles, *others, *measured(catalog, fleet.nodes, models))
+    read = (*fleet.profiles, *others, *measured(catalog, fleet.nodes, models))
+    all_ = (*read, *divided(fleet.nodes, read))
     found = tuple(p for p in all_ if p.model in models and p.device in devices)
     if fleet.estimates:
         found += tuple(estimated(fleet, found))
     for model in models:
         if not any(p.model == model for p in found):
             known = sorted({f"{p.model} on {p.device}" for p in all_})
-            told = f"no profile of model {model} on any of {', '.join(sorted(set(devices)))}"
+            told = f"no profile of model {model} on any of {', '.join(sorted({n.device for n in fleet.nodes}))}"
             todo = "give one in `profiles`, or set `estimates: true`"
             if any(node.machine for node in fleet.nodes):
                 todo = f"build it on that machine with `llmbuild build`, or {todo}"

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-Use = Literal["host", "bare", "boot", "load", "parked", "decode", "prompt"]
-USES: tuple[Use, ...] = ("host", "bare", "boot", "load", "parked", "decode", "prompt")
-"""What energy is spent on: hosts, empty slots, nodes that boot, replicas that load, wait, decode, compute prompts."""
+Use = Literal["host", "bare", "boot", "change", "load", "parked", "decode", "prompt"]
+USES: tuple[Use, ...] = ("host", "bare", "boot", "change", "load", "parked", "decode", "prompt")
+"""What energy is spent on: hosts, empty slots, nodes that boot or take another layout; replicas that load, wait, decode
+and compute prompts."""
 
 
 @dataclass

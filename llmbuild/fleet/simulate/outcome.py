@@ -90,8 +90,8 @@ class Outcome:
 
     @property
     def changes(self) -> int:
-        """Return starts, stops and changes of clocks."""
-        return sum(self.switches.get(name, 0) for name in ("start", "stop", "clock"))
+        """Return starts, stops, and changes of clocks and layouts."""
+        return sum(self.switches.get(name, 0) for name in ("start", "stop", "clock", "partition"))
 
 
 def classes_of(fleet: Fleet, jobs: Sequence[Job]) -> tuple[ClassOutcome, ...]:

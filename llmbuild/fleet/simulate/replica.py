@@ -93,13 +93,13 @@ class Replica:
 
     def _take_point(self, point: OperatingPoint) -> None:
         self.point, self._next = point, None
-        step, power, node = point.step, point.power, point.node
+        step, power, parked_w = point.step, point.power, point.parked_w
         rows = range(point.batch + 1)
         self._rows_s = [max(step.rows_s(float(r)), 0.0) for r in rows]
         self._context_s, self._prompt_s = step.context_s, step.prompt_s
-        self._parked_w = node.parked_w
-        self._rows_w = [max(node.parked_w, power.rows_w(max(1.0, float(r)))) if power else node.parked_w for r in rows]
-        self._prompt_w = max(node.parked_w, power.prompt_w) if power else node.parked_w
+        self._parked_w = parked_w
+        self._rows_w = [max(parked_w, power.rows_w(max(1.0, float(r)))) if power else parked_w for r in rows]
+        self._prompt_w = max(parked_w, power.prompt_w) if power else parked_w
 
     # --- what a router asks ------------------------------------------------------------------------------------------
 

@@ -5,45 +5,20 @@ from __future__ import annotations
 import heapq
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.policy import Target
-from llmbuild.fleet.simulate.meter import Meter
+from llmbuild.fleet.simulate.meter import Meter, Use
+from llmbuild.fleet.simulate.node import Key, Node, Slot, denied, lacking, layout_with
 from llmbuild.fleet.simulate.replica import QUEUE, Job, Replica, Router
 from llmbuild.serve.schedule.state import Scheduler
-from llmbuild.spec.fleet import Fleet, NodeClass
+from llmbuild.spec.fleet import Fleet
+from llmbuild.spec.partitions import Layout
 
-Key = tuple[int, OperatingPoint]
 Takes = Callable[[int, OperatingPoint], tuple[float, ...]]
 """Requests a second that a replica takes, by class of a service."""
 OFF_AFTER_S = 60.0
 """Seconds after which a node without replicas is turned off, where its policy wants fewer nodes."""
-
-
-class Slot:
-    """A device of a node: empty, loading, or with a replica."""
-
-    __slots__ = ("key", "node", "replica", "since_s", "until_s")
-
-    def __init__(self, node: Node) -> None:
-        self.node = node
-        self.key: Key | None = None
-        self.replica: Replica | None = None
-        self.since_s = self.until_s = 0.0
-
-
-class Node:
-    """A machine: off, booting, on, or failed."""
-
-    def __init__(self, kind: NodeClass, name: str) -> None:
-        self.kind, self.name = kind, name
-        self.state: Literal["off", "boot", "on", "failed"] = "off"
-        self.since_s = 0.0
-        self.empty_s = 0.0
-        self.epoch = 0
-        """Counts failures and shutdowns: what was due for an earlier one is void."""
-        self.slots = [Slot(self) for _ in range(kind.slots)]
 
 
 class World:
@@ -84,7 +59,7 @@ class World:
                 self._stepped(whom, at_s)
         elif what == "booted":
             assert isinstance(whom, Node)
-            if whom.state == "boot" and whom.epoch == epoch:
+            if whom.state in ("boot", "change") and whom.epoch == epoch:
                 self._booted(whom, at_s)
         elif what == "loaded":
             assert isinstance(whom, Slot)
@@ -144,20 +119,28 @@ class World:
 
     def begin(self, target: Target) -> None:
         """Take a target as what runs already when time begins."""
-        self._target = dict(target)
+        self._take(target)
         for key, count in target.items():
             for _ in range(count):
-                slot = self._empty(key[1].node.name) or self._off(key[1].node.name)
+                slot = self._empty(key[1]) or self._off(key[1])
                 if slot is None:
                     break
                 slot.node.state = "on"
                 slot.key = key
                 self._loaded(slot, 0.0)
-        self.switches.clear()
+        self.switches = Counter({name: n for name, n in self.switches.items() if name == "denied"})
+
+    def _take(self, target: Target) -> None:
+        """Take a target; replicas that need layouts which the fleet file does not allow are counted and never start."""
+        if target != self._target:
+            count = denied(self.fleet, target)
+            if count:
+                self.switches["denied"] += count
+        self._target = dict(target)
 
     def apply(self, target: Target, now: float) -> None:
         """Want other replicas: what is missing starts, and what is too much stops as soon as it is not needed."""
-        self._target = dict(target)
+        self._take(target)
         self.reconcile(now)
 
     def reconcile(self, now: float) -> None:
@@ -169,12 +152,14 @@ class World:
                 if not (self._revive(key) or self._start(key, now)):
                     break
                 have[key] += 1
-        lacking = {key for key, wanted in self._target.items() if wanted > have[key]}
+        short = {key for key, wanted in self._target.items() if wanted > have[key]}
         loading = {slot.key[0] for slot in self._taken() if slot.replica is None and slot.key is not None}
         for key in list(have):
             surplus = have[key] - self._target.get(key, 0)
-            self._stop(key, min(surplus, self._spare(key, lacking, loading)), now)
+            self._stop(key, min(surplus, self._spare(key, short, loading)), now)
         self._turn_off(now)
+        if any(self._drain_for(kind, now) for kind in {key[1].node.name for key in short if key[1].part}):
+            self.reconcile(now)
 
     def counts(self) -> Counter[Key]:
         """Return the replicas that serve or load, by service and point."""
@@ -220,7 +205,7 @@ class World:
     def _revive(self, key: Key) -> bool:
         """Let a replica that drains serve again."""
         for slot in self._replicas():
-            if slot.key == key and slot.replica is not None and slot.replica.draining:
+            if slot.key == key and slot.replica is not None and slot.replica.draining and slot.node.next is None:
                 slot.replica.draining = False
                 self.ready[key[0]].append(slot.replica)
                 return True
@@ -228,42 +213,59 @@ class World:
 
     def _start(self, key: Key, now: float) -> bool:
         """Load a replica on an empty slot, on a node that boots or is turned on for it if need be."""
-        slot = self._empty(key[1].node.name)
+        slot = self._empty(key[1]) or self._divided(key[1], now)
         if slot is None:
-            slot = self._off(key[1].node.name)
+            had = {node: node.layout for node in self.nodes if node.state == "off"}
+            slot = self._off(key[1])
             if slot is None:
                 return False
-            self._boot(slot.node, now)
+            self._boot(slot.node, now, had[slot.node] != slot.node.layout)
         self.switches["start"] += 1
         slot.key = key
         if slot.node.state == "on":
             self._load(slot, now)
         return True
 
-    def _empty(self, kind: str) -> Slot | None:
-        """Return an empty slot of the fullest node that is on, or boots."""
+    def _empty(self, point: OperatingPoint) -> Slot | None:
+        """Return an empty slot of the fullest node that is on, or will be."""
         best: tuple[int, Slot] | None = None
         for node in self.nodes:
-            if node.kind.name == kind and node.state in ("on", "boot"):
-                free = [slot for slot in node.slots if slot.key is None]
+            if node.kind.name == point.node.name and node.state in ("on", "boot", "change") and node.next is None:
+                free = [slot for slot in node.slots if slot.key is None and slot.part == point.part]
                 if free and (best is None or len(free) < best[0]):
                     best = len(free), free[0]
         return best[1] if best else None
 
-    def _off(self, kind: str) -> Slot | None:
-        return next((n.slots[0] for n in self.nodes if n.kind.name == kind and n.state == "off"), None)
+    def _off(self, point: OperatingPoint) -> Slot | None:
+        """Return a slot of a node that is off, with a layout that is lacked."""
+        off = [node for node in self.nodes if node.kind.name == point.node.name and node.state == "off"]
+        layout = self._layout(point)
+        if not off or (point.part is not None and layout is None):
+            return None
+        node = next((each for each in off if each.layout == layout), off[0])
+        if node.layout != layout:
+            node.divide(layout)
+        return next(slot for slot in node.slots if slot.part == point.part)
 
-    def _spare(self, key: Key, lacking: set[Key], loading: set[int]) -> int:
+    def _layout(self, point: OperatingPoint) -> Layout | None:
+        """Return the layout that another node is to take for a point."""
+        kind, part = self.fleet.node_class(point.node.name), point.part
+        if part is None:
+            return None
+        more, _ = lacking(self.fleet, kind, self.nodes, self._target)
+        return next((layout for layout in more if part in layout.slices), None) or layout_with(self.fleet, kind, part)
+
+    def _spare(self, key: Key, short: set[Key], loading: set[int]) -> int:
         """Return how many surplus replicas may stop: all where their service has what it wants.
 
-        Where it loads some, none. Where starts wait for slots of this class of nodes, one, if another one serves.
+        Where it loads some, none. Where starts wait for slots of this kind, one, if another one serves.
         """
         service, point = key
         if service in loading:
             return 0
-        if service not in {one[0] for one in lacking}:
+        if service not in {one[0] for one in short}:
             return len(self._slot_of)
-        waits = any(one[1].node.name == point.node.name for one in lacking)
+        waits = any(one[1].place == point.place for one in short)
         return int(waits and len(self.ready[service]) > 1)
 
     def _taken(self) -> Iterator[Slot]:
@@ -280,20 +282,86 @@ class World:
         serving.sort(key=lambda s: (sum(o.key is not None for o in s.node.slots), s.replica.load if s.replica else 0))
         for slot in [*loading, *serving][:count]:
             self.switches["stop"] += 1
-            if slot.replica is None:
-                self._emptied(slot, now)
-                continue
-            slot.replica.draining = True
-            self.ready[key[0]].remove(slot.replica)
-            if slot.replica.idle:
-                self._unload(slot.replica, now)
+            self._drain(slot, now)
+
+    def _drain(self, slot: Slot, now: float) -> None:
+        """Let a slot's replica end what it has begun, and take no more."""
+        if slot.replica is None:
+            self._emptied(slot, now)
+            return
+        slot.replica.draining = True
+        self.ready[slot.replica.service].remove(slot.replica)
+        if slot.replica.idle:
+            self._unload(slot.replica, now)
+
+    # --- layouts -----------------------------------------------------------------------------------------------------
+
+    def _divided(self, point: OperatingPoint, now: float) -> Slot | None:
+        """Return a slot of an empty node that takes another layout for it."""
+        kind = self.fleet.node_class(point.node.name)
+        if point.part is None or not any(
+            node.kind is kind and node.state == "on" and node.empty for node in self.nodes
+        ):
+            return None
+        more, less = lacking(self.fleet, kind, self.nodes, self._target)
+        layout = next((each for each in more if point.part in each.slices), None)
+        node = next(
+            (n for n in self.nodes if n.kind is kind and n.state == "on" and n.empty and n.layout in less), None
+        )
+        if layout is None or node is None:
+            return None
+        self._divide(node, layout, now)
+        return next(slot for slot in node.slots if slot.part == point.part)
+
+    def _drain_for(self, name: str, now: float) -> bool:
+        """Begin to drain a node for a layout that is lacked, one at a time; return whether one was found.
+
+        Where no node is left to be turned on, a node goes whose services are served elsewhere, else the one with the
+        fewest that are not: they wait until it is back.
+        """
+        kind = self.fleet.node_class(name)
+        here = [node for node in self.nodes if node.kind is kind and node.state != "failed"]
+        if any(node.state in ("off", "boot", "change") or node.next is not None for node in here):
+            return False
+        more, less = lacking(self.fleet, kind, here, self._target)
+        there = [node for node in here if node.layout in less]
+        if not more or not there:
+            return False
+        node = min(there, key=self._alone)
+        node.next = next(iter(more))
+        for slot in node.slots:
+            if slot.key is not None and not (slot.replica is not None and slot.replica.draining):
+                self.switches["stop"] += 1
+                self._drain(slot, now)
+        if node.next is not None and node.empty:
+            self._divide(node, node.next, now)
+        return True
+
+    def _alone(self, node: Node) -> tuple[int, int]:
+        """Return how many services only this node serves, and how much it has to do."""
+        here = {slot.replica for slot in node.slots if slot.replica is not None}
+        services = {replica.service for replica in here}
+        return sum(here.issuperset(self.ready[s]) for s in services), sum(replica.load for replica in here)
+
+    def _divide(self, node: Node, layout: Layout, now: float) -> None:
+        """Begin to change the layout of an empty node."""
+        assert node.kind.partitions is not None
+        self._close(node, now)
+        node.divide(layout)
+        node.state, node.next, node.since_s = "change", None, now
+        self.switches["partition"] += 1
+        self.push(now + node.kind.partitions.change.seconds, "booted", node, node.epoch)
 
     # --- slots and nodes ---------------------------------------------------------------------------------------------
 
-    def _boot(self, node: Node, now: float) -> None:
+    def _boot(self, node: Node, now: float, divides: bool) -> None:
         node.state, node.since_s = "boot", now
         self.switches["boot"] += 1
-        self.push(now + node.kind.boot_s, "booted", node, node.epoch)
+        more_s = 0.0
+        if divides and node.kind.partitions is not None:
+            more_s = node.kind.partitions.change.seconds
+            self.switches["partition"] += 1
+        self.push(now + node.kind.boot_s + more_s, "booted", node, node.epoch)
 
     def _booted(self, node: Node, now: float) -> None:
         self._close(node, now)
@@ -302,6 +370,8 @@ class World:
             slot.since_s = now
             if slot.key is not None:
                 self._load(slot, now)
+        if node.kind.partitions is not None:
+            self.reconcile(now)  # what its layout was changed for
 
     def _load(self, slot: Slot, now: float) -> None:
         assert slot.key is not None
@@ -333,24 +403,24 @@ class World:
         if not counted:
             self._count_slot(slot, now)
         slot.key, slot.since_s, slot.until_s = None, now, 0.0
-        if all(each.key is None for each in slot.node.slots):
+        if slot.node.empty:
             slot.node.empty_s = now
+            if slot.node.next is not None:
+                self._divide(slot.node, slot.node.next, now)
+                return
             self.push(now + OFF_AFTER_S, "sweep", None)
 
     def _count_slot(self, slot: Slot, now: float) -> None:
         """Count the time of a slot without a replica: empty, or loading."""
         if slot.node.state == "on" and slot.replica is None:
             loading = slot.until_s > 0 and slot.key is not None
-            watts = slot.node.kind.bare_w
-            if loading and slot.key is not None:
-                power = slot.key[1].power
-                watts = max(slot.node.kind.parked_w, power.rows_w(1.0)) if power else slot.node.kind.parked_w
+            watts = slot.load_w if loading else slot.bare_w
             self.meter.add("load" if loading else "bare", now - slot.since_s, watts)
         slot.since_s = now
 
     def _turn_off(self, now: float) -> None:
         for node in self.nodes:
-            if node.state != "on" or any(slot.key is not None for slot in node.slots):
+            if node.state != "on" or not node.empty:
                 continue
             if now - node.empty_s >= OFF_AFTER_S - 1e-9:
                 self._close(node, now)
@@ -363,11 +433,12 @@ class World:
 
     def _close(self, node: Node, now: float) -> None:
         """Count a node's time in its state up to now."""
-        if node.state == "boot":
-            self.meter.add("boot", (now - node.since_s) * node.kind.slots, node.kind.bare_w)
+        if node.state in ("boot", "change"):
+            use: Use = "boot" if node.state == "boot" else "change"
+            self.meter.add(use, (now - node.since_s) * node.kind.slots, node.kind.bare_w)
             self.meter.add("host", now - node.since_s, node.kind.host_w)
         elif node.state == "on":
-            self.meter.add("host", now - node.since_s, node.kind.host_w)
+            self.meter.add("host", now - node.since_s, node.on_w)
             for slot in node.slots:
                 if slot.replica is None:
                     self._count_slot(slot, now)
@@ -396,7 +467,7 @@ class World:
                 del self._slot_of[slot.replica]
                 slot.replica = None
             slot.key, slot.until_s = None, 0.0
-        node.state, node.epoch = "failed", node.epoch + 1
+        node.state, node.next, node.epoch = "failed", None, node.epoch + 1
         self.switches["failed"] += 1
         self.reconcile(now)
         for job in sorted(again, key=lambda each: each.ask.number):

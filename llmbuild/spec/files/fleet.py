@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from llmbuild.errors import InputError
 from llmbuild.spec import fleet as nouns
+from llmbuild.spec import partitions as mig
 from llmbuild.spec.figures import Architecture, Machine
 from llmbuild.spec.files.cluster import Bytes, ClusterKeys, PodKeys, cluster_of, pods_of
 from llmbuild.spec.files.reader import seconds
@@ -56,6 +57,7 @@ _Large = Annotated[float, Field(ge=1e6, le=1e14)]
 _Count = Annotated[int, Field(ge=1, le=100_000, strict=True)]
 _Cores = Annotated[tuple[Annotated[int, Field(ge=0, le=4095, strict=True)], ...], Field(min_length=1)]
 _Digits = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]{4,64}$")]
+_Slices = tuple[Annotated[str, Field(min_length=1)], ...]
 _Places = Annotated[dict[Annotated[int, Field(ge=0, le=4096)], _Positive], Field(min_length=1)]
 
 
@@ -85,6 +87,22 @@ class _Levels(Strict):
         return self
 
 
+class _Partitions(Strict):
+    gpu: Literal["A100-40GB", "A100-80GB", "H100-80GB", "H200-141GB"]
+    layouts: Literal["all"] | Annotated[tuple[_Slices, ...], Field(min_length=1)] = "all"
+    now: _Slices = ()
+    change: mig.ChangeBy
+
+    @model_validator(mode="after")
+    def _possible(self) -> _Partitions:
+        named = () if self.layouts == "all" else self.layouts
+        for names in (*named, *([self.now] if self.now else [])):
+            told = mig.refusal(mig.GPUS[self.gpu], names)
+            if told:
+                raise ValueError(told)
+        return self
+
+
 class _Node(Strict):
     class_: str = Field(alias="class", pattern=f"^{_NAME}$")
     count: _Count
@@ -99,6 +117,27 @@ class _Node(Strict):
     cores: tuple[_Cores, ...] = ()
     variants: tuple[_Digits, ...] = ()
     kubernetes: PodKeys | None = None
+    partitions: _Partitions | None = None
+
+    @model_validator(mode="after")
+    def _divided(self) -> _Node:
+        if self.partitions is None:
+            return self
+        if self.cores:
+            raise ValueError("partitions divide a GPU, and cores are parts of a CPU: give one of them")
+        if self.kubernetes:
+            told = "Kubernetes divides no GPU here: make a class of each kind of slice"
+            raise ValueError(f"{told}, with `resources` such as nvidia.com/mig-2g.20gb, in place of partitions")
+        if self.clocks:
+            raise ValueError(
+                "the slices of a GPU share one clock, so a class has clocks or partitions: give one of them"
+            )
+        gpu = mig.GPUS[self.partitions.gpu]
+        most = gpu.slices[0].memory_bytes
+        if not 0.8 * most <= self.memory <= 1.2 * most:
+            told = f"memory is {self.memory / 1e9:g}GB, and {gpu.name} has {most / 1e9:.4g}GB"
+            raise ValueError(f"{told}: give the memory of an undivided device, or the GPU that it is")
+        return self
 
     @model_validator(mode="after")
     def _pinned(self) -> _Node:
@@ -175,7 +214,7 @@ class _Service(Strict):
 
 
 class _Profile(Strict):
-    device: str = Field(pattern=f"^{_NAME}$")
+    device: str = Field(pattern=f"^{_NAME}(/{_NAME})?$")
     model: str = Field(min_length=1)
     variant: str = Field(min_length=1)
     basis: nouns.Basis
@@ -313,6 +352,19 @@ def _cores(one: _Node) -> int:
     return (one.kubernetes.cpus or 0) if one.kubernetes else 0
 
 
+def _partitions(one: _Partitions | None) -> mig.Partitions | None:
+    if one is None:
+        return None
+    gpu = mig.GPUS[one.gpu]
+
+    def layout(names: tuple[str, ...]) -> mig.Layout:
+        return mig.layout_of(each for name in names if (each := gpu.slice_of(name)) is not None)
+
+    some = mig.fullest(gpu.name) if one.layouts == "all" else tuple(dict.fromkeys(map(layout, one.layouts)))
+    now = layout(one.now) if one.now else gpu.undivided
+    return mig.Partitions(gpu.name, some, now, mig.CHANGES[one.change])
+
+
 def _node(one: _Node) -> nouns.NodeClass:
     watts = one.watts
     clocks = tuple(
@@ -338,6 +390,7 @@ def _node(one: _Node) -> nouns.NodeClass:
         cores=tuple(tuple(sorted(set(each))) for each in one.cores),
         variants=one.variants,
         pods=pods_of(one.kubernetes, _cores(one), one.memory),
+        partitions=_partitions(one.partitions),
     )
 
 
