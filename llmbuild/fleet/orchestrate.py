@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Intended
+from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Intended, KeysFile
 from llmbuild.fleet.actuators.journal import Journal
 from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
 from llmbuild.fleet.gateway.app import Gateway, application
@@ -42,6 +42,11 @@ class Setup:
     keys_file: Path | None = None
     """Where the keys are, for the replicas, which ask for them too."""
 
+    @property
+    def asked_of_replicas(self) -> KeysFile:
+        """Return the keys as a backend gives them to its replicas."""
+        return KeysFile(self.keys_file, self.keys.digest)
+
 
 def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
     """Return what would be done first; nothing is started, ended or written.
@@ -51,7 +56,7 @@ def dry(setup: Setup, tell: Callable[[str], None]) -> list[Intended]:
     """
     fleet = permitted(setup.fleet)
     checked(fleet)
-    backend = Dry(fleet, setup.catalog, Journal(setup.folder), api_keys=setup.keys_file)
+    backend = Dry(fleet, setup.catalog, Journal(setup.folder), keys=setup.asked_of_replicas)
     for name, told in backend.adopt(setup.profiles, dry=True):
         tell(f"finds    {name}: {told}")
     found: list[Intended] = []
@@ -97,7 +102,7 @@ class _Runner:
         self._setup, self._tell = setup, tell
         self._fleet = fleet = permitted(setup.fleet)
         self.backend = backend(
-            fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, api_keys=setup.keys_file
+            fleet, setup.catalog, Journal(setup.folder), setup.place.drain_s, keys=setup.asked_of_replicas
         )
         self._metrics = FleetMetrics(self._gauges)
         self._loop = _loop(setup, fleet, self.backend, tell, self._acted)

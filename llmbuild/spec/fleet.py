@@ -10,6 +10,7 @@ from typing import Literal
 
 from llmbuild.spec.partitions import Layout, Partitions
 from llmbuild.spec.slo import Bound
+from llmbuild.spec.tariff import Tariff
 
 Basis = Literal["measured", "published", "estimated"]
 BASES: tuple[Basis, ...] = ("measured", "published", "estimated")
@@ -225,6 +226,8 @@ class Fleet:
     """Between two decisions of a policy."""
     actuators: tuple[Guarded, ...] = ()
     """Guarded actions that are allowed."""
+    tariff: Tariff | None = None
+    """What electricity costs and emits."""
 
     def node_class(self, name: str) -> NodeClass:
         """Return the class of that name."""

@@ -54,6 +54,33 @@ def test_a_short_fleet_has_its_defaults(tmp_path: Path) -> None:
     assert (kind.ttft_s, kind.tpot_s, made.services[0].attainment) == (1.0, 0.05, 0.99)
 
 
+def test_electricity_has_series_by_hours_of_the_day(tmp_path: Path) -> None:
+    text = "electricity: {carbon: {0: 400, 11: 180.5, 17: 390}, begins: 8, basis: published, source: here}\n"
+    tariff = read(tmp_path, TEXT + text).tariff
+    assert tariff is not None and tariff.carbon is not None and tariff.price is None
+    assert (tariff.carbon.hours, tariff.carbon.values) == ((0, 11, 17), (400, 180.5, 390))
+    assert (tariff.begins_s, tariff.basis, tariff.source) == (8 * 3600, "published", "here")
+    assert read(tmp_path, TEXT).tariff is None
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            "price: {7: 0.3, 21: 0.2}, basis: published, source: here",
+            "price begins at hour 7: say what holds from hour 0",
+        ),
+        ("basis: published, source: here", "give `carbon`, grams for a kWh, or `price` of a kWh"),
+        ("price: {0: 0.3, 24: 0.2}, basis: published, source: here", "less than 24"),
+        ("carbon: {0: -1}, basis: published, source: here", "greater than or equal to 0"),
+        ("carbon: {0: 100}, source: here", "basis"),
+    ],
+)
+def test_electricity_that_says_too_little_is_refused(tmp_path: Path, keys: str, told: str) -> None:
+    with pytest.raises(InputError, match=told):
+        read(tmp_path, f"{TEXT}electricity: {{{keys}}}\n")
+
+
 @pytest.mark.parametrize(
     ("old", "new", "told"),
     [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmbuild.errors import InputError
-from llmbuild.fleet.actuators.interface import SetClock, SetPartition, SetPower, Slot, Start, Stop, Switch
+from llmbuild.fleet.actuators.interface import KeysFile, SetClock, SetPartition, SetPower, Slot, Start, Stop, Switch
 from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
 from llmbuild.fleet.actuators.local import Dry, Local, checked
 from llmbuild.fleet.orchestrate import Setup, dry
@@ -171,7 +171,7 @@ def test_a_replica_asks_for_the_keys_of_its_fleet_and_is_of_no_other(
     keys.write_text("a-key-of-16-signs\nanother-key-of-16\n")
     same = tmp_path / "same"
     same.write_text("# in another order\nanother-key-of-16\na-key-of-16-signs\n")
-    backend = Local(MADE, tmp_path, journal, api_keys=keys)
+    backend = Local(MADE, tmp_path, journal, keys=KeysFile(keys, Keys.read(keys).digest))
     words = backend._words(Start(0, point(MADE, PROFILES[0]), Slot("core", "core-0", 0), ""))
     assert words[-2:] == ["--api-keys", str(keys)]
     journal.write([replace(sleeper(journal, "a", sleepers), keys=Keys.read(same).digest)])

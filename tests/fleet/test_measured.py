@@ -56,6 +56,10 @@ def test_a_load_curve_makes_a_profile_of_many_rows(built: Project, monkeypatch: 
     assert mine.step.seconds(0, 0, 512) == pytest.approx(known.step_s(Work.of([(0, 512)])), rel=1e-6)
     assert mine.kv_bytes_per_token > 0
     assert {each.max_rows for each in found.values()} <= {1}
+    alone = {row["variant"][:12]: row["tpot_s"] for row in rows}
+    for each in found.values():  # what was not measured under load is not the faster for it
+        assert each.step.seconds(1, 0, 0) == pytest.approx(alone[each.variant] + known.turn_s)
+        assert (each.decode_basis, "has none" in each.source) == ("estimated", True)
 
 
 def test_a_slot_of_fewer_cores_has_times_that_are_scaled_and_no_measurement(built: Project) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from llmbuild.fleet.capacity import OperatingPoint
@@ -113,6 +114,17 @@ class Answer:
 
 
 APPLIED = Answer("applied")
+
+
+@dataclass(frozen=True)
+class KeysFile:
+    """The API keys that replicas ask for: a file, and what says whether another file has the same ones."""
+
+    path: Path | None = None
+    digest: str = ""
+
+
+NO_KEYS = KeysFile()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ from time import monotonic
 from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import (
     APPLIED,
+    NO_KEYS,
     Answer,
+    KeysFile,
     Live,
     Route,
     SetClock,
@@ -38,7 +40,6 @@ from llmbuild.fleet.plan.program import serving
 from llmbuild.fleet.profiles.measured import machine_of
 from llmbuild.process import child
 from llmbuild.runtime import model as loader
-from llmbuild.serve.api.keys import Keys
 from llmbuild.spec.fleet import UNSET, Fleet, Profile
 
 DRAIN_S = 30.0
@@ -103,10 +104,10 @@ class Local:
         journal: Journal,
         drain_s: float = DRAIN_S,
         clock: Callable[[], float] = monotonic,
-        api_keys: Path | None = None,
+        keys: KeysFile = NO_KEYS,
     ) -> None:
         self._fleet, self._catalog, self._journal = fleet, catalog, journal
-        self._api_keys, self._keys = api_keys, "" if api_keys is None else Keys.read(api_keys).digest
+        self._keys = keys
         self._drain_s, self._clock = drain_s, clock
         self._replicas: dict[str, _Replica] = {}
         self._orphans: list[tuple[Entry, float]] = []
@@ -143,7 +144,7 @@ class Local:
             pid=process.pid,
             began=began_of(process.pid) or 0,
             boot=boot_of(),
-            keys=self._keys,
+            keys=self._keys.digest,
         )
         live = Live(name, action.service, point, action.slot, "starting", pid=process.pid)
         self._replicas[name] = _Replica(live, entry, process, self._clock())
@@ -153,7 +154,7 @@ class Local:
     def _words(self, action: Start) -> list[str]:
         service, point = self._fleet.services[action.service], action.point
         memory = max(1, int(point.node.memory_bytes / 1e6))
-        keys = [] if self._api_keys is None else ["--api-keys", str(self._api_keys.resolve())]
+        keys = [] if self._keys.path is None else ["--api-keys", str(self._keys.path.resolve())]
         return [
             *("llmbuild", "serve", service.model, "-C", str(self._catalog.resolve())),
             *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
@@ -270,7 +271,7 @@ class Local:
             if not runs(entry):
                 told.append((entry.name, "has ended"))
                 continue
-            live = self._known(entry, profiles) if entry.keys == self._keys else None
+            live = self._known(entry, profiles) if entry.keys == self._keys.digest else None
             if live is not None and not self._taken(live.slot) and self._pinned(entry, live.slot):
                 self._replicas[entry.name] = _Replica(live, entry, None, self._clock())
                 told.append((entry.name, f"adopted: pid {entry.pid} on {live.slot.name}"))

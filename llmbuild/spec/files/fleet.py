@@ -14,6 +14,7 @@ from llmbuild.spec import fleet as nouns
 from llmbuild.spec import partitions as mig
 from llmbuild.spec.files.reader import seconds
 from llmbuild.spec.files.strict import Strict, line_of, read, validate
+from llmbuild.spec.files.tariff import Electricity
 from llmbuild.spec.slo import Bound, is_quality, parse_bound
 
 _NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -238,6 +239,7 @@ class _Fleet(Strict):
     policy: str = "adaptive"
     period: Annotated[float, BeforeValidator(seconds), Field(gt=0, le=3600)] = 10.0
     actuators: tuple[nouns.Guarded, ...] = ()
+    electricity: Electricity | None = None
 
     @model_validator(mode="after")
     def _distinct(self) -> _Fleet:
@@ -279,6 +281,7 @@ def read_fleet(path: Path, policies: tuple[str, ...]) -> nouns.Fleet:
         policy=parsed.policy,
         period_s=parsed.period,
         actuators=tuple(dict.fromkeys(parsed.actuators)),
+        tariff=None if parsed.electricity is None else parsed.electricity.made(),
     )
 
 
