@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Literal
 
 from llmbuild.fleet.actuators.interface import NAMES, Intended
 from llmbuild.fleet.loop import told_of
@@ -16,6 +17,8 @@ from llmbuild.report.table import table, terminal
 from llmbuild.spec.fleet import Fleet
 
 RESAMPLES = 2000
+FACTORS = {"grams": "CO2e g", "money": "electricity"}
+"""What energy emits and costs, by the names of the fields, where the fleet file says it."""
 
 
 def plan_json(plan: Plan, whole: Plan | None = None) -> dict[str, object]:
@@ -48,6 +51,9 @@ def _plan_json(plan: Plan) -> dict[str, object]:
         "seconds": plan.seconds,
         "watts": plan.watts,
         "price_per_h": plan.price_per_h,
+        "co2e_g_per_h": _per_hour(plan, "carbon"),
+        "electricity_per_h": _per_hour(plan, "price"),
+        "tariff_basis": plan.fleet.tariff and plan.fleet.tariff.basis,
         "cost": plan.cost,
         "bound": plan.bound,
         "gap": plan.gap if plan.feasible else None,
@@ -151,6 +157,11 @@ def _summary(plan: Plan) -> list[str]:
     told = ", ".join(f"{count} of {node.count} {node.name}" for node, count in nodes)
     price = f", {plan.price_per_h:.2f} an hour" if plan.price_per_h else ""
     lines = [f"{plan.load.rate:.3g} requests/s on {told} nodes: {plan.watts:.0f} W{price}; basis: {plan.basis}"]
+    emitted, paid = _per_hour(plan, "carbon"), _per_hour(plan, "price")
+    told = [f"{emitted:.4g} g of CO2 equivalent"] if emitted is not None else []
+    told += [f"{paid:.4g} for electricity"] if paid is not None else []
+    if plan.fleet.tariff and told:
+        lines.append(f"{' and '.join(told)} an hour in the mean of a day; basis: {plan.fleet.tariff.basis}")
     unit = _UNIT[plan.fleet.objective]
     if plan.feasible:
         gap = f"{plan.cost:.4g} {unit}, at least {plan.bound:.4g} by the bound: gap {plan.gap:.1%}"
@@ -159,6 +170,12 @@ def _summary(plan: Plan) -> list[str]:
         gap = f"no place for {plan.shortage:.3g} requests/s, weighted by priority; {least}"
     lines.append(f"{plan.method}: {gap}; {plan.seconds:.2f} s")
     return lines
+
+
+def _per_hour(plan: Plan, factor: Literal["carbon", "price"]) -> float | None:
+    """Return what the watts of a plan emit or cost in the mean hour of a day, where the fleet file says it."""
+    series = getattr(plan.fleet.tariff, factor, None)
+    return None if series is None else plan.watts / 1000 * series.mean
 
 
 def shortage_lines(plan: Plan) -> list[str]:
@@ -211,6 +228,9 @@ def outcome_json(one: Outcome) -> dict[str, object]:
         "joules": dict(one.joules),
         "joules_per_output_token": one.joules_per_token,
         "idle_share": one.idle_share,
+        "co2e_g": one.grams,
+        "electricity_price": one.money,
+        "tariff_basis": one.tariff_basis,
         "output_tokens": one.output_tokens,
         "prompt_tokens": one.prompt_tokens,
         "node_hours": one.node_hours,
@@ -247,11 +267,13 @@ def outcomes_table(outcomes: Sequence[Outcome], oracle: str) -> str:
         by_policy.setdefault(one.policy, []).append(one)
     names = [f"{c.service}/{c.kind}" for c in outcomes[0].classes]
     header = ["policy", *(f"met {name}" for name in names), "J/token", "idle", "node-h", "changes", "regret", "basis"]
-    lines = [_line(policy, those, by_policy.get(oracle, ())) for policy, those in by_policy.items()]
+    factors = [name for name in FACTORS if getattr(outcomes[0], name) is not None]
+    header[len(names) + 2 : len(names) + 2] = [f"{FACTORS[name]} ({outcomes[0].tariff_basis})" for name in factors]
+    lines = [_line(policy, those, by_policy.get(oracle, ()), factors) for policy, those in by_policy.items()]
     return table(header, lines, (0, len(header) - 1), terminal())
 
 
-def _line(policy: str, those: Sequence[Outcome], best: Sequence[Outcome]) -> list[object]:
+def _line(policy: str, those: Sequence[Outcome], best: Sequence[Outcome], factors: Sequence[str]) -> list[object]:
     attained = [_interval([one.classes[i].attainment for one in those], ".2%") for i in range(len(those[0].classes))]
     regret = "-"
     if best and policy != best[0].policy:
@@ -262,6 +284,7 @@ def _line(policy: str, those: Sequence[Outcome], best: Sequence[Outcome]) -> lis
         policy,
         *attained,
         _interval([one.joules_per_token for one in those], ".3f"),
+        *(_interval([getattr(one, name) for one in those], ".4g", False) for name in factors),
         _interval([one.idle_share for one in those], ".0%", False),
         _interval([one.node_hours for one in those], ".2f", False),
         _interval([float(one.changes) for one in those], ".0f", False),

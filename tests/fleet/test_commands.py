@@ -96,6 +96,20 @@ def test_a_simulation_is_a_document_for_each_run_and_the_same_each_time(fleet: P
     assert first == second
 
 
+def test_what_energy_emits_and_costs_is_told_with_its_basis(fleet: Path) -> None:
+    keys = "{carbon: {0: 360}, price: {0: 0.25}, basis: published, source: here}"
+    fleet.write_text(f"{TEXT}electricity: {keys}\n")
+    found = json.loads(run("plan", fleet, "--json").stdout)
+    assert found["co2e_g_per_h"] == pytest.approx(found["watts"] * 0.36)
+    assert (found["electricity_per_h"], found["tariff_basis"]) == (pytest.approx(found["watts"] * 0.00025), "published")
+    assert "an hour in the mean of a day; basis: published" in run("plan", fleet).stdout
+    words = ("simulate", fleet, "--trace", "steady", "--seconds", "60", "--seeds", "1", "--policy", "static-mean")
+    (one,) = json.loads(run(*words, "--json").stdout)
+    assert one["co2e_g"] == pytest.approx(sum(one["joules"].values()) / 3.6e6 * 360)
+    head = run(*words).stdout.splitlines()[0]
+    assert "CO2e g (published)" in head and "electricity (published)" in head
+
+
 def test_a_table_has_a_row_for_each_policy_and_stderr_says_what_was_done_to_the_trace(fleet: Path) -> None:
     trace = fleet.with_name("trace.jsonl")
     lines = [json.dumps({"timestamp": i * 500, "input_length": 400, "output_length": 20}) for i in range(60)]

@@ -21,6 +21,7 @@ from llmbuild.fleet.simulate.trace import Asked, steady_trace
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.spec.fleet import Clock, Fleet, Profile
+from llmbuild.spec.tariff import Series, Tariff
 from tests.support.fleets import Fixed, fleet, node, point, profile, service, two_kinds
 
 TOLERANCE = 0.01
@@ -46,6 +47,27 @@ def conserved(outcome: Outcome, made: Fleet, requests: list[Asked]) -> None:
         spent = sum(s for use, s in outcome.slot_seconds.items() if use != "host")
         assert spent == pytest.approx(outcome.slot_seconds["host"] * slots.pop(), rel=1e-9)
     assert all(joules >= 0 for joules in outcome.joules.values())
+
+
+def test_energy_is_priced_by_the_hour_in_which_it_is_drawn() -> None:
+    made = fleet(service("a", 4.0), nodes=(node("fast", 4, 2),))
+    requests = steady_trace(made, 400, 1)
+    flat = Tariff(Series((0.0,), (360.0,)), Series((0.0,), (0.5,)), 0.0, "published", "here")
+    steps = Series((0.0, 12.0), (100.0, 300.0))
+    plain = run(made, (profile(),), "static-peak", requests, Setting(1))
+    assert (plain.grams, plain.money, plain.tariff_basis) == (None, None, None)
+    even = run(replace(made, tariff=flat), (profile(),), "static-peak", requests, Setting(1))
+    assert even.grams == pytest.approx(plain.total_j / 3.6e6 * 360)
+    assert even.money == pytest.approx(plain.total_j / 3.6e6 * 0.5)
+    assert (even.joules, even.tariff_basis) == (plain.joules, "published")
+    grams = []
+    for begins_s in (0.0, 12 * 3600 - 200.0, 12 * 3600.0):  # before noon, across it, behind it
+        stepped = replace(made, tariff=Tariff(steps, None, begins_s, "published", "here"))
+        one = run(stepped, (profile(),), "static-peak", requests, Setting(1))
+        assert one.money is None and one.grams is not None
+        grams.append(one.grams / (plain.total_j / 3.6e6))
+    assert (grams[0], grams[2]) == pytest.approx((100, 300))
+    assert 150 < grams[1] < 250
 
 
 @pytest.mark.parametrize("name", POLICIES)

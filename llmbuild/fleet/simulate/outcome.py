@@ -57,6 +57,12 @@ class Outcome:
     decide_s: float
     """Seconds of this machine for all decisions."""
     explained: str
+    grams: float | None = None
+    """CO2 equivalent of the energy, where the fleet file knows it."""
+    money: float | None = None
+    """Price of the energy."""
+    tariff_basis: Basis | None = None
+    """Of both."""
 
     @property
     def arrivals(self) -> int:

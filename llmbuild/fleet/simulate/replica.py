@@ -145,7 +145,7 @@ class Replica:
         """Begin the next step where there is anything to compute."""
         if self.idle or self.end_s < math.inf:
             return
-        self._meter.add("parked", now - self._idle_since, self._parked_w)
+        self._meter.add("parked", self._idle_since, now - self._idle_since, self._parked_w)
         if self._next is not None:
             self._take_point(self._next)
         if self._entries is None:
@@ -255,10 +255,10 @@ class Replica:
         prompt_s = self._prompt_s * self._prompts * count
         decode_s = self._run_s(count) - prompt_s
         if self._decoding:
-            self._meter.add("decode", decode_s, self._rows_w[self._decoding])
-            self._meter.add("prompt", prompt_s, self._prompt_w)
+            self._meter.add("decode", self._begin_s, decode_s, self._rows_w[self._decoding])
+            self._meter.add("prompt", self._begin_s + decode_s, prompt_s, self._prompt_w)
         else:
-            self._meter.add("prompt", decode_s + prompt_s, self._prompt_w)
+            self._meter.add("prompt", self._begin_s, decode_s + prompt_s, self._prompt_w)
 
     # --- its ends ----------------------------------------------------------------------------------------------------
 
@@ -269,7 +269,7 @@ class Replica:
     def settle(self, now: float) -> None:
         """Count the time up to now, in which nothing ran, as parked."""
         if self.end_s == math.inf:
-            self._meter.add("parked", now - self._idle_since, self._parked_w)
+            self._meter.add("parked", self._idle_since, now - self._idle_since, self._parked_w)
             self._idle_since = now
 
     def abandon(self, now: float) -> Iterator[Job]:
@@ -278,7 +278,7 @@ class Replica:
             whole = self._run_s(self._count)
             share = min(1.0, (now - self._begin_s) / whole) if whole else 0.0
             watts = self._rows_w[self._decoding] if self._decoding else self._prompt_w
-            self._meter.add("decode" if self._decoding else "prompt", share * whole, watts)
+            self._meter.add("decode" if self._decoding else "prompt", self._begin_s, share * whole, watts)
             self.end_s, self._count = math.inf, 0
         else:
             self.settle(now)

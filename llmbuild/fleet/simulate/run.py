@@ -181,6 +181,9 @@ def simulate(
         basis=_basis(run),
         decide_s=making + run.decide_s,
         explained=policy.explain(),
+        grams=meter.grams if fleet.tariff and fleet.tariff.carbon else None,
+        money=meter.money if fleet.tariff and fleet.tariff.price else None,
+        tariff_basis=fleet.tariff.basis if fleet.tariff else None,
     )
 
 

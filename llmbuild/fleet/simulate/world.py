@@ -27,7 +27,7 @@ class World:
     def __init__(
         self, fleet: Fleet, scheduler: Scheduler, router: Router, takes: Takes, stepwise: bool = False
     ) -> None:
-        self.fleet, self.meter = fleet, Meter()
+        self.fleet, self.meter = fleet, Meter(fleet.tariff)
         self._scheduler, self._router, self._takes, self._stepwise = scheduler, router, takes, stepwise
         self.nodes = [Node(kind, name) for kind in fleet.nodes for name in kind.nodes]
         self.held: list[deque[Job]] = [deque() for _ in fleet.services]
@@ -415,7 +415,7 @@ class World:
         if slot.node.state == "on" and slot.replica is None:
             loading = slot.until_s > 0 and slot.key is not None
             watts = slot.load_w if loading else slot.bare_w
-            self.meter.add("load" if loading else "bare", now - slot.since_s, watts)
+            self.meter.add("load" if loading else "bare", slot.since_s, now - slot.since_s, watts)
         slot.since_s = now
 
     def _turn_off(self, now: float) -> None:
@@ -435,10 +435,10 @@ class World:
         """Count a node's time in its state up to now."""
         if node.state in ("boot", "change"):
             use: Use = "boot" if node.state == "boot" else "change"
-            self.meter.add(use, (now - node.since_s) * node.kind.slots, node.kind.bare_w)
-            self.meter.add("host", now - node.since_s, node.kind.host_w)
+            self.meter.add(use, node.since_s, now - node.since_s, node.kind.bare_w, node.kind.slots)
+            self.meter.add("host", node.since_s, now - node.since_s, node.kind.host_w)
         elif node.state == "on":
-            self.meter.add("host", now - node.since_s, node.on_w)
+            self.meter.add("host", node.since_s, now - node.since_s, node.on_w)
             for slot in node.slots:
                 if slot.replica is None:
                     self._count_slot(slot, now)
