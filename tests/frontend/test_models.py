@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,17 +401,14 @@ def test_recipes_lists_what_cannot_be_built(recipes: Path) -> None:
 
 @pytest.mark.parametrize("name", "abc")
 def test_a_dry_run_says_what_cannot_be_built_before_anything_heavy_is_loaded(recipes: Path, name: str) -> None:
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     options = ["-n", recipes / f"{name}.yaml", "-C", recipes / "catalog"]
     done = llmbuild("build", *options, PYTHONPROFILEIMPORTTIME="1")
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 2
     loaded = {line.split("|")[-1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     (told,) = [line for line in done.stderr.splitlines() if not line.startswith("import time:")]
     assert FAULTS[name] in told
     assert "llmbuild.frontend.source" in loaded
     assert {"torch", "transformers", "huggingface_hub"} & loaded == set()
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
 
 
 def test_bounds_that_cannot_be_judged_are_told_before_a_build(recipes: Path) -> None:
