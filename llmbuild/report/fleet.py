@@ -158,10 +158,10 @@ def _summary(plan: Plan) -> list[str]:
     price = f", {plan.price_per_h:.2f} an hour" if plan.price_per_h else ""
     lines = [f"{plan.load.rate:.3g} requests/s on {told} nodes: {plan.watts:.0f} W{price}; basis: {plan.basis}"]
     emitted, paid = _per_hour(plan, "carbon"), _per_hour(plan, "price")
-    told = [f"{emitted:.4g} g of CO2 equivalent"] if emitted is not None else []
-    told += [f"{paid:.4g} for electricity"] if paid is not None else []
-    if plan.fleet.tariff and told:
-        lines.append(f"{' and '.join(told)} an hour in the mean of a day; basis: {plan.fleet.tariff.basis}")
+    factors = [f"{emitted:.4g} g of CO2 equivalent"] if emitted is not None else []
+    factors += [f"{paid:.4g} for electricity"] if paid is not None else []
+    if plan.fleet.tariff and factors:
+        lines.append(f"{' and '.join(factors)} an hour in the mean of a day; basis: {plan.fleet.tariff.basis}")
     unit = _UNIT[plan.fleet.objective]
     if plan.feasible:
         gap = f"{plan.cost:.4g} {unit}, at least {plan.bound:.4g} by the bound: gap {plan.gap:.1%}"
