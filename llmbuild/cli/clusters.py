@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from llmbuild.system.extras import EXTRAS
 
 if TYPE_CHECKING:
     from llmbuild.fleet.orchestrate import Make, Setup
+    from llmbuild.spec.fleet import Profile
 
 F = TypeVar("F", bound=Callable[..., object])
 _OPTIONS = (
@@ -63,8 +64,18 @@ def manifests(setup: Setup, form: str | None, picker: str | None, tell: Callable
     asked, backend = Asked(setup.place.drain_s, setup.keys.digest), Planned()
     cluster_of(setup.fleet, asked.keys)
     dry(setup, tell, lambda setup, fleet: backend)
+    _tell_absent(setup, [start.point.profile for start in backend.starts], tell)
     objects = all_objects(permitted(setup.fleet), backend.starts, asked, picker or "")
     return as_json(objects) if form else as_yaml(objects)
+
+
+def _tell_absent(setup: Setup, profiles: Iterable[Profile], tell: Callable[[str], None]) -> None:
+    """Tell which variants the catalog here does not have: the one that the cluster mounts must."""
+    from llmbuild.fleet.profiles.measured import absent
+
+    for each in dict.fromkeys((one.model, one.variant) for one in absent(setup.catalog, profiles)):
+        told = f"{' '.join(each)} is not in the catalog at {setup.catalog}"
+        tell(f"warning  {told}: where the claim's catalog lacks it too, no replica of it starts")
 
 
 def on_cluster(options: Mapping[str, Any]) -> Make:
@@ -79,10 +90,12 @@ def on_cluster(options: Mapping[str, Any]) -> Make:
     from llmbuild.fleet.kubernetes.api import connected
     from llmbuild.fleet.kubernetes.backend import Kubernetes
     from llmbuild.fleet.kubernetes.manifests import Asked, cluster_of
+    from llmbuild.fleet.orchestrate import to_stderr
 
     def make(setup: Setup, fleet: Any) -> Kubernetes:
         asked = Asked(setup.place.drain_s, setup.keys.digest)
         namespace = cluster_of(fleet, asked.keys).namespace
+        _tell_absent(setup, setup.profiles, to_stderr)
         return Kubernetes(fleet, connected(namespace, options["kubeconfig"], options["context"]), asked)
 
     return make

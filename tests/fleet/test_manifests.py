@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
@@ -47,12 +47,21 @@ services:
 START = Start(0, batch(SMALL, 8), Slot("fast", "fast-1", 0), "")
 
 
-def printed(folder: Path, *words: str) -> str:
+def invoked(folder: Path, *words: str) -> Result:
     path = folder / "fleet.yaml"
     path.write_text(TEXT)
     done = CliRunner().invoke(orchestrate, [str(path), "--on", "kubernetes", "-n", "-C", str(folder), *words])
     assert done.exit_code == 0, done.exception
-    return str(done.stdout)
+    return done
+
+
+def printed(folder: Path, *words: str) -> str:
+    return str(invoked(folder, *words).stdout)
+
+
+def test_a_variant_that_no_replica_could_open_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = invoked(tmp_path).stderr + capsys.readouterr().err
+    assert f"llama-3-8b fp16 is not in the catalog at {tmp_path}" in told
 
 
 def test_a_dry_run_prints_objects_that_kubernetes_takes(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.profiles.gather import profiles_of
-from llmbuild.fleet.profiles.measured import machine_of, measured
+from llmbuild.fleet.profiles.measured import absent, machine_of, measured
 from llmbuild.runtime import host, reader
 from llmbuild.spec.fleet import Fleet
 from llmbuild.spec.load_curve import Work
@@ -35,6 +35,16 @@ def test_rows_of_a_catalog_are_measured_profiles_up_to_their_batch(built: Projec
         assert each.step.seconds(1, 0, 0) == pytest.approx(row["tpot_s"])
         assert each.step.seconds(0, 0, 8) == pytest.approx(row["ttft_s"])
         assert each.power is not None and each.power.rows_w(1.0) == 30.0
+
+
+def test_what_a_catalog_does_not_have_is_absent(built: Project, tmp_path: Path) -> None:
+    found = measured(built.catalog, of_machine(built.catalog, 30.0).nodes, ["tiny"])
+    other = replace(found[0], variant="fp16")
+    assert absent(built.catalog, [*found, other, replace(found[0], model="none")]) == [
+        other,
+        replace(found[0], model="none"),
+    ]
+    assert absent(tmp_path / "nowhere", found) == found
 
 
 def test_energy_without_watts_is_refused_with_what_to_give(built: Project) -> None:

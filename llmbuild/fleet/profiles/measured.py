@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from llmbuild.errors import CatalogError
 from llmbuild.runtime import host, reader
 from llmbuild.runtime import model as loader
 from llmbuild.serve import budget
@@ -66,6 +67,20 @@ def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str])
             curve = next((c for c in curves if c.variant == variant and c.machine.startswith(digits)), None)
             known = _known([row for row in on_it if row["variant"] == variant], bodies, curve, own_s)
             found += [_on_cores(_profile(kind, known), kind, known)] if known else []
+    return found
+
+
+def absent(catalog: Path, profiles: Iterable[Profile]) -> list[Profile]:
+    """Return the profiles whose variants a catalog does not have: published ones, estimates, those of a file."""
+    found, known = [], dict[str, list[str]]()
+    for each in profiles:
+        if each.model not in known:
+            try:
+                known[each.model] = [row["variant"] for row in reader.variants(catalog, model=each.model)]
+            except CatalogError:
+                known[each.model] = []
+        if not any(variant.startswith(each.variant) for variant in known[each.model]):
+            found.append(each)
     return found
 
 
