@@ -33,15 +33,13 @@ from llmbuild.fleet.actuators.interface import (
     Start,
     Stop,
     Switch,
-    slots_of,
 )
 from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
-from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.plan.program import serving
+from llmbuild.fleet.actuators.noted import fields_of, known_of, serve_words
 from llmbuild.fleet.profiles.measured import machine_of
 from llmbuild.process import child
 from llmbuild.runtime import model as loader
-from llmbuild.spec.fleet import UNSET, Fleet, Profile
+from llmbuild.spec.fleet import Fleet, Profile
 
 DRAIN_S = 30.0
 """Seconds that a replica has to finish what it has begun."""
@@ -143,35 +141,22 @@ class Local:
                 cwd="/",
                 start_new_session=True,
             )
-        service, point = self._fleet.services[action.service], action.point
         entry = Entry(
             name=name,
-            service=service.name,
-            variant=point.profile.variant,
-            batch=point.batch,
-            clock_mhz=point.clock.mhz,
-            node=action.slot.node,
-            slot=action.slot.index,
             pid=process.pid,
             began=began_of(process.pid) or 0,
             boot=boot_of(),
-            keys=self._keys.digest,
+            **fields_of(self._fleet, action, self._keys.digest),
         )
-        live = Live(name, action.service, point, action.slot, "starting", pid=process.pid)
+        live = Live(name, action.service, action.point, action.slot, "starting", pid=process.pid)
         self._replicas[name] = _Replica(live, entry, process, self._clock())
         self._save()
         return replace(APPLIED, reason=f"{name}, pid {process.pid}, cores {','.join(map(str, cores))}")
 
     def _words(self, action: Start) -> list[str]:
-        service, point = self._fleet.services[action.service], action.point
-        memory = max(1, int(point.node.memory_bytes / 1e6))
+        catalog = str(self._catalog.resolve())
         keys = [] if self._keys.path is None else ["--api-keys", str(self._keys.path.resolve())]
-        return [
-            *("llmbuild", "serve", service.model, "-C", str(self._catalog.resolve())),
-            *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
-            *("--host", "127.0.0.1", "--port", "0", "--shutdown-timeout", f"{self._drain_s:g}"),
-            *keys,
-        ]
+        return ["llmbuild", *serve_words(self._fleet, action, catalog, ("127.0.0.1", 0), self._drain_s), *keys]
 
     def stop(self, action: Stop) -> Answer:
         """Send SIGTERM: the server finishes what it has begun. It is killed where that takes too long."""
@@ -282,7 +267,7 @@ class Local:
             if not runs(entry):
                 told.append((entry.name, "has ended"))
                 continue
-            live = self._known(entry, profiles) if entry.keys == self._keys.digest else None
+            live = self._known(entry, profiles)
             if live is not None and not self._taken(live.slot) and self._pinned(entry, live.slot):
                 self._replicas[entry.name] = _Replica(live, entry, None, self._clock())
                 told.append((entry.name, f"adopted: pid {entry.pid} on {live.slot.name}"))
@@ -315,18 +300,9 @@ class Local:
         return any(one.live.slot == slot for one in self._replicas.values())
 
     def _known(self, entry: Entry, profiles: Sequence[Profile]) -> Live | None:
-        """Return the replica of an entry; None where this fleet has no such service, slot or variant."""
-        slot = next((s for s in slots_of(self._fleet) if (s.node, s.index) == (entry.node, entry.slot)), None)
-        service = next((i for i, s in enumerate(self._fleet.services) if s.name == entry.service), None)
-        if slot is None or service is None:
-            return None
-        kind = self._fleet.node_class(slot.kind)
-        clock = next((c for c in (UNSET, *kind.clocks) if c.mhz == entry.clock_mhz), None)
-        for each in serving(profiles, self._fleet.services[service], kind):
-            if each.variant == entry.variant and clock is not None:
-                point = OperatingPoint(each, kind, entry.batch, clock)
-                return Live(entry.name, service, point, slot, "starting", pid=entry.pid)
-        return None
+        """Return the replica of an entry; None where this fleet has no such one."""
+        known = known_of(entry, self._fleet, profiles, self._keys.digest)
+        return None if known is None else Live(entry.name, *known, "starting", pid=entry.pid)
 
     def close(self, wait: Callable[[float], None], now: bool = False) -> None:
         """End all replicas: drained, or killed after their time, or at once with `now`."""

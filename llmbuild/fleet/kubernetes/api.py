@@ -18,10 +18,8 @@ from kubernetes import client, config
 from yaml import YAMLError
 
 from llmbuild.errors import InputError
+from llmbuild.fleet.kubernetes.names import Object
 from llmbuild.system.strict_json import loads
-
-Object = dict[str, Any]
-"""An object of Kubernetes as its API reads and writes it."""
 
 TIMES_S = (3.05, 10.0)
 """Seconds to connect, and to wait for an answer."""

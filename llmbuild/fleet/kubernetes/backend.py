@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from time import monotonic, sleep
 
-from llmbuild.fleet.actuators.interface import APPLIED, Answer, Live, Route, Slot, Start, Stop, slots_of
-from llmbuild.fleet.capacity import OperatingPoint
-from llmbuild.fleet.kubernetes.api import DEPLOYMENTS, NODES, PODS, Api, Object, Refused
+from llmbuild.fleet.actuators.interface import APPLIED, Answer, Live, Route, Start, Stop
+from llmbuild.fleet.actuators.noted import known_of
+from llmbuild.fleet.kubernetes.api import DEPLOYMENTS, NODES, PODS, Api, Refused
 from llmbuild.fleet.kubernetes.lease import Lease
 from llmbuild.fleet.kubernetes.manifests import START_S, Asked, Noted, cluster_of, labels_of, replica, replica_name
-from llmbuild.fleet.kubernetes.names import REPLICA, object_name, selector
+from llmbuild.fleet.kubernetes.names import REPLICA, Object, object_name, selector
 from llmbuild.fleet.kubernetes.planned import Inert
 from llmbuild.fleet.kubernetes.states import Seen, ending, lost, node_of, seen
-from llmbuild.fleet.plan.program import serving
-from llmbuild.spec.fleet import UNSET, Fleet, Profile
+from llmbuild.spec.fleet import Fleet, Profile
 
 LOOK_S, NODES_S = 1.0, 10.0
 """Seconds between two looks at the replicas, and at the nodes."""
@@ -248,27 +247,14 @@ class Kubernetes(Inert):
 
     def _known(self, name: str, noted: Noted) -> Live | None:
         """Return the replica that annotations tell of; None where this fleet has no such service, slot or variant."""
-        slot = next((s for s in slots_of(self._fleet) if (s.node, s.index) == (noted.node, noted.slot)), None)
-        service = next((i for i, s in enumerate(self._fleet.services) if s.name == noted.service), None)
-        if slot is None or service is None or noted.keys != self._asked.keys:
+        known = known_of(noted, self._fleet, self._profiles or (), self._asked.keys)
+        if known is None or name != replica_name(self._fleet, known[2]):
             return None
-        if name != replica_name(self._fleet, slot):
-            return None
-        point = self._point(service, slot, noted)
-        if point is None:
-            return None
+        service, point, slot = known
         made = replica(self._fleet, Start(service, point, slot, ""), self._asked)
         if Noted.read(made) != noted:  # no target has this point, so the loop starts another one and drains this
             point = replace(point, profile=replace(point.profile, source=f"{point.profile.source}, {EARLIER}"))
         return Live(name, service, point, slot, "starting")
-
-    def _point(self, service: int, slot: Slot, noted: Noted) -> OperatingPoint | None:
-        kind = self._fleet.node_class(slot.kind)
-        clock = next((c for c in (UNSET, *kind.clocks) if c.mhz == noted.clock_mhz), None)
-        for each in serving(self._profiles or (), self._fleet.services[service], kind):
-            if each.variant == noted.variant and clock is not None:
-                return OperatingPoint(each, kind, noted.batch, clock)
-        return None
 
 
 def _this(uid: str, how: Object) -> Object:

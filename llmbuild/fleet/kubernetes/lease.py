@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from http import HTTPStatus
 
 from llmbuild.errors import InputError
-from llmbuild.fleet.kubernetes.api import LEASES, Api, Object, Refused
+from llmbuild.fleet.kubernetes.api import LEASES, Api, Refused
+from llmbuild.fleet.kubernetes.names import Object
 
 LEASE_S, RENEW_S = 15, 5.0
 """Seconds after which a silent holder is gone, and between two signs of life."""

@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import Slot, Start
-from llmbuild.fleet.kubernetes.names import FLEET, MANAGED, REPLICA, SERVICE, label_value, object_name
+from llmbuild.fleet.actuators.noted import fields_of, serve_words
+from llmbuild.fleet.kubernetes.names import FLEET, MANAGED, REPLICA, SERVICE, Object, label_value, object_name
 from llmbuild.spec.cluster import Cluster, Pods
 from llmbuild.spec.fleet import Fleet, NodeClass
-
-Object = dict[str, Any]
-"""An object of Kubernetes as its API reads and writes it."""
 
 PORT = 8000
 SETTLE_S = 5
@@ -120,16 +117,7 @@ def replica(fleet: Fleet, start: Start, asked: Asked) -> Object:
     service, name = fleet.services[start.service], replica_name(fleet, start.slot)
     own = {**labels_of(fleet, "replica"), SERVICE: label_value(service.name), REPLICA: name}
     template = {"metadata": {"labels": own}, "spec": _pod(fleet, start, asked)}
-    noted = Noted(
-        service=service.name,
-        variant=start.point.profile.variant,
-        batch=start.point.batch,
-        clock_mhz=start.point.clock.mhz,
-        node=start.slot.node,
-        slot=start.slot.index,
-        keys=asked.keys,
-        template=digest.of(template)[:32],
-    )
+    noted = Noted(template=digest.of(template)[:32], **fields_of(fleet, start, asked.keys))
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -204,13 +192,8 @@ def _container(fleet: Fleet, start: Start, asked: Asked, cluster: Cluster, pods:
 
 
 def _words(fleet: Fleet, start: Start, asked: Asked, cluster: Cluster) -> list[str]:
-    point, memory = start.point, max(1, int(start.point.node.memory_bytes / 1e6))
-    return [
-        *("serve", fleet.services[start.service].model, "-C", _CATALOG),
-        *("--variant", point.profile.variant, "--max-sequences", str(point.batch), "--memory", f"{memory}MB"),
-        *("--host", "0.0.0.0", "--port", str(PORT), "--shutdown-timeout", f"{asked.drain_s:g}"),
-        *(("--api-keys", f"{_KEYS}/{_KEYS_FILE}") if cluster.api_keys else ()),
-    ]
+    keys = ["--api-keys", f"{_KEYS}/{_KEYS_FILE}"] if cluster.api_keys else []
+    return [*serve_words(fleet, start, _CATALOG, ("0.0.0.0", PORT), asked.drain_s), *keys]
 
 
 def _probe(path: str, every_s: int, failures: int) -> Object:

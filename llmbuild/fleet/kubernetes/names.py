@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from llmbuild import digest
+
+Object = dict[str, Any]
+"""An object of Kubernetes as its API reads and writes it."""
 
 MANAGED = "app.kubernetes.io/managed-by"
 FLEET, SERVICE, REPLICA = "llmbuild/fleet", "llmbuild/service", "llmbuild/replica"

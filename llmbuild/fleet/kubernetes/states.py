@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmbuild.fleet.actuators.interface import State
-from llmbuild.fleet.kubernetes.manifests import PORT, Object
+from llmbuild.fleet.kubernetes.manifests import PORT
+from llmbuild.fleet.kubernetes.names import Object
 
 HOPELESS = (
     "ImagePullBackOff",

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmbuild.fleet.estimate.figures import WIDTHS, machines, models
 from llmbuild.spec.fleet import Basis, Line, Profile, StepPower, StepTime
 
 if TYPE_CHECKING:
@@ -24,14 +25,8 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-MODELS = {"llama-3-8b": (8.03e9, 131_072.0)}
-"""Parameters of a model, and bytes of keys and values for each position: 2 x 32 layers x 8 heads x 128 x 2 bytes."""
-WIDTHS = {"fp16": 2.0, "fp8": 1.0}
 LOAD_S = 39.0
 """An 8B model from start to first answer with compilation: vLLM pull request 11005."""
-BOARD_W = {"H100-SXM-80GB": 700.0, "A100-SXM-40GB": 400.0, "L40S-48GB": 350.0}
-"""Board limits by data sheet, drawn while prompts are computed: 0.99 to 1.00 of it for prompts of 2048 tokens and more
-on A100 (Splitwise), 0.98 for a mixed load on H100 (ML.ENERGY)."""
 SHARE_W = {1.0: 0.57, 64.0: 0.79}
 """Share of the board limit by rows where no watts were published: those of A100."""
 
@@ -99,7 +94,7 @@ def _profile(rows: Sequence[Published]) -> Profile:
     prompt_s = _prompt_s(prompts)
     line, context_s, error = _fitted(steps, prompt_s)
     scaled = any(row.factor != 1 for row in steps)
-    parameters, kv = MODELS[model]
+    figures = models()[model]
     told = f"{steps[0].engine}, {precision}: {_sources(steps)}"
     told += f"; prompts: {prompts[0].engine}, {_sources(prompts)}; load: vLLM pull request 11005"
     told += f"; watts: {_sources(powers)}" if powers else "; watts: A100's share of the board's limit"
@@ -112,8 +107,8 @@ def _profile(rows: Sequence[Published]) -> Profile:
         step=StepTime(line, context_s, prompt_s),
         power=_power(device, powers),
         max_rows=int(max(row.rows for row in steps)),
-        weights_bytes=parameters * WIDTHS[precision],
-        kv_bytes_per_token=kv,
+        weights_bytes=figures.parameters * WIDTHS[precision],
+        kv_bytes_per_token=figures.kv_bytes,
         load_s=LOAD_S,
         decode_basis="estimated" if scaled else "published",
         prompt_basis=_prompt_basis(steps, prompts),
@@ -134,7 +129,8 @@ def _prompt_basis(steps: Sequence[Published], prompts: Sequence[Published]) -> B
 
 
 def _power(device: str, rows: Sequence[Published]) -> StepPower:
-    limit = BOARD_W[device]
+    # prompts of 2048 tokens and more draw 0.99 to 1.00 of the limit on A100 (Splitwise), a mix 0.98 on H100 (ML.ENERGY)
+    limit = machines()[device].board_w
     found = {row.rows: row.watts for row in rows} or {at: share * limit for at, share in SHARE_W.items()}
     at = tuple(sorted(found))
     return StepPower(Line(at, tuple(found[x] for x in at)), limit)
