@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from dataclasses import replace
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from llmbuild.errors import InputError
+from llmbuild.fleet.estimate import offsets
 from llmbuild.fleet.estimate.estimator import Estimator, learned, shipped
 from llmbuild.fleet.estimate.figures import Observation, Point, machines, models, observations
 from llmbuild.fleet.plan.load import stated
@@ -216,3 +219,29 @@ def test_every_batch_names_its_source_and_fits_its_devices() -> None:
         assert one.seconds > 0
         width = 0.5 if one.point.precision == "mxfp4" else 1.0
         assert one.point.model.parameters * width < one.point.machine.memory_bytes * one.point.devices
+
+
+def test_rows_that_profiles_and_estimates_share_say_the_same() -> None:
+    def cells(package: str, name: str) -> dict[str, dict[str, str]]:
+        with (files(package) / name).open(encoding="utf-8") as file:
+            return {row["row"]: row for row in csv.DictReader(file)}
+
+    ours = cells("llmbuild.fleet.profiles", "published.csv")
+    theirs = cells("llmbuild.fleet.estimate", "batches.csv")
+    shared = ours.keys() & theirs.keys()
+    assert len(shared) > 40
+    for number in shared:
+        one, other = ours[number], theirs[number]
+        assert one["gpu"] == other["device"]
+        assert (float(one["batch"] or 0), one["precision"]) == (float(other["batch"]), other["precision"])
+        if one["latency_ms"]:
+            assert float(one["latency_ms"]) / 1e3 == pytest.approx(float(other["seconds"]), rel=1e-3)
+
+
+def test_a_covariance_is_the_sum_of_its_parts_by_their_variances() -> None:
+    points = [one.point for one in observations()[::150]]
+    drawn = np.random.default_rng(0)
+    known = offsets.traits(points, drawn.dirichlet(np.ones(4), len(points)))
+    variances = tuple(drawn.uniform(0.01, 0.1, len(offsets.START)))
+    whole = np.tensordot(variances[:-1], offsets.parts(known, known), 1)
+    np.testing.assert_allclose(offsets.covariance(variances, known, known), whole, rtol=1e-12)
