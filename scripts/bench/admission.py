@@ -1,6 +1,6 @@
 """Count the steps in which a server answers the same requests, by the worst case and by what is expected of them.
 
-    python -m scripts.bench.admission [--contexts N ...] [--sequences N] [--requests N] [--json]
+    python scripts/bench/admission.py [--contexts N ...] [--sequences N] [--requests N] [--json]
 
 The engine is the server's, with its blocks, its queue and its scheduler; the device computes nothing, and ends each
 answer at a length that is drawn. All requests are there at the beginning, and none has a `max_tokens`: each may fill
@@ -17,6 +17,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from schedulers import MEASURED, log_normal
+
 from llmbuild.report.rows import table
 from llmbuild.runtime.answers import Text
 from llmbuild.runtime.detokenize import Decoder, stages
@@ -28,7 +30,6 @@ from llmbuild.serve.request import Request, SamplingParams
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.step import Output, Rows
 from llmbuild.spec.load_curve import Work
-from scripts.bench.schedulers import MEASURED, log_normal
 
 PAGE, END, WORD = 32, 0, 1
 UNKNOWN = "unknown"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -30,10 +32,13 @@ from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Scheduler
 from llmbuild.serve.served import Plan, Settings, _admission
 from llmbuild.serve.speculate import Speculation
-from scripts.bench import admission as bench_script
 from tests.serve.test_engine import Counted
 from tests.serve.test_faults import POLICIES, Cycle
 from tests.support.serving import CONTEXT, PAGE, Bench, FakeStep, request, text_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
+
+import admission as bench_script
 
 KINDS: list[dict[str, Any]] = [
     {"ignore_eos": True},
