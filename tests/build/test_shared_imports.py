@@ -174,6 +174,7 @@ def test_another_build_and_a_model_with_other_weights_use_the_structure_too(
     again.close()
 
 
+@pytest.mark.exhaustive
 def test_another_shape_another_context_and_a_lost_module_are_traced(
     model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend
 ) -> None:
@@ -190,6 +191,7 @@ def test_another_shape_another_context_and_a_lost_module_are_traced(
     assert spied.verbs() == [("import", False)]
 
 
+@pytest.mark.exhaustive
 def test_random_weights_have_no_score_and_give_their_structure_to_no_model_that_has(
     model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend
 ) -> None:
@@ -229,6 +231,7 @@ def named(module: Path) -> dict[str, int]:
     return {name: prod(map(int, shape.split("x")[:-1])) * int(bits) // 8 for name, shape, bits in found}
 
 
+@pytest.mark.exhaustive
 def test_an_import_of_tokens_by_another_seed_has_what_the_library_says_on_these(
     model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend
 ) -> None:

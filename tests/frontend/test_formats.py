@@ -69,8 +69,12 @@ CALIBRATED = {
     "choices",
     [
         CALIBRATED,
-        {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"},
-        {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8"},
+        pytest.param(
+            {"weight_format": "f12_e4m7", "layout": "packed", "head_format": "int7_g32"}, marks=pytest.mark.exhaustive
+        ),
+        pytest.param(
+            {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8"}, marks=pytest.mark.exhaustive
+        ),
         {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
     ],
     ids=lambda c: "-".join(c.values()),

@@ -23,6 +23,7 @@ from llmbuild.spec.program import MODULE_FILE, PARAMETERS_FILE, ImportJob, abi_f
 from tests.frontend.conftest import AVX2, Imported, Imports
 from tests.support import folders
 from tests.support.artifact import archived
+from tests.support.sweeps import sweep
 
 CONTEXT = 32
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 99, "num_attention_heads": 2, "head_dim": 32}
@@ -72,7 +73,7 @@ def simplified(module: Any) -> tuple[list[str], list[str]]:
     return sorted(declared), [line for line in lines if line not in declared]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sweep(CASES, ("f32", "packed")))
 def test_a_module_of_repeated_layers_is_that_of_all_layers_traced(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     shape = {"num_hidden_layers": case.layers, **dict(case.shape)}
@@ -123,7 +124,7 @@ COMPILED = {
 }
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize("name", sweep(COMPILED, ("packed",)))
 def test_compiled_repeated_layers_agree_with_the_check_data(imports: Imports, name: str) -> None:
     case, limit = COMPILED[name]
     kind = "Qwen3" if case.kind == "Qwen3" else "Llama"
@@ -150,20 +151,19 @@ def parameters(made: Imported) -> dict[str, bytes]:
     return archived(made.folder / PARAMETERS_FILE)
 
 
+ROUNDED = {
+    "compiler": {"weight_format": "int4_g32", "head_format": "int8"},
+    "own": {"weight_format": "int8", "layout": "packed", "kernel": "own", "scaling": "activation"},
+}
 THREE = {**SMALL, "num_hidden_layers": 3, "vocab_size": 320}  # as many as the calibration tokens are of
 
 
 @pytest.mark.parametrize(
-    "choices",
-    [
-        {"weight_format": "int4_g32", "head_format": "int8"},
-        {"weight_format": "int8", "layout": "packed", "kernel": "own", "scaling": "activation"},
-    ],
-    ids=["compiler", "own"],
+    "kernel",
+    sweep(ROUNDED, ("own",)),
 )
-def test_a_module_does_not_depend_on_weights_and_how_they_are_rounded(
-    imports: Imports, choices: dict[str, str]
-) -> None:
+def test_a_module_does_not_depend_on_weights_and_how_they_are_rounded(imports: Imports, kernel: str) -> None:
+    choices = ROUNDED[kernel]
     one, other = (imports.model(**THREE, seed=seed) for seed in (0, 1))
     nearest, foreign, fitted = (
         imports(model, {**choices, **more}, context=CONTEXT, features=AVX2 if "kernel" in choices else ())

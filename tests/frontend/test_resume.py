@@ -38,6 +38,7 @@ from llmbuild.spec.program import (
 from tests.conftest import shared
 from tests.frontend.conftest import AVX2
 from tests.support import folders
+from tests.support.sweeps import sweep
 
 LAYERS, CONTEXT = 5, 32
 OWN = {"weight_format": "int8", "layout": "packed", "kernel": "own"}
@@ -98,11 +99,7 @@ def whole(factory: pytest.TempPathFactory, name: str) -> Begun:
     return Begun(replace(job, key="a key", **paths), folder)
 
 
-LEFT = ("gptq", "scaled", "own gptq", "own scaled")
-"""Parts of what "both" and "own both" choose."""
-
-
-@pytest.fixture(params=[pytest.param(n, marks=[pytest.mark.exhaustive] if n in LEFT else []) for n in CHOICES])
+@pytest.fixture(params=sweep(CHOICES, ("plain", "own", "own both")))
 def begun(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Begun:
     return whole(tmp_path_factory, request.param)
 
@@ -281,7 +278,7 @@ def child(job: ImportJob, folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize("name", ["own both", "plain"])
+@pytest.mark.parametrize("name", sweep(("own both", "plain"), ("own both",)))
 def test_a_process_that_is_killed_at_any_moment_is_gone_on_with(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, name: str
 ) -> None:
@@ -307,7 +304,7 @@ def test_a_process_that_is_killed_at_any_moment_is_gone_on_with(
 # --- what ends an import for good ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", "own", "gptq"])
+@pytest.mark.parametrize("name", sweep(("plain", "own", "gptq"), ("plain", "own")))
 @pytest.mark.parametrize("tensor", ["model.layers.3.mlp.up_proj.weight", "model.embed_tokens.weight"])
 def test_weights_that_are_no_numbers_are_named_from_the_stream(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, tensor: str
