@@ -94,7 +94,7 @@ class Placement:
         return hops, total
 
     def moves(self, of: Shape) -> list[tuple[float, Kind]]:
-        """Return the share of the rows that changes the device at each boundary of a step, and the operator behind it."""
+        """Return the share of rows that changes the device at each boundary of a step, and the operator behind it."""
         found: list[tuple[float, Kind]] = []
         before = self.head
         for layer in range(of.layers):

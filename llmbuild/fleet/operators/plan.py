@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 
 from llmbuild.fleet.capacity import Capacity, capacity
 from llmbuild.fleet.operators.cell import Cell, Link, Phase, asked
@@ -19,15 +20,17 @@ from llmbuild.spec.fleet import Basis, NodeClass, RequestClass, weakest
 
 REPLICAS: tuple[Level, ...] = ("replica",)
 """Whole models, each on one device."""
+APART: tuple[Level, ...] = ("replica", "operators")
+"""The same, and operators apart."""
 MODELS: tuple[Level, ...] = ("replica", "tensor")
 """Whole models, each on one device or divided over several."""
 LAYERS: tuple[Level, ...] = ("replica", "tensor", "pipeline")
-"""The same, and whole layers over several devices."""
+"""Whole models, and whole layers over several devices."""
 OPERATORS: tuple[Level, ...] = ("replica", "tensor", "pipeline", "operators")
 """Everything: operators apart, and all of the above."""
 MOST = 6
 """Devices of a cell, at most."""
-_APART: tuple[Phase, ...] = ("prompt", "decode")
+_PHASES: tuple[Phase, ...] = ("prompt", "decode")
 
 Mix = tuple[tuple[RequestClass, float], ...]
 """Classes of requests with their shares of the rate."""
@@ -65,9 +68,21 @@ class CellPlan:
     rate: float
     cells: tuple[tuple[Choice, int], ...]
     devices: int
-    watts: float
-    """With the hosts' share of each device."""
+    host_w: float
+    """The host's share of each device."""
     feasible: bool
+
+    @property
+    def watts(self) -> float:
+        """Return the watts at the rate that it was made for, with hosts."""
+        return self.watts_at(self.rate)
+
+    def watts_at(self, rate: float) -> float:
+        """Return the watts at another rate that it takes."""
+        cells = [choice for choice, count in self.cells for _ in range(count)]
+        phases = {choice.phase for choice in cells}
+        drawn = sum(_watts(rate, [choice for choice in cells if choice.phase == phase]) for phase in phases)
+        return self.devices * self.host_w + drawn
 
     @property
     def basis(self) -> Basis:
@@ -89,9 +104,9 @@ class Table:
 
     def plan(self, rate: float, levels: Iterable[Level] = OPERATORS) -> CellPlan:
         """Return the plan of the fewest devices for a rate, phases together or apart."""
-        allowed = frozenset(levels)
+        sets = {frozenset(levels) & frozenset(each) for each in (REPLICAS, MODELS, LAYERS, OPERATORS)}
         found = []
-        for phases in (("both",), _APART):
+        for allowed, phases in product(sorted(sets, key=len), (("both",), _PHASES)):  # what is in few may draw less
             parts = [self._covered(rate, phase, allowed) for phase in phases]
             cells = Counter[Choice]()
             for part in parts:
@@ -99,8 +114,7 @@ class Table:
             feasible = all(part is not None for part in parts)
             devices = sum(choice.devices for choice in cells.elements()) if feasible else 0
             if feasible and devices <= self.node.count:
-                watts = devices * self.node.host_w + sum(_watts(rate, part or []) for part in parts)
-                found.append(CellPlan(rate, tuple(cells.items()), devices, watts, True))
+                found.append(CellPlan(rate, tuple(cells.items()), devices, self.node.host_w, True))
         return min(found, key=lambda p: (p.devices, p.watts), default=CellPlan(rate, (), 0, 0.0, False))
 
     def _covered(self, rate: float, phase: Phase, levels: frozenset[Level]) -> list[Choice] | None:
@@ -170,7 +184,7 @@ def table(
             places += placements(profile.shape, count)
         for place in places:
             cell = Cell(profile, place, link)
-            for phase in ("both", *_APART):
+            for phase in ("both", *_PHASES):
                 share = attainment if phase == "both" else 1 - (1 - attainment) / 2  # each phase may miss half
                 takes = _mixed([(_takes(cell, node, kind, phase, share), part) for kind, part in mix])
                 found.append(Choice(cell, phase, takes))

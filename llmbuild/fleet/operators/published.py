@@ -3,8 +3,8 @@
 `operators.csv` beside this file has microseconds of one call, in 16 bits: of products and experts by rows, of attention
 by rows and positions, of one prompt's attention by its tokens. They are vLLM's kernels, 0.24.0 on H100 and 0.14.0 on
 A100; tokens choose experts by the power law 1.2. The tables have no row of just these matrices: between their widths
-straight lines were drawn, and beyond the widest, 65,536 columns, the last line goes on: heads have up to 151,936. A call
-with few rows that is slower than one with more is taken as padded to that.
+straight lines were drawn, and beyond the widest, 65,536 columns, the last line goes on: heads have up to 151,936. A
+call with few rows that is slower than one with more is taken as padded to that.
 """
 
 from __future__ import annotations
