@@ -229,8 +229,11 @@ def main() -> int:
     if args.json:
         print(json.dumps({"traces": told, "rows": rows, "checks": checks}))
         return 0
-    print("\n".join([*told, f"{args.seeds} seeds, windows of {args.window:g} s"]))
-    print(table(list(rows[0]), [list(row.values()) for row in rows], (0, 1, 2, 3, 4)))
+    same = {name: rows[0][name] for name in ("trace", "device", "link") if len({row[name] for row in rows}) == 1}
+    told.append(f"{args.seeds} seeds, windows of {args.window:g} s, cells of {args.most} devices at most")
+    print("\n".join([*told, *(f"{name}: {value}" for name, value in same.items() if name != "trace")]))
+    shown = [name for name in rows[0] if name not in same]
+    print(table(shown, [[row[name] for name in shown] for row in rows], range(shown.index("devices"))))
     if checks:
         print(f"\n{args.check:g} s at the rate of the busiest {BIN_S:g} s, call by call:")
         print(table(list(checks[0]), [list(row.values()) for row in checks], (0, 1, 3, 7)))

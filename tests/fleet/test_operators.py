@@ -14,7 +14,6 @@ from llmbuild.errors import InputError
 from llmbuild.fleet.capacity import MEMORY_SHARE
 from llmbuild.fleet.estimate.figures import machines
 from llmbuild.fleet.operators.cell import ETHERNET, FREE, NETWORK, NVLINK, Cell, Link, Phase, asked
-from llmbuild.fleet.operators.measured import by_kind
 from llmbuild.fleet.operators.placement import Level, Placement, placements, whole
 from llmbuild.fleet.operators.plan import LAYERS, MODELS, OPERATORS, REPLICAS, Table, table
 from llmbuild.fleet.operators.profile import DENSE, LAYER, OperatorProfile, Shape
@@ -22,7 +21,6 @@ from llmbuild.fleet.operators.published import SHAPES, published, shape
 from llmbuild.fleet.operators.roofline import roofline
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.fleet import NodeClass, RequestClass
-from llmbuild.spec.measurement import Operator
 
 H100 = "H100-SXM-80GB"
 NODE = NodeClass(H100, 200, H100, False, 1, 80e9, 75.0, 75.0, 113.0, 0.0, 410.0, "estimated")
@@ -140,8 +138,8 @@ def test_devices_that_share_matrices_sum_over_the_link() -> None:
     assert far.step_s(64, 1000) - near.step_s(64, 1000) == pytest.approx(sums, rel=0.01)
 
 
-@given(st.sampled_from(["llama-3-8b", "qwen3-30b-a3b", "qwen3-32b"]), st.floats(0.1, 60))
-@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["llama-3-8b", "qwen3-32b"]), st.floats(0.1, 60))
+@settings(max_examples=30, deadline=None)
 def test_a_plan_with_more_to_choose_from_never_takes_more_devices(model: str, rate: float) -> None:
     plans = [choices(model).plan(rate, levels) for levels in (REPLICAS, MODELS, LAYERS, OPERATORS)]
     devices = [each.devices for each in plans]
@@ -192,28 +190,3 @@ def test_a_cell_draws_at_least_what_waiting_devices_do_and_at_most_their_limits(
         cell = Cell(profile, place, NVLINK[H100])
         for rows in (1, 64, 512):
             assert cell.devices * 113 < cell.watts(rows, 1000, 113) < cell.devices * 700
-
-
-def test_a_catalogs_operators_get_kinds_by_their_sizes() -> None:
-    decoder = Decoder(128, 192, 4, 2, 32, 320)
-    seconds = {
-        "batch_matmul_1x1x64x128_f32": 3e-6,
-        "batch_matmul_1x1x128x128_f32": 8e-6,
-        "batch_matmul_1x1x192x128_f32": 5e-6,
-        "batch_matmul_1x1x128x192_f32": 4e-6,
-        "batch_matmul_1x1x320x128_f32": 6e-6,
-        "batch_matmul_2x2x32x32_f32": 1e-6,
-        "softmax_2x2x32xf32_dispatch_tensor_store": 1e-6,
-        "transpose_32x64_f32": 2e-6,
-    }
-    found = by_kind([Operator(name, 1, each) for name, each in seconds.items()], decoder)
-    kinds = {kind: round(each * 1e6, 6) for kind, each in found.seconds}
-    assert kinds == {"attention": 2, "head": 6, "mlp": 9, "out": 4, "qkv": 7}
-    assert found.apart
-    assert found.rest_s == pytest.approx(2e-6)
-    assert found.total_s == pytest.approx(30e-6)
-
-
-def test_our_own_kernels_say_nothing_of_what_lies_between_layers() -> None:
-    found = by_kind([Operator("llmbuild_layers_0", 1, 8e-6), Operator("llmbuild_head", 1, 1e-6)], TINY.decoder)
-    assert (found.seconds, found.rest_s, found.apart) == ((("head", 1e-6),), 8e-6, False)
