@@ -34,7 +34,7 @@ MOST_ROWS = 512
 """Rows for each device of a cell, at most."""
 READS_W, COMPUTES_W, PROMPT_W = 0.55, 0.43, 0.98
 """Shares of a board's limit: what a call draws that only reads, what the square root of the share of the products that
-it keeps busy adds, and what prompts draw. Within 14 % of six published points (H100 and A100, batch 1, 16 and 64)."""
+it keeps busy adds, and what prompts draw. Within 11 % of six published points (H100 and A100, batch 1, 16 and 64)."""
 
 
 @dataclass(frozen=True)
