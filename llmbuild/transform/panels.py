@@ -99,6 +99,13 @@ def _pack_bytes(layout: Layout, scale: Array) -> Array:
     return np.concatenate([turned, powers.reshape(-1, PANEL).view(np.int8)], axis=1).reshape(-1)
 
 
+def _unpack_bytes(layout: Layout, scale: Array) -> tuple[Array, Array]:
+    """Return int8[N,groups] and powers f32[N] of what `_pack_bytes` made."""
+    codes, powers = np.split(scale.view(np.int8).reshape(-1, layout.scale_bytes), [PANEL * layout.groups], axis=1)
+    turned = codes.reshape(-1, layout.groups, PANEL).transpose(0, 2, 1).reshape(-1, layout.groups)
+    return turned, np.ascontiguousarray(powers).view(np.float32).reshape(-1)
+
+
 def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
     """Return values f32[N,K] and scales f32[N] of what `pack` made, given as bytes; rows that were added are there."""
     panels = len(data) // layout.panel_bytes
@@ -115,11 +122,9 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
     if layout.by_row:
         return values, scale.view(np.float32)
     if layout.has_powers:
-        stored = scale.view(np.int8).reshape(panels, layout.scale_bytes)
-        codes, powers = np.split(stored, [PANEL * layout.groups], axis=1)
-        of_groups = codes.reshape(panels, layout.groups, PANEL).transpose(0, 2, 1).reshape(panels * PANEL, -1)
+        of_groups, powers = _unpack_bytes(layout, scale)
         values *= np.repeat(of_groups, layout.group, axis=1)
-        return values, np.ascontiguousarray(powers).view(np.float32).reshape(-1)
+        return values, powers
     if layout.is_block:
         halves = scale.view(np.float16).astype(np.float32).reshape(panels, layout.groups, -1, PANEL)
         spread = np.repeat(halves.transpose(0, 3, 1, 2), layout.group, axis=2).reshape(*values.shape, -1)
