@@ -94,7 +94,8 @@ class OwnHead(nn.Module):
         layout, panels = shape.layout, shape.padded // PANEL
         self.register_buffer("norm", torch.empty(shape.width))
         self.register_buffer("data", torch.empty(panels * layout.panel_elements, dtype=_ELEMENTS[layout.element]))
-        self.register_buffer("scale", torch.empty(shape.padded * layout.scales, dtype=_ELEMENTS[layout.scale_element]))
+        scales = torch.empty(panels * layout.scale_elements, dtype=_ELEMENTS[layout.scale_element])
+        self.register_buffer("scale", scales)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return logits f32[V] and the next token i64[1] of hidden states f32[1,1,width]."""

@@ -322,7 +322,7 @@ def calibrate(taken: Taken, job: ImportJob, choices: dict[str, str]) -> Calibrat
     allocated = allocation != UNIFORM
     if allocated and not (own_on_cpu(job, choices) and neighbours(layers)):
         raise ChoiceRefused(
-            f"allocation={allocation} is for kernel=own on CPUs and weights of 3 to 7 bits in groups; found {layers}"
+            f"allocation={allocation} is for kernel=own on CPUs and weights of 2 to 7 bits in groups; found {layers}"
         )
     if not (fitted or mixed or scaled or allocated):
         return None

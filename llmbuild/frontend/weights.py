@@ -67,4 +67,4 @@ class Source:
         found = self.model.quantized(name, start, stop)
         minimum = None if found.minimum is None else found.minimum.astype(np.float32)
         scale = found.scale.astype(np.float32)
-        return Quantized(found.codes, scale, None, INTEGERS[form].bits, INTEGERS[form].group, minimum, halves=True)
+        return Quantized(found.codes, scale, None, INTEGERS[form].bits, INTEGERS[form].group, minimum, "f16")

@@ -186,7 +186,7 @@ def types(shape: HeadShape) -> Types:
     return Types(
         f"tensor<{shape.width}xf32>",
         f"tensor<{shape.padded // PANEL * layout.panel_elements}x{layout.element}>",
-        f"tensor<{shape.padded * layout.scales}x{layout.scale_element}>",
+        f"tensor<{shape.padded // PANEL * layout.scale_elements}x{layout.scale_element}>",
         f"tensor<{_bytes(shape)['counters'][0]}xi8>",
     )
 

@@ -2,7 +2,8 @@
 
 The exact sums of a block, times the scale of the row's block and that of the weights' group, are added up in f32; where
 groups have a minimum, also that times the sum of the row's numbers there. Scales of whole rows of weights are left for
-the end. A block is straight code: its sums never wait for a counter.
+the end, and so is what a row's scales in bytes are multiplied by. A block is straight code: its sums never wait for a
+counter.
 """
 
 from __future__ import annotations
@@ -108,7 +109,8 @@ class Group:
         if not layout.by_row:
             each = layout.group // layout.block
             number = block if each == 1 else w.integers("divui", block, each)
-            self._scales = w.at(scales, w.mul(number, layout.scale_bytes // layout.groups))
+            of_group = layout.scale_size * PANEL * layout.scales // layout.groups
+            self._scales = w.at(scales, w.mul(number, of_group))
 
     def scale(self, register: int) -> str:
         """Return the scales of a register's rows, f32."""
@@ -121,8 +123,9 @@ class Group:
     def _stored(self, first: int) -> str:
         """Return numbers of the group from one on, as f32."""
         if first not in self._loaded:
-            place = self.w.at(self._scales, 2 * first)
-            self._loaded[first] = self._half(place) if self.layout.scale_element == "f16" else self._brain(place)
+            place = self.w.at(self._scales, self.layout.scale_size * first)
+            load = {"f16": self._half, "bf16": self._brain, "i8": self._byte}[self.layout.scale_element]
+            self._loaded[first] = load(place)
         return self._loaded[first]
 
     def _half(self, place: str) -> str:
@@ -136,6 +139,12 @@ class Group:
         wide = w.cast("arith.extui", w.load(place, shorts, 2 * lanes), shorts, integers)
         bits = w.op("arith.shli", wide, w.lanes(16, integers), kind=integers)
         return w.cast("arith.bitcast", bits, integers, self.unit.reals)
+
+    def _byte(self, place: str) -> str:
+        w, lanes, integers = self.w, self.unit.lanes, self.unit.integers
+        bytes_ = f"vector<{lanes}xi8>"
+        wide = w.cast("arith.extsi", w.load(place, bytes_, lanes), bytes_, integers)
+        return w.cast("arith.sitofp", wide, integers, self.unit.reals)
 
 
 class Block:

@@ -125,7 +125,8 @@ class Layout:
 
     Its scales are bf16`[groups][64]`, or f32`[64]` where there is one for a row; those of f16 and bf16 are 1, those of
     `f12_e4m7` the powers of two that the rows share. Those of `q8_0` and `q4_0` are f16`[K/32][64]`, also where that is
-    one for a row; those of `q4_1` are f16`[K/32][2][64]`, the 64 scales of a group and then its 64 minima.
+    one for a row; those of `q4_1` are f16`[K/32][2][64]`, the 64 scales of a group and then its 64 minima. Those in
+    bytes are i8`[groups][64]`, and then f32`[64]` that those of a row are multiplied by.
 
     A row of activations is prepared for it
 
@@ -211,8 +212,13 @@ class Layout:
 
     @property
     def by_row(self) -> bool:
-        """Whether a row has one scale, f32; else its groups have 16 bits each."""
+        """Whether a row has one scale, f32, and no others."""
         return self.groups == 1 and not self.is_block
+
+    @property
+    def has_powers(self) -> bool:
+        """Whether scales of groups are bytes, times one number of their row, f32."""
+        return self.groups > 1 and INTEGERS[self.form].scale == "i8"
 
     @property
     def block(self) -> int:
@@ -247,7 +253,7 @@ class Layout:
     @property
     def scale_element(self) -> str:
         """Type of the stored scales in MLIR."""
-        return "f32" if self.by_row else "f16" if self.is_block else "bf16"
+        return "f32" if self.by_row else INTEGERS[self.form].scale
 
     @property
     def scales(self) -> int:
@@ -269,7 +275,22 @@ class Layout:
     @property
     def scale_bytes(self) -> int:
         """Bytes of one panel's scales."""
-        return PANEL * (4 if self.by_row else 2 * self.scales)
+        return PANEL * self.scale_size * self.scales + (4 * PANEL if self.has_powers else 0)
+
+    @property
+    def scale_size(self) -> int:
+        """Bytes of a stored scale."""
+        return {"f32": 4, "i8": 1}.get(self.scale_element, 2)
+
+    @property
+    def scale_elements(self) -> int:
+        """Stored elements of one panel's scales."""
+        return self.scale_bytes // self.scale_size
+
+    @property
+    def row_scales(self) -> int | None:
+        """Bytes of a panel's scales before those of rows, f32`[64]`; None where there are none."""
+        return 0 if self.by_row else PANEL * self.scales if self.has_powers else None
 
     @property
     def sums_bytes(self) -> int:

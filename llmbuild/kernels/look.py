@@ -63,11 +63,18 @@ class LookWriter:
         """Return the scale f32 of a group, or with `which` 1 its minimum."""
         w, layout = self.w, self.layout
         if layout.by_row:
-            return w.load(w.at(self.scales, w.mul(self.row, 4)), F32)
+            return self._of_row()
         each = layout.scales // layout.groups
         number = w.add(w.mul(w.add(w.mul(group, each), which), PANEL), self.row)
-        place = w.at(self.scales, w.mul(number, 2))
+        place = w.at(self.scales, w.mul(number, layout.scale_size))
+        if layout.has_powers:
+            code = w.cast("arith.sitofp", w.cast("arith.extsi", w.load(place, "i8", 1), "i8", I32), I32, F32)
+            return w.op("arith.mulf", code, self._of_row(), kind=F32)
         return self._half(place) if layout.is_block else self._brain(place)
+
+    def _of_row(self) -> str:
+        """Return the scale f32 of the whole row."""
+        return self.w.load(self.w.at(self.scales, self.layout.row_scales or 0, self.w.mul(self.row, 4)), F32)
 
     def _half(self, place: str) -> str:
         return self.w.cast("arith.extf", self.w.load(place, "f16", 2), "f16", F32)

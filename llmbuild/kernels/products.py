@@ -177,8 +177,8 @@ def _scaled(w: Writer, panels: Panels, scales: str, first: str, row: str, blocks
     whole = w.splat(w.load(row, F32)) if layout.is_shared else None
     for b, block in enumerate(blocks):
         factor = whole
-        if layout.by_row:
-            own = w.load(w.at(scales, 4 * b * LANES), VF)
+        if layout.row_scales is not None:
+            own = w.load(w.at(scales, layout.row_scales + 4 * b * LANES), VF)
             factor = own if whole is None else w.op("arith.mulf", own, whole)
         if panels.bias is None:
             reals.append(block if factor is None else w.op("arith.mulf", block, factor))

@@ -16,6 +16,9 @@ GROUPS = (32, 64, 128)
 LEAST_GROUP = 8
 """A shorter group spends as many bits on scales as on codes."""
 
+Scales = Literal["bf16", "f16", "i8"]
+"""Types of the scales of groups: `i8` times a power of two that the groups of a row share, which is f32."""
+
 
 @dataclass(frozen=True)
 class Format:
@@ -24,12 +27,12 @@ class Format:
     """
 
     bits: int
-    """3 to 8: codes are -4..3 to -128..127; of 4 bits above a minimum 0..15."""
+    """2 to 8: codes are -2..1 to -128..127; of 4 bits above a minimum 0..15."""
     group: int = 0
     """Columns that share a scale; 0 is the whole row."""
     symmetric: bool = True
     """Whether the zero is always code 0; else each group has its own zero code."""
-    scale: Literal["bf16", "f16"] = "bf16"
+    scale: Scales = "bf16"
     """Type of the scales of groups; those of whole rows are f32."""
     minimum: bool = False
     """Whether codes count from the least weight of their group, which is stored in the type of the scales."""
@@ -58,16 +61,21 @@ class Format:
         return self.lowest + (1 << self.bits) - 1
 
 
+FEW = (7, 6, 5, 4, 3, 2)
+"""Bits of the symmetric formats whose scales may be negative."""
+
 INTEGERS: dict[str, Format] = {
     "int8": Format(8),
     **{f"int8_g{group}": Format(8, group) for group in GROUPS},
-    **{f"int{bits}_g{group}": Format(bits, group) for bits in (7, 6, 5, 4, 3) for group in GROUPS},
+    **{f"int{bits}_g{group}": Format(bits, group) for bits in FEW for group in GROUPS},
+    **{f"int{bits}_g32s8": Format(bits, 32, scale="i8") for bits in FEW},
     **{f"int4a_g{group}": Format(4, group, symmetric=False) for group in GROUPS},
     "q8_0": Format(8, 32, scale="f16"),
     "q4_0": Format(4, 32, scale="f16"),
     "q4_1": Format(4, 32, scale="f16", minimum=True),
 }
 """`int8`: one scale for each output row. `_gN`: one for each N inputs of a row. `int4a`: with zeros (asymmetric).
+`_gNs8`: one of 8 bits for each N inputs, times a power of two for each row.
 `q8_0`, `q4_0`, `q4_1`: the blocks of GGUF files, by GGUF's names; their scales may be 0, those of `q4_0` negative.
 """
 
@@ -92,10 +100,10 @@ def fit_group(columns: int, group: int) -> int:
 
 
 def bits(form: str) -> float:
-    """Return the bits per weight of a format, scales and zeros included."""
+    """Return the bits per weight of a format, scales of groups and zeros included."""
     if form in INTEGERS:
         of = INTEGERS[form]
-        overhead = 0.0 if of.group == 0 else (16 if of.symmetric else 24) / of.group
-        overhead += 16 / of.group if of.minimum else 0.0
+        each = (8 if of.scale == "i8" else 16) + (0 if of.symmetric else 8) + (16 if of.minimum else 0)
+        overhead = each / of.group if of.group else 0.0
         return of.bits + overhead
     return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)

@@ -27,11 +27,14 @@ class Part:
 
 
 def neighbours(form: str) -> tuple[str, ...]:
-    """Return the symmetric formats of fewer than 8 bits with the same group, this one included; none of another."""
+    """Return the symmetric formats of fewer than 8 bits with the same group and type of scales, this one included; none
+    of another.
+    """
     of = INTEGERS.get(form)
     if of is None or not of.has_sides:
         return ()
-    return tuple(name for name, other in INTEGERS.items() if other.has_sides and other.group == of.group)
+    alike = of.group, of.scale
+    return tuple(name for name, other in INTEGERS.items() if other.has_sides and (other.group, other.scale) == alike)
 
 
 def modelled(parts: Mapping[Name, Part], base: str, formats: Mapping[Name, str]) -> float:

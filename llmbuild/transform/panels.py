@@ -8,6 +8,7 @@ import numpy as np
 
 from llmbuild.kernels.layouts import QUAD, Layout
 from llmbuild.spec.formats import INTEGERS, SHARED
+from llmbuild.transform import scales
 from llmbuild.transform import shared_exponent as shared
 from llmbuild.transform.quantized import Quantized, pad_columns, quantize, split_groups
 from llmbuild.transform.weights import (
@@ -62,7 +63,7 @@ def encode_for(layout: Layout, dense: Array, ready: Quantized | None = None) -> 
 
 
 def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
-    """Return data and scales as they lie there: data is int8, f16 or u16 (bf16), scales are f32, f16 or u16 (bf16)."""
+    """Return data and scales as they lie there: data is int8, f16 or u16 (bf16), scales are also f32."""
     if layout.is_shared and not isinstance(weights, Quantized):
         rows = pad_rows(weights)
         bytes_ = shared.pack_codes(shared.codes(rows)).reshape(-1, PANEL, layout.columns // 8, 3, 4)
@@ -73,7 +74,7 @@ def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
         data = rows.reshape(-1, PANEL, layout.columns // each, each).transpose(0, 2, 1, 3)
         return np.ascontiguousarray(data).reshape(-1), np.ones(len(rows), np.float32)
     form = INTEGERS[layout.form]
-    if (weights.halves, weights.minimum is not None) != (form.is_block, form.minimum):
+    if (weights.scales, weights.minimum is not None) != (form.scale, form.minimum):
         raise ValueError(f"{layout.form}: weights have other scales or minima than the layout")
     if weights.group != layout.group or weights.bits != form.bits:
         raise ValueError(f"{layout.form}: weights in groups of {weights.group} where the layout has {layout.group}")
@@ -85,8 +86,24 @@ def pack(layout: Layout, weights: Quantized | Array) -> tuple[Array, Array]:
         return data.reshape(-1).view(np.int8), np.ascontiguousarray(halves.transpose(0, 2, 3, 1)).reshape(-1)
     if layout.by_row:
         return data.reshape(-1).view(np.int8), np.ascontiguousarray(scale[:, 0])
+    if layout.has_powers:
+        return data.reshape(-1).view(np.int8), _pack_bytes(layout, weights.scale)
     short = to_bf16(scale).reshape(-1, PANEL, layout.groups).transpose(0, 2, 1)
     return data.reshape(-1).view(np.int8), np.ascontiguousarray(short).reshape(-1)
+
+
+def _pack_bytes(layout: Layout, scale: Array) -> Array:
+    """Return scales f32[N,groups] as they lie: int8 of a panel's groups, and then the bytes of its rows' powers."""
+    codes, powers = (pad_rows(part) for part in scales.in_bytes(scale.astype(np.float32)))
+    turned = codes.reshape(-1, PANEL, layout.groups).transpose(0, 2, 1).reshape(-1, PANEL * layout.groups)
+    return np.concatenate([turned, powers.reshape(-1, PANEL).view(np.int8)], axis=1).reshape(-1)
+
+
+def _unpack_bytes(layout: Layout, scale: Array) -> tuple[Array, Array]:
+    """Return int8[N,groups] and powers f32[N] of what `_pack_bytes` made."""
+    codes, powers = np.split(scale.view(np.int8).reshape(-1, layout.scale_bytes), [PANEL * layout.groups], axis=1)
+    turned = codes.reshape(-1, layout.groups, PANEL).transpose(0, 2, 1).reshape(-1, layout.groups)
+    return turned, np.ascontiguousarray(powers).view(np.float32).reshape(-1)
 
 
 def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
@@ -104,6 +121,10 @@ def unpack(layout: Layout, data: Array, scale: Array) -> tuple[Array, Array]:
         values = unpack_codes(layout, data.view(np.uint8)).astype(np.float32)
     if layout.by_row:
         return values, scale.view(np.float32)
+    if layout.has_powers:
+        of_groups, powers = _unpack_bytes(layout, scale)
+        values *= np.repeat(of_groups, layout.group, axis=1)
+        return values, powers
     if layout.is_block:
         halves = scale.view(np.float16).astype(np.float32).reshape(panels, layout.groups, -1, PANEL)
         spread = np.repeat(halves.transpose(0, 3, 1, 2), layout.group, axis=2).reshape(*values.shape, -1)

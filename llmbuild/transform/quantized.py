@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
-from llmbuild.spec.formats import Format, fit_group
+from llmbuild.spec.formats import Format, Scales, fit_group
 from llmbuild.transform import blocks
-from llmbuild.transform.weights import Array, from_bf16, pad_width, to_bf16
+from llmbuild.transform.scales import stored
+from llmbuild.transform.weights import Array, pad_width
 
 SPOTS = (-0.8, 0.0, 0.8)
 """Codes beside the lowest one that the farthest weight of a group is tried at; more of them win next to nothing."""
@@ -59,7 +59,7 @@ class Quantized:
     `codes` are int8[N,K], those that the form has; `scale` is f32[N,K/group], not 0, and positive for 8 bits and beside
     zeros. `zero` is f32 of the same shape, integers within the range of the codes, or None where it
     is 0 throughout. Scales of groups smaller than a row, and those beside zeros, are numbers that bf16 holds exactly,
-    and are stored so.
+    and are stored so; where `scales` are i8, they are also such bytes times a power of two for each row.
 
     In the blocks of GGUF, `halves`, the last group may be shorter than the others. Scales, which may be 0 or negative,
     and `minimum`, None where it is 0 throughout, are numbers that f16 holds exactly, and are stored so.
@@ -71,21 +71,28 @@ class Quantized:
     bits: int
     group: int
     minimum: Array | None = None
-    halves: bool = False
+    scales: Scales = "bf16"
+    """How scales of groups are stored."""
+
+    @property
+    def halves(self) -> bool:
+        """Whether these are the blocks of GGUF."""
+        return self.scales == "f16"
 
     @property
     def bits_per_weight(self) -> float:
         """What one weight takes in the archive, scales, zeros and minima included."""
         rows, columns = self.codes.shape
-        scale = 16 if self.halves or self.group < columns else 32
+        by_row = self.group == columns and not self.halves
+        scale = 32 if by_row else 8 if self.scales == "i8" else 16
         beside = (0 if self.zero is None else 8) + (0 if self.minimum is None else 16)
-        return float(self.bits + self.scale.size * (scale + beside) / (rows * columns))
+        of_rows = 32 * rows if self.scales == "i8" and not by_row else 0
+        return float(self.bits + (self.scale.size * (scale + beside) + of_rows) / (rows * columns))
 
     @property
     def form(self) -> Format:
         """The format of the matrix, with the length that its groups have."""
-        scale: Literal["f16", "bf16"] = "f16" if self.halves else "bf16"
-        return Format(self.bits, self.group, self.zero is None, scale, self.minimum is not None)
+        return Format(self.bits, self.group, self.zero is None, self.scales, self.minimum is not None)
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -168,8 +175,12 @@ def closest_range(dense: Array, form: Format, weight: Array | None = None, shrin
         scale = product / np.maximum(square, np.finfo(np.float32).tiny)
         better = product * scale > most  # what these codes leave of the sum of squares is smaller by that
         most, found = np.where(better, product * scale, most), np.where(better, scale, found)
-    scale = np.where(found == 0, np.float32(1), found * unit)
-    return Steps(form, from_bf16(to_bf16(scale)) if group < dense.shape[1] else scale)
+    if group == dense.shape[1]:
+        return Steps(form, np.where(found == 0, np.float32(1), found * unit))
+    empty, scale = found == 0, found * unit
+    if form.scale == "i8":  # the largest scale of a row decides on all: that of an empty group must not be it
+        empty &= (found == 0).all(axis=1, keepdims=True)
+    return Steps(form, stored(np.where(empty, np.float32(1), scale), form.scale))
 
 
 def _ends_short(dense: Array, form: Format) -> bool:
@@ -179,7 +190,7 @@ def _ends_short(dense: Array, form: Format) -> bool:
 def matrix(codes: Array, steps: Steps) -> Quantized:
     """Return the matrix of codes int8[N,K] and the steps of its groups."""
     form, group = steps.form, group_of(codes.shape[1], steps.form)
-    return Quantized(codes, steps.scale, steps.zero, form.bits, group, steps.minimum, form.is_block)
+    return Quantized(codes, steps.scale, steps.zero, form.bits, group, steps.minimum, form.scale)
 
 
 def nearest(dense: Array, steps: Steps) -> Quantized:
@@ -224,7 +235,10 @@ def pad_columns(quantized: Quantized, columns: int) -> Quantized:
     codes = np.concatenate([quantized.codes, np.zeros((rows, columns - own), np.int8)], axis=1)
     if quantized.group == own:
         return replace(quantized, codes=codes, group=columns)
-    added = np.ones((rows, columns // quantized.group - quantized.scale.shape[1]), np.float32)
+    more = columns // quantized.group - quantized.scale.shape[1]
+    added = np.ones((rows, more), np.float32)
+    if quantized.scales == "i8":  # no other scale may become the largest of its row
+        added = np.repeat(quantized.scale[:, -1:], more, axis=1)
     return replace(quantized, codes=codes, scale=np.concatenate([quantized.scale, added], axis=1))
 
 
@@ -246,7 +260,7 @@ def _pad_blocks(quantized: Quantized, columns: int) -> Quantized:
 def split_groups(quantized: Quantized, group: int) -> Quantized | None:
     """Return the matrix with a scale for each `group` of columns; None where some would need more than one.
 
-    The scale of a whole row is rounded to bf16 for that. Blocks of GGUF are kept as they are.
+    The scale of a whole row is rounded for that, as scales of groups are. Blocks of GGUF are kept as they are.
     """
     if quantized.group % group or quantized.zero is not None:
         return None
@@ -254,7 +268,7 @@ def split_groups(quantized: Quantized, group: int) -> Quantized | None:
         return quantized
     if quantized.halves:
         return None
-    scale = from_bf16(to_bf16(quantized.scale))
+    scale = stored(quantized.scale, quantized.scales)
     return replace(quantized, scale=np.repeat(scale, quantized.group // group, axis=1), group=group)
 
 

@@ -28,6 +28,8 @@ HEADS = {
     "int6 in groups": (100, "int6_g32"),
     "int5 in groups": (333, "int5_g64"),
     "int3 in groups": (100, "int3_g32"),
+    "int2 in groups": (333, "int2_g32"),
+    "int5, scales in bytes": (333, "int5_g32s8"),
     "f16": (100, "f16"),
     "bf16": (333, "bf16"),
     "f12_e4m7": (333, "f12_e4m7"),
@@ -66,7 +68,7 @@ class Head:
         """
         layout = self.shape.layout
         held = [f"tensor<{part.size}xi8>" for part in self.stored]
-        each = [2 if layout.is_half else 1, 4 if layout.by_row else 2]
+        each = [2 if layout.is_half else 1, layout.scale_size]
         elements = layout.element, layout.scale_element
         kinds = [f"tensor<{p.size // n}x{e}>" for p, n, e in zip(self.stored, each, elements, strict=True)]
         seen = "".join(f"%{n} = {_as(h, f'%{n}_bytes', k)}\n" for n, h, k in zip(("w", "s"), held, kinds, strict=True))

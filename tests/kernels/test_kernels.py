@@ -45,6 +45,9 @@ SHAPES = {
     "int6": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "int6_g32"),
     "int5 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int5_g128"),
     "int3 in partial panels": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int3_g32", activation="gelu"),
+    "int2, scales in bytes": DecoderShape(
+        80, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int2_g32s8", formats=(("out", "int4_g32s8"), ("down", "int2_g64"))
+    ),
     "f16": DecoderShape(37, 3, 1, 10, 86, 1e-5, 0.3, 40, "f32", 2, "f16", head_norms=True),
     "bf16": DecoderShape(9, 2, 1, 160, 21, 1e-5, 0.08, 40, "f16", 2, "bf16", activation="gelu_tanh"),
     "f12_e4m7": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "f12_e4m7"),
@@ -54,6 +57,7 @@ SHAPES = {
     "two bytes": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, wide=ALL),
     "two bytes, int4 many groups": DecoderShape(384, 4, 4, 64, 256, 1e-6, 0.125, 33, "f16", 3, "int4_g128", wide=ALL),
     "two bytes, int6": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int6_g32", wide=ALL),
+    "two bytes, scales in bytes": DecoderShape(20, 2, 2, 40, 43, 1e-5, 0.16, 40, "f32", 3, "int6_g32s8", wide=ALL),
     "two bytes, q4_1": DecoderShape(80, 3, 1, 32, 50, 1e-5, 32**-0.5, 40, "f32", 2, "q4_1", wide=ALL),
     "bits of each matrix": DecoderShape(
         80,
@@ -369,8 +373,8 @@ def test_a_dispatch_keeps_to_the_bindings_it_may_have() -> None:
     assert layers(["many"], (SHAPES["smallest"],) * MAX_LAYERS, unit).count("stream.binding.subspan") <= 32
 
 
-ENDS = ("int8", *(f"int{bits}_g64" for bits in range(3, 8)), "int4_g128", *BLOCKS)
-WIDE_ENDS = ("int8", "int3_g64", "int4_g128", "int6_g64", "int7_g64", "q4_1")
+ENDS = ("int8", *(f"int{bits}_g64" for bits in range(2, 8)), "int4_g128", "int6_g32s8", *BLOCKS)
+WIDE_ENDS = ("int8", "int2_g32s8", "int3_g64", "int4_g128", "int6_g64", "int7_g64", "q4_1")
 OF_TWO_BYTES = " of two bytes"
 
 
@@ -395,11 +399,12 @@ def test_products_are_exact_at_the_ends_of_integers(
     inputs = []
     for codes, x in calls:
         minimum = ones * least if of.minimum else None
-        weights = Quantized(codes.astype(np.int8), ones, None, of.bits, layout.group, minimum, of.is_block)
+        weights = Quantized(codes.astype(np.int8), ones, None, of.bits, layout.group, minimum, of.scale)
         inputs += [panel(layout, weights), prepared(layout, x)]
     made, _ = MACHINES[unit.name].call(artifact, inputs, len(calls), "local-sync")
     for (codes, x), sums in zip(calls, made, strict=True):
-        assert np.array_equal(sums.reshape(rows, 64), added_by_blocks(layout, codes, x, least))
+        unit_scale = 64 if layout.has_powers else 1  # scales of 1 are bytes of 64, times what is left for the end
+        assert np.array_equal(sums.reshape(rows, 64), unit_scale * added_by_blocks(layout, codes, x, least))
 
 
 def added_by_blocks(layout: Layout, codes: Any, x: Any, least: int) -> Any:

@@ -132,7 +132,7 @@ def test_columns_that_are_added_are_exactly_zero(dense: np.ndarray, name: str, w
 
 
 def test_a_short_block_without_a_code_for_zero_is_told() -> None:
-    weights = Quantized(np.ones((1, 8), np.int8), np.ones((1, 1), np.float32), None, 4, 32, np.full((1, 1), 0.3), True)
+    weights = Quantized(np.ones((1, 8), np.int8), np.ones((1, 1), np.float32), None, 4, 32, np.full((1, 1), 0.3), "f16")
     with pytest.raises(ValueError, match="no code of their own above a minimum"):
         pad_columns(weights, 32)
 

@@ -23,7 +23,8 @@ from llmbuild.transform.quantized import (
 )
 from llmbuild.transform.weights import quantize_rows
 
-formats = st.builds(Format, st.sampled_from((3, 4, 5, 6, 7, 8)), st.sampled_from((0, 32, 64, 128)), st.booleans())
+plain_formats = st.builds(Format, st.integers(2, 8), st.sampled_from((0, 32, 64, 128)), st.booleans())
+formats = plain_formats | st.builds(Format, st.integers(2, 7), st.just(32), scale=st.just("i8"))
 sizes = st.tuples(st.sampled_from((1, 2, 7, 64, 65)), st.sampled_from((1, 2, 8, 31, 32, 96, 100, 128, 192, 256)))
 magnitudes = st.sampled_from((1e-30, 1e-6, 0.02, 1.0, 1e30))
 
@@ -71,7 +72,7 @@ def weighed(parts: np.ndarray, made: np.ndarray) -> np.ndarray:
     return np.square((made - parts) / unit * (parts / unit)).sum(2)
 
 
-@given(matrices(), formats.filter(lambda form: form.has_sides))
+@given(matrices(), plain_formats.filter(lambda form: form.has_sides))
 def test_groups_of_few_bits_have_less_error_than_with_a_scale_that_reaches_all(dense: np.ndarray, form: Format) -> None:
     group = fit_group(dense.shape[1], form.group or dense.shape[1])
     parts = by_group(dense, group).astype(np.float64)
@@ -80,7 +81,7 @@ def test_groups_of_few_bits_have_less_error_than_with_a_scale_that_reaches_all(d
     assert (weighed(parts, found) <= 1.2 * weighed(parts, reaching(parts, form)) + 0.3 * step**2).all()
 
 
-@pytest.mark.parametrize("name", ["int3_g32", "int4_g64", "int5_g32", "int6_g64"])
+@pytest.mark.parametrize("name", ["int2_g32", "int3_g32", "int4_g64", "int4_g32s8", "int5_g32", "int6_g64"])
 def test_the_lowest_code_and_least_squares_win_a_good_part_of_the_error(name: str) -> None:
     dense, form = np.random.default_rng(0).standard_normal((64, 768)).astype(np.float32), INTEGERS[name]
     parts = by_group(dense, form.group).astype(np.float64)
@@ -103,7 +104,7 @@ def test_zeros_stay_zero(dense: np.ndarray, form: Format) -> None:
     assert (dequantize(quantize(dense, form))[dense == 0] == 0).all()
 
 
-@given(st.integers(0, 99), formats, st.sampled_from((1, 7, 65)), st.sampled_from((2, 31, 32, 100, 192)))
+@given(st.integers(0, 99), plain_formats, st.sampled_from((1, 7, 65)), st.sampled_from((2, 31, 32, 100, 192)))
 def test_representable_weights_are_exact(seed: int, form: Format, rows: int, columns: int) -> None:
     drawn = np.random.default_rng(seed)
     bottom, top = code_range(form.bits)
@@ -141,6 +142,7 @@ def test_a_group_is_halved_until_it_divides_the_row(columns: int, asked: int, fi
         ("int6_g32", 6.5),
         ("int5_g64", 5.25),
         ("int3_g32", 3.5),
+        ("int2_g64", 2.25),
         ("int4_g32", 4.5),
         ("int4_g128", 4.125),
         ("int4a_g64", 4.375),

@@ -130,7 +130,7 @@ def test_chunks_of_a_layers_buffer_are_the_buffer(shape: DecoderShape, chunk: in
     assert len(whole) == buffer_bytes(shape)
 
 
-@pytest.mark.parametrize("form", ["int8", "int4_g32", "int7_g32"])
+@pytest.mark.parametrize("form", ["int8", "int4_g32", "int7_g32", "int2_g32", "int6_g32s8"])
 def test_rows_that_were_quantized_before_are_kept_with_columns_of_zeros(form: str) -> None:
     layout, dense = Layout(form, 96), drawn({"m": (70, 90)})["m"]
     ready = encode(form, dense[:, :64])

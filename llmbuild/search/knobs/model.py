@@ -19,7 +19,8 @@ KNOBS: tuple[Knob, ...] = (
         "model",
         WEIGHT_FORMATS,
         "f32",
-        "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; int4a: with zeros; "
+        "type of the weight matrices; _gN: a scale for each N inputs of a row, else for the row; s8: scales of a byte, "
+        "times a power of two for each row; int4a: with zeros; "
         "f12_e4m7: bf16 with 4 bits of exponent below that of the row's largest; q8_0, q4_0, q4_1: blocks as in GGUF",
         searched=("f32", "f16", "int8", "int4_g128", "int4a_g64"),
     ),
