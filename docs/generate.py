@@ -50,18 +50,22 @@ def formats() -> str:
     rows = (
         [
             f"`{form}`",
-            f"{bits(form):g}",
+            f"{bits(form):g}" if form in OWN else "",
+            "" if form in BLOCKS else f"{bits(form, panels=False):g}",
             "" if form in BLOCKS else "every target",
             f"CPUs with {needs(form)}" if form in OWN else "",
             "GPUs" if form in GPU else "",
         ]
         for form in WEIGHT_FORMATS
     )
-    columns = ("format", "bits per weight", "`kernel=compiler`", "`kernel=own`, packed", "`kernel=own`, row-major")
+    bits_of = "bits, packed for `kernel=own`", "bits elsewhere"
+    columns = ("format", *bits_of, "`kernel=compiler`", "`kernel=own`, packed", "`kernel=own`, row-major")
     return "\n".join(
         [
             "# Weight formats\n",
-            "Values of the knobs `weight_format` and `head_format`, and what reads them. Bits include scales.\n",
+            "Values of the knobs `weight_format` and `head_format`, and what reads them. Bits are those of a weight,",
+            "scales of groups included. Packed for `kernel=own`, codes of any length lie together; elsewhere only",
+            "codes of 4 bits share a byte, and scales of groups take 16 bits.\n",
             table(columns, rows),
             "",
         ]

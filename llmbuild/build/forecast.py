@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import cycle, islice
+from itertools import cycle, islice, product
 
 from llmbuild.build.freshness import Freshness
 from llmbuild.build.job import Job
-from llmbuild.build.price import Asked, Earlier, Price, price
+from llmbuild.build.price import Archive, Asked, Earlier, Price, price
 from llmbuild.catalog.known import Known
 from llmbuild.profiler.heldout import WINDOW
 from llmbuild.search.warm_start import initial_points
-from llmbuild.spec.formats import SAME
+from llmbuild.spec.formats import in_panels
 from llmbuild.spec.recipe import Budget
 from llmbuild.spec.space import Point
 
-FORMAT, HEAD = "weight_format", "head_format"
+FORMAT = "weight_format"
 
 
 def to_go(look: Freshness | None, budget: Budget) -> int:
@@ -39,7 +39,7 @@ def forecast(
     asked = Asked(
         facts=job.facts,
         trials=trials if spent_s < budget.seconds or not done else 0,
-        formats=_formats(job, done, trials),
+        archives=_archives(job, done, trials),
         reference_tokens=0 if done or job.scored() else _windows(job) * min(WINDOW, job.recipe.context),
         budget_s=max(0.0, budget.seconds - spent_s),
         race_s=race_s(job) if race else 0.0,
@@ -58,21 +58,18 @@ def _windows(job: Job) -> int:
     return max(1, job.recipe.quality.tokens // min(WINDOW, job.recipe.context))
 
 
-def _formats(job: Job, done: list[Point], trials: int) -> list[tuple[str, str]]:
-    """Return the formats of the archives that the trials to go import: of the first points, then one after another."""
+def _archives(job: Job, done: list[Point], trials: int) -> list[Archive]:
+    """Return the archives that the trials to go import: of the first points, then one format after another."""
     known = {_archive(job, point) for point in done}
     first = [point for point in initial_points(job.space) if point not in done][:trials]
     new = {key: point for point in first if (key := _archive(job, point)) not in known}
-    made = [_formats_of(point) for point in new.values()]
-    open_ = next((k.domain for k in job.space.knobs if k.name == FORMAT), ("f32",))
-    rest = cycle([str(form) for form in open_])
-    return [*made, *((form, SAME) for form in islice(rest, max(0, trials - len(first))))]
+    made = [Archive.of(point.as_dict()) for point in new.values()]
+    domains = {knob.name: knob.domain for knob in job.space.knobs}
+    choices = product(domains.get("kernel", ()), domains.get("layout", ()))
+    panels = job.target.is_cpu and any(in_panels({"kernel": kernel, "layout": layout}) for kernel, layout in choices)
+    rest = cycle([str(form) for form in domains.get(FORMAT, ("f32",))])
+    return [*made, *(Archive(form, panels=panels) for form in islice(rest, max(0, trials - len(first))))]
 
 
 def _archive(job: Job, point: Point) -> Point:
     return Point.of(job.space.level(point, "model"))
-
-
-def _formats_of(point: Point) -> tuple[str, str]:
-    values = point.as_dict()
-    return str(values.get(FORMAT, "f32")), str(values.get(HEAD, SAME))

@@ -7,10 +7,10 @@ the number of weights. Without an earlier build they follow from constants.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmbuild.spec.formats import SAME, bits
+from llmbuild.spec.formats import SAME, bits, in_panels
 from llmbuild.spec.model import ModelFacts
 
 FIXED_S = 4.0
@@ -42,15 +42,31 @@ class Earlier:
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a build has to do: trials to go, formats of the weights that these import, and the rest of the budget.
+class Archive:
+    """How weights are stored: the formats of the layers and of the head, and whether in `panels` of our kernels."""
 
-    `formats` are pairs of the layers' format and the head's, one for each archive of weights that is not known yet.
-    """
+    layers: str
+    head: str = SAME
+    panels: bool = False
+
+    @classmethod
+    def of(cls, choices: Mapping[str, object]) -> Archive:
+        """Return how the choices of a point store them."""
+        layers, head = (str(choices.get(knob, usual)) for knob, usual in USUAL.items())
+        return cls(layers, head, in_panels(choices))
+
+
+USUAL = {"weight_format": "f32", "head_format": SAME}
+"""The formats of layers and head where nothing is said of them."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a build has to do: trials to go, archives of weights that are not known yet, and the rest of the budget."""
 
     facts: ModelFacts
     trials: int
-    formats: Sequence[tuple[str, str]]
+    archives: Sequence[Archive]
     reference_tokens: int
     """Tokens of held-out text whose logits are not known yet."""
     budget_s: float
@@ -85,7 +101,7 @@ def price(asked: Asked) -> Price:
     each = sum(scaled) / len(scaled)
     searching = min(asked.trials * each, asked.budget_s + each / 2) if asked.trials else 0.0
     once = ONCE_S if asked.first else 0.0
-    archives = sum(archive_bytes(asked.facts, *formats) for formats in asked.formats)
+    archives = sum(archive_bytes(asked.facts, archive) for archive in asked.archives)
     logits = 4 * asked.reference_tokens * asked.facts.decoder.vocabulary
     return Price(searching + once + asked.race_s, archives + logits + asked.trials * TRIAL_BYTES, each, len(near))
 
@@ -100,13 +116,14 @@ def left_s(trials: int, trial_s: float, begun_s: float, budget_s: float, race_s:
 
 def weights(facts: ModelFacts) -> int:
     """Return the number of a model's weights, tied ones counted once."""
-    return _layers(facts) + _tables(facts)
+    return _layers(facts) + _table(facts) * (1 if facts.tied else 2)
 
 
-def archive_bytes(facts: ModelFacts, weight_format: str, head_format: str = SAME) -> int:
-    """Return about how many bytes an archive of weights in these formats has."""
-    head = weight_format if head_format == SAME else head_format
-    return round((_layers(facts) * bits(weight_format) + _tables(facts) * bits(head)) / 8)
+def archive_bytes(facts: ModelFacts, archive: Archive) -> int:
+    """Return about how many bytes an archive of weights has."""
+    head = archive.layers if archive.head == SAME else archive.head
+    tables = bits(head, archive.panels) + (0 if facts.tied else bits(head, panels=False))
+    return round((_layers(facts) * bits(archive.layers, archive.panels) + _table(facts) * tables) / 8)
 
 
 def _layers(facts: ModelFacts) -> int:
@@ -114,8 +131,8 @@ def _layers(facts: ModelFacts) -> int:
     return facts.layers * d.hidden * (2 * d.attended + 2 * d.cached + 3 * d.inner)
 
 
-def _tables(facts: ModelFacts) -> int:
-    return facts.decoder.vocabulary * facts.decoder.hidden * (1 if facts.tied else 2)
+def _table(facts: ModelFacts) -> int:
+    return facts.decoder.vocabulary * facts.decoder.hidden
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 from llmbuild.build.job import Job
-from llmbuild.build.price import archive_bytes, size
+from llmbuild.build.price import Archive, archive_bytes, size
 from llmbuild.process.child import memory_told
 from llmbuild.spec.space import Point
 from llmbuild.spec.variant import Failure
@@ -20,8 +20,7 @@ def weights_bytes(job: Job, point: Point) -> int:
     """Return about how many bytes the weights of a point take; 0 for a model whose sizes are not known."""
     if job.facts is None:
         return 0
-    values = point.as_dict()
-    return archive_bytes(job.facts, str(values["weight_format"]), str(values["head_format"]))
+    return archive_bytes(job.facts, Archive.of(point.as_dict()))
 
 
 def no_memory(job: Job, point: Point) -> Failure | None:

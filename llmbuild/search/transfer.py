@@ -21,7 +21,7 @@ from llmbuild.search import surrogate
 from llmbuild.search.front import FLOORS, value_of
 from llmbuild.search.losses import Losses, losses_of
 from llmbuild.search.surrogate import Array, Codes, Process
-from llmbuild.spec.formats import bits
+from llmbuild.spec.formats import bits, in_panels
 from llmbuild.spec.space import Point, Value
 from llmbuild.spec.trial import Trial
 from llmbuild.system.strict_json import JsonObject
@@ -134,28 +134,31 @@ def prior(lessons: Sequence[Lesson], objectives: Sequence[str]) -> Callable[[Seq
         expected = learned.predict(points, objectives) if learned else np.zeros((len(points), len(objectives)))
         for d, name in enumerate(objectives):
             for row, point in zip(expected, points, strict=True):
-                form = str(point.as_dict().get(FORMAT, "f32"))
+                choices = point.as_dict()
+                form = str(choices.get(FORMAT, "f32"))
                 if name in ARITHMETIC and not (learned and name in learned.processes and learned.saw(FORMAT, form)):
-                    row[d] = ARITHMETIC[name](bits(form))
+                    row[d] = ARITHMETIC[name](form, in_panels(choices))
         return expected
 
     return told
 
 
-def _size(bits: float) -> float:
-    return float(np.log(bits / 32))
+def _size(form: str, panels: bool) -> float:
+    return float(np.log(bits(form, panels) / 32))
 
 
-def _divergence(bits: float) -> float:
+def _divergence(form: str, _: bool) -> float:
     known = sorted(KL_AT)
-    return float(np.interp(bits, known, [np.log(KL_AT[n] / FLOORS["quality_kl"]) for n in known]))
+    return float(np.interp(bits(form), known, [np.log(KL_AT[n] / FLOORS["quality_kl"]) for n in known]))
 
 
 FORMAT = "weight_format"
-KL_AT = {4.0: 2e-2, 8.0: 1e-3, 12.0: FLOORS["quality_kl"]}
-"""KL divergence by bits of a weight, from `scripts/bench/quality.py`; values between are interpolated."""
+KL_AT = {2.25: 0.36, 4.0: 2e-2, 8.0: 1e-3, 12.0: FLOORS["quality_kl"]}
+"""KL divergence by bits of a weight, from `scripts/bench/quality.py`; values between are interpolated. With codes of 2
+bits it is 18 times that with 4 (SmolLM2-135M-Instruct, rounded to the nearest).
+"""
 
-ARITHMETIC: dict[str, Callable[[float], float]] = {"parameter_bytes": _size, "quality_kl": _divergence}
+ARITHMETIC: dict[str, Callable[[str, bool], float]] = {"parameter_bytes": _size, "quality_kl": _divergence}
 
 
 def _relative(lesson: Lesson) -> list[tuple[dict[str, Value], dict[str, float]]]:

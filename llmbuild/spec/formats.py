@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -99,11 +100,20 @@ def fit_group(columns: int, group: int) -> int:
     return columns
 
 
-def bits(form: str) -> float:
-    """Return the bits per weight of a format, scales of groups and zeros included."""
+def bits(form: str, panels: bool = True) -> float:
+    """Return the bits per weight of a format, scales of groups and zeros included.
+
+    They are those of `panels`, as our kernels for CPUs read them, or those of the compiler's layouts: there only codes
+    of 4 bits share a byte, scales of groups have 16 bits, and `f12_e4m7` is kept as bf16.
+    """
     if form in INTEGERS:
         of = INTEGERS[form]
-        each = (8 if of.scale == "i8" else 16) + (0 if of.symmetric else 8) + (16 if of.minimum else 0)
-        overhead = each / of.group if of.group else 0.0
-        return of.bits + overhead
-    return {"f32": 32.0, SHARED: 12.0}.get(form, 16.0)
+        scale, code = (8 if of.scale == "i8" else 16, of.bits) if panels else (16, 4 if of.bits == 4 else 8)
+        each = scale + (0 if of.symmetric else 8) + (16 if of.minimum else 0)
+        return code + (each / of.group if of.group else 0.0)
+    return {"f32": 32.0, SHARED: 12.0 if panels else 16.0}.get(form, 16.0)
+
+
+def in_panels(choices: Mapping[str, object]) -> bool:
+    """Return whether choices of knobs keep weights in the panels of our kernels for CPUs."""
+    return choices.get("kernel") == "own" and choices.get("layout") == "packed"

@@ -17,6 +17,7 @@ from llmbuild.build.price import (
     FIXED_S,
     ONCE_S,
     TRIAL_BYTES,
+    Archive,
     Asked,
     Earlier,
     archive_bytes,
@@ -27,10 +28,12 @@ from llmbuild.build.price import (
     weights,
 )
 from llmbuild.catalog.known import Known
+from llmbuild.kernels.layouts import Layout
 from llmbuild.report.progress import Progress
 from llmbuild.spec.decoder import Decoder
 from llmbuild.spec.model import ModelFacts
 from llmbuild.spec.recipe import Budget
+from llmbuild.transform.stored import Rows, StoredMatrix
 from tests.support import quick
 
 D = Decoder(hidden=576, inner=1536, heads=9, kv_heads=3, head_dim=64, vocabulary=49152)
@@ -39,23 +42,49 @@ FACTS = ModelFacts("llama", D, 30, 2048, True, False, False, False)
 
 
 def asked(**changes: object) -> Asked:
-    plain = Asked(FACTS, 8, [("f32", "same"), ("int4_g128", "int8")], 0, 1e9, 20.0)
+    plain = Asked(FACTS, 8, [Archive("f32"), Archive("int4_g128", "int8")], 0, 1e9, 20.0)
     return replace(plain, **changes)  # type: ignore[arg-type]
 
 
 def test_the_weights_of_a_shape_and_the_bytes_of_its_formats() -> None:
     assert weights(FACTS) == pytest.approx(134.5e6, rel=0.001)
-    assert archive_bytes(FACTS, "f32") == 4 * weights(FACTS)
+    assert archive_bytes(FACTS, Archive("f32")) == 4 * weights(FACTS)
     tables = 49152 * 576
     layers = weights(FACTS) - tables
-    assert archive_bytes(FACTS, "int4_g128", "int8") == pytest.approx(layers * (4 + 16 / 128) / 8 + tables)
+    assert archive_bytes(FACTS, Archive("int4_g128", "int8")) == pytest.approx(layers * (4 + 16 / 128) / 8 + tables)
     assert weights(replace(FACTS, tied=False)) == weights(FACTS) + tables
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("layout", ["packed", "row_major"])
+@pytest.mark.parametrize(
+    ("layers", "head"), [("int2_g32s8", "same"), ("int6_g32s8", "int3_g64"), ("f12_e4m7", "int4a_g32")]
+)
+def test_the_bytes_of_an_archive_are_those_of_what_lies_there(layers: str, head: str, layout: str, tied: bool) -> None:
+    own = layout == "packed" and head != "int4a_g32"
+    choices = {"weight_format": layers, "head_format": head, "layout": layout, "kernel": "own" if own else "compiler"}
+    hidden, inner, vocabulary, output = D.hidden, D.inner, D.vocabulary, layers if head == "same" else head
+    wide = [*[(D.attended, hidden)] * 2, *[(D.cached, hidden)] * 2, *[(inner, hidden)] * 3]  # all have whole groups
+    asked_of = [*((*size, layers) for size in wide * FACTS.layers), (vocabulary, hidden, output)]
+    lies = [in_panels(*one) if own else in_rows(*one) for one in asked_of]
+    lies += [] if tied else [in_rows(vocabulary, hidden, output)]
+    found = archive_bytes(replace(FACTS, tied=tied), Archive.of(choices))
+    assert found == pytest.approx(sum(lies), rel=0.03)  # what rows have of their own is left out
+
+
+def in_panels(rows: int, columns: int, form: str) -> int:
+    layout = Layout(form, columns)
+    return rows // 64 * (layout.panel_bytes + layout.scale_bytes)
+
+
+def in_rows(rows: int, columns: int, form: str) -> int:
+    return sum(kind.nbytes for kind in StoredMatrix(Rows((("m", rows),)), columns, form).tensors().values())
 
 
 def test_a_build_of_the_same_size_says_what_a_trial_takes() -> None:
     made = price(asked(earlier=[Earlier(weights(FACTS), 30.0)]))
     assert (made.trial_s, made.seconds, made.builds) == (30.0, 8 * 30.0 + 20.0, 1)
-    bytes_ = archive_bytes(FACTS, "f32") + archive_bytes(FACTS, "int4_g128", "int8") + 8 * TRIAL_BYTES
+    bytes_ = archive_bytes(FACTS, Archive("f32")) + archive_bytes(FACTS, Archive("int4_g128", "int8")) + 8 * TRIAL_BYTES
     assert made.bytes == bytes_
     assert made.told() == "some 4 min, 630 MB of catalog (from 1 earlier build here)"
 
@@ -79,7 +108,7 @@ def test_without_an_earlier_build_it_is_a_guess_and_says_so() -> None:
 def test_the_budget_ends_the_search_and_what_is_there_already_costs_nothing() -> None:
     earlier = [Earlier(weights(FACTS), 30.0)]
     assert price(asked(earlier=earlier, budget_s=100.0)).seconds == 100.0 + 15.0 + 20.0
-    done = price(asked(earlier=earlier, trials=0, formats=[], race_s=0.0))
+    done = price(asked(earlier=earlier, trials=0, archives=[], race_s=0.0))
     assert (done.seconds, done.bytes) == (0.0, 0)
     assert price(asked(earlier=earlier, first=True)).seconds == 260.0 + ONCE_S
     reference = price(asked(reference_tokens=2048)).bytes - price(asked()).bytes
@@ -123,7 +152,7 @@ def test_a_resumed_build_is_asked_for_what_is_left(tmp_path: Path) -> None:
     assert whole is not None and rest is not None
     assert len(look.finished) == 2
     assert rest.builds == 1, "that of the two trials that are known"
-    assert whole.bytes - rest.bytes >= archive_bytes(FACTS, "f32") + 2 * TRIAL_BYTES
+    assert whole.bytes - rest.bytes >= archive_bytes(FACTS, Archive("f32")) + 2 * TRIAL_BYTES
     anew = forecast(replace(job, force=True), known, look, six)
     assert anew is not None and anew.bytes == whole.bytes
     assert forecast(replace(job, facts=None), known, look, six) is None

@@ -54,7 +54,9 @@ def test_drawn_weights_are_about_normal_and_differ_by_name_and_seed() -> None:
     assert not np.array_equal(found, draw(1, "a", (256, 256), 0.02))
 
 
-@pytest.mark.parametrize("forms", [("bf16", "f16"), ("int4_g64", "int8"), ("int4a_g32", "f32")])
+@pytest.mark.parametrize(
+    "forms", [("bf16", "f16"), ("int4_g64", "int8"), ("int4a_g32", "f32"), ("int2_g32s8", "int4_g32s8")]
+)
 def test_an_archive_of_random_weights_is_made_again_from_its_seed(tmp_path: Path, forms: tuple[str, str]) -> None:
     model, choices = (
         tiny.write(tmp_path / "model", num_hidden_layers=1),

@@ -96,6 +96,16 @@ def test_sizes_and_quality_of_a_format_that_no_study_had_follow_from_its_bits() 
     assert loss == sorted(loss)
     assert loss[:2] == [0.0, 0.0]
     assert expected("int8", [], "tpot_s") == 0.0
+    few = ("int4_g32", "int4_g32s8", "int3_g32s8", "int2_g32", "int2_g32s8")
+    loss = [expected(form, [], "quality_kl") for form in few]
+    assert loss == sorted({*loss})
+
+
+def test_sizes_are_those_of_the_layout_that_kernels_read() -> None:
+    own = {"kernel": "own", "layout": "packed"}
+    for choices, bits in ((own, 2.25), ({**own, "layout": "row_major"}, 8.5), ({"layout": "packed"}, 8.5)):
+        point = Point.of({"weight_format": "int2_g32s8", **choices})
+        assert prior([], ("parameter_bytes",))([point])[0, 0] == pytest.approx(math.log(bits / 32))
 
 
 def test_what_a_study_measured_comes_before_arithmetic() -> None:
