@@ -106,12 +106,21 @@ class Job:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """Notes before a build: about the model, and about bounds that are not checked."""
+        """Notes before a build: on the model, on bounds that are not checked, on pins that the recipe does not have."""
         bounds = ", ".join(map(str, self.recipe.quality.bounds))
         quality = self.recipe.quality
         absent = self._unscored if bounds or quality.stdlib or quality.files else ""
         judged = f"{bounds} will not be judged: " if bounds else ""
-        return (*self.model.notes, *((f"{judged}quality is {absent}",) if absent else ()))
+        return (*self.model.notes, *((f"{judged}quality is {absent}",) if absent else ()), *self._foreign_pins())
+
+    def _foreign_pins(self) -> tuple[str, ...]:
+        """Return a note on values that `--set` pins and the recipe's own space does not have."""
+        own = {knob.name: knob.domain for knob in (self.declared or self.space).knobs}
+        foreign = [f"{k.name}={v}" for k in self.space.knobs for v in k.domain if v not in own.get(k.name, (v,))]
+        if not foreign:
+            return ()
+        told = "only builds that pin them rank these variants, unless the recipe lists the values under knobs"
+        return (f"the recipe does not search {', '.join(foreign)}: {told}",)
 
     @cached_property
     def source(self) -> str:

@@ -401,3 +401,12 @@ def test_until_stops_every_variant_after_a_step(built: Project, tmp_path: Path) 
     shown = llmbuild("build", "-n", "--until", "compile", "--json", built.recipe, "-C", built.catalog)
     assert all(len(r["program"]) == 64 for r in json.loads(done.stdout)), done.stderr
     assert [p["step"] for p in json.loads(shown.stdout)] == ["import", "compile"]
+
+
+def test_pins_that_the_recipe_does_not_search_are_told(project: Project) -> None:
+    own, foreign = (job_of(project, pins=(("opt_level", level),)).notes for level in ("O2", "O3"))
+    assert foreign[: len(own)] == own
+    assert foreign[len(own) :] == (
+        "the recipe does not search opt_level=O3: only builds that pin them rank these variants, "
+        "unless the recipe lists the values under knobs",
+    )
