@@ -75,6 +75,7 @@ def test_an_import_is_the_same_alone_and_the_server_lives_while_imports_are_to_c
     assert json.loads((out / "result.json").read_text())["program"] == plain(program)
 
 
+@pytest.mark.exhaustive
 def test_a_build_whose_imports_start_alone_says_so(
     steps: Steps, frontend: Prefork, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -298,6 +298,7 @@ def test_weights_that_are_no_numbers_are_refused_by_name_and_leave_no_folder_beh
     assert not (catalog.folder / IMPORTS).exists() or under_way(catalog) == []
 
 
+@pytest.mark.exhaustive
 def test_weights_that_become_no_numbers_behind_the_truth_are_refused_and_leave_no_folder(
     model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend
 ) -> None:

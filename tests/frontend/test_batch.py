@@ -121,6 +121,7 @@ def batched(tmp_path_factory: pytest.TempPathFactory, built: Project) -> Project
     return Project(folder, folder / "batch.yaml", folder / "catalog", folder / "model")
 
 
+@pytest.mark.exhaustive
 def test_rates_of_a_built_batch_count_the_tokens_of_all(batched: Project) -> None:
     done = llmbuild("query", "-m", "batch", "--json", "--all", "-C", batched.catalog)
     (row,) = json.loads(done.stdout)

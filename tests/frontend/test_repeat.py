@@ -73,7 +73,7 @@ def simplified(module: Any) -> tuple[list[str], list[str]]:
     return sorted(declared), [line for line in lines if line not in declared]
 
 
-@pytest.mark.parametrize("name", sweep(CASES, ("f32", "packed")))
+@pytest.mark.parametrize("name", sweep(CASES, ("packed",)))
 def test_a_module_of_repeated_layers_is_that_of_all_layers_traced(tmp_path: Path, name: str) -> None:
     case = CASES[name]
     shape = {"num_hidden_layers": case.layers, **dict(case.shape)}
@@ -92,6 +92,7 @@ def test_a_module_of_repeated_layers_is_that_of_all_layers_traced(tmp_path: Path
     assert text.count("func.func @") == (3 if case.batch == 1 else 2)
 
 
+@pytest.mark.exhaustive
 def test_layers_that_store_different_things_are_traced_one_by_one(tmp_path: Path) -> None:
     folder, case = folders.write(tmp_path / "model", num_hidden_layers=3), Case(3, {"weight_format": "int4_g32"})
     kept = "model.layers.2.mlp.down_proj"

@@ -69,9 +69,14 @@ def test_inner_loops_are_the_instructions_and_spill_next_to_nothing(
     ("name", "form", "shape"),
     [
         ("i8mm", "int8", {"kind": "Qwen3", "hidden_size": 60, "head_dim": 24, "hidden_act": "gelu"}),
-        ("dotprod", "int4_g64", {}),
+        pytest.param("dotprod", "int4_g64", {}, marks=pytest.mark.exhaustive),
         ("dotprod", "int6_g32", {"intermediate_size": 43}),
-        ("dotprod", "f16", {"hidden_size": 36, "intermediate_size": 43, "head_dim": 8, "hidden_act": "gelu_new"}),
+        pytest.param(
+            "dotprod",
+            "f16",
+            {"hidden_size": 36, "intermediate_size": 43, "head_dim": 8, "hidden_act": "gelu_new"},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
 )
 def test_a_model_for_aarch64_agrees_with_torch(tmp_path: Path, name: str, form: str, shape: dict[str, Any]) -> None:

@@ -98,10 +98,18 @@ IN_PARTS = {
 }
 """Shapes whose cache a single row attends to in parts; `test_layers_agree_with_numpy` never has more than one."""
 FORMS = {name: shape.weights for name, shape in SHAPES.items()}
+
+
+def alike(form: str) -> str:
+    """Return the family of a format; those whose codes share bytes are put together by one rule, and count as one."""
+    of = INTEGERS.get(form)
+    return family(form) if of is None or of.is_block or 8 % of.bits == 0 else "codes that share bytes"
+
+
 GROUPS = {
     name: shape.cache
     if shape.kept[0].is_integer
-    else f"{family(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}{' by layer' if name in SECOND else ''}"
+    else f"{alike(shape.weights)}{' of two bytes' if shape.wide == ALL else ''}{' by layer' if name in SECOND else ''}"
     for name, shape in SHAPES.items()
 }
 LONG_FORMS = {name: shape.weights for name, shape in IN_PARTS.items()}
