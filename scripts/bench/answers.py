@@ -1,6 +1,7 @@
 """Forty short questions, answered greedily by every usable variant of a catalog and by llama.cpp's ladder of formats.
 
-    python scripts/bench/answers.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q4_0 ... Q8_0] [--json]
+    python scripts/bench/answers.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q4_0 ... Q8_0] [--importance]
+        [--json]
 
 Each question goes through the model's own chat template. An answer counts as equal if all its tokens, up to the end of
 the turn or `--count` of them, are those of the f32 model: PyTorch on the dequantized weights of the same file.
@@ -17,7 +18,7 @@ import real_model
 from comparison import setup
 from comparison.rounds import Participant, Worker, WorkerFailed
 from comparison.script import end, say
-from rate_distortion import LADDER, rungs
+from rate_distortion import add_ladder, rungs
 
 from llmbuild.report import rows as shown
 from llmbuild.report.rows import quantity
@@ -141,7 +142,7 @@ def options() -> argparse.Namespace:
     real_model.add_files(parser)
     parser.add_argument("-C", "--catalog", type=Path, default=Path("catalog"))
     parser.add_argument("--environment", type=Path, help="llama.cpp's environment; default: one of our own, .peers")
-    parser.add_argument("--ladder", nargs="+", default=LADDER, type=str.lower, help="llama.cpp's formats")
+    add_ladder(parser)
     parser.add_argument("--threads", type=int, default=host.machine().cores, help="threads of our variants")
     parser.add_argument("--count", type=int, default=24, help="tokens of an answer at most")
     parser.add_argument("--json", action="store_true", help="print one JSON document instead of a table")

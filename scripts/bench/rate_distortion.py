@@ -195,11 +195,8 @@ def text(made: dict[str, Any]) -> str:
     return "\n".join([shown.table(header, lines), "", equal, "", *ours, *told])
 
 
-def options(words: list[str] | None = None) -> argparse.Namespace:
-    """Return the command line's options."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    real_model.add_files(parser)
-    peers.add_shared(parser)
+def add_ladder(parser: argparse.ArgumentParser) -> None:
+    """Add what `rungs` reads."""
     known = [kind for kind in FILE_TYPES if kind != "f16"]
     parser.add_argument(
         "--ladder", nargs="+", default=LADDER, type=str.lower, choices=known, help="llama.cpp's formats"
@@ -207,6 +204,14 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--importance", action="store_true", help="each rung with an importance matrix too, from the calibration text"
     )
+
+
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    real_model.add_files(parser)
+    peers.add_shared(parser)
+    add_ladder(parser)
     parser.add_argument(
         "--longest", type=float, default=1.0, help="seconds that a prompt of a variant run here may take"
     )
