@@ -1,11 +1,13 @@
 """Operators against whole models: devices and energy of plans over windows of traces, and plans run call by call.
 
     python scripts/bench/operators.py --trace chat=FILE --trace code=FILE [--device NAME]... [--model NAME]...
-                                      [--rate N] [--window S] [--seeds N] [--most N] [--links] [--check S] [--json]
+                                      [--rate N] [--window S] [--seeds N] [--most N] [--links] [--estimated]
+                                      [--check S] [--json]
 
-Figures are simulated; those of devices are published (`llmbuild/fleet/operators`). Classes and their SLOs are those of
-recipes/fleets/gpus.yaml. A seed lays the trace over itself at other offsets. A window is planned for the largest rate
-of its 10 s, at every level alike, and draws what its mean rate takes.
+Figures are simulated; those of devices are published (`llmbuild/fleet/operators`), or with `--estimated` rooflines.
+Classes, their SLOs and the watts of boards that wait are those of recipes/fleets/gpus.yaml. A seed lays the trace over
+itself at other offsets. A window is planned for the largest rate of its 10 s, at every level alike, and draws what its
+mean rate takes.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import math
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from pathlib import Path
 from statistics import mean
 from time import perf_counter
@@ -30,12 +32,13 @@ from llmbuild.fleet.operators.plan import APART, LAYERS, MODELS, MOST, OPERATORS
 from llmbuild.fleet.operators.plan import table as choices
 from llmbuild.fleet.operators.published import SHAPES, published
 from llmbuild.fleet.operators.queues import Request, attained, run
+from llmbuild.fleet.operators.roofline import roofline
 from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.fleet.simulate.trace import Trace, read_trace
 from llmbuild.report.fleet import bootstrap
 from llmbuild.report.table import table
 from llmbuild.spec.files.fleet import read_fleet
-from llmbuild.spec.fleet import NodeClass, RequestClass
+from llmbuild.spec.fleet import Fleet, NodeClass, RequestClass
 
 LEVELS = {
     "replicas": REPLICAS,
@@ -55,10 +58,10 @@ NAMES = {
 BIN_S = 10.0
 GRID = 1.02
 """Ratio between two rates that plans are made for."""
-PARKED_W = {"H100-SXM-80GB": (75.0, 113.0), "A100-SXM-80GB": (62.0, 100.0)}
-"""Watts of a board that holds nothing, and of one that waits: those of recipes/fleets/gpus.yaml."""
-HOST_W = 75.0
 DEVICES = 2000
+"""More than any plan takes."""
+MEMORY_BYTES = 80e9
+"""Of each device, by its name."""
 FLEET = Path(__file__).parents[2] / "recipes/fleets/gpus.yaml"
 
 
@@ -72,21 +75,37 @@ class Case:
     link: Link
     kind: RequestClass
     most: int
+    estimated: bool = False
+    """Whether rooflines of the same operators stand for the published tables."""
 
     @property
     def node(self) -> NodeClass:
-        """Return one device."""
-        bare, parked = PARKED_W[self.device]
-        return NodeClass(self.device, DEVICES, self.device, False, 1, 80e9, HOST_W, bare, parked, 0, 410, "estimated")
+        """Return one device: a slot of the fleet file's class of the same board, with its share of the host."""
+        one = next(node for node in fleet().nodes if board(node.device) == board(self.device))
+        return replace(
+            one,
+            name=self.device,
+            device=self.device,
+            count=DEVICES,
+            slots=1,
+            memory_bytes=MEMORY_BYTES,
+            host_w=one.host_w / one.slots,
+            clocks=(),
+        )
 
     def table(self) -> Table:
         """Return its choices."""
-        found = tuple(
-            p for (device, model, _), p in published().items() if (device, model) == (self.device, self.model)
-        )
+        found = [p for (device, model, _), p in published().items() if (device, model) == (self.device, self.model)]
         if not found:
             raise InputError(f"no published operators of {self.model} on {self.device}")
-        return choices(found, self.node, self.link, ((self.kind, 1.0),), 0.99, self.most)
+        if self.estimated:
+            found = [roofline(each.shape, each.machine) for each in found]
+        return choices(tuple(found), self.node, self.link, ((self.kind, 1.0),), 0.99, self.most)
+
+
+def board(device: str) -> str:
+    """Return a device's name without its memory."""
+    return device.rpartition("-")[0]
 
 
 def options(words: list[str] | None = None) -> argparse.Namespace:
@@ -99,15 +118,22 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--window", type=float, default=60.0)
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--most", type=int, default=MOST, help="devices of a cell, at most")
+    parser.add_argument("--estimated", action="store_true", help="take rooflines in place of the published tables")
     parser.add_argument("--links", action="store_true", help="vary the link too")
     parser.add_argument("--check", type=float, default=0.0, help="simulate so many seconds of the busiest window")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
 
+@cache
+def fleet() -> Fleet:
+    """Return the fleet file, which says watts and classes."""
+    return read_fleet(FLEET, tuple(POLICIES))
+
+
 def kinds() -> dict[str, RequestClass]:
     """Return the classes of the fleet file."""
-    return {kind.name: kind for one in read_fleet(FLEET, tuple(POLICIES)).services for kind in one.classes}
+    return {kind.name: kind for one in fleet().services for kind in one.classes}
 
 
 def windows(trace: Trace, seconds: float) -> list[tuple[float, float]]:
@@ -222,10 +248,11 @@ def main() -> int:
             for model in args.model or SHAPES:
                 links = (NVLINK[device], *((FREE, NETWORK, ETHERNET) if args.links else ()))
                 for link in links:
-                    case = Case(name, model, device, link, classes[name], args.most)
+                    case = Case(name, model, device, link, classes[name], args.most, args.estimated)
                     rows += rows_of(case, traces, args.window)
                     if args.check and link is links[0]:
                         checks += check(case, traces[0], args.check)
+    told.append(f"operators: {'rooflines, estimated' if args.estimated else 'published tables'}")
     if args.json:
         print(json.dumps({"traces": told, "rows": rows, "checks": checks}))
         return 0
