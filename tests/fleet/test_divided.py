@@ -53,7 +53,7 @@ def enumerated(found: Program) -> tuple[float, float]:
     return best
 
 
-@settings(max_examples=8, deadline=None, derandomize=True)
+@settings(max_examples=8, derandomize=True)
 @given(rate=st.floats(0.2, 30), other=st.floats(0.2, 30))
 def test_an_exact_plan_is_the_best_of_all_layouts(rate: float, other: float) -> None:
     made, profiles = asked(rate, other, kind=divided_node(layouts=("3g.40gb", "3g.40gb")))
@@ -69,7 +69,7 @@ def test_an_exact_plan_is_the_best_of_all_layouts(rate: float, other: float) -> 
     assert cost * (1 - 1e-6) <= searched.cost <= cost * 1.1
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=25, derandomize=True)
 @given(wanted=st.tuples(*[st.integers(0, 3)] * 6), held=st.lists(st.integers(0, 27), max_size=6))
 def test_the_fewest_nodes_have_what_is_wanted_and_one_less_does_not(wanted: tuple[int, ...], held: list[int]) -> None:
     made, _ = asked(1.0)
@@ -145,7 +145,7 @@ def test_a_class_without_partitions_plans_as_if_there_were_none_elsewhere() -> N
     assert second.bound == pytest.approx(first.bound)
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=6, derandomize=True)
 @given(rates=st.tuples(*[st.floats(0.2, 12)] * 3), most=st.integers(1, 5))
 def test_a_plan_never_has_more_than_there_is(rates: tuple[float, ...], most: int) -> None:
     made, profiles = asked(*rates, kind=divided_node(count=3), beside=(node("fast", 2, 2),))

@@ -83,7 +83,7 @@ def test_calls_never_get_shorter_with_more_rows() -> None:
 
 
 @given(st.sampled_from(sorted(SHAPES)), st.floats(1, 512), st.floats(16, 8192))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_whole_model_on_one_device_takes_the_sum_of_its_operators(model: str, rows: float, context: float) -> None:
     profile = of(model)
     assert Cell(profile, whole(profile.shape), ETHERNET).step_s(rows, context) == pytest.approx(
@@ -92,7 +92,7 @@ def test_a_whole_model_on_one_device_takes_the_sum_of_its_operators(model: str, 
 
 
 @given(st.floats(1, 512), st.floats(16, 8192), st.sampled_from(PHASES))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_operators_that_share_one_device_are_a_whole_model(rows: float, context: float, phase: Phase) -> None:
     profile = of("qwen3-14b")
     owners = whole(profile.shape).owners
@@ -139,7 +139,7 @@ def test_devices_that_share_matrices_sum_over_the_link() -> None:
 
 
 @given(st.sampled_from(["llama-3-8b", "qwen3-32b"]), st.floats(0.1, 60))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_plan_with_more_to_choose_from_never_takes_more_devices(model: str, rate: float) -> None:
     plans = [choices(model).plan(rate, levels) for levels in (REPLICAS, MODELS, LAYERS, OPERATORS)]
     devices = [each.devices for each in plans]
@@ -148,7 +148,7 @@ def test_a_plan_with_more_to_choose_from_never_takes_more_devices(model: str, ra
 
 
 @given(st.sampled_from(["llama-3-8b", "qwen3-32b"]), st.floats(0.1, 30), st.sampled_from([REPLICAS, OPERATORS]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_twice_the_load_never_takes_fewer_devices(model: str, rate: float, levels: tuple[Level, ...]) -> None:
     one, two = (choices(model).plan(each, levels) for each in (rate, 2 * rate))
     assert one.devices <= two.devices <= 2 * one.devices

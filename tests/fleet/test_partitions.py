@@ -69,7 +69,7 @@ def test_a_slice_begins_where_it_leaves_most_room() -> None:
     assert placed("H100-80GB", layout_of([H100.slices[2]])) == ((H100.slices[2], 4),)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(names=st.lists(st.sampled_from([each.name for each in H100.slices]), min_size=1, max_size=8))
 def test_what_is_refused_is_what_is_not_enumerated(names: list[str]) -> None:
     slices = [each for name in names if (each := H100.slice_of(name))]

@@ -474,7 +474,7 @@ class ExpectingMachine(Machine):
 
 
 TestExpectingMachine = ExpectingMachine.TestCase
-TestExpectingMachine.settings = settings(max_examples=15, stateful_step_count=40, deadline=None)
+TestExpectingMachine.settings = settings(max_examples=15, stateful_step_count=40)
 
 
 class LongMachine(Machine):
@@ -486,7 +486,7 @@ class LongExpectingMachine(ExpectingMachine):
 
 
 TestLongExpectingMachine = pytest.mark.exhaustive(LongExpectingMachine.TestCase)
-TestLongExpectingMachine.settings = settings(max_examples=240, stateful_step_count=50, deadline=None)
+TestLongExpectingMachine.settings = settings(max_examples=240, stateful_step_count=50)
 
 
 TestLongMachine = pytest.mark.exhaustive(LongMachine.TestCase)
