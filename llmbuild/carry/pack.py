@@ -43,8 +43,8 @@ MOST_BYTES = 60 << 20
 MORE_CODE = (
     *("carry/__init__", "carry/packed", "carry/peers", "carry/seeded", "carry/table"),
     *("search/__init__", "search/front", "search/pairs"),
-    *("transform/__init__", "transform/blocks", "transform/drawn", "transform/quantized", "transform/scales"),
-    "transform/weights",
+    *("transform/__init__", "transform/blocks", "transform/drawn"),
+    *("transform/quantized", "transform/scales", "transform/weights"),
 )
 CHECK_BYTES, COLUMNS = 1 << 20, 1024
 """Maximum bytes of logits that are packed whole, and the number of columns of larger ones: evenly spread ones, and the
