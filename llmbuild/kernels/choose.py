@@ -20,7 +20,7 @@ _ARM = ("dotprod",)
 
 def _integers(features: tuple[str, ...], row_tile: int, unit: Registers) -> dict[str, Kernel]:
     """Return the kernels of all families of formats of integers, which one text serves."""
-    kernel = Kernel(features, row_tile, integers.sums(unit), spread=integers.spread(unit))
+    kernel = Kernel(features, row_tile, integers.sums(unit), spread=integers.spread(unit), ahead=unit.ahead)
     return dict.fromkeys((family(form) for form in FORMATS if form in INTEGERS), kernel)
 
 
@@ -40,9 +40,9 @@ KNOWN = (
     }),
     Instructions("avx2", 8, 1, _PAUSE_X86, {
         **_integers(_AVX2, 4, avx2.AVX2),
-        "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
-        "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
-        SHARED: Kernel(_AVX2, 4, short.half_sums(avx2.LANES)),
+        "f16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES, avx2.AHEAD), ahead=avx2.AHEAD),
+        "bf16": Kernel(_AVX2, 4, short.half_sums(avx2.LANES, avx2.AHEAD), ahead=avx2.AHEAD),
+        SHARED: Kernel(_AVX2, 4, short.half_sums(avx2.LANES, avx2.AHEAD), ahead=avx2.AHEAD),
     }),
     Instructions("i8mm", 4, 1, _PAUSE_ARM, {
         "int8": Kernel(("i8mm",), 4, neon.int8_sums_i8mm),

@@ -16,18 +16,22 @@ Sums = list[list[str]]
 class Kernel:
     """Products with panels of one format on one instruction set; `features` are all it needs, by LLVM's names.
 
-    `sums(w, layout, data, scales, rows)` writes the sums f32[16] of each row with each of a panel's four blocks, with
-    the scales of groups but not those of whole rows; `rows` point at what `Layout` prepares. It is called for
-    `row_tile` rows, which share one pass over the panel, or for one. `narrow` says that it takes layouts that are.
+    `sums(w, layout, data, scales, rows, coming)` writes the sums f32[16] of each row with each of a panel's four
+    blocks, with the scales of groups but not those of whole rows; `rows` point at what `Layout` prepares. It is called
+    for `row_tile` rows, which share one pass over the panel, or for one. `narrow` says that it takes layouts that are.
+    Where `ahead` is not 0, it asks for the weights at `coming` as fast as it reads its own: the next panel where rows
+    are several, else this one from `ahead` bytes on.
     `spread(w, layout, data, room)` writes a panel's codes with a byte each, for layouts whose codes share bytes:
     then `sums` takes tiles of rows with such a layout.
     """
 
     features: tuple[str, ...]
     row_tile: int
-    sums: Callable[[Writer, Layout, str, str, list[str]], Sums]
+    sums: Callable[[Writer, Layout, str, str, list[str], str], Sums]
     narrow: bool = False
     spread: Callable[[Writer, Layout, str, str], None] | None = None
+    ahead: int = 0
+    """Bytes; 0: what the CPU guesses itself is not known to be too little."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from llmbuild.kernels.instructions import Sums
 from llmbuild.kernels.layouts import LOW_BITS, PANEL, QUAD, Codes, Layout
-from llmbuild.kernels.short import LANES, Registers, SumsOf, as_reals, by_row, joined, quad
+from llmbuild.kernels.short import LANES, Pairs, Registers, SumsOf, as_reals, by_row, joined, quad, share
 from llmbuild.kernels.text import F32, I32, Writer
 
 SHARING = 2
@@ -27,11 +27,11 @@ Place = tuple[int, int, int]
 def sums(unit: Registers) -> SumsOf:
     """Return `Kernel.sums` for all formats of integers."""
 
-    def of_panel(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+    def of_panel(w: Writer, layout: Layout, data: str, scales: str, rows: list[str], coming: str) -> Sums:
         count = PANEL // unit.lanes
         each = count if len(rows) == 1 else SHARING
         passes = [range(first, first + each) for first in range(0, count, each)]
-        found = [_one_pass(w, unit, layout, data, scales, rows, registers) for registers in passes]
+        found = [_one_pass(w, unit, layout, data, scales, rows, registers, coming) for registers in passes]
         together = LANES // unit.lanes
         flat = [[register for part in found for register in part[r]] for r in range(len(rows))]
         return [[joined(w, unit.lanes, row[i : i + together]) for i in range(0, count, together)] for row in flat]
@@ -40,13 +40,24 @@ def sums(unit: Registers) -> SumsOf:
 
 
 def _one_pass(
-    w: Writer, unit: Registers, layout: Layout, data: str, scales: str, rows: list[str], registers: range
+    w: Writer,
+    unit: Registers,
+    layout: Layout,
+    data: str,
+    scales: str,
+    rows: list[str],
+    registers: range,
+    coming: str,
 ) -> Sums:
-    """Return sums f32 of some registers of a panel for each row."""
+    """Return sums f32 of some registers of a panel for each row; ask for weights to come as fast as they are read."""
     size = len(registers) if len(rows) > 1 else ALONE if unit.many else ALONE // layout.planes
     parts = [registers[i : i + size] for i in range(0, len(registers), size)]
 
+    asked = layout.block * PANEL * layout.bits // 8
+
     def body(index: str, *old: str) -> list[str]:
+        if unit.ahead:
+            share(w, w.at(coming, w.mul(index, asked)), asked, registers, unit.lanes)
         block, group = Block(w, unit, layout, data, rows, index), Group(w, unit, layout, scales, index)
         totals = dict(zip([(r, register) for r in range(len(rows)) for register in registers], old, strict=True))
         for part in parts:
@@ -147,6 +158,50 @@ class Group:
         return w.cast("arith.sitofp", wide, integers, self.unit.reals)
 
 
+class Exact:
+    """Sums of products by place, in lanes of 32 bits; products of codes are added up in 16 bits as long as they fit."""
+
+    def __init__(self, w: Writer, unit: Registers, bits: int, sums: dict[Place, str], together: bool) -> None:
+        self._w, self._unit, self._bits, self._sums, self._together = w, unit, bits, dict(sums), together
+        self._pairs = unit.pairs if bits < 8 else None
+        self._waiting: dict[Place, tuple[int, str]] = {}
+        """Sums in lanes of 16 bits, and how many products they are of."""
+
+    def add(self, place: Place, codes: list[str], x: list[str]) -> None:
+        """Add products of codes, or of weights of 8 bits, and activations to the sums of a place."""
+        for both in zip(codes, x, strict=True):
+            if self._pairs is None:
+                dot = self._unit.dot if self._bits == 8 else self._unit.dot_codes
+                self._sums[place] = self._kept(dot(self._w, self._sums[place], *both), self._unit.integers)
+            else:
+                self._add_pairs(self._pairs, place, self._pairs.multiply(self._w, *both))
+
+    def sums(self) -> dict[Place, str]:
+        """Return all sums."""
+        for place in list(self._waiting):
+            self._widen(place)
+        return self._sums
+
+    def _add_pairs(self, pairs: Pairs, place: Place, product: str) -> None:
+        count, sums = self._waiting.get(place, (0, ""))
+        added = pairs.add(self._w, sums, product) if count else product
+        self._waiting[place] = count + 1, self._kept(added, pairs.kind)
+        if count + 1 == pairs.together(self._bits):
+            self._widen(place)
+
+    def _kept(self, sums: str, kind: str) -> str:
+        """Return sums that are there before what is written behind them is computed, where registers are few."""
+        if not self._together or not self._unit.pinned:
+            return sums
+        constraint = f"={self._unit.pinned},0"
+        return self._w.let(f'llvm.inline_asm has_side_effects "", "{constraint}" {sums} : ({kind}) -> {kind}')
+
+    def _widen(self, place: Place) -> None:
+        _, sums = self._waiting.pop(place)
+        if self._pairs is not None:
+            self._sums[place] = self._pairs.widen(self._w, self._sums[place], sums)
+
+
 class Block:
     """Writes what becomes of one block of columns, by its number (i64)."""
 
@@ -179,11 +234,12 @@ class Block:
 
     def _with_products(self, sums: dict[Place, str]) -> dict[Place, str]:
         """Return sums and the products of a block's codes that belong to each."""
-        w, unit, codes, found = self.w, self.unit, self.layout.codes, dict(sums)
+        w, unit, codes = self.w, self.unit, self.layout.codes
+        found = Exact(w, unit, self.layout.bits, sums, len(self.values) > 1)
         for turn in range(self.layout.block // codes.columns):
             taken: dict[int, list[str]] = {}
             quads: dict[tuple[int, int], list[str]] = {}
-            for byte, r, register in found:  # codes of a register serve all rows; quads are loaded where a row begins
+            for byte, r, register in sums:  # codes of a register serve all rows; quads are loaded where a row begins
                 if (byte, r) not in quads:
                     values = w.at(self.values[r], turn * codes.columns + self._plane(byte))
                     quads[byte, r] = [quad(w, unit, w.at(values, QUAD * i)) for i in range(codes.quads)]
@@ -191,8 +247,8 @@ class Block:
                     first = turn * codes.bytes_ * QUAD * PANEL + register * QUAD * unit.lanes
                     taken[register] = self._codes(codes, w.at(self.data, first))
                 place = byte, r, register
-                found[place] = self._dot(found[place], taken[register], quads[byte, r])
-        return found
+                found.add(place, taken[register], quads[byte, r])
+        return found.sums()
 
     def _plane(self, byte: int) -> int:
         """Return how far from a row's first bytes those are that count 1 (0), or more (1)."""
@@ -204,17 +260,12 @@ class Block:
         return w.op("arith.addi", w.op("arith.shli", high, w.lanes(LOW_BITS, kind), kind=kind), low, kind=kind)
 
     def _codes(self, codes: Codes, place: str) -> list[str]:
-        """Return bytes of four columns each, as `_dot` takes them."""
+        """Return bytes of four columns each, as products take them."""
         w, unit = self.w, self.unit
         found = stored_codes(w, unit, codes, place)
         if self.layout.bits < 8 or unit.shifted:
             return found
         return [w.op("arith.xori", found[0], w.lanes(-128, unit.bytes_), kind=unit.bytes_)]
-
-    def _dot(self, total: str, codes: list[str], x: list[str]) -> str:
-        if self.layout.bits == 8:
-            return self.unit.dot(self.w, total, codes[0], x[0])
-        return self.unit.dot_codes(self.w, total, codes, x, self.layout.bits)
 
     def _start(self, row: int) -> str:
         """Return what takes the offset of codes off again, where products are of codes with theirs."""

@@ -23,33 +23,27 @@ def _usdot(w: Writer, total: str, weights: str, four: str) -> str:
     return _call(w, "usdot.v4i32.v16i8", total, weights, four)
 
 
-def _sdot_codes(w: Writer, total: str, codes: list[str], fours: list[str], _: int) -> str:
-    for both in zip(codes, fours, strict=True):
-        total = _sdot(w, total, *both)
-    return total
-
-
 def _call(w: Writer, name: str, total: str, left: str, right: str) -> str:
     kinds = f"({INTEGERS}, {BYTES}, {BYTES}) -> {INTEGERS}"
     return w.let(f'llvm.call_intrinsic "llvm.aarch64.neon.{name}"({total}, {left}, {right}) : {kinds}')
 
 
-DOTPROD = Registers(LANES, False, _sdot, _sdot_codes)
-I8MM = Registers(LANES, True, _usdot, _sdot_codes)
+DOTPROD = Registers(LANES, False, _sdot, _sdot)
+I8MM = Registers(LANES, True, _usdot, _sdot)
 
 _one_row = integers.sums(I8MM)
 SHARING = 2
 """Registers of a panel that several rows take at a time: their sums, exact and in f32, stay in registers."""
 
 
-def int8_sums_i8mm(w: Writer, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+def int8_sums_i8mm(w: Writer, layout: Layout, data: str, scales: str, rows: list[str], coming: str) -> Sums:
     """Write `Kernel.sums` for int8: one row, or numbers of two bytes, by `usdot`, an even number of rows by `usmmla`.
 
     That multiplies two outputs of eight columns by two rows of eight; a register of the panel has four outputs of four
     columns, so two of them change halves first.
     """
     if len(rows) == 1 or layout.wide:
-        return _one_row(w, layout, data, scales, rows)
+        return _one_row(w, layout, data, scales, rows, coming)
     passes = [
         _one_pass(w, layout, data, rows, range(first, first + SHARING)) for first in range(0, PANEL // LANES, SHARING)
     ]

@@ -132,42 +132,44 @@ def multiply_panel(
     scales = w.at(panels.scales, w.mul(index, layout.scale_bytes))
     kernel = unit.kernels[layout.family]
 
-    def tile(start: str, size: int, lies: Layout, data: str) -> list[str]:
+    def tile(start: str, size: int, lies: Layout, data: str, coming: str) -> list[str]:
         taken = [w.integers("minsi", w.add(start, r), w.add(rows, -1)) if r else start for r in range(size)]
         pointers = [w.at(x, w.mul(row, layout.prepared_bytes)) for row in taken]
-        sums = _sums(w, kernel, lies, data, scales, pointers)
+        sums = _sums(w, kernel, lies, data, scales, pointers, coming)
         for row, pointer, blocks in zip(taken, pointers, sums, strict=True):
             finish(row, first, _scaled(w, panels, scales, first, pointer, blocks))
         return []
 
     size = kernel.row_tile
+    behind = w.at(data, layout.panel_bytes)
     whole = w.mul(w.integers("divui", rows, size), size)
     few = w.below(w.integers("subi", rows, whole), LEAST)
     tiled = w.let(f"arith.select {few}, {whole}, {rows} : {I64}")
     if kernel.spread is not None and layout.spread_bytes and room:
         with w.when(w.below(0, tiled)):
             kernel.spread(w, layout, data, room)
-        w.loop(0, tiled, size, lambda start: tile(start, size, replace(layout, spread=True), room))
+        w.loop(0, tiled, size, lambda start: tile(start, size, replace(layout, spread=True), room, behind))
     else:
-        w.loop(0, tiled, size, lambda start: tile(start, size, layout, data))
-    w.loop(tiled, rows, 1, lambda start: tile(start, 1, layout, data))
+        w.loop(0, tiled, size, lambda start: tile(start, size, layout, data, behind))
+    soon = w.at(data, unit.kernels[layout.family].ahead)
+    w.loop(tiled, rows, 1, lambda start: tile(start, 1, layout, data, soon))
 
 
-def _sums(w: Writer, kernel: Kernel, layout: Layout, data: str, scales: str, rows: list[str]) -> Sums:
+def _sums(w: Writer, kernel: Kernel, layout: Layout, data: str, scales: str, rows: list[str], coming: str) -> Sums:
     """Return the sums of rows by a function of their own, which all matrices that lie alike share: they are most of a
     kernel's text, and the compiler takes long over it.
     """
-    names = ["%data", "%scales", "%out", *(f"%row{r}" for r in range(len(rows)))]
+    names = ["%data", "%scales", "%out", "%coming", *(f"%row{r}" for r in range(len(rows)))]
     places = [[(r * BLOCKS + b) * LINE for b in range(BLOCKS)] for r in range(len(rows))]
 
     def body(own: Writer) -> None:
-        for row, blocks in zip(places, kernel.sums(own, layout, names[0], names[1], names[3:]), strict=True):
+        for row, blocks in zip(places, kernel.sums(own, layout, names[0], names[1], names[4:], names[3]), strict=True):
             for place, block in zip(row, blocks, strict=True):
                 own.store(block, own.at(names[2], place), VF, LINE)
 
     out = w.room(len(rows) * BLOCKS * LINE)
     function = w.function((layout, len(rows)), names, body)
-    w.call(function, *((pointer, PTR) for pointer in (data, scales, out, *rows)))
+    w.call(function, *((pointer, PTR) for pointer in (data, scales, out, coming, *rows)))
     return [[w.load(w.at(out, place), VF, LINE) for place in row] for row in places]
 
 
@@ -200,16 +202,10 @@ def _dot(w: Writer, total: str, unsigned: str, signed: str) -> str:
     )
 
 
-def _dot_codes(w: Writer, total: str, codes: list[str], fours: list[str], _: int) -> str:
-    for both in zip(codes, fours, strict=True):
-        total = _dot(w, total, *both)
-    return total
+AVX512 = Registers(LANES, True, _dot, _dot)
 
 
-AVX512 = Registers(LANES, True, _dot, _dot_codes)
-
-
-def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str], __: str) -> Sums:
     """Write `Kernel.sums` for floating-point weights, some columns at a time: a row is summed as it is in a tile."""
     columns, step = (_eight_columns, shared.STEP) if layout.is_shared else (_two_columns, 2)
 
@@ -226,7 +222,7 @@ def half_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> 
     return _rows(w.loop(0, layout.columns, step, body, [(w.lanes(0.0), VF)] * (len(rows) * BLOCKS)))
 
 
-def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+def pair_sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str], __: str) -> Sums:
     """Write `Kernel.sums` for pairs of bf16, which `vdpbf16ps` multiplies by pairs of activations and adds in f32."""
     step = shared.STEP if layout.is_shared else 4
 

@@ -9,27 +9,56 @@ from dataclasses import dataclass
 
 from llmbuild.kernels import shared_exponent as shared
 from llmbuild.kernels.instructions import Sums
-from llmbuild.kernels.layouts import PANEL, Layout
+from llmbuild.kernels.layouts import LINE, PANEL, Layout
 from llmbuild.kernels.text import F32, I32, Writer
 
 LANES = 16
-SumsOf = Callable[[Writer, Layout, str, str, list[str]], Sums]
+SumsOf = Callable[[Writer, Layout, str, str, list[str], str], Sums]
 """The type of `Kernel.sums`."""
+
+
+Dot = Callable[[Writer, str, str, str], str]
+"""Takes sums, weights and activations; returns the sums with four products more in each lane."""
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Products of bytes that meet in lanes of 16 bits, two in each, before they are added to lanes of 32 bits.
+
+    `multiply(w, codes, activations)` makes them, `add(w, pairs, pairs)` adds them to each other, `widen(w, sums,
+    pairs)` to lanes of 32 bits.
+    """
+
+    kind: str
+    multiply: Callable[[Writer, str, str], str]
+    add: Callable[[Writer, str, str], str]
+    widen: Callable[[Writer, str, str], str]
+
+    @staticmethod
+    def together(bits: int) -> int:
+        """Return how many pairs of codes of so many bits, times activations of -127..127, sixteen bits hold."""
+        return 32767 // (2 * 127 * ((1 << bits) - 1))
 
 
 @dataclass(frozen=True)
 class Registers:
     """Registers of so many lanes of 32 bits, and what adds products of bytes to them.
 
-    `dot(w, sums, weights, activations)` adds four products to each lane; it takes weights + 128, unsigned, where
-    `shifted`, else signed ones. `dot_codes(w, sums, codes, activations, bits)` does so for each of several: codes, of
-    so many bits, 7 at most, are not negative.
+    `dot` takes weights of 8 bits: weights + 128, unsigned, where `shifted`, else signed ones. What takes codes of
+    fewer bits, which are not negative, is `dot_codes`, or `pairs` where that is how they are added up.
     """
 
     lanes: int
     shifted: bool
-    dot: Callable[[Writer, str, str, str], str]
-    dot_codes: Callable[[Writer, str, list[str], list[str], int], str]
+    dot: Dot
+    dot_codes: Dot
+    pairs: Pairs | None = None
+    ahead: int = 0
+    """`Kernel.ahead`."""
+    pinned: str = ""
+    """LLVM's constraint for a register; with it, sums of several rows are computed in the order in which they are
+    written: in its own order LLVM keeps more values than there are registers for.
+    """
 
     @property
     def many(self) -> bool:
@@ -77,16 +106,22 @@ def joined(w: Writer, lanes: int, registers: list[str]) -> str:
     return registers[0]
 
 
-def half_sums(lanes: int) -> SumsOf:
-    """Return `Kernel.sums` for floating-point weights: two columns at a time, or the eight that lie together."""
+def half_sums(lanes: int, ahead: int = 0) -> SumsOf:
+    """Return `Kernel.sums` for floating-point weights: two columns at a time, or the eight that lie together.
+
+    `ahead` is `Kernel.ahead`.
+    """
     reals = f"vector<{lanes}xf32>"
 
-    def sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str]) -> Sums:
+    def sums(w: Writer, layout: Layout, data: str, _: str, rows: list[str], coming: str) -> Sums:
         count = shared.STEP if layout.is_shared else 2
+        size = layout.panel_bytes // layout.columns
 
         def one_pass(registers: range) -> Sums:
             def body(k: str, *old: str) -> list[str]:
-                step, new = w.at(data, w.mul(k, layout.panel_bytes // layout.columns)), list(old)
+                step, new = w.at(data, w.mul(k, size)), list(old)
+                if ahead:
+                    share(w, w.at(coming, w.mul(k, size)), count * size, registers, lanes)
                 places = [[w.at(row, layout.header_bytes, w.mul(w.add(k, c), 4)) for row in rows] for c in range(count)]
                 splats = [[w.splat(w.load(place, F32), reals) for place in side] for side in places]
                 for i, register in enumerate(registers):
@@ -102,6 +137,14 @@ def half_sums(lanes: int) -> SumsOf:
         return by_blocks(w, lanes, rows, one_pass)
 
     return sums
+
+
+def share(w: Writer, coming: str, size: int, registers: range, lanes: int) -> None:
+    """Ask for some registers' share of so many bytes."""
+    share_of = size * lanes // PANEL
+    first = registers[0] * share_of
+    for line in range(first, first + len(registers) * share_of, LINE):
+        w.prefetch(w.at(coming, line))
 
 
 def _columns(w: Writer, layout: Layout, step: str, lanes: int, register: int) -> list[str]:

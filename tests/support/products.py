@@ -51,7 +51,7 @@ def products_module(unit: Instructions, layout: Layout, rows: int, calls: int = 
         aligned = f"{w.integer(layout.spread_bytes)} x i8 {{alignment = 64 : i64}}"
         lies, data = replace(layout, spread=True), w.let(f"llvm.alloca {aligned} : ({I64}) -> {PTR}")
         kernel.spread(w, layout, p["panel"], data)
-    sums = kernel.sums(w, lies, data, scales, [w.at(p["x"], r * row) for r in range(rows)])
+    sums = kernel.sums(w, lies, data, scales, [w.at(p["x"], r * row) for r in range(rows)], data)
     for i, block in enumerate(block for blocks in sums for block in blocks):
         w.store(block, w.at(p["out"], 64 * i), VF)
     panel, x, out = f"tensor<{size}xi8>", f"tensor<{rows * row}xi8>", f"tensor<{64 * rows}xf32>"
