@@ -161,8 +161,8 @@ class Group:
 class Exact:
     """Sums of products by place, in lanes of 32 bits; products of codes are added up in 16 bits as long as they fit."""
 
-    def __init__(self, w: Writer, unit: Registers, bits: int, sums: dict[Place, str], together: bool) -> None:
-        self._w, self._unit, self._bits, self._sums, self._together = w, unit, bits, dict(sums), together
+    def __init__(self, w: Writer, unit: Registers, bits: int, sums: dict[Place, str]) -> None:
+        self._w, self._unit, self._bits, self._sums = w, unit, bits, dict(sums)
         self._pairs = unit.pairs if bits < 8 else None
         self._waiting: dict[Place, tuple[int, str]] = {}
         """Sums in lanes of 16 bits, and how many products they are of."""
@@ -191,7 +191,7 @@ class Exact:
 
     def _kept(self, sums: str, kind: str) -> str:
         """Return sums that are there before what is written behind them is computed, where registers are few."""
-        if not self._together or not self._unit.pinned:
+        if not self._unit.pinned:
             return sums
         constraint = f"={self._unit.pinned},0"
         return self._w.let(f'llvm.inline_asm has_side_effects "", "{constraint}" {sums} : ({kind}) -> {kind}')
@@ -235,7 +235,7 @@ class Block:
     def _with_products(self, sums: dict[Place, str]) -> dict[Place, str]:
         """Return sums and the products of a block's codes that belong to each."""
         w, unit, codes = self.w, self.unit, self.layout.codes
-        found = Exact(w, unit, self.layout.bits, sums, len(self.values) > 1)
+        found = Exact(w, unit, self.layout.bits, sums)
         for turn in range(self.layout.block // codes.columns):
             taken: dict[int, list[str]] = {}
             quads: dict[tuple[int, int], list[str]] = {}

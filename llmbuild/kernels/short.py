@@ -56,8 +56,8 @@ class Registers:
     ahead: int = 0
     """`Kernel.ahead`."""
     pinned: str = ""
-    """LLVM's constraint for a register; with it, sums of several rows are computed in the order in which they are
-    written: in its own order LLVM keeps more values than there are registers for.
+    """LLVM's constraint for a register; with it, sums are computed in the order in which they are written: in its own
+    order LLVM keeps more values than there are registers for.
     """
 
     @property
