@@ -153,7 +153,7 @@ class Runner:
             np.zeros(sizes(shape)[1], np.int8),
         ]
         views = [self._copied(array) for array in arrays]
-        function, caller = module.lookup_function("main$async"), PolledCaller(self._device, context, 1)
+        function, caller = module.lookup_function("main"), PolledCaller(self._device, context, 1)
         self._calls[point] = lambda: caller(function, views, alike="products")
 
     def _copied(self, array: np.ndarray) -> rt.HalBufferView:
