@@ -62,6 +62,10 @@ LEAST = 20
 """Requests of a run, at least: it lasts longer than was asked for where a node is slow."""
 
 
+WARM = [Sending(0.1 * i, 16, 8) for i in range(10)]
+"""What a server answers before it is measured."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Seconds to the first token and between tokens within which a request is in time."""
@@ -159,10 +163,10 @@ def scaled(trace: Trace, context: int, asked: argparse.Namespace) -> Trace:
 
 
 def piece(trace: Trace, rate: float, seconds: float) -> Trace:
-    """Return the first requests of a trace, as many as come in some seconds at a rate, with their times stretched."""
-    count = max(LEAST, round(rate * seconds))
-    if count >= len(trace.arrivals):
-        raise InputError(f"{trace.name} has {len(trace.arrivals)} requests, and {count} are needed: less --seconds")
+    """Return the first requests of a trace, as many as come in some seconds at a rate, with their times stretched; all
+    but the last where it has no more.
+    """
+    count = min(max(LEAST, round(rate * seconds)), len(trace.arrivals) - 1)
     factor = count / rate / trace.arrivals[count].at_s
     kept = tuple(one._replace(at_s=one.at_s * factor) for one in trace.arrivals[:count])
     return replace(trace, arrivals=kept, seconds=count / rate, told=(*trace.told, f"times x{factor:.3g}"))
@@ -225,7 +229,8 @@ def runs_of(servers: Sequence[Server], curves: Sequence[LoadCurve], asked: argpa
             before = noise.snapshot()
             sends = [[Sending(*request) for request in one.arrivals] for one in pieces]
             seen = driven(servers, sends, seed=len(sends[0]))
-            stolen = noise.snapshot().stolen - before.stolen
+            after = noise.snapshot()
+            stolen = (after.stolen - before.stolen) / max(1, after.total - before.total)
             for i, server in enumerate(servers):
                 yield {
                     "place": {**asdict(server.place), "catalog": ""},
@@ -235,7 +240,7 @@ def runs_of(servers: Sequence[Server], curves: Sequence[LoadCurve], asked: argpa
                     "load": load,
                     "rate": pieces[i].rate,
                     "limits": asdict(most[i][1]),
-                    "stolen_ticks": stolen,
+                    "stolen_share": stolen,
                     **saved(sends[i], seen[i]),
                 }
 
@@ -262,8 +267,17 @@ def measured(asked: argparse.Namespace) -> list[Run]:
             for place, curve in zip(places, curves, strict=True):
                 say(f"{place.name}: error p95 of the curve {curve.error_p95:.1%}; {curve.doubt or 'not doubtful'}")
             with serving(places) as servers:
-                found += runs_of(servers, curves, asked)
+                driven(servers, [WARM] * len(servers), seed=1)
+                for run in runs_of(servers, curves, asked):
+                    found.append(run)
+                    save(found, asked)
     return found
+
+
+def save(runs: Sequence[Run], asked: argparse.Namespace) -> None:
+    """Keep what was measured so far, where that is asked for."""
+    if asked.save:
+        asked.save.write_text(json.dumps({"runs": runs}))
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -302,6 +316,7 @@ def compared(run: Run) -> Run:
         "error": {name: _errors(real[name], made[name]) for name in real},
         "late_s_p99": percentiles([one["late_s"] for one in heard])[2],
         "client_share": run["client_cpu_s"] / run["seconds"],
+        "stolen_share": run["stolen_share"],
         "server_share": run["server_cpu_s"] / run["seconds"],
         "joined": 1 - sum(one["chunks"] for one in done) / max(1, sum(one["tokens"] for one in done)),
         "step_s": steps.get("step_sum", 0.0) / max(1.0, steps.get("step_count", 0.0)),
@@ -385,8 +400,6 @@ def main() -> int:
         runs = measured(asked)
     else:
         raise InputError("give --node and --trace, or --from")
-    if asked.save:
-        asked.save.write_text(json.dumps({"runs": runs}))
     found = [compared(run) for run in runs]
     if asked.json:
         print(json.dumps({"compared": found, "runs": runs}))

@@ -52,6 +52,7 @@ def run_of(piece: Trace, slower: float = 1.0) -> dict[str, Any]:
         "seconds": piece.seconds,
         "client_cpu_s": 1.0,
         "server_cpu_s": 2.0,
+        "stolen_share": 0.0,
         "steps": {"step_sum": 1.0, "step_count": 10.0, "host_sum": 0.1, "host_count": 10.0},
     }
 
@@ -96,9 +97,12 @@ def test_the_capacity_is_the_largest_rate_at_which_requests_are_in_time() -> Non
     assert late(rate) <= 1 - fleet_reality.IN_TIME < late(rate * 1.5)
 
 
-def test_a_trace_that_is_too_short_and_a_node_that_is_none_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="less --seconds"):
-        fleet_reality.piece(TRACE, 100.0, 30.0)
+def test_a_trace_gives_no_more_requests_than_it_has() -> None:
+    found = fleet_reality.piece(TRACE, 100.0, 30.0)
+    assert (len(found.arrivals), found.rate) == (1999, pytest.approx(100.0))
+
+
+def test_a_node_that_is_none_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"write MODEL"):
         fleet_reality.place_of(":8", 0, tmp_path, tmp_path / "copy")
 
