@@ -58,8 +58,8 @@ Run = dict[str, Any]
 LOADS = (0.5, 0.8, 1.0)
 IN_TIME = 0.95
 """Share of requests that are in time at the capacity."""
-LEAST = 20
-"""Requests of a run, at least: it lasts longer than was asked for where a node is slow."""
+LEAST, LONGEST = 20, 1.5
+"""Requests of a run, at least: where a node is slow, a run lasts longer than was asked for by this factor at most."""
 
 
 WARM = [Sending(0.1 * i, 16, 8) for i in range(10)]
@@ -166,7 +166,8 @@ def piece(trace: Trace, rate: float, seconds: float) -> Trace:
     """Return the first requests of a trace, as many as come in some seconds at a rate, with their times stretched; all
     but the last where it has no more.
     """
-    count = min(max(LEAST, round(rate * seconds)), len(trace.arrivals) - 1)
+    few = min(LEAST, round(LONGEST * rate * seconds))
+    count = min(max(3, few, round(rate * seconds)), len(trace.arrivals) - 1)
     factor = count / rate / trace.arrivals[count].at_s
     kept = tuple(one._replace(at_s=one.at_s * factor) for one in trace.arrivals[:count])
     return replace(trace, arrivals=kept, seconds=count / rate, told=(*trace.told, f"times x{factor:.3g}"))
