@@ -207,7 +207,8 @@ def _noted(curve: LoadCurve, why: str) -> LoadCurve:
 def own_time(curve: LoadCurve, seen: Mapping[str, Any]) -> OwnTime:
     """Return what a server takes by what its clients saw: the rest beside the device's time, by least squares.
 
-    It is at least what the engine takes of itself.
+    It is at least what the engine takes of itself. Of what a request takes alone, no more than its CPU seconds stand in
+    the way of others; the rest passes only where the server was idle.
     """
     steps, requests = seen["decodes"], seen["requests"]
     sequences = np.array([one["sequences"] for one in steps], np.float64)
@@ -225,9 +226,13 @@ def own_time(curve: LoadCurve, seen: Mapping[str, Any]) -> OwnTime:
     elif step_s < curve.turn_s:
         step_s = curve.turn_s
         row_s = float(np.average((rest - step_s) / sequences, weights=(sequences * weight) ** 2))
-    found = OwnTime(max(curve.turn_s, float(step_s)), max(curve.row_s, float(row_s)), 0.0, max(0.0, requests["end_s"]))
-    first = curve.fit.seconds(Work.of([(0, requests["prompt"])])) + found.seconds(1)
-    return replace(found, request_s=max(0.0, requests["ttft_s"] - first))
+    found = OwnTime(max(curve.turn_s, float(step_s)), max(curve.row_s, float(row_s)), 0.0, 0.0)
+    step = curve.fit.seconds(Work.of([(0, requests["prompt"])])) + found.seconds(1)
+    before = max(0.0, requests["ttft_s"] - step)
+    busy = max(0.0, requests["server_cpu_s"] + requests["client_cpu_s"] - step)
+    end_s = min(max(0.0, requests["end_s"]), busy)
+    request_s = min(before, busy - end_s)
+    return replace(found, request_s=request_s, end_s=end_s, wake_s=before - request_s)
 
 
 def told(curve: LoadCurve) -> str:

@@ -117,6 +117,8 @@ class OwnTime:
     """For each request, up to its place in the queue."""
     end_s: float
     """For each request, behind its last token."""
+    wake_s: float = 0.0
+    """For a request that finds it idle: what passes besides, while nothing is computed."""
 
     def seconds(self, reads: int) -> float:
         """Return the seconds of a step in which so many sequences get a token."""

@@ -24,22 +24,30 @@ def seen(own: OwnTime, context: float = 24.0, prompt: int = 8) -> dict[str, Any]
         }
         for count in (1, 2, 4, 8, 16)
     ]
-    ttft_s = own.request_s + KNOWN.fit.seconds(Work.of([(0, prompt)])) + own.seconds(1)
-    return {"decodes": steps, "requests": {"prompt": prompt, "ttft_s": ttft_s, "end_s": own.end_s}}
+    step_s = KNOWN.fit.seconds(Work.of([(0, prompt)])) + own.seconds(1)
+    cpu_s = own.request_s + step_s + own.end_s
+    requests = {
+        "prompt": prompt,
+        "ttft_s": own.request_s + own.wake_s + step_s,
+        "end_s": own.end_s,
+        "server_cpu_s": 0.75 * cpu_s,
+        "client_cpu_s": 0.25 * cpu_s,
+    }
+    return {"decodes": steps, "requests": requests}
 
 
 def close(found: OwnTime, own: OwnTime) -> bool:
     both = zip(
-        (found.step_s, found.row_s, found.request_s, found.end_s),
-        (own.step_s, own.row_s, own.request_s, own.end_s),
+        (found.step_s, found.row_s, found.request_s, found.end_s, found.wake_s),
+        (own.step_s, own.row_s, own.request_s, own.end_s, own.wake_s),
         strict=True,
     )
     return all(one == pytest.approx(other, rel=1e-6, abs=1e-12) for one, other in both)
 
 
 def test_steps_rows_and_requests_come_back() -> None:
-    own = OwnTime(3e-4, 1e-4, 2e-3, 1e-3)
-    assert close(own_time(KNOWN, seen(own)), own)
+    for own in (OwnTime(3e-4, 1e-4, 2e-3, 1e-3), OwnTime(3e-4, 1e-4, 2e-3, 1e-3, wake_s=5e-4)):
+        assert close(own_time(KNOWN, seen(own)), own)
 
 
 def test_a_server_takes_no_less_than_its_engine() -> None:

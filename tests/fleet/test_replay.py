@@ -52,6 +52,14 @@ def test_a_request_alone_waits_for_the_server_and_its_prompt() -> None:
     assert job.tpot_s == pytest.approx(sum(decodes) / 2)
 
 
+def test_a_server_wakes_for_a_request_that_finds_it_idle_alone() -> None:
+    known = replace(curve(), served=replace(OWN, wake_s=5e-3))
+    plain = replace(curve(), served=OWN)
+    begun = asked((0.0, 64, 2), (1e-3, 8, 1))
+    both, alone = replay(point(known), begun, Fcfs()), replay(point(plain), begun, Fcfs())
+    assert [one.first_s - other.first_s for one, other in zip(both, alone, strict=True)] == pytest.approx([5e-3] * 2)
+
+
 def test_a_request_that_comes_makes_the_step_that_runs_longer() -> None:
     known = replace(curve(), served=OWN)
     alone, _ = replay(point(known), asked((0.0, 64, 2), (10.0, 8, 1)), Fcfs())

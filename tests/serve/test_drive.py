@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import socketserver
 import threading
 from collections.abc import Iterator
@@ -107,10 +108,11 @@ def test_a_server_that_answers_at_once_takes_little_for_steps_and_requests(monke
     monkeypatch.setattr(served_time, "_whole", lambda found, output: None)
     monkeypatch.setattr(served_time, "LEAST", 1)
     with answering(HEAD, token('"length"') + usage(1) + DONE) as (url, _):
-        found = served_time.measured(url, "m", 3, 1024, 0.0)
+        found = served_time.measured(url, "m", 3, 1024, 0.0, lambda: 0.0)
     assert [one["sequences"] for one in found["decodes"]] == [1, 2, 3]  # type: ignore[attr-defined]
     assert found["rounds"] == 1
     assert found["requests"]["ttft_s"] > 0  # type: ignore[index]
+    assert served_time.cpu_s(os.getpid()) > 0
 
 
 def test_answers_of_two_lengths_fit_into_the_context() -> None:

@@ -153,6 +153,8 @@ class Replica:
         self._more_s += self._own.request_s
         if self.end_s < math.inf:
             self.end_s += self._own.request_s
+        else:
+            self._more_s += self._own.wake_s
 
     def interrupt(self, now: float) -> None:
         """End a run of steps with the step that is on its way."""
