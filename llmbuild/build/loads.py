@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
 
 from llmbuild import digest
 from llmbuild.build.remeasure import subject_from
@@ -19,15 +23,18 @@ from llmbuild.profiler.load import BUDGET_S, PROMPTS, Bounds, Measured
 from llmbuild.runtime import host, reader
 from llmbuild.runtime.choose import refusal
 from llmbuild.runtime.model import host_facts, verify
-from llmbuild.spec.load_curve import LOAD_PROTOCOL, LoadCurve
+from llmbuild.spec.load_curve import LOAD_PROTOCOL, LoadCurve, OwnTime, Work
 from llmbuild.spec.program import Abi, abi_from, cache_bytes
 from llmbuild.spec.rows import Row, present
 from llmbuild.spec.target import target_from
 from llmbuild.spec.variant import Failure, Toolchain
+from llmbuild.system.extras import EXTRAS
 
 SEQUENCES = 16
 """Sequences that decode in the largest step, unless others are asked for."""
-_OWN_TIME = "llmbuild.serve.own_time"
+_OWN_TIME, _SERVED_TIME = "llmbuild.serve.own_time", "llmbuild.serve.served_time"
+_SERVED = 1 / 3
+"""Part of the seconds of a curve that are spent beyond it on what a server takes besides the device."""
 _CACHES = 0.5
 """Part of the available memory that the keys and values of a measurement may take."""
 
@@ -98,10 +105,11 @@ def _measured(catalog: Catalog, row: Row, asked: Asked, own: dict[str, float], t
     with catalog.measuring():
         held = host.conditions().slowed()
         found = load.measure(subject, bounds, asked.budget_s, Limits(), lambda text: tell(f"{name}: {text}"))
-    if isinstance(found, Failure):
-        catalog.record_failure(row["model"], row["variant"], found)
-        raise NothingUsable(f"variant {name}: {found.stage}: {found.reason}")
-    curve = _curve(row, found, bounds, registered.machine_digest, own, held)
+        if isinstance(found, Failure):
+            catalog.record_failure(row["model"], row["variant"], found)
+            raise NothingUsable(f"variant {name}: {found.stage}: {found.reason}")
+        curve = _curve(row, found, bounds, registered.machine_digest, own, held)
+        curve = _with_server(folder, row, curve, asked)
     catalog.record_load_curve(curve)
     tell(f"{name}: {told(curve)}")
     return curve
@@ -151,6 +159,8 @@ def _curve(row: Row, found: Measured, bounds: Bounds, machine: str, own: dict[st
     driver, workers = str(row["point"]["driver"]), int(row["point"]["workers"])
     named = {"artifact": row["artifact"], "machine": machine, "protocol": LOAD_PROTOCOL}
     named |= {"driver": driver, "workers": workers}
+    cores = host.cores() if host.cores() < host.machine_cores() else 0
+    named |= {"cores": cores} if cores else {}
     return LoadCurve(
         key=digest.of(named),
         variant=row["variant"],
@@ -169,7 +179,60 @@ def _curve(row: Row, found: Measured, bounds: Bounds, machine: str, own: dict[st
         notes={**found.notes, **({"held back": held} if held else {})},
         energy_source=found.energy_source,
         watts=found.watts,
+        cores=cores,
     )
+
+
+def _with_server(folder: Path, row: Row, curve: LoadCurve, asked: Asked) -> LoadCurve:
+    """Return a curve with what a server takes besides the device, or with a note why that is not known."""
+    missing = [name for name in EXTRAS["serve"] if find_spec(name) is None]
+    if missing:
+        return _noted(curve, f"not measured: it needs {', '.join(missing)}: pip install 'llmbuild[serve]'")
+    sequences = str(curve.decodes_most)
+    serve = ["serve", row["model"], "-C", str(folder.resolve()), "--variant", row["variant"], "--port", "0"]
+    words = python("llmbuild", *serve, "--host", "127.0.0.1", "--max-sequences", sequences)
+    with TemporaryDirectory(prefix="llmbuild-") as name:
+        output = Path(name) / "served.json"
+        given = (str(output), row["model"], sequences, str(curve.context), f"{asked.budget_s * _SERVED:g}")
+        failure = run(python(_SERVED_TIME, *given, *words), "profile", Limits(600.0), output)
+        if failure is not None:
+            return _noted(curve, f"not measured: {failure.reason}")
+        return replace(curve, served=own_time(curve, json.loads(output.read_text())))
+
+
+def _noted(curve: LoadCurve, why: str) -> LoadCurve:
+    return replace(curve, notes={**curve.notes, "http": why})
+
+
+def own_time(curve: LoadCurve, seen: Mapping[str, Any]) -> OwnTime:
+    """Return what a server takes by what its clients saw: the rest beside the device's time, by least squares.
+
+    It is at least what the engine takes of itself. Of what a request takes alone, no more than its CPU seconds stand in
+    the way of others; the rest passes only where the server was idle.
+    """
+    steps, requests = seen["decodes"], seen["requests"]
+    sequences = np.array([one["sequences"] for one in steps], np.float64)
+    device = [
+        curve.fit.seconds(Work(decodes=int(n), context=round(n * one["context"])))
+        for n, one in zip(sequences, steps, strict=True)
+    ]
+    seconds = np.array([one["step_s"] for one in steps])
+    rest, weight = seconds - np.array(device), 1 / seconds
+    columns = np.stack([np.ones_like(sequences), sequences], 1)
+    step_s, row_s = np.linalg.lstsq(columns * weight[:, None], rest * weight, rcond=None)[0]
+    if row_s < curve.row_s:
+        row_s = curve.row_s
+        step_s = float(np.average(rest - row_s * sequences, weights=weight**2))
+    elif step_s < curve.turn_s:
+        step_s = curve.turn_s
+        row_s = float(np.average((rest - step_s) / sequences, weights=(sequences * weight) ** 2))
+    found = OwnTime(max(curve.turn_s, float(step_s)), max(curve.row_s, float(row_s)), 0.0, 0.0)
+    step = curve.fit.seconds(Work.of([(0, requests["prompt"])])) + found.seconds(1)
+    before = max(0.0, requests["ttft_s"] - step)
+    busy = max(0.0, requests["server_cpu_s"] + requests["client_cpu_s"] - step)
+    end_s = min(max(0.0, requests["end_s"]), busy)
+    request_s = min(before, busy - end_s)
+    return replace(found, request_s=request_s, end_s=end_s, wake_s=before - request_s)
 
 
 def told(curve: LoadCurve) -> str:
@@ -177,4 +240,7 @@ def told(curve: LoadCurve) -> str:
     kinds = len(curve.cells) - curve.held_out
     most = f"up to {curve.decodes_most} sequences and {curve.prompt_most} tokens of prompts"
     line = f"{kinds} kinds of steps, {most}; error p95 {curve.error_p95:.1%} on {curve.held_out} others"
+    if (own := curve.served) is not None:
+        line += f"; a server's own {own.step_s * 1e6:.0f} us a step, {own.row_s * 1e6:.0f} us a sequence in it"
+        line += f", {(own.request_s + own.end_s) * 1e6:.0f} us a request"
     return f"{line}; {why}: measure it again" if (why := curve.doubt) else line

@@ -89,6 +89,7 @@ def plan(
 @click.option("--lengths", type=FACTOR, default="x1", metavar="xN", help="N times the lengths of the trace.")
 @click.option("--context", type=click.IntRange(min=2), metavar="N", help="Cut prompt and answer to N tokens together.")
 @click.option("--seconds", type=click.FloatRange(0, min_open=True), metavar="S", help="Only the first S of the trace.")
+@click.option("--day", is_flag=True, help="Move the requests as a made-up day does, in the length of the trace.")
 @click.option("--seeds", type=click.IntRange(1, 1000), default=10, show_default=True, help="How many are run.")
 @click.option("--scheduler", type=click.Choice(("fcfs", "sarathi")), default="fcfs", show_default=True)
 @click.option("--fail", "failures", multiple=True, metavar="NODE@S[+S]", help="A node fails at S, for S or for good.")
@@ -273,6 +274,8 @@ def _traces(fleet: Fleet, options: dict[str, Any]) -> dict[str, Trace]:
             raise InputError(f"--trace {STEADY} is for all services: give no other trace with it")
         if options["lengths"] != 1 or options["context"] is not None:
             raise InputError(f"--trace {STEADY} has the lengths of the fleet file: change them there")
+        if options["day"]:
+            raise InputError(f"--trace {STEADY} has one rate: --day is for other traces")
         return {}
     found: dict[str, Trace] = {}
     services = [service.name for service in fleet.services]
@@ -284,7 +287,8 @@ def _traces(fleet: Fleet, options: dict[str, Any]) -> dict[str, Trace]:
         if name in found:
             raise InputError(f"--trace {text}: {name or 'every service'} has a trace already: keep one")
         trace = read_trace(Path(file if name else text)).window(options["seconds"] or math.inf)
-        found[name] = trace.lengths(options["lengths"], options["context"]).at_rate(options["rate"])
+        scaled = trace.lengths(options["lengths"], options["context"]).at_rate(options["rate"])
+        found[name] = scaled.day() if options["day"] else scaled
     bare = [name for name in services if name not in found and "" not in found]
     if bare:
         raise InputError(f"no trace for {', '.join(bare)}: add --trace {bare[0]}=FILE, or one FILE for all")

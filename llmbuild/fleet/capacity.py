@@ -151,7 +151,7 @@ def capacity(point: OperatingPoint, kind: RequestClass, attainment: float) -> Ca
 def floor(point: OperatingPoint, kind: RequestClass) -> tuple[float, float]:
     """Return the TTFT and TPOT of a mean request on an idle replica, in seconds."""
     step = point.step
-    return step.seconds(0, 0, kind.prompt), step.seconds(1, kind.prompt + kind.output / 2, 0)
+    return step.seconds(0, 0, kind.prompt) + step.request_s, step.seconds(1, kind.prompt + kind.output / 2, 0)
 
 
 def _most(point: OperatingPoint, kind: RequestClass) -> float:
@@ -160,7 +160,7 @@ def _most(point: OperatingPoint, kind: RequestClass) -> float:
     if slots < 1:
         return 0.0
     step_s = point.step.seconds(slots, slots * _context(kind), 0)
-    return slots / (kind.output * step_s + slots * point.step.prompt_s * kind.prompt)
+    return slots / (kind.output * step_s + slots * (point.step.prompt_s * kind.prompt + point.step.request_s))
 
 
 def _slots(point: OperatingPoint, kind: RequestClass) -> float:
@@ -176,7 +176,7 @@ def _context(kind: RequestClass) -> float:
 def steady(point: OperatingPoint, kind: RequestClass, rate: float) -> Steady:
     """Return the steady state of a replica at a rate of requests of one class."""
     step, context = point.step, _context(kind)
-    prompts = step.prompt_s * rate * kind.prompt
+    prompts = rate * (step.prompt_s * kind.prompt + step.request_s)
     slots, most = _slots(point, kind), _most(point, kind)
     rows, t = _rows(step, context, kind.output * rate, prompts, slots)
     if rate > FULL * most or prompts >= 1:
@@ -235,8 +235,12 @@ def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float,
         return 0.0
     if decode_s > kind.tpot_s:
         return 1.0
-    prompt_s = step.prompt_s * kind.prompt * (1 + kind.spread**2)  # a prompt that falls into an answer, by its length
-    own_s = peak_s + step.prompt_s * kind.prompt  # what comes while the own prompt is computed falls into the answer
+    prompt_s = step.request_s + step.prompt_s * kind.prompt * (
+        1 + kind.spread**2
+    )  # a prompt that falls into an answer, by its length
+    own_s = (
+        peak_s + step.request_s + step.prompt_s * kind.prompt
+    )  # what comes while the own prompt is computed falls into the answer
     missed = 0.0
     for output, share in _lengths(kind.output, kind.spread):
         if output < 1.5:
@@ -244,7 +248,7 @@ def _tpot_miss(step: StepTime, kind: RequestClass, rate: float, decode_s: float,
         room = (kind.tpot_s - decode_s) * (output - 1)
         fallen = rate * ((output - 1) * peak_s + own_s)
         several = _poisson_above(fallen, room / prompt_s)
-        one = 1 - math.exp(-fallen * _longer(room / step.prompt_s, kind.prompt, kind.spread))
+        one = 1 - math.exp(-fallen * _longer((room - step.request_s) / step.prompt_s, kind.prompt, kind.spread))
         missed += share * min(1.0, several + one)
     return missed
 
@@ -277,7 +281,8 @@ def _ttft_miss(step: StepTime, kind: RequestClass, rate: float, t: float, slots:
     if math.isinf(kind.ttft_s):
         return 0.0
     lengths = _lengths(kind.prompt, kind.spread)
-    served = [(step.prompt_s * p + t * min(1.0, p / PROMPT_TOKENS), share) for p, share in lengths]
+    more_s = step.request_s
+    served = [(more_s + step.prompt_s * p + t * min(1.0, p / PROMPT_TOKENS), share) for p, share in lengths]
     mean, square = sum(s * share for s, share in served), sum(s * s * share for s, share in served)
     used = rate * mean
     if used >= 1:
@@ -286,7 +291,7 @@ def _ttft_miss(step: StepTime, kind: RequestClass, rate: float, t: float, slots:
     queued = _erlang_c(slots, slots * rate / most)
     missed = 0.0
     for prompt, share in lengths:
-        left = kind.ttft_s - step.prompt_s * prompt - 2 * t  # the step that runs, and the own one
+        left = kind.ttft_s - more_s - step.prompt_s * prompt - 2 * t  # the step that runs, and the own one
         if left <= 0:
             missed += share
             continue

@@ -39,6 +39,9 @@ def lines(curve: LoadCurve) -> list[str]:
     prompts = [count for count in (32, 128, 512) if count <= curve.prompt_most]
     told += [_line(curve, f"{n} tokens of a prompt", [(0, n)], n) for n in prompts]
     told.append(f"  the engine's own time: {quantity(curve.turn_s, 's')} + {quantity(curve.row_s, 's')} a sequence")
+    if (own := curve.served) is not None:
+        each = f"{quantity(own.step_s, 's')} + {quantity(own.row_s, 's')} a sequence"
+        told.append(f"  with HTTP, seen by a client: {each}, {quantity(own.request_s + own.end_s, 's')} a request")
     return [*told, *(f"  note {name}: {text}" for name, text in curve.notes.items() if name != "rounds")]
 
 

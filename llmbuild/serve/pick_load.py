@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmbuild.digest import short
 from llmbuild.errors import NoVariant, UnknownLoad
+from llmbuild.runtime import host, reader
 from llmbuild.runtime import model as loader
-from llmbuild.runtime import reader
 from llmbuild.runtime.choose import HostFacts
 from llmbuild.serve import budget
 from llmbuild.serve.capacity import Capacity, Lengths, Outcome, Server, capacity, outcome, roughly
 from llmbuild.serve.schedule.named import FAIR_BATCHING, FCFS, SARATHI, Targets, scheduler
 from llmbuild.serve.simulate import Host
-from llmbuild.spec.load_curve import LoadCurve
+from llmbuild.spec.load_curve import LoadCurve, taken_on
 from llmbuild.spec.program import Abi, abi_from
 from llmbuild.spec.rows import Row, present
 from llmbuild.spec.slo import Bound, Slo, load_metric, order, parse_slo
@@ -105,7 +105,9 @@ def pick_load(
     asked = parse_slo(list(slo), objective)
     accepted = _accepted(catalog, model, asked, target, workload, facts)
     model = str(next(iter(accepted.values()))["model"])
-    curves = {one.variant: one for one in reader.load_curves(catalog, list(accepted)) if one.machine == facts.machine}
+    known = [one for one in reader.load_curves(catalog, list(accepted)) if one.machine == facts.machine]
+    taken = {name: _taken_here(one for one in known if one.variant == name) for name in accepted}
+    curves = {name: one for name, one in taken.items() if one is not None}
     unknown = tuple(row for name, row in accepted.items() if name not in curves)
     if not curves:
         first = short(next(iter(accepted)))
@@ -153,7 +155,13 @@ def _accepted(
 def curve_here(catalog: Path, variant: str) -> LoadCurve | None:
     """Return the load curve of a variant on this machine."""
     machine = loader.host_facts().machine
-    return next((one for one in reader.load_curves(catalog, [variant]) if one.machine == machine), None)
+    return _taken_here(one for one in reader.load_curves(catalog, [variant]) if one.machine == machine)
+
+
+def _taken_here(curves: Iterable[LoadCurve]) -> LoadCurve | None:
+    """Return the curve of the cores that this process is held on, else that of the machine."""
+    cores = host.cores()
+    return taken_on(curves, cores if cores < host.machine_cores() else 0)
 
 
 def targets_of(bounds: Sequence[Bound]) -> Targets | None:

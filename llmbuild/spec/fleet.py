@@ -10,6 +10,7 @@ from typing import Literal
 
 from llmbuild.spec.cluster import Cluster, Pods
 from llmbuild.spec.figures import Architecture, Machine
+from llmbuild.spec.load_curve import Fit, OwnTime
 from llmbuild.spec.partitions import Layout, Partitions
 from llmbuild.spec.slo import Bound
 from llmbuild.spec.tariff import Tariff
@@ -63,15 +64,27 @@ class StepTime:
     """For each position that each decoding row sees."""
     prompt_s: float
     """For each token of a prompt."""
+    request_s: float = 0.0
+    """For each request, besides its tokens."""
+    fit: Fit | None = None
+    """What the device takes for steps of any work, prompts beside decoding rows too; None: known by the rest alone."""
+    own: OwnTime | None = None
+    """With `fit`: what the server takes besides."""
 
     def seconds(self, rows: float, context: float, prompt_tokens: float) -> float:
         """Return the seconds of a step; `context` is the sum of positions that its decoding rows see."""
         return max(self.rows_s(rows), 0.0) + self.context_s * context + self.prompt_s * prompt_tokens
 
     def at_clock(self, clock: Clock) -> StepTime:
-        """Return the seconds at another clock."""
-        decode = clock.decode_time
-        return StepTime(self.rows_s.times(decode), self.context_s * decode, self.prompt_s * clock.prompt_time)
+        """Return the seconds at another clock, at which no fit is known."""
+        decode, prompt_s = clock.decode_time, self.prompt_s * clock.prompt_time
+        return StepTime(self.rows_s.times(decode), self.context_s * decode, prompt_s, self.request_s)
+
+    def times(self, factor: float) -> StepTime:
+        """Return the seconds of a device that is slower by a factor; a server takes as long as before."""
+        fit = self.fit and self.fit.times(factor)
+        scaled = self.rows_s.times(factor), self.context_s * factor, self.prompt_s * factor
+        return StepTime(*scaled, self.request_s, fit, self.own)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,34 @@ class Fit:
         prompts = work.prompts * self.table(work.tokens / work.prompts) if work.prompts else 0.0
         return work.decodes * self.table(1) + prompts + attended
 
+    def times(self, factor: float) -> Fit:
+        """Return the fit of a device that is slower by a factor."""
+        table = Table(self.table.at, tuple(value * factor for value in self.table.values))
+        return Fit(self.shared, table, self.read_s * factor, self.context_s * factor, self.seen_s * factor)
+
+
+@dataclass(frozen=True)
+class OwnTime:
+    """Seconds that a server takes besides its device, the engine, the event loop and HTTP together.
+
+    Measured over HTTP, so where the client shares the server's cores its time is in them.
+    """
+
+    step_s: float
+    """For each step."""
+    row_s: float
+    """For each sequence that gets a token in a step."""
+    request_s: float
+    """For each request, up to its place in the queue."""
+    end_s: float
+    """For each request, behind its last token."""
+    wake_s: float = 0.0
+    """For a request that finds it idle: what passes besides, while nothing is computed."""
+
+    def seconds(self, reads: int) -> float:
+        """Return the seconds of a step in which so many sequences get a token."""
+        return self.step_s + self.row_s * reads
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -119,7 +147,8 @@ class LoadCurve:
 
     `error_p95` is the 95th percentile of the relative error on the held-out cells. `turn_s` and `row_s` are the seconds
     of the engine itself for each step and for each sequence in it, measured on the same machine over a device that
-    takes none. `watts` is the mean power over rows; None without a meter.
+    takes none. `watts` is the mean power over rows; None without a meter. `served` is what the whole server takes; None
+    where it was not measured. `cores` says on how many cores the process was held that measured; 0: on none.
     """
 
     key: str
@@ -142,10 +171,21 @@ class LoadCurve:
     energy_source: str | None = None
     watts: Table | None = None
     protocol: int = LOAD_PROTOCOL
+    served: OwnTime | None = None
+    cores: int = 0
 
     def step_s(self, work: Work) -> float:
         """Return the seconds of a step on the device and in the engine; HTTP is not in them."""
         return self.fit.seconds(work) + self.turn_s + self.row_s * work.reads
+
+    @property
+    def own(self) -> OwnTime:
+        """Return what a server takes besides the device: of the engine alone, where no more was measured."""
+        return self.served or OwnTime(self.turn_s, self.row_s, 0.0, 0.0)
+
+    def served_s(self, work: Work) -> float:
+        """Return the seconds of a step with all that a server takes for it."""
+        return self.fit.seconds(work) + self.own.seconds(work.reads)
 
     def joules(self, work: Work) -> float | None:
         """Return the joules of a step on the device; None without a meter."""
@@ -189,8 +229,19 @@ def curve_from(body: Mapping[str, Any]) -> LoadCurve:
     """Return a curve from its JSON form."""
     fit, watts = body["fit"], body.get("watts")
     cells = tuple(Cell(**{**cell, "work": Work(*cell["work"])}) for cell in body["cells"])
+    served = body.get("served")
     made = {**body, "cells": cells, "fit": Fit(**{**fit, "table": _table(fit["table"])})}
-    return LoadCurve(**{**made, "watts": _table(watts) if watts else None})
+    made |= {"watts": _table(watts) if watts else None, "served": OwnTime(**served) if served else None}
+    return LoadCurve(**made)
+
+
+def taken_on(curves: Iterable[LoadCurve], cores: int) -> LoadCurve | None:
+    """Return the curve that was measured on so many cores, else the one of the whole machine; 0: of the machine.
+
+    The curves are of one variant on one machine.
+    """
+    by_cores = {curve.cores: curve for curve in curves}
+    return by_cores.get(cores) or by_cores.get(0)
 
 
 def _table(body: Mapping[str, Any]) -> Table:

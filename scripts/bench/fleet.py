@@ -1,7 +1,7 @@
 """Policies over a trace: SLO attainment and energy with seeds and intervals; or how long plans take by size.
 
     python scripts/bench/fleet.py FLEET --trace [SERVICE=]FILE... [--rate N] [--lengths N] [--seconds S] [--seeds N]
-                                  [--policy P]... [--context N] [--json]
+                                  [--policy P]... [--context N] [--day] [--json]
     python scripts/bench/fleet.py --sizes [--json]
 
 Figures are simulated; their basis is in the table. Seeds turn the trace to another beginning. `--sizes` plans for
@@ -50,6 +50,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lengths", type=float, default=1.0)
     parser.add_argument("--context", type=int)
     parser.add_argument("--seconds", type=float, default=1e9)
+    parser.add_argument("--day", action="store_true", help="a made-up day in the length of the trace")
     parser.add_argument("--seeds", type=int, default=10)
     parser.add_argument("--sizes", action="store_true", help="time plans instead")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
@@ -120,7 +121,8 @@ def policies(args: argparse.Namespace) -> int:
         service, sign, file = text.partition("=")
         name = service if sign and service in {s.name for s in fleet.services} else ""
         trace = read_trace(Path(file if name else text)).window(args.seconds)
-        traces[name] = trace.lengths(args.lengths, args.context).at_rate(args.rate)
+        scaled = trace.lengths(args.lengths, args.context).at_rate(args.rate)
+        traces[name] = scaled.day() if args.day else scaled
     found = []
     for seed in range(args.seeds):
         requests = asked(fleet, traces, seed)

@@ -18,41 +18,36 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from math import inf
+from math import inf, isfinite
 from pathlib import Path
 from statistics import mean
 
+from comparison.nodes import AFTER_S, percentiles
 from comparison.script import end, say
 from ruamel.yaml import YAML
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.journal import Entry, Journal, runs
-from llmbuild.fleet.gateway.stream import Relay
-from llmbuild.fleet.gateway.upstream import Broken, ask
 from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.fleet.simulate.trace import Arrival, Trace, read_trace
 from llmbuild.report.fleet import trace_lines
 from llmbuild.report.table import table
 from llmbuild.runtime import reader
+from llmbuild.serve.drive import Sending, drive
 from llmbuild.spec.files.fleet import read_fleet
 from llmbuild.spec.fleet import Fleet
 
-READY_S, AFTER_S = 120.0, 60.0
-"""Seconds for the fleet to be ready, and for answers after the last arrival."""
 LOOK_S = 0.25
 TOLD = ("decides", "start", "route", "stop", "ready", "died", "ended", "finds", "waits", "broken", "retry")
 """First words of the lines of an orchestrator's log that are kept."""
-TOKENS = range(5, 200)
-"""Ids that every vocabulary has."""
 
 
 @dataclass
@@ -204,65 +199,33 @@ async def replicas(url: str) -> int:
 # --- the client ------------------------------------------------------------------------------------------------------
 
 
-async def send(url: str, model: str, arrival: Arrival, began: float, rng: random.Random, run: Run) -> None:
-    """Send a request at its time, and note how it ended."""
-    await asyncio.sleep(max(0.0, began + arrival.at_s - time.monotonic()))
-    due = began + arrival.at_s
-    found = Sent(arrival.at_s, time.monotonic() - due)
-    run.sent.append(found)
-    body = {
-        "model": model,
-        "prompt": [rng.choice(TOKENS) for _ in range(arrival.prompt)],
-        "max_tokens": arrival.output,
-        "ignore_eos": True,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    with contextlib.suppress(Broken):
-        answer = await ask(url, "/v1/completions", json.dumps(body).encode(), {"content-type": "application/json"}, 120)
-        try:
-            if answer.status != 200:
-                found.end = "rejected" if answer.status in (429, 503) else "failed"
-                return
-            await read(answer.pieces(), found, due, arrival.output)
-        finally:
-            answer.close()
-
-
-async def read(pieces: AsyncIterator[bytes], found: Sent, due: float, asked: int) -> None:
-    """Read a stream to its end."""
-    ends = 0
-
-    async def counted() -> AsyncIterator[bytes]:
-        nonlocal ends
-        async for one in pieces:
-            ends += one.count(b"data: [DONE]")
-            yield one
-
-    relay = Relay(counted(), usage=True)
-    await relay.first()
-    async for _ in relay.rest():
-        pass
-    found.end = "answered" if relay.done else "failed"
-    found.tokens = relay.output
-    found.ttft_s = relay.first_s - due
-    found.tpot_s = (relay.last_s - relay.first_s) / (relay.output - 1) if relay.output > 1 else 0.0
-    found.twice = ends > 1 or relay.output > asked
+def heard(url: str, model: str, trace: Trace) -> list[Sent]:
+    """Send the trace, and return how each request ended."""
+    sends = [Sending(*one) for one in trace.arrivals]
+    answers = drive(url, model, sends, AFTER_S).heard
+    return [
+        Sent(
+            asked.at_s,
+            one.late_s,
+            one.end,
+            one.late_s + one.ttft_s,
+            one.tpot_s if isfinite(one.last_s) else 0.0,
+            one.tokens,
+            one.ends > 1 or one.tokens > asked.output,
+        )
+        for asked, one in zip(sends, answers, strict=True)
+    ]
 
 
 async def sent(url: str, model: str, trace: Trace, run: Run, journal: Journal, kill_s: float) -> None:
     """Send the trace, look at the replicas, and read the actions at the end."""
-    rng, began = random.Random(0), time.monotonic()
+    began = time.monotonic()
     looking = asyncio.ensure_future(looks(url, run, journal, kill_s, began))
-    asking = [asyncio.ensure_future(send(url, model, one, began, rng, run)) for one in trace.arrivals]
-    await asyncio.wait(asking, timeout=trace.seconds + AFTER_S)
+    run.sent = await asyncio.to_thread(heard, url, model, trace)
     await asyncio.sleep(max(0.0, began + trace.seconds - time.monotonic()))
     if looking.done():
         looking.result()
     looking.cancel()
-    for one in asking:
-        one.cancel()
-    await asyncio.gather(*asking, return_exceptions=True)
     found = re.findall(
         r'llmbuild:fleet_actions_total{action="(\w+)",outcome="applied"} (\S+)', await got(url, "/metrics")
     )
@@ -270,12 +233,6 @@ async def sent(url: str, model: str, trace: Trace, run: Run, journal: Journal, k
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
-
-
-def percentiles(values: Sequence[float]) -> list[float]:
-    """Return the 50th, 95th and 99th percentile."""
-    ordered = sorted(values) or [inf]
-    return [ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.5, 0.95, 0.99)]
 
 
 def figures(run: Run, fleet: Fleet, trace: Trace) -> dict[str, object]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from llmbuild.errors import InputError
-from llmbuild.fleet.simulate.trace import Arrival, Trace, asked, read_trace
+from llmbuild.fleet.simulate.trace import DAY, Arrival, Trace, asked, read_trace
 from tests.support.fleets import fleet, service
 
 AZURE = (
@@ -17,8 +18,8 @@ AZURE = (
     "2023-11-16 18:15:51.2224670,879,0"
 )
 MOONCAKE = (
-    '{"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1]}\n'
-    '{"timestamp": 3052, "input_length": 7322, "output_length": 490, "hash_ids": [0, 14]}\n'
+    '{"timestamp": 0, "input_length": 512, "output_length": 500, "hash_ids": [0]}\n'
+    '{"timestamp": 3052, "input_length": 822, "output_length": 490, "hash_ids": [0, 14]}\n'
 )
 MANY = Trace("many", tuple(Arrival(i * 0.5, 100 + i % 7, 10 + i % 5) for i in range(2000)), 1000.0)
 
@@ -37,7 +38,7 @@ def test_a_csv_of_azure_is_read_with_seven_digits_of_a_second(tmp_path: Path) ->
 
 def test_lines_of_mooncake_are_read(tmp_path: Path) -> None:
     trace = read_trace(written(tmp_path, MOONCAKE))
-    assert trace.arrivals == (Arrival(0.0, 6758, 500), Arrival(3.052, 7322, 490))
+    assert trace.arrivals == (Arrival(0.0, 512, 500), Arrival(3.052, 822, 490))
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,15 @@ def test_lines_of_mooncake_are_read(tmp_path: Path) -> None:
         (AZURE.replace("396,109", "396"), ":3: .*TIMESTAMP,ContextTokens,GeneratedTokens"),
         (AZURE.replace("396", "many"), ":3: "),
         (MOONCAKE + "{}", ":3: KeyError"),
+        (MOONCAKE + "[]", ":3: TypeError: no object"),
+        (MOONCAKE.replace("822", "822.5"), ":2: .*two counts of tokens"),
+        (MOONCAKE.replace("822", '"822"'), ":2: .*two counts of tokens"),
+        (MOONCAKE.replace("3052", "true"), ":2: .*no time in ms"),
+        (MOONCAKE.replace("3052", "NaN"), ":2: ValueError"),
+        (MOONCAKE.replace("490", "-1"), ":2: ValueError"),
+        (MOONCAKE.replace("[0, 14]", "[0]"), ":2: .*1 hash_ids for 822 tokens"),
+        (MOONCAKE.replace("[0, 14]", "[0, -1]"), ":2: .*no list of whole numbers"),
+        (MOONCAKE.replace("[0, 14]", "3"), ":2: .*no list of whole numbers"),
         ("no trace at all", ":1: "),
         (AZURE.splitlines()[0], "no request"),
         ("\n".join(AZURE.splitlines()[:2]), "all requests come at one time"),
@@ -63,6 +73,22 @@ def test_a_rate_is_thinned_or_laid_over_itself_and_says_so() -> None:
     assert double.rate == pytest.approx(MANY.rate * 2.5, rel=0.1)
     assert "CV of gaps 0.0 before" in half.told[-1]
     assert list(double.arrivals) == sorted(double.arrivals)
+
+
+def test_a_day_moves_requests_and_keeps_their_number_order_and_mean_rate() -> None:
+    day = MANY.day()
+    assert [a[1:] for a in day.arrivals] == [a[1:] for a in MANY.arrivals]
+    assert list(day.arrivals) == sorted(day.arrivals)
+    assert (day.rate, day.seconds) == (MANY.rate, MANY.seconds)
+    assert "rate x0.22 at 5 h to x1.94, peaks at 10 and 15 h" in day.told[-1]
+
+
+def test_a_day_has_its_rate_at_each_hour() -> None:
+    day = MANY.day()
+    mean = sum((b - a) * (low + high) / 2 for (a, low), (b, high) in pairwise(DAY)) / 24
+    for hour, rate in DAY[1:-1]:
+        near = sum(abs(a.at_s / day.seconds * 24 - hour) < 0.5 for a in day.arrivals)
+        assert near == pytest.approx(MANY.rate * day.seconds / 24 * rate / mean, rel=0.2, abs=4)
 
 
 def test_lengths_are_scaled_and_cut_to_the_context() -> None:

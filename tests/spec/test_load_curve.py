@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmbuild.digest import plain
-from llmbuild.spec.load_curve import Fit, Table, Work, curve_from, row_of
+from llmbuild.spec.load_curve import Fit, OwnTime, Table, Work, curve_from, row_of, taken_on
 from tests.support.curves import curve
 
 PIECES = st.lists(st.tuples(st.integers(0, 500), st.integers(1, 50)), max_size=8)
@@ -39,8 +39,9 @@ def test_rows_in_a_call_each_take_the_sum_of_their_calls() -> None:
 
 
 def test_a_curve_is_the_same_after_json() -> None:
-    one = curve(watts=Table((1, 16), (50.0, 90.0)), energy_source="rapl")
-    assert curve_from(json.loads(json.dumps(plain(one)))) == one
+    bare = curve(watts=Table((1, 16), (50.0, 90.0)), energy_source="rapl")
+    for one in (bare, replace(bare, served=OwnTime(1e-3, 2e-3, 3e-3, 4e-3), cores=1)):
+        assert curve_from(json.loads(json.dumps(plain(one)))) == one
 
 
 def test_joules_are_absent_without_a_meter_and_power_by_time_with_one() -> None:
@@ -56,6 +57,25 @@ def test_a_server_s_step_has_the_engine_s_own_time() -> None:
     one = replace(curve(), turn_s=0.25, row_s=0.5)
     assert one.step_s(work) == pytest.approx(one.fit.seconds(work) + 0.25 + 4 * 0.5)
     assert one.covers(work) and not one.covers(Work.of([(9, 1)] * 17)) and not one.covers(Work.of([(0, 513)]))
+
+
+def test_a_server_takes_what_was_measured_over_http_where_that_is_known() -> None:
+    work = Work.of([(100, 1)] * 4)
+    one = replace(curve(), turn_s=0.25, row_s=0.5)
+    assert one.served_s(work) == pytest.approx(one.step_s(work))
+    known = replace(one, served=OwnTime(1.0, 2.0, 0.0, 0.0))
+    assert known.served_s(work) == pytest.approx(known.fit.seconds(work) + 1.0 + 4 * 2.0)
+
+
+def test_a_curve_is_of_the_cores_that_it_was_taken_on_or_of_the_machine() -> None:
+    whole, one = curve(), replace(curve(), cores=1)
+    assert [taken_on((whole, one), cores) for cores in (0, 1, 2)] == [whole, one, whole]
+    assert [taken_on((one,), cores) for cores in (0, 1)] == [None, one]
+
+
+def test_a_slower_device_takes_longer_for_all_work() -> None:
+    work = Work.of([(100, 1), (0, 40)])
+    assert curve().fit.times(3.0).seconds(work) == pytest.approx(3 * curve().fit.seconds(work))
 
 
 def test_a_curve_is_doubtful_where_its_error_or_its_rounds_are() -> None:

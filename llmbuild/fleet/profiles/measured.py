@@ -20,7 +20,7 @@ from llmbuild.runtime import host, reader
 from llmbuild.runtime import model as loader
 from llmbuild.serve import budget
 from llmbuild.spec.fleet import HOST, Basis, Line, NodeClass, Profile, StepPower, StepTime
-from llmbuild.spec.load_curve import LoadCurve, Work
+from llmbuild.spec.load_curve import LoadCurve, Work, taken_on
 from llmbuild.spec.measurement import ESTIMATES
 from llmbuild.spec.program import abi_from
 from llmbuild.spec.rows import Row, reading
@@ -61,10 +61,11 @@ def measured(catalog: Path, classes: Iterable[NodeClass], models: Iterable[str])
     for kind in named.values():
         digits = machine_of(kind)
         on_it = [row for row in rows if row["machine_digest"].startswith(digits)]
-        own = [curve.turn_s for curve in curves if curve.machine.startswith(digits)]
+        own = [curve.own.step_s for curve in curves if curve.machine.startswith(digits)]
         own_s = median(own) if own else None
         for variant in dict.fromkeys(row["variant"] for row in on_it):
-            curve = next((c for c in curves if c.variant == variant and c.machine.startswith(digits)), None)
+            known_here = [c for c in curves if c.variant == variant and c.machine.startswith(digits)]
+            curve = taken_on(known_here, kind.slot_cores)
             known = _known([row for row in on_it if row["variant"] == variant], bodies, curve, own_s)
             found += [_on_cores(_profile(kind, known), kind, known)] if known else []
     return found
@@ -142,24 +143,27 @@ def _served(made: Profile, own_s: float) -> Profile:
 def _by_curve(made: Profile, row: Row, curve: LoadCurve) -> Profile:
     """Return a profile with the times of a load curve, which knows steps of many sequences."""
     most = max(1, curve.decodes_most)
-    rows = sorted({1, most, *(n for n in (2, 4, 8, 16, 32, 64) if n < most)})
-    single, idle_s = Work(decodes=1), curve.turn_s
-    seen_s = curve.step_s(single._replace(context=1)) - curve.step_s(single)
-    piece = max(1, min(_PROMPT, curve.prompt_most))
-    prompt_s = (curve.step_s(Work.of([(0, piece)])) - idle_s) / piece
     abi = row.get("abi")
     need = budget.need(row["model"], row, abi_from(abi), most) if abi else None
     return replace(
         made,
-        step=StepTime(
-            Line((0.0, *map(float, rows)), (idle_s, *(curve.step_s(Work(decodes=n)) for n in rows))), seen_s, prompt_s
-        ),
+        step=step_of(curve),
         max_rows=most,
         weights_bytes=float(need.fixed_bytes) if need else made.weights_bytes,
         kv_bytes_per_token=need.sequence_bytes / curve.context if need else 0.0,
         source=f"catalog, load curve {curve.key[:12]}, {row['machine']}",
         error=curve.error_p95,
     )
+
+
+def step_of(curve: LoadCurve) -> StepTime:
+    """Return the seconds of a server's steps by a load curve: plans take the lines, the simulator the fit itself."""
+    most, own = max(1, curve.decodes_most), curve.own
+    rows = sorted({1, most, *(n for n in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96) if n < most)})
+    piece = max(1, min(_PROMPT, curve.prompt_most))
+    prompt_s = (curve.served_s(Work.of([(0, piece)])) - own.step_s) / piece
+    line = Line((0.0, *map(float, rows)), (own.step_s, *(curve.served_s(Work(decodes=n)) for n in rows)))
+    return StepTime(line, curve.fit.context_s, prompt_s, own.request_s + own.end_s, curve.fit, own)
 
 
 def _on_cores(made: Profile, kind: NodeClass, known: _Known) -> Profile:
@@ -169,10 +173,10 @@ def _on_cores(made: Profile, kind: NodeClass, known: _Known) -> Profile:
     point = known.row["point"]
     workers = int(point.get("workers", 0)) or host.machine_cores()
     used, here = 1 if point.get("driver") == _SYNC else workers, kind.slot_cores
-    if used <= here:
+    if used <= here or (known.curve is not None and known.curve.cores == here):
         return made
     slower = used / here
-    step = StepTime(made.step.rows_s.times(slower), made.step.context_s * slower, made.step.prompt_s * slower)
+    step = made.step.times(slower)
     basis: Basis = "estimated"
     told = f"{made.source}; times x{slower:g}: measured on {used} cores, a slot has {here}"
     return replace(made, step=step, decode_basis=basis, prompt_basis=basis, source=told)

@@ -2,24 +2,33 @@
 
 Where every running sequence decodes and none waits, the scheduler is asked once and its batch is repeated until a
 sequence ends or something comes: what it sees changes by nothing but the clock. `stepwise` asks it at each step.
+
+Where a profile comes from a load curve, a step takes what the curve says of its work, prompts beside decoding rows too,
+and what the server was measured to take: for the step, for each sequence in it, for a request that comes, which makes
+the step that runs longer, and for one that has ended.
 """
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.simulate.meter import Meter
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.serve.schedule.state import Batch, Entry, Scheduler, State
+from llmbuild.spec.fleet import StepTime
+from llmbuild.spec.load_curve import Fit, OwnTime, Work
 
 SEEN = 64
 """Sequences at the front of the queue that a scheduler sees, as in the engine."""
 QUEUE = 256
 """Sequences that may wait at a replica, the server's default."""
+
+
+_NO_TIME = OwnTime(0.0, 0.0, 0.0, 0.0)
 
 
 class Job:
@@ -79,6 +88,14 @@ class Replica:
         self._count = 0
         self._decoding = 0
         self._prompts = 0
+        self._one_s = 0.0
+        """Seconds of the step that runs, or of the first of a run."""
+        self._plain_s = 0.0
+        """Those without the prompts in it."""
+        self._more_s = 0.0
+        """Seconds that requests add to the step."""
+        self._ends_s = 0.0
+        """Seconds that requests that have ended take still: what follows at once waits for them."""
         self._batch: Batch | None = None
         self.end_s = math.inf
         """When the step, or the run of steps, ends; infinite while nothing runs."""
@@ -95,7 +112,8 @@ class Replica:
         self.point, self._next = point, None
         step, power, parked_w = point.step, point.power, point.parked_w
         rows = range(point.batch + 1)
-        self._rows_s = [max(step.rows_s(float(r)), 0.0) for r in rows]
+        self._fit, self._own = step.fit, step.own or _NO_TIME
+        self._rows_s = [_rows_s(step, r) for r in rows]
         self._context_s, self._prompt_s = step.context_s, step.prompt_s
         self._parked_w = parked_w
         self._rows_w = [max(parked_w, power.rows_w(max(1.0, float(r)))) if power else parked_w for r in rows]
@@ -132,6 +150,11 @@ class Replica:
         """Queue a job; a run of steps ends with the step that is on its way."""
         self.waiting.append(job)
         self.interrupt(now)
+        self._more_s += self._own.request_s
+        if self.end_s < math.inf:
+            self.end_s += self._own.request_s
+        else:
+            self._more_s += self._own.wake_s
 
     def interrupt(self, now: float) -> None:
         """End a run of steps with the step that is on its way."""
@@ -146,6 +169,8 @@ class Replica:
         if self.idle or self.end_s < math.inf:
             return
         self._meter.add("parked", self._idle_since, now - self._idle_since, self._parked_w)
+        self._more_s += max(0.0, self._ends_s - (now - self._idle_since))
+        self._ends_s = 0.0
         if self._next is not None:
             self._take_point(self._next)
         if self._entries is None:
@@ -154,6 +179,7 @@ class Replica:
         waiting = tuple(job.entry for job in islice(self.waiting, SEEN))
         batch = self._scheduler(State(self._entries, waiting, fitting), now)
         prompts = decoding = context = 0
+        pieces = list[tuple[int, int]]()
         for number, tokens in batch.shares:
             job = self.running.get(number)
             if job is None:
@@ -163,8 +189,13 @@ class Replica:
                 context += job.ask.prompt + job.emitted
             else:
                 prompts += tokens
+                pieces.append((job.ask.prompt - job.pending, tokens))
         self._batch, self._decoding, self._prompts, self._context = batch, decoding, prompts, context
         self._begin_s, self._count = now, 1
+        self._plain_s = self._rows_s[decoding] + self._context_s * context
+        self._one_s = self._plain_s + self._prompt_s * prompts
+        if pieces and self._fit is not None:
+            self._one_s = _mixed_s(self._fit, self._own, decoding, context, pieces)
         if not self._stepwise and not prompts and not self.waiting and decoding == len(self.running):
             self._count = min(job.ask.output - job.emitted for job in self.running.values())
         self.end_s = now + self._run_s(self._count)
@@ -192,20 +223,20 @@ class Replica:
 
     def _run_s(self, count: int) -> float:
         """Return the seconds of so many steps: each row sees one more position in each."""
-        one = self._rows_s[self._decoding] + self._context_s * self._context + self._prompt_s * self._prompts
-        return count * one + self._context_s * self._decoding * (count * (count - 1) // 2)
+        seen = self._decoding * (count * (count - 1) // 2)
+        return self._more_s + count * self._one_s + self._context_s * seen
 
     def _steps_begun(self, passed_s: float) -> int:
         """Return how many steps of the run have begun after so many seconds."""
-        one = self._rows_s[self._decoding] + self._context_s * self._context
-        more = self._context_s * self._decoding
+        one, more = self._one_s, self._context_s * self._decoding
+        passed_s = max(0.0, passed_s - self._more_s)
         if more > 0:
             half = one - more / 2
             count = int((math.sqrt(half * half + 2 * more * passed_s) - half) / more)
         else:
             count = int(passed_s / one)
         count = min(max(count, 0), self._count)
-        while count < self._count and self._run_s(count) <= passed_s:
+        while count < self._count and self._run_s(count) - self._more_s <= passed_s:
             count += 1
         return max(1, count)
 
@@ -229,6 +260,7 @@ class Replica:
         if done:
             self._entries = None
         self.end_s, self._count, self._prompts, self._batch, self._idle_since = math.inf, 0, 0, None, now
+        self._more_s, self._ends_s = 0.0, self._own.end_s * len(done)
         return done
 
     def _finish_step(self, now: float, done: list[Job]) -> None:
@@ -252,7 +284,7 @@ class Replica:
                 done.append(job)
 
     def _measure(self, count: int) -> None:
-        prompt_s = self._prompt_s * self._prompts * count
+        prompt_s = max(0.0, self._one_s - self._plain_s) if self._prompts else 0.0
         decode_s = self._run_s(count) - prompt_s
         if self._decoding:
             self._meter.add("decode", self._begin_s, decode_s, self._rows_w[self._decoding])
@@ -282,12 +314,28 @@ class Replica:
             self.end_s, self._count = math.inf, 0
         else:
             self.settle(now)
+        self._more_s = self._ends_s = 0.0
         self._idle_since = now
         jobs = [*self.running.values(), *self.waiting]
         self.running.clear()
         self.waiting.clear()
         self._entries, self._free_kv = None, self.kv_tokens
         yield from jobs
+
+
+def _rows_s(step: StepTime, rows: int) -> float:
+    """Return the seconds of a step of so many decoding rows at no context."""
+    if step.fit is None or step.own is None:
+        return max(step.rows_s(float(rows)), 0.0)
+    return (step.fit.seconds(Work(decodes=rows)) if rows else 0.0) + step.own.seconds(rows)
+
+
+def _mixed_s(fit: Fit, own: OwnTime, decoding: int, context: int, pieces: Iterable[tuple[int, int]]) -> float:
+    """Return the seconds of a step with pieces of prompts: the position of the first token of each, and their count."""
+    work = Work(decodes=decoding, context=context)
+    for start, tokens in pieces:
+        work = work.add(start, tokens)
+    return fit.seconds(work) + own.seconds(work.reads)
 
 
 Router = Callable[[list[Replica], Job, float], Replica | None]

@@ -20,6 +20,12 @@ AZURE_HEADER = ["TIMESTAMP", "ContextTokens", "GeneratedTokens"]
 STEADY = "steady"
 """In place of a file: Poisson arrivals at the rates of the fleet file, with its lengths."""
 
+DAY = ((0, 0.3), (5, 0.2), (8, 1.0), (10, 1.7), (12.5, 1.3), (15, 1.8), (18, 1.2), (21, 0.7), (24, 0.3))
+"""A made-up day: hours and relative rates, with straight lines between them; a peak in the morning and one behind noon.
+"""
+BLOCK = 512
+"""Tokens of a prompt that each of Mooncake's `hash_ids` stands for."""
+
 
 class Arrival(NamedTuple):
     """One request of a trace: seconds from its start, tokens of the prompt and of the answer."""
@@ -93,6 +99,17 @@ class Trace:
         told = f"rate x{factor:g}, {how}: CV of gaps {self.variation:.1f} before, {made.variation:.1f} after"
         return replace(made, told=(*self.told, told))
 
+    def day(self) -> Trace:
+        """Return the trace with a made-up day in its length: all its requests in their order, closer where the day's
+        rate is higher, at the same mean rate.
+        """
+        kept = tuple(a._replace(at_s=self.seconds * _hour(a.at_s / self.seconds) / 24) for a in self.arrivals)
+        mean = _passed(24) / 24
+        low, high = (pick(rate / mean for _, rate in DAY) for pick in (min, max))
+        peaks = "peaks at 10 and 15 h"
+        told = f"a made-up day of 24 h in {self.seconds:g} s: rate x{low:.2f} at 5 h to x{high:.2f}, {peaks}"
+        return replace(self, arrivals=kept, told=(*self.told, told))
+
     def turned(self, share: float) -> Trace:
         """Return the trace begun at another place, its beginning put behind its end."""
         offset = share * self.seconds
@@ -109,6 +126,27 @@ class Asked(NamedTuple):
     kind: int
     prompt: int
     output: int
+
+
+def _passed(hour: float) -> float:
+    """Return the integral of a day's rate up to an hour."""
+    found = 0.0
+    for (begin, low), (end, high) in pairwise(DAY):
+        part = min(max(hour - begin, 0.0), end - begin)
+        found += part * (low + (high - low) * part / (end - begin) / 2)
+    return found
+
+
+def _hour(share: float) -> float:
+    """Return the hour up to which a share of a day's requests has come."""
+    left = share * _passed(24)
+    for (begin, low), (end, high) in pairwise(DAY):
+        whole = (end - begin) * (low + high) / 2
+        if left <= whole:
+            slope = (high - low) / (end - begin)
+            return begin + 2 * left / (low + math.sqrt(max(0.0, low * low + 2 * slope * left)))
+        left -= whole
+    return 24.0
 
 
 def read_trace(path: Path) -> Trace:
@@ -159,12 +197,27 @@ def _mooncake(path: Path, lines: Sequence[str]) -> list[Arrival]:
         if not line.strip():
             continue
         try:
-            body = json.loads(line)
-            found.append(_arrival(body["timestamp"] / 1e3, int(body["input_length"]), int(body["output_length"])))
+            found.append(_of_mooncake(json.loads(line)))
         except (ValueError, KeyError, TypeError) as error:
             told = f"{type(error).__name__}: {error}"
             raise InputError(f"{path}:{number}: {told}: neither Azure's CSV nor Mooncake's JSON lines") from None
     return found
+
+
+def _of_mooncake(body: object) -> Arrival:
+    """Return the request of a line. Its `hash_ids` are checked and left: no replica of a simulation keeps prompts."""
+    if not isinstance(body, dict):
+        raise TypeError("no object")
+    at_ms, prompt, output = (body[name] for name in ("timestamp", "input_length", "output_length"))
+    if type(at_ms) not in (int, float) or type(prompt) is not int or type(output) is not int:
+        raise TypeError(f"{at_ms!r}, {prompt!r} and {output!r} are no time in ms and two counts of tokens")
+    names = body.get("hash_ids")
+    if names is not None:
+        if not isinstance(names, list) or not all(type(one) is int and one >= 0 for one in names):
+            raise TypeError("hash_ids is no list of whole numbers")
+        if len(names) != -(-prompt // BLOCK):
+            raise ValueError(f"{len(names)} hash_ids for {prompt} tokens: there is one for each {BLOCK}")
+    return _arrival(at_ms / 1e3, prompt, output)
 
 
 def _arrival(at_s: float, prompt: int, output: int) -> Arrival:
