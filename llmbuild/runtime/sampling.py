@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmbuild.errors import InputError
 from llmbuild.runtime import checks
+from llmbuild.runtime.draw import drawn
 
 LARGEST_SEED = 2**64 - 1
 
@@ -89,33 +90,5 @@ class Sampler:
         """
         if not isinstance(logits, np.ndarray) or logits.ndim != 1 or not logits.size or logits.dtype.kind != "f":
             raise InputError("logits must be a row of floating-point numbers, one for each token")
-        kept = self._kept(logits)
-        scaled = logits[kept].astype(np.float64)
-        most = scaled.max()
-        if not np.isfinite(most):
-            raise InputError(
-                f"the largest logit is {most}: the variant computes no probabilities, nothing can be drawn"
-            )
-        with np.errstate(over="ignore"):  # a tiny temperature: less likely tokens get probability 0
-            weights = np.exp((scaled - most) / self.sampling.temperature)
-        weights /= weights.sum()
-        if self.sampling.top_p < 1:
-            kept, weights = _nucleus(kept, weights, self.sampling.top_p)
-        return int(self._random.choice(kept, p=weights))
-
-    def _kept(self, logits: NDArray[np.float32]) -> NDArray[np.int64]:
-        """Return the top k tokens without sorting the rest; all of them where k is 0."""
-        k = self.sampling.top_k
-        if k == 0 or k >= logits.size:
-            return np.arange(logits.size)
-        return np.argpartition(logits, -k)[-k:]
-
-
-def _nucleus(
-    tokens: NDArray[np.int64], weights: NDArray[np.float64], share: float
-) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the fewest tokens whose weights sum to `share`, the most likely first; at least one."""
-    order = np.argsort(-weights, kind="stable")
-    count = int(np.searchsorted(np.cumsum(weights[order]), share)) + 1
-    chosen = order[:count]
-    return tokens[chosen], weights[chosen] / weights[chosen].sum()
+        of = self.sampling
+        return drawn(logits, self._random.random(), of.temperature, of.top_k, of.top_p)

@@ -10,16 +10,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
 
-from llmbuild.errors import InputError
+from llmbuild.runtime.draw import checked, drawn
 from llmbuild.serve.events import Logprob
-from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.serve.request import Request
 from llmbuild.serve.step import Logits, Output
 
 _WORD = 2**64 - 1
-_FEW = 256
-"""Tokens that usually have the probability that `top_p` asks for: only these are sorted."""
 
 
 class Chooser:
@@ -79,7 +76,8 @@ class Chooser:
             matching.restrict(made)
         if greedy:
             return int(checked(made).argmax())
-        return drawn(made, params, uniform(self._seed, self._index, self._chosen))
+        share = uniform(self._seed, self._index, self._chosen)
+        return drawn(made, share, params.temperature, params.top_k, params.top_p, params.min_p)
 
     def _changed(self, logits: Logits) -> Logits:
         """Return logits with penalties and biases; the given ones are only read."""
@@ -116,47 +114,6 @@ def uniform(seed: int, sequence: int, place: int) -> float:
     return float(np.random.Generator(bits).random())
 
 
-def drawn(logits: Logits, params: SamplingParams, share: float) -> int:
-    """Return the token at a share of the distribution that the parameters leave.
-
-    Raises:
-        InputError: the logits are no distribution.
-    """
-    most = float(checked(logits).max())
-    kept = np.flatnonzero(logits >= _least(logits, most, params))
-    with np.errstate(over="ignore"):  # a tiny temperature: less likely tokens get probability 0
-        weights = np.exp((logits[kept].astype(np.float64) - most) / params.temperature)
-    if params.top_p < 1:
-        inside = _nucleus(weights, params.top_p)
-        kept, weights = kept[inside], weights[inside]
-    reached = np.cumsum(weights)
-    at = int(np.searchsorted(reached, share * reached[-1], side="right"))
-    return int(kept[min(at, kept.size - 1)])
-
-
-def _least(logits: Logits, most: float, params: SamplingParams) -> float:
-    """Return the least logit that `top_k` and `min_p` leave in; tokens as likely as the k-th are left in with it."""
-    least = -np.inf
-    if 0 < params.top_k < logits.size:
-        least = float(np.partition(logits, logits.size - params.top_k)[logits.size - params.top_k])
-    if params.min_p > 0:
-        least = max(least, most + params.temperature * float(np.log(params.min_p)))
-    return least
-
-
-def _nucleus(weights: NDArray[np.float64], share: float) -> NDArray[np.int64]:
-    """Return the places of the fewest weights that sum to a share of all, in their own order; at least one."""
-    wanted = share * weights.sum()
-    places = np.arange(weights.size)
-    if weights.size > 2 * _FEW:
-        few = np.flatnonzero(weights >= np.partition(weights, weights.size - _FEW)[weights.size - _FEW])
-        if weights[few].sum() >= wanted:
-            places = few
-    order = places[np.argsort(-weights[places], kind="stable")]
-    count = int(np.searchsorted(np.cumsum(weights[order]), wanted)) + 1
-    return np.sort(order[:count])
-
-
 def logprob(logits: Logits, token: int, count: int) -> Logprob:
     """Return the log-probability of a token, and the `count` most likely ones; equal ones in the order of ids."""
     wide = checked(logits).astype(np.float64)
@@ -173,15 +130,3 @@ def logprob(logits: Logits, token: int, count: int) -> Logprob:
 def _shown(value: float) -> float:
     """Return a log-probability that JSON can hold: that of a token that cannot come is OpenAI's least number."""
     return max(float(value), -9999.0)
-
-
-def checked(logits: Logits) -> Logits:
-    """Return logits from which a token can be chosen.
-
-    Raises:
-        InputError: one is NaN or +inf, or all are -inf.
-    """
-    most = logits.max()  # NaN where one is
-    if not np.isfinite(most):
-        raise InputError(f"the largest logit is {most}: there are no probabilities to choose from")
-    return logits

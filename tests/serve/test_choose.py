@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from llmbuild.errors import InputError
-from llmbuild.serve.choose import Chooser, drawn, logprob, uniform
-from llmbuild.serve.request import SamplingParams
+from llmbuild.runtime.draw import drawn
+from llmbuild.serve.choose import Chooser, logprob, uniform
 from llmbuild.serve.step import Output
 from tests.support.serving import request
 
@@ -22,8 +22,8 @@ ROW = np.array([1.0, 3.0, 2.0, 2.5, -1.0], np.float32)
 def share_of(row: Any, **params: Any) -> dict[int, float]:
     """Return how often each token is drawn, of many equal steps through [0, 1)."""
     steps = 4000
-    made = SamplingParams(**params)
-    tokens, counts = np.unique([drawn(row, made, i / steps) for i in range(steps)], return_counts=True)
+    heat = params.pop("temperature", 1.0)
+    tokens, counts = np.unique([drawn(row, i / steps, heat, **params) for i in range(steps)], return_counts=True)
     return dict(zip(tokens.tolist(), (counts / steps).tolist(), strict=True))
 
 
@@ -66,7 +66,17 @@ def test_the_nucleus_of_many_tokens_is_that_of_a_full_sort(row: Any, share: floa
     order = np.argsort(-weights, kind="stable")
     reached = np.cumsum(weights[order])
     inside = set(order[: int(np.searchsorted(reached, share * (1 + 1e-9))) + 1].tolist())
-    assert drawn(row, SamplingParams(top_p=share), at) in inside
+    assert drawn(row, at, 1.0, top_p=share) in inside
+
+
+@given(
+    arrays(np.float32, st.sampled_from([1, 255, 256, 257, 700]), elements=st.floats(-30, 8, width=32)),
+    st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_is_where_its_share_of_the_softmax_is_reached(row: Any, at: float) -> None:
+    token, reached = drawn(row, at, 1.0), np.cumsum(softmax(row))
+    assert reached[token] >= at - 1e-6
+    assert at >= (reached[token - 1] if token else 0) - 1e-6
 
 
 def choices(row: Any, count: int, prompt: list[int], **params: Any) -> list[int]:
@@ -124,7 +134,7 @@ def test_a_token_that_cannot_come_has_a_number() -> None:
 def test_logits_that_are_no_distribution_are_refused(bad: float, params: dict[str, Any]) -> None:
     row = ROW.copy()
     row[2] = bad
-    with pytest.raises(InputError, match="there are no probabilities"):
+    with pytest.raises(InputError, match="computes no probabilities"):
         choices(row, 1, [], **params)
-    with pytest.raises(InputError, match="there are no probabilities"):
+    with pytest.raises(InputError, match="computes no probabilities"):
         choices(np.full(4, -np.inf, np.float32), 1, [], **params)
