@@ -61,23 +61,29 @@ class Chooser:
     def _read(self, output: Output) -> int:
         """Return the token that the logits say, changed as asked for.
 
-        What may follow by a grammar is asked of the likeliest token first: most often it may, and is then the likeliest
-        of those that may.
+        What may follow by a grammar is asked of one token first, the likeliest or one that is drawn from all: most
+        often it may. The likeliest is then that of those that may. A drawn one that may is taken, and else one is drawn
+        of those that may: so each of these has its share of their probability, as if the others had been ruled out.
         """
         assert output.logits is not None
-        params, made = self._params, self._changed(output.logits)
-        greedy, matching = params.temperature == 0, self._matching
-        if greedy:
-            likeliest = int(checked(made).argmax())
-            if matching is None or matching.allows(likeliest):
-                return likeliest
-        if matching is not None:
-            made = made.astype(np.float32, copy=True) if made is output.logits else made
-            matching.restrict(made)
-        if greedy:
-            return int(checked(made).argmax())
-        share = uniform(self._seed, self._index, self._chosen)
-        return drawn(made, share, params.temperature, params.top_k, params.top_p, params.min_p)
+        params, made, matching = self._params, self._changed(output.logits), self._matching
+        if matching is None:
+            return self._found(made, 0)
+        if params.temperature == 0 or not params.narrowed:
+            token = self._found(made, 0)
+            if matching.allows(token):
+                return token
+        made = made.astype(np.float32, copy=True) if made is output.logits else made
+        matching.restrict(made)
+        return self._found(made, 1)
+
+    def _found(self, logits: Logits, turn: int) -> int:
+        """Return the likeliest token, or one that is drawn by the draw of a turn."""
+        params = self._params
+        if params.temperature == 0:
+            return int(checked(logits).argmax())
+        share = uniform(self._seed, self._index, self._chosen, turn)
+        return drawn(logits, share, params.temperature, params.top_k, params.top_p, params.min_p)
 
     def _changed(self, logits: Logits) -> Logits:
         """Return logits with penalties and biases; the given ones are only read."""
@@ -107,10 +113,10 @@ class Chooser:
             made[said] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
 
 
-def uniform(seed: int, sequence: int, place: int) -> float:
-    """Return the draw from [0, 1) that belongs to a place of a sequence."""
+def uniform(seed: int, sequence: int, place: int, turn: int = 0) -> float:
+    """Return the draw from [0, 1) that belongs to a place of a sequence, and to a turn at this place."""
     key = np.array([seed & _WORD, sequence], np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([place, 0, 0, 0], np.uint64))
+    bits = np.random.Philox(key=key, counter=np.array([place, turn, 0, 0], np.uint64))
     return float(np.random.Generator(bits).random())
 
 

@@ -97,6 +97,11 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1)
 
     @property
+    def narrowed(self) -> bool:
+        """Whether draws are from less than all tokens."""
+        return self.top_k > 0 or self.top_p < 1 or self.min_p > 0
+
+    @property
     def plain(self) -> bool:
         """Whether the device's own choice is taken: greedy, and nothing changes a logit."""
         changed = self.penalized or self.biases or self.min_tokens

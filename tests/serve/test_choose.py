@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,6 +106,38 @@ def test_the_given_logits_are_only_read() -> None:
     chooser = Chooser(request("r", [1], 1, logit_bias={1: -9}, repetition_penalty=2.0, min_tokens=3), 0, [2])
     chooser.choose(Output(1, row))
     assert (row == ROW).all()
+
+
+class Only:
+    """A grammar, and the beginning of an answer in it, that lets some tokens follow and no others."""
+
+    def __init__(self, *allowed: int) -> None:
+        self.allowed = allowed
+
+    def begin(self) -> Only:
+        return self
+
+    def allows(self, token: int) -> bool:
+        return token in self.allowed
+
+    def restrict(self, logits: Any) -> None:
+        logits[[token for token in range(logits.size) if token not in self.allowed]] = -np.inf
+
+    def take(self, token: int) -> None:
+        assert token in self.allowed
+
+
+@pytest.mark.parametrize(
+    ("params", "heat"), [({}, 1.0), ({"temperature": 2.0}, 2.0), ({"top_k": 2, "temperature": 0.5}, 0.5)]
+)
+def test_draws_under_a_grammar_have_the_shares_of_those_that_may_follow(params: dict[str, Any], heat: float) -> None:
+    grammar, draws = Only(1, 2, 4), 6000
+    asked = replace(request("r", [0], draws, **{"temperature": 1.0, **params}), grammar=grammar)
+    chooser = Chooser(asked, 0, [])
+    counts = np.bincount([chooser.choose(Output(1, ROW))[0] for _ in range(draws)], minlength=5) / draws
+    left = [1, 2] if "top_k" in params else [1, 2, 4]
+    wanted = dict(zip(left, softmax(ROW[left] / np.float32(heat)), strict=True))
+    assert [counts[n] for n in range(5)] == pytest.approx([wanted.get(n, 0) for n in range(5)], abs=0.02)
 
 
 def test_draws_are_numbered() -> None:
