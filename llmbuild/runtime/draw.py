@@ -53,7 +53,7 @@ def checked(logits: Logits) -> Logits:
     Raises:
         InputError: one is NaN or +inf, or all are -inf.
     """
-    most = logits.max()  # NaN where one is
+    most = logits.max(initial=-np.inf)  # NaN where one is
     if not np.isfinite(most):
         raise InputError(f"the largest logit is {most}: the variant computes no probabilities, nothing can be drawn")
     return logits

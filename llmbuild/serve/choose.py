@@ -73,9 +73,8 @@ class Chooser:
             token = self._found(made, 0)
             if matching.allows(token):
                 return token
-        made = made.astype(np.float32, copy=True) if made is output.logits else made
-        matching.restrict(made)
-        return self._found(made, 1)
+        allowed = matching.allowed()
+        return int(allowed[self._found(made[allowed], 1)])
 
     def _found(self, logits: Logits, turn: int) -> int:
         """Return the likeliest token, or one that is drawn by the draw of a turn."""

@@ -13,11 +13,11 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.serve.errors import RequestRefused
-from llmbuild.serve.step import Logits
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -32,11 +32,11 @@ class Matching:
     """Where one answer is in its grammar."""
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
-        self._matcher = matcher
+        self._matcher, self._vocabulary = matcher, vocabulary
         self._bits = np.zeros((1, (vocabulary + 31) // 32), np.int32)
 
-    def restrict(self, logits: Logits) -> None:
-        """Rule out, in place, every token that may not follow.
+    def allowed(self) -> NDArray[np.int64]:
+        """Return the tokens that may follow, by id.
 
         Raises:
             InputError: the matcher has failed.
@@ -45,8 +45,8 @@ class Matching:
 
         fill_next_token_bitmask(self._matcher, self._bits)
         self._check()
-        barred = np.unpackbits(~self._bits.view(np.uint8)[0], count=logits.size, bitorder="little")
-        np.copyto(logits, -np.inf, where=barred.view(np.bool_))
+        bits = np.unpackbits(self._bits.view(np.uint8)[0], count=self._vocabulary, bitorder="little")
+        return np.flatnonzero(bits.view(np.bool_))
 
     def allows(self, token: int) -> bool:
         """Return whether a token may follow.
@@ -137,7 +137,7 @@ class Grammars:
             raise RequestRefused(f"{name}: {what} is not supported: {matcher.get_error()[:300]}", name)
         made = Grammar(matcher, self._vocabulary)
         try:  # some faults appear with the first token: here nobody else waits for them
-            made.begin().restrict(np.zeros(self._vocabulary, np.float32))
+            made.begin().allowed()
         except InputError as error:
             raise RequestRefused(f"{name}: {what} lets no answer begin: {error}", name) from None
         return made

@@ -20,7 +20,7 @@ from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Batch, Scheduler, State
 from llmbuild.serve.speculate import Speculation
 from llmbuild.serve.step import Output, Rows
-from tests.support.serving import ADAPTIVE, CONTEXT, PAGE, VOCABULARY, Bench, FakeStep, alone, request
+from tests.support.serving import ADAPTIVE, CONTEXT, PAGE, Bench, FakeStep, alone, request
 
 POLICIES: list[Scheduler] = [Fcfs(8), Sarathi(1, 1), Sarathi(5, 2), *ADAPTIVE]
 
@@ -323,9 +323,9 @@ class Cycle:
         """Return the beginning of an answer."""
         return Cycle(self.tokens)
 
-    def restrict(self, logits: Any) -> None:
-        """Rule out all tokens but the next."""
-        logits[np.arange(VOCABULARY) != self.tokens[self.at % len(self.tokens)]] = -np.inf
+    def allowed(self) -> Any:
+        """Return the next token alone."""
+        return np.array([self.tokens[self.at % len(self.tokens)]])
 
     def allows(self, token: int) -> bool:
         """Return whether it is the next."""

@@ -58,10 +58,9 @@ def answer(grammars: Grammars, schema: Any, seed: int, **params: Any) -> str:
 
 def restricted(chooser: Chooser, row: Any) -> int:
     """Return the likeliest token of those that may follow, of all of them."""
-    made = row.copy()
     assert chooser._matching is not None
-    chooser._matching.restrict(made)
-    return int(made.argmax())
+    allowed = chooser._matching.allowed()
+    return int(allowed[row[allowed].argmax()])
 
 
 def _bytes() -> dict[int, str]:

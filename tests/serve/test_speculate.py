@@ -142,8 +142,8 @@ class Scripted:
     def allows(self, token: int) -> bool:
         return self._may(token)
 
-    def restrict(self, logits: Any) -> None:
-        logits[[not self._may(token) for token in range(VOCABULARY)]] = -np.inf
+    def allowed(self) -> Any:
+        return np.array([token for token in range(VOCABULARY) if self._may(token)])
 
     def take(self, token: int) -> None:
         assert self._may(token)
