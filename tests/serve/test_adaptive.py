@@ -236,6 +236,8 @@ def test_the_comparison_of_schedulers_runs_the_same_requests_under_each(capsys: 
     bench.main("--loads 90 --seeds 2 --requests 40 --json".split())
     told = json.loads(capsys.readouterr().out)
     by_name = {row["scheduler"]: row for row in told["rows"]}
-    assert list(by_name) == ["fcfs", "sarathi", "fairbatching", "isrtf oracle", "isrtf noisy", "isrtf blind", "vtc"]
+    assert list(by_name) == [
+        *("fcfs", "sarathi", "fairbatching", "isrtf oracle", "isrtf noisy", "isrtf history", "isrtf blind", "vtc")
+    ]
     assert len({row["rate_per_s"] for row in told["rows"]}) == 1
     assert by_name["isrtf blind"]["e2e_s_mean"] == by_name["sarathi"]["e2e_s_mean"]  # nothing to prefer
