@@ -78,7 +78,8 @@ def test_a_variants_answers_train_a_predictor_that_changes_no_answer(llm: LLM, c
     known = [{"prompt": f"def f{i}", "output_tokens": 3 + 9 * (i % 2), "group": str(i % 6)} for i in range(36)]
     asked = [{"prompt": "self"}, {"prompt": "a"}, {"prompt": "ab"}, {"messages": [{"role": "user", "content": "ab"}]}]
     (tmp_path / "prompts").write_text("".join(json.dumps(one) + "\n" for one in (*known, *asked)))
-    variant = str(llm.pick.row["variant"])
+    assert llm.pick.chosen is not None
+    variant = str(llm.pick.chosen["variant"])
     words = ["profile", variant, "-C", str(chatty.catalog), "--answers", str(tmp_path / "prompts"), "--max-tokens", "4"]
     more = ["-o", str(tmp_path / "lengths"), "--held-out", str(tmp_path / "held"), "--json"]
     done = CliRunner().invoke(main, [*words, *more])

@@ -86,7 +86,7 @@ def test_a_fit_finds_what_prompts_say(model: LengthModel) -> None:
     fresh = answers(60, 1)
     said = [model.location(one.prompt) for one in fresh]
     assert kendall(said, [one.tokens for one in fresh]) > 0.75
-    assert 0.1 < model.spread.scale < 0.5  # what was drawn has 0.2
+    assert 0.15 < model.spread.scale < 0.7  # what was drawn has 0.2 within a kind, and 1 over all
 
 
 def test_cut_answers_are_not_taken_for_short_ones() -> None:

@@ -40,14 +40,14 @@ class Answered:
     tenant: str = ""
 
 
-def fit(answers: Sequence[Answered], seed: int = 0) -> LengthModel:
+def fit(answers: Sequence[Answered], seed: int = 0, least: int = LEAST) -> LengthModel:
     """Return a model of answers.
 
     Raises:
         InputError: there are too few.
     """
-    if len(answers) < LEAST:
-        raise InputError(f"there are {len(answers)} answers: a predictor of lengths takes at least {LEAST}")
+    if len(answers) < least:
+        raise InputError(f"there are {len(answers)} answers: a predictor of lengths takes at least {least}")
     chosen = random.Random(seed).sample(list(answers), min(MOST, len(answers)))
     ridge, beside = _ridge(chosen, seed)
     made = _Seen(chosen).model(ridge)

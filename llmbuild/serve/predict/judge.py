@@ -37,7 +37,7 @@ def held_out(answers: Sequence[Answered], names: Sequence[str], seed: int = 0) -
     """Return z f64[N] of each prompt by a model fitted without all those of its name; f64[N] is in their order."""
     parts, found = folds(names, FOLDS, seed), [0.0] * len(answers)
     for part in range(FOLDS):
-        model = fit([one for one, p in zip(answers, parts, strict=True) if p != part], seed)
+        model = fit([one for one, p in zip(answers, parts, strict=True) if p != part], seed, least=1)
         for i, p in enumerate(parts):
             if p == part:
                 found[i] = model.location(answers[i].prompt)
