@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -12,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llmbuild.errors import InputError
@@ -176,6 +177,16 @@ def arrays(**changed: Any) -> bytes:
 def test_what_is_no_predictor_is_refused(body: bytes, told: str, tmp_path: Path) -> None:
     (tmp_path / "p").write_bytes(body)
     with pytest.raises(InputError, match=told):
+        files.read(tmp_path / "p")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(at=st.integers(0, 40_000), byte=st.integers(0, 255))
+def test_a_damaged_file_is_read_or_refused(at: int, byte: int, tmp_path: Path) -> None:
+    body = bytearray(arrays())
+    body[at % len(body)] = byte
+    (tmp_path / "p").write_bytes(body)
+    with contextlib.suppress(InputError):
         files.read(tmp_path / "p")
 
 

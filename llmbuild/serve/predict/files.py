@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
+import zlib
 from dataclasses import asdict, dataclass, fields
 from io import BytesIO
 from pathlib import Path
@@ -21,6 +22,8 @@ VERSION = 1
 _LARGEST = 1 << 20
 """Bytes of a file, and of what is packed in it."""
 _MOST_QUANTILES = 4096
+_DAMAGE = (KeyError, ValueError, TypeError, EOFError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What the libraries raise for files that are none of ours."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def read(path: Path) -> tuple[LengthModel, Header]:
             _check(name, arrays[name], shapes.get(name))
     except OSError as error:
         raise InputError(f"{path}: {error.strerror or error}") from None
-    except (KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _DAMAGE as error:
         told = f"{path}: no predictor of lengths: {error}"
         raise InputError(f"{told}: `llmbuild profile VARIANT --answers PROMPTS.jsonl -o FILE` writes one") from None
     weights, rarity = (arrays[name].astype(np.float64) for name in ("weights", "rarity"))

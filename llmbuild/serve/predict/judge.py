@@ -53,12 +53,11 @@ def kendall(predicted: Any, actual: Any) -> float:
 
 def online(answers: Sequence[Answered], lengths: Any, otherwise: float) -> list[float]:
     """Return what a `Lengths` expects of each answer when it knows those before it; `otherwise` where it is silent."""
-    found = []
+    most, found = max(one.tokens for one in answers), []
     for i, one in enumerate(answers):
-        request = request_of(i, one.tenant, one.tokens if one.cut else None)
-        expected = lengths.predict(request, 0)
+        expected = lengths.predict(request_of(i, one.tenant, most), 0)
         found.append(otherwise if expected is None else expected)
-        lengths.learn(request, one.tokens)
+        lengths.learn(request_of(i, one.tenant, one.tokens if one.cut else None), one.tokens)
     return found
 
 
