@@ -22,6 +22,7 @@ import math
 import random
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
 from operator import attrgetter
@@ -266,33 +267,54 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
 
 
-def compared(setting: Setting, trace: Trace, loads: Sequence[int], seeds: int) -> list[dict[str, object]]:
+def compared(asked: argparse.Namespace) -> list[dict[str, object]]:
     """Return a row for each load and scheduler: means over seeds, and half of their 95 % intervals."""
-    full, rows = capacity(setting, trace), []
-    for load in loads:
-        rate = full * load / 100
-        first: list[float] = []
-        """The mean seconds of each seed by the first scheduler."""
-        for name, one in schedulers(setting).items():
-            seen = [ran(one, trace(rate, seed), seed, setting) for seed in range(seeds)]
-            means = [each["e2e_s_mean"] for each in seen]
-            first = first or means
-            for each, mine, other in zip(seen, means, first, strict=True):
-                each["e2e_s_of_fcfs"] = mine / other
-            row: dict[str, object] = {"load": load, "rate_per_s": rate, "scheduler": name}
-            for figure in seen[0]:
-                values = [each[figure] for each in seen]
-                row[figure] = mean(values)
-                row[f"{figure}_half"] = STUDENT[seeds] * stdev(values) / math.sqrt(seeds)
-            rows.append(row)
-    return rows
+    setting = setting_of(asked)
+    full, seeds = capacity(setting, trace_of(asked, setting)), range(asked.seeds)
+    names = [name for name in schedulers(setting) if name == "fcfs" or name not in asked.without]
+    cells = [(load, name) for load in asked.loads for name in names]
+    tasks = [(asked, full * load / 100, name, seed) for load, name in cells for seed in seeds]
+    if asked.jobs > 1:
+        with ProcessPoolExecutor(asked.jobs) as pool:
+            done = iter(list(pool.map(outcome, tasks)))
+    else:
+        done = iter(list(map(outcome, tasks)))
+    seen = {cell: [next(done) for _ in seeds] for cell in cells}
+    return [_row(load, full * load / 100, name, seen[load, name], seen[load, names[0]]) for load, name in cells]
 
 
-def ran(one: Candidate, arrivals: Sequence[Arrival], seed: int, setting: Setting) -> dict[str, float]:
-    """Return what requests saw under a scheduler."""
+def _row(
+    load: int, rate: float, name: str, seen: Sequence[dict[str, float]], first: Sequence[dict[str, float]]
+) -> dict[str, object]:
+    row: dict[str, object] = {"load": load, "rate_per_s": rate, "scheduler": name}
+    ratios = [one["e2e_s_mean"] / other["e2e_s_mean"] for one, other in zip(seen, first, strict=True)]
+    columns = {figure: [one[figure] for one in seen] for figure in seen[0]}
+    for figure, values in {**columns, "e2e_s_of_fcfs": ratios}.items():
+        row[figure] = mean(values)
+        row[f"{figure}_half"] = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
+    return row
+
+
+def outcome(task: tuple[argparse.Namespace, float, str, int]) -> dict[str, float]:
+    """Return what requests saw under a scheduler, by the options, the rate, its name and the seed."""
+    asked, rate, name, seed = task
+    setting = setting_of(asked)
+    one, arrivals = schedulers(setting)[name], trace_of(asked, setting)(rate, seed)
     timed, lengths = Timed(one.scheduler), None if one.lengths is None else one.lengths()
     run = simulate(told(arrivals, one.spread, seed), timed, setting.host, setting.step_s, lengths=lengths)
     return figures(run.lives, run.end_s, setting, timed)
+
+
+def trace_of(asked: argparse.Namespace, setting: Setting) -> Trace:
+    """Return what makes requests."""
+
+    def trace(rate: float, seed: int) -> list[Arrival]:
+        if asked.trace is None:
+            return bursts(setting, rate, seed)
+        prompt, output = map(float, asked.scale.split(":"))
+        return traced(asked.trace, (prompt, output), setting, rate, seed)
+
+    return trace
 
 
 def options(words: list[str] | None = None) -> argparse.Namespace:
@@ -309,6 +331,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--ttft", type=float, default=2.0, help="deadline of first tokens in seconds")
     parser.add_argument("--tpot", type=float, default=0.15, help="deadline of later tokens in seconds")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="schedulers that are left out")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="processes; the scheduler's own time is right with 1")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
@@ -329,15 +353,7 @@ def setting_of(asked: argparse.Namespace) -> Setting:
 def main(words: list[str] | None = None) -> None:
     """Print a table, or one JSON document."""
     asked = options(words)
-    setting = setting_of(asked)
-
-    def trace(rate: float, seed: int) -> list[Arrival]:
-        if asked.trace is None:
-            return bursts(setting, rate, seed)
-        prompt, output = map(float, asked.scale.split(":"))
-        return traced(asked.trace, (prompt, output), setting, rate, seed)
-
-    rows = compared(setting, trace, asked.loads, asked.seeds)
+    rows = compared(asked)
     if asked.json:
         print(json.dumps({"ttft_s": asked.ttft, "tpot_s": asked.tpot, "requests": asked.requests, "rows": rows}))
         return

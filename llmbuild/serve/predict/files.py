@@ -47,9 +47,10 @@ def write(path: Path, model: LengthModel, header: Header) -> None:
     """
     body = BytesIO()
     told = np.frombuffer(digest.canonical(asdict(header)).encode(), np.uint8)
-    quantiles = np.array(model.spread.quantiles, np.float32)
-    arrays = {"weights": model.weights, "rarity": model.rarity, "middle": [model.middle], "quantiles": quantiles}
-    np.savez_compressed(body, header=told, **{name: np.asarray(one, np.float32) for name, one in arrays.items()})
+    weights, rarity, middle, quantiles = (
+        np.asarray(one, np.float32) for one in (model.weights, model.rarity, [model.middle], model.spread.quantiles)
+    )
+    np.savez_compressed(body, header=told, weights=weights, rarity=rarity, middle=middle, quantiles=quantiles)
     put(path, body.getvalue())
 
 
