@@ -362,10 +362,10 @@ def main(words: list[str] | None = None) -> None:
     if asked.answers is not None:
         shown = "ttft_s_p99 tpot_s_p99 e2e_s_mean e2e_s_of_fcfs e2e_s_p99 longest_decile_slowdown goodput".split()
     print(f"deadlines {asked.ttft:g} s and {asked.tpot:g} s, {asked.requests} requests, {asked.seeds} seeds")
-    print(f"{'load':>5} {'scheduler':<13}" + "".join(f"{name.removesuffix('_slowdown'):>18}" for name in shown))
+    print(f"{'load':>5} {'scheduler':<18}" + "".join(f"{name.removesuffix('_slowdown'):>18}" for name in shown))
     for row in rows:
         cells = "".join(f"{row[name]:11.3g} ±{row[f'{name}_half']:<5.2g}" for name in shown)
-        print(f"{row['load']:>4}% {row['scheduler']:<13}{cells}")
+        print(f"{row['load']:>4}% {row['scheduler']:<18}{cells}".rstrip())
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ def request_of(number: int, tenant: str, most: int | None = None) -> Request:
     return Request(str(number), (number,), SamplingParams(max_tokens=most), 0, tenant=tenant)
 
 
-def scores(answers: Sequence[Answered], spread: Spread, unseen: dict[str, Sequence[float]]) -> list[Score]:
+def scores(answers: Sequence[Answered], spread: Spread, unseen: Mapping[str, Sequence[float]]) -> list[Score]:
     """Return how constants, the prompt's length, earlier answers, and z f64[N] of held-out prompts do.
 
     `unseen` are such z by what was held out.
