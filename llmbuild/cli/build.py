@@ -65,11 +65,31 @@ def compile_(recipes: tuple[Path, ...], form: str | None, keep_going: bool, **op
 @click.option(
     "--sequences", type=click.IntRange(1, 128), metavar="N", help="With --load: up to so many at a time.  [default: 16]"
 )
+@click.option(
+    "--answers",
+    type=PATH,
+    metavar="PROMPTS",
+    help="Let one VARIANT answer the prompts of a JSON Lines file, and train a predictor of the lengths of answers.",
+)
+@click.option("-o", "--output", type=PATH, metavar="FILE", help="With --answers: where the predictor is written.")
+@click.option(
+    "--held-out", type=PATH, metavar="FILE", help="With --answers: write what is predicted of each unseen prompt, too."
+)
+@click.option(
+    "--max-tokens", type=click.IntRange(2), metavar="N", help="With --answers: tokens of an answer.  [default: 256]"
+)
 def profile(what: tuple[str, ...], form: str | None, load: bool, **options: Any) -> int:
     """Measure what is compiled, on this machine: a RECIPE, or VARIANTs by digest."""
     from llmbuild.cli import building
 
     budget, sequences = options.pop("budget"), options.pop("sequences")
+    answers = {name: options.pop(name) for name in ("answers", "output", "held_out", "max_tokens")}
+    if answers["answers"]:
+        if load or budget or sequences or options["on"]:
+            raise InputError("--answers is neither with --load nor with --on")
+        return print_rows(building.profile_answers(what, Path(options["catalog"]), **answers), form)
+    if any(answers.values()):
+        raise InputError("--output, --held-out and --max-tokens are for --answers")
     if load:
         return print_rows(building.profile_load(what, build_request((), options), budget, sequences), form)
     if budget or sequences:

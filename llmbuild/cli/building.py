@@ -297,6 +297,37 @@ def profile_load(
     return load_rows(measure_loads(request.folder, variants, asked, Progress().say))
 
 
+def profile_answers(
+    what: Sequence[str],
+    catalog: Path,
+    answers: Path,
+    output: Path | None,
+    held_out: Path | None,
+    max_tokens: int | None,
+) -> list[dict[str, object]]:
+    """Train a predictor of the lengths of a variant's answers, write it, and return how it does on unseen prompts.
+
+    Raises:
+        InputError: not one variant, no file to write, or the prompts cannot be read or answered.
+    """
+    from llmbuild.report.lengths import rows as length_rows
+    from llmbuild.serve.learn import Sampled, answered, held_out_text, read, trained
+    from llmbuild.serve.predict.files import put, write
+
+    variants = _files_and_variants(what)[1]
+    if len(what) != 1 or len(variants) != 1:
+        raise InputError("--answers takes one VARIANT, by its digest")
+    if output is None:
+        raise InputError("--answers needs -o FILE: where the predictor is written")
+    sampled = Sampled() if max_tokens is None else Sampled(max_tokens)
+    made, header = answered(read(answers), catalog, variants[0], sampled, Progress().say)
+    done = trained(made)
+    write(output, done.model, header)
+    if held_out is not None:
+        put(held_out, held_out_text(made, header, done).encode())
+    return length_rows(done.scores)
+
+
 def _files_and_variants(what: Sequence[str]) -> tuple[tuple[Path, ...], list[str]]:
     """Return the recipes' files and the variants among arguments."""
     files = [name for name in what if name.endswith((".yaml", ".yml"))]

@@ -12,6 +12,7 @@ import click
 
 from llmbuild.cli.listening import ended, listen_options, listens
 from llmbuild.cli.options import (
+    PATH,
     catalog_option,
     lengths_option,
     selection_of,
@@ -68,6 +69,12 @@ VERDICTS = 4
     help="Run a sequence when all that it may take is free, or what it is expected to take. Answers stay the same.",
 )
 @click.option(
+    "--predictor",
+    type=PATH,
+    metavar="FILE",
+    help="What predicts the lengths of answers, for isrtf and --admission expected: `profile --answers` writes it.",
+)
+@click.option(
     "--slo-class",
     "classes",
     multiple=True,
@@ -109,8 +116,9 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice: each has one variant in a server")
-    if options["variant"] and len(models) > 1:
-        raise InputError("--variant is for one MODEL")
+    for name in ("variant", "predictor"):
+        if options[name] and len(models) > 1:
+            raise InputError(f"--{name} is for one MODEL")
     place, keys = listens(options, options["shutdown_timeout"])
     classes, given = dict(map(_class_of, options["classes"])), options["memory"]
     memory = None if given is None else size_of("--memory", given)
@@ -140,6 +148,7 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
         targets_of(bounds),
         speculation=options["speculation"],
         admission=options["admission"],
+        predictor=options["predictor"],
     )
     variant = options["variant"]
     if bounds and not variant:

@@ -81,8 +81,9 @@ class LLM:
         scheduler: str = FCFS,
         speculation: str = NONE,
         admission: str = WORST_CASE,
+        predictor: str | Path | None = None,
     ) -> None:
-        """Pick and open the variant.
+        """Pick and open the variant; `predictor` is a file of what predicts the lengths of answers.
 
         Raises:
             LlmbuildError: as `llmbuild.load`, or the memory does not hold one sequence.
@@ -94,7 +95,8 @@ class LLM:
         self.pick: Pick = found.pick
         self._outputs: dict[str, RequestOutput] = {}
         limits = Limits(LARGEST_COUNT, math.inf)
-        settings = Settings(memory_bytes, max_sequences, scheduler, limits, speculation, admission)
+        place = None if predictor is None else Path(predictor)
+        settings = Settings(memory_bytes, max_sequences, scheduler, limits, speculation, admission, place)
         (self._served,) = opened([found], settings, self._take, {})
         self._asked = 0
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from llmbuild.errors import InputError
 from llmbuild.runtime.answers import Text
@@ -18,8 +19,11 @@ from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Outlet
 from llmbuild.serve.grammar import Grammars
+from llmbuild.serve.lengths import History, Lengths
 from llmbuild.serve.observe import Observer
 from llmbuild.serve.per_sequence import PerSequenceStep
+from llmbuild.serve.predict.files import of_tokens
+from llmbuild.serve.predict.learned import Learned
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.named import FCFS, Targets, scheduler
@@ -46,6 +50,8 @@ class Plan:
     """How tokens are guessed ahead, by its name."""
     admission: str = WORST_CASE
     """By what sequences are admitted, by its name."""
+    predictor: Path | None = None
+    """The file of what predicts the lengths of answers; None for what earlier answers had."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +64,20 @@ class Settings:
     limits: Limits = Limits()  # noqa: RUF009 - frozen
     speculation: str = NONE
     admission: str = WORST_CASE
+    predictor: Path | None = None
     plans: Mapping[str, Plan] = field(default_factory=dict)
     classes: Mapping[str, Targets] = field(default_factory=dict)
     """Deadlines of the classes that requests may name."""
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""
-        plan = Plan(self.scheduler, self.max_sequences, speculation=self.speculation, admission=self.admission)
+        plan = Plan(
+            self.scheduler,
+            self.max_sequences,
+            speculation=self.speculation,
+            admission=self.admission,
+            predictor=self.predictor,
+        )
         return self.plans.get(name, plan)
 
 
@@ -102,6 +115,7 @@ class Served:
             outlet,
             settings.limits,
             observer,
+            lengths=_lengths(model, plan.predictor),
             speculation=guesses,
             admission=self.admission,
         )
@@ -202,6 +216,18 @@ def _speculation(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> S
         told = f"{name}: speculation {plan.speculation} needs a variant that computes several rows in one call"
         raise InputError(f"{told}: one with kernel=own")
     return None
+
+
+def _lengths(model: Model, place: Path | None) -> Lengths:
+    """Return what predicts the lengths of a model's answers.
+
+    Raises:
+        InputError: a predictor that cannot be read, or of other tokens.
+    """
+    if place is None:
+        return History()
+    made = of_tokens(place, str(model.row["model"]), model.row.get("tokenizer"))
+    return Learned(made.location, made.spread)
 
 
 def _admission(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> Admission:

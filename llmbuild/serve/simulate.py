@@ -11,7 +11,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
+from llmbuild.serve.lengths import AGAIN
 from llmbuild.serve.schedule.state import SEEN, Batch, Entry, Scheduler, State
 from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.spec.load_curve import Work
@@ -33,6 +35,16 @@ class Arrival:
     tpot_s: float | None = None
     predicted: float | None = None
     """How many tokens its answer is expected to have."""
+
+
+class Expects(Protocol):
+    """Predicts the lengths of simulated answers: asked when the engine asks, and told of ends as the engine tells."""
+
+    def predict(self, asked: Arrival, tokens: int) -> float | None:
+        """Return how many tokens an answer is expected to have in all when it has `tokens`; None where unknown."""
+
+    def learn(self, asked: Arrival, tokens: int) -> None:
+        """Take an answer that has ended after so many tokens."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +73,7 @@ class Life:
     admitted_s: float = -1.0
     first_s: float = -1.0
     end_s: float = -1.0
+    predicted: float | None = None
 
     @property
     def ttft_s(self) -> float:
@@ -97,7 +110,7 @@ class Life:
             asked.priority,
             asked.ttft_s,
             asked.tpot_s,
-            asked.predicted,
+            self.predicted,
             self.takes,
         )
 
@@ -119,8 +132,8 @@ class Simulated:
 class _Server:
     """The state of one simulated server."""
 
-    def __init__(self, scheduler: Scheduler, host: Host) -> None:
-        self.scheduler, self.host = scheduler, host
+    def __init__(self, scheduler: Scheduler, host: Host, lengths: Expects | None) -> None:
+        self.scheduler, self.host, self.lengths = scheduler, host, lengths
         self.running: dict[int, Life] = {}
         self.waiting: list[Life] = []
         self.reserved = 0
@@ -129,6 +142,7 @@ class _Server:
     def queue(self, one: Life) -> None:
         """Take a request that has come."""
         self.accounts.arrived(one.asked.tenant)
+        one.predicted = one.asked.predicted if self.lengths is None else self.lengths.predict(one.asked, 0)
         insort(self.waiting, one, key=lambda each: (each.asked.priority, each.number))
 
     def batch(self, now: float) -> Batch:
@@ -179,11 +193,23 @@ class _Server:
                 self.accounts.token(one.asked.tenant)
                 if one.tokens == 1:
                     one.first_s = now
+                if self.lengths is not None and not one.tokens % AGAIN:
+                    one.predicted = self.lengths.predict(one.asked, one.tokens)
                 if one.tokens == one.asked.output:
-                    one.end_s = now
-                    self.reserved -= one.takes
-                    self.accounts.ended(one.asked.tenant)
-                    del self.running[number]
+                    self._end(one, now)
+
+    def _end(self, one: Life, now: float) -> None:
+        """Free what an answer that has ended holds, and learn of it, as the engine does."""
+        one.end_s = now
+        self.reserved -= one.takes
+        self.accounts.ended(one.asked.tenant)
+        del self.running[one.number]
+        if self.lengths is None:
+            return
+        self.lengths.learn(one.asked, one.tokens)
+        for other in (*self.running.values(), *islice(self.waiting, SEEN)):
+            if other.predicted is None and other.asked.tenant == one.asked.tenant:
+                other.predicted = self.lengths.predict(other.asked, other.tokens)
 
 
 def _position(one: Life) -> int:
@@ -197,8 +223,11 @@ def simulate(
     host: Host,
     step_s: StepTime,
     covers: Callable[[Work], bool] = lambda work: True,
+    lengths: Expects | None = None,
 ) -> Simulated:
     """Run requests, in the order of their arrival, to their ends.
+
+    Schedulers are told what `lengths` says of answers, or else what the requests say.
 
     Raises:
         ValueError: a request does not fit in an empty server.
@@ -207,7 +236,7 @@ def simulate(
     for one in lives:
         if one.takes > host.blocks or one.asked.prompt > host.context:
             raise ValueError(f"a request of {one.asked.prompt} + {one.asked.output} tokens does not fit")
-    server, coming = _Server(scheduler, host), deque(lives)
+    server, coming = _Server(scheduler, host, lengths), deque(lives)
     now = busy = 0.0
     steps = outside = 0
     seen: list[int] = []

@@ -1,36 +1,49 @@
 """Compare schedulers on a bursty trace, over a load curve with a simulated clock: the same requests, forced lengths.
 
     python scripts/bench/schedulers.py [-C CATALOG --variant DIGEST] [--trace FILE.csv --scale PROMPT:OUTPUT] [--json]
+    python scripts/bench/schedulers.py --answers FILE
 
 Requests come in bursts (Gamma gaps, coefficient of variation 3), or as in a trace of Azure's public form (columns
 TIMESTAMP, ContextTokens, GeneratedTokens; lengths divided by `--scale`), at shares of the capacity: what a server
 answers in a second that is never idle. Two tenants ask, one of them for a tenth. Without a variant, the steps take what
 was measured of SmolLM2-135M in int8 on two cores. Figures are means over seeds with Student's 95 % intervals.
+
+`--answers` takes what `llmbuild profile --answers --held-out` wrote: prompts and answers then have a real model's
+lengths, in bursts, and `isrtf` is compared by what the predictor said of prompts that it had not seen.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import gzip
 import json
 import math
 import random
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import datetime
+from operator import attrgetter
 from pathlib import Path
 from statistics import mean, stdev
 from time import perf_counter
+from typing import Any
 
 from llmbuild.runtime import reader
+from llmbuild.serve.lengths import History, Lengths
+from llmbuild.serve.predict.judge import request_of
+from llmbuild.serve.predict.learned import Learned
+from llmbuild.serve.predict.model import Spread
+from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.fair_batching import FairBatching
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.schedule.isrtf import Isrtf
 from llmbuild.serve.schedule.sarathi import Sarathi
 from llmbuild.serve.schedule.state import Batch, Scheduler, State
 from llmbuild.serve.schedule.vtc import Vtc
-from llmbuild.serve.simulate import Arrival, Host, Life, StepTime, simulate
+from llmbuild.serve.simulate import Arrival, Expects, Host, Life, StepTime, simulate
 from llmbuild.spec.load_curve import Fit, Table, Work
 
 MEASURED = Fit(
@@ -61,6 +74,63 @@ class Setting:
     tpot_s: float
     lengths: Callable[[random.Random], tuple[int, int]]
     count: int
+    answers: Answers | None = None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Lengths of a real model's answers, and what a predictor said of each that had not seen its prompt."""
+
+    rows: Sequence[Mapping[str, Any]]
+    spread: Spread
+    most: int
+    """Tokens that an answer may have."""
+
+    @staticmethod
+    def read(path: Path) -> Answers:
+        """Return what `llmbuild profile --answers --held-out` wrote."""
+        with gzip.open(path, "rt") if path.suffix == ".gz" else open(path) as file:
+            found = json.load(file)
+        return Answers(found["rows"], Spread(tuple(found["quantiles"])), found["max_tokens"])
+
+    def predictors(self) -> dict[str, Callable[[], Expects]]:
+        """Return what makes the predictors that are compared, by name."""
+        found: dict[str, Callable[[], Expects]] = {
+            "kinds": lambda: OfRequests(History(), self, lambda one: str(self.rows[one.row]["tenant"])),
+            "trained": lambda: OfRequests(Learned(lambda ids: float(self.rows[ids[0]]["z"]), self.spread), self),
+        }
+        if "z_other_groups" in self.rows[0]:
+            other = lambda ids: float(self.rows[ids[0]]["z_other_groups"])  # noqa: E731 - beside its sibling
+            found["other groups"] = lambda: OfRequests(Learned(other, self.spread), self)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn(Arrival):
+    """A request that has the lengths of a row of `Answers`."""
+
+    row: int = 0
+
+
+class OfRequests:
+    """Asks a server's own predictor about simulated requests, each of the tenant that `whose` names."""
+
+    def __init__(
+        self, lengths: Lengths, answers: Answers | None = None, whose: Callable[[Any], str] = attrgetter("tenant")
+    ) -> None:
+        self._lengths, self._whose = lengths, whose
+        self._most = None if answers is None else answers.most
+
+    def predict(self, asked: Arrival, tokens: int) -> float | None:
+        """Return what the predictor says."""
+        return self._lengths.predict(self._request(asked), tokens)
+
+    def learn(self, asked: Arrival, tokens: int) -> None:
+        """Tell the predictor of an answer."""
+        self._lengths.learn(self._request(asked), tokens)
+
+    def _request(self, asked: Arrival) -> Request:
+        return request_of(getattr(asked, "row", 0), self._whose(asked), self._most)
 
 
 class Timed:
@@ -77,17 +147,30 @@ class Timed:
         return batch
 
 
-def schedulers(setting: Setting) -> dict[str, tuple[Scheduler, float | None]]:
-    """Return the schedulers, and the spread of what they are told of lengths: 0 is an oracle, None nothing."""
-    fair = FairBatching(setting.step_s, setting.ttft_s, setting.tpot_s)
+@dataclass(frozen=True)
+class Candidate:
+    """A scheduler, and what it is told of lengths: the true ones with a `spread` (0 is an oracle), a predictor's, or
+    nothing.
+    """
+
+    scheduler: Scheduler
+    spread: float | None = None
+    lengths: Callable[[], Expects] | None = None
+
+
+def schedulers(setting: Setting) -> dict[str, Candidate]:
+    """Return what is compared, by name."""
+    made = {} if setting.answers is None else setting.answers.predictors()
     return {
-        "fcfs": (Fcfs(), None),
-        "sarathi": (Sarathi(), None),
-        "fairbatching": (fair, None),
-        "isrtf oracle": (Isrtf(), 0.0),
-        "isrtf noisy": (Isrtf(), 0.8),
-        "isrtf blind": (Isrtf(), None),
-        "vtc": (Vtc(), None),
+        "fcfs": Candidate(Fcfs()),
+        "sarathi": Candidate(Sarathi()),
+        "fairbatching": Candidate(FairBatching(setting.step_s, setting.ttft_s, setting.tpot_s)),
+        "isrtf oracle": Candidate(Isrtf(), 0.0),
+        "isrtf noisy": Candidate(Isrtf(), 0.8),
+        **{f"isrtf {name}": Candidate(Isrtf(), lengths=each) for name, each in made.items()},
+        "isrtf history": Candidate(Isrtf(), lengths=lambda: OfRequests(History(), setting.answers)),
+        "isrtf blind": Candidate(Isrtf()),
+        "vtc": Candidate(Vtc()),
     }
 
 
@@ -106,9 +189,18 @@ def bursts(setting: Setting, rate: float, seed: int) -> list[Arrival]:
     draw, now, found = random.Random(seed), 0.0, []
     for _ in range(setting.count):
         now += draw.gammavariate(SHAPE, 1 / SHAPE) / rate
-        prompt, output = setting.lengths(draw)
-        found.append(Arrival(now, prompt, output, LIGHT if draw.random() < 0.1 else HEAVY))
+        if setting.answers is None:
+            prompt, output = setting.lengths(draw)
+            found.append(Arrival(now, prompt, output, _tenant(draw)))
+        else:
+            row = draw.randrange(len(setting.answers.rows))
+            one = setting.answers.rows[row]
+            found.append(Drawn(now, one["prompt"], one["output"], _tenant(draw), row=row))
     return found
+
+
+def _tenant(draw: random.Random) -> str:
+    return LIGHT if draw.random() < 0.1 else HEAVY
 
 
 def traced(path: Path, scale: tuple[float, float], setting: Setting, rate: float, seed: int) -> list[Arrival]:
@@ -124,8 +216,7 @@ def traced(path: Path, scale: tuple[float, float], setting: Setting, rate: float
     for at, row in zip(times, taken, strict=True):
         prompt = min(max(1, round(int(row["ContextTokens"]) / scale[0])), setting.host.context - 1)
         output = min(max(1, round(int(row["GeneratedTokens"]) / scale[1])), setting.host.context - prompt)
-        tenant = LIGHT if draw.random() < 0.1 else HEAVY
-        found.append(Arrival((at - times[0]) * stretch, prompt, output, tenant))
+        found.append(Arrival((at - times[0]) * stretch, prompt, output, _tenant(draw)))
     return found
 
 
@@ -176,24 +267,54 @@ def percentile(values: Sequence[float], share: float) -> float:
     return sorted(values)[math.ceil(share * len(values)) - 1] if values else math.nan
 
 
-def compared(setting: Setting, trace: Trace, loads: Sequence[int], seeds: int) -> list[dict[str, object]]:
+def compared(asked: argparse.Namespace) -> list[dict[str, object]]:
     """Return a row for each load and scheduler: means over seeds, and half of their 95 % intervals."""
-    full, rows = capacity(setting, trace), []
-    for load in loads:
-        rate = full * load / 100
-        for name, (scheduler, spread) in schedulers(setting).items():
-            seen = []
-            for seed in range(seeds):
-                timed = Timed(scheduler)
-                run = simulate(told(trace(rate, seed), spread, seed), timed, setting.host, setting.step_s)
-                seen.append(figures(run.lives, run.end_s, setting, timed))
-            row: dict[str, object] = {"load": load, "rate_per_s": rate, "scheduler": name}
-            for figure in seen[0]:
-                values = [one[figure] for one in seen]
-                row[figure] = mean(values)
-                row[f"{figure}_half"] = STUDENT[seeds] * stdev(values) / math.sqrt(seeds)
-            rows.append(row)
-    return rows
+    setting = setting_of(asked)
+    full, seeds = capacity(setting, trace_of(asked, setting)), range(asked.seeds)
+    names = [name for name in schedulers(setting) if name == "fcfs" or name not in asked.without]
+    cells = [(load, name) for load in asked.loads for name in names]
+    tasks = [(asked, full * load / 100, name, seed) for load, name in cells for seed in seeds]
+    if asked.jobs > 1:
+        with ProcessPoolExecutor(asked.jobs) as pool:
+            done = iter(list(pool.map(outcome, tasks)))
+    else:
+        done = iter(list(map(outcome, tasks)))
+    seen = {cell: [next(done) for _ in seeds] for cell in cells}
+    return [_row(load, full * load / 100, name, seen[load, name], seen[load, names[0]]) for load, name in cells]
+
+
+def _row(
+    load: int, rate: float, name: str, seen: Sequence[dict[str, float]], first: Sequence[dict[str, float]]
+) -> dict[str, object]:
+    row: dict[str, object] = {"load": load, "rate_per_s": rate, "scheduler": name}
+    ratios = [one["e2e_s_mean"] / other["e2e_s_mean"] for one, other in zip(seen, first, strict=True)]
+    columns = {figure: [one[figure] for one in seen] for figure in seen[0]}
+    for figure, values in {**columns, "e2e_s_of_fcfs": ratios}.items():
+        row[figure] = mean(values)
+        row[f"{figure}_half"] = STUDENT[len(values)] * stdev(values) / math.sqrt(len(values))
+    return row
+
+
+def outcome(task: tuple[argparse.Namespace, float, str, int]) -> dict[str, float]:
+    """Return what requests saw under a scheduler, by the options, the rate, its name and the seed."""
+    asked, rate, name, seed = task
+    setting = setting_of(asked)
+    one, arrivals = schedulers(setting)[name], trace_of(asked, setting)(rate, seed)
+    timed, lengths = Timed(one.scheduler), None if one.lengths is None else one.lengths()
+    run = simulate(told(arrivals, one.spread, seed), timed, setting.host, setting.step_s, lengths=lengths)
+    return figures(run.lives, run.end_s, setting, timed)
+
+
+def trace_of(asked: argparse.Namespace, setting: Setting) -> Trace:
+    """Return what makes requests."""
+
+    def trace(rate: float, seed: int) -> list[Arrival]:
+        if asked.trace is None:
+            return bursts(setting, rate, seed)
+        prompt, output = map(float, asked.scale.split(":"))
+        return traced(asked.trace, (prompt, output), setting, rate, seed)
+
+    return trace
 
 
 def options(words: list[str] | None = None) -> argparse.Namespace:
@@ -203,12 +324,15 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--variant", help="whose load curve is taken, by the whole digest")
     parser.add_argument("--trace", type=Path, help="a CSV file of Azure's form; else bursts that are drawn")
     parser.add_argument("--scale", default="8:4", metavar="PROMPT:OUTPUT", help="by what a trace's lengths are divided")
+    parser.add_argument("--answers", type=Path, metavar="FILE", help="what `llmbuild profile --held-out` wrote")
     parser.add_argument("--loads", type=int, nargs="+", default=[70, 90, 110], help="percent of the capacity")
     parser.add_argument("--seeds", type=int, choices=sorted(STUDENT), default=5)
     parser.add_argument("--requests", type=int, default=500)
     parser.add_argument("--sequences", type=int, default=16)
     parser.add_argument("--ttft", type=float, default=2.0, help="deadline of first tokens in seconds")
     parser.add_argument("--tpot", type=float, default=0.15, help="deadline of later tokens in seconds")
+    parser.add_argument("--without", nargs="+", default=[], metavar="NAME", help="schedulers that are left out")
+    parser.add_argument("-j", "--jobs", type=int, default=1, help="processes; the scheduler's own time is right with 1")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
 
@@ -221,32 +345,27 @@ def setting_of(asked: argparse.Namespace) -> Setting:
         if not found:
             sys.exit(f"{asked.variant} has no load curve: `llmbuild profile {asked.variant[:12]} --load` measures it")
         step_s, context = found[0].step_s, found[0].context
+    answers = None if asked.answers is None else Answers.read(asked.answers)
     host = Host(asked.sequences, asked.sequences * -(-context // 32), 32, context)
-    return Setting(step_s, host, asked.ttft, asked.tpot, log_normal(64, 48, context), asked.requests)
+    return Setting(step_s, host, asked.ttft, asked.tpot, log_normal(64, 48, context), asked.requests, answers)
 
 
 def main(words: list[str] | None = None) -> None:
     """Print a table, or one JSON document."""
     asked = options(words)
-    setting = setting_of(asked)
-
-    def trace(rate: float, seed: int) -> list[Arrival]:
-        if asked.trace is None:
-            return bursts(setting, rate, seed)
-        prompt, output = map(float, asked.scale.split(":"))
-        return traced(asked.trace, (prompt, output), setting, rate, seed)
-
-    rows = compared(setting, trace, asked.loads, asked.seeds)
+    rows = compared(asked)
     if asked.json:
         print(json.dumps({"ttft_s": asked.ttft, "tpot_s": asked.tpot, "requests": asked.requests, "rows": rows}))
         return
-    shown = "ttft_s_p50 ttft_s_p99 light_ttft_s_p99 tpot_s_p99 e2e_s_mean e2e_s_p99".split()
+    shown = "ttft_s_p50 ttft_s_p99 light_ttft_s_p99 tpot_s_p99 e2e_s_mean e2e_s_of_fcfs e2e_s_p99".split()
     shown += ["longest_decile_slowdown", "goodput", "scheduler_us"]
+    if asked.answers is not None:
+        shown = "ttft_s_p99 tpot_s_p99 e2e_s_mean e2e_s_of_fcfs e2e_s_p99 longest_decile_slowdown goodput".split()
     print(f"deadlines {asked.ttft:g} s and {asked.tpot:g} s, {asked.requests} requests, {asked.seeds} seeds")
-    print(f"{'load':>5} {'scheduler':<13}" + "".join(f"{name.removesuffix('_slowdown'):>18}" for name in shown))
+    print(f"{'load':>5} {'scheduler':<18}" + "".join(f"{name.removesuffix('_slowdown'):>18}" for name in shown))
     for row in rows:
         cells = "".join(f"{row[name]:11.3g} ±{row[f'{name}_half']:<5.2g}" for name in shown)
-        print(f"{row['load']:>4}% {row['scheduler']:<13}{cells}")
+        print(f"{row['load']:>4}% {row['scheduler']:<18}{cells}".rstrip())
 
 
 if __name__ == "__main__":

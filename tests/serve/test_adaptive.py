@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,6 +238,34 @@ def test_the_comparison_of_schedulers_runs_the_same_requests_under_each(capsys: 
     bench.main("--loads 90 --seeds 2 --requests 40 --json".split())
     told = json.loads(capsys.readouterr().out)
     by_name = {row["scheduler"]: row for row in told["rows"]}
-    assert list(by_name) == ["fcfs", "sarathi", "fairbatching", "isrtf oracle", "isrtf noisy", "isrtf blind", "vtc"]
+    assert list(by_name) == [
+        *("fcfs", "sarathi", "fairbatching", "isrtf oracle", "isrtf noisy", "isrtf history", "isrtf blind", "vtc")
+    ]
     assert len({row["rate_per_s"] for row in told["rows"]}) == 1
     assert by_name["isrtf blind"]["e2e_s_mean"] == by_name["sarathi"]["e2e_s_mean"]  # nothing to prefer
+
+
+def test_schedulers_are_compared_by_what_a_predictor_said_of_unseen_prompts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A predictor that is right orders as an oracle does; one that is mistaken does not."""
+    outputs = [10 if i % 2 else 200 for i in range(8)]
+    rows = [
+        {
+            "prompt": 20,
+            "output": n,
+            "cut": False,
+            "tenant": str(n),
+            "z": math.log1p(n),
+            "z_other_groups": math.log1p(210 - n),
+        }
+        for n in outputs
+    ]
+    (tmp_path / "held").write_text(json.dumps({"max_tokens": 200, "quantiles": [-0.1, 0.0, 0.1], "rows": rows}))
+    bench.main(["--answers", str(tmp_path / "held"), *"--loads 110 --seeds 2 --requests 80 --json".split()])
+    by_name = {row["scheduler"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert {"isrtf trained", "isrtf other groups", "isrtf kinds"} < set(by_name)
+    ratio = {name: row["e2e_s_of_fcfs"] for name, row in by_name.items()}
+    assert ratio["fcfs"] == 1.0 and ratio["isrtf oracle"] < 0.95
+    assert ratio["isrtf trained"] == pytest.approx(ratio["isrtf oracle"], rel=0.05)
+    assert ratio["isrtf other groups"] > ratio["isrtf trained"]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from llmbuild.cli.main import main
 from llmbuild.errors import InputError
 from llmbuild.runtime import load
 from llmbuild.serve import LLM, SamplingParams
@@ -67,3 +71,44 @@ def test_a_wrong_prompt_is_told_before_any_is_answered(llm: LLM, prompts: Any, p
         llm.generate(prompts, params)
     assert llm._served.engine._arrived == steps
     assert len(llm.generate("a", SamplingParams(max_tokens=2, ignore_eos=True))[0].outputs[0].token_ids) == 2
+
+
+def test_a_variants_answers_train_a_predictor_that_changes_no_answer(llm: LLM, chatty: Project, tmp_path: Path) -> None:
+    """36 lengths are known; the variant answers the other four prompts, one of them a chat."""
+    known = [{"prompt": f"def f{i}", "output_tokens": 3 + 9 * (i % 2), "group": str(i % 6)} for i in range(36)]
+    asked = [{"prompt": "self"}, {"prompt": "a"}, {"prompt": "ab"}, {"messages": [{"role": "user", "content": "ab"}]}]
+    (tmp_path / "prompts").write_text("".join(json.dumps(one) + "\n" for one in (*known, *asked)))
+    assert llm.pick.chosen is not None
+    variant = str(llm.pick.chosen["variant"])
+    words = ["profile", variant, "-C", str(chatty.catalog), "--answers", str(tmp_path / "prompts"), "--max-tokens", "4"]
+    more = ["-o", str(tmp_path / "lengths"), "--held-out", str(tmp_path / "held"), "--json"]
+    done = CliRunner().invoke(main, [*words, *more])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)
+    assert {"constant", "trained", "trained on other groups"} <= {row["predictor"] for row in rows}
+    held = json.loads((tmp_path / "held").read_text())
+    assert (held["model"], held["variant"], held["answers"], held["max_tokens"]) == ("tiny", variant, 40, 12)
+    assert [row["output"] for row in held["rows"][:4]] == [3, 12, 3, 12]
+    assert all(row["output"] <= 4 for row in held["rows"][36:])
+    params = SamplingParams(temperature=0, max_tokens=9)
+    files = {"scheduler": "isrtf", "predictor": tmp_path / "lengths"}
+    with LLM("tiny", catalog=chatty.catalog, variant=variant, max_sequences=3, **files) as found:  # type: ignore[arg-type]
+        assert [one.outputs for one in found.generate(TEXTS, params)] == [
+            one.outputs for one in llm.generate(TEXTS, params)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("v", "--answers", "none.jsonl"), "--answers needs -o FILE"),
+        (("v", "w", "--answers", "p", "-o", "f"), "--answers takes one VARIANT"),
+        (("r.yaml", "--answers", "p", "-o", "f"), "--answers takes one VARIANT"),
+        (("v", "--answers", "p", "-o", "f", "--load"), "--answers is neither with --load nor with --on"),
+        (("v", "-o", "f"), "--output, --held-out and --max-tokens are for --answers"),
+        (("v", "--answers", "none.jsonl", "-o", "f"), "none.jsonl: No such file"),
+    ],
+)
+def test_what_trains_no_predictor_is_told(words: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(main, ["profile", *words, "-C", str(tmp_path)])
+    assert done.exit_code == 2 and told in done.output, done.output
