@@ -48,7 +48,7 @@ def left_out_here(recipe: Recipe, folder: Path) -> list[Refusal]:
     here = Target(HOST, LLVM_CPU, host.architecture(), HOST, requires=tuple(sorted(host.features())))
     facts, tokenizer = read_facts(folder / "config.json"), folder / "tokenizer.json"
     there, chat = tokenizer if tokenizer.is_file() else None, chat_of(folder)
-    why = uncalibrated(recipe, there, facts.decoder.vocabulary, chat and chat.blob())
+    why = uncalibrated(recipe, there, facts.decoder.vocabulary, None if chat is None else chat.blob())
     return left_out(recipe, refusals(here, facts, why))
 
 
