@@ -17,12 +17,14 @@ from llmbuild.build.compiling import once
 from llmbuild.build.job import Job
 from llmbuild.build.room import no_disk
 from llmbuild.build.structures import Structures, calibration_file
+from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.files import CONFIG
 from llmbuild.process.child import python
 from llmbuild.process.prefork import Prefork
 from llmbuild.profiler import heldout
+from llmbuild.profiler.calibration import Chats, mixed
 from llmbuild.profiler.protocol import Quality
 from llmbuild.spec.model import read_facts
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
@@ -114,7 +116,10 @@ class Imports:
         }
         request |= structure.known(inputs)
         if "calibration" in inputs:
-            request["calibration"] = str(calibration_file(self.job, self.catalog))
+            tokens = self.calibration()
+            if isinstance(tokens, Failure):
+                return tokens
+            request["calibration"] = str(calibration_file(tokens, self.catalog))
         folder, begin = self.catalog.importing(key), monotonic()
         try:
             result = self._frontend(request, folder)
@@ -167,6 +172,36 @@ class Imports:
             shutil.rmtree(folder, ignore_errors=True)
 
     # --- what imports share --------------------------------------------------------------------------------------
+
+    def calibration(self) -> NDArray[np.int64] | Failure:
+        """Return the calibration tokens i64[W,L]; chats are the model's own, from the catalog or a child process."""
+        found: list[NDArray[np.int64]] = []
+        for part in self.job.calibration.each:
+            windows = self._chats(part) if isinstance(part, Chats) else part
+            if isinstance(windows, Failure):
+                return windows
+            found.append(windows)
+        return mixed(found)
+
+    def _chats(self, asked: Chats) -> NDArray[np.int64] | Failure:
+        import numpy as np
+
+        model = {"model": self.job.model.digest, "importer": self.job.toolchain.importer}
+        inputs = {"chats": digest.of(plain(asked)), **model}
+        key = digest.of(inputs)
+
+        def make() -> str | Failure:
+            with self._folder(key) as folder:
+                location = str(self.job.model.location.absolute())
+                result = self._frontend({"verb": "chats", "model": location, **plain(asked)}, folder)
+                if isinstance(result, Failure):
+                    return result
+                blob = self.catalog.blobs.put_file(folder / result["chats"])
+            self.catalog.record_reference(key, inputs, blob)
+            return blob
+
+        made = once(self.catalog, self._forced, "chats", key, self.catalog.find_reference, make)
+        return made if isinstance(made, Failure) else np.load(self.catalog.blobs.path(made))
 
     def _truth(self, inputs: Mapping[str, object]) -> str | Failure:
         """Return the blob of what the library's own model says on the check's tokens."""

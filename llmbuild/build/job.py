@@ -16,7 +16,7 @@ from llmbuild.errors import InputError
 from llmbuild.frontend.source import FoundModel, find_model
 from llmbuild.kernels.choose import FEATURES
 from llmbuild.process.child import Limits
-from llmbuild.profiler import heldout
+from llmbuild.profiler import calibration, heldout
 from llmbuild.profiler.protocol import Protocol
 from llmbuild.search.knobs.refusals import CALIBRATED, Refusal, refusals
 from llmbuild.search.knobs.space import OF_OWN, space_for
@@ -31,9 +31,6 @@ from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Toolchain, Variant
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from llmbuild.profiler.remote import Remote
 
 
@@ -173,22 +170,25 @@ class Job:
         return f"absent: {why}" if why else ""
 
     @cached_property
-    def calibration(self) -> NDArray[np.int64]:
-        """Tokens i64[W,L] of the calibration text.
+    def calibration(self) -> calibration.Parts:
+        """The parts of the calibration's texts.
 
         Raises:
-            InputError: the model has no tokenizer, or the text is too short.
+            InputError: the model has no tokenizer, or a text is too short.
         """
-        text = self.recipe.calibration
-        if text is None or self.model.tokenizer is None:
+        asked = self.recipe.calibration
+        if asked is None or self.model.tokenizer is None:
             raise InputError("calibration: the model has no tokenizer.json to read the text with")
-        return heldout.windows(text, self.model.tokenizer, self.recipe.context)
+        return calibration.parts(asked, self.model.tokenizer, self.recipe.context, self.model.chat)
 
     def _calibration_inputs(self) -> dict[str, str]:
-        text = self.recipe.calibration
-        if text is None:
+        asked = self.recipe.calibration
+        if asked is None:
             return {}
-        return {"calibration text": digest.of({"text": heldout.read_text(text), "tokens": text.tokens})}
+        texts = [{"text": heldout.read_text(t), "chats": bool(t.chats), "share": t.share} for t in asked.texts]
+        chat = self.model.chat if any(text.chats for text in asked.texts) else None
+        template = "" if chat is None else digest.of_bytes(chat)
+        return {"calibration text": digest.of({"texts": texts, "tokens": asked.tokens, "template": template})}
 
     def _text_digest(self) -> str:
         return "" if self.scored() else digest.of_bytes(heldout.read_text(self.recipe.quality).encode())
@@ -210,7 +210,7 @@ class Job:
             "features": features,
             "importer": self.toolchain.importer,
             **({"subgroup": subgroup} if subgroup else {}),
-            **({"calibration": digest.of_bytes(self.calibration.tobytes())} if _calibrated(choices) else {}),
+            **({"calibration": self.calibration.identity()} if _calibrated(choices) else {}),
         }
 
     def compile_inputs(self, program: Program, point: Point) -> dict[str, object]:
@@ -242,7 +242,7 @@ def make_job(
     model = find_model(recipe.model, recipe.context)
     resolved = resolve(target, answers)
     facts = read_facts(model.folder / "config.json")
-    refused = refusals(resolved, facts, heldout.uncalibrated(recipe, model.tokenizer, facts.decoder.vocabulary))
+    refused = refusals(resolved, facts, _uncalibrated(recipe, model, facts))
     space = space_for(resolved, recipe, pinned, machine.cores, refused)
     declared = space_for(resolved, recipe, {}, machine.cores, refused) if pinned else space
     limits = Limits()
@@ -260,6 +260,11 @@ def make_job(
         refused=refused,
         facts=facts,
     )
+
+
+def _uncalibrated(recipe: Recipe, model: FoundModel, facts: ModelFacts) -> str:
+    """Return why a model cannot be calibrated on the recipe's texts; '' where it can."""
+    return calibration.uncalibrated(recipe, model.tokenizer, facts.decoder.vocabulary, model.chat)
 
 
 def _calibrated(choices: Mapping[str, str]) -> bool:

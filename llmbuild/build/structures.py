@@ -18,6 +18,9 @@ from llmbuild.spec.model import facts_of
 from llmbuild.spec.program import SHELL_FILE, SIZES_FILE
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from llmbuild.catalog.writer import Catalog
 
 
@@ -79,11 +82,11 @@ class Structures:
         return {"structure": {**shared, **by_value, **more, "config": self._config(), "choices": settled}}
 
 
-def calibration_file(job: Job, catalog: Catalog) -> Path:
-    """Return an `.npy` of the calibration tokens in the store, so that a printed command finds it too."""
+def calibration_file(tokens: NDArray[np.int64], catalog: Catalog) -> Path:
+    """Return an `.npy` of calibration tokens i64[W,L] in the store, so that a printed command finds it too."""
     import numpy as np
 
     with TemporaryDirectory(prefix="llmbuild-") as folder:
         path = Path(folder) / "calibration.npy"
-        np.save(path, job.calibration)
+        np.save(path, tokens)
         return catalog.blobs.path(catalog.blobs.put_file(path)).absolute()

@@ -2,8 +2,9 @@
 
 The job is a JSON object with `verb` and `out`, a folder. `import` and `truth` take the fields of `ImportJob`;
 `reference` takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt`
-(ids) and `count`, or both. Results lie in `out`; `result.json` is written last. Bad input becomes {"error": message}
-in it, and exit code 2; choices that the model does not go with become {"refused": message}.
+(ids) and `count`, or both; `chats` takes `model`, `prompts` (ids each), `windows` and `length`. Results lie in `out`;
+`result.json` is written last. Bad input becomes {"error": message} in it, and exit code 2; choices that the model does
+not go with become {"refused": message}.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from llmbuild import digest
 from llmbuild.errors import ChoiceRefused, InputError
 from llmbuild.spec.program import TRUTH_FILE, ImportJob
 
-RESULT_FILE, LOGITS_FILE, GREEDY_FILE = "result.json", "logits.npy", "greedy.npy"
+RESULT_FILE, LOGITS_FILE, GREEDY_FILE, CHATS_FILE = "result.json", "logits.npy", "greedy.npy", "chats.npy"
 
 
 def run_import(job: dict[str, Any], out: Path) -> dict[str, Any]:
@@ -71,10 +72,21 @@ def run_reference(job: dict[str, Any], out: Path) -> dict[str, Any]:
     return files
 
 
+def run_chats(job: dict[str, Any], out: Path) -> dict[str, Any]:
+    """Write `chats.npy` i64[W,L]: texts in which the model answers prompts."""
+    import numpy as np
+
+    from llmbuild.frontend.chats import written
+
+    np.save(out / CHATS_FILE, written(job["model"], job["prompts"], int(job["windows"]), int(job["length"])))
+    return {"chats": CHATS_FILE}
+
+
 VERBS: dict[str, Callable[[dict[str, Any], Path], dict[str, Any]]] = {
     "import": run_import,
     "truth": run_truth,
     "reference": run_reference,
+    "chats": run_chats,
 }
 
 

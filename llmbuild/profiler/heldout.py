@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llmbuild.errors import InputError
-from llmbuild.spec.recipe import Calibration, Quality, Recipe
+from llmbuild.spec.recipe import Calibration, Quality, Text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -27,13 +27,14 @@ LONG_LINE = 30
 """Least characters of a distinctive line."""
 
 
-def read_text(text: Quality | Calibration) -> str:
-    """Return a text: modules of this interpreter's standard library, or files, one behind the other.
+def read_text(text: Quality | Text) -> str:
+    """Return a text: modules of this interpreter's standard library, files, or prompts, one behind the other.
 
     Raises:
         InputError: a module or a file is missing.
     """
-    files = [_file(name, _named(text)) for name in text.files]
+    prompts = (text.chats,) if isinstance(text, Text) and text.chats else ()
+    files = [_file(name, _named(text)) for name in (*text.files, *prompts)]
     return "\n".join([*files, *(_module(name, _named(text)) for name in text.stdlib)])
 
 
@@ -43,19 +44,20 @@ def check_apart(calibration: Calibration, quality: Quality) -> None:
     Raises:
         InputError: both name a module or a file, or one contains much of the other's text.
     """
-    shared = sorted({*calibration.stdlib, *calibration.files} & {*quality.stdlib, *quality.files})
+    named = {name for text in calibration.texts for name in (*text.stdlib, *text.files)}
+    shared = sorted(named & {*quality.stdlib, *quality.files})
     if shared:
         told = ", ".join(shared)
         raise InputError(f"calibration text {told} is quality text too: quality is measured on what was not seen")
     held = {line for line in read_text(quality).splitlines() if len(line.strip()) >= LONG_LINE}
-    copied = held & set(read_text(calibration).splitlines())
+    copied = held & {line for text in calibration.texts for line in read_text(text).splitlines()}
     if len(copied) > COPIED * len(held):
         part = len(copied) / len(held)
         raise InputError(f"calibration text has {part:.0%} of the quality text's lines: choose another text")
 
 
-def _named(text: Quality | Calibration) -> str:
-    return type(text).__name__.lower()
+def _named(text: Quality | Text) -> str:
+    return "calibration" if isinstance(text, Text) else "quality"
 
 
 def _file(name: str, purpose: str) -> str:
@@ -73,7 +75,7 @@ def _module(name: str, purpose: str) -> str:
     raise InputError(f"{purpose} text: this Python's standard library has no module {name!r}")
 
 
-def unfit(text: Quality | Calibration, tokenizer: Path | None, context: int, vocabulary: int) -> str:
+def unfit(text: Quality | Text, tokenizer: Path | None, context: int, vocabulary: int) -> str:
     """Return why a text has no window of tokens for a model; '' where it has one.
 
     Raises:
@@ -100,26 +102,26 @@ def unfit(text: Quality | Calibration, tokenizer: Path | None, context: int, voc
     return ""
 
 
-def uncalibrated(recipe: Recipe, tokenizer: Path | None, vocabulary: int) -> str:
-    """Return why a model cannot be calibrated on the text of a recipe; '' where it can, or there is no such text.
-
-    Raises:
-        InputError: a module or the file is missing.
-    """
-    text = recipe.calibration
-    return unfit(text, tokenizer, recipe.context, vocabulary) if text and not recipe.model.random_init else ""
+def _called(text: Quality | Text) -> str:
+    return "calibration text" if isinstance(text, Text) else "the held-out text"
 
 
-def _called(text: Quality | Calibration) -> str:
-    return "calibration text" if isinstance(text, Calibration) else "the held-out text"
-
-
-def _too_short(text: Quality | Calibration, found: int, length: int) -> str:
+def _too_short(text: Quality | Text, found: int, length: int) -> str:
     return f"{_called(text)}: {found} tokens are fewer than one window of {length}"
 
 
-def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArray[np.int64]:
+def windows(text: Quality, tokenizer: Path, context: int) -> NDArray[np.int64]:
     """Return i64[W, L]: about `text.tokens` tokens in windows spread evenly over the text.
+
+    Raises:
+        InputError: the tokenizer cannot be read, or the text is shorter than one window.
+    """
+    length = min(WINDOW, context)
+    return cut(text, max(1, text.tokens // length), length, tokenizer)
+
+
+def cut(text: Quality | Text, count: int, length: int, tokenizer: Path) -> NDArray[np.int64]:
+    """Return `count` windows i64[count, length] spread evenly over a text.
 
     Raises:
         InputError: the tokenizer cannot be read, or the text is shorter than one window.
@@ -129,10 +131,8 @@ def windows(text: Quality | Calibration, tokenizer: Path, context: int) -> NDArr
     from llmbuild.runtime.tokenizer import Tokenizer
 
     ids = np.asarray(Tokenizer(tokenizer).encode(read_text(text)).tokens, np.int64)
-    length = min(WINDOW, context)
-    count = max(1, text.tokens // length)
     if len(ids) < length:
         raise InputError(_too_short(text, len(ids), length))
     starts = np.linspace(0, len(ids) - length, count).astype(np.int64)
-    cut: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
-    return cut
+    found: NDArray[np.int64] = ids[starts[:, None] + np.arange(length)]
+    return found

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmbuild.build.plan import left_out
-from llmbuild.profiler import heldout
+from llmbuild.frontend.chat import chat_of
+from llmbuild.profiler.calibration import uncalibrated
 from llmbuild.runtime import host
 from llmbuild.search.knobs.refusals import ASKED_OF_MODELS, Refusal, refusals
 from llmbuild.search.knobs.space import ALL, target_knobs
@@ -46,7 +47,8 @@ def left_out_here(recipe: Recipe, folder: Path) -> list[Refusal]:
     """Return the values that a recipe's model, read from its folder, does not support on this host."""
     here = Target(HOST, LLVM_CPU, host.architecture(), HOST, requires=tuple(sorted(host.features())))
     facts, tokenizer = read_facts(folder / "config.json"), folder / "tokenizer.json"
-    why = heldout.uncalibrated(recipe, tokenizer if tokenizer.is_file() else None, facts.decoder.vocabulary)
+    there, chat = tokenizer if tokenizer.is_file() else None, chat_of(folder)
+    why = uncalibrated(recipe, there, facts.decoder.vocabulary, None if chat is None else chat.blob())
     return left_out(recipe, refusals(here, facts, why))
 
 

@@ -55,14 +55,24 @@ class ChatTemplate:
             InputError: it cannot be read, or is no chat template.
         """
         try:
-            found = loads(path.read_bytes())
+            return ChatTemplate.of(path.read_bytes(), str(path))
         except OSError as error:
             raise InputError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+    @staticmethod
+    def of(blob: bytes, called: str) -> ChatTemplate:
+        """Return the template in the bytes that a catalog keeps; `called` names them in a message.
+
+        Raises:
+            InputError: they are no chat template.
+        """
+        try:
+            found = loads(blob)
         except ValueError:
             found = None
         if not isinstance(found, dict) or not {"template"} <= found.keys() <= {"template", *NAMED}:
-            raise InputError(f"{path}: not a chat template that this llmbuild reads")
-        texts = {name: checks.text(f"{path}: {name}", value) for name, value in found.items()}
+            raise InputError(f"{called}: not a chat template that this llmbuild reads")
+        texts = {name: checks.text(f"{called}: {name}", value) for name, value in found.items()}
         return ChatTemplate(texts.pop("template"), texts)
 
     def blob(self) -> bytes:

@@ -51,14 +51,26 @@ class Quality:
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """The text for the calibration of weights: `stdlib` module names, or text files, of which `tokens` are read.
+class Text:
+    """A text to calibrate on: `stdlib` module names, text `files`, or `chats`, a file of prompts that it answers.
 
-    It must not be the text that quality is measured on.
+    `share` is its part of the tokens, relative to the other texts.
     """
 
     stdlib: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    chats: str = ""
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The texts for the calibration of weights, of which `tokens` are read.
+
+    They must not be the text that quality is measured on.
+    """
+
+    texts: tuple[Text, ...]
     tokens: int = 4096
 
 

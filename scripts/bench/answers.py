@@ -4,7 +4,8 @@
         [--json]
 
 Each question goes through the model's own chat template. An answer counts as equal if all its tokens, up to the end of
-the turn or `--count` of them, are those of the f32 model: PyTorch on the dequantized weights of the same file.
+the turn or `--count` of them, are those of the f32 model: PyTorch on the dequantized weights of the same file. `KL of
+answers` is that of the next token along the f32 model's answers, which tells more than forty yes or no.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import real_model
 from comparison import setup
 from comparison.rounds import Participant, Worker, WorkerFailed
@@ -49,8 +51,11 @@ CONTEXT = 256
 """Positions that questions and answers take at most."""
 
 
-def asked_of(gguf: Path, count: int) -> tuple[list[list[int]], list[int], list[list[int]]]:
-    """Return the questions as tokens, the tokens that end an answer, and the answers of the f32 model."""
+def asked_of(gguf: Path, count: int, reference: Path) -> tuple[list[list[int]], list[int], list[list[int]]]:
+    """Return the questions as tokens, the tokens that end an answer, and the answers of the f32 model.
+
+    What `comparison.scoring.along` reads is written to `reference`.
+    """
     import torch
     from transformers import AutoTokenizer
 
@@ -58,7 +63,7 @@ def asked_of(gguf: Path, count: int) -> tuple[list[list[int]], list[int], list[l
 
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model: Any = huggingface.load(str(gguf), False, 0, huggingface.LIBRARY_ATTENTION, CONTEXT)
-    prompts, answers = [], []
+    prompts, answers, logits = [], [], []
     stops = [tokenizer.eos_token_id]
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
@@ -71,17 +76,31 @@ def asked_of(gguf: Path, count: int) -> tuple[list[list[int]], list[int], list[l
             )
         prompts.append(prompt)
         answers.append([token for token in found[0, len(prompt) :].tolist() if token not in stops])
+        with torch.inference_mode():
+            told = model(torch.tensor([prompt + answers[-1]])).logits[0]
+        logits.append(told[len(prompt) - 1 : -1].numpy())
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    np.savez(
+        reference,
+        tokens=np.concatenate(texts),
+        ends=np.cumsum([len(text) for text in texts]),
+        asked=np.array([len(prompt) for prompt in prompts]),
+        logits=np.concatenate(logits),
+    )
     return prompts, stops, answers
 
 
-def answered(who: Participant, prompts: list[list[int]], stops: list[int], count: int) -> dict[str, Any]:
-    """Return a participant's answers, or why it has none."""
+def answered(
+    who: Participant, prompts: list[list[int]], stops: list[int], count: int, reference: Path
+) -> dict[str, Any]:
+    """Return a participant's answers and how near it is along those of the f32 model, or why it has none."""
     worker = Worker(who.command, real_model.SCORING)
     try:
         opening = {**who.opening, "positions": max(map(len, prompts)) + count}
         if who.runtime == real_model.PEER:
             opening["threads"] = 1  # its threads spin while they wait for each other, and others may run meanwhile
-        return worker.ask("greedy", **opening, prompts=prompts, stops=stops, count=count)
+        near = worker.ask("along", **opening, reference=str(reference))
+        return {**near, **worker.ask("greedy", **opening, prompts=prompts, stops=stops, count=count)}
     except WorkerFailed as failed:
         return {"refused": str(failed)}
     finally:
@@ -99,11 +118,13 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     quality = {row["variant"]: row["quality_kl"] for row in ours}
     everyone = [*setup.own_participants(asked.catalog, ours, asked.threads, everyone=True), *rungs(asked, place.python)]
     say("the f32 model answers")
-    prompts, stops, wanted = asked_of(real_model.gguf_of(asked), asked.count)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    reference = asked.work / f"answers-{asked.count}.npz"
+    prompts, stops, wanted = asked_of(real_model.gguf_of(asked), asked.count, reference)
     rows = []
     for who in everyone:
         say(f"{who.name} answers")
-        told = answered(who, prompts, stops, asked.count)
+        told = answered(who, prompts, stops, asked.count, reference)
         got = told.get("answers")
         rows.append(
             {
@@ -111,6 +132,8 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
                 "choices": who.choices,
                 "size_bytes": real_model.size_bytes(who),
                 "quality_kl": quality.get(who.variant),
+                "answers_kl": told.get("answers_kl"),
+                "answers_kl_error": told.get("answers_kl_error"),
                 "equal": None if got is None else sum(a == b for a, b in zip(got, wanted, strict=True)),
                 "refused": told.get("refused"),
                 "answers": got,
@@ -122,12 +145,13 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
 
 def text(made: dict[str, Any]) -> str:
     """Return the table, and what the names stand for."""
-    header, of = ["participant", "bytes", "KL", "equal answers"], len(made["questions"])
+    header, of = ["participant", "bytes", "KL", "KL of answers", "equal answers"], len(made["questions"])
     lines = [
         [
             row["participant"],
             quantity(row["size_bytes"], "B"),
             "-" if row["quality_kl"] is None else f"{row['quality_kl']:.5f}",
+            "-" if row["answers_kl"] is None else f"{row['answers_kl']:.5f} ±{row['answers_kl_error']:.5f}",
             row["refused"] or f"{row['equal']} of {of}",
         ]
         for row in made["rows"]

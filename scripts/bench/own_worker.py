@@ -62,10 +62,15 @@ def greedy(request: Request) -> Request:
     return {"answers": scoring.greedy(request["prompts"], request["stops"], request["count"], answering(request))}
 
 
+def along(request: Request) -> Request:
+    """Score a variant along the answers of {reference}."""
+    return scoring.along(Path(request["reference"]), answering(request))
+
+
 def main() -> None:
     """Serve one variant."""
     runner = Runner(loader)
-    serve({"open": runner.open, "round": runner.round, "score": score, "greedy": greedy})
+    serve({"open": runner.open, "round": runner.round, "score": score, "greedy": greedy, "along": along})
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ quantize {source, target, format, threads, importance}       -> seconds, cpu_s, 
 export   {folder, format}                                    -> the model as OpenVINO IR with compressed weights
 score    {folder, format, threads, positions, reference, prompt} -> KL, top-1 and perplexity, of llama.cpp alone
 greedy   {folder, format, threads, positions, prompts, stops, count} -> answers in tokens, of llama.cpp alone
+along    {folder, format, threads, positions, reference}     -> KL along given answers, of llama.cpp alone
 open     {peer, folder, format, threads, positions, first}   -> load_s, first_token_s, peak_memory_bytes, version
 round    {prompt, forced, fill}                              -> prefill_s, decode_s of each token, peak_memory_bytes
 
@@ -356,6 +357,13 @@ def greedy(request: Request) -> Request:
     return {"answers": scoring.greedy(request["prompts"], request["stops"], request["count"], _answering(request))}
 
 
+def along(request: Request) -> Request:
+    """Score llama.cpp along the answers of {reference}."""
+    from comparison import scoring
+
+    return scoring.along(Path(request["reference"]), _answering(request))
+
+
 def main() -> None:
     """Serve one peer."""
     runner = Runner(lambda request: PEERS[request["peer"]](request))
@@ -366,6 +374,7 @@ def main() -> None:
             "quantize": quantize,
             "score": score,
             "greedy": greedy,
+            "along": along,
             "open": runner.open,
             "round": runner.round,
         }

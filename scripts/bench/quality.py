@@ -22,23 +22,26 @@ import numpy as np
 import torch
 from torch import nn
 
-from llmbuild.frontend import huggingface
+from llmbuild.digest import plain as as_data
+from llmbuild.frontend import chats, huggingface
 from llmbuild.frontend.archive import LOOKED_UP
 from llmbuild.frontend.calibration import Asked, Calibration
 from llmbuild.frontend.checkpoint import Floats, Model
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
 from llmbuild.frontend.layerwise import Layers, embedded
-from llmbuild.frontend.source import find_model
+from llmbuild.frontend.source import FoundModel, find_model
 from llmbuild.frontend.tensors import EMBEDDING, HEAD
 from llmbuild.frontend.weights import Patch, Source
 from llmbuild.kernels.layouts import FORMATS as OWN_FORMATS
 from llmbuild.kernels.layouts import Layout
+from llmbuild.profiler import calibration as texts
 from llmbuild.profiler import heldout
 from llmbuild.report.rows import table
 from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import BLOCKS, INTEGERS, SHARED, WEIGHT_FORMATS
 from llmbuild.spec.formats import bits as bits_of
+from llmbuild.spec.recipe import Recipe
 from llmbuild.transform.quantized import Quantized
 from llmbuild.transform.reference import rounded_rows
 from llmbuild.transform.shared_exponent import nearest
@@ -164,15 +167,27 @@ def score(log_probabilities: torch.Tensor, exact: torch.Tensor, windows: np.ndar
     }
 
 
+def tokens_of(recipe: Recipe, found: FoundModel) -> np.ndarray:
+    """Return the calibration tokens i64[W,L] of a recipe; chats are written here, by the model.
+
+    Raises:
+        SystemExit: the recipe has no calibration text, or the model no tokenizer.
+    """
+    if recipe.calibration is None or found.tokenizer is None:
+        raise SystemExit(f"{recipe.name}: needs calibration text and a tokenizer")
+    each = texts.parts(recipe.calibration, found.tokenizer, recipe.context, found.chat).each
+    model = str(found.location)
+    return texts.mixed([chats.written(model, **as_data(p)) if isinstance(p, texts.Chats) else p for p in each])
+
+
 def measured(recipe_path: Path, tokens: int, formats: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Yield one row for each case."""
     recipe = read_recipe(recipe_path)
     found = find_model(recipe.model)
-    if recipe.calibration is None or found.tokenizer is None:
-        raise SystemExit(f"{recipe_path}: needs calibration text and a tokenizer")
+    calibration = tokens_of(recipe, found)
+    assert recipe.calibration is not None and found.tokenizer is not None
     heldout.check_apart(recipe.calibration, recipe.quality)
     windows = heldout.windows(replace(recipe.quality, tokens=tokens), found.tokenizer, recipe.context)
-    calibration = heldout.windows(recipe.calibration, found.tokenizer, recipe.context)
     model = huggingface.source_of(str(found.location), False, 0)
     config, weights = model.skeleton(LIBRARY_ATTENTION).model.config, model.weights
     exact, _ = log_probabilities(config, weights, Case("f32", "f32"), calibration, windows)

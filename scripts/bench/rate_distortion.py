@@ -1,7 +1,7 @@
 """Bytes, speed and quality of every usable variant of a catalog, beside llama.cpp's ladder of formats on the same file.
 
     python scripts/bench/rate_distortion.py -C CATALOG [--recipe RECIPE] [--gguf FILE] [--ladder Q2_K ... Q8_0]
-        [--importance] [--plot FILE] [--json]
+        [--importance] [--untimed] [--plot FILE] [--json]
 
 llama.cpp makes each rung itself from the recipe's GGUF file, with its own settings; `as is` is the file. Where the
 model is a folder of weights, llama.cpp's conversion makes the file, in f32. A rung names what most matrices have:
@@ -107,6 +107,14 @@ def qualities(told: dict[str, Any]) -> dict[str, Any]:
     return {**{name: told.get(name) for name in names}, "not_scored": told.get("refused")}
 
 
+TIMES = ("load_s", "decode_s", "prefill_s", "peak_memory_bytes")
+
+
+def untimed(who: Participant, told: dict[str, Any]) -> dict[str, Any]:
+    """Return the row of a participant of which only bytes and quality are asked."""
+    return {**recorded(who, {**dict.fromkeys(("tpot_s", "ttft_s", *TIMES)), **told}), "status": "measured"}
+
+
 def recorded(who: Participant, row: dict[str, Any]) -> dict[str, Any]:
     """Return the row of a variant that is not run again, with the times of the catalog."""
     return {
@@ -141,6 +149,9 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         say(f"scoring {who.name}")
         scores[who.name] = real_model.quality(who, reference)
     ready = setup.own_participants(asked.catalog, ours, asked.threads, everyone=True)
+    if asked.untimed:
+        told = {**scores, **{who.name: qualities(quality[who.variant]) for who in ready}}
+        return _document(asked, "", [untimed(who, told[who.name]) for who in (*ready, *theirs)])
     entering = [who for who in ready if quality[who.variant]["ttft_s"] <= asked.longest]
     vocabulary = min(row["abi"]["vocabulary"] for row in ours)
     found, noisy = compare([*entering, *theirs], peers.plan(asked, vocabulary), say)
@@ -150,6 +161,10 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         told = quality[who.variant] if who.variant else scores[who.name]
         kept = {name: value for name, value in timed.items() if name not in ("ratios", "of_streaming")}
         rows.append({**kept, **qualities(told), "size_bytes": real_model.size_bytes(who)})
+    return _document(asked, noisy, rows)
+
+
+def _document(asked: argparse.Namespace, noisy: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
     asked_for = {n: getattr(asked, n) for n in ("prompt", "decode", "threads", "rounds", "loads", "seed")}
     return {
         "machine": host.machine().describe(),
@@ -215,6 +230,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--longest", type=float, default=1.0, help="seconds that a prompt of a variant run here may take"
     )
+    parser.add_argument("--untimed", action="store_true", help="bytes and quality alone: nothing is timed")
     parser.add_argument("--plot", type=Path, help="write a plot, such as front.svg")
     return peers.checked(parser, words)
 
@@ -234,9 +250,12 @@ def main() -> None:
     print(
         f"{made['machine']}; {made['gguf']}, batch 1, {asked.threads} threads, {asked.rounds} rounds, "
         f"{asked.decode} tokens behind {made['context']}"
+        if not asked.untimed
+        else f"{made['machine']}; {made['gguf']}, bytes and quality alone"
     )
     print(text(made))
-    print(f"noisy machine: {made['noise']}" if made["noise"] else "the machine was quiet")
+    if not asked.untimed:
+        print(f"noisy machine: {made['noise']}" if made["noise"] else "the machine was quiet")
 
 
 if __name__ == "__main__":

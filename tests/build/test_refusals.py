@@ -25,7 +25,7 @@ from llmbuild.search.knobs.refusals import Refusal, refusals
 from llmbuild.search.knobs.space import KNOBS, space_for
 from llmbuild.search.warm_start import initial_points
 from llmbuild.spec.model import facts_of
-from llmbuild.spec.recipe import Calibration
+from llmbuild.spec.recipe import Calibration, Text
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Trial
 from llmbuild.spec.variant import Failure
@@ -50,7 +50,7 @@ def test_the_space_of_a_model_is_no_exception_and_has_our_kernels_where_they_app
     config: dict[str, Any], target: Any, tokenizer: bool, calibrated: bool
 ) -> None:
     facts = facts_of(config)
-    asked = replace(recipe(**FEW), calibration=Calibration(("ast",)) if calibrated else None)
+    asked = replace(recipe(**FEW), calibration=Calibration((Text(("ast",)),)) if calibrated else None)
     space = space_for(target, asked, {}, 2, refusals(target, facts, "" if tokenizer else "no tokenizer"))
     points = list(space.points())
     formats = {(p["weight_format"], p["head_format"]) for p in points if p["kernel"] == "own"}
@@ -68,7 +68,7 @@ def test_every_point_to_begin_with_has_what_is_pinned(data: st.DataObject) -> No
     pins = {k.name: str(data.draw(st.sampled_from(k.domain), k.name)) for k in knobs}
     target = replace(AVX2, requires=(*AVX2.requires, "sve"))
     try:
-        space = space_for(target, replace(recipe(), calibration=Calibration(("ast",))), pins)
+        space = space_for(target, replace(recipe(), calibration=Calibration((Text(("ast",)),))), pins)
     except InputError:  # told by name: see the next tests
         return
     first, *others = initial_points(space)
@@ -92,8 +92,8 @@ def test_a_pin_that_a_model_rules_out_is_told_with_the_reason() -> None:
         space_for(AVX2, recipe(), {"kernel": "own"}, refused=refused)
     domains = {k.name: k.domain for k in space_for(AVX2, recipe(kernel=("own", "compiler")), {}, 2, refused).knobs}
     assert domains["kernel"] == ("compiler",)
-    mute = refusals(AVX2, facts_of({"model_type": "llama"}), heldout.unfit(Calibration(("ast",)), None, 64, 320))
-    calibrated = replace(recipe(), calibration=Calibration(("ast",)))
+    mute = refusals(AVX2, facts_of({"model_type": "llama"}), heldout.unfit(Text(("ast",)), None, 64, 320))
+    calibrated = replace(recipe(), calibration=Calibration((Text(("ast",)),)))
     with pytest.raises(InputError, match=r"knob quantization=gptq: the model has no tokenizer.json"):
         space_for(AVX2, calibrated, {"quantization": "gptq"}, refused=mute)
 
@@ -124,12 +124,12 @@ def test_text_that_makes_no_window_is_told_before_anything_is_made(project: Proj
 def test_text_fits_where_windows_can_be_cut_of_it(project: Project, words: int, context: int, vocabulary: int) -> None:
     path, tokenizer = project.folder / "drawn.txt", project.model / "tokenizer.json"
     path.write_text("def push " * words)
-    text = Calibration(files=(str(path),))
+    text = Text(files=(str(path),))
     ids = Tokenizer(tokenizer).encode(path.read_text()).ids
     fits = len(ids) >= min(heldout.WINDOW, context) and max(ids) < vocabulary
     assert (heldout.unfit(text, tokenizer, context, vocabulary) == "") == fits
     if fits:
-        assert heldout.windows(text, tokenizer, context).max() < vocabulary
+        assert heldout.cut(text, 1, min(heldout.WINDOW, context), tokenizer).max() < vocabulary
 
 
 def test_a_format_that_our_kernels_do_not_read_of_a_model_is_left_to_the_compiler() -> None:

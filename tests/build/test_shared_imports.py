@@ -25,6 +25,7 @@ from llmbuild.frontend import writing
 from llmbuild.frontend.__main__ import main
 from llmbuild.frontend.check import Check
 from llmbuild.frontend.source import find_model
+from llmbuild.profiler.calibration import Chats, Parts
 from llmbuild.spec.program import Program
 from llmbuild.spec.recipe import ModelSource
 from llmbuild.spec.space import Knob, Point, Space
@@ -47,14 +48,14 @@ LAYERS = 3
 
 
 class ImportedJob(quick.QuickJob):
-    """A job whose calibration tokens are given."""
+    """A job the parts of whose calibration are given."""
 
-    tokens: NDArray[np.int64]
+    parts: Parts
 
     @property
-    def calibration(self) -> NDArray[np.int64]:  # type: ignore[override]
-        """The tokens i64[W,L]."""
-        return self.tokens
+    def calibration(self) -> Parts:  # type: ignore[override]
+        """The parts of the calibration's texts."""
+        return self.parts
 
 
 def job_of(folder: Path, source: ModelSource, tokens: NDArray[np.int64] | None = None) -> ImportedJob:
@@ -71,7 +72,7 @@ def job_of(folder: Path, source: ModelSource, tokens: NDArray[np.int64] | None =
         }
     )
     drawn = np.random.default_rng(0).integers(0, 64, (3, 24))
-    object.__setattr__(job, "tokens", drawn if tokens is None else tokens)
+    object.__setattr__(job, "parts", Parts((drawn if tokens is None else tokens,)))
     return job
 
 
@@ -156,6 +157,15 @@ def test_imports_of_a_model_share_what_the_library_says_and_what_their_formats_h
     assert other.module != nearest.module
     assert made(imports, weight_format="int8") == nearest
     assert (spied.verbs(), under_way(catalog)) == ([], [])
+
+
+def test_chats_to_calibrate_on_are_written_once(model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend) -> None:
+    job, asked = job_of(tmp_path, source(model)), Chats(((1, 2), (3,)), windows=2, length=24)
+    object.__setattr__(job, "parts", Parts((np.full((1, 24), 7), asked)))
+    tokens, again = (imports_of(job, catalog).calibration() for _ in range(2))
+    assert not isinstance(tokens, Failure) and not isinstance(again, Failure)
+    assert [verb for verb, _ in spied.verbs()] == ["chats"]
+    assert (tokens.shape, tokens[:, 0].tolist(), again.tolist()) == ((3, 24), [1, 7, 3], tokens.tolist())
 
 
 def test_another_build_and_a_model_with_other_weights_use_the_structure_too(

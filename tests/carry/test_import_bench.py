@@ -24,6 +24,7 @@ from tests.conftest import Project
 SCRIPTS = Path(__file__).parents[2] / "scripts" / "bench"
 sys.path.insert(0, str(SCRIPTS))
 
+import answers  # noqa: E402
 import import_memory  # noqa: E402
 import imports  # noqa: E402
 import kill_imports  # noqa: E402
@@ -270,6 +271,29 @@ def test_greedy_answers_end_before_a_stop_and_at_their_count() -> None:
 
     assert scoring.greedy([[1, 1, 1], [1]], [6], 5, answer) == [[3, 4, 5], [1, 2, 3, 4, 5]]
     assert said[:4] == [([1, 1, 1], 0), ([3], 3), ([4], 4), ([5], 5)]
+
+
+def test_along_given_answers_only_their_own_tokens_are_scored(tmp_path: Path) -> None:
+    texts, asked = ([1, 2, 3, 4], [5, 6], [7, 8, 9]), (2, 2, 1)  # the second answer is empty
+    told = np.random.default_rng(0).normal(size=(4, 11)).astype(np.float32)
+    ends = np.cumsum([len(text) for text in texts])
+    np.savez(tmp_path / "a.npz", tokens=np.concatenate(texts), ends=ends, asked=np.array(asked), logits=told)
+    at = {(1, 2): 0, (3,): 1, (7,): 2, (8,): 3}
+
+    def along(off: float) -> dict[str, Any]:
+        def answer(tokens: list[int], past: int) -> Any:
+            row = told[at[tuple(tokens)]] if tuple(tokens) in at else np.zeros(11, np.float32)
+            return row + np.float32(off) * np.arange(11, dtype=np.float32)
+
+        return scoring.along(tmp_path / "a.npz", answer)
+
+    assert along(0.0) == {"answers_kl": 0.0, "answers_kl_error": 0.0, "answers_scored": 4}
+    assert along(0.1)["answers_kl"] > 0.01
+
+
+def test_prompts_to_calibrate_on_are_none_of_the_questions_that_are_scored() -> None:
+    lines = (SCRIPTS.parents[1] / "recipes" / "prompts.txt").read_text().splitlines()
+    assert (len(set(lines)), set(lines) & set(answers.QUESTIONS)) == (len(lines), set())
 
 
 def test_rows_on_a_front_are_those_that_no_other_beats() -> None:

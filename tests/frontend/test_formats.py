@@ -14,6 +14,7 @@ from llmbuild.frontend.calibration import Asked, Calibration, read_tokens
 from llmbuild.frontend.formats import Formats
 from llmbuild.frontend.importer import canonical
 from llmbuild.frontend.program import apply, import_model, settle, take
+from llmbuild.frontend.source import find_model
 from llmbuild.frontend.weights import Source
 from llmbuild.kernels.head import HeadShape
 from llmbuild.kernels.layouts import FORMATS
@@ -21,8 +22,8 @@ from llmbuild.profiler.heldout import check_apart, windows
 from llmbuild.spec.files.reader import read_recipe
 from llmbuild.spec.formats import INTEGERS
 from llmbuild.spec.program import PARAMETERS_FILE, ImportJob
-from llmbuild.spec.recipe import Calibration as Text
-from llmbuild.spec.recipe import Quality
+from llmbuild.spec.recipe import Calibration as Texts
+from llmbuild.spec.recipe import Quality, Text
 from llmbuild.transform.decoder import packer
 from llmbuild.transform.gptq import gptq
 from llmbuild.transform.panels import encode, encode_for, unpack
@@ -147,12 +148,14 @@ def test_calibration_tokens_are_checked(tmp_path: Path) -> None:
 
 def test_calibration_text_must_not_be_the_quality_text(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="heapq is quality text too"):
-        check_apart(Text(("ast", "heapq")), Quality(("heapq",)))
+        check_apart(Texts((Text(("ast", "heapq")),)), Quality(("heapq",)))
     copy = tmp_path / "copy.py"
     copy.write_text(Path(np.__file__).read_text())
     with pytest.raises(InputError, match="100% of the quality text's lines"):
-        check_apart(Text(files=(str(copy),)), Quality(files=(np.__file__,)))
-    check_apart(Text(("ast",)), Quality(("heapq",)))
+        check_apart(Texts((Text(files=(str(copy),)),)), Quality(files=(np.__file__,)))
+    with pytest.raises(InputError, match="100% of the quality text's lines"):
+        check_apart(Texts((Text(("ast",)), Text(chats=str(copy)))), Quality(files=(np.__file__,)))
+    check_apart(Texts((Text(("ast",)),)), Quality(("heapq",)))
 
 
 @pytest.mark.parametrize("name", ["int8", "int4_g32", "int4a_g64"])
@@ -180,7 +183,7 @@ def test_calibration_wins_back_a_good_part_of_what_four_bits_cost() -> None:
     assert recipe.calibration
     folder = Path(recipe.model.location)
     scored = windows(recipe.quality, folder / "tokenizer.json", 128)
-    calibration = windows(recipe.calibration, folder / "tokenizer.json", 128)
+    calibration = quality.tokens_of(recipe, find_model(recipe.model))
     config, weights = source_config(folder), model_of(folder)
     with torch.inference_mode():
         exact, *told = (

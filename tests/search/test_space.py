@@ -14,7 +14,7 @@ from llmbuild.search.losses import losses_of
 from llmbuild.search.study import TrialStudy
 from llmbuild.search.warm_start import initial_points
 from llmbuild.spec.measurement import Measurement, Reading
-from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe
+from llmbuild.spec.recipe import Budget, Calibration, ModelSource, Quality, Recipe, Text
 from llmbuild.spec.slo import METRICS, parse_bound
 from llmbuild.spec.space import Condition, Knob, Point, Space
 from llmbuild.spec.target import Target
@@ -128,7 +128,7 @@ def test_what_needs_calibration_text_is_not_searched_without_any() -> None:
     assert (domains["quantization"], domains["mixed"]) == (("rtn",), ("none",))
     with pytest.raises(InputError, match="quantization=gptq needs calibration text, and the recipe names none"):
         space_for(AVX2, pinned, {"quantization": "gptq"})
-    with_text = replace(pinned, calibration=Calibration(("ast",)))
+    with_text = replace(pinned, calibration=Calibration((Text(("ast",)),)))
     assert {k.name: k.domain for k in space_for(AVX2, with_text, {}).knobs}["quantization"] == ("rtn", "gptq")
     random = replace(with_text, model=ModelSource("huggingface", "/m", random_init=True))
     with pytest.raises(InputError, match="random weights have no text"):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmbuild import digest
 from llmbuild.errors import InputError
 from llmbuild.spec.files.reader import read_recipe, read_target, seconds
-from llmbuild.spec.recipe import Calibration, ModelSource
+from llmbuild.spec.recipe import Calibration, ModelSource, Text
 
 GOOD = "model: {huggingface: ./m}\nworkloads:\n  - {name: w, prompt: 4, output: 4}\n"
 
@@ -151,12 +151,12 @@ def test_no_bytes_make_the_reader_fail_in_another_way(tmp_path: Path, data: byte
 def test_calibration_text_is_read_and_its_file_lies_beside_the_recipe(tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(GOOD + "calibration: {text: {file: some.txt}, tokens: 64}\n")
-    assert read_recipe(recipe).calibration == Calibration((), (str(tmp_path / "some.txt"),), 64)
+    assert read_recipe(recipe).calibration == Calibration((Text(files=(str(tmp_path / "some.txt"),)),), 64)
     recipe.write_text(GOOD + "calibration: {text: {file: [some.txt, more.txt]}}\n")
     two = (str(tmp_path / "some.txt"), str(tmp_path / "more.txt"))
-    assert read_recipe(recipe).calibration == Calibration((), two, 4096)
+    assert read_recipe(recipe).calibration == Calibration((Text(files=two),), 4096)
     recipe.write_text(GOOD + "calibration: {text: {stdlib: [ast]}}\n")
-    assert read_recipe(recipe).calibration == Calibration(("ast",), (), 4096)
+    assert read_recipe(recipe).calibration == Calibration((Text(("ast",)),), 4096)
     recipe.write_text(GOOD + "calibration: {tokens: 64}\n")
     with pytest.raises(InputError, match=r"\$.calibration.text: this key is missing"):
         read_recipe(recipe)

@@ -63,6 +63,10 @@ def _metric(name: object) -> str:
     return str(name)
 
 
+def _listed(text: object) -> object:
+    return [text] if isinstance(text, dict) else text
+
+
 def _backend(name: object) -> str:
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are {', '.join(BACKENDS)}")
@@ -131,6 +135,22 @@ class _Text(Strict):
         return tuple(str(real(path.parent / name)) for name in named)
 
 
+class _Calibrated(_Text):
+    chats: str = ""
+    share: Annotated[float, Field(gt=0, le=1000)] = 1.0
+
+    @model_validator(mode="after")
+    def _one(self) -> _Calibrated:
+        if sum(map(bool, (self.stdlib, self.file, self.chats))) != 1:
+            raise ValueError("name either `stdlib` modules, a `file` or a list of files, or `chats`, a file of prompts")
+        return self
+
+    def noun(self, path: Path) -> nouns.Text:
+        """Return the text of a recipe, its files resolved against the recipe's folder."""
+        chats = str(real(path.parent / self.chats)) if self.chats else ""
+        return nouns.Text(self.stdlib, self.files(path), chats, self.share)
+
+
 class _Quality(Strict):
     text: _Text | None = None
     tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 512
@@ -138,7 +158,7 @@ class _Quality(Strict):
 
 
 class _Calibration(Strict):
-    text: _Text
+    text: Annotated[tuple[_Calibrated, ...], BeforeValidator(_listed), Field(min_length=1)]
     tokens: Annotated[int, Field(ge=32, le=1 << 20, strict=True)] = 4096
 
 
@@ -284,7 +304,7 @@ def _location(model: _Model, raw: object, path: Path) -> str:
 def _calibration(parsed: _Calibration | None, path: Path) -> nouns.Calibration | None:
     if parsed is None:
         return None
-    return nouns.Calibration(parsed.text.stdlib, parsed.text.files(path), parsed.tokens)
+    return nouns.Calibration(tuple(text.noun(path) for text in parsed.text), parsed.tokens)
 
 
 def read_target(path: Path) -> Target:

@@ -11,14 +11,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from llmbuild.build.job import Job
 from llmbuild.build.jobs import job_of
 from llmbuild.build.request import BuildRequest
+from llmbuild.build.steps import Steps
+from llmbuild.catalog.writer import Catalog
 from llmbuild.errors import InputError
 from llmbuild.frontend import huggingface
 from llmbuild.frontend.huggingface import LIBRARY_ATTENTION
 from llmbuild.frontend.layerwise import Layers, embedded, own_vectors
+from llmbuild.spec.variant import Failure
 
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -45,7 +50,7 @@ def write(recipe: Path, catalog: Path, out: Path) -> None:
     config, model = files.skeleton(LIBRARY_ATTENTION).model.config, files.weights
     layers, sums = Layers(config, LIBRARY_ATTENTION), dict[str, torch.Tensor]()
     with torch.inference_mode():
-        states = embedded(own_vectors(model), job.calibration)
+        states = embedded(own_vectors(model), _tokens(job, catalog))
         for index in range(config.num_hidden_layers):
             layers.layer(index, lambda name: np.array(model.whole(name), np.float32))
             handles = [
@@ -59,6 +64,18 @@ def write(recipe: Path, catalog: Path, out: Path) -> None:
     sums["token_embd.weight" if model.tied else "output.weight"] = head.square().mean(0)
     with open(out, "wb") as file:
         np.savez(file, **{name: found.numpy().astype(np.float32) for name, found in sums.items()})  # type: ignore[arg-type]
+
+
+def _tokens(job: Job, folder: Path) -> NDArray[np.int64]:
+    """Return the calibration tokens i64[W,L] that imports of a catalog read."""
+    catalog = Catalog(folder)
+    try:
+        found = Steps(job, catalog).imports.calibration()
+    finally:
+        catalog.close()
+    if isinstance(found, Failure):
+        raise InputError(f"{job.recipe.name}: no calibration tokens: {found.reason}")
+    return found
 
 
 def _kept(sums: dict[str, torch.Tensor], name: str) -> Callable[[nn.Module, tuple[torch.Tensor]], None]:

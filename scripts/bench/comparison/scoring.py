@@ -55,6 +55,29 @@ def greedy(prompts: list[list[int]], stops: list[int], count: int, answer: Answe
     return found
 
 
+def along(reference: Path, answer: Answer) -> dict[str, Any]:
+    """Return the mean KL divergence of the next token along given answers, its standard error, and the tokens scored.
+
+    `reference` is an `.npz` of texts one behind the other: `tokens` i64[N], where each ends in it `ends` i64[Q], the
+    length of the prompt that each begins with `asked` i64[Q], and `logits` f32[M,V] that each token of an answer is
+    drawn from. The standard error treats answers as units.
+    """
+    with np.load(reference) as data:
+        tokens, ends, asked, logits = (data[name] for name in ("tokens", "ends", "asked", "logits"))
+    kl, at = [], 0
+    for text, prompt in zip(np.split(tokens, ends[:-1]), asked.tolist(), strict=True):
+        wanted = _log_softmax(logits[at : at + len(text) - prompt])
+        actual = _log_softmax(_answers(text.tolist(), prompt, answer)[: len(wanted)])
+        kl.append(np.sum(np.exp(wanted) * (wanted - actual), axis=-1))
+        at += len(wanted)
+    means = np.array([each.mean() for each in kl if len(each)])
+    return {
+        "answers_kl": max(0.0, float(np.mean(np.concatenate(kl)))),
+        "answers_kl_error": float(means.std(ddof=1) / len(means) ** 0.5) if len(means) > 1 else 0.0,
+        "answers_scored": int(sum(map(len, kl))),
+    }
+
+
 def exact(reference: Path, prompt: int) -> dict[str, Any]:
     """Return the score of the reference itself: KL is 0, and perplexity is that of the f32 model."""
     with np.load(reference) as data:
