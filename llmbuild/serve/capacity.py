@@ -86,8 +86,13 @@ class Server:
     """By which factor steps take longer than the curve says."""
 
     def step_s(self, work: Work) -> float:
-        """Return the seconds of a step."""
-        return self.curve.step_s(work) * self.slower
+        """Return the seconds of a step, with what the server itself takes."""
+        return self.curve.served_s(work) * self.slower
+
+    @property
+    def request_s(self) -> float:
+        """Return the seconds that the server takes for a request besides its steps."""
+        return (self.curve.own.request_s + self.curve.own.end_s) * self.slower
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ def _run(server: Server, rate: float, lengths: Lengths, seed: int) -> Simulated:
         now += draw.expovariate(1.0) / rate
         prompt, output = lengths.drawn(draw, server.host.context)
         arrivals.append(Arrival(now, prompt, output))
-    return simulate(arrivals, server.scheduler, server.host, server.step_s, server.curve.covers)
+    of = server
+    return simulate(arrivals, of.scheduler, of.host, of.step_s, of.curve.covers, request_s=of.request_s)
 
 
 def _percentile(taken: dict[str, list[float]], metric: LoadMetric) -> float:

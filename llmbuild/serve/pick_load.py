@@ -63,7 +63,7 @@ class LoadPick:
         ]
         curve, seen = best.server.curve, self.seen
         lines.append(
-            f"simulated over the load curve (error p95 {curve.error_p95:.1%}), without HTTP and shared prompts"
+            f"simulated over the load curve (error p95 {curve.error_p95:.1%}), {_without(curve)} shared prompts"
         )
         if curve.doubt:
             lines.append(f"the curve is doubtful: {curve.doubt}: `llmbuild profile --load` measures it again")
@@ -73,6 +73,10 @@ class LoadPick:
         if seen.outside:
             lines.append(f"{seen.outside:.1%} of the steps are larger than those that were measured")
         return "\n".join(lines)
+
+
+def _without(curve: LoadCurve) -> str:
+    return "without HTTP and" if curve.served is None else "with HTTP, without"
 
 
 def _held(row: Row, found: Capacity) -> str:

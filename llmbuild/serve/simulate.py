@@ -224,10 +224,12 @@ def simulate(
     step_s: StepTime,
     covers: Callable[[Work], bool] = lambda work: True,
     lengths: Expects | None = None,
+    request_s: float = 0.0,
 ) -> Simulated:
     """Run requests, in the order of their arrival, to their ends.
 
-    Schedulers are told what `lengths` says of answers, or else what the requests say.
+    Schedulers are told what `lengths` says of answers, or else what the requests say. Each request takes `request_s` of
+    the server's time, which lengthens the next step.
 
     Raises:
         ValueError: a request does not fit in an empty server.
@@ -243,12 +245,14 @@ def simulate(
     while coming or server.running or server.waiting:
         if not (server.running or server.waiting):
             now = max(now, coming[0].asked.arrival_s)
+        came = 0
         while coming and coming[0].asked.arrival_s <= now:
+            came += 1
             seen.append(len(server.waiting))
             server.queue(coming.popleft())
         batch = server.batch(now)
         work = server.work(batch)
-        took = step_s(work)
+        took = step_s(work) + request_s * came
         steps, outside, busy = steps + 1, outside + (not covers(work)), busy + took
         now += took
         server.ran(batch, now)
