@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 SCHEDULERS = ("fcfs", "sarathi", "fairbatching", "isrtf", "vtc")
 """`serve/schedule/named.py` has them; a test holds the two against each other."""
-SPECULATIONS = ("none", "ngram")
+SPECULATIONS = ("none", "ngram", "draft")
 """As `serve/speculate.py` has them."""
 ADMISSIONS = ("worst-case", "expected")
 """As `serve/admission.py` has them."""
@@ -59,7 +59,12 @@ VERDICTS = 4
     type=click.Choice(SPECULATIONS),
     default="none",
     show_default=True,
-    help="Guess tokens from what followed the same ones before, where that pays. Answers stay the same.",
+    help="Guess tokens from what followed the same ones before, or by --draft, where it pays. Answers stay the same.",
+)
+@click.option(
+    "--draft",
+    metavar="VARIANT",
+    help="A variant or a model with the same tokenizer that guesses tokens, with --speculation draft; for one MODEL.",
 )
 @click.option(
     "--admission",
@@ -116,7 +121,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
 
     if len(set(models)) < len(models):
         raise InputError("a model is named twice: each has one variant in a server")
-    for name in ("variant", "predictor"):
+    for name in ("variant", "predictor", "draft"):
         if options[name] and len(models) > 1:
             raise InputError(f"--{name} is for one MODEL")
     place, keys = listens(options, options["shutdown_timeout"])
@@ -149,6 +154,7 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
         speculation=options["speculation"],
         admission=options["admission"],
         predictor=options["predictor"],
+        draft=_draft(options),
     )
     variant = options["variant"]
     if bounds and not variant:
@@ -163,6 +169,20 @@ def _planned(name: str, options: Mapping[str, Any], memory: int | None, models: 
     if plan.scheduler == FAIR_BATCHING:
         plan = replace(plan, curve=curve_here(Path(options["catalog"]), str(model.row["variant"])))
     return model, plan
+
+
+def _draft(options: Mapping[str, Any]) -> Model | None:
+    """Return the variant that guesses tokens, where one is named."""
+    from llmbuild.serve.draft_model import draft_model
+
+    if not options["draft"]:
+        return None
+    trust = trust_of(options)
+    found = draft_model(
+        options["catalog"], options["draft"], trust_keys=trust.keys, allow_unsigned=trust.allow_unsigned
+    )
+    click.echo(f"draft: variant {found.row['variant'][:12]} of {found.row['model']}", err=True)
+    return found
 
 
 def _by_load(name: str, options: Mapping[str, Any], memory: int | None) -> LoadPick | None:

@@ -28,16 +28,29 @@ class Need:
     sequence_bytes: int
     measured: bool
     """Whether `fixed_bytes` comes from a reading of the peak, or is estimated from sizes."""
+    draft: str = ""
+    """The variant that drafts, where one does: the bytes are of both."""
 
     def total(self, sequences: int) -> int:
         """Return what so many sequences take."""
         return self.fixed_bytes + sequences * self.sequence_bytes
 
+    def beside(self, draft: Need) -> Need:
+        """Return what the model takes together with one that drafts for it: a cache of each for each sequence."""
+        return Need(
+            self.name,
+            self.fixed_bytes + draft.fixed_bytes,
+            self.sequence_bytes + draft.sequence_bytes,
+            self.measured and draft.measured,
+            draft.name,
+        )
+
     def told(self, sequences: int) -> str:
         """Return the sum in words."""
         basis = "measured" if self.measured else "estimated"
+        also = f", with draft {self.draft}" if self.draft else ""
         each = f"{sequences} x {self.sequence_bytes / 1e6:.1f} MB"
-        return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for keys and values"
+        return f"{self.fixed_bytes / 1e6:.0f} MB ({basis}) + {each} for keys and values{also}"
 
 
 def _slot_bytes(abi: Abi) -> int:

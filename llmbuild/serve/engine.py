@@ -23,7 +23,7 @@ from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import SEEN, Batch, Scheduler, Share, State
 from llmbuild.serve.schedule.vtc import Accounts
 from llmbuild.serve.sequence import Sequence
-from llmbuild.serve.speculate import Speculation
+from llmbuild.serve.speculate import Asked, Speculation
 from llmbuild.serve.step import Output, Rows, Step
 
 Texts = Callable[[Request, frozenset[int]], Text]
@@ -76,7 +76,7 @@ class Engine:
         self._events: list[Event] = []
         self._arrived = 0
         self._last_step_s = self._last_end_s = clock()
-        self._step_s = 0.0
+        self._step_s = self._draft_s = 0.0
         self._thread: threading.Thread | None = None
 
     # --- for any thread ----------------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ class Engine:
         """Note what is expected of a sequence; it is in the queue, so it is told if this fails."""
         if self._speculation is not None:
             forced = None if one.request.grammar is None else one.chooser.forced
-            one.guesses = self._speculation.of(one.request.prompt, forced)
+            one.guesses = self._speculation.of(one.request.prompt, forced, one.request.salt)
         one.predicted = self._lengths.predict(one.request, 0)
 
     def _foresee_again(self, tenant: str) -> None:
@@ -321,6 +321,8 @@ class Engine:
         assert one.slot is not None
         del self._running[one.number]
         self._step.end(one.slot)
+        if one.guesses is not None:
+            one.guesses.released()
         self._admission.ended(one)
         self._free.append(one.slot)
 
@@ -328,12 +330,16 @@ class Engine:
         """Return the rows of a batch; where all of it decodes and nobody waits, sequences may have drafts, as far as
         there is memory.
         """
+        self._draft_s, context = 0.0, self._step.context
         ones = [self._running[share.number] for share in batch.shares]
         plain = [one.rows(share.tokens) for one, share in zip(ones, batch.shares, strict=True)]
         guessing = any(one.guesses is not None for one in ones) and all(one.decoding for one in ones)
         if self._speculation is None or self._waiting or not guessing:
             return plain
-        drafts = self._speculation.drafts([(one.guesses, one.most_drafts(self._step.context)) for one in ones])
+        asked = [Asked(one.guesses, one.most_drafts(context), one.left(context)) for one in ones]
+        before_s = self._speculation.spent_s
+        drafts = self._speculation.drafts(asked)
+        self._draft_s = self._speculation.spent_s - before_s
         guessed = [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
         lacks = self._admission.lacks((rows.slot, rows.start + 1 + len(rows.drafts)) for rows in guessed)
         return plain if lacks else guessed
@@ -363,7 +369,7 @@ class Engine:
         if self._speculation is not None and not prompt_tokens:
             self._speculation.took(computed, self._step_s)
         turn_s, chosen = self._clock() - begun, chosen + right
-        done = Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s, drafts, right)
+        done = Turned(len(outputs), computed, prompt_tokens, chosen, self._step_s, turn_s, drafts, right, self._draft_s)
         self._observer.turned(done)
 
     def _verify(self, one: Sequence, asked: Rows, output: Output, now: float) -> int:

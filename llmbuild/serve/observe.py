@@ -35,11 +35,13 @@ class Turned:
     step_s: float
     """Of the device."""
     turn_s: float
-    """Of the whole turn: scheduling, the step, choosing and text."""
+    """Of the whole turn: scheduling, the step, choosing and text, and what a drafter computed."""
     drafts: int = 0
     """Guessed tokens that it computed too."""
     right: int = 0
     """Drafts that were right."""
+    draft_s: float = 0.0
+    """Of the steps of a drafter."""
 
 
 @dataclass(frozen=True, slots=True)

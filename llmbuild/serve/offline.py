@@ -13,6 +13,7 @@ from llmbuild.runtime.chat import Message
 from llmbuild.runtime.model import load
 from llmbuild.serve.admission import NAMES as ADMISSIONS
 from llmbuild.serve.admission import WORST_CASE
+from llmbuild.serve.draft_model import draft_model
 from llmbuild.serve.engine import Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Delta, Ended, Event
@@ -82,8 +83,10 @@ class LLM:
         speculation: str = NONE,
         admission: str = WORST_CASE,
         predictor: str | Path | None = None,
+        draft: str | None = None,
     ) -> None:
-        """Pick and open the variant; `predictor` is a file of what predicts the lengths of answers.
+        """Pick and open the variant; `predictor` is a file of what predicts the lengths of answers, and `draft` a
+        variant or a model that guesses tokens, for speculation `draft`.
 
         Raises:
             LlmbuildError: as `llmbuild.load`, or the memory does not hold one sequence.
@@ -92,11 +95,13 @@ class LLM:
             if name not in names:
                 raise InputError(f"{what} {name!r} is unknown: {' or '.join(names)}")
         found = load(catalog, model, slo, objective, variant=variant)
+        drafts = draft_model(catalog, draft) if draft else None
         self.pick: Pick = found.pick
         self._outputs: dict[str, RequestOutput] = {}
         limits = Limits(LARGEST_COUNT, math.inf)
         place = None if predictor is None else Path(predictor)
-        settings = Settings(memory_bytes, max_sequences, scheduler, limits, speculation, admission, place)
+        how = scheduler, limits, speculation, admission, place
+        settings = Settings(memory_bytes, max_sequences, *how, draft=drafts)
         (self._served,) = opened([found], settings, self._take, {})
         self._asked = 0
 

@@ -63,13 +63,18 @@ class RaggedStep(OfSession):
 
     def run(self, batch: Sequence[Rows]) -> list[Output]:
         """Run the rows of all sequences by one call."""
+        outputs = self.ahead(batch)
+        for rows in batch:
+            self.tables.computed(rows.slot, rows.tokens)
+        return outputs
+
+    def ahead(self, batch: Sequence[Rows]) -> list[Output]:
+        """Run rows of which no block may be found by others until `keep` takes their tokens as right."""
         for rows in batch:
             self.tables.grow(rows.slot, rows.start + len(rows.tokens) + len(rows.drafts))
         pieces = [piece for rows in batch for piece in _pieces(rows)]
         tokens, starts, slots = zip(*pieces, strict=True)
         found, logits = self._session.step(*told(tokens, starts, slots, self.tables.array), self._cache)
-        for rows in batch:
-            self.tables.computed(rows.slot, rows.tokens)
         said = zip(found, logits, strict=True)
         return [_output(rows, said) for rows in batch]
 

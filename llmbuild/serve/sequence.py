@@ -8,9 +8,9 @@ from llmbuild.runtime.answers import Text
 from llmbuild.serve.blocks import Names
 from llmbuild.serve.choose import Chooser
 from llmbuild.serve.events import Delta, Finish
+from llmbuild.serve.guesses import Guesses
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.state import Entry
-from llmbuild.serve.speculate import Guesses
 from llmbuild.serve.step import Output, Rows
 
 
@@ -96,6 +96,11 @@ class Sequence:
         """Return how many drafts its next step may have: no token behind its last one is computed."""
         most, room = self.request.params.max_tokens, context - self.computed - self.pending
         return max(0, room if most is None else min(room, most - len(self.tokens) - 1))
+
+    def left(self, context: int) -> float:
+        """Return how many tokens it is expected to have still: all that it may have, where nothing else is known."""
+        most = float(self.most_drafts(context) + 1)
+        return most if self.predicted is None else min(most, max(1.0, self.predicted - len(self.tokens)))
 
     def rows(self, count: int, drafts: tuple[int, ...] = ()) -> Rows:
         """Return the next `count` tokens to compute, and drafts behind them."""

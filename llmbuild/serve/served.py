@@ -15,6 +15,8 @@ from llmbuild.runtime.session import Session
 from llmbuild.serve import budget
 from llmbuild.serve.admission import EXPECTED, WORST_CASE, Admission, Expected, WorstCase
 from llmbuild.serve.budget import Need
+from llmbuild.serve.draft import Drafter
+from llmbuild.serve.draft_model import check_draft
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.errors import RequestRefused
 from llmbuild.serve.events import Outlet
@@ -27,7 +29,7 @@ from llmbuild.serve.predict.learned import Learned
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.named import FCFS, Targets, scheduler
-from llmbuild.serve.speculate import NGRAM, NONE, Speculation
+from llmbuild.serve.speculate import DRAFT, NGRAM, NONE, Speculation
 from llmbuild.serve.tools import BEGIN, Form, form_of
 from llmbuild.spec.load_curve import LoadCurve
 from llmbuild.spec.program import Abi, abi_from
@@ -52,6 +54,19 @@ class Plan:
     """By what sequences are admitted, by its name."""
     predictor: Path | None = None
     """The file of what predicts the lengths of answers; None for what earlier answers had."""
+    draft: Model | None = None
+    """The variant that guesses tokens, where speculation is `draft`."""
+
+    def __post_init__(self) -> None:
+        """Refuse half of a choice.
+
+        Raises:
+            InputError: a variant is to draft and none is given, or one is given and none is to.
+        """
+        if self.draft is None and self.speculation == DRAFT:
+            raise InputError(f"speculation {DRAFT} needs a variant that drafts: name it as --draft, or `draft`")
+        if self.draft is not None and self.speculation != DRAFT:
+            raise InputError(f"a variant that drafts is for --speculation {DRAFT}")
 
 
 @dataclass(frozen=True)
@@ -68,17 +83,21 @@ class Settings:
     plans: Mapping[str, Plan] = field(default_factory=dict)
     classes: Mapping[str, Targets] = field(default_factory=dict)
     """Deadlines of the classes that requests may name."""
+    draft: Model | None = None
+    """The variant that guesses tokens, as in `Plan`; for one model."""
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""
-        plan = Plan(
+        if name in self.plans:
+            return self.plans[name]
+        return Plan(
             self.scheduler,
             self.max_sequences,
             speculation=self.speculation,
             admission=self.admission,
             predictor=self.predictor,
+            draft=self.draft,
         )
-        return self.plans.get(name, plan)
 
 
 @dataclass(frozen=True)
@@ -106,7 +125,8 @@ class Served:
         plan = settings.of(self.name)
         self.step = _step(model.session, slots, plan)
         policy = scheduler(plan.scheduler, self.step.cut, self.name, plan.curve, plan.targets)
-        guesses = _speculation(self.name, self.step, plan)
+        self._draft = plan.draft
+        self.speculation = _speculation(self.name, self.step, plan)
         self.admission = _admission(self.name, self.step, plan)
         self.engine = Engine(
             self.step,
@@ -116,7 +136,7 @@ class Served:
             settings.limits,
             observer,
             lengths=_lengths(model, plan.predictor),
-            speculation=guesses,
+            speculation=self.speculation,
             admission=self.admission,
         )
 
@@ -180,8 +200,16 @@ class Served:
     def close(self) -> None:
         """End what runs, and release the device."""
         self.engine.close()
-        self.step.close()
+        self.release()
         self.model.close()
+        if self._draft is not None:
+            self._draft.close()
+
+    def release(self) -> None:
+        """Free the caches on the device; the models stay open."""
+        if self.speculation is not None:
+            self.speculation.close()
+        self.step.close()
 
     def _text(self, request: Request, ends: frozenset[int]) -> Text:
         return Text(self.tokenizer.decoder(request.prompt), tuple(ends), request.params.stops)
@@ -208,10 +236,11 @@ def _speculation(name: str, step: RaggedStep | PerSequenceStep, plan: Plan) -> S
     """Return what guesses tokens; None where the variant computes one row at a time.
 
     Raises:
-        InputError: it does, and they are to be looked up.
+        InputError: it does, and they are to be guessed; or there is no memory for what guesses them.
     """
-    if step.drafts:
-        return Speculation(plan.speculation == NGRAM)
+    if isinstance(step, RaggedStep):
+        draft = None if plan.draft is None else RaggedStep(plan.draft.session, plan.sequences, step.contexts)
+        return Speculation(plan.speculation == NGRAM, drafter=None if draft is None else Drafter(draft))
     if plan.speculation != NONE:
         told = f"{name}: speculation {plan.speculation} needs a variant that computes several rows in one call"
         raise InputError(f"{told}: one with kernel=own")
@@ -252,13 +281,9 @@ def opened(
     Raises:
         LlmbuildError: one cannot be opened, or they do not fit.
     """
-    abis = [abi_of(model) for model in models]
-    names = [str(model.row["model"]) for model in models]
-    most = [settings.of(name).sequences for name in names]
-    needs = [
-        budget.need(name, model.row, abi, count)
-        for name, model, abi, count in zip(names, models, abis, most, strict=True)
-    ]
+    plans = [settings.of(str(model.row["model"])) for model in models]
+    most = [plan.sequences for plan in plans]
+    needs = [_need(*one) for one in zip(models, plans, strict=True)]
     counts = budget.sequences(needs, budget.memory(settings.memory_bytes), most)
     found: list[Served] = []
     try:
@@ -270,6 +295,21 @@ def opened(
             one.close()
         raise
     return found
+
+
+def _need(model: Model, plan: Plan) -> Need:
+    """Return what a model takes, with the variant that drafts for it.
+
+    Raises:
+        InputError: that one cannot draft for it.
+    """
+    name = str(model.row["model"])
+    found = budget.need(name, model.row, abi_of(model), plan.sequences)
+    if plan.draft is None:
+        return found
+    check_draft(name, model, plan.draft)
+    drafts = str(plan.draft.row["variant"])[:12]
+    return found.beside(budget.need(drafts, plan.draft.row, abi_of(plan.draft), plan.sequences))
 
 
 def abi_of(model: Model) -> Abi:

@@ -1,213 +1,150 @@
-"""Speculation: guess the next tokens of a sequence, from its grammar or from what followed the same tokens before.
+"""Speculation: guess the next tokens of a sequence: from its grammar, from what followed the same tokens before, or by
+a smaller variant of the same tokenizer.
 
 A step computes the guesses of a sequence, its drafts, together with its last token. A draft is right where the token
 that is chosen in its place is the same, so answers are those without drafts, token for token, whether they are greedy
-or drawn. Nobody needs a second model. Tokens that a grammar leaves no choice about are always guessed, others where it
-is asked for.
-Source: prompt lookup decoding (Saxena, 2023), which other servers call n-gram speculation.
+or drawn. Tokens that a grammar leaves no choice about are always guessed, others where it is asked for.
+Source: prompt lookup decoding (Saxena, 2023), which other servers call n-gram speculation; `serve/draft.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from heapq import heappop, heappush
+from collections.abc import Callable, Iterable, Sequence
+from statistics import mean
+from typing import NamedTuple
 
-NONE, NGRAM = "none", "ngram"
-NAMES = (NONE, NGRAM)
+from llmbuild.serve.draft import Drafted, Drafter
+from llmbuild.serve.guesses import Forced, Guesses, Lookup
+from llmbuild.serve.pace import Candidate, Choice, Pace, choose
+
+NONE, NGRAM, DRAFT = "none", "ngram", "draft"
+NAMES = (NONE, NGRAM, DRAFT)
 """How drafts are made, by name."""
-
-GRAMS = (4, 3, 2)
-"""Lengths of what is looked up; the longest that was there before counts."""
 
 MOST_ROWS = 12
 """Rows of a step with drafts: the weights are read once for them, and their products hardly show up to some six."""
 
-FOLLOW = 0.1
-"""Share of the latest step in the mean of steps with as many rows."""
-STALE = 512
-"""Steps after which a time is not believed any more: one slow step must not rule drafts out for ever."""
-FORGET = 0.95
-"""What an older draft counts, compared with the next newer one."""
 
+class Asked(NamedTuple):
+    """A sequence that decodes."""
 
-class Guesses:
-    """What guesses the next tokens of one sequence, and how often it was right lately."""
-
-    def __init__(self, right: float, tried: float) -> None:
-        """Take what share of the first drafts is expected to be right, and how many drafts this is worth."""
-        self._right, self._tried = right, tried
-
-    def add(self, token: int) -> None:
-        """Go on with a token."""
-
-    def drafts(self, most: int) -> list[int]:
-        """Return the tokens that are expected next, at most so many."""
-        raise NotImplementedError
-
-    def judged(self, right: int, tried: int) -> None:
-        """Take how many drafts of a step were right, of those that were tried: up to the first wrong one."""
-        for number in range(tried):
-            self._right = self._right * FORGET + (number < right)
-            self._tried = self._tried * FORGET + 1
-
-    @property
-    def rate(self) -> float:
-        """The share of drafts that are expected to be right, each behind a right one."""
-        return self._right / self._tried
-
-
-class Lookup(Guesses):
-    """The tokens of one sequence, and where each short run of them was last followed by something."""
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        super().__init__(1.0, 2.0)
-        self._tokens: list[int] = []
-        self._behind: dict[tuple[int, ...], int] = {}
-        """The place behind the latest earlier occurrence of a run."""
-        self._next: int | None = None
-        for token in tokens:
-            self.add(token)
-
-    def add(self, token: int) -> None:
-        """Go on with a token."""
-        self._tokens.append(token)
-        self._next, count = None, len(self._tokens)
-        for length in GRAMS:
-            if length > count:
-                continue
-            run = tuple(self._tokens[-length:])
-            if self._next is None:
-                self._next = self._behind.get(run)
-            self._behind[run] = count
-
-    def drafts(self, most: int) -> list[int]:
-        """Return what followed the last tokens before, at most so many; what repeats itself is gone on with."""
-        if self._next is None:
-            return []
-        found: list[int] = []
-        for place in range(self._next, self._next + most):
-            behind = place - len(self._tokens)
-            found.append(self._tokens[place] if behind < 0 else found[behind])
-        return found
-
-
-class Forced(Guesses):
-    """The tokens that a grammar forces, and where it forces none, those of another guess."""
-
-    def __init__(self, forced: Callable[[], list[int]], other: Guesses | None = None) -> None:
-        super().__init__(1.8, 2.0)
-        self._forced, self._other = forced, other
-        self._by: Guesses = self
-        """What made the last drafts."""
-
-    def add(self, token: int) -> None:
-        """Go on with a token."""
-        if self._other is not None:
-            self._other.add(token)
-
-    def drafts(self, most: int) -> list[int]:
-        """Return the next tokens, at most so many."""
-        found, self._by = self._forced()[:most], self
-        if not found and self._other is not None:
-            found, self._by = self._other.drafts(most), self._other
-        return found
-
-    def judged(self, right: int, tried: int) -> None:
-        """Take how many of the last drafts were right, of those that were tried."""
-        if self._by is self:
-            super().judged(right, tried)
-        else:
-            self._by.judged(right, tried)
-
-    @property
-    def rate(self) -> float:
-        """The share of the last drafts that is expected to be right, each behind a right one."""
-        return super().rate if self._by is self else self._by.rate
-
-
-class Pace:
-    """Seconds that steps of single rows took lately, by the number of rows."""
-
-    def __init__(self) -> None:
-        self._mean_s: dict[int, float] = {}
-        self._at: dict[int, int] = {}
-        self._steps = 0
-
-    def took(self, rows: int, seconds: float) -> None:
-        """Take a step."""
-        self._steps += 1
-        before = self._mean_s.get(rows) if self._fresh(rows) else None
-        self._mean_s[rows] = seconds if before is None else before + FOLLOW * (seconds - before)
-        self._at[rows] = self._steps
-
-    def seconds(self, rows: int) -> float:
-        """Return what a step takes; what is not known is tried: it counts as the nearest smaller one that is."""
-        known = [one for one in self._mean_s if one <= rows and self._fresh(one)]
-        return self._mean_s[max(known)] if known else 0.0
-
-    def _fresh(self, rows: int) -> bool:
-        return rows in self._at and self._steps - self._at[rows] < STALE
+    guesses: Guesses | None
+    most: int
+    """Drafts that it may have."""
+    left: float
+    """Tokens that it is expected to have still."""
 
 
 class Speculation:
     """How many drafts sequences have in a step: as many as pay by what steps took and how often drafts were right."""
 
-    def __init__(self, lookup: bool = True, most_rows: int = MOST_ROWS) -> None:
-        """Take whether tokens are looked up, and the most rows of a step that has drafts, last tokens included."""
-        self._lookup, self._most_rows, self._pace = lookup, most_rows, Pace()
+    def __init__(self, lookup: bool = True, most_rows: int = MOST_ROWS, drafter: Drafter | None = None) -> None:
+        """Take whether tokens are looked up, the most rows of a step that has drafts, last tokens included, and who
+        guesses the tokens that are not looked up.
+        """
+        self._lookup, self._most_rows, self._pace, self._drafter = lookup, most_rows, Pace(), drafter
 
-    def of(self, prompt: Sequence[int], forced: Callable[[], list[int]] | None) -> Guesses | None:
-        """Return what guesses the tokens of a sequence, by its prompt and by what its grammar forces; or None."""
-        looked = Lookup(prompt) if self._lookup else None
-        return looked if forced is None else Forced(forced, looked)
+    @property
+    def spent_s(self) -> float:
+        """Seconds that a drafter's steps took, all together."""
+        return 0.0 if self._drafter is None else self._drafter.spent_s
 
-    def drafts(self, asked: Sequence[tuple[Guesses | None, int]]) -> list[tuple[int, ...]]:
-        """Return the drafts of sequences that decode, at most so many of each."""
+    def of(self, prompt: Sequence[int], forced: Callable[[], list[int]] | None, salt: bytes = b"") -> Guesses | None:
+        """Return what guesses the tokens of a sequence, by its prompt and by what its grammar forces; or None.
+
+        What a drafter computes of sequences with another `salt` is kept apart.
+        """
+        found: Guesses | None = Lookup(prompt) if self._lookup else None
+        if self._drafter is not None:
+            found = self._drafter.of(prompt, salt)
+        return found if forced is None else Forced(forced, found)
+
+    def drafts(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
+        """Return the drafts of sequences that decode."""
         left = self._most_rows - len(asked)
         if left < 1:
             return [()] * len(asked)
-        found = [guesses.drafts(min(most, left)) if guesses else [] for guesses, most in asked]
-        made = [
-            Candidate(len(one), guesses.rate if guesses else 0.0)
-            for one, (guesses, _) in zip(found, asked, strict=True)
-        ]
-        taken = counts(made, self._pace, self._most_rows)
-        return [tuple(one[:count]) for one, count in zip(found, taken, strict=True)]
+        found = [one.guesses.drafts(min(one.most, left)) if one.guesses else [] for one in asked]
+        if self._drafter is not None:
+            return self._computed(self._drafter, Turn(asked, found, self._pace, self._most_rows, self._drafter))
+        counts = choose(_there(asked, found), self._pace, self._most_rows).counts
+        return [tuple(one[:count]) for one, count in zip(found, counts, strict=True)]
 
     def took(self, rows: int, seconds: float) -> None:
         """Take the seconds of a step in which all sequences decoded, with its rows."""
         self._pace.took(rows, seconds)
+        if self._drafter is not None:
+            self._drafter.passed()
+
+    def close(self) -> None:
+        """Free what a drafter holds on the device."""
+        if self._drafter is not None:
+            self._drafter.close()
+
+    def _computed(self, drafter: Drafter, turn: Turn) -> list[tuple[int, ...]]:
+        """Return the drafts of sequences, where a drafter computes those that are not there if this pays."""
+        chosen = turn.choose()
+        if behind := turn.worth(chosen):
+            drafter.catch_up(behind)
+            chosen = turn.choose()
+        going = [number for number, count in enumerate(chosen.counts) if count and number in turn.ones]
+        drafts = drafter.draft([(turn.ones[number], chosen.counts[number]) for number in going])
+        computed = dict(zip(going, drafts, strict=True))
+        return [computed.get(i, tuple(turn.found[i][:count])) for i, count in enumerate(chosen.counts)]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A sequence that decodes: how many drafts it has, and the share of them that is expected to be right."""
+class Turn:
+    """The sequences of a step, and what a drafter may do for those that have no drafts."""
 
-    drafts: int
-    rate: float
+    def __init__(
+        self, asked: Sequence[Asked], found: Sequence[list[int]], pace: Pace, most_rows: int, drafter: Drafter
+    ) -> None:
+        """Take sequences with the drafts that are there, and what steps take."""
+        self.found, self.ones = found, dict(_to_compute(asked, found))
+        self._asked, self._pace, self._most_rows, self._drafter = asked, pace, most_rows, drafter
+
+    def choose(self, as_if: bool = False) -> Choice:
+        """Return how many drafts pay. Sequences of which the drafter has missed more than a few tokens have none; or
+        those that they would have, had it missed none.
+        """
+        made = _there(self._asked, self.found)
+        for number, one in self.ones.items():
+            asked, far = self._asked[number], self._far(one)
+            if as_if or not far:
+                most = self._drafter.most(one, min(asked.most, self._most_rows - len(self._asked)))
+                made[number] = Candidate(most, _rate(asked), 1 if far else one.missing)
+        return choose(made, self._pace, self._most_rows, self._drafter.pace)
+
+    def worth(self, now: Choice) -> list[Drafted]:
+        """Return the sequences that the drafter should catch up with: all that it has missed much of, where this costs
+        less than what their drafts are expected to save until they end; else none. `now` is what is chosen without.
+        """
+        behind = {number: one for number, one in self.ones.items() if self._far(one)}
+        if not behind or not now.tokens_per_s:
+            return []
+        then = self.choose(as_if=True)
+        behind = {number: one for number, one in behind.items() if then.counts[number]}
+        tokens = len(self._asked) * mean(self._asked[number].left for number in behind) if behind else 0.0
+        saved_s = tokens * (1 / now.tokens_per_s - 1 / then.tokens_per_s)
+        missed = sum(one.missing - 1 for one in behind.values())
+        return list(behind.values()) if saved_s > self._drafter.costs(missed) else []
+
+    def _far(self, one: Drafted) -> bool:
+        """Return whether more is missing than a step of drafts computes beside them."""
+        return one.missing > self._most_rows
 
 
-def counts(candidates: Sequence[Candidate], pace: Pace, most_rows: int) -> list[int]:
-    """Return how many drafts of each sequence the next step computes, so that most tokens a second are expected.
+def _there(asked: Sequence[Asked], found: Sequence[list[int]]) -> list[Candidate]:
+    """Return what drafts are there."""
+    return [Candidate(len(one), _rate(each)) for one, each in zip(found, asked, strict=True)]
 
-    Drafts are added one after another, the likeliest first; the number with the best rate is taken, none at equality.
-    """
-    rows = len(candidates)
-    found, best, taken = [0] * rows, [0] * rows, float(rows)
-    base_s = pace.seconds(rows)
-    if not base_s:
-        return best
-    highest, heap = taken / base_s, list[tuple[float, int]]()
-    for number, one in enumerate(candidates):
-        if one.drafts:
-            heappush(heap, (-one.rate, number))
-    while heap and rows < most_rows:
-        chance, number = heappop(heap)
-        rows, taken = rows + 1, taken - chance
-        found[number] += 1
-        if found[number] < candidates[number].drafts:
-            heappush(heap, (chance * candidates[number].rate, number))
-        if (rate := taken / max(pace.seconds(rows), base_s)) > highest:
-            highest, best = rate, list(found)
-    return best
+
+def _rate(one: Asked) -> float:
+    return one.guesses.rate if one.guesses else 0.0
+
+
+def _to_compute(asked: Sequence[Asked], found: Sequence[list[int]]) -> Iterable[tuple[int, Drafted]]:
+    """Yield the sequences that have no drafts, and for which a drafter may compute some."""
+    for number, one in enumerate(asked):
+        if one.guesses is not None and not found[number] and isinstance(by := one.guesses.by, Drafted) and one.most:
+            yield number, by

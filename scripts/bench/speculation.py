@@ -1,6 +1,10 @@
-"""What guessing tokens ahead gains: one engine with prompt lookup and one without, in turns, on the same requests.
+"""What guessing tokens ahead gains: one engine with guesses and one without, in turns, on the same requests.
 
-    python scripts/bench/speculation.py MODEL -C CATALOG [--variant DIGEST] [--streams N...] [--text FILE] [--json]
+    python scripts/bench/speculation.py MODEL -C CATALOG [--variant DIGEST] [--draft VARIANT] [--streams N...]
+        [--text FILE] [--json]
+
+Guesses are looked up in the prompt and the answer; with `--draft` a variant or a model with the same tokenizer makes
+them. What it takes is in the times, and `drafting` is its share.
 
 Two tasks: `repeat` asks a chat model to repeat a passage, whose words can be looked up; `question` asks short
 questions, whose answers hardly can. Both answer greedily, `--output` tokens whatever they say. The answers of both
@@ -26,11 +30,12 @@ from llmbuild.errors import LlmbuildError
 from llmbuild.profiler.statistics import paired_ratio
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, load, reader
+from llmbuild.serve.draft_model import draft_model
 from llmbuild.serve.events import Delta, Ended, Event
 from llmbuild.serve.observe import Observer, Turned
 from llmbuild.serve.request import Request, SamplingParams
 from llmbuild.serve.served import Served, Settings, opened
-from llmbuild.serve.speculate import NGRAM, NONE
+from llmbuild.serve.speculate import DRAFT, NGRAM, NONE
 
 REPEAT = "Repeat the following text word for word.\n\n{}"
 PASSAGE = 400
@@ -41,11 +46,12 @@ class Counts(Observer):
     """Counts guesses."""
 
     def __init__(self) -> None:
-        self.drafts = self.right = self.steps = 0
+        self.drafts = self.right = 0
+        self.draft_s = 0.0
 
     def turned(self, turn: Turned) -> None:
         """Take a step."""
-        self.steps += 1
+        self.draft_s += turn.draft_s
         self.drafts, self.right = self.drafts + turn.drafts, self.right + turn.right
 
 
@@ -55,7 +61,8 @@ class Entrant:
     def __init__(self, asked: argparse.Namespace, kind: str) -> None:
         self.counts, self._tokens = Counts(), dict[str, list[int]]()
         model = load(asked.catalog, asked.model, variant=asked.variant)
-        settings = Settings(max_sequences=max(asked.streams), speculation=kind)
+        draft = draft_model(asked.catalog, asked.draft) if kind == DRAFT else None
+        settings = Settings(max_sequences=max(asked.streams), speculation=kind, draft=draft)
         (self.served,) = opened([model], settings, self._take, {str(model.row["model"]): self.counts})
 
     def answer(self, requests: Sequence[Request]) -> tuple[float, dict[str, list[int]]]:
@@ -95,29 +102,31 @@ def requests(served: Served, task: str, streams: int, number: int, asked: argpar
 
 def row(entrants: dict[str, Entrant], task: str, streams: int, asked: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds of both, round by round."""
+    (guessing,) = set(entrants) - {NONE}
     seconds: dict[str, list[float]] = {kind: [] for kind in entrants}
     for one in entrants.values():
-        one.counts.drafts = one.counts.right = 0
+        one.counts.drafts, one.counts.right, one.counts.draft_s = 0, 0, 0.0
     for number in range(asked.rounds):
         made = requests(entrants[NONE].served, task, streams, number, asked)
         said = {}
         for kind in random.Random(number).sample(list(entrants), len(entrants)):
             taken, said[kind] = entrants[kind].answer(made)
             seconds[kind].append(taken)
-        if said[NONE] != said[NGRAM]:
+        if said[NONE] != said[guessing]:
             raise LlmbuildError(f"{task}, {streams} streams: answers with guesses are others")
-    found = paired_ratio(seconds[NGRAM], seconds[NONE])
-    counts = entrants[NGRAM].counts
+    found = paired_ratio(seconds[guessing], seconds[NONE])
+    counts = entrants[guessing].counts
     return {
         "task": task,
         "streams": streams,
         "plain_tokens_per_s": streams * asked.output * asked.rounds / sum(seconds[NONE]),
-        "guessing_tokens_per_s": streams * asked.output * asked.rounds / sum(seconds[NGRAM]),
+        "guessing_tokens_per_s": streams * asked.output * asked.rounds / sum(seconds[guessing]),
         "ratio": found.median,
         "ratio_low": found.low,
         "ratio_high": found.high,
         "guesses_per_token": counts.drafts / (streams * asked.output * asked.rounds),
         "right": counts.right / counts.drafts if counts.drafts else None,
+        "drafting": counts.draft_s / sum(seconds[guessing]),
     }
 
 
@@ -132,11 +141,13 @@ def text(made: dict[str, Any]) -> str:
             f"{one['ratio']:.2f} [{one['ratio_low']:.2f}, {one['ratio_high']:.2f}]",
             f"{one['guesses_per_token']:.2f}",
             "-" if one["right"] is None else f"{one['right']:.0%}",
+            f"{one['drafting']:.0%}",
         ]
         for one in made["rows"]
     ]
-    header = ["task", "streams", "tokens/s", "with guesses", "time of plain", "guesses per token", "right"]
+    header = ["task", "streams", "tokens/s", "with guesses", "time of plain", "guesses per token", "right", "drafting"]
     head = f"{made['machine']}; {made['model']} {made['variant']}, {made['output']} tokens, {made['rounds']} rounds"
+    head += f"; drafts by {made['draft']}" if made["draft"] else ""
     return "\n".join([head, table(header, lines)])
 
 
@@ -146,13 +157,14 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("-C", "--catalog", default=reader.default_location())
     parser.add_argument("--variant", help="digest of the variant; the pick if left out")
+    parser.add_argument("--draft", help="the variant or model that guesses; prompt lookup if left out")
     parser.add_argument("--streams", type=int, nargs="+", default=[1, 4])
     parser.add_argument("--output", type=int, default=96, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--text", type=Path, default=ROOT / "docs" / "explanation" / "measuring.md")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
-    entrants = {kind: Entrant(asked, kind) for kind in (NONE, NGRAM)}
+    entrants = {kind: Entrant(asked, kind) for kind in (NONE, DRAFT if asked.draft else NGRAM)}
     rows = []
     for task in ("repeat", "question"):
         for streams in asked.streams:
@@ -163,6 +175,7 @@ def main() -> None:
         "machine": host.machine().describe(),
         "model": served.name,
         "variant": served.variant[:12],
+        "draft": asked.draft,
         "output": asked.output,
         "rounds": asked.rounds,
         "rows": rows,

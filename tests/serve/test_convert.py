@@ -78,10 +78,39 @@ def test_what_there_is_not_is_refused_by_name() -> None:
         ("sglang", "python3 -m sglang.launch_server --model-path m --speculative-algorithm EAGLE", "refused"),
     ],
 )
-def test_prompt_lookup_is_the_speculation_that_there_is(name: str, words: str, kind: str) -> None:
+def test_prompt_lookup_is_mapped_and_what_there_is_not_is_refused(name: str, words: str, kind: str) -> None:
     made = convert_line(name, words, lambda file: {}, GIB)
     assert [one.kind for one in made.flags if "speculative" in one.flag] == [kind]
     assert ("--speculation ngram" in made.serve) == (kind == "mapped")
+
+
+SMALL = "--speculative-draft-model-path org/Small-1"
+
+
+@pytest.mark.parametrize(
+    ("name", "words", "kinds"),
+    [
+        ("vllm", 'vllm serve m --speculative-config \'{"model": "org/Small-1", "num_speculative_tokens": 5}\'', "m"),
+        ("vllm", 'vllm serve m --speculative-config \'{"method": "draft_model", "model": "org/Small-1"}\'', "m"),
+        ("vllm", 'vllm serve m --speculative-config \'{"model": "org/EAGLE-Small-1"}\'', "r"),
+        ("vllm", 'vllm serve m --speculative-config \'{"method": "draft_model"}\'', "r"),
+        ("sglang", f"sglang serve --model-path m --speculative-algorithm STANDALONE {SMALL}", "mm"),
+        ("sglang", f"sglang serve --model-path m {SMALL} --speculative-algorithm standalone", "mm"),
+        ("sglang", f"sglang serve --model-path m --speculative-algorithm EAGLE3 {SMALL}", "rr"),
+        ("sglang", "sglang serve --model-path m --speculative-algorithm STANDALONE", "r"),
+        (
+            "sglang",
+            "sglang serve --model-path m --speculative-draft-model org/Small-1 --speculative-algorithm STANDALONE "
+            "--speculative-num-steps 4 --speculative-eagle-topk 1 --speculative-num-draft-tokens 5",
+            "mmooo",
+        ),
+    ],
+)
+def test_a_draft_model_is_mapped_and_a_head_of_the_model_is_refused(name: str, words: str, kinds: str) -> None:
+    made = convert_line(name, words, lambda file: {}, GIB)
+    of = {"m": "mapped", "o": "moot", "r": "refused"}
+    assert [one.kind for one in made.flags if "speculative" in one.flag] == [of[kind] for kind in kinds]
+    assert ("--draft Small-1" in made.serve and "--speculation draft" in made.serve) == ("m" in kinds)
 
 
 def test_sglang_s_flags_have_their_own_names_and_port() -> None:

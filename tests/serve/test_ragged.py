@@ -13,8 +13,10 @@ import pytest
 from llmbuild.errors import InputError
 from llmbuild.runtime import load, reader
 from llmbuild.runtime.model import Model
-from llmbuild.serve import budget
+from llmbuild.serve import LLM, budget, speculate
+from llmbuild.serve.draft import Drafter
 from llmbuild.serve.engine import Engine
+from llmbuild.serve.pace import Pace, choose
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.ragged import RaggedStep
 from llmbuild.serve.request import Request, SamplingParams
@@ -165,6 +167,34 @@ def test_guessed_tokens_change_no_answer(model: Model) -> None:
     requests = [Request(f"r{n}", prompt, (hot, greedy)[n % 2], n) for n, prompt in enumerate(prompts)]
     plain = answered(model, Settings(max_sequences=4), requests)
     assert answered(model, Settings(max_sequences=4, speculation="ngram"), requests) == plain
+
+
+def test_a_variant_that_drafts_for_another_changes_no_answer(catalog: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In f16 for int8, as if its steps took no time: prompts are caught up with, and most drafts are right."""
+    kept = list[RaggedStep]()
+
+    def keep(step: RaggedStep, slot: int, tokens: Any) -> None:
+        kept.append(step)
+        step.tables.computed(slot, tokens)
+
+    rows = [row for row in reader.variants(catalog, "tiny", everything=True) if row["point"]["kernel"] == "own"]
+    names = {row["point"]["weight_format"]: row["variant"] for row in rows}
+    hot = SamplingParams(temperature=0.7, max_tokens=24, ignore_eos=True, seed=3)
+    greedy = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    prompts, params = [[5], [1, 2], [9] * 32, list(range(40, 71)), [7, 8, 9]], [greedy, hot, greedy, hot, greedy]
+    with LLM("tiny", catalog=catalog, variant=names["int8"], max_sequences=3) as plain:
+        wanted = [one.outputs[0].token_ids for one in plain.generate(prompts, params)]
+    monkeypatch.setattr(RaggedStep, "keep", keep)
+    monkeypatch.setattr(Pace, "seconds", lambda pace, rows: 1.0)
+    monkeypatch.setattr(Drafter, "costs", lambda drafter, rows: 0.0)
+    monkeypatch.setattr(speculate, "choose", lambda ones, pace, most, drafter: choose(ones, pace, most))
+    more: dict[str, Any] = {"speculation": "draft", "draft": names["f16"], "max_sequences": 3}
+    with LLM("tiny", catalog=catalog, variant=names["int8"], **more) as drafting:
+        told = drafting._served.told()
+        assert [one.outputs[0].token_ids for one in drafting.generate(prompts, params)] == wanted
+        assert kept.count(drafting._served.step) > 20, "drafts were right"  # type: ignore[arg-type]
+    assert len({id(step) for step in kept}) == 2, "the drafter keeps them too"
+    assert f"with draft {names['f16'][:12]}" in told
 
 
 def test_answers_that_lose_their_place_are_those_alone(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,11 +12,13 @@ import pytest
 
 from llmbuild.errors import InputError
 from llmbuild.serve.engine import Limits
+from llmbuild.serve.guesses import Lookup
+from llmbuild.serve.pace import Candidate, Pace, choose
 from llmbuild.serve.per_sequence import PerSequenceStep
 from llmbuild.serve.request import Request
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.serve.served import Plan, _speculation
-from llmbuild.serve.speculate import Candidate, Guesses, Lookup, Pace, Speculation, counts
+from llmbuild.serve.speculate import Asked, Speculation
 from tests.serve.test_engine import PROMPTS, Counted
 from tests.support.serving import ADAPTIVE, CONTEXT, END, VOCABULARY, Bench, alone, logits_of, request
 
@@ -74,7 +76,7 @@ KNEE = {n: 1.0 if n <= 3 else 9.0 for n in range(1, 9)}
 def test_as_many_drafts_are_taken_as_pay(
     candidates: list[Candidate], seconds: dict[int, float], expected: list[int]
 ) -> None:
-    assert counts(candidates, pace(seconds), 8) == expected
+    assert list(choose(candidates, pace(seconds), 8).counts) == expected
 
 
 def test_a_slow_step_is_forgotten() -> None:
@@ -207,8 +209,8 @@ class Told(Speculation):
         super().__init__()
         self.texts, self.right, self.wrong = texts, right, wrong
 
-    def drafts(self, asked: Sequence[tuple[Guesses | None, int]]) -> list[tuple[int, ...]]:
-        return [self._of(cast(Lookup, guesses)._tokens, most) for guesses, most in asked]
+    def drafts(self, asked: Sequence[Asked]) -> list[tuple[int, ...]]:
+        return [self._of(cast(Lookup, one.guesses)._tokens, one.most) for one in asked]
 
     def _of(self, known: list[int], most: int) -> tuple[int, ...]:
         text = next((text for text in self.texts if text[: len(known)] == known), known)

@@ -13,6 +13,7 @@ from llmbuild.runtime.answers import Text
 from llmbuild.runtime.detokenize import Decoder, stages
 from llmbuild.serve.admission import EXPECTED, WORST_CASE, Expected
 from llmbuild.serve.blocks import Names, Tables
+from llmbuild.serve.draft import Drafter
 from llmbuild.serve.engine import Engine, Limits
 from llmbuild.serve.events import Delta, Ended, Event
 from llmbuild.serve.request import Request, SamplingParams
@@ -138,6 +139,50 @@ class FakeStep:
         """Nothing is held."""
 
 
+class FakeDraft(FakeStep):
+    """A drafter's device: it says what the other device says behind the same tokens, but where `errs` of them is."""
+
+    def __init__(
+        self,
+        slots: int,
+        of: FakeStep,
+        errs: Callable[[Sequence[int]], bool] = lambda tokens: False,
+        before: Callable[[Sequence[Rows]], None] = lambda batch: None,
+        contexts: int = 0,
+    ) -> None:
+        super().__init__(slots, before=before, contexts=contexts)
+        self._of, self._errs = of, errs
+        self.rows: list[int] = []
+        """Of each step."""
+
+    def run(self, batch: Sequence[Rows]) -> list[Output]:
+        """Run tokens that are the sequence's own."""
+        self.rows.append(sum(len(rows.tokens) for rows in batch))
+        return super().run(batch)
+
+    def ahead(self, batch: Sequence[Rows]) -> list[Output]:
+        """Run guesses: each must follow on those before, and none is taken as right."""
+        self._before(batch)
+        self.steps += 1
+        self.rows.append(len(batch))
+        return [self._guess(rows) for rows in batch]
+
+    def _guess(self, rows: Rows) -> Output:
+        (token,), slot = rows.tokens, rows.slot
+        guessed = self.guessed[slot]
+        assert slot in self.taken and rows.start == len(self.held[slot]) + len(guessed) < CONTEXT
+        self.tables.grow(slot, rows.start + 1)
+        block = int(self.tables.array[slot, rows.start // PAGE])
+        assert self.tables.blocks._references[block] == 1, "a block that is written has one owner"
+        self.content[block][rows.start % PAGE :] = [token]
+        guessed.append(token)
+        return self._said([*self.held[slot], *guessed], False)
+
+    def _said(self, tokens: Sequence[int], logits: bool) -> Output:
+        token = self._of._said(tokens, False).token
+        return Output((token + 1) % VOCABULARY if self._errs(tokens) else token)
+
+
 def text_of(request: Request, ends: frozenset[int]) -> Text:
     """Return the text of an answer."""
     return Text(Decoder(stages({"type": "ByteFallback"}), WORDS.__getitem__), tuple(ends), request.params.stops)
@@ -190,10 +235,14 @@ class Bench:
     clock: Clock = field(default_factory=Clock)
     speculation: Speculation | None = None
     admission: str = WORST_CASE
+    draft: Callable[[FakeStep], Drafter] | None = None
+    """Makes what drafts beside the device."""
     events: list[Event] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.step = FakeStep(self.slots, self.cut, contexts=self.contexts)
+        if self.draft is not None:
+            self.speculation = Speculation(False, drafter=self.draft(self.step))
         self.engine = Engine(
             self.step,
             self.scheduler,

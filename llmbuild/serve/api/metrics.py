@@ -59,8 +59,11 @@ class Metrics:
         self.step = Histogram(
             "llmbuild:step_seconds", "Of the device in a step.", _LABELS, registry=self._registry, buckets=_SECONDS
         )
+        self.draft = Histogram(
+            "llmbuild:draft_seconds", "Of a drafter in a turn.", _LABELS, registry=self._registry, buckets=_SECONDS
+        )
         self.host = Histogram(
-            "llmbuild:host_seconds", "Of a turn, beside its step.", _LABELS, registry=self._registry, buckets=_SECONDS
+            "llmbuild:host_seconds", "Of a turn, beside steps.", _LABELS, registry=self._registry, buckets=_SECONDS
         )
 
     def observe(self, model: str) -> ModelMetrics:
@@ -92,6 +95,7 @@ class ModelMetrics(Observer):
         self._drafts, self._right = metrics.drafts.labels(*self._all), metrics.right.labels(*self._all)
         self._queries, self._hits = metrics.queries.labels(*self._all), metrics.hits.labels(*self._all)
         self._iteration, self._step, self._host = one(metrics.iteration), one(metrics.step), one(metrics.host)
+        self._draft = one(metrics.draft)
         self._first, self._gap, self._per_token = one(metrics.first), one(metrics.gap), one(metrics.per_token)
         self._e2e, self._queue, self._inference = one(metrics.e2e), one(metrics.queue), one(metrics.inference)
         self._prefill, self._decode = one(metrics.prefill), one(metrics.decode)
@@ -118,7 +122,9 @@ class ModelMetrics(Observer):
         self._drafts.inc(turn.drafts)
         self._right.inc(turn.right)
         self._step(turn.step_s)
-        self._host(turn.turn_s - turn.step_s)
+        self._host(turn.turn_s - turn.step_s - turn.draft_s)
+        if turn.draft_s:
+            self._draft(turn.draft_s)
 
     def gap(self, seconds: float) -> None:
         self._gap(seconds)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from functools import partial
 from llmbuild.errors import InputError
 from llmbuild.serve.convert import sglang, vllm
 from llmbuild.serve.convert.line import Given, Line, Program, flags_of_config, parse_line
-from llmbuild.serve.convert.rules import Draft, Flag, Kind, Told
+from llmbuild.serve.convert.rules import Draft, Flag, Kind, Told, plain
 
 CONTEXT = 2048
 """Positions of a recipe where the line names none: both servers take the model's own context, however long."""
@@ -127,6 +126,7 @@ def _converted(name: str, line: Line, config: Config, memory_bytes: int | None) 
         found.append(Became(variable, told.kind, told.why))
     flags = _expanded(line.flags, config)
     last = {one.name: i for i, one in enumerate(flags)}
+    draft.given = {one.name: one.values for one in flags}
     for i, given in enumerate(flags):
         again = last[given.name] != i
         told = Told("moot", "given again later") if again else _told(server, given, draft)
@@ -175,8 +175,7 @@ def _told(server: _Server, given: Given, draft: Draft) -> Told:
 
 def _name(draft: Draft) -> str:
     """Return the recipe's name: what clients call the model, in the letters of a name."""
-    last = (draft.name or draft.model).rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
-    return re.sub(r"[^A-Za-z0-9._-]", "-", last)[:64].strip("-.") or "model"
+    return plain(draft.name or draft.model)
 
 
 def _recipe(server: str, draft: Draft) -> str:

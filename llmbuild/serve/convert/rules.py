@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from llmbuild.serve.speculate import NGRAM
+from llmbuild.serve.speculate import DRAFT, NGRAM
 
 Kind = Literal["mapped", "moot", "refused"]
 
@@ -33,6 +34,8 @@ class Draft:
     context: int | None = None
     knobs: dict[str, str] = field(default_factory=dict)
     serve: dict[str, str] = field(default_factory=dict)
+    given: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """The values of all flags, for those that say something together."""
 
 
 Rule = Callable[[tuple[str, ...], Draft], Told]
@@ -230,7 +233,14 @@ PARSER = only(
 )
 NO_LORA = refuse("there are no adapters: merge them into the weights")
 NO_MEDIA = refuse("models take text alone")
-NO_DRAFTS = refuse("tokens are guessed by prompt lookup alone: `llmbuild serve --speculation ngram`")
+NO_DRAFTS = refuse(
+    "tokens are guessed by prompt lookup or by a smaller model: `llmbuild serve --speculation ngram|draft`"
+)
+HEADS = ("eagle", "medusa", "mlp-speculator", "mlp_speculator", "mtp")
+"""Words in the names of what drafts and is no model of its own."""
+STANDALONE = "STANDALONE"
+"""What SGLang calls drafts of a model of its own."""
+AS_PAY = "as many tokens are guessed as pay"
 
 
 def speculation(values: tuple[str, ...], draft: Draft) -> Told:
@@ -239,11 +249,49 @@ def speculation(values: tuple[str, ...], draft: Draft) -> Told:
         asked = json.loads(values[0])
     except ValueError:
         asked = values[0]
-    method = asked.get("method") if isinstance(asked, dict) else asked
-    if not isinstance(method, str) or method.lower() != NGRAM:
+    said = asked if isinstance(asked, dict) else {"method": asked}
+    method, small = said.get("method"), said.get("model")
+    if method is None and isinstance(small, str):  # vLLM finds the method by the model's name
+        heads = any(word in small.lower() for word in HEADS)
+        method = small.strip("[]") if small.strip("[]").lower() == NGRAM else "head" if heads else "draft_model"
+    if not isinstance(method, str):
         return NO_DRAFTS(values, draft)
-    draft.serve["--speculation"] = NGRAM
-    return mapped(f"llmbuild serve --speculation {NGRAM}: as many tokens are guessed as pay")
+    if method.lower() == NGRAM:
+        draft.serve["--speculation"] = NGRAM
+        return mapped(f"llmbuild serve --speculation {NGRAM}: {AS_PAY}")
+    if method.lower() == "draft_model" and isinstance(small, str) and small:
+        return _drafts(small, draft)
+    if method.upper() == STANDALONE and (path := draft.given.get("speculative-draft-model-path")):
+        return _drafts(path[0], draft)
+    return NO_DRAFTS(values, draft)
+
+
+def draft_path(values: tuple[str, ...], draft: Draft) -> Told:
+    """Take the model that SGLang drafts with, which is one of ours where the algorithm is `STANDALONE`."""
+    return _drafts(values[0], draft) if _algorithm(draft) == STANDALONE else NO_DRAFTS(values, draft)
+
+
+def draft_tokens(values: tuple[str, ...], draft: Draft) -> Told:
+    """Take how many tokens SGLang guesses."""
+    told = Told("moot", AS_PAY)
+    return told if _algorithm(draft) in (STANDALONE, NGRAM.upper()) else NO_DRAFTS(values, draft)
+
+
+def _algorithm(draft: Draft) -> str:
+    return next(iter(draft.given.get("speculative-algorithm", ())), "").upper()
+
+
+def _drafts(small: str, draft: Draft) -> Told:
+    """Take a model that drafts."""
+    draft.serve["--speculation"], draft.serve["--draft"] = DRAFT, (called := plain(small))
+    told = f"build {small} into the same catalog by the name {called}, with kernel=own and the same tokenizer"
+    return mapped(f"llmbuild serve --speculation {DRAFT} --draft {called}: {told}; {AS_PAY}")
+
+
+def plain(name: str) -> str:
+    """Return what a model is called, in the letters of a recipe's name."""
+    last = name.rstrip("/").rsplit("/", 1)[-1].removesuffix(".gguf")
+    return re.sub(r"[^A-Za-z0-9._-]", "-", last)[:64].strip("-.") or "model"
 
 
 NO_TLS = refuse("the server speaks no TLS: put a proxy in front of it")

@@ -89,6 +89,10 @@ FLAGS: Mapping[str, Flag] = {
     "enable-lora": Flag(r.NO_LORA, 0),
     "disaggregation-mode": Flag(r.only(("null",), "there is one process", "there is one process")),
     "speculative-algorithm": Flag(r.speculation),
+    "speculative-draft-model-path": Flag(r.draft_path),
+    "speculative-num-steps": Flag(r.draft_tokens),
+    "speculative-eagle-topk": Flag(r.draft_tokens),
+    "speculative-num-draft-tokens": Flag(r.draft_tokens),
     "enable-hierarchical-cache": Flag(r.refuse("caches are in memory alone"), 0),
 }
 
@@ -105,6 +109,7 @@ PREFIXES: Mapping[str, Flag] = {
 
 ALIASES = {
     "--model": "model-path",
+    "--speculative-draft-model": "speculative-draft-model-path",
     "--tp": "tensor-parallel-size",
     "--tp-size": "tensor-parallel-size",
     "--pp-size": "pipeline-parallel-size",
