@@ -1,4 +1,4 @@
-"""What a fleet's command does on Kubernetes: the objects of a plan, and access to a cluster."""
+"""What a fleet's command does on other machines: access to Kubernetes and to Ray, and the objects of a plan."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import click
 
 from llmbuild.cli.options import PATH
 from llmbuild.errors import InputError
+from llmbuild.process.rays import is_ray
 from llmbuild.system.extras import EXTRAS
 
 if TYPE_CHECKING:
     from llmbuild.fleet.orchestrate import Make, Setup
+    from llmbuild.fleet.ray.backend import Ray
     from llmbuild.spec.fleet import Profile
 
 F = TypeVar("F", bound=Callable[..., object])
@@ -27,6 +29,19 @@ _OPTIONS = (
         help="With -n on Kubernetes: an InferencePool for each service, too, whose endpoint picker is SERVICE.",
     ),
 )
+
+
+class Backend(click.ParamType):  # type: ignore[type-arg]  # generic in later versions alone
+    """What runs the replicas of a fleet."""
+
+    name = "backend"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Return its name, or the address of a cluster of Ray."""
+        text = str(value)
+        if text not in ("local", "kubernetes") and not is_ray(text):
+            self.fail(f"{text!r} is none of local, kubernetes, ray and ray://HOST:PORT", param, ctx)
+        return text
 
 
 def cluster_options(command: F) -> F:
@@ -97,5 +112,22 @@ def on_cluster(options: Mapping[str, Any]) -> Make:
         namespace = cluster_of(fleet, asked.keys).namespace
         _tell_absent(setup, setup.profiles, to_stderr)
         return Kubernetes(fleet, connected(namespace, options["kubeconfig"], options["context"]), asked)
+
+    return make
+
+
+def on_ray(address: str, dry: bool = False) -> Make:
+    """Return what makes the backend of a fleet on a cluster of Ray; one that starts and ends nothing with `dry`."""
+
+    def make(setup: Setup, fleet: Any) -> Ray:
+        from llmbuild.fleet.ray.backend import Dry
+        from llmbuild.fleet.ray.backend import Ray as Live
+        from llmbuild.fleet.ray.client import cluster_of
+        from llmbuild.fleet.ray.placing import checked
+
+        checked(fleet)
+        kind = Dry if dry else Live
+        found = cluster_of(address, fleet.name)
+        return kind(fleet, setup.catalog, found, setup.place.drain_s, setup.asked_of_replicas)
 
     return make

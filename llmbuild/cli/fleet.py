@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from llmbuild.cli.clusters import cluster_options, manifests, misplaced, on_cluster
+from llmbuild.cli.clusters import Backend, cluster_options, manifests, misplaced, on_cluster, on_ray
 from llmbuild.cli.listening import ended, listen_options, listens
 from llmbuild.cli.options import PATH, Shared, catalog_option
 from llmbuild.errors import InputError, NoPlan
+from llmbuild.process.rays import is_ray
 from llmbuild.system.extras import EXTRAS
 from llmbuild.system.strict_json import dumps
 
@@ -127,10 +128,11 @@ def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, f
 @click.option(
     "--on",
     "backend",
-    type=click.Choice(("local", "ray", "kubernetes")),
+    type=Backend(),
     default="local",
     show_default=True,
-    help="What runs the replicas; ray is not built.",
+    metavar="BACKEND",
+    help="What runs the replicas: local, kubernetes, ray (the cluster at hand), or ray://HOST:PORT.",
 )
 @click.option("-n", "--dry-run", "dry", is_flag=True, help="Say what would be done first, and why; do nothing.")
 @listen_options
@@ -143,16 +145,12 @@ def simulate(fleet: Path, policies: tuple[str, ...], seeds: int, catalog: str, f
 def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | None, **options: Any) -> int:
     """Run a FLEET on this machine or in a cluster behind one OpenAI-compatible address, until SIGTERM or Ctrl-C.
 
-    Replicas are `llmbuild serve`: processes on the cores that the file names, or Deployments of Kubernetes, which -n
-    prints for `kubectl apply -f -`. The address is printed on standard output as soon as every service has a replica.
-    What a killed orchestrator has left running is taken over by the next one.
+    Replicas are `llmbuild serve`: processes on the cores that the file names, on this machine or on nodes of Ray, or
+    Deployments of Kubernetes, which -n prints for `kubectl apply -f -`. The address is printed on standard output as
+    soon as every service has a replica. What a killed orchestrator has left running is taken over by the next one.
     """
     from dataclasses import replace
 
-    if backend == "ray":
-        raise InputError(
-            "--on ray: not built yet: `--on local` runs a fleet on this machine, `--on kubernetes` elsewhere"
-        )
     misplaced(options, backend, dry)
     if form and not dry:
         raise InputError("--json goes with -n: a running fleet prints its address")
@@ -161,8 +159,8 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
     if options["policy"]:
         live_policy(options["policy"])
     asked, profiles = _read(fleet, Path(catalog), serves=True)
-    from llmbuild.fleet.actuators.local import DRAIN_S
-    from llmbuild.fleet.orchestrate import Setup, local, to_stderr
+    from llmbuild.fleet.actuators.served import DRAIN_S
+    from llmbuild.fleet.orchestrate import Setup, local, local_dry, to_stderr
     from llmbuild.fleet.orchestrate import dry as intended
     from llmbuild.fleet.orchestrate import orchestrate as run
     from llmbuild.report.fleet import actions_json, actions_table
@@ -178,11 +176,12 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
         _place_for_all(asked, profiles)
         return 0
     if dry:
-        found = intended(setup, to_stderr)
+        found = intended(setup, to_stderr, local_dry if backend == "local" else on_ray(backend, dry=True))
         click.echo(dumps(actions_json(asked, found)) if form else actions_table(asked, found))
         _place_for_all(asked, profiles)
         return 0
-    make = local if backend == "local" else on_cluster(options)
+    elsewhere = on_ray(backend) if is_ray(backend) else None
+    make = elsewhere or (local if backend == "local" else on_cluster(options))
     try:
         _place_for_all(asked, profiles)
     except NoPlan as lacking:  # what has a place is served all the same

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from llmbuild.fleet.actuators.interface import NAMES, Action, Answer, Backend, Intended, KeysFile
 from llmbuild.fleet.actuators.journal import Journal
-from llmbuild.fleet.actuators.local import DRAIN_S, Dry, Local, checked
+from llmbuild.fleet.actuators.local import Dry, Local, checked
+from llmbuild.fleet.actuators.served import DRAIN_S
 from llmbuild.fleet.gateway.app import Gateway, application
 from llmbuild.fleet.gateway.metrics import FleetMetrics
 from llmbuild.fleet.gateway.seen import Watch

@@ -7,7 +7,6 @@ kill -9 of the orchestrator leaves them serving for the next one to adopt.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
 import secrets
 import signal
@@ -36,24 +35,13 @@ from llmbuild.fleet.actuators.interface import (
 )
 from llmbuild.fleet.actuators.journal import MARK, Entry, Journal, began_of, boot_of, runs
 from llmbuild.fleet.actuators.noted import fields_of, known_of, serve_words
+from llmbuild.fleet.actuators.served import CHECK_S, DRAIN_S, KILL_S, READY_S, SILENT, address, ended, ready
 from llmbuild.fleet.profiles.measured import machine_of
 from llmbuild.process import child
 from llmbuild.runtime import model as loader
 from llmbuild.spec.fleet import Fleet, Profile
 
-DRAIN_S = 30.0
-"""Seconds that a replica has to finish what it has begun."""
-KILL_S = 5.0
-"""Seconds beyond these after which it is killed."""
-READY_S = 120.0
-"""Seconds from the start after which a replica that is not ready is given up."""
-ASK_S = 2.0
-"""Seconds that a replica has to say whether it is ready."""
-CHECK_S, SILENT = 5.0, 3
-"""A replica that serves is asked so often, and killed when it has not been ready for so many times in a row."""
 _PINNED = Path(__file__).with_name("pinned.py")
-_LAST = 400
-"""Bytes of the log's end that are looked at for its last line."""
 
 
 def checked(fleet: Fleet) -> None:
@@ -131,11 +119,11 @@ class Local:
         name = f"{action.slot.node}-{action.slot.index}-{secrets.token_hex(4)}"
         cores = self._cores(action.slot)
         words = child.python(str(_PINNED), ",".join(map(str, cores)), *self._words(action))
-        with self._address(name).open("wb") as address, self._log(name).open("wb") as log:
+        with self._address(name).open("wb") as said, self._log(name).open("wb") as log:
             process = subprocess.Popen(
                 words,
                 stdin=subprocess.DEVNULL,
-                stdout=address,
+                stdout=said,
                 stderr=log,
                 env=child.environment({MARK: self._journal.mark(name)}),
                 cwd="/",
@@ -215,9 +203,9 @@ class Local:
 
     def _seen(self, one: _Replica) -> Live:
         code = None if one.child is None else one.child.poll()
-        ended = code is not None or not runs(one.entry)
+        over = code is not None or not runs(one.entry)
         now = self._clock()
-        if ended:
+        if over:
             return replace(one.live, state="dead", told=self._why(one, code))
         if now >= one.end_s:
             _signal(one.entry, signal.SIGKILL)
@@ -226,7 +214,7 @@ class Local:
         if one.live.state != "starting":
             return one.live
         url = self._url(one.entry.name)
-        if url and _ready(url):
+        if url and ready(url):
             one.check_s = now + CHECK_S
             return replace(one.live, state="ready", url=url)
         if now - one.begun_s > READY_S:
@@ -238,20 +226,16 @@ class Local:
         if now < one.check_s:
             return
         one.check_s = now + CHECK_S
-        one.silent = 0 if _ready(one.live.url) else one.silent + 1
+        one.silent = 0 if ready(one.live.url) else one.silent + 1
         if one.silent >= SILENT:
             _signal(one.entry, signal.SIGKILL)
 
     def _why(self, one: _Replica, code: int | None) -> str:
         """Return how a replica ended: its code, and what it said last where nobody asked it to end."""
-        told = "ended" if code is None else f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-        if one.live.state == "draining":
-            return told
-        with contextlib.suppress(OSError), self._log(one.entry.name).open("rb") as log:
-            log.seek(max(0, log.seek(0, os.SEEK_END) - _LAST))
-            lines = log.read().decode(errors="replace").splitlines()
-            return f"{told}: {lines[-1]}" if lines else told
-        return told
+        if one.live.state != "draining":
+            with contextlib.suppress(OSError), self._log(one.entry.name).open("rb") as log:
+                return ended(code, log)
+        return ended(code)
 
     # --- what was there before ---------------------------------------------------------------------------------------
 
@@ -338,10 +322,8 @@ class Local:
         return self._journal.folder / f"{name}.url"
 
     def _url(self, name: str) -> str:
-        """Return where a replica says that it answers; empty until it does."""
-        with contextlib.suppress(OSError):
-            line, end, _ = self._address(name).read_text(errors="replace").partition("\n")
-            return line.strip() if end else ""
+        with contextlib.suppress(OSError), self._address(name).open("rb") as said:
+            return address(said)
         return ""
 
 
@@ -350,19 +332,6 @@ def _signal(entry: Entry, name: signal.Signals) -> None:
     if runs(entry):
         with contextlib.suppress(ProcessLookupError):
             os.kill(entry.pid, name)
-
-
-def _ready(url: str) -> bool:
-    """Ask a replica whether it is ready."""
-    host, _, port = url.removeprefix("http://").rpartition(":")
-    connection = http.client.HTTPConnection(host, int(port), timeout=ASK_S)
-    try:
-        connection.request("GET", "/ready")
-        return connection.getresponse().status == 200
-    except (OSError, http.client.HTTPException):
-        return False
-    finally:
-        connection.close()
 
 
 class Dry(Local):

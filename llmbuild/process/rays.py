@@ -1,0 +1,43 @@
+"""The library Ray, an extra: found, connected to a cluster, and the one place where it is imported."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+from llmbuild.errors import InputError
+
+ANY = "ray"
+"""The cluster that the environment variable RAY_ADDRESS names, else the one that this machine is a node of."""
+VARIABLE = "RAY_ADDRESS"
+_TOLD = 300
+
+
+def is_ray(text: str) -> bool:
+    """Return whether a text names a cluster of Ray: `ray`, or `ray://HOST:PORT`."""
+    return text == ANY or text.startswith(f"{ANY}://")
+
+
+def connected(text: str, namespace: str) -> Any:
+    """Return Ray's module, connected to the cluster that a text names.
+
+    Names of actors hold within a namespace.
+
+    Raises:
+        InputError: Ray is not installed, or no cluster answers.
+    """
+    if find_spec("ray") is None:
+        raise InputError("Ray is not installed: pip install 'llmbuild[ray]'")
+    import ray
+
+    if ray.is_initialized():  # by an earlier fleet or build of this process
+        ray.shutdown()
+    address = os.environ.get(VARIABLE, "auto") if text == ANY else text
+    try:
+        ray.init(address=address, namespace=namespace, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError, OSError) as error:
+        why = " ".join(str(error).split())[:_TOLD]
+        told = f"`ray start --head` starts a cluster, ${VARIABLE} or ray://HOST:PORT names one that runs"
+        raise InputError(f"no cluster of Ray at {address}: {told} ({why})") from None
+    return ray
