@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from llmbuild import digest
 from llmbuild.compiler import dispatches, iree, matvec, phases, subgroups
+from llmbuild.compiler.calls import Runner, here
 from llmbuild.compiler.flags import attributes, compile_flags
 from llmbuild.process.child import Limits
 from llmbuild.spec.space import AUTO, MATVEC, TUNING, UNTUNED, WRITTEN, Value
@@ -47,12 +48,19 @@ def written(target: Target, settings: Settings) -> dict[str, Value]:
 class Compiling:
     """The compiles of one target with one compiler.
 
-    `forced` returns, once per item, whether a known item is made again.
+    `forced` returns, once per item, whether a known item is made again; `run` runs the compiler, here or elsewhere.
     """
 
     def __init__(
-        self, catalog: Catalog, target: Target, compiler: str, limits: Limits, forced: Callable[[str], bool]
+        self,
+        catalog: Catalog,
+        target: Target,
+        compiler: str,
+        limits: Limits,
+        forced: Callable[[str], bool],
+        run: Runner = here,
     ) -> None:
+        self.run = run
         self.catalog, self.target, self.compiler, self.limits, self.forced = catalog, target, compiler, limits, forced
 
     def compile(self, module: str, settings: Settings) -> Artifact | Failure:
@@ -97,7 +105,7 @@ class Compiling:
         with TemporaryDirectory(prefix="llmbuild-") as name:
             source, told = Path(name) / "sources.mlir", Path(name) / "statistics.json"
             path = self.catalog.blobs.path(module)
-            failure = phases.front(path, source, told, self.target, settings, self.limits)
+            failure = phases.front(path, source, told, self.target, settings, self.limits, self.run)
             if failure:
                 return failure
             blob = self.catalog.blobs.put_bytes(gzip.compress(source.read_bytes(), 6, mtime=0))
@@ -138,7 +146,7 @@ class Compiling:
             source, configured = folder / "sources.mlir", folder / "configured.mlirbc"
             source.write_text(text)
             edited = self.target.backend == VULKAN
-            failure = phases.configure(source, configured, self.target, settings, self.limits, text=edited)
+            failure = phases.configure(source, configured, self.target, settings, self.limits, edited, self.run)
             if failure:
                 return failure
             if edited:
@@ -157,7 +165,7 @@ class Compiling:
         from llmbuild.catalog.phases import Front
 
         begin, output = monotonic(), folder / "translated.mlirbc"
-        failure = phases.translate(configured, output, self.target, settings, self.limits)
+        failure = phases.translate(configured, output, self.target, settings, self.limits, self.run)
         if failure:
             return failure
         packed = gzip.compress(_nameless(output.read_bytes(), folder), 6, mtime=0)
@@ -189,7 +197,7 @@ class Compiling:
         with TemporaryDirectory(prefix="llmbuild-") as name:
             source, output = Path(name) / "translated.mlirbc", Path(name) / "module.vmfb"
             source.write_bytes(gzip.decompress(self.catalog.blobs.path(translated.blob).read_bytes()))
-            failure = phases.emit(source, output, self.target, settings, self.limits)
+            failure = phases.emit(source, output, self.target, settings, self.limits, self.run)
             if failure:
                 return failure
             artifact = Artifact(self.catalog.blobs.put_file(output), output.stat().st_size, self.compiler)

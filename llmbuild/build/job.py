@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from llmbuild import digest
 from llmbuild.build.compiling import compile_inputs
 from llmbuild.catalog.names import Registered
+from llmbuild.compiler.calls import Runner, here
 from llmbuild.compiler.resolved import Answers, resolve
 from llmbuild.digest import plain
 from llmbuild.errors import InputError
@@ -49,6 +50,8 @@ class Job:
     force: bool = False
     remote: Remote | None = None
     """The machine that measures; this host if left out."""
+    run: Runner = here
+    """Who runs the compiler."""
     declared: Space | None = None
     """The recipe's space without `--set` pins; the searched space if left out."""
     known_as: str = ""
@@ -231,6 +234,7 @@ def make_job(
     force: bool,
     answers: Answers | None = None,
     remote: Remote | None = None,
+    run: Runner = here,
 ) -> Job:
     """Return the job of a recipe on a target; the target may be `host`.
 
@@ -256,6 +260,7 @@ def make_job(
         limits,
         force=force,
         remote=remote,
+        run=run,
         declared=declared,
         refused=refused,
         facts=facts,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,8 +17,10 @@ from llmbuild.build.request import BuildRequest
 from llmbuild.build.targets import find_target, highest_target
 from llmbuild.catalog.known import Known, name_of
 from llmbuild.catalog.place import exists
+from llmbuild.compiler.calls import Runner, here
 from llmbuild.compiler.resolved import Answers
 from llmbuild.errors import InputError
+from llmbuild.process.rays import is_ray
 from llmbuild.runtime import host
 from llmbuild.search.knobs.space import for_cpus, with_tuning
 from llmbuild.spec.files.reader import read_recipe
@@ -34,14 +36,14 @@ def jobs_of(request: BuildRequest) -> list[Callable[[], Job]]:
 
     A second recipe with the same name and other contents is refused: one would replace the other's standings.
     """
-    remote = remote_of(request)
+    place = place_of(request)
     names = request.targets or (HOST,)
     taken: dict[tuple[str, str], tuple[Path, str]] = {}
 
     def make(path: Path, target: str) -> Job:
-        job = job_of(path, target, request, remote)
-        place = (job.recipe.name, job.registered.target_digest)
-        other, asked = taken.setdefault(place, (path, job.ranking))
+        job = job_of(path, target, request, place.remote(target), place.run)
+        named = (job.recipe.name, job.registered.target_digest)
+        other, asked = taken.setdefault(named, (path, job.ranking))
         if other != path and asked != job.ranking:
             raise InputError(
                 f"{path}: `name: {job.recipe.name}` is that of {other} too, which asks for other things: "
@@ -52,7 +54,7 @@ def jobs_of(request: BuildRequest) -> list[Callable[[], Job]]:
     return [partial(make, path, name) for path in request.recipes for name in names]
 
 
-def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None = None) -> Job:
+def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None = None, run: Runner = here) -> Job:
     """Return the job of a recipe on a target.
 
     Raises:
@@ -69,18 +71,43 @@ def job_of(path: Path, target: str, request: BuildRequest, remote: Remote | None
         named = find_target(target)
         if left_out := for_cpus(recipe, named):
             tell_once(f"{recipe.name}: {named.name} is no CPU, so without its knobs {', '.join(sorted(left_out))}")
-        return _with_notes(make_job(recipe, named, pinned, host.machine(), tools, force, answers))
+        return _with_notes(make_job(recipe, named, pinned, host.machine(), tools, force, answers, run=run))
     chosen = highest_target(remote.facts, answers) if target == HOST else find_target(target)
-    return _with_notes(make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote))
+    return _with_notes(make_job(recipe, chosen, pinned, remote.machine, tools, force, answers, remote, run))
+
+
+@dataclass(frozen=True)
+class Where:
+    """Who runs the compiler, and who measures a target: None is this host."""
+
+    run: Runner = here
+    remote: Callable[[str], Remote | None] = lambda _: None
+
+
+def place_of(request: BuildRequest) -> Where:
+    """Return where a request is built: on this host, or elsewhere.
+
+    Raises:
+        InputError: the place is not written as one, or no cluster answers.
+    """
+    if not request.on:
+        return Where()
+    if not is_ray(request.on):
+        from llmbuild.profiler.remote import Remote
+        from llmbuild.profiler.remote import place_of as ssh_of
+
+        remote = Remote(ssh_of(request.on))
+        return Where(remote=lambda _: remote)
+    from llmbuild.build.farm import OnRay
+
+    cluster = OnRay(request.on)
+    measures = request.until in (None, "profile")
+    return Where(cluster.run, cluster.remote if measures else lambda _: None)
 
 
 def remote_of(request: BuildRequest) -> Remote | None:
-    """Return the remote machine that measures; None for this host."""
-    if not request.on:
-        return None
-    from llmbuild.profiler.remote import Remote, place_of
-
-    return Remote(place_of(request.on))
+    """Return the remote machine that measures what is compiled for any target; None for this host."""
+    return place_of(request).remote(HOST)
 
 
 def answers_of(request: BuildRequest) -> Answers | None:

@@ -43,7 +43,7 @@ class Steps:
         self._bench: Bench | RemoteBench | None = None
         self._reference: Quality | None = None
         self.imports = Imports(job, catalog, self._forced)
-        self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced)
+        self.compiling = Compiling(catalog, job.target, job.toolchain.compiler, job.limits, self._forced, job.run)
 
     # --- import --------------------------------------------------------------------------------------------------
 

@@ -165,8 +165,9 @@ def on_option(command: F) -> F:
     """Add the option that selects the measuring machine."""
     return click.option(
         "--on",
-        metavar="ssh://[USER@]HOST[:PORT][/PYTHON]",
-        help="Compile here and measure there; the target is the highest that it supports if left out.",
+        metavar="PLACE",
+        help="ssh://[USER@]HOST[:PORT][/PYTHON]: compile here, measure there, for the highest target that it supports. "
+        "ray, ray://HOST:PORT: compile on any node of a cluster, measure on its devices.",
     )(command)
 
 

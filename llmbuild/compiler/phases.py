@@ -18,9 +18,9 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from llmbuild.compiler.calls import Call, Runner, here
 from llmbuild.compiler.flags import Phase, attributes, point_flags, shared_flags, target_flags
-from llmbuild.compiler.iree import binary
-from llmbuild.process.child import Limits, run
+from llmbuild.process.child import Limits
 from llmbuild.spec.space import Value
 from llmbuild.spec.target import Target
 from llmbuild.spec.variant import Failure
@@ -28,6 +28,7 @@ from llmbuild.spec.variant import Failure
 SOURCES = "executable-sources"
 CONFIGURATIONS = "executable-configurations"
 TRANSLATED = "executable-targets"
+TOOL = "iree-compile"
 _DATA_TILING = "data_tiling"
 
 
@@ -60,46 +61,67 @@ def emit_flags(target: Target, point: Mapping[str, Value]) -> list[str]:
 
 
 def front(
-    module: Path, output: Path, statistics: Path, target: Target, point: Mapping[str, Value], limits: Limits
+    module: Path,
+    output: Path,
+    statistics: Path,
+    target: Target,
+    point: Mapping[str, Value],
+    limits: Limits,
+    run: Runner = here,
 ) -> Failure | None:
     """Run the front half: text with locations at `output`, and its scheduling features as JSON at `statistics`."""
     told = ["--iree-scheduling-dump-statistics-format=json", f"--iree-scheduling-dump-statistics-file={statistics}"]
-    stop = [f"--compile-to={SOURCES}", "--mlir-print-debuginfo", "-o", str(output)]
-    command = [str(binary()), str(module), *front_flags(target, point), *told, *stop]
-    return run(command, "compile", limits, output)
+    stop = [f"--compile-to={SOURCES}", "--mlir-print-debuginfo"]
+    flags = (*front_flags(target, point), *told, *stop)
+    return run(Call(TOOL, module, flags, output, statistics), limits)
 
 
 def configure(
-    source: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits, text: bool = False
+    source: Path,
+    output: Path,
+    target: Target,
+    point: Mapping[str, Value],
+    limits: Limits,
+    text: bool = False,
+    run: Runner = here,
 ) -> Failure | None:
     """Configure each dispatch of a retargeted front half; bytecode, or `text` with locations."""
     form = "--mlir-print-debuginfo" if text else "--emit-mlir-bytecode"
     steps = [f"--compile-from={SOURCES}", f"--compile-to={CONFIGURATIONS}", form]
-    command = [str(binary()), str(source), *configure_flags(target, point), *steps, "-o", str(output)]
-    return run(command, "compile", limits, output)
+    return run(Call(TOOL, source, (*configure_flags(target, point), *steps), output), limits)
 
 
 def translate(
-    configured: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits
+    configured: Path,
+    output: Path,
+    target: Target,
+    point: Mapping[str, Value],
+    limits: Limits,
+    run: Runner = here,
 ) -> Failure | None:
     """Translate configured dispatches to LLVM's form: bytecode."""
     steps = [f"--compile-from={CONFIGURATIONS}", f"--compile-to={TRANSLATED}", "--emit-mlir-bytecode"]
-    command = [str(binary()), str(configured), *translate_flags(target, point), *steps, "-o", str(output)]
-    return run(command, "compile", limits, output)
+    return run(Call(TOOL, configured, (*translate_flags(target, point), *steps), output), limits)
 
 
-def emit(translated: Path, output: Path, target: Target, point: Mapping[str, Value], limits: Limits) -> Failure | None:
+def emit(
+    translated: Path,
+    output: Path,
+    target: Target,
+    point: Mapping[str, Value],
+    limits: Limits,
+    run: Runner = here,
+) -> Failure | None:
     """Make machine code of translated dispatches: the `.vmfb` at `output`."""
     source = translated
     if attributes(point, "emit"):
         source = translated.with_suffix(".mlir")
-        printing = [str(binary("iree-opt")), str(translated), "--mlir-print-debuginfo", "-o", str(source)]
-        failure = run(printing, "compile", limits, source)
+        failure = run(Call("iree-opt", translated, ("--mlir-print-debuginfo",), source), limits)
         if failure:
             return failure
         source.write_text(retarget(source.read_text(), point, "emit"))
-    command = [str(binary()), str(source), *emit_flags(target, point), f"--compile-from={TRANSLATED}"]
-    return run([*command, "-o", str(output)], "compile", limits, output)
+    flags = (*emit_flags(target, point), f"--compile-from={TRANSLATED}")
+    return run(Call(TOOL, source, flags, output), limits)
 
 
 def retarget(text: str, point: Mapping[str, Value], phase: Phase = "target") -> str:

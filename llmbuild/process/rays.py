@@ -14,6 +14,26 @@ VARIABLE = "RAY_ADDRESS"
 _TOLD = 300
 
 
+def at_node(node: str, soft: bool = False) -> Any:
+    """Return the strategy that places work on a node, by Ray's number of it; elsewhere too where that is `soft`."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node, soft=soft)
+
+
+def this_node() -> str:
+    """Return Ray's number of the node where this runs, within a task or an actor."""
+    import ray
+
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def told_of(error: BaseException) -> str:
+    """Return an error of Ray in one line: its first ones name classes and numbers, the cause comes last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[-_TOLD:] if lines else type(error).__name__
+
+
 def is_ray(text: str) -> bool:
     """Return whether a text names a cluster of Ray: `ray`, or `ray://HOST:PORT`."""
     return text == ANY or text.startswith(f"{ANY}://")

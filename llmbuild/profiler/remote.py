@@ -85,14 +85,23 @@ class Place:
     destination: str
     port: int | None = None
     python: str = "python3"
+    leased: bool = False
+    """Whether others wait for it while there is a connection: then there is one only while something is measured."""
 
     def command(self, script: str) -> list[str]:
         """Return the command that runs a Python script there."""
         port = ["-p", str(self.port)] if self.port else []
         alive = ["-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=3", "-o", "ConnectTimeout=15"]
-        # Neither the login folder nor environment variables affect imports; old Pythons lack -P.
-        far = shlex.join([self.python, "-E", "-c", f"import sys; sys.path.remove(''); {script}"])
+        far = shlex.join([self.python, *alone(script)])
         return [program("ssh"), "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
+
+
+def alone(script: str) -> list[str]:
+    """Return the arguments of a Python that runs a script.
+
+    Neither the working folder nor environment variables affect its imports; old Pythons lack -P.
+    """
+    return ["-E", "-c", f"import sys; sys.path.remove(''); {script}"]
 
 
 def place_of(text: str) -> Place:
@@ -250,10 +259,13 @@ class Remote:
     @cached_property
     def _facts(self) -> JsonObject:
         try:
-            return self.connection.ask("facts")
+            found = self.connection.ask("facts")
         except (Lost, Refused) as error:
             self.close()
             raise NothingUsable(f"{self.place.destination}: cannot be measured on: {error}") from None
+        if self.place.leased:
+            self.close()
+        return found
 
     @property
     def machine(self) -> Machine:

@@ -12,10 +12,9 @@ from typing import Any
 
 from llmbuild.fleet.ray.agent import Agent
 from llmbuild.fleet.ray.cluster import Host, Lost, Needs, Order, Refused, Told
-from llmbuild.process.rays import connected
+from llmbuild.process.rays import at_node, connected, told_of
 
 _LOCK = "orchestrator"
-_TOLD = 300
 _S = 10.0
 """Seconds that an answer of a single actor may take."""
 _BEGIN_S = 60.0
@@ -58,10 +57,8 @@ class RayCluster:
 
     def _at_home(self) -> dict[str, Any]:
         """Return the place of the lock: this driver's node, whose end it would not outlive anyway."""
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         here = self._ray.get_runtime_context().get_node_id()
-        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(here, soft=True)}
+        return {"scheduling_strategy": at_node(here, soft=True)}
 
     def locked(self) -> bool:
         """Return whether the lock is still held."""
@@ -89,7 +86,7 @@ class RayCluster:
         try:
             nodes = self._ray.nodes()
         except (self._ray.exceptions.RayError, RuntimeError, ConnectionError) as error:
-            raise Refused(_told(error)) from None
+            raise Refused(told_of(error)) from None
         return [Host(one["NodeID"], one["NodeManagerAddress"], dict(one["Resources"])) for one in nodes if one["Alive"]]
 
     def names(self) -> Sequence[str]:
@@ -102,8 +99,6 @@ class RayCluster:
         Raises:
             Refused: the cluster does not answer.
         """
-        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
         made = self._ray.remote(Agent).options(
             name=order.name,
             lifetime="detached",
@@ -111,12 +106,12 @@ class RayCluster:
             num_cpus=needs.cpus,
             num_gpus=needs.gpus,
             resources={needs.resource: 1},
-            scheduling_strategy=NodeAffinitySchedulingStrategy(order.noted.host, soft=False),
+            scheduling_strategy=at_node(order.noted.host),
         )
         try:
             self._handles[order.name] = made.remote(order)
         except (ValueError, self._ray.exceptions.RayError) as error:
-            raise Refused(_told(error)) from None
+            raise Refused(told_of(error)) from None
 
     def look(self, names: Collection[str], seconds: float) -> Mapping[str, Told | Lost]:
         """Return what agents say within that time; each has at most one question that is not answered yet."""
@@ -127,7 +122,7 @@ class RayCluster:
             try:
                 self._asked[name] = self._handle(name).told.remote()
             except (ValueError, self._ray.exceptions.RayError) as error:
-                found[name] = Lost(_told(error))
+                found[name] = Lost(told_of(error))
         refs = {self._asked[name]: name for name in names if name in self._asked}
         if not refs:
             return found
@@ -143,7 +138,7 @@ class RayCluster:
         try:
             told: Told = self._ray.get(ref, timeout=_S)
         except self._ray.exceptions.RayError as error:
-            return Lost(_told(error))
+            return Lost(told_of(error))
         return told
 
     def _forget(self, names: Any) -> None:
@@ -160,7 +155,7 @@ class RayCluster:
         try:
             self._handle(name).stop.remote()
         except (ValueError, self._ray.exceptions.RayError) as error:
-            raise Refused(_told(error)) from None
+            raise Refused(told_of(error)) from None
 
     def kill(self, name: str) -> None:
         """End an agent at once; one that is gone is ended."""
@@ -180,9 +175,3 @@ def cluster_of(address: str, fleet: str) -> RayCluster:
         InputError: Ray is not installed, or no cluster answers.
     """
     return RayCluster(connected(address, f"llmbuild-{fleet}"))
-
-
-def _told(error: BaseException) -> str:
-    """Return an error of Ray in one line: its first ones name classes and numbers, the cause comes last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)[-_TOLD:] if lines else type(error).__name__

@@ -1,0 +1,89 @@
+"""A build on a cluster of Ray: compiles as tasks on any node, and which device a target is measured on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from llmbuild.compiler.afar import Afar, Gone, Made, Sent, work
+from llmbuild.errors import InputError
+from llmbuild.process.rays import connected, this_node, told_of
+from llmbuild.profiler.leased import DEVICE, Leased, needs_of
+from llmbuild.profiler.remote import Remote
+
+TRIES = 3
+"""Times that a compile is begun again, after its node or its worker was lost."""
+_NAMESPACE = "llmbuild-build"
+
+
+class RayFarm:
+    """Compiles as tasks that take a CPU each: Ray begins one again elsewhere when its node is lost."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+        self._work = ray.remote(_worked).options(max_retries=TRIES, num_cpus=1)
+
+    def submit(self, sent: Sent) -> tuple[Callable[[], Made], Callable[[], None]]:
+        """Begin a task; return what waits for it, and what cancels it."""
+        ref = self._work.remote(sent)
+        return partial(self._wait, ref), partial(self._cancel, ref)
+
+    def _wait(self, ref: Any) -> Made:
+        try:
+            made: Made = self._ray.get(ref)
+        except self._ray.exceptions.RayError as error:
+            raise Gone(f"a compile was begun {1 + TRIES} times or cancelled: {told_of(error)}") from None
+        return made
+
+    def _cancel(self, ref: Any) -> None:
+        self._ray.cancel(ref, force=True)
+
+
+def _worked(sent: Sent) -> Made:
+    """Do the work on the node where Ray runs this."""
+    return work(sent, this_node()[:8])
+
+
+class OnRay:
+    """The cluster of one command."""
+
+    def __init__(self, address: str) -> None:
+        """Connect.
+
+        Raises:
+            InputError: Ray is not installed, or no cluster answers.
+        """
+        self._ray, self._address = connected(address, _NAMESPACE), address
+        self.run = Afar(RayFarm(self._ray))
+        self._remotes: dict[str, Remote] = {}
+
+    def remote(self, target: str) -> Remote:
+        """Return the device that measures a target, always the same one; which, Ray decides: one that is free, if any.
+
+        Raises:
+            InputError: no node has such a device.
+        """
+        if target not in self._remotes:
+            needs = needs_of(target)
+            lacking(self._ray.nodes(), needs)
+            asked = self._ray.remote(this_node).options(num_cpus=0, resources=needs, max_retries=TRIES)
+            node = self._ray.get(asked.remote())
+            self._remotes[target] = Remote(Leased(destination=self._address, node=node, target=target, leased=True))
+        return self._remotes[target]
+
+
+def lacking(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> None:
+    """Refuse what no node of a cluster has.
+
+    Raises:
+        InputError: with the resources that are missing.
+    """
+    for one in nodes:
+        if one["Alive"] and all(one["Resources"].get(name, 0) >= amount for name, amount in needs.items()):
+            return
+    wanted = ", ".join(f'"{name}": 1' for name in needs)
+    told = (
+        f"no node of this cluster of Ray has a device to measure on: `ray start --resources '{{{wanted}}}'` gives one"
+    )
+    raise InputError(f"{told}; with --until compile nothing is measured" if DEVICE in needs else told)
