@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from llmbuild.compiler.afar import Afar, Gone, Made, Sent, work
@@ -45,16 +45,21 @@ def _worked(sent: Sent) -> Made:
     return work(sent, this_node()[:8])
 
 
+@cache
+def on_ray(address: str) -> OnRay:
+    """Return the cluster of an address, connected once.
+
+    Raises:
+        InputError: Ray is not installed, or no cluster answers.
+    """
+    return OnRay(connected(address, _NAMESPACE), address)
+
+
 class OnRay:
     """The cluster of one command."""
 
-    def __init__(self, address: str) -> None:
-        """Connect.
-
-        Raises:
-            InputError: Ray is not installed, or no cluster answers.
-        """
-        self._ray, self._address = connected(address, _NAMESPACE), address
+    def __init__(self, ray: Any, address: str) -> None:
+        self._ray, self._address = ray, address
         self.run = Afar(RayFarm(self._ray))
         self._remotes: dict[str, Remote] = {}
 

@@ -98,9 +98,9 @@ def place_of(request: BuildRequest) -> Where:
 
         remote = Remote(ssh_of(request.on))
         return Where(remote=lambda _: remote)
-    from llmbuild.build.farm import OnRay
+    from llmbuild.build.farm import on_ray
 
-    cluster = OnRay(request.on)
+    cluster = on_ray(request.on)
     measures = request.until in (None, "profile")
     return Where(cluster.run, cluster.remote if measures else lambda _: None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from importlib.util import find_spec
 from typing import Any
@@ -14,11 +15,11 @@ VARIABLE = "RAY_ADDRESS"
 _TOLD = 300
 
 
-def at_node(node: str, soft: bool = False) -> Any:
-    """Return the strategy that places work on a node, by Ray's number of it; elsewhere too where that is `soft`."""
+def at_node(node: str) -> Any:
+    """Return the strategy that places work on a node, by Ray's number of it, and nowhere else."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(node, soft=soft)
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def this_node() -> str:
@@ -60,4 +61,18 @@ def connected(text: str, namespace: str) -> Any:
         why = " ".join(str(error).split())[:_TOLD]
         told = f"`ray start --head` starts a cluster, ${VARIABLE} or ray://HOST:PORT names one that runs"
         raise InputError(f"no cluster of Ray at {address}: {told} ({why})") from None
+    _tell_on_stderr(ray)
     return ray
+
+
+def _tell_on_stderr(ray: Any) -> None:
+    """Let what Ray has to tell of its nodes be a line on standard error: it writes pages to standard output."""
+    with contextlib.suppress(AttributeError):  # its inner parts may have other names in another version
+        worker = ray._private.worker
+        tell = worker.print_to_stdstream
+
+        def shorter(data: dict[str, Any], *more: Any, **named: Any) -> None:
+            lines = [line.partition("\n")[0][:_TOLD] for line in data["lines"]]
+            tell({**data, "lines": lines, "is_err": True}, *more, **named)
+
+        worker.print_to_stdstream = shorter

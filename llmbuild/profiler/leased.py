@@ -77,6 +77,8 @@ class Server:
 
 def main(address: str, node: str, target: str, script: str) -> None:
     """Hold the device and pass on what is said, until one side ends."""
+    said = os.dup(1)
+    os.dup2(2, 1)  # what Ray itself has to tell is no answer
     ray = connected(address, "llmbuild-build")
     made = ray.remote(Server).options(
         num_cpus=0, resources=needs_of(target), max_concurrency=2, scheduling_strategy=at_node(node)
@@ -85,7 +87,7 @@ def main(address: str, node: str, target: str, script: str) -> None:
     threading.Thread(target=_sends, args=(ray, server), daemon=True).start()
     try:
         while data := ray.get(server.read.remote()):
-            _said(data)
+            _say(said, data)
     except ray.exceptions.RayError as error:
         sys.exit(f"the device's node {node[:8]} was lost: {told_of(error)}")
 
@@ -98,10 +100,10 @@ def _sends(ray: Any, server: Any) -> None:
         ray.get(server.write.remote(b""))
 
 
-def _said(data: bytes) -> None:
+def _say(descriptor: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
-        left = left[os.write(sys.stdout.fileno(), left) :]
+        left = left[os.write(descriptor, left) :]
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ EXTRAS = {
     "serve": "llguidance prometheus_client starlette uvicorn".split(),
     "fleet": "h11 highspy numpy pydantic ruamel".split(),
     "kubernetes": ["kubernetes"],
-    "ray": ["ray"],
     "publish": "cryptography fsspec gcsfs oras requests s3fs".split(),
     "postgres": ["psycopg"],
 }

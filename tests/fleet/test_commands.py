@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from llmbuild.cli.fleet import orchestrate, plan, simulate
 from llmbuild.cli.main import main
 from llmbuild.errors import LlmbuildError
+from llmbuild.process import rays
 from tests.fleet.test_files import TEXT
 
 
@@ -140,7 +141,6 @@ def test_a_mistake_of_a_simulation_is_told(fleet: Path, words: tuple[str, ...], 
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (("--on", "ray"), "--on ray: not built yet"),
         (("--on", "kubernetes", "-n"), "fleet small says nothing of Kubernetes: give `kubernetes: {image"),
         (("--on", "kubernetes", "-n", "--context", "a"), "--context goes with --on kubernetes, and without -n"),
         (("--kubeconfig", "a"), "--kubeconfig goes with --on kubernetes"),
@@ -156,3 +156,17 @@ def test_what_cannot_be_run_is_refused_with_one_message(
 ) -> None:
     done = CliRunner().invoke(orchestrate, [str(fleet), *words, "-C", str(tmp_path)])
     assert told in str(done.exception), (done.output, done.exception)
+
+
+@pytest.mark.parametrize("dry", [(), ("-n",)])
+def test_ray_that_is_not_installed_is_one_message(
+    fleet: Path, tmp_path: Path, dry: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rays, "find_spec", lambda name: None)
+    done = CliRunner().invoke(orchestrate, [str(fleet), "--on", "ray", *dry, "-C", str(tmp_path)])
+    assert str(done.exception) == "Ray is not installed: pip install 'llmbuild[ray]'"
+
+
+def test_a_backend_that_is_none_is_refused_with_those_that_are(fleet: Path) -> None:
+    done = CliRunner().invoke(orchestrate, [str(fleet), "--on", "slurm"])
+    assert "'slurm' is none of local, kubernetes, ray and ray://HOST:PORT" in done.output

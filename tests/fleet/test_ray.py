@@ -102,7 +102,7 @@ def test_an_orchestrator_after_a_killed_one_takes_over_what_runs(nodes: Nodes, s
         first.backend.stop(Stop(names[1], "the test"))
         nodes.holder = None  # as the cluster does when its driver is killed
         second = steered()
-        with second.backend.held():
+        with second.backend.held():  # while the first one still believes that it has the fleet
             told = dict(second.adopt())
             assert (told[names[0]], told[names[1]]) == (
                 "adopted: v on fast, batch 8 on fast-0/0, node a of Ray",
@@ -123,6 +123,16 @@ def test_one_orchestrator_runs_a_fleet_at_a_time(nodes: Nodes, steered: Callable
     with second.backend.held():
         pass
     assert nodes.holder is None
+
+
+def test_a_lock_that_was_lost_with_its_node_is_taken_again(nodes: Nodes, steered: Callable[..., Steered]) -> None:
+    one = steered()
+    with one.backend.held():
+        one.adopt()
+        one.run(6)
+        nodes.holder = None
+        assert [live.state for live in one.run(2)] == ["ready", "ready"]
+        assert one.driver.locked()
 
 
 def test_a_new_target_is_ready_before_the_old_one_drains(nodes: Nodes, steered: Callable[..., Steered]) -> None:

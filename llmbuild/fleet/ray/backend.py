@@ -188,7 +188,7 @@ class Ray:
         now = self._clock()
         if now - self._looked_s < LOOK_S:
             return [one.live for one in self._replicas.values()]
-        if self._held and not self._cluster.locked():
+        if self._held and not (self._cluster.locked() or self._cluster.lock()):  # its node may have been lost
             raise InputError(f"another orchestrator has taken over fleet {self._fleet.name}")
         self._look_at_hosts()
         seen = self._cluster.look([*self._replicas, *self._orphans], ANSWER_S)

@@ -58,7 +58,7 @@ class RayCluster:
     def _at_home(self) -> dict[str, Any]:
         """Return the place of the lock: this driver's node, whose end it would not outlive anyway."""
         here = self._ray.get_runtime_context().get_node_id()
-        return {"scheduling_strategy": at_node(here, soft=True)}
+        return {"scheduling_strategy": at_node(here)}
 
     def locked(self) -> bool:
         """Return whether the lock is still held."""
