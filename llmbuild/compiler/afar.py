@@ -112,8 +112,10 @@ def work(sent: Sent, where: str = "") -> Made:
         mine.source.write_bytes(sent.source)
         failure = here(mine, Limits(sent.seconds, address_limit() if sent.bounded else 0))
         if failure is not None:
-            words = {name: _put_back(getattr(failure, name), folder, call) for name in ("reason", "command", "log")}
-            return Made({}, {}, replace(failure, **words), where)
+            reason, command, log = (
+                _put_back(text, folder, call) for text in (failure.reason, failure.command, failure.log)
+            )
+            return Made({}, {}, replace(failure, reason=reason, command=command, log=log), where)
         paths = [mine.output, *([mine.beside] if mine.beside and mine.beside.is_file() else [])]
         files = {path.name: _renamed(path.read_bytes(), folder, call.output.parent) for path in paths}
     return Made(files, {name: digest.of_bytes(data) for name, data in files.items()}, None, where)

@@ -130,13 +130,17 @@ class RayCluster:
         for ref in done:
             name = refs[ref]
             del self._asked[name]
-            found[name] = self._answer(ref)
+            if (told := self._answer(ref)) is not None:
+                found[name] = told
         self._forget(name for name, told in list(found.items()) if isinstance(told, Lost))
         return found
 
-    def _answer(self, ref: Any) -> Told | Lost:
+    def _answer(self, ref: Any) -> Told | Lost | None:
+        """Return what an agent says; None where it cannot be reached, which may pass, or its node is lost."""
         try:
             told: Told = self._ray.get(ref, timeout=_S)
+        except self._ray.exceptions.ActorUnavailableError:
+            return None
         except self._ray.exceptions.RayError as error:
             return Lost(told_of(error))
         return told
