@@ -117,7 +117,7 @@ def work(sent: Sent, where: str = "") -> Made:
             )
             return Made({}, {}, replace(failure, reason=reason, command=command, log=log), where)
         paths = [mine.output, *([mine.beside] if mine.beside and mine.beside.is_file() else [])]
-        files = {path.name: _renamed(path.read_bytes(), folder, call.output.parent) for path in paths}
+        files = {path.name: _renamed(path.read_bytes(), folder, call) for path in paths}
     return Made(files, {name: digest.of_bytes(data) for name, data in files.items()}, None, where)
 
 
@@ -148,8 +148,11 @@ def _moved(call: Call, folder: Path) -> Call:
     return Call(call.tool, folder / call.source.name, flags, folder / call.output.name, beside)
 
 
-def _renamed(data: bytes, folder: Path, there: Path) -> bytes:
-    return data.replace(os.fsencode(folder), os.fsencode(there))
+def _renamed(data: bytes, folder: Path, call: Call) -> bytes:
+    """Return an output with the paths of who asked; in what is no text, only such of the same length."""
+    if b"\0" not in data:
+        data = data.replace(os.fsencode(folder / call.source.name), os.fsencode(call.source))
+    return data.replace(os.fsencode(folder), os.fsencode(call.output.parent))
 
 
 def _put_back(text: str, folder: Path, call: Call) -> str:

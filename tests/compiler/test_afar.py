@@ -77,9 +77,14 @@ def test_what_is_made_elsewhere_is_what_is_made_here(folder: Path) -> None:
     assert sorted(path.name for path in folder.parent.iterdir()) == [folder.name, "tool"], "nothing is left"
 
 
-def test_a_source_elsewhere_needs_no_second_file(folder: Path) -> None:
-    one = call(folder, "quiet")
+def test_a_source_in_another_folder_keeps_its_name_and_a_second_file_may_be_left_out(folder: Path) -> None:
+    source = folder.parent / "a blob"
+    one = replace(call(folder), source=source)
+    source.write_text("quiet")
+    assert here(one, LIMITS) is None
+    expected = one.output.read_bytes()
     assert Afar(Inline())(one, LIMITS) is None
+    assert (one.output.read_bytes(), str(source).encode() in expected) == (expected, True)
     assert not (folder / "statistics.json").exists()
 
 
