@@ -110,7 +110,7 @@ class Imports:
             return truth
         structure = Structures(self.job, self.catalog)
         request = {
-            **self._request("import", inputs),
+            **_request(self.job, "import", inputs),
             "key": key,
             "truth": str(self.catalog.blobs.path(truth).absolute()),
         }
@@ -122,7 +122,7 @@ class Imports:
             request["calibration"] = str(calibration_file(tokens, self.catalog))
         folder, begin = self.catalog.importing(key), monotonic()
         try:
-            result = self._frontend(request, folder)
+            result = _frontend(self.job, request, folder)
         except InputError:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -147,20 +147,6 @@ class Imports:
         self.catalog.record_import(key, inputs, program, seconds)
         shutil.rmtree(folder, ignore_errors=True)
         return program
-
-    def _request(self, verb: str, inputs: Mapping[str, object]) -> dict[str, object]:
-        source = self.job.recipe.model
-        return {
-            "verb": verb,
-            "model": str(self.job.model.location.absolute()),
-            "random_init": source.random_init,
-            "seed": source.seed,
-            "context": inputs["context"],
-            "batch": inputs["batch"],
-            "choices": inputs["choices"],
-            "features": inputs["features"],
-            "subgroup": inputs.get("subgroup", 0),
-        }
 
     @contextmanager
     def _folder(self, key: str) -> Iterator[Path]:
@@ -193,7 +179,7 @@ class Imports:
         def make() -> str | Failure:
             with self._folder(key) as folder:
                 location = str(self.job.model.location.absolute())
-                result = self._frontend({"verb": "chats", "model": location, **plain(asked)}, folder)
+                result = _frontend(self.job, {"verb": "chats", "model": location, **plain(asked)}, folder)
                 if isinstance(result, Failure):
                     return result
                 blob = self.catalog.blobs.put_file(folder / result["chats"])
@@ -211,8 +197,8 @@ class Imports:
 
         def make() -> str | Failure:
             with self._folder(key) as folder:
-                request = {**self._request("truth", inputs), "choices": {}, "features": (), "subgroup": 0}
-                result = self._frontend(request, folder)
+                request = {**_request(self.job, "truth", inputs), "choices": {}, "features": (), "subgroup": 0}
+                result = _frontend(self.job, request, folder)
                 if isinstance(result, Failure):
                     return result
                 blob = self.catalog.blobs.put_file(folder / result["truth"])
@@ -220,24 +206,6 @@ class Imports:
             return blob
 
         return once(self.catalog, self._forced, "truth", key, self.catalog.find_reference, make)
-
-    def _frontend(self, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
-        job_file, result = folder / "job.json", folder / "result.json"
-        result.unlink(missing_ok=True)  # of an earlier run in this folder
-        job_file.write_text(json.dumps({**request, "out": str(folder)}))
-        failure = FRONTEND.run("llmbuild.frontend", [str(job_file)], "import", self.job.limits, result)
-        if result.is_file():
-            told: JsonObject = json.loads(result.read_text())
-            if "error" in told:
-                raise InputError(told["error"])
-            if "refused" not in told:
-                return told
-            failure = Failure("import", told["refused"], "", "", lasting=True)
-        assert failure is not None
-        shown = json.dumps({**request, "out": "out"})
-        again = shlex.join(python("llmbuild.frontend", "job.json"))
-        pasteable = f"echo {shlex.quote(shown)} > job.json && {again}"
-        return replace(failure, command=pasteable)
 
     def reference(self) -> Quality | Failure:
         """Return the f32 model's logits on the held-out text, from the catalog or a child process."""
@@ -273,10 +241,46 @@ class Imports:
                 "model": str(self.job.model.location.absolute()),
                 "windows": str(folder / "windows.npy"),
             }
-            result = self._frontend(request, folder)
+            result = _frontend(self.job, request, folder)
             if isinstance(result, Failure):
                 return result
             np.savez(folder / "reference.npz", tokens=windows, logits=np.load(folder / result["logits"]))
             blob = self.catalog.blobs.put_file(folder / "reference.npz")
         self.catalog.record_reference(key, inputs, blob)
         return blob
+
+
+def _frontend(job: Job, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
+    """Run a job of the frontend in a child process, with its files in a folder."""
+    job_file, result = folder / "job.json", folder / "result.json"
+    result.unlink(missing_ok=True)  # of an earlier run in this folder
+    job_file.write_text(json.dumps({**request, "out": str(folder)}))
+    failure = FRONTEND.run("llmbuild.frontend", [str(job_file)], "import", job.limits, result)
+    if result.is_file():
+        told: JsonObject = json.loads(result.read_text())
+        if "error" in told:
+            raise InputError(told["error"])
+        if "refused" not in told:
+            return told
+        failure = Failure("import", told["refused"], "", "", lasting=True)
+    assert failure is not None
+    shown = json.dumps({**request, "out": "out"})
+    again = shlex.join(python("llmbuild.frontend", "job.json"))
+    pasteable = f"echo {shlex.quote(shown)} > job.json && {again}"
+    return replace(failure, command=pasteable)
+
+
+def _request(job: Job, verb: str, inputs: Mapping[str, object]) -> dict[str, object]:
+    """Return what every job about a program is told."""
+    source = job.recipe.model
+    return {
+        "verb": verb,
+        "model": str(job.model.location.absolute()),
+        "random_init": source.random_init,
+        "seed": source.seed,
+        "context": inputs["context"],
+        "batch": inputs["batch"],
+        "choices": inputs["choices"],
+        "features": inputs["features"],
+        "subgroup": inputs.get("subgroup", 0),
+    }
