@@ -106,9 +106,10 @@ def place_of(text: str, core: int, catalog: Path, folder: Path) -> Place:
         raise InputError(f"--node {text}: write MODEL[/VARIANT][:SEQUENCES][@CATALOG]")
     model, variant, sequences, where = match.groups()
     source = Path(where) if where else catalog
-    rows = [row for row in reader.variants(source, model=model) if row["variant"].startswith(variant or "")]
+    rows = reader.find_variant(source, variant) if variant else reader.variants(source, model=model)
+    rows = [row for row in rows if row["model"] == model]
     if not rows:
-        raise InputError(f"--node {text}: no such variant on the front of {model} in {source}")
+        raise InputError(f"--node {text}: no such variant of {model} in {source}")
     best = min(rows, key=lambda row: row["tpot_s"] or inf)
     return Place(core, copied(source, folder), model, best["variant"], int(sequences or 16))
 

@@ -127,8 +127,7 @@ def measured(asked: argparse.Namespace) -> list[Run]:
 
 def form_of(place: Place) -> str:
     """Return the weight format of a variant."""
-    rows = [row for row in reader.variants(place.catalog, model=place.model) if row["variant"] == place.variant]
-    choices = rows[0]["point"] if rows else {}
+    choices = reader.find_variant(place.catalog, place.variant)[0]["point"]
     found = json.loads(choices) if isinstance(choices, str) else choices
     return str(found.get("weight_format", "f32"))
 

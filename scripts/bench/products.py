@@ -121,9 +121,9 @@ def compiled(args: argparse.Namespace, point: Point, folder: Path) -> Path:
     if point.whose == OURS:
         write(*told)
     else:
-        environment = {**os.environ, "PYTHONPATH": str(args.against)}
-        here = str(Path(__file__).parent)
-        subprocess.run([sys.executable, "-c", WRITE, here, *told], env=environment, check=True)
+        environment = {**os.environ, "PYTHONPATH": str(args.against.resolve())}
+        command = [sys.executable, "-P", "-c", WRITE, str(Path(__file__).resolve().parent), *told]
+        subprocess.run(command, env=environment, check=True)
     if failure := compile_here(source, artifact):
         raise LlmbuildError(f"{point.name}: {failure.reason}")
     return artifact
