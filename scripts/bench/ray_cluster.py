@@ -213,14 +213,11 @@ async def sent(url: str, model: str, trace: Trace, run: fleet_live.Run, nodes: N
     until = time.monotonic() + WAIT_S
     while await fleet_live.replicas(url) < wanted and time.monotonic() < until:
         await asyncio.sleep(fleet_live.LOOK_S)
-    rng, began = random.Random(0), time.monotonic()
-    looking = asyncio.ensure_future(looks(url, run, nodes, trace.seconds / 2, began))
-    asking = [asyncio.ensure_future(fleet_live.send(url, model, one, began, rng, run)) for one in trace.arrivals]
-    await asyncio.wait(asking, timeout=trace.seconds + WAIT_S)
+    looking = asyncio.ensure_future(looks(url, run, nodes, trace.seconds / 2, time.monotonic()))
+    run.sent = await asyncio.to_thread(fleet_live.heard, url, model, trace)
     await asyncio.wait((looking,), timeout=WAIT_S)
-    for one in (looking, *asking):
-        one.cancel()
-    await asyncio.gather(looking, *asking, return_exceptions=True)
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
 
 
 async def looks(url: str, run: fleet_live.Run, nodes: Nodes, kill_s: float, began: float) -> None:
