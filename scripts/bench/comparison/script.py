@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -15,7 +16,8 @@ def say(text: str) -> None:
 
 
 def end(main: Callable[[], int | None]) -> NoReturn:
-    """Run `main` and leave."""
+    """Run `main` and leave. SIGTERM leaves as well, through every `finally`: what was started is ended."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         sys.exit(main())
     except LlmbuildError as error:
