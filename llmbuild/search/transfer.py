@@ -181,14 +181,6 @@ def _coded(points: Sequence[Mapping[str, Value]], codes: Sequence[tuple[str, Map
 # --- how good a prediction is ------------------------------------------------------------------------------------
 
 
-def kendall(predicted: Array, actual: Array) -> float:
-    """Return Kendall's tau-b of two rankings f64[N]: 1 where they agree, 0 where they are unrelated."""
-    a = np.sign(predicted[:, None] - predicted[None, :])
-    b = np.sign(actual[:, None] - actual[None, :])
-    scale = np.sqrt(float((a * a).sum()) * float((b * b).sum()))
-    return float((a * b).sum() / scale) if scale else 0.0
-
-
 def regret(predicted: Array, actual: Array, k: int) -> float:
     """Return the distance from the best of the k best predictions to the best of all; losses are logarithms.
 

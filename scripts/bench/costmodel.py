@@ -21,8 +21,9 @@ import numpy as np
 
 from llmbuild.report.rows import table
 from llmbuild.search.replay import RecordedStudy, read
-from llmbuild.search.transfer import kendall, learn, regret
+from llmbuild.search.transfer import learn, regret
 from llmbuild.spec.space import Point
+from llmbuild.system.ranks import kendall
 
 STUDIES = Path(__file__).parent / "studies"
 STATIC = ("dispatches", "executables", "transient_bytes", "artifact_bytes", "parameter_bytes")

@@ -33,11 +33,12 @@ from llmbuild.profiler.bench import Bench
 from llmbuild.profiler.protocol import Protocol, Quality
 from llmbuild.report.rows import table
 from llmbuild.runtime import host, reader
-from llmbuild.search import front, pairs, transfer
+from llmbuild.search import front, pairs
 from llmbuild.search.pairs import order
 from llmbuild.spec.measurement import Measurement
 from llmbuild.spec.space import Point
 from llmbuild.spec.trial import Trial
+from llmbuild.system.ranks import kendall as tau
 
 RECORDED = Path(__file__).parent / "studies" / "noise-2vcpu.json.gz"
 METRICS = ("tpot_s", "ttft_s")
@@ -181,7 +182,7 @@ def ranking(start: Start, names: Sequence[str], chance: random.Random) -> list[s
 def kendall(one: Sequence[str], other: Sequence[str]) -> float:
     """Return Kendall's tau of two rankings of the same things."""
     places = np.array([other.index(name) for name in one], dtype=float)
-    return transfer.kendall(np.arange(len(one), dtype=float), places)
+    return tau(np.arange(len(one), dtype=float), places)
 
 
 def of_rankings(starts: Sequence[Start], chance: random.Random) -> list[dict[str, Any]]:

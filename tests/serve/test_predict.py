@@ -22,11 +22,12 @@ from llmbuild.serve.lengths import AGAIN
 from llmbuild.serve.predict import files
 from llmbuild.serve.predict.features import BUCKETS, SEEN, buckets
 from llmbuild.serve.predict.fit import LEAST, Answered, fit, folds, spread_of
-from llmbuild.serve.predict.judge import kendall, request_of, scores
+from llmbuild.serve.predict.judge import request_of, scores
 from llmbuild.serve.predict.learned import Learned
 from llmbuild.serve.predict.model import LengthModel, Spread
 from llmbuild.serve.schedule.isrtf import Isrtf
 from llmbuild.serve.simulate import Arrival, Host, simulate
+from llmbuild.system.ranks import kendall
 
 SPREAD = Spread((-1.0, -0.5, 0.0, 0.5, 1.0))
 HEADER = files.Header("m", "v" * 64, "t" * 64, 50, 100)

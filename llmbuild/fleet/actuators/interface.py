@@ -118,6 +118,8 @@ class Answer:
 
 
 APPLIED = Answer("applied")
+ONE_VARIANT = Answer("unsupported", "a server holds one variant with one batch limit: another replica is started")
+NO_REPLICA = Answer("unsupported", "there is no such replica")
 
 
 @dataclass(frozen=True)

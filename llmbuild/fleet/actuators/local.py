@@ -21,6 +21,8 @@ from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import (
     APPLIED,
     NO_KEYS,
+    NO_REPLICA,
+    ONE_VARIANT,
     Answer,
     KeysFile,
     Live,
@@ -159,11 +161,11 @@ class Local:
 
     def switch(self, action: Switch) -> Answer:
         """Refuse: a server has one variant."""
-        return Answer("unsupported", "a server holds one variant with one batch limit: another replica is started")
+        return ONE_VARIANT
 
     def route(self, action: Route) -> Answer:
         """Agree: the gateway routes, a process takes whatever comes."""
-        return APPLIED if action.replica in self._replicas else Answer("unsupported", "there is no such replica")
+        return APPLIED if action.replica in self._replicas else NO_REPLICA
 
     def set_clock(self, action: SetClock) -> Answer:
         """Refuse: setting clocks of CPUs is not built."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from time import monotonic, sleep
 
-from llmbuild.fleet.actuators.interface import APPLIED, Answer, Live, Route, Start, Stop
+from llmbuild.fleet.actuators.interface import APPLIED, NO_REPLICA, Answer, Live, Route, Start, Stop
 from llmbuild.fleet.actuators.noted import known_of
 from llmbuild.fleet.kubernetes.api import DEPLOYMENTS, NODES, PODS, Api, Refused
 from llmbuild.fleet.kubernetes.lease import Lease
@@ -118,7 +118,7 @@ class Kubernetes(Inert):
 
     def route(self, action: Route) -> Answer:
         """Agree: the gateway routes."""
-        return APPLIED if action.replica in self._replicas else Answer("unsupported", "there is no such replica")
+        return APPLIED if action.replica in self._replicas else NO_REPLICA
 
     # --- what is there -----------------------------------------------------------------------------------------------
 

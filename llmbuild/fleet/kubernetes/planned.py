@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from llmbuild.fleet.actuators.interface import (
     APPLIED,
+    ONE_VARIANT,
     Answer,
     Live,
     Route,
@@ -27,7 +28,7 @@ class Inert:
 
     def switch(self, action: Switch) -> Answer:
         """Refuse: a server has one variant."""
-        return Answer("unsupported", "a server holds one variant with one batch limit: another replica is started")
+        return ONE_VARIANT
 
     def set_clock(self, action: SetClock) -> Answer:
         """Refuse: pods may not set clocks."""

@@ -12,6 +12,7 @@ from llmbuild.serve.predict.fit import FOLDS, Answered, fit, folds
 from llmbuild.serve.predict.learned import Learned
 from llmbuild.serve.predict.model import Spread
 from llmbuild.serve.request import Request, SamplingParams
+from llmbuild.system.ranks import kendall
 
 LATER = (50, 100, 200)
 """Tokens after which answers that are longer are judged again."""
@@ -42,13 +43,6 @@ def held_out(answers: Sequence[Answered], names: Sequence[str], seed: int = 0) -
             if p == part:
                 found[i] = model.location(answers[i].prompt)
     return found
-
-
-def kendall(predicted: Any, actual: Any) -> float:
-    """Return Kendall's tau-b of two rankings f64[N]: 1 where they agree, 0 where they are unrelated."""
-    a, b = _signs(predicted), _signs(actual)
-    scale = np.sqrt(float((a * a).sum()) * float((b * b).sum()))
-    return float((a * b).sum() / scale) if scale else 0.0
 
 
 def online(answers: Sequence[Answered], lengths: Any, otherwise: float) -> list[float]:
@@ -108,8 +102,3 @@ def _score(name: str, tokens: int, predicted: Any, true: Any) -> Score:
     low, high = np.quantile(taus, (0.025, 0.975))
     error = float(np.median(np.abs(np.log1p(predicted) - np.log1p(true))))
     return Score(name, tokens, count, kendall(predicted, true), float(high - low) / 2, error)
-
-
-def _signs(values: Any) -> Any:
-    values = np.asarray(values, np.float32)
-    return np.sign(values[:, None] - values[None, :])
