@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from llmbuild import digest
 from llmbuild.build.remeasure import subject_from
@@ -205,19 +206,35 @@ def _noted(curve: LoadCurve, why: str) -> LoadCurve:
 
 
 def own_time(curve: LoadCurve, seen: Mapping[str, Any]) -> OwnTime:
-    """Return what a server takes by what its clients saw: the rest beside the device's time, by least squares.
+    """Return what a server takes by what its clients saw, and by its own sums of the device's seconds.
 
-    It is at least what the engine takes of itself. Of what a request takes alone, no more than its CPU seconds stand in
-    the way of others; the rest passes only where the server was idle.
+    Steps take the device's time, which may be longer than the curve says, and a rest for the step and each sequence in
+    it, by least squares: at least what the engine takes of itself. Requests were asked after rests, so all of theirs is
+    cold. Of what a request takes alone, no more than its CPU seconds stand in the way of others; the rest passes only
+    where the server was idle.
     """
-    steps, requests = seen["decodes"], seen["requests"]
+    steps, cold = seen["decodes"], seen["cold"]
     sequences = np.array([one["sequences"] for one in steps], np.float64)
-    device = [
+    known = [
         curve.fit.seconds(Work(decodes=int(n), context=round(n * one["context"])))
         for n, one in zip(sequences, steps, strict=True)
     ]
-    seconds = np.array([one["step_s"] for one in steps])
-    rest, weight = seconds - np.array(device), 1 / seconds
+    device, seconds = (np.array([one[name] for one in steps]) for name in ("device_s", "step_s"))
+    step_s, row_s = _rest(sequences, seconds - device, 1 / seconds, curve)
+    found = OwnTime(step_s, row_s, 0.0, 0.0, 0.0, float(np.median(device / known)), cold["factor"], cold["seconds"])
+    requests = {name: value / cold["factor"] for name, value in seen["requests"].items() if name.endswith("_s")}
+    step = requests["device_s"] + found.seconds(1)
+    before = max(0.0, requests["ttft_s"] - step)
+    busy = max(0.0, requests["server_cpu_s"] + requests["client_cpu_s"] - step)
+    end_s = min(max(0.0, requests["end_s"]), busy)
+    request_s = min(before, busy - end_s)
+    return replace(found, request_s=request_s, end_s=end_s, wake_s=before - request_s)
+
+
+def _rest(
+    sequences: NDArray[np.float64], rest: NDArray[np.float64], weight: NDArray[np.float64], curve: LoadCurve
+) -> tuple[float, float]:
+    """Return the seconds for each step and for each sequence in it, neither below what the engine itself takes."""
     columns = np.stack([np.ones_like(sequences), sequences], 1)
     step_s, row_s = np.linalg.lstsq(columns * weight[:, None], rest * weight, rcond=None)[0]
     if row_s < curve.row_s:
@@ -226,13 +243,7 @@ def own_time(curve: LoadCurve, seen: Mapping[str, Any]) -> OwnTime:
     elif step_s < curve.turn_s:
         step_s = curve.turn_s
         row_s = float(np.average((rest - step_s) / sequences, weights=(sequences * weight) ** 2))
-    found = OwnTime(max(curve.turn_s, float(step_s)), max(curve.row_s, float(row_s)), 0.0, 0.0)
-    step = curve.fit.seconds(Work.of([(0, requests["prompt"])])) + found.seconds(1)
-    before = max(0.0, requests["ttft_s"] - step)
-    busy = max(0.0, requests["server_cpu_s"] + requests["client_cpu_s"] - step)
-    end_s = min(max(0.0, requests["end_s"]), busy)
-    request_s = min(before, busy - end_s)
-    return replace(found, request_s=request_s, end_s=end_s, wake_s=before - request_s)
+    return max(curve.turn_s, float(step_s)), max(curve.row_s, float(row_s))
 
 
 def told(curve: LoadCurve) -> str:
@@ -243,4 +254,5 @@ def told(curve: LoadCurve) -> str:
     if (own := curve.served) is not None:
         line += f"; a server's own {own.step_s * 1e6:.0f} us a step, {own.row_s * 1e6:.0f} us a sequence in it"
         line += f", {(own.request_s + own.end_s) * 1e6:.0f} us a request"
+        line += f"; {own.speeds}" if own.speeds else ""
     return f"{line}; {why}: measure it again" if (why := curve.doubt) else line

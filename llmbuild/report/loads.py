@@ -42,6 +42,7 @@ def lines(curve: LoadCurve) -> list[str]:
     if (own := curve.served) is not None:
         each = f"{quantity(own.step_s, 's')} + {quantity(own.row_s, 's')} a sequence"
         told.append(f"  with HTTP, seen by a client: {each}, {quantity(own.request_s + own.end_s, 's')} a request")
+        told += [f"  in a server {own.speeds}"] if own.speeds else []
     return [*told, *(f"  note {name}: {text}" for name, text in curve.notes.items() if name != "rounds")]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from llmbuild.errors import InputError
+from llmbuild.serve.cores import Cores
 from llmbuild.serve.schedule.state import Scheduler
 from llmbuild.serve.simulate import Arrival, Host, Simulated, simulate
 from llmbuild.spec.load_curve import LoadCurve, Work
@@ -165,7 +166,8 @@ def _run(server: Server, rate: float, lengths: Lengths, seed: int) -> Simulated:
         prompt, output = lengths.drawn(draw, server.host.context)
         arrivals.append(Arrival(now, prompt, output))
     of = server
-    return simulate(arrivals, of.scheduler, of.host, of.step_s, of.curve.covers, request_s=of.request_s)
+    cores = Cores(of.curve.own)
+    return simulate(arrivals, of.scheduler, of.host, of.step_s, of.curve.covers, request_s=of.request_s, cores=cores)
 
 
 def _percentile(taken: dict[str, list[float]], metric: LoadMetric) -> float:

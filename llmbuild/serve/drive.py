@@ -27,6 +27,7 @@ TOKENS = range(5, 200)
 """Ids that every vocabulary has."""
 CONNECT_S = 5.0
 _PIECE = 1 << 16
+_TEXT = b'"text":'
 _FINISH = re.compile(rb'"finish_reason":\s*"')
 _USAGE = re.compile(rb'"completion_tokens":\s*(\d+)')
 _ERROR = re.compile(rb'data: \{"error"')
@@ -61,6 +62,8 @@ class Heard:
     """Fewer than tokens where the client, or the event loop of the server, was late."""
     ends: int = 0
     """How often the stream said that it ended."""
+    came_s: tuple[float, ...] = ()
+    """When each token came; kept where it is asked for."""
 
     @property
     def tpot_s(self) -> float:
@@ -106,11 +109,13 @@ def bodies(model: str, sends: Sequence[Sending], seed: int = 0) -> list[bytes]:
     ]
 
 
-def drive(url: str, model: str, sends: Sequence[Sending], after_s: float = 60.0, seed: int = 0) -> Driven:
+def drive(
+    url: str, model: str, sends: Sequence[Sending], after_s: float = 60.0, seed: int = 0, each: bool = False
+) -> Driven:
     """Send each request at its time, whether earlier ones are answered or not, and return what came of them.
 
     What has not ended `after_s` seconds after the last one was due is given up. Requests are in the order of their
-    times.
+    times. With `each`, the time of each token is kept.
     """
     host, _, port = url.removeprefix("http://").rpartition(":")
     head = f"POST /v1/completions HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\nconnection: close\r\n"
@@ -131,7 +136,7 @@ def drive(url: str, model: str, sends: Sequence[Sending], after_s: float = 60.0,
         seconds, cpu = monotonic() - begun, process_time() - cpu
         for key in list(selector.get_map().values()):
             key.fileobj.close()  # type: ignore[union-attr]  # a socket
-    return Driven(tuple(_heard(ended.get(i), one, begun) for i, one in enumerate(sends)), cpu, seconds)
+    return Driven(tuple(_heard(ended.get(i), one, begun, each) for i, one in enumerate(sends)), cpu, seconds)
 
 
 @contextmanager
@@ -175,7 +180,7 @@ def _read(selector: selectors.BaseSelector, key: selectors.SelectorKey) -> bool:
     return False
 
 
-def _heard(one: _Open | None, asked: Sending, begun: float) -> Heard:
+def _heard(one: _Open | None, asked: Sending, begun: float, each: bool) -> Heard:
     """Return what an answer says."""
     if one is None:
         return Heard(asked.at_s, 0.0)
@@ -193,8 +198,16 @@ def _heard(one: _Open | None, asked: Sending, begun: float) -> Heard:
     ends = data.count(b"data: [DONE]")
     end = "failed" if _ERROR.search(data) else "answered" if ends and finish >= 0 else "lost"
     ttft_s, last_s = (_when(one.pieces, at) - one.sent_s if at >= 0 else inf for at in (first, finish))
-    tokens, chunks = int(usage[1]) if usage and finish >= 0 else 0, data.count(b'"text":')
-    return Heard(sent_s, late_s, end, ttft_s, last_s, closed_s, tokens, chunks, ends)
+    tokens, chunks = int(usage[1]) if usage and finish >= 0 else 0, data.count(_TEXT)
+    came_s = tuple(_came(one.pieces, one.sent_s)) if each else ()
+    return Heard(sent_s, late_s, end, ttft_s, last_s, closed_s, tokens, chunks, ends, came_s)
+
+
+def _came(pieces: Sequence[tuple[float, bytes]], sent_s: float) -> Iterator[float]:
+    """Yield when each token came, in seconds from the sending: with the piece in which its chunk begins."""
+    for at_s, piece in pieces:
+        for _ in range(piece.count(_TEXT)):
+            yield at_s - sent_s
 
 
 def _when(pieces: Sequence[tuple[float, bytes]], place: int) -> float:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
+from llmbuild.serve.cores import Cores
 from llmbuild.serve.lengths import AGAIN
 from llmbuild.serve.schedule.state import SEEN, Batch, Entry, Scheduler, State
 from llmbuild.serve.schedule.vtc import Accounts
-from llmbuild.spec.load_curve import Work
+from llmbuild.spec.load_curve import OwnTime, Work
 
 StepTime = Callable[[Work], float]
 """Seconds of a step."""
@@ -225,11 +226,12 @@ def simulate(
     covers: Callable[[Work], bool] = lambda work: True,
     lengths: Expects | None = None,
     request_s: float = 0.0,
+    cores: Cores | None = None,
 ) -> Simulated:
     """Run requests, in the order of their arrival, to their ends.
 
     Schedulers are told what `lengths` says of answers, or else what the requests say. Each request takes `request_s` of
-    the server's time, which lengthens the next step.
+    the server's time, which lengthens the next step. `cores` are slow after rests; None: never.
 
     Raises:
         ValueError: a request does not fit in an empty server.
@@ -239,12 +241,15 @@ def simulate(
         if one.takes > host.blocks or one.asked.prompt > host.context:
             raise ValueError(f"a request of {one.asked.prompt} + {one.asked.output} tokens does not fit")
     server, coming = _Server(scheduler, host, lengths), deque(lives)
+    cores = cores or Cores(OwnTime(0.0, 0.0, 0.0, 0.0))
     now = busy = 0.0
     steps = outside = 0
     seen: list[int] = []
     while coming or server.running or server.waiting:
         if not (server.running or server.waiting):
-            now = max(now, coming[0].asked.arrival_s)
+            came_s = max(now, coming[0].asked.arrival_s)
+            cores.rested(came_s - now)
+            now = came_s
         came = 0
         while coming and coming[0].asked.arrival_s <= now:
             came += 1
@@ -252,7 +257,8 @@ def simulate(
             server.queue(coming.popleft())
         batch = server.batch(now)
         work = server.work(batch)
-        took = step_s(work) + request_s * came
+        took = cores.wall_s(step_s(work) + request_s * came)
+        cores.worked(took)
         steps, outside, busy = steps + 1, outside + (not covers(work)), busy + took
         now += took
         server.ran(batch, now)

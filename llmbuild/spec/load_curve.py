@@ -119,10 +119,24 @@ class OwnTime:
     """For each request, behind its last token."""
     wake_s: float = 0.0
     """For a request that finds it idle: what passes besides, while nothing is computed."""
+    device_factor: float = 1.0
+    """By which factor the device's steps take longer in the server than in the curve's own process."""
+    cold_factor: float = 1.0
+    """By which factor everything takes longer on cores that were idle before: their clock is slow."""
+    cold_s: float = 0.0
+    """Seconds of work after which such cores are at full speed."""
 
     def seconds(self, reads: int) -> float:
         """Return the seconds of a step in which so many sequences get a token."""
         return self.step_s + self.row_s * reads
+
+    @property
+    def speeds(self) -> str:
+        """How fast the device is in a server, in words; empty where it is as the curve says."""
+        found = [f"the device takes {self.device_factor:.2f} of the curve's time"] if self.device_factor != 1.0 else []
+        if self.cold_factor > 1.0:
+            found.append(f"after a rest all takes {self.cold_factor:.2f} times as long for {self.cold_s * 1e3:.0f} ms")
+        return ", ".join(found)
 
 
 @dataclass(frozen=True)
@@ -183,9 +197,15 @@ class LoadCurve:
         """Return what a server takes besides the device: of the engine alone, where no more was measured."""
         return self.served or OwnTime(self.turn_s, self.row_s, 0.0, 0.0)
 
+    @property
+    def served_fit(self) -> Fit:
+        """Return what the device takes in a server."""
+        factor = self.own.device_factor
+        return self.fit if factor == 1.0 else self.fit.times(factor)
+
     def served_s(self, work: Work) -> float:
         """Return the seconds of a step with all that a server takes for it."""
-        return self.fit.seconds(work) + self.own.seconds(work.reads)
+        return self.served_fit.seconds(work) + self.own.seconds(work.reads)
 
     def joules(self, work: Work) -> float | None:
         """Return the joules of a step on the device; None without a meter."""

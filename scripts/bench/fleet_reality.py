@@ -389,7 +389,7 @@ def profile_lines(runs: Sequence[Run]) -> list[str]:
             f"a step of 1 sequence {1000 * one:.2f} ms, of {curve.decodes_most} {1000 * many:.2f} ms; of these the "
             f"server's own {1e6 * own.step_s:.0f} us and {1e6 * own.row_s:.0f} us a sequence; a request "
             f"{1e6 * own.request_s:.0f} + {1e6 * own.end_s:.0f} us, {1e6 * own.wake_s:.0f} us more where it was idle; "
-            f"error p95 of the curve {curve.error_p95:.1%}"
+            f"error p95 of the curve {curve.error_p95:.1%}{'; ' if own.speeds else ''}{own.speeds}"
         )
     return [f"{name}: {text}" for name, text in told.items()]
 

@@ -51,8 +51,11 @@ from llmbuild.runtime import host, reader
 from llmbuild.spec.files.reader import read_recipe
 
 PEER = llama_server.NAME
-EXACT = {"weight_format": "q4_1", "head_format": "q8_0"}
-"""The choices of a variant that has the very blocks of the file."""
+EXACT = {
+    "q4_1": {"weight_format": ("q4_1",), "head_format": ("q8_0",)},
+    "q8_0": {"weight_format": ("q8_0",), "head_format": ("same", "q8_0")},
+}
+"""The choices of a variant that has the very blocks of a file, by the format of the file's matrices."""
 UNCACHED, CACHED = {"cache_prompt": False}, {"cache_prompt": True}
 """What requests to llama-server say of its cache of prompts."""
 HERE = Path(__file__).parent
@@ -92,15 +95,16 @@ def own_rows(asked: argparse.Namespace) -> list[dict[str, Any]]:
     """
     name = read_recipe(asked.recipe).name
     usable = [row for row in setup.usable(asked.catalog, name, 2) if row["abi"].get("page")]
-    exact = [row for row in usable if all(row["point"].get(knob) == value for knob, value in EXACT.items())]
+    wanted = EXACT[asked.blocks]
+    exact = [row for row in usable if all(row["point"].get(knob) in values for knob, values in wanted.items())]
     if not exact:
-        told = " and ".join(f"{knob}={value}" for knob, value in EXACT.items())
+        told = " and ".join(f"{knob}={' or '.join(values)}" for knob, values in wanted.items())
         raise InputError(f"{asked.catalog}: no variant of {name} with {told} runs here: llmbuild build {asked.recipe}")
     found = [min(exact, key=lambda row: (row["tpot_s"], row["variant"]))]
-    for wanted in asked.variant:
-        named = [row for row in usable if row["variant"].startswith(wanted)]
+    for digest in asked.variant:
+        named = [row for row in usable if row["variant"].startswith(digest)]
         if len({row["variant"] for row in named}) != 1:
-            raise InputError(f"--variant {wanted}: {len(named)} variants of {name} in {asked.catalog} are named so")
+            raise InputError(f"--variant {digest}: {len(named)} variants of {name} in {asked.catalog} are named so")
         found.append(named[0])
     return list({row["variant"]: row for row in found}.values())
 
@@ -359,6 +363,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     add("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     add("--recipe", type=Path, default=ROOT / "recipes" / "smollm2-135m-instruct.yaml")
     add("--gguf", type=Path, help=f"the recipe's file; default: that of the package {real_model.PACKAGE}")
+    add("--blocks", choices=list(EXACT), default="q4_1", help="the format of the file's matrices")
     add("--environment", type=Path, help="a folder with llama-server/bin/llama-server, instead of .peers/")
     add("--server", type=Path, help="llama-server itself, instead of one in a folder")
     add("--variant", nargs="+", default=[], metavar="DIGEST", help="variants beside the one of the file's blocks")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -20,33 +21,39 @@ def seen(own: OwnTime, context: float = 24.0, prompt: int = 8) -> dict[str, Any]
         {
             "sequences": count,
             "context": context,
-            "step_s": KNOWN.fit.seconds(Work(decodes=count, context=int(count * context))) + own.seconds(count),
+            "step_s": device_s(own, Work(decodes=count, context=int(count * context))) + own.seconds(count),
+            "device_s": device_s(own, Work(decodes=count, context=int(count * context))),
         }
         for count in (1, 2, 4, 8, 16)
     ]
-    step_s = KNOWN.fit.seconds(Work.of([(0, prompt)])) + own.seconds(1)
+    first_s = device_s(own, Work.of([(0, prompt)]))
+    step_s = first_s + own.seconds(1)
     cpu_s = own.request_s + step_s + own.end_s
     requests = {
         "prompt": prompt,
-        "ttft_s": own.request_s + own.wake_s + step_s,
-        "end_s": own.end_s,
-        "server_cpu_s": 0.75 * cpu_s,
-        "client_cpu_s": 0.25 * cpu_s,
+        "ttft_s": own.cold_factor * (own.request_s + own.wake_s + step_s),
+        "end_s": own.cold_factor * own.end_s,
+        "device_s": own.cold_factor * first_s,
+        "server_cpu_s": own.cold_factor * 0.75 * cpu_s,
+        "client_cpu_s": own.cold_factor * 0.25 * cpu_s,
     }
-    return {"decodes": steps, "requests": requests}
+    cold = {"factor": own.cold_factor, "seconds": own.cold_s}
+    return {"cold": cold, "decodes": steps, "requests": requests}
+
+
+def device_s(own: OwnTime, work: Work) -> float:
+    return own.device_factor * KNOWN.fit.seconds(work)
 
 
 def close(found: OwnTime, own: OwnTime) -> bool:
-    both = zip(
-        (found.step_s, found.row_s, found.request_s, found.end_s, found.wake_s),
-        (own.step_s, own.row_s, own.request_s, own.end_s, own.wake_s),
-        strict=True,
-    )
+    both = zip(astuple(found), astuple(own), strict=True)
     return all(one == pytest.approx(other, rel=1e-6, abs=1e-12) for one, other in both)
 
 
 def test_steps_rows_and_requests_come_back() -> None:
-    for own in (OwnTime(3e-4, 1e-4, 2e-3, 1e-3), OwnTime(3e-4, 1e-4, 2e-3, 1e-3, wake_s=5e-4)):
+    known = OwnTime(3e-4, 1e-4, 2e-3, 1e-3)
+    slow = replace(known, device_factor=1.3, cold_factor=1.8, cold_s=0.2)
+    for own in (known, replace(known, wake_s=5e-4), slow, replace(slow, wake_s=5e-4)):
         assert close(own_time(KNOWN, seen(own)), own)
 
 

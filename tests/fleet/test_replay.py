@@ -14,6 +14,7 @@ from llmbuild.fleet.profiles.measured import step_of
 from llmbuild.fleet.simulate.replay import replay
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.serve import simulate as served
+from llmbuild.serve.cores import Cores
 from llmbuild.serve.schedule.fcfs import Fcfs
 from llmbuild.spec.load_curve import LoadCurve, OwnTime, Work
 from tests.support.curves import curve
@@ -36,10 +37,12 @@ def asked(*requests: tuple[float, int, int]) -> list[Asked]:
 def test_a_replica_is_the_server_s_own_simulation_of_the_curve(
     requests: list[tuple[float, int, int]], rows: int
 ) -> None:
-    known = replace(curve(), served=replace(OWN, request_s=0.0, end_s=0.0))
+    own = replace(OWN, request_s=0.0, end_s=0.0, device_factor=1.2, cold_factor=1.7, cold_s=0.05)
+    known = replace(curve(), served=own)
     jobs = replay(point(known, rows), asked(*requests), Fcfs())
-    host = served.Host(rows, 1 << 20, 1, 1024)
-    other = served.simulate([served.Arrival(*one) for one in sorted(requests)], Fcfs(), host, known.served_s)
+    host, cores = served.Host(rows, 1 << 20, 1, 1024), Cores(own)
+    arrivals = [served.Arrival(*one) for one in sorted(requests)]
+    other = served.simulate(arrivals, Fcfs(), host, known.served_s, cores=cores)
     assert [job.first_s for job in jobs] == pytest.approx([life.first_s for life in other.lives], rel=1e-6)
     assert [job.last_s for job in jobs] == pytest.approx([life.end_s for life in other.lives], rel=1e-6)
 

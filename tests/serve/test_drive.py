@@ -8,6 +8,7 @@ import socketserver
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from math import inf
 
 import pytest
@@ -107,15 +108,36 @@ def test_requests_go_at_their_times_with_as_many_tokens_as_are_asked_for() -> No
 def test_a_server_that_answers_at_once_takes_little_for_steps_and_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(served_time, "_whole", lambda found, output: None)
     monkeypatch.setattr(served_time, "LEAST", 1)
+    monkeypatch.setattr(served_time, "REST_S", 0.001)
     with answering(HEAD, token('"length"') + usage(1) + DONE) as (url, _):
-        found = served_time.measured(url, "m", 3, 1024, 0.0, lambda: 0.0)
+        found = served_time.measured(url, "m", 3, 1024, 0.0, lambda: 0.0, lambda: 0.0)
     assert [one["sequences"] for one in found["decodes"]] == [1, 2, 3]  # type: ignore[attr-defined]
     assert found["rounds"] == 1
     assert found["requests"]["ttft_s"] > 0  # type: ignore[index]
     assert served_time.cpu_s(os.getpid()) > 0
 
 
-def test_answers_of_two_lengths_fit_into_the_context() -> None:
-    assert [served_time.lengths(context) for context in (1024, 128, 28, 9)] == [(8, 40), (8, 40), (4, 20), (1, 1)]
+def test_steps_of_few_and_of_all_sequences_are_measured() -> None:
     assert served_time.counts(16) == [1, 2, 4, 8, 16]
     assert served_time.counts(1) == [1]
+
+
+def test_the_time_of_each_token_is_kept_where_it_is_asked_for() -> None:
+    pieces = HEAD, token(), token() + token(), token('"length"') + usage(4) + DONE
+    with answering(*pieces) as (url, _):
+        (heard,) = drive(url, "m", [Sending(0.0, 2, 4)], after_s=10.0, each=True).heard
+        (plain,) = drive(url, "m", [Sending(0.0, 2, 4)], after_s=10.0).heard
+    assert (len(heard.came_s), plain.came_s) == (4, ())
+    assert list(heard.came_s) == sorted(heard.came_s) and heard.came_s[0] == heard.ttft_s
+
+
+def test_tokens_that_take_longer_after_a_rest_tell_by_how_much_and_how_long() -> None:
+    fast, slow = [0.010] * 30, [0.020] * 10
+    times = list(accumulate([0.05, *slow, *fast]))
+    factor, seconds = served_time.cold([times, [one + 0.001 for one in times], times])
+    assert (factor, seconds) == (pytest.approx(2.0), pytest.approx(0.25))
+
+
+def test_tokens_that_take_the_same_are_not_of_cold_cores() -> None:
+    assert served_time.cold([list(accumulate([0.05, *[0.010, 0.0101] * 20]))]) == (1.0, 0.0)
+    assert served_time.cold([[0.05]]) == (1.0, 0.0)

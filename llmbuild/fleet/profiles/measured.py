@@ -163,7 +163,8 @@ def step_of(curve: LoadCurve) -> StepTime:
     piece = max(1, min(_PROMPT, curve.prompt_most))
     prompt_s = (curve.served_s(Work.of([(0, piece)])) - own.step_s) / piece
     line = Line((0.0, *map(float, rows)), (own.step_s, *(curve.served_s(Work(decodes=n)) for n in rows)))
-    return StepTime(line, curve.fit.context_s, prompt_s, own.request_s + own.end_s, curve.fit, own)
+    fit = curve.served_fit
+    return StepTime(line, fit.context_s, prompt_s, own.request_s + own.end_s, fit, own)
 
 
 def _on_cores(made: Profile, kind: NodeClass, known: _Known) -> Profile:

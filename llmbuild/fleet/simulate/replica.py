@@ -18,6 +18,7 @@ from itertools import islice
 from llmbuild.fleet.capacity import OperatingPoint
 from llmbuild.fleet.simulate.meter import Meter
 from llmbuild.fleet.simulate.trace import Asked
+from llmbuild.serve.cores import Cores
 from llmbuild.serve.schedule.state import Batch, Entry, Scheduler, State
 from llmbuild.spec.fleet import StepTime
 from llmbuild.spec.load_curve import Fit, OwnTime, Work
@@ -97,6 +98,8 @@ class Replica:
         self._ends_s = 0.0
         """Seconds that requests that have ended take still: what follows at once waits for them."""
         self._batch: Batch | None = None
+        self._rest_since = -math.inf
+        """When the last step ended."""
         self.end_s = math.inf
         """When the step, or the run of steps, ends; infinite while nothing runs."""
         self._next: OperatingPoint | None = None
@@ -113,6 +116,7 @@ class Replica:
         step, power, parked_w = point.step, point.power, point.parked_w
         rows = range(point.batch + 1)
         self._fit, self._own = step.fit, step.own or _NO_TIME
+        self._cores = Cores(self._own)
         self._rows_s = [_rows_s(step, r) for r in rows]
         self._context_s, self._prompt_s = step.context_s, step.prompt_s
         self._parked_w = parked_w
@@ -152,23 +156,24 @@ class Replica:
         self.interrupt(now)
         self._more_s += self._own.request_s
         if self.end_s < math.inf:
-            self.end_s += self._own.request_s
+            self.end_s = self._ends_at(self._count)
         else:
             self._more_s += self._own.wake_s
 
     def interrupt(self, now: float) -> None:
         """End a run of steps with the step that is on its way."""
         if self._count > 1:
-            count = self._steps_begun(now - self._begin_s)
+            count = self._steps_begun(self._cores.work_s(now - self._begin_s))
             if count < self._count:
                 self._count = count
-                self.end_s = self._begin_s + self._run_s(count)
+                self.end_s = self._ends_at(count)
 
     def start(self, now: float) -> None:
         """Begin the next step where there is anything to compute."""
         if self.idle or self.end_s < math.inf:
             return
         self._meter.add("parked", self._idle_since, now - self._idle_since, self._parked_w)
+        self._cores.rested(now - self._rest_since)
         self._more_s += max(0.0, self._ends_s - (now - self._idle_since))
         self._ends_s = 0.0
         if self._next is not None:
@@ -198,7 +203,7 @@ class Replica:
             self._one_s = _mixed_s(self._fit, self._own, decoding, context, pieces)
         if not self._stepwise and not prompts and not self.waiting and decoding == len(self.running):
             self._count = min(job.ask.output - job.emitted for job in self.running.values())
-        self.end_s = now + self._run_s(self._count)
+        self.end_s = self._ends_at(self._count)
 
     def _fitting(self) -> int:
         """Return how many of the front of the queue may be admitted: a slot for each, and memory to its end."""
@@ -221,13 +226,17 @@ class Replica:
         self._entries = None
         return job
 
+    def _ends_at(self, count: int) -> float:
+        """Return when so many steps of the run end."""
+        return self._begin_s + self._cores.wall_s(self._run_s(count))
+
     def _run_s(self, count: int) -> float:
-        """Return the seconds of so many steps: each row sees one more position in each."""
+        """Return the seconds of so many steps at full speed: each row sees one more position in each."""
         seen = self._decoding * (count * (count - 1) // 2)
         return self._more_s + count * self._one_s + self._context_s * seen
 
     def _steps_begun(self, passed_s: float) -> int:
-        """Return how many steps of the run have begun after so many seconds."""
+        """Return how many steps of the run have begun after so many seconds at full speed."""
         one, more = self._one_s, self._context_s * self._decoding
         passed_s = max(0.0, passed_s - self._more_s)
         if more > 0:
@@ -244,7 +253,8 @@ class Replica:
         """End the step or run that is due, and return the jobs that ended with it."""
         assert self._batch is not None
         now, count, done = self.end_s, self._count, list[Job]()
-        self._measure(count)
+        self._measure(now - self._begin_s)
+        self._cores.worked(now - self._begin_s)
         if count > 1 or (not self._prompts and self._decoding == len(self.running)):
             for job in self.running.values():
                 job.emitted += count
@@ -259,7 +269,8 @@ class Replica:
             self._free_kv += job.takes
         if done:
             self._entries = None
-        self.end_s, self._count, self._prompts, self._batch, self._idle_since = math.inf, 0, 0, None, now
+        self.end_s, self._count, self._prompts, self._batch = math.inf, 0, 0, None
+        self._idle_since = self._rest_since = now
         self._more_s, self._ends_s = 0.0, self._own.end_s * len(done)
         return done
 
@@ -283,9 +294,9 @@ class Replica:
             if job.emitted >= job.ask.output:
                 done.append(job)
 
-    def _measure(self, count: int) -> None:
-        prompt_s = max(0.0, self._one_s - self._plain_s) if self._prompts else 0.0
-        decode_s = self._run_s(count) - prompt_s
+    def _measure(self, wall_s: float) -> None:
+        prompt_s = min(wall_s, max(0.0, self._one_s - self._plain_s)) if self._prompts else 0.0
+        decode_s = wall_s - prompt_s
         if self._decoding:
             self._meter.add("decode", self._begin_s, decode_s, self._rows_w[self._decoding])
             self._meter.add("prompt", self._begin_s + decode_s, prompt_s, self._prompt_w)
@@ -307,7 +318,7 @@ class Replica:
     def abandon(self, now: float) -> Iterator[Job]:
         """Yield all its jobs: the node has gone. What runs is counted up to now."""
         if self.end_s < math.inf:
-            whole = self._run_s(self._count)
+            whole = self.end_s - self._begin_s
             share = min(1.0, (now - self._begin_s) / whole) if whole else 0.0
             watts = self._rows_w[self._decoding] if self._decoding else self._prompt_w
             self._meter.add("decode" if self._decoding else "prompt", self._begin_s, share * whole, watts)

@@ -1,14 +1,15 @@
-"""Write a model as a GGUF file that llama.cpp opens: without a tokenizer, and tensor by tensor.
+"""Write a model as a GGUF file that llama.cpp opens, tensor by tensor, without a tokenizer or with another file's.
 
-Lives in the peers' environment, which has no llmbuild. Matrices have one format, norms and biases are f32.
+Lives in the peers' environment, which has no llmbuild. Norms and biases are f32.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from math import pi
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ ROTATES_PAIRS = ("llama",)
 """Architectures in which llama.cpp rotates neighbours, where the transformers library rotates two halves."""
 
 ROPE_FACTORS = "rope_freqs.weight"
-STORED = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
+STORED = {"f16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0", "q4_1": "Q4_1"}
 _WHOLE = {EMBEDDING: "token_embd.weight", FINAL_NORM: "output_norm.weight", HEAD: "output.weight"}
 _PARTS = {
     "input_layernorm": "attn_norm",
@@ -42,21 +43,32 @@ _PARTS = {
 _LAYER = re.compile(r"model\.layers\.(\d+)\.(?:self_attn\.|mlp\.)?(\w+)\.(weight|bias)")
 
 
-def write(config: Config, values: Values, path: Path, kind: str, alike: bool = False) -> None:
-    """Write a model with matrices in `kind`, one of `STORED`.
+def write(
+    config: Config,
+    values: Values,
+    path: Path,
+    kind: str,
+    alike: bool = False,
+    kinds: Mapping[str, str] = MappingProxyType({}),
+    tokenizer: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write a model with matrices in `kind`, one of `STORED`, and those that are named in the format of `kinds`.
 
     Where layers are `alike`, all of them get the values of the first, which are encoded once: speed does not depend on
-    values, and a large shape is written in seconds.
+    values, and a large shape is written in seconds. `tokenizer` has the keys of a tokenizer, as GGUF's reader has them.
 
     Raises:
         ValueError: not a plain Llama, Mistral, Qwen2 or Qwen3.
     """
     import gguf
 
-    form = gguf.GGMLQuantizationType[STORED[kind]]
+    def form_of(name: str) -> Any:
+        return gguf.GGMLQuantizationType[STORED[kinds.get(name, kind)]]
+
     partial = path.with_suffix(".partial")
     out = gguf.GGUFWriter(str(partial), ARCHITECTURES[config["model_type"]])
     describe(out, config)
+    _add_tokenizer(out, tokenizer)
     factors = rope_factors(config)
     if factors is not None:
         out.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
@@ -64,6 +76,7 @@ def write(config: Config, values: Values, path: Path, kind: str, alike: bool = F
         if len(shape) == 1:
             out.add_tensor_info(tensor_name(name), shape, np.dtype(np.float32), 4 * shape[0])
         else:
+            form = form_of(name)
             stored = gguf.quant_shape_to_byte_shape(shape, form)
             out.add_tensor_info(tensor_name(name), stored, np.dtype(np.uint8), stored[0] * stored[1], raw_dtype=form)
     out.write_header_to_file()
@@ -76,7 +89,7 @@ def write(config: Config, values: Values, path: Path, kind: str, alike: bool = F
         key = re.sub(r"^model\.layers\.\d+\.", "model.layers.0.", name) if alike else name
         found = first.get(key)
         if found is None:
-            found = _encoded(config, values, key, shape, form)
+            found = _encoded(config, values, key, shape, form_of(name))
         if alike and key.startswith("model.layers."):
             first[key] = found
         out.write_tensor_data(found)
@@ -168,4 +181,12 @@ def describe(out: Any, config: Config) -> None:
     out.add_rope_freq_base(config["rope_theta"])
     out.add_layer_norm_rms_eps(config["rms_norm_eps"])
     out.add_vocab_size(config["vocab_size"])
-    out.add_tokenizer_model("no_vocab")
+
+
+def _add_tokenizer(out: Any, keys: Mapping[str, Any]) -> None:
+    """Write the keys of a tokenizer, or that there is none."""
+    if not keys:
+        out.add_tokenizer_model("no_vocab")
+    for name, field in keys.items():
+        sub = field.types[-1] if len(field.types) > 1 else None
+        out.add_key_value(name, field.contents(), field.types[0], sub_type=sub)
