@@ -275,8 +275,8 @@ class Worker:
                 count = len(places)
                 of_rows = 2 * count + np.repeat([0, each], [len(mine), len(beside)])
                 tokens, where = np.concatenate([mine, beside]), np.concatenate([places, of_rows, tables])
-                _, logits = session.step(tokens, places, where, np.array([len(mine) - 1]), cache)
-                rows.append(np.array(logits))
+                session.step(tokens, places, where, np.array([len(mine) - 1]), cache)
+                rows.append(np.array(session.step_logits()))
         return np.stack(rows)
 
     def _windows(self, windows: NDArray[np.int64]) -> Iterator[NDArray[np.float32]]:

@@ -85,13 +85,19 @@ def tokens(name: str, value: object, vocabulary: int = LARGEST + 1) -> list[int]
     return ids
 
 
+def outside(found: NDArray[np.int64], end: int) -> bool:
+    """Return whether an integer is below 0, or is not below `end`."""
+    # in one pass: without a sign, negative ones are large
+    return bool(found.size) and int(found.view("u8").max()) >= end
+
+
 def inside(name: str, found: NDArray[np.int64], vocabulary: int) -> NDArray[np.int64]:
     """Return token ids.
 
     Raises:
         InputError: a token is outside the vocabulary.
     """
-    if found.size and (found.min() < 0 or found.max() >= vocabulary):
+    if outside(found, vocabulary):
         wrong = found[(found < 0) | (found >= vocabulary)].flat[0]
         raise InputError(f"{name}: token {wrong} is outside the vocabulary of {vocabulary}")
     return found

@@ -307,12 +307,11 @@ class Session:
         where: NDArray[np.int64],
         read: NDArray[np.int64],
         cache: Cache,
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    ) -> NDArray[np.int64]:
         """Run rows of any mix of sequences, as `spec.program.STEP` says, on the cache of `shared_cache`.
 
-        Return the most likely next tokens i64[R] and the logits f32[R,V] behind the rows that are read; they are valid
-        until the next call, and not copied where the device shares its memory. What `where` says of blocks is the
-        caller's to have right.
+        Return the most likely next tokens i64[R] behind the R rows that are read, valid until the next call. What
+        `where` says of blocks is the caller's to have right.
 
         Raises:
             InputError: no row, or a token, a position or a row that is not there.
@@ -322,16 +321,27 @@ class Session:
         if not 0 < rows == len(positions) or len(where) <= 2 * rows or not len(read):
             raise InputError("a step needs rows with a token, a position and a table each, and one that is read")
         checks.inside("tokens", tokens, self.abi.vocabulary)
-        if positions.min() < 0 or positions.max() >= self.abi.context:
+        if checks.outside(positions, self.abi.context):
             raise InputError(f"a position is outside a context of {self.abi.context}")
-        if read.min() < 0 or read.max() >= rows:
+        if checks.outside(read, rows):
             raise InputError(f"a row that is read is not one of the {rows}")
         given = {"tokens": tokens, "positions": positions, "where": where, "read": read}
         views = [self._input(name, array, rows) for name, array in given.items()]
         alike = (STEP, rows) if rows <= _MOST_ALIKE else None
-        self._stepped = results = self._call(self._entries[STEP], (*views, *cache), alike)
-        found, logits = (results.get_as_object(i, rt.HalBufferView) for i in range(2))
-        return self._read(found, np.int64), self._read(logits, np.float32)[:, : self.abi.vocabulary]
+        self._stepped = self._call(self._entries[STEP], (*views, *cache), alike)
+        return self._read(self._stepped.get_as_object(0, rt.HalBufferView), np.int64)
+
+    def step_logits(self) -> NDArray[np.float32]:
+        """Return the logits f32[R,V] behind the rows that the last step read; valid until the next call, and not
+        copied where the device shares its memory.
+
+        Raises:
+            InputError: there was no step.
+        """
+        self._check_open()
+        if self._stepped is None:
+            raise InputError("there are no logits yet: call `step` first")
+        return self._read(self._stepped.get_as_object(1, rt.HalBufferView), np.float32)[:, : self.abi.vocabulary]
 
     def _input(self, name: str, array: NDArray[np.int64], rows: int) -> Any:
         """Return a buffer with an input of a step, one that is kept where a step has few rows."""

@@ -6,10 +6,8 @@ prompts with the same beginning share the blocks of it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import islice
-
-import numpy as np
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice, repeat
 
 from llmbuild.runtime.rows import told
 from llmbuild.runtime.session import Session
@@ -74,7 +72,9 @@ class RaggedStep(OfSession):
             self.tables.grow(rows.slot, rows.start + len(rows.tokens) + len(rows.drafts))
         pieces = [piece for rows in batch for piece in _pieces(rows)]
         tokens, starts, slots = zip(*pieces, strict=True)
-        found, logits = self._session.step(*told(tokens, starts, slots, self.tables.array), self._cache)
+        found = self._session.step(*told(tokens, starts, slots, self.tables.array), self._cache).tolist()
+        read = any(rows.logits for rows in batch)
+        logits: Iterable[Logits | None] = self._session.step_logits() if read else repeat(None, len(found))
         said = zip(found, logits, strict=True)
         return [_output(rows, said) for rows in batch]
 
@@ -90,7 +90,7 @@ def _pieces(rows: Rows) -> Iterator[tuple[Sequence[int], int, int]]:
         yield (draft,), position, rows.slot
 
 
-def _output(rows: Rows, said: Iterator[tuple[np.int64, Logits]]) -> Output:
+def _output(rows: Rows, said: Iterator[tuple[int, Logits | None]]) -> Output:
     """Return what the device says of some rows: the next of all that it said."""
-    found = [(int(token), logits if rows.logits else None) for token, logits in islice(said, 1 + len(rows.drafts))]
+    found = [(token, logits if rows.logits else None) for token, logits in islice(said, 1 + len(rows.drafts))]
     return Output(*found[0], tuple(Output(*one) for one in found[1:]))

@@ -32,8 +32,8 @@ _TELLS = "_tile_loadconfig(&tc);"
 _KEPT = 'asm volatile("" : : "r"(&tc) : "memory");'
 """GCC 12 takes the shapes to be 8 of their 64 bytes long, and may drop the rest: the products then end by SIGILL."""
 
-_LEFT_OUT = ("/docs/", "/media/", "/models/", "/gguf-py/", "/tests/", "/tools/ui/src/", "/tools/ui/static/")
-"""Parts of llama.cpp's tree that the server is not made of."""
+_LEFT_OUT = ("docs/", "media/", "models/", "gguf-py/", "tests/", "tools/ui/src/", "tools/ui/static/")
+"""Folders of llama.cpp's tree that the server is not made of; others of such names, deeper in it, have its sources."""
 
 
 def server(folder: Path, python: Path, own: bool, say: setup.Say) -> Path:
@@ -67,7 +67,8 @@ def server(folder: Path, python: Path, own: bool, say: setup.Say) -> Path:
 
 def wanted(name: str) -> bool:
     """Return whether a file of the source package is one that the server is built from."""
-    return "/vendor/llama.cpp/" in name and not any(part in name for part in _LEFT_OUT)
+    inside = name.partition("/vendor/llama.cpp/")[2]
+    return bool(inside) and not inside.startswith(_LEFT_OUT)
 
 
 def mend(tree: Path) -> None:
