@@ -1,4 +1,4 @@
-"""The commands of fleets: plan, simulate, orchestrate."""
+"""The commands of fleets: plan, simulate, orchestrate, nodes."""
 
 from __future__ import annotations
 
@@ -189,6 +189,36 @@ def orchestrate(fleet: Path, backend: str, dry: bool, catalog: str, form: str | 
     return ended(run(setup, to_stderr, click.echo, make))
 
 
+@click.command(short_help="Take nodes of a running FLEET out of service, or give them back.")
+@click.argument("fleet", type=PATH)
+@click.option("--out", "out", multiple=True, metavar="NODE", help="Replace and drain what runs there; start no more.")
+@click.option("--back", "back", multiple=True, metavar="NODE", help="Plan with it again.")
+@click.option("--state", type=PATH, metavar="DIR", help="The fleet's state, as its orchestrator has it.")
+@catalog_option
+@click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout.")
+def nodes(
+    fleet: Path, out: tuple[str, ...], back: tuple[str, ...], state: Path | None, catalog: str, form: str | None
+) -> int:
+    """Say which nodes of a FLEET are in service; take some out, or give some back, while it runs.
+
+    A node is named as `core-0`, or a whole class of them as `core`. The orchestrator of the fleet sees it within a
+    second: it replaces what runs on a node that is out, elsewhere, before it drains it, as far as there is room.
+    """
+    from llmbuild.fleet.nodes_out import NodesOut
+    from llmbuild.fleet.policies.named import POLICIES
+    from llmbuild.report.fleet import nodes_json, nodes_table
+    from llmbuild.spec.files.fleet import read_fleet
+
+    asked = read_fleet(fleet, tuple(POLICIES))
+    leaving, coming = _named(asked, out, "--out"), _named(asked, back, "--back")
+    if both := sorted(leaving & coming):
+        raise InputError(f"{both[0]} is in --out and in --back: name it in one of them")
+    noted = NodesOut(state or Path(catalog) / "fleets" / asked.name)
+    found = noted.change(leaving, coming) if leaving or coming else noted.read()
+    click.echo(dumps(nodes_json(asked, found)) if form else nodes_table(asked, found))
+    return 0
+
+
 def _place_for_all(fleet: Fleet, profiles: Sequence[Profile]) -> None:
     """Say what the load of the file lacks.
 
@@ -251,17 +281,26 @@ def _read(path: Path, catalog: Path, serves: bool = False) -> tuple[Fleet, tuple
 
 def _reduced(fleet: Fleet, without: Sequence[str]) -> Fleet:
     """Return the fleet without some nodes."""
-    counts = {node.name: node.count for node in fleet.nodes}
-    gone = set[str]()
-    for name in without:
-        if name in counts:
-            gone |= set(fleet.node_class(name).nodes)
+    gone = _named(fleet, without, "--without")
+    return fleet.with_counts({node.name: sum(name not in gone for name in node.nodes) for node in fleet.nodes})
+
+
+def _named(fleet: Fleet, names: Sequence[str], option: str) -> set[str]:
+    """Return the nodes that are named, by themselves or by their class.
+
+    Raises:
+        InputError: there is no such node or class.
+    """
+    found = set[str]()
+    for name in names:
+        if any(name == node.name for node in fleet.nodes):
+            found |= set(fleet.node_class(name).nodes)
         elif any(name in node.nodes for node in fleet.nodes):
-            gone.add(name)
+            found.add(name)
         else:
             there = ", ".join(f"{node.name}-0 to {node.name}-{node.count - 1}" for node in fleet.nodes)
-            raise InputError(f"--without {name}: no such node or class: there are {there}")
-    return fleet.with_counts({node.name: sum(name not in gone for name in node.nodes) for node in fleet.nodes})
+            raise InputError(f"{option} {name}: no such node or class: there are {there}")
+    return found
 
 
 def _traces(fleet: Fleet, options: dict[str, Any]) -> dict[str, Trace]:
@@ -303,4 +342,4 @@ def _failing(text: str) -> Failing:
     return Failing(match[1], float(match[2]), float(match[3]) if match[3] else math.inf)
 
 
-COMMANDS = (plan, simulate, orchestrate)
+COMMANDS = (plan, simulate, orchestrate, nodes)

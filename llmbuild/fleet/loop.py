@@ -7,10 +7,11 @@ ready or has died, and comes nearer to the target. It knows no clock and no proc
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import inf
 
+from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.interface import (
     NAMES,
     Action,
@@ -96,8 +97,11 @@ class Loop:
         backend: Actuator,
         tell: Callable[[str], None],
         done: Callable[[Action, Answer], None] = lambda action, answer: None,
+        out: Callable[[], Collection[str]] = frozenset,
     ) -> None:
+        """Take a fleet and who decides and acts; `out` says which nodes are out of service, at each beat."""
         self._fleet, self._policy, self._backend, self._tell, self._done = fleet, policy, backend, tell, done
+        self._read_out, self._out, self._unread = out, frozenset[str](), ""
         self.target: Target = {}
         self._closed: set[str] = set()
         self._troubles: dict[Slot, _Trouble] = {}
@@ -124,9 +128,10 @@ class Loop:
         live = [one for one in live if one.state != "dead"]
         if self.due(now):
             self._decide(now, traffic, live)
+        self._notice_out()
         avoided = [slot for slot, trouble in self._troubles.items() if trouble.until_s > now]
         divided = self._divided(now)
-        scene = Scene(live, frozenset(self._closed), traffic.rates, avoided, divided)
+        scene = Scene(live, frozenset(self._closed), traffic.rates, avoided, divided, self._out)
         for action in steps(self._fleet, self.target, scene):
             self._act(action, now)
         return self._kept(live)
@@ -154,6 +159,22 @@ class Loop:
             if one.state == "dead":
                 self._died(one, now, began)
 
+    def _notice_out(self) -> None:
+        """Tell which nodes have been taken out of service, or given back; the policy then decides in the next beat."""
+        try:
+            named = frozenset(self._read_out())
+        except InputError as error:  # whoever wrote it so is told, and those that were out stay out
+            if str(error) != self._unread:
+                self._unread = str(error)
+                self._tell(f"error    {error}")
+            return
+        self._unread = ""
+        out = named & {node for kind in self._fleet.nodes for node in kind.nodes}
+        for node in sorted(out ^ self._out):
+            self._tell(f"node     {node} is {'out of' if node in out else 'in'} service")
+        if out != self._out:
+            self._out, self._next_s = out, 0.0
+
     def _died(self, one: Live, now: float, began: float) -> None:
         asked = one.name in self._closed or one.told == ""
         self._tell(f"{'ended   ' if asked else 'died    '} {one.name}{': ' + one.told if one.told else ''}")
@@ -171,6 +192,7 @@ class Loop:
     def _observed(self, now: float, traffic: Traffic, live: Sequence[Live]) -> Observation:
         failed: Counter[str] = Counter()
         bad = {slot.node: slot.kind for slot, trouble in self._troubles.items() if trouble.count >= FAILED}
+        bad |= {node: kind.name for kind in self._fleet.nodes for node in kind.nodes if node in self._out}
         failed.update(bad.values())
         taken = {one.slot for one in live}
         slots = slots_of(self._fleet, self._layouts)

@@ -20,6 +20,7 @@ from llmbuild.fleet.gateway.metrics import FleetMetrics
 from llmbuild.fleet.gateway.seen import Watch
 from llmbuild.fleet.gateway.table import Table
 from llmbuild.fleet.loop import Loop, given_live, permitted, unseen
+from llmbuild.fleet.nodes_out import NodesOut
 from llmbuild.fleet.policies.named import live_policy
 from llmbuild.serve.api.keys import Keys
 from llmbuild.serve.api.server import Place, listening, server_of, signals, url_of
@@ -114,7 +115,8 @@ def _loop(
     tell: Callable[[str], None],
     done: Callable[[Action, Answer], None],
 ) -> Loop:
-    return Loop(fleet, live_policy(setup.policy).make(given_live(fleet, setup.profiles)), backend, tell, done)
+    policy = live_policy(setup.policy).make(given_live(fleet, setup.profiles))
+    return Loop(fleet, policy, backend, tell, done, NodesOut(setup.folder).read)
 
 
 class _Runner:

@@ -32,6 +32,8 @@ class Scene:
     avoided: Collection[Slot] = ()
     """Slots where starts fail, until some time has passed."""
     divided: Divided = Divided()  # noqa: RUF009 - frozen
+    out: Collection[str] = ()
+    """Nodes that are out of service: nothing starts there, and what runs there is replaced and drained."""
 
     def serving(self, service: int) -> list[Live]:
         """Return the replicas that take requests."""
@@ -40,6 +42,14 @@ class Scene:
     def serves(self, one: Live) -> bool:
         """Return whether a replica takes requests."""
         return one.state == "ready" and one.name not in self.closed
+
+
+@dataclass(frozen=True)
+class _Leaving:
+    """Replicas that are to leave their node, and why."""
+
+    live: tuple[Live, ...]
+    why: str
 
 
 def used(fleet: Fleet, service: int, rates: Rates, points: Sequence[OperatingPoint]) -> float:
@@ -54,10 +64,11 @@ def used(fleet: Fleet, service: int, rates: Rates, points: Sequence[OperatingPoi
 
 def steps(fleet: Fleet, target: Target, scene: Scene) -> list[Action]:
     """Return what is to be done now; call it again when something has changed."""
-    have = Counter(one.key for one in scene.live if one.state in ("starting", "ready") and one.name not in scene.closed)
+    staying = [one for one in scene.live if one.slot.node not in scene.out]
+    have = Counter(one.key for one in staying if one.state in ("starting", "ready") and one.name not in scene.closed)
     taken = {one.slot for one in scene.live if one.state != "dead"}
     changes = divisions(fleet, target, scene.live, scene.closed, scene.divided)
-    closed_nodes = {one.node for one in changes if one.action is None} | set(scene.divided.changing)
+    closed_nodes = {one.node for one in changes if one.action is None} | {*scene.divided.changing, *scene.out}
     free = [
         slot
         for slot in slots_of(fleet, scene.divided.layouts)
@@ -78,30 +89,37 @@ def steps(fleet: Fleet, target: Target, scene: Scene) -> list[Action]:
     begun = {one.service for one in done if isinstance(one, Start)}
     done += _ended(fleet, target, scene, have, lacking, begun)
     closed = {one.replica for one in done if isinstance(one, Route)}
-    for change in changes:
-        done += _drained(fleet, scene, change, closed, begun)
+    for leaving in _leaving(scene, changes):
+        done += _drained(fleet, scene, leaving, closed, begun)
     return done
 
 
+def _leaving(scene: Scene, changes: Sequence[Division]) -> list[_Leaving]:
+    """Return what nodes hold that take another layout, or are out of service."""
+    found = [_Leaving(change.drained, f"its node is divided: {change.why}") for change in changes]
+    out = tuple(one for one in scene.live if one.slot.node in scene.out)
+    return [*found, _Leaving(out, "its node is out of service")]
+
+
 def _drained(
-    fleet: Fleet, scene: Scene, change: Division, closed: Collection[str], begun: Collection[int]
+    fleet: Fleet, scene: Scene, leaving: _Leaving, closed: Collection[str], begun: Collection[int]
 ) -> list[Action]:
-    """Return the closing of what a node holds that takes another layout, once nothing starts elsewhere in its place."""
-    coming = {one.service for one in scene.live if one.state == "starting"} | set(begun)
+    """Return the closing of what is to leave its node, once nothing starts elsewhere in its place."""
+    gone = {one.name for one in leaving.live} | set(closed)
+    coming = {one.service for one in scene.live if one.state == "starting" and one.name not in gone} | set(begun)
     done: list[Action] = []
-    for one in change.drained:
+    for one in leaving.live:
         if one.state == "starting":
-            done.append(Stop(one.name, f"its node is divided: {change.why}"))
+            done.append(Stop(one.name, leaving.why))
         if not scene.serves(one) or one.name in closed or one.service in coming:
             continue
-        gone = {each.name for each in change.drained} | set(closed)
         share = used(
             fleet, one.service, scene.rates, [o.point for o in scene.serving(one.service) if o.name not in gone]
         )
         left = f"the others take the load of the moment, {share:.0%} of theirs"
         if share > 1:
             left = f"what is left has {_missing(share)} of the load of the moment"
-        done.append(Route(one.name, False, f"its node is divided: {change.why}; {left}"))
+        done.append(Route(one.name, False, f"{leaving.why}; {left}"))
     return done
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import mean
 from typing import Literal
 
@@ -213,6 +213,25 @@ def actions_table(fleet: Fleet, actions: Sequence[Intended]) -> str:
 
 def _what(fleet: Fleet, one: Intended) -> str:
     return told_of(fleet, one.action).partition(" ")[2].strip()
+
+
+# --- nodes -----------------------------------------------------------------------------------------------------------
+
+
+def nodes_json(fleet: Fleet, out: Collection[str]) -> list[dict[str, object]]:
+    """Return the nodes of a fleet as plain data."""
+    return [
+        {"node": name, "class": kind.name, "in_service": name not in out} for kind in fleet.nodes for name in kind.nodes
+    ]
+
+
+def nodes_table(fleet: Fleet, out: Collection[str]) -> str:
+    """Return how many nodes of each class are in service, and which are not."""
+    lines = []
+    for kind in fleet.nodes:
+        gone = [name for name in kind.nodes if name in out]
+        lines.append([kind.name, kind.count - len(gone), len(gone), " ".join(gone) or "-"])
+    return table(["class", "in service", "out", "which are out"], lines, (0, 3), terminal(), (3,))
 
 
 # --- simulations -----------------------------------------------------------------------------------------------------

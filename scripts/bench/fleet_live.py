@@ -1,7 +1,7 @@
 """A running fleet under a piece of a trace, with a replica killed on the way: what was answered, and how fast.
 
     python scripts/bench/fleet_live.py FLEET --trace FILE [--seconds S] [--rate N] [--lengths N] [--context N]
-                                       [--policy P]... [--kill-at S] [--stated N] [-C CATALOG] [--json]
+                                       [--policy P]... [--kill-at S] [--back-at S] [--stated N] [-C CATALOG] [--json]
 
 For each policy `llmbuild orchestrate FLEET` is started with the trace's largest rate of 60 s and its mean lengths as
 those of the first class of its first service: so a static policy knows what it knows in the simulator. Requests are
@@ -9,6 +9,9 @@ sent at the trace's times, whether earlier ones are answered or not, as streams 
 as the trace has. The client, the gateway and the replicas share this machine. `lost` are requests that ended without an
 end of the answer and without an error; `failed` ended with an error behind the first byte, `rejected` before it.
 `twice` are streams with more tokens than were asked for or with a second end.
+
+With `--back-at` the whole node of the killed replica is gone: it is out of service from the kill on, and is added again
+at that time.
 """
 
 from __future__ import annotations
@@ -36,6 +39,7 @@ from ruamel.yaml import YAML
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.actuators.journal import Entry, Journal, runs
+from llmbuild.fleet.nodes_out import NodesOut
 from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.fleet.simulate.trace import Arrival, Trace, read_trace
 from llmbuild.report.fleet import trace_lines
@@ -93,6 +97,7 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stated", type=float, default=1.0, help="times the largest rate that the file states")
     parser.add_argument("--policy", action="append", help=" ".join(POLICIES))
     parser.add_argument("--kill-at", type=float, help="seconds; default: half of --seconds")
+    parser.add_argument("--back-at", type=float, help="seconds; the killed replica's node is out of service until then")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(words)
@@ -152,23 +157,35 @@ def running(fleet: Path, policy: str, catalog: Path, folder: Path, run: Run) -> 
         run.left = len(Journal(state).marked())
         lines = log.read_text().splitlines()
         run.told = [
-            line for line in lines if re.match(r"(decides|start|route|stop|ready|died|ended|finds|waits) ", line)
+            line for line in lines if re.match(r"(decides|start|route|stop|ready|died|ended|finds|waits|node) ", line)
         ]
 
 
-async def looks(url: str, run: Run, journal: Journal, kill_s: float, began: float) -> None:
+@dataclass(frozen=True)
+class Killing:
+    """When a replica is killed, and when its node is in service again; None: it stays in service."""
+
+    at_s: float
+    back_s: float | None = None
+
+
+async def looks(url: str, run: Run, journal: Journal, killing: Killing, began: float) -> None:
     """Count replicas all the time; kill one at its time, and note when there are as many as before."""
-    before, gone = 0, False
+    before, gone, out = 0, False, NodesOut(journal.folder)
     victim: Entry | None = None
     while True:
         now = time.monotonic() - began
         count = await replicas(url)
         run.replicas.append((now, count))
-        if victim is None and now >= kill_s:
+        if victim is None and now >= killing.at_s:
             victim, before = next((one for one in journal.read() if runs(one)), None), count
             if victim is not None:
+                if killing.back_s is not None:
+                    out.change([victim.node], [])
                 os.kill(victim.pid, signal.SIGKILL)
                 run.killed_s = now
+        if victim is not None and killing.back_s is not None and now >= killing.back_s and victim.node in out.read():
+            out.change([], [victim.node])
         elif gone and run.recovered_s == inf and count >= before:
             run.recovered_s = now - run.killed_s
         gone = gone or (victim is not None and victim.name not in names(journal))  # what was counted may be of before
@@ -217,10 +234,10 @@ def heard(url: str, model: str, trace: Trace) -> list[Sent]:
     ]
 
 
-async def sent(url: str, model: str, trace: Trace, run: Run, journal: Journal, kill_s: float) -> None:
+async def sent(url: str, model: str, trace: Trace, run: Run, journal: Journal, killing: Killing) -> None:
     """Send the trace, look at the replicas, and read the actions at the end."""
     began = time.monotonic()
-    looking = asyncio.ensure_future(looks(url, run, journal, kill_s, began))
+    looking = asyncio.ensure_future(looks(url, run, journal, killing, began))
     run.sent = await asyncio.to_thread(heard, url, model, trace)
     await asyncio.sleep(max(0.0, began + trace.seconds - time.monotonic()))
     if looking.done():
@@ -300,10 +317,10 @@ def main() -> None:
         fleet = read_fleet(path, tuple(POLICIES))
         for policy in asked.policy or ["static-peak", "adaptive"]:
             run = Run(policy)
-            kill_s = asked.seconds / 2 if asked.kill_at is None else asked.kill_at
+            killing = Killing(asked.seconds / 2 if asked.kill_at is None else asked.kill_at, asked.back_at)
             with running(path, policy, asked.catalog, folder, run) as url:
                 model = fleet.services[0].name
-                asyncio.run(sent(url, model, trace, run, Journal(folder / policy), kill_s))
+                asyncio.run(sent(url, model, trace, run, Journal(folder / policy), killing))
             found.append(figures(run, fleet, trace))
             say(f"{policy}: {len(run.sent)} requests, {found[-1]['attainment']:.2%} met their SLO")
     if asked.json:

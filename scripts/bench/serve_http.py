@@ -193,7 +193,7 @@ def beside_the_loader(
     """Return seconds per token of one stream, and of the loader alone on the same prompts, and where answers differ."""
     loader = Worker([sys.executable, str(HERE / "loader_worker.py")], Limits(seconds=asked.limit))
     order, wrong, taken = random.Random(asked.seed), list[str](), dict[str, list[float]](server=[], loader=[])
-    shares = []
+    shares, spent = [], 0
     try:
         os.sched_setaffinity(loader.process_id, cores.servers)
         where = {"catalog": str(asked.catalog.absolute()), "model": server.entrant.model}
@@ -213,11 +213,13 @@ def beside_the_loader(
                 taken["server"].append(told["server"].tpot_s)
                 taken["loader"].append(told["loader"]["tpot_s"])
             say(f"[{number}/{asked.rounds}] rounds of the server and the loader")
+        spent = noise.cpu_ticks([loader.process_id])
     finally:
         loader.close()
     ratio = serve_table.paired(taken["server"], taken["loader"])
     middle = {f"{name}_tpot_s": sorted(values)[len(values) // 2] for name, values in taken.items()}
-    return {**middle, "ratio": ratio, "client_cpu_share": sum(shares) / len(shares), "samples": taken}, wrong
+    told = {"ratio": ratio, "client_cpu_share": sum(shares) / len(shares), "loader_ticks": spent, "samples": taken}
+    return {**middle, **told}, wrong
 
 
 def _long(asked: argparse.Namespace, loader: Worker, cut: Cutter) -> list[Ask]:
@@ -303,7 +305,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         else:
             found, wrong = under_load(asked, servers, worker, cut, context)
             made["rows"] = serve_table.rows(found, PEER)
-        spent = max(0, noise.cpu_ticks(processes) - own)
+        spent = max(0, noise.cpu_ticks(processes) - own) + made.get("alone", {}).get("loader_ticks", 0)
         made["noise"] = noise.verdict(before, noise.snapshot(), asked.threads, spent)
     made["wrong"] = wrong
     return made

@@ -73,6 +73,7 @@ def lines(built: Project, out: Path) -> dict[str, list[str]]:
         "keys": [str(out / "mine")],
         "convert": ["vllm", "vllm serve org/name"],
         "plan": [str(FLEET)],
+        "nodes": [str(made_here(out)), *catalog],
         "orchestrate": [str(made_here(out)), "-n", *catalog],
         "simulate": [str(FLEET), "--trace", "steady", "--policy", "static-mean", "--seconds", "5", "--seeds", "1"],
     }
