@@ -126,11 +126,11 @@ def _length(tried: Together, tokens: int) -> int:
 def cold(came_s: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Return by which factor tokens take longer at first, and for how many seconds from the request on.
 
-    `came_s` has the times of the same number of tokens in several rounds. Two levels are fitted to the gaps between
-    them by least squares; where the first is hardly longer, there is one.
+    `came_s` has the times of tokens in several rounds, as many as the shortest has: tokens that came in one piece count
+    once. Two levels are fitted to the gaps by least squares; where the first is hardly longer, there is only one.
     """
-    times = [median(one) for one in zip(*came_s, strict=True)]
-    gaps = [median(one) for one in zip(*([b - a for a, b in pairwise(each)] for each in came_s), strict=True)]
+    times = [median(one) for one in zip(*came_s, strict=False)]
+    gaps = [median(one) for one in zip(*([b - a for a, b in pairwise(each)] for each in came_s), strict=False)]
     least, found = float("inf"), (1.0, 0.0)
     for at in range(2, len(gaps) - max(2, len(gaps) // 5)):
         before, after = fmean(gaps[:at]), fmean(gaps[at:])
