@@ -26,7 +26,8 @@ KEYS = {
 
 
 def shape(**changes: Any) -> dict[str, Any]:
-    return gguf_files.configuration(tie_word_embeddings=True, vocab_size=64, **{"num_hidden_layers": 2, **changes})
+    fixed = {"tie_word_embeddings": True, "vocab_size": 64, "rope_theta": 10000.0, "num_hidden_layers": 2}
+    return gguf_files.configuration(**{**fixed, **changes})
 
 
 @pytest.fixture
