@@ -1,283 +1,191 @@
 """Goodput against rate: variants on a core each under Poisson arrivals, beside what `pick --rate` says of them.
 
     python scripts/bench/goodput.py --node MODEL/VARIANT[:SEQUENCES][@CATALOG]... --slo BOUND...
-        [--lengths PROMPT:OUTPUT] [--share N...] [--all] [--seconds S] [--budget TIME] [--core N] [--work DIR]
-        [--plot FILE] [--save FILE] [--json]
-    python scripts/bench/goodput.py --from FILE [--plot FILE] [--json]
+        [--lengths PROMPT:OUTPUT] [--share N...] [--seconds S] [--longest S] [--runs N] [--width N] [--tries N]
+        [--objective METRIC] [--budget TIME] [--core N] [--work DIR] [--plot FILE] [--save FILE] [--json]
+    python scripts/bench/goodput.py --from FILE [--objective METRIC] [--plot FILE] [--json]
 
 Nodes are taken one after another: each is profiled by `llmbuild profile --load` on the core, and serves on it; the
 client runs on that core in both. The rate that is picked is the highest at which the simulator holds all bounds, for
-lengths of the same law as those that are sent. Requests are then sent at shares of it, each for --seconds; with
---all also at the rates of the nodes before. Goodput is requests a second that keep all
-bounds, of those that were sent. The measured rate is the highest at which the bounds hold over all requests of a run,
-between the last run that holds them and the first that does not.
+lengths of the same law as those that are sent; the arrivals are other draws. The rate that is replayed is the highest
+that holds in the simulator for the very requests that are sent, so its error is the curve's alone. Requests are then
+sent at shares of the rate that is picked, each in --runs runs. Goodput is requests a second that keep all bounds, of
+those that were sent.
+
+A rate is held where the percentiles over the requests of all its runs keep the bounds. The highest rate is then
+searched by bisection, until the one that is held and the one that is not are --width apart or --tries rates were
+measured; a rate that cannot hold any more, whatever its other runs give, gets none. A run lasts --seconds, and longer,
+up to --longest, where fewer requests than a percentile needs came: 90 for a 95th, 459 for a 99th. Fewer are told.
+
+Of the variants that hold a rate the one that is best in --objective is preferred. Rates at which another one becomes
+it are told as the load curves have them and as they were measured.
+
+--save keeps all that was measured, and --from makes the tables and the plot of it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from math import ceil, inf, isfinite
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import fleet_reality as reality
+from comparison import rate_plot, rate_runs
+from comparison.highest_rate import bracket, next_rate
 from comparison.nodes import Place, Server, driven, serving
 from comparison.plot import needs_matplotlib
+from comparison.rate_judgement import document, judged, picked, text
+from comparison.rate_runs import FIRST_SEED, Measured, Run, Sampling, Variant, at_rate, cannot_hold, least_requests
 from comparison.script import end, say
 
-from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.profiler import noise
-from llmbuild.report.table import table
-from llmbuild.runtime import reader
-from llmbuild.serve import capacity
-from llmbuild.serve.capacity import Capacity, Lengths, parse_lengths
-from llmbuild.serve.drive import Heard, Sending
-from llmbuild.serve.schedule.fcfs import Fcfs
-from llmbuild.serve.simulate import Host
-from llmbuild.spec.load_curve import LoadCurve, curve_from
-from llmbuild.spec.slo import Bound, load_metric, parse_load
+from llmbuild.runtime import host, reader
+from llmbuild.runtime import model as loader
+from llmbuild.serve.capacity import Lengths, parse_lengths
+from llmbuild.serve.drive import Sending
+from llmbuild.spec.load_curve import LoadCurve
+from llmbuild.spec.rows import reading
+from llmbuild.spec.slo import METRICS, Bound
 
-SHARES = (0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5)
+SHARES = (0.6, 0.8, 1.0, 1.2, 1.5)
 """Of the rate that is picked."""
-PAGE = 16
-"""Positions of a block; with memory for all sequences it does not matter."""
-Run = dict[str, Any]
 
 
-def bounds_of(texts: Sequence[str]) -> tuple[Bound, ...]:
-    """Return the bounds on requests.
+@dataclass
+class Client:
+    """Sends runs to a server, and tells what was held at which rate so far."""
 
-    Raises:
-        InputError: one is not of requests.
-    """
-    bounds, others = parse_load(texts)
-    if others:
-        raise InputError(f"--slo {others[0]}: give bounds on requests, such as ttft_s_p95<=1")
-    return bounds
+    server: Server
+    variant: Variant
+    sampling: Sampling
+    bounds: Sequence[Bound]
+    held: dict[float, bool] = field(default_factory=dict)
+    _sent: int = 0
 
+    def at(self, rate: float, all_runs: bool) -> Iterator[Run]:
+        """Yield the runs at a rate: all, or as many as it takes to know that it is not held."""
+        draws = self.sampling.draws(rate, self.bounds, self.variant.curve.context)
+        runs = list[Run]()
+        for sends in draws:
+            if runs and not all_runs and cannot_hold(runs, sum(map(len, draws)), self.bounds):
+                break
+            runs.append(self._run(rate, sends))
+            yield runs[-1]
+        self.held[rate] = at_rate(runs, self.bounds).holds
+        say(f"{self.variant.name}: {rate:.3g}/s is {'held' if self.held[rate] else 'not held'}")
 
-def picked(curve: LoadCurve, sequences: int, lengths: Lengths, bounds: Sequence[Bound]) -> Capacity:
-    """Return the highest rate by the curve."""
-    return capacity.capacity(server_of(curve, sequences), lengths, bounds)
-
-
-def server_of(curve: LoadCurve, sequences: int) -> capacity.Server:
-    """Return the server, with memory for all of its sequences."""
-    slots = min(sequences, curve.decodes_most)
-    return capacity.Server(curve, Host(slots, slots * -(-curve.context // PAGE), PAGE, curve.context), Fcfs(), "fcfs")
-
-
-def arrivals(rate: float, seconds: float, lengths: Lengths, context: int, seed: int) -> list[Sending]:
-    """Return requests that come independently of each other."""
-    draw, now = random.Random(seed), 0.0
-    found = list[Sending]()
-    while (now := now + draw.expovariate(1.0) / rate) < seconds or len(found) < reality.LEAST:
-        found.append(Sending(now, *lengths.drawn(draw, context)))
-    return found
-
-
-def runs_of(server: Server, rates: Sequence[float], curve: LoadCurve, asked: argparse.Namespace) -> Iterator[Run]:
-    """Yield what was measured at each rate."""
-    for number, rate in enumerate(rates):
-        sends = arrivals(rate, asked.seconds, asked.lengths, curve.context, number)
-        say(f"{server.place.name}: {rate:.3g}/s, {len(sends)} requests")
+    def _run(self, rate: float, sends: tuple[Sending, ...]) -> Run:
+        least = least_requests(self.bounds)
+        few = f", fewer than {least}: too few for a percentile that is bounded" if len(sends) < least else ""
+        say(f"{self.variant.name}: {rate:.3g}/s, {len(sends)} requests in {sends[-1].at_s:.0f} s{few}")
+        self._sent += 1  # no two runs have the same prompts: a server would find them again
         before = noise.snapshot()
-        (seen,) = driven([server], [sends], seed=number)
+        (seen,) = driven([self.server], [sends], seed=FIRST_SEED + self._sent)
         after = noise.snapshot()
-        yield {
-            "node": f"{server.place.model}/{server.place.variant[:6]} x{server.place.sequences}",
-            "rate": rate,
-            "seconds": sends[-1].at_s,
-            "stolen_share": (after.stolen - before.stolen) / max(1, after.total - before.total),
-            "client_share": seen.client_cpu_s / seen.seconds,
-            **reality.saved(sends, seen),
-        }
+        stolen = (after.stolen - before.stolen) / max(1, after.total - before.total)
+        return Run(self.variant.name, rate, stolen, sends, seen)
 
 
-def measured(asked: argparse.Namespace) -> list[Run]:
-    """Profile and serve all nodes, and return their runs, each with its curve."""
-    found, others = list[Run](), set[float]()
+def runs_of(client: Client, first: float, asked: argparse.Namespace) -> Iterator[Run]:
+    """Yield the runs at shares of the rate that is picked, and those of the search for the highest one."""
+    for share in sorted(asked.share):
+        yield from client.at(share * first, all_runs=True)
+    for _ in range(asked.tries):
+        rate = next_rate(client.held, first, asked.width)
+        if rate is None:
+            return
+        yield from client.at(rate, all_runs=False)
+    width = bracket(client.held).width
+    if width > asked.width:
+        say(f"{client.variant.name}: the bracket is {width:.0%} wide: give more --tries")
+
+
+def measured(asked: argparse.Namespace) -> Measured:
+    """Profile and serve all nodes, and return all runs. What there is so far is saved after each one."""
+    sampling = Sampling(asked.seconds, asked.longest, asked.runs, asked.lengths)
+    made = Measured(host.machine().describe(), tuple(asked.slo), sampling)
     with tempfile.TemporaryDirectory(dir=asked.work) as name:
-        for number, text in enumerate(asked.node):
-            place = reality.place_of(text, asked.core, asked.catalog, Path(name) / str(number))
+        for number, one in enumerate(asked.node):
+            place = reality.place_of(one, asked.core, asked.catalog, Path(name) / str(number))
             (curve,) = reality.profiled([place], asked)
-            of = picked(curve, place.sequences, asked.lengths, bounds_of(asked.slo))
-            say(f"{place.name}: picked {of.rate:.3g}/s; error p95 of the curve {curve.error_p95:.1%}; {curve.doubt}")
-            if not of.rate:
-                raise InputError(f"{place.name} holds {' '.join(asked.slo)} at no rate: give looser bounds")
-            rates = {share * of.rate for share in asked.share}
+            variant = variant_of(place, curve)
+            if variant.name in {other.name for other in made.variants}:
+                raise InputError(f"--node {one}: {variant.name} is there already")
+            best = picked(curve, place.sequences, asked.lengths, made.bounds)
+            doubt = f"; {curve.doubt}" if curve.doubt else ""
+            say(f"{variant.name}: picked {best.rate:.3g}/s; error p95 of the curve {curve.error_p95:.1%}{doubt}")
+            if not best.rate:
+                raise InputError(f"{variant.name} holds {' '.join(asked.slo)} at no rate: give looser bounds")
+            made = replace(made, variants=(*made.variants, variant))
             with serving([place]) as servers:
                 driven(servers, [reality.WARM], seed=1)
-                for run in runs_of(servers[0], sorted(rates | others), curve, asked):
-                    told = {"curve": plain(curve), "sequences": place.sequences, "form": form_of(place)}
-                    found.append(
-                        {**run, **told, "slo": asked.slo, "lengths": [asked.lengths.prompt, asked.lengths.output]}
-                    )
+                for run in runs_of(Client(servers[0], variant, sampling, made.bounds), best.rate, asked):
+                    made = replace(made, runs=(*made.runs, run))
                     if asked.save:
-                        asked.save.write_text(json.dumps({"runs": found}))
-            others |= rates if asked.all else set()
-    return found
-
-
-def form_of(place: Place) -> str:
-    """Return the weight format of a variant."""
-    choices = reader.find_variant(place.catalog, place.variant)[0]["point"]
-    found = json.loads(choices) if isinstance(choices, str) else choices
-    return str(found.get("weight_format", "f32"))
-
-
-# --- the comparison --------------------------------------------------------------------------------------------------
-
-
-def values_of(heard: Sequence[Run]) -> dict[str, list[float]]:
-    """Return the sorted times of requests; infinite for what was not answered."""
-    ones = [Heard(**{name: inf if value is None else value for name, value in one.items()}) for one in heard]
-    good = [one if one.end == "answered" else None for one in ones]
-    return {
-        "ttft_s": sorted(one.ttft_s if one else inf for one in good),
-        "tpot_s": sorted(one.tpot_s if one else inf for one in good if one is None or one.tokens > 1),
-        "e2e_s": sorted(one.last_s if one else inf for one in good),
-    }
-
-
-def kept(one: Run, bounds: Sequence[Bound]) -> bool:
-    """Return whether a request keeps the bounds as single ones."""
-    heard = Heard(**{name: inf if value is None else value for name, value in one.items()})
-    times = {"ttft_s": heard.ttft_s, "tpot_s": heard.tpot_s, "e2e_s": heard.last_s}
-    return heard.end == "answered" and all(bound.holds(times[load_metric(bound.metric).base]) for bound in bounds)
-
-
-def compared(run: Run) -> Run:
-    """Return goodput and percentiles at a rate, measured and simulated."""
-    bounds = bounds_of(run["slo"])
-    server, lengths = server_of(curve_from(run["curve"]), run["sequences"]), Lengths(*run["lengths"])
-    seen = capacity.outcome(server, run["rate"], lengths, bounds)
-    values, count = values_of(run["heard"]), len(run["heard"])
-    real = {b.metric: _percentile(values[load_metric(b.metric).base], load_metric(b.metric).share) for b in bounds}
-    good = sum(kept(one, bounds) for one in run["heard"])
-    return {
-        "node": run["node"],
-        "form": run["form"],
-        "rate": run["rate"],
-        "requests": count,
-        "goodput": good / count * run["rate"],
-        "holds": all(bound.holds(real[bound.metric]) for bound in bounds),
-        "measured": {name: value if isfinite(value) else None for name, value in real.items()},
-        "simulated": {bound.metric: seen.values[bound.metric] for bound in bounds},
-        "client_share": run["client_share"],
-        "stolen_share": run["stolen_share"],
-    }
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    return values[ceil(share * len(values)) - 1] if values else inf
-
-
-def rates_of(runs: Sequence[Run], found: Sequence[Run]) -> list[Run]:
-    """Return, for each node, the rate that is picked and the one that was measured."""
-    made = []
-    for node in dict.fromkeys(one["node"] for one in found):
-        of = next(run for run in runs if run["node"] == node)
-        bounds = bounds_of(of["slo"])
-        best = picked(curve_from(of["curve"]), of["sequences"], Lengths(*of["lengths"]), bounds)
-        ones = sorted((one for one in found if one["node"] == node), key=lambda one: one["rate"])
-        failing = next((i for i, one in enumerate(ones) if not one["holds"]), len(ones))
-        low = ones[failing - 1]["rate"] if failing else 0.0
-        high = ones[failing]["rate"] if failing < len(ones) else inf
-        made.append(
-            {"node": node, "form": of["form"], "picked": best.rate, "sure": best.sure, "low": low, "high": high}
-        )
+                        rate_runs.write(made, asked.save)
     return made
 
 
-def readable(runs: Sequence[Run], found: Sequence[Run]) -> str:
-    """Return both tables."""
-    names = list(found[0]["measured"])
-    header = [
-        "node",
-        "format",
-        "requests/s",
-        "sent",
-        "goodput/s",
-        "holds",
-        *(f"{n}, simulated" for n in names),
-        "client %",
-    ]
-    lines = []
-    for one in found:
-        cells = [f"{_shown(one['measured'][name])}, {_shown(one['simulated'][name])}" for name in names]
-        begin = [one["node"], one["form"], f"{one['rate']:.2f}", one["requests"], f"{one['goodput']:.2f}"]
-        lines.append([*begin, "yes" if one["holds"] else "no", *cells, f"{100 * one['client_share']:.0f}"])
-    rates = [
-        [
-            one["node"],
-            one["form"],
-            f"{one['picked']:.2f}",
-            f"{one['sure']:.2f}",
-            f"{one['low']:.2f} to {one['high']:.2f}",
-        ]
-        for one in rates_of(runs, found)
-    ]
-    return "\n\n".join(
-        [table(header, lines, (0, 1)), table(["node", "format", "picked/s", "sure/s", "measured/s"], rates, (0, 1))]
-    )
+def variant_of(place: Place, curve: LoadCurve) -> Variant:
+    """Return a variant with its readings in the catalog, those of this machine if there are any."""
+    rows = [row for row in reader.find_variant(place.catalog, place.variant) if row["model"] == place.model]
+    here = loader.host_facts().machine
+    row = next((one for one in rows if one["machine_digest"] == here), rows[0])
+    readings = {name: value for name in METRICS if (value := reading(row, name)) is not None}
+    name = f"{place.model}/{place.variant[:6]} x{place.sequences}"
+    form = str(row["point"].get("weight_format", "f32"))
+    return Variant(name, place.variant, form, place.sequences, readings, curve)
 
 
-def _shown(value: float | None) -> str:
-    return "-" if value is None else f"{1000 * value:.0f} ms"
+def options(words: list[str] | None = None) -> argparse.Namespace:
+    """Return the command line's options.
 
-
-def plotted(found: Sequence[Run], path: Path) -> None:
-    """Write the plot."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for node in dict.fromkeys(one["node"] for one in found):
-        ones = sorted((one for one in found if one["node"] == node), key=lambda one: one["rate"])
-        axes.plot([o["rate"] for o in ones], [o["goodput"] for o in ones], "o-", label=f"{ones[0]['form']} {node}")
-    most = max(one["rate"] for one in found)
-    axes.plot([0, most], [0, most], ":", color="gray", label="all requests")
-    axes.set(xlabel="requests a second", ylabel="requests a second within the bounds", xlim=(0, None), ylim=(0, None))
-    axes.legend()
-    figure.savefig(path)
+    Raises:
+        InputError: they do not go together.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--node", action="append", default=[], help="MODEL/VARIANT[:SEQUENCES][@CATALOG]")
+    parser.add_argument("--slo", action="append", default=[], help="such as ttft_s_p95<=1")
+    parser.add_argument("--lengths", type=parse_lengths, default=Lengths(), help="medians of tokens, such as 128:64")
+    parser.add_argument("--share", type=float, nargs="+", default=SHARES, help="of the picked rate")
+    parser.add_argument("--seconds", type=float, default=30.0, help="of a run")
+    parser.add_argument("--longest", type=float, default=180.0, help="seconds of a run where requests are too few")
+    parser.add_argument("--runs", type=int, default=3, help="at each rate")
+    parser.add_argument("--width", type=float, default=0.1, help="of the bracket of the highest rate")
+    parser.add_argument("--tries", type=int, default=8, help="rates beside the shares, at most")
+    parser.add_argument("--objective", default="quality_kl", choices=METRICS, metavar="METRIC")
+    parser.add_argument("--budget", default="45s", help="of a load curve")
+    parser.add_argument("--core", type=int, default=0)
+    parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
+    parser.add_argument("--from", dest="source", type=Path, help="compare what was saved, measure nothing")
+    parser.add_argument("--work", type=Path, help="where catalogs are copied to: on their disk blobs are links")
+    parser.add_argument("--plot", type=Path, help="write a plot, such as goodput.svg")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--json", action="store_true")
+    asked = parser.parse_args(words)
+    asked.apart = False
+    if not asked.source and not (asked.node and asked.slo):
+        raise InputError("give --node and --slo, or --from")
+    if min(asked.share) <= 0 or asked.runs < 1 or asked.width <= 0 or asked.seconds <= 0:
+        raise InputError("--share, --runs, --width and --seconds are above 0")
+    if asked.plot and (why := needs_matplotlib()):
+        raise InputError(why)
+    rate_runs.bounds_of(asked.slo)
+    return asked
 
 
 def main() -> int:
     """Measure, or read what was measured, and compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--node", action="append", default=[])
-    parser.add_argument("--slo", action="append", default=[], help="such as ttft_s_p95<=1")
-    parser.add_argument("--lengths", type=parse_lengths, default=Lengths())
-    parser.add_argument("--share", type=float, nargs="+", default=SHARES)
-    parser.add_argument("--all", action="store_true", help="also at the rates of the nodes before")
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--budget", default="45s", help="of a load curve")
-    parser.add_argument("--core", type=int, default=0)
-    parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
-    parser.add_argument("--from", dest="source", type=Path)
-    parser.add_argument("--work", type=Path)
-    parser.add_argument("--plot", type=Path)
-    parser.add_argument("--save", type=Path)
-    parser.add_argument("--json", action="store_true")
-    asked = parser.parse_args()
-    asked.apart = False
-    if asked.plot and (why := needs_matplotlib()):
-        raise InputError(why)
-    if not asked.source and not (asked.node and asked.slo):
-        raise InputError("give --node and --slo, or --from")
-    bounds_of(asked.slo)
-    runs = json.loads(asked.source.read_text())["runs"] if asked.source else measured(asked)
-    found = [compared(run) for run in runs]
+    asked = options()
+    made = judged(rate_runs.read(asked.source) if asked.source else measured(asked), asked.objective)
     if asked.plot:
-        plotted(found, asked.plot)
-    print(json.dumps({"compared": found, "rates": rates_of(runs, found)}) if asked.json else readable(runs, found))
+        rate_plot.write(made, asked.plot)
+    print(json.dumps(document(made)) if asked.json else text(made))
     return 0
 
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 AXES = (("size_bytes", 1e6, "MB of files"), ("decode_s", 1e-3, "ms for each token"))
 
@@ -13,6 +16,15 @@ AXES = (("size_bytes", 1e6, "MB of files"), ("decode_s", 1e-3, "ms for each toke
 def needs_matplotlib() -> str:
     """Return why no plot can be written here; empty where one can. It is asked before minutes are spent."""
     return "" if find_spec("matplotlib") else "--plot needs matplotlib: pip install 'llmbuild[plots]'"
+
+
+def saved(figure: Figure, path: Path) -> None:
+    """Write a figure; equal ones are equal files, without a date in them."""
+    from matplotlib import rc_context
+
+    vector = {"metadata": {"Date": None}} if path.suffix == ".svg" else {}
+    with rc_context({"svg.hashsalt": "llmbuild"}):
+        figure.savefig(path, **vector)
 
 
 def write(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
@@ -34,7 +46,7 @@ def write(rows: Sequence[dict[str, Any]], title: str, path: Path) -> None:
         axes.grid(True, alpha=0.3)
     figure.axes[0].set_ylabel("KL divergence from f32 (nat)")
     figure.axes[0].legend()
-    figure.savefig(path)
+    saved(figure, path)
 
 
 def _front(rows: Sequence[dict[str, Any]], metric: str, unit: float) -> tuple[list[float], list[float]]:
