@@ -35,6 +35,7 @@ class Build:
     def __init__(self, steps: Steps, budget: Budget, seed: int, jobs: int, tell: Tell) -> None:
         self.steps, self.job, self.catalog = steps, steps.job, steps.catalog
         self.budget, self.seed, self.jobs, self.tell = budget, seed, jobs, tell
+        steps.imports.tell = tell
         self.results = Results(steps, seed)
         self.evaluator = Evaluator(self.results, budget, jobs, tell, lambda: self._save(raced=False, ended="under way"))
         if self.job.force:

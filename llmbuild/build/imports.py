@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from llmbuild import digest
+from llmbuild.build.chats import Chats
 from llmbuild.build.compiling import once
+from llmbuild.build.events import Tell
 from llmbuild.build.job import Job
 from llmbuild.build.room import no_disk
 from llmbuild.build.structures import Structures, calibration_file
-from llmbuild.digest import plain
 from llmbuild.errors import InputError
 from llmbuild.frontend.config import KINDS
 from llmbuild.frontend.files import CONFIG
-from llmbuild.process.child import python
+from llmbuild.process.child import Limits, python
 from llmbuild.process.prefork import Prefork
 from llmbuild.profiler import heldout
-from llmbuild.profiler.calibration import Chats, mixed
+from llmbuild.profiler.calibration import Chats as Asked
+from llmbuild.profiler.calibration import mixed
 from llmbuild.profiler.protocol import Quality
 from llmbuild.spec.model import read_facts
 from llmbuild.spec.program import CHECK_FILE, MODULE_FILE, PARAMETERS_FILE, Program, abi_from
@@ -38,6 +42,9 @@ if TYPE_CHECKING:
 
     from llmbuild.catalog.writer import Catalog
 
+WAITING = "OMP_WAIT_POLICY"
+"""How PyTorch's threads wait for each other. Where they spin and other processes have their cores, a step of a model
+takes several times the CPU: they sleep, unless the user says otherwise."""
 FRONTEND = Prefork(
     (
         "llmbuild.frontend.program",
@@ -47,7 +54,8 @@ FRONTEND = Prefork(
         *(f"transformers.models.{kind}.modeling_{kind}" for kind in KINDS),
         "torch.export._trace",
         "sympy.tensor.tensor",
-    )
+    ),
+    {WAITING: os.environ.get(WAITING, "PASSIVE")},
 )
 """Starts the frontend's jobs, in all builds of this process.
 
@@ -63,6 +71,8 @@ class Imports:
 
     def __init__(self, job: Job, catalog: Catalog, forced: Callable[[str], bool]) -> None:
         self.job, self.catalog, self._forced = job, catalog, forced
+        self.tell: Tell = lambda _: None
+        """Is told how far an import is, where it takes long."""
         self.notes: dict[str, None] = {}
         """The library's messages about the model during imports, each once."""
         self._remarks: dict[str, bool] = {}
@@ -161,33 +171,14 @@ class Imports:
 
     def calibration(self) -> NDArray[np.int64] | Failure:
         """Return the calibration tokens i64[W,L]; chats are the model's own, from the catalog or a child process."""
+        chats = Chats(self.job, self.catalog, partial(_frontend, self.job), self.tell)
         found: list[NDArray[np.int64]] = []
         for part in self.job.calibration.each:
-            windows = self._chats(part) if isinstance(part, Chats) else part
+            windows = chats.tokens(part, self._forced) if isinstance(part, Asked) else part
             if isinstance(windows, Failure):
                 return windows
             found.append(windows)
         return mixed(found)
-
-    def _chats(self, asked: Chats) -> NDArray[np.int64] | Failure:
-        import numpy as np
-
-        model = {"model": self.job.model.digest, "importer": self.job.toolchain.importer}
-        inputs = {"chats": digest.of(plain(asked)), **model}
-        key = digest.of(inputs)
-
-        def make() -> str | Failure:
-            with self._folder(key) as folder:
-                location = str(self.job.model.location.absolute())
-                result = _frontend(self.job, {"verb": "chats", "model": location, **plain(asked)}, folder)
-                if isinstance(result, Failure):
-                    return result
-                blob = self.catalog.blobs.put_file(folder / result["chats"])
-            self.catalog.record_reference(key, inputs, blob)
-            return blob
-
-        made = once(self.catalog, self._forced, "chats", key, self.catalog.find_reference, make)
-        return made if isinstance(made, Failure) else np.load(self.catalog.blobs.path(made))
 
     def _truth(self, inputs: Mapping[str, object]) -> str | Failure:
         """Return the blob of what the library's own model says on the check's tokens."""
@@ -250,12 +241,14 @@ class Imports:
         return blob
 
 
-def _frontend(job: Job, request: Mapping[str, object], folder: Path) -> JsonObject | Failure:
-    """Run a job of the frontend in a child process, with its files in a folder."""
+def _frontend(
+    job: Job, request: Mapping[str, object], folder: Path, limits: Limits | None = None
+) -> JsonObject | Failure:
+    """Run a job of the frontend in a child process, with its files in a folder; limits are else the build's."""
     job_file, result = folder / "job.json", folder / "result.json"
     result.unlink(missing_ok=True)  # of an earlier run in this folder
     job_file.write_text(json.dumps({**request, "out": str(folder)}))
-    failure = FRONTEND.run("llmbuild.frontend", [str(job_file)], "import", job.limits, result)
+    failure = FRONTEND.run("llmbuild.frontend", [str(job_file)], "import", limits or job.limits, result)
     if result.is_file():
         told: JsonObject = json.loads(result.read_text())
         if "error" in told:

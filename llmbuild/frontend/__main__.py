@@ -2,9 +2,9 @@
 
 The job is a JSON object with `verb` and `out`, a folder. `import` and `truth` take the fields of `ImportJob`;
 `reference` takes `model`, `random_init`, `seed`, and either `windows` (the path of an `.npy` i64[W,L]) or `prompt`
-(ids) and `count`, or both; `chats` takes `model`, `prompts` (ids each), `windows` and `length`. Results lie in `out`;
-`result.json` is written last. Bad input becomes {"error": message} in it, and exit code 2; choices that the model does
-not go with become {"refused": message}.
+(ids) and `count`, or both; `chats` takes `model`, `prompts` (ids each), `windows`, `length` and `key`. Results lie in
+`out`; `result.json` is written last. Bad input becomes {"error": message} in it, and exit code 2; choices that the
+model does not go with become {"refused": message}.
 """
 
 from __future__ import annotations
@@ -73,12 +73,14 @@ def run_reference(job: dict[str, Any], out: Path) -> dict[str, Any]:
 
 
 def run_chats(job: dict[str, Any], out: Path) -> dict[str, Any]:
-    """Write `chats.npy` i64[W,L]: texts in which the model answers prompts."""
+    """Write `chats.npy` i64[W,L]: texts in which the model answers prompts; a run with the same key goes on."""
     import numpy as np
 
     from llmbuild.frontend.chats import written
+    from llmbuild.frontend.transcript import TRANSCRIPT_FILE, Transcript
 
-    np.save(out / CHATS_FILE, written(job["model"], job["prompts"], int(job["windows"]), int(job["length"])))
+    kept = Transcript(out / TRANSCRIPT_FILE, str(job.get("key", "")))
+    np.save(out / CHATS_FILE, written(job["model"], job["prompts"], int(job["windows"]), int(job["length"]), kept))
     return {"chats": CHATS_FILE}
 
 

@@ -39,10 +39,11 @@ class Prefork:
 
     This server is started by the first job, or by `start`, and takes jobs of several threads. It has the environment
     that a job is to have: for another one it is started again, or, where other jobs run, the job runs by `child.run`.
+    `env` is what all jobs have beside their own.
     """
 
-    def __init__(self, preload: Sequence[str]) -> None:
-        self.preload = tuple(preload)
+    def __init__(self, preload: Sequence[str], env: Mapping[str, str] | None = None) -> None:
+        self.preload, self.env = tuple(preload), dict(env or {})
         self._lock = Lock()
         self._server: _Server | None = None
         self._jobs: set[_Job] = set()
@@ -79,7 +80,7 @@ class Prefork:
                 if not job.unserved:
                     return outcome(command, stage, limits, code, output, log.fileno())
                 output.unlink(missing_ok=True)
-        return child.run(command, stage, limits, output, env)
+        return child.run(command, stage, limits, output, {**self.env, **(env or {})})
 
     def told(self) -> list[str]:
         """Return, once, why jobs ran without the server."""
@@ -115,7 +116,7 @@ class Prefork:
         """Return the server for a job in an environment, started if need be; None where it must run by itself."""
         if self._trouble:
             return None
-        command, settled = python("llmbuild.process.preloaded"), environment(env)
+        command, settled = python("llmbuild.process.preloaded"), environment({**self.env, **(env or {})})
         server = self._server
         if server is not None and (server.killed or not (self._jobs or server.fits(command, settled))):
             self._leave()

@@ -13,7 +13,7 @@ from llmbuild.system.terminal import clear_line, replace_line
 ENDED = ("prefetch", "done", "front", "note", "skip")
 """Events that have a line of their own everywhere."""
 
-RUNNING = ("import", "compile", "reference", "limits", "check", "measure", "rounds", "profile")
+RUNNING = ("import", "chats", "compile", "reference", "limits", "check", "measure", "rounds", "profile")
 """Events that a log has no line for: they are part of what ends later."""
 
 LEAST_S = 0.05

@@ -217,6 +217,18 @@ def test_a_job_whose_environment_differs_does_not_wait_for_others(make: Make, jo
     assert not other.done()
 
 
+def test_all_jobs_have_what_a_prefork_gives_them_whoever_starts_them_and_a_job_may_have_another(
+    make: Make, job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefork, code = make("wave"), "told(os.environ['ALL'], 'wave' in sys.modules); done()"
+    prefork.env = {"ALL": "theirs"}
+    assert job(prefork, code) is None
+    assert job(prefork, code, ALL="its own") is None
+    monkeypatch.setattr(prefork, "_trouble", "none is to be started")
+    assert job(prefork, code) is None
+    assert (tmp_path / "told").read_text().splitlines() == ["theirs True", "its own True", "theirs False"]
+
+
 def test_the_limits_of_a_job_are_its_own(make: Make, job: Job, tmp_path: Path) -> None:
     prefork = make()
     failure = job(prefork, WHO + "bytearray(8 << 30)", Limits(20, 1 << 30))
