@@ -148,9 +148,7 @@ def by_choices(held: Subject, others: Sequence[Subject], metric: str) -> Any:
 BLANK = Graph(np.zeros((1, 1)), np.ones(1), ())
 
 
-def _by_network(
-    held: Subject, others: Sequence[Subject], metric: str, drawn: Callable[[Subject], list[Graph]]
-) -> Any:
+def _by_network(held: Subject, others: Sequence[Subject], metric: str, drawn: Callable[[Subject], list[Graph]]) -> Any:
     from graph_model import Lessons, batched, scores
 
     columns, one = columns_of(others), TIMES.index(metric)

@@ -87,8 +87,14 @@ class _Drawing:
         x = self._plain("add", layers, [x, down], d.hidden)
         n = self._plain("norm", 1, [x], d.hidden)
         self._add(
-            "head", 1, [n], weight=d.vocabulary * d.hidden * self._bytes(self.head_form),
-            other=4 * (d.vocabulary + d.hidden), flops=2 * d.vocabulary * d.hidden, columns=d.vocabulary, depth=d.hidden,
+            "head",
+            1,
+            [n],
+            weight=d.vocabulary * d.hidden * self._bytes(self.head_form),
+            other=4 * (d.vocabulary + d.hidden),
+            flops=2 * d.vocabulary * d.hidden,
+            columns=d.vocabulary,
+            depth=d.hidden,
             rows=1,
         )
         return self.nodes, self.edges
@@ -101,8 +107,14 @@ class _Drawing:
             inputs = [self._plain("quantize", count, inputs, depth)]
         t = self.tokens
         return self._add(
-            "product", count, inputs, weight=columns * depth * self._bytes(self.form), other=4 * t * (columns + depth),
-            flops=2 * t * columns * depth, columns=columns, depth=depth,
+            "product",
+            count,
+            inputs,
+            weight=columns * depth * self._bytes(self.form),
+            other=4 * t * (columns + depth),
+            flops=2 * t * columns * depth,
+            columns=columns,
+            depth=depth,
         )
 
     def _plain(self, kind: str, count: int, inputs: Sequence[int], width: int) -> int:
@@ -119,8 +131,17 @@ class _Drawing:
         )
 
     def _add(
-        self, kind: str, count: int, inputs: Sequence[int], *, weight: float = 0.0, other: float = 0.0,
-        flops: float = 0.0, columns: int = 1, depth: int = 1, rows: int = 0,
+        self,
+        kind: str,
+        count: int,
+        inputs: Sequence[int],
+        *,
+        weight: float = 0.0,
+        other: float = 0.0,
+        flops: float = 0.0,
+        columns: int = 1,
+        depth: int = 1,
+        rows: int = 0,
     ) -> int:
         self.nodes.append(Node(kind, count, weight, other, flops, rows or self.tokens, columns, depth))
         self.edges += [(i, len(self.nodes) - 1) for i in inputs]
@@ -131,4 +152,3 @@ def bytes_of(graph: Graph) -> float:
     """Return the bytes that a drawn graph's step reads and writes."""
     sizes = np.expm1(graph.features[:, len(KINDS) : len(KINDS) + 2])
     return float((sizes.sum(1) * graph.counts).sum())
-

@@ -183,7 +183,7 @@ def driven(servers: Sequence[Server], sends: Sequence[Sequence[Sending]], seed: 
     found = []
     for server, text, (cpu, steps) in zip(servers, told, before, strict=True):
         body: dict[str, Any] = json.loads(text)
-        heard = tuple(Heard(**one) for one in body["heard"])
+        heard = tuple(Heard(**{**one, "came_s": tuple(one["came_s"])}) for one in body["heard"])
         after = {name: value - steps.get(name, 0.0) for name, value in server.steps().items()}
         found.append(Seen(heard, body["seconds"], body["cpu_s"], server.cpu_s - cpu, after))
     return found

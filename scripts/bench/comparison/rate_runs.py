@@ -152,7 +152,7 @@ def _run(body: Mapping[str, Any]) -> Run:
 
 def _heard(body: Mapping[str, Any]) -> Heard:
     known: dict[str, Any] = {name: inf if value is None else value for name, value in body.items()}
-    return Heard(**known)
+    return Heard(**{**known, "came_s": tuple(known.get("came_s", ()))})
 
 
 # --- what came of them -----------------------------------------------------------------------------------------------
