@@ -12,10 +12,10 @@ from llmbuild.spec.model import facts_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
-import costmodel  # noqa: E402
-import program_graph  # noqa: E402
-from costmodel import Fold, compared  # noqa: E402
-from program_graph import KINDS, of_operators  # noqa: E402
+import costmodel
+import program_graph
+from costmodel import Fold, compared
+from program_graph import KINDS, of_operators
 
 SMALL = {
     "model_type": "llama",
@@ -64,6 +64,12 @@ def test_the_network_ranks_a_model_that_it_has_not_seen() -> None:
 
 def test_a_model_that_ranks_as_the_search_does_has_no_more() -> None:
     actual = np.arange(12.0)
-    fold = Fold("held", "tpot_s", actual, {costmodel.TODAY: actual, "graph": actual + 1.0, "nearest": -actual}, tuple(map(str, actual)))
+    fold = Fold(
+        "held",
+        "tpot_s",
+        actual,
+        {costmodel.TODAY: actual, "graph": actual + 1.0, "nearest": -actual},
+        tuple(map(str, actual)),
+    )
     more = {row["model"]: row["more"] for row in compared([fold])}
     assert more == {costmodel.TODAY: [0.0, 0.0, 0.0], "graph": [0.0, 0.0, 0.0], "nearest": [-2.0, -2.0, -2.0]}
