@@ -1,12 +1,17 @@
 """Policies over a trace: SLO attainment and energy with seeds and intervals; or how long plans take by size.
 
     python scripts/bench/fleet.py FLEET --trace [SERVICE=]FILE... [--rate N] [--lengths N] [--seconds S] [--seeds N]
-                                  [--policy P]... [--context N] [--day] [--json]
+                                  [--policy P]... [--context N] [--day] [--every S] [--save FILE] [--json]
+    python scripts/bench/fleet.py --from FILE... [--plot FILE] [--plot-day FILE] [--json]
     python scripts/bench/fleet.py --sizes [--json]
 
 Figures are simulated; their basis is in the table. Seeds turn the trace to another beginning. `--sizes` plans for
 made-up fleets whose profiles are the published ones at random speeds: seconds of this machine, and the gap to the
 bound.
+
+--save keeps the outcomes, with power and replicas in intervals of --every seconds, and --from makes tables and plots of
+them again: --plot has energy against attainment, a panel for each file; --plot-day has power and replicas over the
+time of the first file, of static-peak, of adaptive, and of the best policy that is in use today.
 """
 
 from __future__ import annotations
@@ -19,6 +24,9 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
+from comparison import fleet_plot, fleet_runs
+from comparison.fleet_runs import Simulated
+from comparison.plot import needs_matplotlib
 from comparison.script import end, say
 
 from llmbuild.errors import InputError
@@ -28,8 +36,9 @@ from llmbuild.fleet.plan.program import program
 from llmbuild.fleet.policies.named import ORACLE, POLICIES, policy
 from llmbuild.fleet.profiles.gather import profiles_of
 from llmbuild.fleet.profiles.published import published
+from llmbuild.fleet.simulate.outcome import Outcome
 from llmbuild.fleet.simulate.run import Setting, simulate
-from llmbuild.fleet.simulate.trace import asked, read_trace
+from llmbuild.fleet.simulate.trace import Trace, asked, read_trace
 from llmbuild.report.fleet import outcome_json, outcomes_table, trace_lines
 from llmbuild.report.table import table
 from llmbuild.runtime import reader
@@ -52,6 +61,11 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1e9)
     parser.add_argument("--day", action="store_true", help="a made-up day in the length of the trace")
     parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--every", type=float, default=0.0, help="seconds of intervals of power; 0: none")
+    parser.add_argument("--save", type=Path)
+    parser.add_argument("--from", dest="sources", action="append", default=[], type=Path, help="what was saved")
+    parser.add_argument("--plot", type=Path, help="energy against attainment, such as energy.svg")
+    parser.add_argument("--plot-day", type=Path, help="power and replicas over time, such as day.svg")
     parser.add_argument("--sizes", action="store_true", help="time plans instead")
     parser.add_argument("-C", "--catalog", type=Path, default=Path(reader.default_location()))
     parser.add_argument("--json", action="store_true")
@@ -110,12 +124,30 @@ def sizes() -> list[dict[str, object]]:
     return rows
 
 
-def policies(args: argparse.Namespace) -> int:
-    """Run every policy under every seed, and print the table or the document."""
+def simulated(args: argparse.Namespace) -> Simulated:
+    """Run every policy under every seed."""
     if args.fleet is None or not args.trace:
-        raise InputError("name a fleet and a --trace, or --sizes")
+        raise InputError("name a fleet and a --trace, or --from, or --sizes")
     fleet = read_fleet(args.fleet, tuple(POLICIES))
     profiles = profiles_of(fleet, args.catalog)
+    traces = traces_of(fleet, args)
+    found = list[Outcome]()
+    for seed in range(args.seeds):
+        requests, setting = asked(fleet, traces, seed), Setting(seed, every_s=args.every)
+        for name in args.policy or POLICIES:
+            made, began = policy(name), perf_counter()
+            found.append(simulate(fleet, profiles, requests, name, made.make, made.router(fleet), setting))
+            say(
+                f"seed {seed} {name}: {len(requests)} requests in {perf_counter() - began:.1f} s; {found[-1].explained}"
+            )
+    most = max(service.attainment for service in fleet.services)
+    clocks = any(node.clocks for node in fleet.nodes)
+    seconds = max(trace.seconds for trace in traces.values())
+    return Simulated(fleet.name, most, clocks, args.day, seconds, tuple(trace_lines(traces)), tuple(found))
+
+
+def traces_of(fleet: Fleet, args: argparse.Namespace) -> dict[str, Trace]:
+    """Return the traces by the names of services, scaled as asked for; the empty name is for all others."""
     traces = {}
     for text in args.trace:
         service, sign, file = text.partition("=")
@@ -123,27 +155,39 @@ def policies(args: argparse.Namespace) -> int:
         trace = read_trace(Path(file if name else text)).window(args.seconds)
         scaled = trace.lengths(args.lengths, args.context).at_rate(args.rate)
         traces[name] = scaled.day() if args.day else scaled
-    found = []
-    for seed in range(args.seeds):
-        requests = asked(fleet, traces, seed)
-        for name in args.policy or POLICIES:
-            made, began = policy(name), perf_counter()
-            found.append(simulate(fleet, profiles, requests, name, made.make, made.router(fleet), Setting(seed)))
-            say(
-                f"seed {seed} {name}: {len(requests)} requests in {perf_counter() - began:.1f} s; {found[-1].explained}"
-            )
+    return traces
+
+
+def policies(args: argparse.Namespace) -> None:
+    """Simulate, or read what was saved, and print the tables or the document; write the plots."""
+    if (args.plot or args.plot_day) and (why := needs_matplotlib()):
+        raise InputError(why)
+    fleets = [fleet_runs.read(path) for path in args.sources] or [simulated(args)]
+    if args.save:
+        fleet_runs.write(fleets[0], args.save)
+    if args.plot:
+        fleet_plot.energy(fleets, args.plot)
+    if args.plot_day:
+        fleet_plot.day(fleets[0], args.plot_day)
     if args.json:
-        print(json.dumps({"traces": trace_lines(traces), "runs": [outcome_json(one) for one in found]}))
-    else:
-        print("\n".join([*trace_lines(traces), f"{args.seeds} seeds", outcomes_table(found, ORACLE)]))
-    return 0
+        shown = [{"traces": made.traces, "runs": [outcome_json(one) for one in made.outcomes]} for made in fleets]
+        print(json.dumps(shown[0] if len(shown) == 1 else shown))
+        return
+    print("\n\n".join(map(text, fleets)))
+
+
+def text(made: Simulated) -> str:
+    """Return the table of a fleet."""
+    seeds = len({one.seed for one in made.outcomes})
+    return "\n".join([*made.traces, f"{seeds} seeds", outcomes_table(made.outcomes, ORACLE)])
 
 
 def main() -> int:
     """Run what was asked."""
     args = options()
     if not args.sizes:
-        return policies(args)
+        policies(args)
+        return 0
     rows = sizes()
     if args.json:
         print(json.dumps(rows))

@@ -49,6 +49,29 @@ def conserved(outcome: Outcome, made: Fleet, requests: list[Asked]) -> None:
     assert all(joules >= 0 for joules in outcome.joules.values())
 
 
+@pytest.mark.parametrize("name", ["static-peak", "reactive"])
+def test_power_and_requests_by_interval_add_up_to_those_of_the_whole(name: str) -> None:
+    made = fleet(service("a", 6.0), nodes=(node("fast", 4, 2),))
+    requests = steady_trace(made, 300, 1)
+    whole = run(made, (profile(),), name, requests, Setting(1))
+    found = run(made, (profile(),), name, requests, Setting(1, every_s=25.0))
+    assert without_clock(replace(found, moments=())) == without_clock(whole)
+    assert sum(one.joules for one in found.moments) == pytest.approx(whole.total_j, rel=1e-9)
+    assert sum(one.requests for one in found.moments) == len(requests)
+    assert sum(one.seconds for one in found.moments) == pytest.approx(whole.seconds)
+    assert [one.begin_s for one in found.moments][:3] == [0.0, 25.0, 50.0]
+
+
+def test_a_plan_that_is_kept_has_as_many_replicas_in_every_interval_and_draws_less_where_nothing_comes() -> None:
+    made = fleet(service("a", 6.0), nodes=(node("fast", 4, 2),))
+    early = [one for one in steady_trace(made, 300, 1) if one.at_s < 100 or one.at_s > 290]
+    found = run(made, (profile(),), "static-peak", early, Setting(1, every_s=10.0))
+    assert len({one.replicas for one in found.moments}) == 1
+    busy, calm = found.moments[5], found.moments[20]
+    assert (calm.requests, busy.requests > 0) == (0, True)
+    assert calm.watts < busy.watts
+
+
 def test_energy_is_priced_by_the_hour_in_which_it_is_drawn() -> None:
     made = fleet(service("a", 4.0), nodes=(node("fast", 4, 2),))
     requests = steady_trace(made, 400, 1)

@@ -245,6 +245,18 @@ def test_a_plot_is_written_and_equal_runs_give_equal_files(found: rate_judgement
     assert (tmp_path / "one.svg").stat().st_size < 150_000
 
 
+def test_a_variant_that_holds_no_rate_by_its_curve_has_no_runs_and_is_never_preferred(measured: Measured) -> None:
+    slow = replace(EXACT, name="m/slow x8", curve=curve(fit=replace(FIT, table=Table((1, 2), (9.0, 9.0)))))
+    made = rate_judgement.judged(replace(measured, variants=(*measured.variants, slow)), "quality_kl")
+    assert (made.variants[-1].picked, made.variants[-1].measured, made.variants[-1].rates) == (
+        0.0,
+        Bracket(0.0, inf),
+        (),
+    )
+    assert "m/slow x8" not in {one.name for one in (*made.predicted_spans, *made.measured_spans)}
+    assert "m/slow x8" in rate_judgement.text(made)
+
+
 def test_without_a_reading_of_the_objective_a_variant_is_the_last_resort(measured: Measured) -> None:
     unknown = replace(measured, variants=(replace(EXACT, readings={}), QUICK))
     found = rate_judgement.judged(unknown, "quality_kl")

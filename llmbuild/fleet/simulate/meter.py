@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,14 +25,28 @@ class Meter:
     """CO2 equivalent, where the tariff knows it."""
     money: float = 0.0
     """What the energy costs, where the tariff knows it."""
+    every_s: float = 0.0
+    """Seconds of the intervals by which joules are told; 0: they are not."""
+    drawn: defaultdict[int, float] = field(default_factory=lambda: defaultdict(float))
+    """Joules by number of the interval."""
 
     def add(self, use: Use, begin_s: float, seconds: float, watts: float, slots: int = 1) -> None:
         """Add a time at a power, that of each slot."""
         self.joules[use] += seconds * watts * slots
         self.seconds[use] += seconds * slots
+        if self.every_s:
+            self._spread(begin_s, begin_s + seconds, watts * slots)
         if self.tariff is not None:
             self.grams += watts * slots * self._times(self.tariff.carbon, begin_s, seconds)
             self.money += watts * slots * self._times(self.tariff.price, begin_s, seconds)
+
+    def _spread(self, begin_s: float, end_s: float, watts: float) -> None:
+        """Add a time at a power to the intervals that it is in."""
+        number = int(begin_s // self.every_s)
+        while begin_s < end_s:
+            until = min(end_s, (number + 1) * self.every_s)
+            self.drawn[number] += (until - begin_s) * watts
+            begin_s, number = until, number + 1
 
     def _times(self, factor: Series | None, begin_s: float, seconds: float) -> float:
         """Return a factor for each joule, times the seconds."""

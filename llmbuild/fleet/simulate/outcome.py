@@ -37,6 +37,25 @@ class ClassOutcome:
 
 
 @dataclass(frozen=True)
+class Moment:
+    """An interval of simulated time."""
+
+    begin_s: float
+    seconds: float
+    """The last one is shorter: nothing runs after its end."""
+    requests: int
+    """That came in it."""
+    joules: float
+    replicas: int
+    """That served or were starting when it began."""
+
+    @property
+    def watts(self) -> float:
+        """Return the mean power."""
+        return self.joules / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
 class Outcome:
     """A policy over a trace with one seed."""
 
@@ -63,6 +82,8 @@ class Outcome:
     """Price of the energy."""
     tariff_basis: Basis | None = None
     """Of both."""
+    moments: tuple[Moment, ...] = ()
+    """In their order, where the setting asks for them."""
 
     @property
     def arrivals(self) -> int:

@@ -6,13 +6,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from math import inf
+from math import ceil, inf
 from time import perf_counter
 
 from llmbuild.errors import InputError
 from llmbuild.fleet.capacity import OperatingPoint, capacity
 from llmbuild.fleet.policy import BIN_S, Counted, Given, Make, Observation, Policy, Seen
-from llmbuild.fleet.simulate.outcome import Outcome, classes_of
+from llmbuild.fleet.simulate.outcome import Moment, Outcome, classes_of
 from llmbuild.fleet.simulate.replica import Job, Router
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.fleet.simulate.world import Takes, World
@@ -44,6 +44,8 @@ class Setting:
     failures: tuple[Failing, ...] = ()
     stepwise: bool = False
     """Ask the scheduler at each step, also where nothing changed: slower, for tests."""
+    every_s: float = 0.0
+    """Seconds of the intervals for which power and replicas are told; 0: they are not."""
 
 
 class _Run:
@@ -61,6 +63,8 @@ class _Run:
             for s, service in enumerate(fleet.services)
             for c, kind in enumerate(service.classes)
         }
+        self.world.meter.every_s = self._every_s = setting.every_s
+        self._replicas: dict[int, int] = {}
         self.decide_s = 0.0
         self.used: dict[tuple[int, OperatingPoint], None] = {}
         self._seen_ended = 0
@@ -118,6 +122,21 @@ class _Run:
             self.world.begin(target)
         else:
             self.world.apply(target, now)
+        if self._every_s:
+            self._replicas.setdefault(int(now // self._every_s), sum(self.world.counts().values()))
+
+    def moments(self, end_s: float) -> tuple[Moment, ...]:
+        """Return the intervals up to the end, where they are asked for; a policy's period may be longer than one."""
+        if not self._every_s:
+            return ()
+        every_s, replicas, found = self._every_s, 0, list[Moment]()
+        came = Counter(int(job.ask.at_s // every_s) for job in self.jobs)
+        for number in range(ceil(end_s / every_s)):
+            begin_s = number * every_s
+            replicas = self._replicas.get(number, replicas)
+            joules = self.world.meter.drawn.get(number, 0.0)
+            found.append(Moment(begin_s, min(every_s, end_s - begin_s), came[number], joules, replicas))
+        return tuple(found)
 
     def _observed(self, now: float) -> Observation:
         world = self.world
@@ -184,6 +203,7 @@ def simulate(
         grams=meter.grams if fleet.tariff and fleet.tariff.carbon else None,
         money=meter.money if fleet.tariff and fleet.tariff.price else None,
         tariff_basis=fleet.tariff.basis if fleet.tariff else None,
+        moments=run.moments(seconds),
     )
 
 
