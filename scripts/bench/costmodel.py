@@ -16,8 +16,8 @@ All but `static` are known before anything is imported. Kendall's tau compares a
 distance from the best of the first k points to the best of all. `chance` is the mean over 200 random rankings. Below
 the table: the mean tau of each model over studies and metrics, and what it has more than `knobs`, with 95 % intervals.
 For these the measured units of each study are resampled (points with equal executables and settings are one); studies
-are not, as there are too few. A model takes the place of `knobs` only if the interval lies above 0 and its tau is
-higher on every study.
+are not, as there are too few. A model takes the place of `knobs` only if the interval lies above 0 and a replay by
+scripts/bench/search.py is better for it; a graph form also has to beat `choices`, which is its network without a graph.
 """
 
 from __future__ import annotations
