@@ -106,6 +106,14 @@ VERDICTS = 4
     metavar="SECONDS",
     help="Time that answers have to end after SIGTERM or Ctrl-C.",
 )
+@click.option(
+    "--stream-interval",
+    type=click.FloatRange(0, 1),
+    default=0.005,
+    show_default=True,
+    metavar="SECONDS",
+    help="Tokens of a stream that come within so long after others are one chunk with them. First tokens never wait.",
+)
 @click.option("--variant", help="Open this variant instead of picking one; for one MODEL.")
 @slo_options
 @catalog_option
@@ -133,6 +141,7 @@ def serve(models: tuple[str, ...], **options: Any) -> int:
         limits=Limits(options["max_queue"], options["request_timeout"]),
         plans={name: plan for name, (_, plan) in zip(models, served, strict=True)},
         classes=classes,
+        stream_interval_s=options["stream_interval"],
     )
     picked = [model for model, _ in served]
     return ended(serve(picked, settings, place, keys, Told(_ready, to_stderr)))

@@ -1,8 +1,9 @@
 """Measure a load curve: which steps of a server are timed, in which rounds, and the fit with its error.
 
 Cells are kinds of steps: some sequences that decode, at positions near the beginning or the end of the context, and
-pieces of prompts. Every round visits every cell once, in random order, in one fresh process. Cells that are drawn at
-random are held out: the fit does not see them, and its error is theirs.
+pieces of prompts. Every round visits every cell once, in random order, in one fresh process. By how much the machine
+was slower or faster meanwhile, which is the same for all cells, is taken out. Cells that are drawn at random are held
+out: the fit does not see them, and its error is theirs.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import numpy as np
 from llmbuild.process.child import Limits
 from llmbuild.profiler import noise, statistics
 from llmbuild.profiler.child import Child, ChildFailed
+from llmbuild.profiler.drift import levelled
 from llmbuild.profiler.live import Live
 from llmbuild.profiler.load_steps import SHORTEST_VISIT_S, SLOW_S
 from llmbuild.profiler.meters.meter import SCREEN_STEPS
@@ -28,6 +30,8 @@ from llmbuild.spec.variant import Failure
 BUDGET_S = 30.0
 """Seconds of a measurement, unless others are asked for."""
 LEAST_ROUNDS, MOST_ROUNDS = 3, 25
+STRETCH = 12
+"""Visits one after another in which the machine is taken to have one speed: some fewer tell less of it."""
 HELD_OUT, LEAST_JUDGES = 20, 5
 """Cells that judge the fit; and how many at least, of these and of the others."""
 DECODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
@@ -125,7 +129,7 @@ def measure(
     live = Live(subject, limits)
     try:
         live.open(1)
-        cells, spans = _rounds(live.child, bounds, budget_s, tell)
+        cells, spans, slow = _rounds(live.child, bounds, budget_s, tell)
         judges = sum(cell.held_out for cell in cells)
         if judges < LEAST_JUDGES or len(cells) - judges < LEAST_JUDGES:
             few = f"only {len(cells)} kinds of steps fit into {budget_s:g} s: give more with --budget"
@@ -136,7 +140,7 @@ def measure(
         return failed.failure
     finally:
         live.child.close()
-    notes = {"rounds": str(len(spans)), "medians": _sure(cells)}
+    notes = {"rounds": str(len(spans)), "medians": _sure(cells), "drift": f"{min(slow):.2f} to {max(slow):.2f}"}
     notes |= {name: text for name, text in (("noise", noise.description(spans)), ("energy", why)) if text}
     if bounds.contexts < bounds.sequences:
         notes["memory"] = f"{bounds.sequences} sequences shared the memory of {bounds.contexts}"
@@ -145,21 +149,22 @@ def measure(
 
 def _rounds(
     child: Child, bounds: Bounds, budget_s: float, tell: Callable[[str], None]
-) -> tuple[tuple[Cell, ...], list[noise.Shares]]:
-    """Return the cells with their readings, and what disturbed each round."""
+) -> tuple[tuple[Cell, ...], list[noise.Shares], tuple[float, ...]]:
+    """Return the cells with their readings, what disturbed each round, and how slow each stretch of visits was."""
     _visits(child, bounds, [])  # memory for the keys and values
     order, begin = random.Random(0), monotonic()
     cells, round_s = _affordable(child, planned(bounds), bounds, budget_s)
-    taken: dict[Planned, list[float]] = {one: [] for one in cells}
-    spans = list[noise.Shares]()
+    stretches, spans = list[list[tuple[Planned, float]]](), list[noise.Shares]()
     while len(spans) < LEAST_ROUNDS or (len(spans) < MOST_ROUNDS and monotonic() - begin + round_s <= budget_s):
         began, shuffled, watch = monotonic(), order.sample(cells, len(cells)), noise.Watch([child.pid])
-        for one, seconds in zip(shuffled, _visits(child, bounds, shuffled), strict=True):
-            taken[one].append(seconds)
+        visits = list(zip(shuffled, _visits(child, bounds, shuffled), strict=True))
+        parts = max(1, len(visits) // STRETCH)
+        stretches += [visits[i * len(visits) // parts : (i + 1) * len(visits) // parts] for i in range(parts)]
         spans.append(watch.shares())
         round_s = monotonic() - began
         tell(f"round {len(spans)}: {len(cells)} kinds of steps in {round_s:.2g} s")
-    return tuple(_cell(one, samples) for one, samples in taken.items()), spans
+    taken, slow = levelled(stretches)
+    return tuple(_cell(one, taken[one]) for one in cells), spans, slow
 
 
 def _affordable(child: Child, cells: list[Planned], bounds: Bounds, budget_s: float) -> tuple[list[Planned], float]:

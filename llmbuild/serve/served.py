@@ -36,6 +36,9 @@ from llmbuild.spec.program import Abi, abi_from
 from llmbuild.spec.rows import present
 
 MOST_SEQUENCES = 16
+STREAM_INTERVAL_S = 0.005
+"""Tokens of a stream that come within so many seconds are one chunk: a third of the time for which a screen shows a
+picture."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,7 @@ class Settings:
     """Deadlines of the classes that requests may name."""
     draft: Model | None = None
     """The variant that guesses tokens, as in `Plan`; for one model."""
+    stream_interval_s: float = STREAM_INTERVAL_S
 
     def of(self, name: str) -> Plan:
         """Return how a model is served."""

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
+from time import monotonic
 
 from llmbuild.serve.api.asked import Asked
 from llmbuild.serve.events import Delta, Ended, Event
@@ -67,16 +70,60 @@ class Answers:
 
 
 class Bridge:
-    """Hands events to those who wait for them; what nobody waits for any more is dropped."""
+    """Hands events to those who wait for them; what nobody waits for any more is dropped.
 
-    def __init__(self, post: Callable[[Callable[[], None]], object]) -> None:
-        """Take the event loop's `call_soon_threadsafe`."""
-        self._post = post
+    A small model makes tokens faster than anybody reads them, and each time that the event loop is woken, and each
+    chunk, costs as much as such a token. So what comes within `interval_s` of what was handed on before is held, and
+    handed on together. First tokens of requests and ends are never held.
+    """
+
+    def __init__(self, post: Callable[[Callable[[], None]], object], interval_s: float = 0.0) -> None:
+        """Take the event loop's `call_soon_threadsafe`, and the seconds for which events may be held."""
+        self._post, self._interval_s = post, interval_s
         self._waiting: dict[str, Answers] = {}
+        self._lock = Lock()
+        """Of all below."""
+        self._held: list[Event] = []
+        self._handed_s = -math.inf
+        self._timed = False
+        """Whether a timer of the event loop will look at what is held."""
 
     def outlet(self, events: Sequence[Event]) -> None:
         """Take the events of a turn, in an engine's thread."""
-        self._post(lambda: self._deliver(events))
+        urgent = any(map(self._urgent, events))
+        with self._lock:
+            self._held += events
+            now = urgent or monotonic() - self._handed_s >= self._interval_s
+            wait = not now and not self._timed
+            self._timed = self._timed or wait
+        if now:
+            self._post(self._hand_on)
+        elif wait:
+            self._post(self._wait)
+
+    def _urgent(self, event: Event) -> bool:
+        if isinstance(event, Ended) or event.finish is not None:
+            return True
+        answers = self._waiting.get(event.request)
+        return answers is not None and not answers.completion_tokens
+
+    def _hand_on(self) -> None:
+        """Deliver what is held, in the event loop."""
+        with self._lock:
+            events, self._held = self._held, []
+            self._handed_s = monotonic()
+        self._deliver(events)
+
+    def _wait(self) -> None:
+        """Look at what is held after the interval, and again for as long as there is something."""
+        asyncio.get_running_loop().call_later(self._interval_s, self._due)
+
+    def _due(self) -> None:
+        with self._lock:
+            self._timed = bool(self._held)
+        if self._timed:
+            self._hand_on()
+            self._wait()
 
     @contextmanager
     def submitted(self, asked: Asked) -> Iterator[Answers]:

@@ -70,7 +70,8 @@ def serve(models: Sequence[Model], settings: Settings, place: Place, keys: Keys,
 async def _serve(
     models: Sequence[Model], settings: Settings, place: Place, keys: Keys, told: Told, listener: socket.socket
 ) -> bool:
-    bridge, metrics = Bridge(asyncio.get_running_loop().call_soon_threadsafe), Metrics()
+    bridge = Bridge(asyncio.get_running_loop().call_soon_threadsafe, settings.stream_interval_s)
+    metrics = Metrics()
     observers = {str(model.row["model"]): metrics.observe(str(model.row["model"])) for model in models}
     found = opened(models, settings, bridge.outlet, observers)
     by_name = {one.name: one for one in found}

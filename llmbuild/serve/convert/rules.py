@@ -295,6 +295,7 @@ def plain(name: str) -> str:
 
 
 NO_TLS = refuse("the server speaks no TLS: put a proxy in front of it")
+STREAM_INTERVAL = moot("chunks join tokens by the time between them: `llmbuild serve --stream-interval SECONDS`")
 NO_GRAPHS = moot("steps are compiled before, and captured by nobody")
 NO_CODE = refuse("code of a model is never run: it must be of a kind that `llmbuild doctor` lists")
 NOT_LOGGED = moot("each request is a line of the log, without prompts and answers")

@@ -73,7 +73,7 @@ FLAGS: Mapping[str, Flag] = {
     "disable-cuda-graph": Flag(r.NO_GRAPHS, 0),
     "disable-cuda-graph-padding": Flag(r.NO_GRAPHS, 0),
     "disable-overlap-schedule": Flag(r.moot("a step is scheduled when the one before has ended"), 0),
-    "stream-interval": Flag(r.moot("what comes in one step is one chunk")),
+    "stream-interval": Flag(r.STREAM_INTERVAL),
     "stream-output": Flag(r.moot("chunks have what is new"), 0),
     "skip-server-warmup": Flag(r.moot("there is none"), 0),
     "warmups": Flag(r.moot("there is none")),

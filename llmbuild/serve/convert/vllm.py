@@ -44,6 +44,7 @@ FLAGS: Mapping[str, Flag] = {
     "max-seq-len-to-capture": Flag(r.NO_GRAPHS),
     "compilation-config": Flag(r.NO_GRAPHS),
     "async-scheduling": Flag(r.moot("a step is scheduled when the one before has ended"), 0),
+    "stream-interval": Flag(r.STREAM_INTERVAL),
     "seed": Flag(r.moot("a request has its own seed")),
     "task": Flag(r.only(("auto", "generate"), "models generate", "models generate text alone")),
     "runner": Flag(r.only(("auto", "generate"), "models generate", "models generate text alone")),
