@@ -109,7 +109,7 @@ VERDICTS = 4
 @click.option(
     "--stream-interval",
     type=click.FloatRange(0, 1),
-    default=0.005,
+    default=0.02,
     show_default=True,
     metavar="SECONDS",
     help="Tokens of a stream that come within so long after others are one chunk with them. First tokens never wait.",

@@ -164,14 +164,25 @@ class Engine:
     # --- the engine's thread -----------------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Take turns until `close`, and sleep while there is nothing to do."""
+        """Take turns until `close`, and sleep while there is nothing to do.
+
+        What a turn says is told while the device runs the next step: who takes it may need this thread's interpreter.
+        """
         while self._wait():
-            self.turn()
+            self._turn()
+            if not self._running and not self._waiting:
+                self._emit()
         self._end_all("closed", "the server is shutting down")
         self._emit()
 
     def turn(self) -> bool:
-        """Run one step where there is anything to run, and return whether there was.
+        """Run one step where there is anything to run, tell what came of it, and return whether there was."""
+        ran = self._turn()
+        self._emit()
+        return ran
+
+    def _turn(self) -> bool:
+        """Run one step where there is anything to run, and return whether there was; what came of it is to be told.
 
         A fault of the device or the scheduler ends every sequence, and the engine: what the device holds is unknown.
         """
@@ -186,7 +197,6 @@ class Engine:
         except Exception as error:  # noqa: BLE001 - whatever it is, clients must be told, and none may wait for ever
             batch = Batch()
             self._fail(f"{type(error).__name__}: {error}")
-        self._emit()
         return bool(batch.shares)
 
     def _wait(self) -> bool:
@@ -345,7 +355,8 @@ class Engine:
         return plain if lacks else guessed
 
     def _run(self, rows: list[Rows]) -> list[Output]:
-        """Run the rows on the device."""
+        """Run the rows on the device, and tell what came of the step before."""
+        self._emit()
         begun = self._clock()
         outputs = list(self._step.run(rows))
         self._last_step_s = self._clock()

@@ -36,9 +36,8 @@ from llmbuild.spec.program import Abi, abi_from
 from llmbuild.spec.rows import present
 
 MOST_SEQUENCES = 16
-STREAM_INTERVAL_S = 0.005
-"""Tokens of a stream that come within so many seconds are one chunk: a third of the time for which a screen shows a
-picture."""
+STREAM_INTERVAL_S = 0.02
+"""Tokens of a stream that come within so many seconds are one chunk: about the time for which a screen shows a picture."""
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ def test_nothing_that_was_held_is_left_behind_and_its_timer_ends() -> None:
                 seen += [event.token for _, event in await answers.some(0.0005) if isinstance(event, Delta)]
             while len(seen) < 40:
                 seen += [event.token for _, event in await answers.some(1) if isinstance(event, Delta)]
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
             before = len(posted)
             bridge.outlet([Delta("a", 0, 40, "x")])
             await asyncio.sleep(0.001)

@@ -13,6 +13,8 @@ from llmbuild.serve.api.asked import Asked
 from llmbuild.serve.events import Delta, Ended, Event
 
 Numbered = tuple[int, Event]
+_IDLE = 4
+"""Times that a timer finds nothing before it ends."""
 
 
 class Answers:
@@ -73,8 +75,8 @@ class Bridge:
     """Hands events to those who wait for them; what nobody waits for any more is dropped.
 
     A small model makes tokens faster than anybody reads them, and each time that the event loop is woken, and each
-    chunk, costs as much as such a token. So what comes within `interval_s` of what was handed on before is held, and
-    handed on together. First tokens of requests and ends are never held.
+    chunk, costs as much as such a token. So while tokens come, a timer of the event loop hands on what has come every
+    `interval_s` seconds, and an engine wakes nobody. First tokens of requests and ends are handed on at once.
     """
 
     def __init__(self, post: Callable[[Callable[[], None]], object], interval_s: float = 0.0) -> None:
@@ -85,21 +87,21 @@ class Bridge:
         """Of all below."""
         self._held: list[Event] = []
         self._handed_s = -math.inf
-        self._timed = False
-        """Whether a timer of the event loop will look at what is held."""
+        self._timed = not interval_s
+        """Whether the timer goes. Without an interval there is none, and everything is handed on at once."""
+        self._idle = 0
+        """Times that the timer found nothing since it found something."""
 
     def outlet(self, events: Sequence[Event]) -> None:
         """Take the events of a turn, in an engine's thread."""
-        urgent = any(map(self._urgent, events))
+        urgent = not self._interval_s or any(map(self._urgent, events))
         with self._lock:
             self._held += events
-            now = urgent or monotonic() - self._handed_s >= self._interval_s
-            wait = not now and not self._timed
-            self._timed = self._timed or wait
-        if now:
+            begin, self._timed = not self._timed, True
+        if urgent:
             self._post(self._hand_on)
-        elif wait:
-            self._post(self._wait)
+        if begin:
+            self._post(self._begin)
 
     def _urgent(self, event: Event) -> bool:
         if isinstance(event, Ended) or event.finish is not None:
@@ -114,16 +116,22 @@ class Bridge:
             self._handed_s = monotonic()
         self._deliver(events)
 
-    def _wait(self) -> None:
-        """Look at what is held after the interval, and again for as long as there is something."""
+    def _begin(self) -> None:
+        """Hand on what came after a pause, and start the timer."""
+        if monotonic() - self._handed_s >= self._interval_s:
+            self._hand_on()
+        self._idle = 0
         asyncio.get_running_loop().call_later(self._interval_s, self._due)
 
     def _due(self) -> None:
+        """Hand on what has come, and go on for some times after the last."""
         with self._lock:
-            self._timed = bool(self._held)
-        if self._timed:
+            self._idle = 0 if self._held else self._idle + 1
+            self._timed = self._idle < _IDLE
+        if not self._idle:
             self._hand_on()
-            self._wait()
+        if self._timed:
+            asyncio.get_running_loop().call_later(self._interval_s, self._due)
 
     @contextmanager
     def submitted(self, asked: Asked) -> Iterator[Answers]:
