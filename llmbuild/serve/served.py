@@ -37,7 +37,7 @@ from llmbuild.spec.rows import present
 
 MOST_SEQUENCES = 16
 STREAM_INTERVAL_S = 0.02
-"""Tokens of a stream that come within so many seconds are one chunk: about the time for which a screen shows a picture."""
+"""Tokens of a stream that come within so many seconds are one chunk: about as long as a screen shows a picture."""
 
 
 @dataclass(frozen=True)

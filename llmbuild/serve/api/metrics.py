@@ -20,8 +20,8 @@ _ENGINE = "0"
 _SECONDS = tuple(step * 10.0**power for power in range(-5, 3) for step in (1, 2.5, 5))
 """From 10 µs on: a small model makes a token in less than a millisecond."""
 _LATE = 256
-"""Turns and gaps that are counted together. Counting one by one between two steps, whose weights have taken the place of
-all else in the caches, takes longer by far.
+"""Turns and gaps that are counted together: between two steps, whose weights have taken the place of all else in the
+caches, counting each takes longer by far.
 """
 _TOKENS = tuple(2.0**n for n in range(18))
 
