@@ -25,24 +25,9 @@ def main() -> None:
     parser.add_argument("--format", choices=list(FORMATS), default="int8")
     asked = parser.parse_args()
     compressed = OVWeightQuantizationConfig(**FORMATS[asked.format])
-    made = OVModelForCausalLM.from_pretrained(
-        asked.folder, export=True, quantization_config=compressed, compile=False
-    )
+    made = OVModelForCausalLM.from_pretrained(asked.folder, export=True, quantization_config=compressed, compile=False)
     made.save_pretrained(asked.target)
-    tokenizer = AutoTokenizer.from_pretrained(asked.folder)
-    tokenizer.save_pretrained(asked.target)
-    _write_tokenizer(tokenizer, asked.target)
-
-
-def _write_tokenizer(tokenizer: object, target: Path) -> None:
-    """Write the tokenizer as OpenVINO's models: the pipeline asks for one, whatever it is given."""
-    import openvino as ov
-    from openvino_tokenizers import convert_tokenizer
-
-    for name, model in zip(
-        ("openvino_tokenizer", "openvino_detokenizer"), convert_tokenizer(tokenizer, with_detokenizer=True), strict=True
-    ):
-        ov.save_model(model, str(target / f"{name}.xml"))
+    AutoTokenizer.from_pretrained(asked.folder).save_pretrained(asked.target)
 
 
 if __name__ == "__main__":

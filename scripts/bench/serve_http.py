@@ -3,10 +3,14 @@
     python scripts/bench/serve_http.py -C CATALOG [--variant DIGEST ...] [--trace FILE.csv --scale P:O] [--json]
     python scripts/bench/serve_http.py -C CATALOG --alone        one stream beside the loader without a server
     python scripts/bench/serve_http.py -C CATALOG --prefix 960   first tokens where a prompt's beginning is known
+    python scripts/bench/serve_http.py -C CATALOG --openvino FOLDER --python PYTHON     beside OpenVINO GenAI
 
 llama-server is built from the source package that llama-cpp-python is built from, in `.peers/` on first use (some ten
 minutes), or is in the folder that `--environment` names, or is the file of `--server`. It runs the file as it is; ours
 is the variant of the very same blocks, and what `--variant` names beside it.
+
+With --openvino the peer is OpenVINO GenAI's continuous batching, by `openvino_server.py` on what `openvino_model.py`
+wrote, with the Python that has it: `pip install openvino-genai optimum-intel[openvino] starlette uvicorn`.
 
 All servers are up all the time, on the same cores, with memory in f16 for as many sequences of the variant's context;
 only one has requests at a time. In each round every server gets the same requests, in random order: completions of
@@ -50,7 +54,7 @@ from llmbuild.report.rows import differences, quantity, table
 from llmbuild.runtime import host, reader
 from llmbuild.spec.files.reader import read_recipe
 
-PEER = llama_server.NAME
+PEER, OPENVINO = llama_server.NAME, "openvino-genai"
 EXACT = {
     "q4_1": {"weight_format": ("q4_1",), "head_format": ("q8_0",)},
     "q8_0": {"weight_format": ("q8_0",), "head_format": ("same", "q8_0")},
@@ -118,11 +122,16 @@ def ours(asked: argparse.Namespace, row: dict[str, Any], sequences: int) -> Entr
 
 
 def theirs(asked: argparse.Namespace, context: int, sequences: int) -> Entrant:
-    """Return llama-server on the file, built first where that is ours to do.
+    """Return the peer: OpenVINO GenAI on a folder, or llama-server on the file, built first where that is ours to do.
 
     Raises:
         InputError: it is not there.
     """
+    if asked.openvino:
+        script = [str(asked.python.absolute()), str(HERE / "openvino_server.py"), str(asked.openvino.absolute())]
+        bounds = {"sequences": sequences, "context": context, "threads": asked.threads}
+        words = [word for name, value in bounds.items() for word in (f"--{name}", str(value))]
+        return Entrant(OPENVINO, (*script, *words), asked.openvino.name)
     gguf = real_model.gguf_of(asked)
     made = asked.server
     if made is None:
@@ -287,7 +296,8 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         entering = [theirs(asked, context, sequences), *entering]
     made: dict[str, Any] = {
         "machine": host.machine().describe(),
-        "gguf": real_model.gguf_of(asked).name,
+        "file": asked.openvino.name if asked.openvino else real_model.gguf_of(asked).name,
+        "peer": OPENVINO if asked.openvino else PEER,
         **{name: getattr(asked, name) for name in ("threads", "rounds", "requests", "output", "prefix", "seed")},
         "lengths": f"{asked.trace.name} / {asked.scale}" if asked.trace else "drawn",
         "context": context,
@@ -304,7 +314,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
             made["prefixes"], wrong = of_prefixes(asked, servers, worker, cut)
         else:
             found, wrong = under_load(asked, servers, worker, cut, context)
-            made["rows"] = serve_table.rows(found, PEER)
+            made["rows"] = serve_table.rows(found, made["peer"])
         spent = max(0, noise.cpu_ticks(processes) - own) + made.get("alone", {}).get("loader_ticks", 0)
         made["noise"] = noise.verdict(before, noise.snapshot(), asked.threads, spent)
     made["wrong"] = wrong
@@ -313,14 +323,14 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
 
 def text(made: dict[str, Any]) -> str:
     """Return the table of a document, and what was checked."""
-    lines = [f"{made['machine']}; {made['cores']}; {made['gguf']}, context {made['context']}"]
+    lines = [f"{made['machine']}; {made['cores']}; {made['file']}, context {made['context']}"]
     if "alone" in made:
         lines += _alone_text(made)
     elif "prefixes" in made:
         lines += _prefix_text(made)
     else:
         told = f"{made['rounds']} rounds, {made['requests']} requests for each stream, lengths: {made['lengths']}"
-        lines += [f"{told}; memory for {made['sequences']} sequences", serve_table.text(made["rows"], PEER)]
+        lines += [f"{told}; memory for {made['sequences']} sequences", serve_table.text(made["rows"], made["peer"])]
         lines += [
             f"{row['server']}, {row['streams']} streams: {row['requests']} requests, "
             f"{row['same_text']:.0%} answered with the same text"
@@ -368,6 +378,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     add("--blocks", choices=list(EXACT), default="q4_1", help="the format of the file's matrices")
     add("--environment", type=Path, help="a folder with llama-server/bin/llama-server, instead of .peers/")
     add("--server", type=Path, help="llama-server itself, instead of one in a folder")
+    add("--openvino", type=Path, metavar="FOLDER", help="the peer is OpenVINO GenAI on this folder, not llama-server")
+    add("--python", type=Path, default=Path(sys.executable), help="the Python that has openvino-genai")
     add("--variant", nargs="+", default=[], metavar="DIGEST", help="variants beside the one of the file's blocks")
     add("--streams", type=int, nargs="+", default=[1, 4, 8, 16], help="requests at a time")
     add("--requests", type=int, default=3, help="requests of each stream in a round")
@@ -388,6 +400,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is too small")
     if min(found.streams) < 1 or found.prefix < 0 or (found.alone and found.prefix):
         parser.error("--streams are 1 or more, --prefix is positive, and --alone goes without --prefix")
+    if found.openvino and (found.alone or found.prefix):
+        parser.error("--openvino is for streams, without --alone and --prefix")
     if found.threads > len(os.sched_getaffinity(0)):
         parser.error(f"--threads {found.threads}: there are {len(os.sched_getaffinity(0))} cores")
     return found

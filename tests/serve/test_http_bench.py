@@ -181,7 +181,8 @@ def test_the_table_has_each_figure_beside_the_peer_s_and_what_was_checked() -> N
     made = {
         "machine": "a machine",
         "cores": "servers on 2 cores",
-        "gguf": "a.gguf",
+        "file": "a.gguf",
+        "peer": PEER,
         "context": 1024,
         "sequences": 8,
         "rounds": 1,
@@ -255,7 +256,14 @@ def test_a_server_that_ends_is_told_with_its_last_line() -> None:
 
 
 @pytest.mark.parametrize(
-    "words", [["--rounds", "0"], ["--streams", "0"], ["--alone", "--prefix", "8"], ["--threads", "100000"]]
+    "words",
+    [
+        ["--rounds", "0"],
+        ["--streams", "0"],
+        ["--alone", "--prefix", "8"],
+        ["--openvino", "x", "--alone"],
+        ["--threads", "100000"],
+    ],
 )
 def test_counts_that_cannot_be_are_refused(words: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
