@@ -213,6 +213,7 @@ def test_random_weights_have_no_score_and_give_their_structure_to_no_model_that_
     assert (has, spied.verbs()) == ([False, True], [("truth", False), ("import", False)])
 
 
+@pytest.mark.exhaustive
 def test_layers_that_a_text_finds_sensitive_are_part_of_the_structure(
     model: Path, tmp_path: Path, catalog: Catalog, spied: Frontend
 ) -> None:

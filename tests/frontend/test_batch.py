@@ -43,7 +43,10 @@ def opened(made: Imported, driver: str = "local-task") -> Session:
     "choices",
     [
         {},
-        {"weight_format": "int8_g32", "head_format": "int4_g32", "layout": "packed", "kv_dtype": "int8"},
+        pytest.param(
+            {"weight_format": "int8_g32", "head_format": "int4_g32", "layout": "packed", "kv_dtype": "int8"},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda choices: "-".join(choices.values()) or "default",
 )

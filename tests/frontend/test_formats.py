@@ -76,7 +76,10 @@ CALIBRATED = {
         pytest.param(
             {"weight_format": "int4a_g64", "layout": "row_major", "head_format": "int8"}, marks=pytest.mark.exhaustive
         ),
-        {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
+        pytest.param(
+            {"weight_format": "int8_g32", "layout": "packed", "head_format": "bf16", "kv_dtype": "int8"},
+            marks=pytest.mark.exhaustive,
+        ),
     ],
     ids=lambda c: "-".join(c.values()),
 )

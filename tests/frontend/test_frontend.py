@@ -41,7 +41,7 @@ def build(imports: Imports, model: Path) -> Callable[..., Imported]:
     return lambda **choices: imports(model, choices, context=CONTEXT, features=FEATURES)
 
 
-@pytest.mark.parametrize("level", ["O0", "O2"])
+@pytest.mark.parametrize("level", [pytest.param("O0", marks=pytest.mark.exhaustive), "O2"])
 def test_greedy_tokens_equal_the_library(build: Callable[..., Imported], model: Path, level: str) -> None:
     expected = reference_greedy(str(model), False, 0, np.array(PROMPT), 32)
     assert build().at(level).greedy(PROMPT, 32) == expected.tolist()

@@ -70,7 +70,7 @@ def test_inner_loops_are_the_instructions_and_spill_next_to_nothing(
     [
         ("i8mm", "int8", {"kind": "Qwen3", "hidden_size": 60, "head_dim": 24, "hidden_act": "gelu"}),
         pytest.param("dotprod", "int4_g64", {}, marks=pytest.mark.exhaustive),
-        ("dotprod", "int6_g32", {"intermediate_size": 43}),
+        pytest.param("dotprod", "int6_g32", {"intermediate_size": 43}, marks=pytest.mark.exhaustive),
         pytest.param(
             "dotprod",
             "f16",

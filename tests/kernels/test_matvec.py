@@ -255,7 +255,7 @@ def test_products_agree_with_numpy(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     "choices",
     [
-        {"weight_format": "f16"},
+        pytest.param({"weight_format": "f16"}, marks=pytest.mark.exhaustive),
         {"weight_format": "int8", "row_reads": "wide"},
     ],
     ids=lambda choices: "-".join(choices.values()),

@@ -133,7 +133,7 @@ def greedy(session: Session, prompt: list[int], count: int) -> list[int]:
 
 
 @on_a_device
-@pytest.mark.parametrize("form", ["f32", "int4_g64"])
+@pytest.mark.parametrize("form", [pytest.param("f32", marks=pytest.mark.exhaustive), "int4_g64"])
 def test_a_decoder_on_a_vulkan_device_agrees_with_torch_and_with_the_cpu(
     tmp_path: Path, target: Target, form: str
 ) -> None:
