@@ -403,7 +403,7 @@ def main() -> int:
         made = {
             "machine": host.machine().describe(),
             "model": answers.served.name,
-            "variant": answers.served.variant[:12],
+            "variant": answers.served.variant if asked.recite is not None else answers.served.variant[:12],
             "temperature": asked.temperature,
             "streams": asked.streams,
             "answers": None if asked.recite is not None else answered(answers, asking, asked),
