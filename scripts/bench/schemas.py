@@ -228,7 +228,11 @@ class Kept:
         if path is None:
             return
         try:
-            first, *others = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else [None]
+            said = path.read_text() if path.exists() else ""
+            whole = said[: said.rfind("\n") + 1]  # a run that was killed may have left half a line
+            first, *others = [json.loads(line) for line in whole.splitlines()] or [None]
+            if whole != said:
+                path.write_text(whole)
             if first is None:
                 path.write_text(json.dumps(of) + "\n")
             elif first != of:
