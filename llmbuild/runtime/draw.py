@@ -14,7 +14,7 @@ from llmbuild.errors import InputError
 Logits = NDArray[np.float32]
 Weights = NDArray[np.float64]
 BLOCK = 256
-"""Weights whose sum is looked at before they are."""
+"""Weights whose sum is looked at before they are; so few are looked at in f64 alone."""
 FEW = 1e-3
 """Probability of a token that usually lies in the nucleus: no more than a thousand have as much."""
 COLD, HOT = 1e-2, 1e30
@@ -39,6 +39,8 @@ def drawn(
     if least > -np.inf:
         kept = np.flatnonzero(logits >= np.float32(least))
         return _of_few(kept, _weights(logits[kept], most, temperature), share, top_p)
+    if logits.size <= BLOCK:
+        return _of_few(np.arange(logits.size), _weights(logits, most, temperature), share, top_p)
     weights = logits - np.float32(most)
     weights /= np.float32(min(temperature, HOT))
     np.exp(weights, out=weights)

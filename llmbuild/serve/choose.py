@@ -13,6 +13,7 @@ import numpy as np
 
 from llmbuild.runtime.draw import checked, drawn
 from llmbuild.serve.events import Logprob
+from llmbuild.serve.grammar import Matching
 from llmbuild.serve.request import Request
 from llmbuild.serve.step import Logits, Output
 
@@ -23,12 +24,15 @@ class Chooser:
     """Chooses the tokens of one sequence; `ends` are held back until it has `min_tokens`."""
 
     def __init__(self, request: Request, index: int, ends: Sequence[int]) -> None:
-        self._params, self._seed, self._index = request.params, request.seed, index
+        self._params = request.params
         self._ends = list(ends)
         self._prompt = np.unique(np.array(request.prompt, np.int64)) if request.params.repetition_penalty != 1 else None
         self._counts: Counter[int] = Counter()
         self._matching = request.grammar.begin() if request.grammar is not None else None
         self._plain = request.params.plain and self._matching is None
+        self._numbers = None if request.params.temperature == 0 else Numbers(request.seed, index)
+        self._wide = False
+        """Whether most tokens could follow in the last place, as in the midst of a string."""
         self._chosen = 0
 
     @property
@@ -45,8 +49,6 @@ class Chooser:
         params = self._params
         token = output.token if self._plain else self._read(output)
         self._chosen += 1
-        if self._matching is not None:
-            self._matching.take(token)
         if params.penalized:
             self._counts[token] += 1
         if params.logprobs is None:
@@ -59,29 +61,49 @@ class Chooser:
         return [] if self._matching is None else self._matching.forced()
 
     def _read(self, output: Output) -> int:
-        """Return the token that the logits say, changed as asked for.
-
-        What may follow by a grammar is asked of one token first, the likeliest or one that is drawn from all: most
-        often it may. The likeliest is then that of those that may. A drawn one that may is taken, and else one is drawn
-        of those that may: so each of these has its share of their probability, as if the others had been ruled out.
-        """
+        """Return the token that the logits say, changed as asked for; a grammar has taken it."""
         assert output.logits is not None
-        params, made, matching = self._params, self._changed(output.logits), self._matching
+        made, matching = self._changed(output.logits), self._matching
         if matching is None:
             return self._found(made, 0)
-        if params.temperature == 0 or not params.narrowed:
+        token = self._tried(made, matching, output.token if made is output.logits else None)
+        return self._restricted(made, matching) if token is None else token
+
+    def _tried(self, made: Logits, matching: Matching, said: int | None) -> int | None:
+        """Return a token that was chosen of all and may follow, or None: what may follow is asked of few tokens, where
+        this is likely to be cheaper than to find all that may.
+
+        The likeliest of all tokens, if it may follow, is the likeliest of those that may; `said` is what the device
+        says it is. A token that is drawn of all is taken if it may follow, and else one is drawn of those that may: the
+        second draw is another number, so both ways a token has its share of the probability of those that may, as if
+        the others had been ruled out. For p(A) the probability of those that may follow, and t one of them:
+        p(t) + (1 - p(A)) * p(t) / p(A) = p(t) / p(A). Whether a draw of all is tried depends on the tokens before
+        alone. Draws of fewer than all tokens, by k or p, are of the k tokens or the p of those that may follow, so a
+        draw of all says nothing of them.
+        """
+        params = self._params
+        if params.temperature == 0:
+            token = int(checked(made).argmax()) if said is None else said
+        elif self._wide and not params.narrowed:
             token = self._found(made, 0)
-            if matching.allows(token):
-                return token
+        else:
+            return None
+        return token if matching.tries(token) else None
+
+    def _restricted(self, made: Logits, matching: Matching) -> int:
+        """Return a token that is chosen of those that may follow: where these are few, cheaper than to draw of all."""
         allowed = matching.allowed()
-        return int(allowed[self._found(made[allowed], 1)])
+        self._wide = 2 * allowed.size > made.size
+        token = int(allowed[self._found(made[allowed], 1)])
+        matching.take(token)
+        return token
 
     def _found(self, logits: Logits, turn: int) -> int:
         """Return the likeliest token, or one that is drawn by the draw of a turn."""
         params = self._params
-        if params.temperature == 0:
+        if self._numbers is None:
             return int(checked(logits).argmax())
-        share = uniform(self._seed, self._index, self._chosen, turn)
+        share = self._numbers.at(self._chosen, turn)
         return drawn(logits, share, params.temperature, params.top_k, params.top_p, params.min_p)
 
     def _changed(self, logits: Logits) -> Logits:
@@ -112,11 +134,19 @@ class Chooser:
             made[said] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
 
 
-def uniform(seed: int, sequence: int, place: int, turn: int = 0) -> float:
-    """Return the draw from [0, 1) that belongs to a place of a sequence, and to a turn at this place."""
-    key = np.array([seed & _WORD, sequence], np.uint64)
-    bits = np.random.Philox(key=key, counter=np.array([place, turn, 0, 0], np.uint64))
-    return float(np.random.Generator(bits).random())
+class Numbers:
+    """The draws from [0, 1) of one sequence: each belongs to a place of it, and to a turn at this place."""
+
+    def __init__(self, seed: int, sequence: int) -> None:
+        self._bits = np.random.Philox(key=np.array([seed & _WORD, sequence], np.uint64))
+        self._state = self._bits.state
+
+    def at(self, place: int, turn: int = 0) -> float:
+        """Return the draw of a place and a turn, whichever were asked for before."""
+        counter = self._state["state"]["counter"]
+        counter[0], counter[1] = place, turn
+        self._bits.state = self._state  # a tenth of the time that a new generator takes
+        return float((self._bits.random_raw() >> 11) * 2.0**-53)
 
 
 def logprob(logits: Logits, token: int, count: int) -> Logprob:

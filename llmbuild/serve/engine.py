@@ -350,6 +350,8 @@ class Engine:
         before_s = self._speculation.spent_s
         drafts = self._speculation.drafts(asked)
         self._draft_s = self._speculation.spent_s - before_s
+        if not any(drafts):
+            return plain
         guessed = [one.rows(1, drafts) for one, drafts in zip(ones, drafts, strict=True)]
         lacks = self._admission.lacks((rows.slot, rows.start + 1 + len(rows.drafts)) for rows in guessed)
         return plain if lacks else guessed

@@ -33,30 +33,31 @@ class Matching:
 
     def __init__(self, matcher: LLMatcher, vocabulary: int) -> None:
         self._matcher, self._vocabulary = matcher, vocabulary
-        self._bits = np.zeros((1, (vocabulary + 31) // 32), np.int32)
+        self._bits = np.zeros((vocabulary + 31) // 32, np.uint32)
+        self._at, self._bytes = self._bits.ctypes.data, self._bits.nbytes
 
     def allowed(self) -> NDArray[np.int64]:
-        """Return the tokens that may follow, by id.
+        """Return the tokens that may follow, by id, in ascending order.
 
         Raises:
             InputError: the matcher has failed.
         """
-        from llguidance.numpy import fill_next_token_bitmask
-
-        fill_next_token_bitmask(self._matcher, self._bits)
+        self._matcher.unsafe_compute_mask_ptr(self._at, self._bytes)
         self._check()
-        bits = np.unpackbits(self._bits.view(np.uint8)[0], count=self._vocabulary, bitorder="little")
+        bits = np.unpackbits(self._bits.view(np.uint8), count=self._vocabulary, bitorder="little")
         return np.flatnonzero(bits.view(np.bool_))
 
-    def allows(self, token: int) -> bool:
-        """Return whether a token may follow.
+    def tries(self, token: int) -> bool:
+        """Take a token if it may follow, and return whether it was taken. This costs no more than to take it.
+
+        An end token may be refused that `allowed` has: where nothing but the end may follow, ask `allowed`.
 
         Raises:
             InputError: the matcher has failed.
         """
-        allowed = self._matcher.validate_tokens([token]) == 1
+        taken = self._matcher.try_consume_tokens([token]) == 1
         self._check()
-        return allowed
+        return taken
 
     def forced(self) -> list[int]:
         """Return the tokens that must follow as text, split as the tokenizer would split it."""

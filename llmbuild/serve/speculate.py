@@ -67,6 +67,8 @@ class Speculation:
         found = [one.guesses.drafts(min(one.most, left)) if one.guesses else [] for one in asked]
         if self._drafter is not None:
             return self._computed(self._drafter, Turn(asked, found, self._pace, self._most_rows, self._drafter))
+        if not any(found):
+            return [()] * len(asked)
         counts = choose(_there(asked, found), self._pace, self._most_rows).counts
         return [tuple(one[:count]) for one, count in zip(found, counts, strict=True)]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from hypothesis.extra.numpy import arrays
 
 from llmbuild.errors import InputError
 from llmbuild.runtime.draw import drawn
-from llmbuild.serve.choose import Chooser, logprob, uniform
+from llmbuild.serve.choose import Chooser, Numbers, logprob
+from llmbuild.serve.grammar import Grammar
 from llmbuild.serve.step import Output
 from tests.support.serving import request
 
@@ -112,40 +113,84 @@ class Only:
     """A grammar, and the beginning of an answer in it, that lets some tokens follow and no others."""
 
     def __init__(self, *tokens: int) -> None:
-        self.tokens = tokens
+        self.tokens, self.tried = np.array(sorted(tokens)), list[int]()
 
     def begin(self) -> Only:
         return self
 
-    def allows(self, token: int) -> bool:
+    def tries(self, token: int) -> bool:
+        self.tried.append(token)
         return token in self.tokens
 
     def allowed(self) -> Any:
-        return np.array(self.tokens)
+        return self.tokens
 
     def take(self, token: int) -> None:
         assert token in self.tokens
 
 
-@pytest.mark.parametrize(
-    ("params", "heat"), [({}, 1.0), ({"temperature": 2.0}, 2.0), ({"top_k": 2, "temperature": 0.5}, 0.5)]
+def under(grammar: Only, row: Any, said: int, count: int, **params: Any) -> list[int]:
+    """Return tokens that are chosen in turn from equal logits, of which a device says the likeliest."""
+    chooser = Chooser(replace(request("r", [0], count, **params), grammar=cast(Grammar, grammar)), 0, [])
+    return [chooser.choose(Output(said, row))[0] for _ in range(count)]
+
+
+SHARES: list[tuple[dict[str, Any], float, list[int]]] = [
+    ({}, 1.0, []),
+    ({"temperature": 2.0}, 2.0, []),
+    ({"top_k": 2, "temperature": 0.5}, 0.5, [1, 2]),
+    ({"min_p": 0.2}, 1.0, [1, 2]),
+    ({"top_p": 0.7, "temperature": 2.0}, 2.0, [1, 2]),
+    ({"logit_bias": {0: 9.0}}, 1.0, []),
+]
+
+
+@pytest.mark.parametrize(("params", "heat", "left"), SHARES, ids=str)
+@pytest.mark.parametrize("tokens", [(4, 1, 2), (4, 2)], ids=str)
+def test_draws_under_a_grammar_have_the_shares_of_those_that_may_follow(
+    tokens: tuple[int, ...], params: dict[str, Any], heat: float, left: list[int]
+) -> None:
+    """Most tokens may follow, or few: draws of all are tried, or none is. What is narrowed is so of those that may."""
+    draws, grammar = 4000, Only(*tokens)
+    found = under(grammar, ROW, 1, draws, **{"temperature": 1.0, **params})
+    tried = len(tokens) > 2 and not left
+    assert len(grammar.tried) == (draws - 1 if tried else 0)
+    kept = [token for token in left if token in tokens] or sorted(tokens)
+    wanted = dict(zip(kept, softmax(ROW[kept] / np.float32(heat)), strict=True))
+    counts = np.bincount(found, minlength=5) / draws
+    assert [counts[n] for n in range(5)] == pytest.approx([wanted.get(n, 0) for n in range(5)], abs=0.03)
+
+
+@given(
+    arrays(np.float32, 40, elements=st.floats(-5, 5, width=32), unique=True),
+    st.sets(st.integers(0, 39), min_size=1),
+    st.sampled_from([{}, {"logit_bias": {3: 4.5}}, {"presence_penalty": 1.5}]),
 )
-def test_draws_under_a_grammar_have_the_shares_of_those_that_may_follow(params: dict[str, Any], heat: float) -> None:
-    grammar, draws = Only(1, 2, 4), 6000
-    asked = replace(request("r", [0], draws, **{"temperature": 1.0, **params}), grammar=grammar)
-    chooser = Chooser(asked, 0, [])
-    counts = np.bincount([chooser.choose(Output(1, ROW))[0] for _ in range(draws)], minlength=5) / draws
-    left = [1, 2] if "top_k" in params else [1, 2, 4]
-    wanted = dict(zip(left, softmax(ROW[left] / np.float32(heat)), strict=True))
-    assert [counts[n] for n in range(5)] == pytest.approx([wanted.get(n, 0) for n in range(5)], abs=0.02)
+def test_the_likeliest_under_a_grammar_is_that_of_those_that_may_follow(
+    row: Any, tokens: set[int], params: dict[str, Any]
+) -> None:
+    changed, allowed = row.copy(), sorted(tokens)
+    changed[3] += 4.5 if "logit_bias" in params else 0.0
+    (found,) = under(Only(*tokens), row, int(row.argmax()), 1, temperature=0, **params)
+    assert changed[found] == changed[allowed].max()
+    assert found in tokens
 
 
 def test_draws_are_numbered() -> None:
-    found = [uniform(seed, sequence, place) for seed in (0, 1, -1) for sequence in range(3) for place in range(200)]
+    numbers = [[Numbers(seed, sequence) for sequence in range(3)] for seed in (0, 1, -1)]
+    found = [one.at(place, turn) for row in numbers for one in row for place in range(100) for turn in range(2)]
     assert len(set(found)) == len(found)
     assert all(0 <= one < 1 for one in found)
     assert abs(float(np.mean(found)) - 0.5) < 0.03
-    assert uniform(5, 1, 9) == uniform(5, 1, 9)
+    again = Numbers(-1, 2)
+    assert [again.at(place) for place in (99, 0)] == [numbers[2][2].at(place) for place in (99, 0)]
+
+
+@pytest.mark.parametrize(("seed", "sequence", "place", "turn"), [(0, 0, 0, 0), (5, 1, 9, 0), (-3, 2, 2**40, 1)])
+def test_a_numbered_draw_is_that_of_a_new_generator(seed: int, sequence: int, place: int, turn: int) -> None:
+    key, counter = np.array([seed & (2**64 - 1), sequence], np.uint64), np.array([place, turn, 0, 0], np.uint64)
+    wanted = np.random.Generator(np.random.Philox(key=key, counter=counter)).random()
+    assert Numbers(seed, sequence).at(place, turn) == wanted
 
 
 @given(arrays(np.float32, 12, elements=st.floats(-50, 50, width=32)), st.integers(0, 11), st.integers(0, 20))

@@ -99,9 +99,22 @@ def test_a_device_that_loves_line_breaks_does_not_go_on_for_ever(grammars: Gramm
     row = np.zeros(VOCABULARY, np.float32)
     row[LETTERS.index("\u010a")] = 9  # the line break
     row[LETTERS.index("]")] = 5
-    said = [chooser.choose(Output(0, row))[0] for _ in range(12)]
+    said = [chooser.choose(Output(int(row.argmax()), row))[0] for _ in range(12)]
     assert said[0] == LETTERS.index("[")
     assert LETTERS.index("]") in said
+
+
+@pytest.mark.parametrize("schema", [SCHEMA, {"type": "string"}, {"type": "integer"}, {}], ids=str)
+def test_one_token_is_asked_about_as_all_are(grammars: Grammars, schema: Any) -> None:
+    at, drawn = grammars.of_schema("f", schema).begin(), np.random.default_rng(3)
+    for _ in range(12):
+        allowed = at.allowed()
+        if allowed.tolist() == [END]:
+            break  # nothing but the end may follow: it is found by asking about all
+        assert allowed.tolist() == sorted(set(allowed.tolist()))
+        for token in set(range(VOCABULARY)) - set(allowed.tolist()):
+            assert not at.tries(token)
+        assert at.tries(int(drawn.choice(allowed)))
 
 
 @pytest.mark.parametrize("schema", [{"type": "nothing"}, {"$ref": "#/none"}, {"pattern": "(?=a)", "type": "string"}, 7])

@@ -141,8 +141,11 @@ class Scripted:
         wanted = self.tokens[0] if self.tokens else END
         return token == wanted or (wanted is None and token != END)
 
-    def allows(self, token: int) -> bool:
-        return self._may(token)
+    def tries(self, token: int) -> bool:
+        may = self._may(token)
+        if may:
+            self.take(token)
+        return may
 
     def allowed(self) -> Any:
         return np.array([token for token in range(VOCABULARY) if self._may(token)])
