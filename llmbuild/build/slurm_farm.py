@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import socket
 from collections.abc import Callable
 
 from llmbuild.build.targets import find_target
 from llmbuild.compiler.afar import TRIES, Gone, Made, Sent, work
 from llmbuild.errors import InputError
 from llmbuild.process.slurm import Asked, asked_of, connected
-from llmbuild.process.slurm_jobs import Ended, Jobs, Running, Work
+from llmbuild.process.slurm_jobs import Ended, Jobs, Running, Work, this_node, told_where
 from llmbuild.profiler.allotted import Allotted
 from llmbuild.profiler.remote import Place
 from llmbuild.spec.target import HOST
@@ -37,7 +35,7 @@ class SlurmFarm:
 
     def submit(self, sent: Sent) -> tuple[Callable[[], Made], Callable[[], None]]:
         """Submit a job; return what waits for it, and what cancels it."""
-        job = Work(_worked, (sent,), sent.seconds, self._asked.compiling(), self._asked.cpus)
+        job = Work(told_where, (work, sent), sent.seconds, self._asked.compiling(), self._asked.cpus)
         try:
             running = Running(self._jobs, job, TRIES)
         except Ended as error:
@@ -65,17 +63,9 @@ class SlurmFarm:
             node = Running(self._jobs, Work(this_node, (), LOOK_S, asked), TRIES).wait()
         except Ended as error:
             needs = " ".join(asked.words())
-            told = f"no node of Slurm to measure {target} on ({needs}): {error}; constraint=, gres= and devices= of --on"
+            told = (
+                f"no node of Slurm to measure {target} on ({needs}): {error}; constraint=, gres= and devices= of --on"
+            )
             raise InputError(f"{told} ask for another one, and with --until compile nothing is measured") from None
         options = self._asked.leasing(asked, node)
         return Allotted(destination=f"{node} of {self._text}", leased=True, options=options)
-
-
-def this_node() -> str:
-    """Return Slurm's name of the node where this runs, within a job."""
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
-
-
-def _worked(sent: Sent) -> Made:
-    """Do the work on the node where Slurm runs this."""
-    return work(sent, this_node())

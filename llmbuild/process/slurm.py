@@ -118,13 +118,15 @@ def asked_of(text: str) -> Asked:
     Raises:
         InputError: not of this form, or an option that there is not.
     """
+    if text == SLURM:
+        return Asked()
     form = f"--on {text!r}: write slurm://[PARTITION][?OPTION=VALUE&...]; options are {', '.join(OPTION_NAMES)}"
     try:
         parts = urlsplit(text)
         pairs = parse_qsl(parts.query, keep_blank_values=True, strict_parsing=bool(parts.query))
     except ValueError as error:
         raise InputError(f"{form}: {error}") from None
-    if text != SLURM and not text.startswith(f"{SLURM}://") or parts.path.strip("/") or parts.fragment:
+    if not text.startswith(f"{SLURM}://") or parts.path.strip("/") or parts.fragment:
         raise InputError(form)
     given = dict(pairs)
     if len(given) < len(pairs) or given.keys() - set(OPTION_NAMES):

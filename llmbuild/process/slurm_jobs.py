@@ -7,7 +7,9 @@ apart.
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
+import socket
 import threading
 import weakref
 from collections.abc import Callable
@@ -28,6 +30,16 @@ LOOK_S = 0.5
 ASK_S = 30.0
 """Seconds between two questions to Slurm, of all jobs together."""
 _TOLD = 300
+
+
+def this_node() -> str:
+    """Return Slurm's name of the node where this runs, within a job."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def told_where(function: Callable[..., Any], *words: Any) -> Any:
+    """Return what a function returns that takes the name of the node where it runs, too, as its last argument."""
+    return function(*words, this_node())
 
 
 class Ended(Exception):
