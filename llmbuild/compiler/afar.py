@@ -25,7 +25,6 @@ from llmbuild.process.child import Limits, address_limit, stopped_with_all
 from llmbuild.process.diagnosis import AGAIN
 from llmbuild.spec.variant import Failure
 
-
 TRIES = 3
 """Times that work is begun again, after its node was lost."""
 
