@@ -54,6 +54,9 @@ class Options:
         return [f"--{name}" if value is True else f"--{name}={value}" for name, value in self.pairs().items()]
 
 
+NO_OPTIONS = Options()
+
+
 @dataclass(frozen=True)
 class Asked:
     """What the jobs of a build ask of Slurm, and where their files are; empty is Slurm's own default."""

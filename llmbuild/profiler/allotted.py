@@ -17,7 +17,7 @@ import threading
 from dataclasses import dataclass
 
 from llmbuild.process import child
-from llmbuild.process.slurm import NAME, Options
+from llmbuild.process.slurm import NAME, NO_OPTIONS, Options
 from llmbuild.profiler.remote import Place, alone
 
 PIECE = 1 << 16
@@ -31,7 +31,7 @@ GRACE_S = 10.0
 class Allotted(Place):
     """A node of Slurm, in place of a machine for ssh."""
 
-    options: Options = Options()
+    options: Options = NO_OPTIONS
 
     def command(self, script: str) -> list[str]:
         """Return the command that runs a Python script there while it has the node."""

@@ -244,9 +244,7 @@ def test_a_node_is_found_once_and_held_only_while_it_is_measured(here: Slurm, mo
 def test_a_lease_that_slurm_refuses_is_told_with_its_reason(here: Slurm) -> None:
     here.refuses("srun: error: Unable to allocate resources: Invalid account\n")
     remote = Remote(Allotted("n1 of slurm", leased=True))
-    with pytest.raises(
-        NothingUsable, match="n1 of slurm: cannot be measured on: srun: error: Unable to .* Invalid acc"
-    ):
+    with pytest.raises(NothingUsable, match=r"n1 of slurm: cannot be measured on: srun: error: .* Invalid acc"):
         _ = remote.machine
 
 

@@ -1,4 +1,4 @@
-"""Slurm's commands as far as a build uses them, on this machine: jobs are processes, and a test says what befalls them."""
+"""Slurm's commands as far as a build uses them: jobs are processes here, and a test says what befalls them."""
 
 from __future__ import annotations
 
