@@ -63,9 +63,7 @@ class SlurmFarm:
             node = Running(self._jobs, Work(this_node, (), LOOK_S, asked), TRIES).wait()
         except Ended as error:
             needs = " ".join(asked.words())
-            told = (
-                f"no node of Slurm to measure {target} on ({needs}): {error}; constraint=, gres= and devices= of --on"
-            )
-            raise InputError(f"{told} ask for another one, and with --until compile nothing is measured") from None
+            other = "constraint=, gres= and devices= in --on ask for another; with --until compile nothing is measured"
+            raise InputError(f"no node of Slurm to measure {target} on ({needs}): {error}; {other}") from None
         options = self._asked.leasing(asked, node)
         return Allotted(destination=f"{node} of {self._text}", leased=True, options=options)

@@ -230,15 +230,9 @@ def test_a_node_is_found_once_and_held_only_while_it_is_measured(here: Slurm, mo
     finally:
         remote.close()
     words = here.calls("srun")[0].split()
-    for one in (
-        "--nodelist=n1",
-        "--exclusive",
-        "--constraint=llmbuild_target_x86-64-v3",
-        "--partition=gpu",
-        "--time=90",
-    ):
-        assert one in words
-    assert "--exclusive" in " ".join(here.script(1))
+    label = "--constraint=llmbuild_target_x86-64-v3"
+    assert {"--nodelist=n1", "--exclusive", label, "--partition=gpu", "--time=90"} - set(words) == set()
+    assert {"#SBATCH --exclusive", f"#SBATCH {label}", "#SBATCH --mem=0"} - set(here.script(1)) == set()
 
 
 def test_a_lease_that_slurm_refuses_is_told_with_its_reason(here: Slurm) -> None:
