@@ -21,17 +21,16 @@ def operators_json(found: Sequence[Compared | Unknown]) -> list[dict[str, object
 def operators_table(found: Sequence[Compared | Unknown]) -> str:
     """Return comparisons as a table, and a line for each that is not known."""
     known = [one for one in found if isinstance(one, Compared)]
-    header = ["service", "node", "replicas", "J/token", "models", "J/token", "operators", "J/token"]
+    header = ["service", "node", "link", "replicas", "J/token", "models", "J/token", "operators", "J/token"]
     header += ["devices saved", "joules saved", "cells", "basis"]
     rows = [
         [
             one.service.name,
             one.node,
-            *(
-                cell
-                for plan in (one.replicas, one.models, one.operators)
-                for cell in (_devices(plan), _joules(one, plan))
-            ),
+            one.link.name,
+            *_figures(one, one.replicas),
+            *_figures(one, one.models),
+            *_figures(one, one.operators),
             _share(one.saved_devices),
             _share(one.saved_joules),
             one.operators.told,
@@ -39,13 +38,13 @@ def operators_table(found: Sequence[Compared | Unknown]) -> str:
         ]
         for one in known
     ]
-    lines = [table(header, rows, (0, 1, 10, 11), terminal(), (10, 11))] if known else []
+    lines = [table(header, rows, (0, 1, 2, 11, 12), terminal(), (12, 11))] if known else []
     unknown = [one for one in found if isinstance(one, Unknown)]
     lines += [f"operators of {one.service.name} on {one.node}: not known: {one.reason}" for one in unknown]
     if known:
         lines.append(
-            "operators apart against models, whole or with matrices divided: computed, each service alone on all devices"
-            f" of a class, weights in 16 bits; nothing here serves them apart. Tables: {SOURCE}"
+            "operators apart against models, whole or with matrices divided: computed, each service alone on all"
+            f" devices of a class, weights in 16 bits; nothing here serves them apart. Tables: {SOURCE}"
         )
     return "\n".join(lines)
 

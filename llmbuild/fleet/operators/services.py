@@ -15,12 +15,12 @@ from llmbuild.fleet.operators.published import SHAPES, published
 from llmbuild.spec.fleet import Fleet, NodeClass, Service
 
 WITHIN = 4
-"""Devices of a cell, at most; where a node has fewer, as many as it has."""
+"""Devices of a cell, at most: of one node, or where nodes have one each, of several."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """Plans of one service on one class of nodes, by the cells that they may choose; each may choose the last one's too."""
+    """Plans of one service on one class of nodes; each may choose the cells of the one before it, too."""
 
     service: Service
     node: str
@@ -78,12 +78,13 @@ def _compared(service: Service, node: NodeClass) -> Compared | Unknown:
         return Unknown(service, node.name, "the fleet has no node of this class")
     if service.rate <= 0:
         return Unknown(service, node.name, "it has no requests")
-    link, within = (NVLINK[node.device], min(WITHIN, node.slots)) if node.slots > 1 else (NETWORK, WITHIN)
+    devices = node.count * node.slots
+    link, together = (NVLINK[node.device], node.slots) if node.slots > 1 else (NETWORK, devices)
+    within = min(WITHIN, together)
     mix = tuple((kind, kind.share) for kind in service.classes)
     choices = table(profiles, _device(node), link, mix, service.attainment, within)
     replicas, models, operators = (choices.plan(service.rate, levels) for levels in (REPLICAS, MODELS, OPERATORS))
     if not operators.feasible:
-        devices = node.count * node.slots
         told = f"its {devices} devices do not take {service.rate:.3g} requests/s within the SLOs, in cells of {within}"
         return Unknown(service, node.name, f"{told} at most, however operators are placed")
     return Compared(service, node.name, link, within, replicas, models, operators, _basis(profiles))
