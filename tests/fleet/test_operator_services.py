@@ -31,6 +31,7 @@ def test_a_model_that_fits_on_no_device_saves_against_divided_matrices_alone() -
     assert isinstance(found, Compared)
     assert (found.replicas.feasible, found.models.feasible, found.link.name, found.within) == (False, True, "NVLink", 2)
     assert found.operators.devices <= found.models.devices
+    assert {choice.devices for choice, _ in (*found.models.cells, *found.operators.cells)} == {2}
     assert found.saved_devices == 1 - found.operators.devices / found.models.devices
     assert found.saved_joules is not None and 0 < found.saved_joules < 0.2  # of equally many devices
     assert found.joules(found.operators) == pytest.approx(found.operators.watts / (20.0 * 211))

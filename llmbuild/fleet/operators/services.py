@@ -82,6 +82,7 @@ def _compared(service: Service, node: NodeClass) -> Compared | Unknown:
     link, together = (NVLINK[node.device], node.slots) if node.slots > 1 else (NETWORK, devices)
     within = min(WITHIN, together)
     mix = tuple((kind, kind.share) for kind in service.classes)
+    profiles = tuple(each for each in profiles if each.shape.devices <= within)
     choices = table(profiles, _device(node), link, mix, service.attainment, within)
     replicas, models, operators = (choices.plan(service.rate, levels) for levels in (REPLICAS, MODELS, OPERATORS))
     if not operators.feasible:
