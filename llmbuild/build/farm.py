@@ -1,94 +1,65 @@
-"""A build on a cluster of Ray: compiles as tasks on any node, and which device a target is measured on."""
+"""A build on a cluster: compiles on any node, and one device for each target that is measured.
+
+Whose cluster it is, Ray's or Slurm's, is behind one interface; all that the build path sees is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache
+from typing import Protocol
 
-from llmbuild.compiler.afar import Afar, Gone, Made, Sent, work
-from llmbuild.errors import InputError
-from llmbuild.process.rays import connected, this_node, told_of
-from llmbuild.profiler.leased import DEVICE, Leased, needs_of
-from llmbuild.profiler.remote import Remote
-
-TRIES = 3
-"""Times that a compile is begun again, after its node or its worker was lost."""
-_NAMESPACE = "llmbuild-build"
+from llmbuild.compiler.afar import Afar, Farm
+from llmbuild.process.rays import is_ray
+from llmbuild.process.slurm import is_slurm
+from llmbuild.profiler.remote import Place, Remote
 
 
-class RayFarm:
-    """Compiles as tasks that take a CPU each: Ray begins one again elsewhere when its node is lost."""
+class Lender(Farm, Protocol):
+    """A farm that lends devices too."""
 
-    def __init__(self, ray: Any) -> None:
-        self._ray = ray
-        self._work = ray.remote(_worked).options(max_retries=TRIES, num_cpus=1)
+    def device(self, target: str) -> Place:
+        """Return a device that is right for a target, to be held whenever it is connected to.
 
-    def submit(self, sent: Sent) -> tuple[Callable[[], Made], Callable[[], None]]:
-        """Begin a task; return what waits for it, and what cancels it."""
-        ref = self._work.remote(sent)
-        return partial(self._wait, ref), partial(self._cancel, ref)
-
-    def _wait(self, ref: Any) -> Made:
-        try:
-            made: Made = self._ray.get(ref)
-        except self._ray.exceptions.RayError as error:
-            raise Gone(f"a compile was begun {1 + TRIES} times or cancelled: {told_of(error)}") from None
-        return made
-
-    def _cancel(self, ref: Any) -> None:
-        self._ray.cancel(ref, force=True)
+        Raises:
+            InputError: there is none.
+        """
 
 
-def _worked(sent: Sent) -> Made:
-    """Do the work on the node where Ray runs this."""
-    return work(sent, this_node()[:8])
-
-
-@cache
-def on_ray(address: str) -> OnRay:
-    """Return the cluster of an address, connected once.
-
-    Raises:
-        InputError: Ray is not installed, or no cluster answers.
-    """
-    return OnRay(connected(address, _NAMESPACE), address)
-
-
-class OnRay:
+class Cluster:
     """The cluster of one command."""
 
-    def __init__(self, ray: Any, address: str) -> None:
-        self._ray, self._address = ray, address
-        self.run = Afar(RayFarm(self._ray))
+    def __init__(self, farm: Lender) -> None:
+        self._farm = farm
+        self.run = Afar(farm)
         self._remotes: dict[str, Remote] = {}
 
     def remote(self, target: str) -> Remote:
-        """Return the device that measures a target, always the same one; which, Ray decides: one that is free, if any.
+        """Return the device that measures a target, always the same one: rows of a build are of one machine.
 
         Raises:
             InputError: no node has such a device.
         """
         if target not in self._remotes:
-            needs = needs_of(target)
-            lacking(self._ray.nodes(), needs)
-            asked = self._ray.remote(this_node).options(num_cpus=0, resources=needs, max_retries=TRIES)
-            node = self._ray.get(asked.remote())
-            self._remotes[target] = Remote(Leased(destination=self._address, node=node, target=target, leased=True))
+            self._remotes[target] = Remote(self._farm.device(target))
         return self._remotes[target]
 
 
-def lacking(nodes: Sequence[Mapping[str, Any]], needs: Mapping[str, float]) -> None:
-    """Refuse what no node of a cluster has.
+def is_cluster(text: str) -> bool:
+    """Return whether a text names a cluster, not a machine."""
+    return is_ray(text) or is_slurm(text)
+
+
+@cache
+def cluster_of(text: str) -> Cluster:
+    """Return the cluster that a text names, connected once.
 
     Raises:
-        InputError: with the resources that are missing.
+        InputError: its library is not installed, no cluster answers, or the text is not of its form.
     """
-    for one in nodes:
-        if one["Alive"] and all(one["Resources"].get(name, 0) >= amount for name, amount in needs.items()):
-            return
-    wanted = ", ".join(f'"{name}": 1' for name in needs)
-    told = (
-        f"no node of this cluster of Ray has a device to measure on: `ray start --resources '{{{wanted}}}'` gives one"
-    )
-    raise InputError(f"{told}; with --until compile nothing is measured" if DEVICE in needs else told)
+    if is_slurm(text):
+        from llmbuild.build.slurm_farm import SlurmFarm
+
+        return Cluster(SlurmFarm.at(text))
+    from llmbuild.build.ray_farm import RayFarm
+
+    return Cluster(RayFarm.at(text))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from llmbuild import digest
 from llmbuild.build import toolchain
+from llmbuild.build.farm import cluster_of, is_cluster
 from llmbuild.build.freshness import recognized
 from llmbuild.build.job import Job, make_job
 from llmbuild.build.request import BuildRequest
@@ -20,7 +21,6 @@ from llmbuild.catalog.place import exists
 from llmbuild.compiler.calls import Runner, here
 from llmbuild.compiler.resolved import Answers
 from llmbuild.errors import InputError
-from llmbuild.process.rays import is_ray
 from llmbuild.runtime import host
 from llmbuild.search.knobs.space import for_cpus, with_tuning
 from llmbuild.spec.files.reader import read_recipe
@@ -92,15 +92,13 @@ def place_of(request: BuildRequest) -> Where:
     """
     if not request.on:
         return Where()
-    if not is_ray(request.on):
+    if not is_cluster(request.on):
         from llmbuild.profiler.remote import Remote
         from llmbuild.profiler.remote import place_of as ssh_of
 
         remote = Remote(ssh_of(request.on))
         return Where(remote=lambda _: remote)
-    from llmbuild.build.farm import on_ray
-
-    cluster = on_ray(request.on)
+    cluster = cluster_of(request.on)
     measures = request.until in (None, "profile")
     return Where(cluster.run, cluster.remote if measures else lambda _: None)
 

@@ -31,7 +31,7 @@ class BuildRequest:
     sampler: Sampler | None = None
     until: Step | None = None
     on: str | None = None
-    """The machine that measures, `ssh://...`, or the cluster that compiles and measures, `ray`; default: this host."""
+    """The machine that measures, `ssh://...`, or the cluster that does it all, `ray` or `slurm`; default: this host."""
     jobs: int = 1
     """Number of parallel compiles."""
     force: bool = False

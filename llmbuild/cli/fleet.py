@@ -50,26 +50,43 @@ FACTOR = _Factor()
 @click.option("--rate", type=FACTOR, default="x1", metavar="xN", help="Plan for N times the rates of the file.")
 @click.option("--without", multiple=True, metavar="NODE", help="A node, as h100-0, or a whole class of them, is gone.")
 @click.option("--max-nodes", type=click.IntRange(min=0), metavar="N", help="At most N nodes are on.")
+@click.option("--operators", is_flag=True, help="Say what placing operators apart would save, too.")
 @catalog_option
 @click.option("--json", "form", cls=Shared, flag_value="json", help="JSON on stdout.")
 def plan(
-    fleet: Path, rate: float, without: tuple[str, ...], max_nodes: int | None, catalog: str, form: str | None
+    fleet: Path,
+    rate: float,
+    without: tuple[str, ...],
+    max_nodes: int | None,
+    operators: bool,
+    catalog: str,
+    form: str | None,
 ) -> int:
     """Say which variants run where, how many and at which setting, for the load that a FLEET file states.
 
     Requests without a place come first, then the objective. Exits with 3, and says what is missing, if some have none.
+
+    --operators compares, for each service and each class of nodes, the fewest devices that whole models take with those
+    that attention, feed-forward parts and heads would take apart, by published tables of operators. It takes seconds.
     """
     asked, profiles = _read(fleet, Path(catalog))
+    from llmbuild.fleet.operators.services import by_services
     from llmbuild.fleet.plan.load import stated
     from llmbuild.fleet.plan.plan import plan as made
     from llmbuild.report.fleet import plan_json, plan_table, shortage_lines
+    from llmbuild.report.operators import operators_json, operators_table
 
     reduced = _reduced(asked, without).at_rate(rate)
     found = made(reduced, profiles, stated(reduced), max_nodes)
     whole = None
     if any(node.partitions is not None for node in reduced.nodes):
         whole = made(reduced.undivided(), profiles, stated(reduced), max_nodes)
-    click.echo(dumps(plan_json(found, whole)) if form else plan_table(found, whole))
+    apart = list(by_services(reduced)) if operators else None
+    if form:
+        told = plan_json(found, whole) | ({} if apart is None else {"operators": operators_json(apart)})
+        click.echo(dumps(told))
+    else:
+        click.echo(plan_table(found, whole) + ("" if apart is None else f"\n\n{operators_table(apart)}"))
     if not found.feasible:
         raise NoPlan("\n".join(shortage_lines(found)))
     return 0

@@ -167,7 +167,8 @@ def on_option(command: F) -> F:
         "--on",
         metavar="PLACE",
         help="ssh://[USER@]HOST[:PORT][/PYTHON]: compile here, measure there, for the highest target that it supports. "
-        "ray, ray://HOST:PORT: compile on any node of a cluster, measure on its devices.",
+        "ray, ray://HOST:PORT, slurm, slurm://PARTITION?OPTIONS: compile on any node of a cluster, "
+        "measure on its devices.",
     )(command)
 
 

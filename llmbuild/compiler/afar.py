@@ -25,6 +25,9 @@ from llmbuild.process.child import Limits, address_limit, stopped_with_all
 from llmbuild.process.diagnosis import AGAIN
 from llmbuild.spec.variant import Failure
 
+TRIES = 3
+"""Times that work is begun again, after its node was lost."""
+
 
 class Gone(Exception):
     """The cluster has not done the work: nodes were lost, it was cancelled, or nobody answers."""
@@ -57,7 +60,11 @@ class Farm(Protocol):
     """Runs `work` somewhere: the narrow seam to a cluster."""
 
     def submit(self, sent: Sent) -> tuple[Callable[[], Made], Callable[[], None]]:
-        """Begin, and return what waits for the answer, which may raise Gone, and what cancels the work."""
+        """Begin, and return what waits for the answer, which may raise Gone, and what cancels the work.
+
+        Raises:
+            Gone: it cannot be begun.
+        """
 
 
 def versions() -> tuple[str, str]:
@@ -76,8 +83,8 @@ class Afar:
     def __call__(self, call: Call, limits: Limits) -> Failure | None:
         """Send a call, wait for its files, and write them here."""
         sent = Sent(call, call.source.read_bytes(), limits.left_s(), bool(limits.memory_bytes), versions())
-        wait, cancel = self._farm.submit(sent)
         try:
+            wait, cancel = self._farm.submit(sent)
             with stopped_with_all(cancel):
                 made = wait()
         except Gone as error:

@@ -95,6 +95,10 @@ class Place:
         far = shlex.join([self.python, *alone(script)])
         return [program("ssh"), "-T", "-o", "BatchMode=yes", *alive, *port, "--", self.destination, far]
 
+    def pasted(self, command: str) -> str:
+        """Return a command of that machine, to be given here."""
+        return f"ssh {self.destination} {shlex.quote(command)}"
+
 
 def alone(script: str) -> list[str]:
     """Return the arguments of a Python that runs a script.
@@ -398,8 +402,7 @@ class RemoteBench:
             self._standing, self._baseline = connection, False
 
     def _remote_failure(self, failure: Failure) -> Failure:
-        command = f"ssh {self.remote.place.destination} {shlex.quote(failure.command)}"
-        return replace(failure, command=command)
+        return replace(failure, command=self.remote.place.pasted(failure.command))
 
 
 def archive(*more: str) -> bytes:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from llmbuild.build.farm import RayFarm, lacking
 from llmbuild.build.jobs import place_of
+from llmbuild.build.ray_farm import RayFarm, lacking
 from llmbuild.build.request import BuildRequest
 from llmbuild.compiler.afar import Gone
 from llmbuild.errors import InputError
@@ -49,12 +49,12 @@ class FakeRay:
 
 def test_a_compile_is_begun_again_elsewhere_but_not_for_ever() -> None:
     ray = FakeRay("made")
-    wait, cancel = RayFarm(ray).submit("sent")  # type: ignore[arg-type]
+    wait, cancel = RayFarm(ray, "ray").submit("sent")  # type: ignore[arg-type]
     assert wait() == "made"
     assert ray.asked == {"max_retries": 3, "num_cpus": 1}
     cancel()
     assert ray.cancelled == [(("sent",), True)]
-    wait, _ = RayFarm(FakeRay(RayError("noise\nthe node died"))).submit("sent")  # type: ignore[arg-type]
+    wait, _ = RayFarm(FakeRay(RayError("noise\nthe node died")), "ray").submit("sent")  # type: ignore[arg-type]
     with pytest.raises(Gone, match="begun 4 times or cancelled: noise the node died"):
         wait()
 
