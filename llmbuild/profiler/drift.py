@@ -6,6 +6,7 @@ from collections.abc import Hashable, Sequence
 from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 Kind = TypeVar("Kind", bound=Hashable)
 _TURNS = 12
@@ -29,7 +30,8 @@ def levelled(
     design = np.zeros((len(visits), len(places) + len(stretches)))
     for row, (kind, number, _) in enumerate(visits):
         design[row, places[kind]] = design[row, len(places) + number] = 1
-    logs, weights = np.log([seconds for _, _, seconds in visits]), np.ones(len(visits))
+    logs = np.log([seconds for _, _, seconds in visits])
+    weights: NDArray[np.floating] = np.ones(len(visits))
     fit = np.zeros(design.shape[1])
     for _ in range(_TURNS):
         fit = np.linalg.lstsq(design * weights[:, None], logs * weights, rcond=None)[0]
