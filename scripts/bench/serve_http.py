@@ -4,6 +4,7 @@
     python scripts/bench/serve_http.py -C CATALOG --alone        one stream beside the loader without a server
     python scripts/bench/serve_http.py -C CATALOG --prefix 960   first tokens where a prompt's beginning is known
     python scripts/bench/serve_http.py -C CATALOG --openvino FOLDER --python PYTHON     beside OpenVINO GenAI
+    python scripts/bench/serve_http.py -C CATALOG --vllm FOLDER --python PYTHON         beside vLLM
 
 llama-server is built from the source package that llama-cpp-python is built from, in `.peers/` on first use (some ten
 minutes), or is in the folder that `--environment` names, or is the file of `--server`. It runs the file as it is; ours
@@ -11,6 +12,8 @@ is the variant of the very same blocks, and what `--variant` names beside it.
 
 With --openvino the peer is OpenVINO GenAI's continuous batching, by `openvino_server.py` on what `openvino_model.py`
 wrote, with the Python that has it: `pip install openvino-genai optimum-intel[openvino] starlette uvicorn`.
+
+With --vllm it is vLLM's own server on a Hugging Face folder, in bf16: its weights on CPUs have 16 bits.
 
 All servers are up all the time, on the same cores, with memory in f16 for as many sequences of the variant's context;
 only one has requests at a time. In each round every server gets the same requests, in random order: completions of
@@ -35,6 +38,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from socket import socket
 from typing import Any
 
 import real_model
@@ -54,7 +58,7 @@ from llmbuild.report.rows import differences, quantity, table
 from llmbuild.runtime import host, reader
 from llmbuild.spec.files.reader import read_recipe
 
-PEER, OPENVINO = llama_server.NAME, "openvino-genai"
+PEER, OPENVINO, VLLM = llama_server.NAME, "openvino-genai", "vllm"
 EXACT = {
     "q4_1": {"weight_format": ("q4_1",), "head_format": ("q8_0",)},
     "q8_0": {"weight_format": ("q8_0",), "head_format": ("same", "q8_0")},
@@ -122,7 +126,7 @@ def ours(asked: argparse.Namespace, row: dict[str, Any], sequences: int) -> Entr
 
 
 def theirs(asked: argparse.Namespace, context: int, sequences: int) -> Entrant:
-    """Return the peer: OpenVINO GenAI on a folder, or llama-server on the file, built first where that is ours to do.
+    """Return the peer: another's server on a folder, or llama-server on the file, built first where that is ours to do.
 
     Raises:
         InputError: it is not there.
@@ -132,6 +136,8 @@ def theirs(asked: argparse.Namespace, context: int, sequences: int) -> Entrant:
         bounds = {"sequences": sequences, "context": context, "threads": asked.threads}
         words = [word for name, value in bounds.items() for word in (f"--{name}", str(value))]
         return Entrant(OPENVINO, (*script, *words), asked.openvino.name)
+    if asked.vllm:
+        return vllm(asked, context, sequences)
     gguf = real_model.gguf_of(asked)
     made = asked.server
     if made is None:
@@ -141,6 +147,29 @@ def theirs(asked: argparse.Namespace, context: int, sequences: int) -> Entrant:
         raise InputError(f"--server {made}: no such file")
     command = llama_server.command(made.absolute(), gguf, sequences, context, asked.threads)
     return Entrant(PEER, tuple(command), gguf.stem, CACHED if asked.prefix else UNCACHED)
+
+
+def vllm(asked: argparse.Namespace, context: int, sequences: int) -> Entrant:
+    """Return vLLM's server on a free port, with caches for at least so many sequences and no cache of prompts."""
+    with socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    folder = str(asked.vllm.absolute())
+    words = [
+        "--model",
+        folder,
+        "--dtype",
+        "bfloat16",
+        "--max-num-seqs",
+        str(sequences),
+        "--max-model-len",
+        str(context),
+    ]
+    words += ["--no-enable-prefix-caching", "--host", "127.0.0.1", "--port", str(port)]
+    told = ["VLLM_CPU_KVCACHE_SPACE=1", f"OMP_NUM_THREADS={asked.threads}", "VLLM_CPU_OMP_THREADS_BIND=nobind"]
+    offline = ["HF_HUB_OFFLINE=1", "VLLM_NO_USAGE_STATS=1"]
+    command = ["env", *told, *offline, str(asked.python.absolute()), "-m", "vllm.entrypoints.openai.api_server", *words]
+    return Entrant(VLLM, tuple(command), folder)
 
 
 @contextmanager
@@ -296,8 +325,8 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
         entering = [theirs(asked, context, sequences), *entering]
     made: dict[str, Any] = {
         "machine": host.machine().describe(),
-        "file": asked.openvino.name if asked.openvino else real_model.gguf_of(asked).name,
-        "peer": OPENVINO if asked.openvino else PEER,
+        "file": (asked.openvino or asked.vllm or real_model.gguf_of(asked)).name,
+        "peer": OPENVINO if asked.openvino else VLLM if asked.vllm else PEER,
         **{name: getattr(asked, name) for name in ("threads", "rounds", "requests", "output", "prefix", "seed")},
         "lengths": f"{asked.trace.name} / {asked.scale}" if asked.trace else "drawn",
         "context": context,
@@ -379,7 +408,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
     add("--environment", type=Path, help="a folder with llama-server/bin/llama-server, instead of .peers/")
     add("--server", type=Path, help="llama-server itself, instead of one in a folder")
     add("--openvino", type=Path, metavar="FOLDER", help="the peer is OpenVINO GenAI on this folder, not llama-server")
-    add("--python", type=Path, default=Path(sys.executable), help="the Python that has openvino-genai")
+    add("--vllm", type=Path, metavar="FOLDER", help="the peer is vLLM on this folder, not llama-server")
+    add("--python", type=Path, default=Path(sys.executable), help="the Python that has openvino-genai or vLLM")
     add("--variant", nargs="+", default=[], metavar="DIGEST", help="variants beside the one of the file's blocks")
     add("--streams", type=int, nargs="+", default=[1, 4, 8, 16], help="requests at a time")
     add("--requests", type=int, default=3, help="requests of each stream in a round")
@@ -400,8 +430,8 @@ def options(words: list[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name} is too small")
     if min(found.streams) < 1 or found.prefix < 0 or (found.alone and found.prefix):
         parser.error("--streams are 1 or more, --prefix is positive, and --alone goes without --prefix")
-    if found.openvino and (found.alone or found.prefix):
-        parser.error("--openvino is for streams, without --alone and --prefix")
+    if (found.openvino or found.vllm) and (found.alone or found.prefix or (found.openvino and found.vllm)):
+        parser.error("--openvino and --vllm are for streams, one at a time, without --alone and --prefix")
     if found.threads > len(os.sched_getaffinity(0)):
         parser.error(f"--threads {found.threads}: there are {len(os.sched_getaffinity(0))} cores")
     return found

@@ -20,8 +20,8 @@ from llmbuild.errors import InputError
 from llmbuild.process.child import stop_group, tail
 from llmbuild.profiler import noise
 
-START_S = 180.0
-"""Seconds in which a server must answer."""
+START_S = 600.0
+"""Seconds in which a server must answer: some compile first."""
 TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _URL = re.compile(r"http://127\.0\.0\.1:\d+")
 
