@@ -247,7 +247,7 @@ def test_a_lease_ends_with_who_holds_it_also_where_its_server_does_not(here: Slu
     deaf = tmp_path / "deaf.py"
     deaf.write_text("import time\ntime.sleep(60)\n")
     words = ("srun", "--quiet", sys.executable, str(deaf))
-    code = f"from llmbuild.profiler import allotted; allotted.GRACE_S = 0.1; allotted.main(*{words})"
+    code = f"from llmbuild.process import keeper; keeper.GRACE_S = 0.1; keeper.main(*{words})"
     front = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
     assert front.stdin is not None
     srun = int(_read(here.folder / "srun.pid"))
