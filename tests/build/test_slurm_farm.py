@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +22,6 @@ from llmbuild.errors import InputError, NothingUsable
 from llmbuild.process import slurm
 from llmbuild.process.slurm import Asked, Options, asked_of, connected, jobs_folder, python
 from llmbuild.process.slurm_jobs import Ended, Jobs, Running, Work, this_node
-from llmbuild.profiler import allotted
 from llmbuild.profiler.allotted import Allotted
 from llmbuild.profiler.remote import Remote
 from tests.support.slurms import Slurm
@@ -242,31 +243,22 @@ def test_a_lease_that_slurm_refuses_is_told_with_its_reason(here: Slurm) -> None
         _ = remote.machine
 
 
-def test_a_lease_ends_with_who_holds_it_also_where_its_server_does_not(
-    here: Slurm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_lease_ends_with_who_holds_it_also_where_its_server_does_not(here: Slurm, tmp_path: Path) -> None:
     deaf = tmp_path / "deaf.py"
     deaf.write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(allotted, "GRACE_S", 0.1)
-    reader, writer = os.pipe()
-    front = os.fork()
-    if not front:
-        os.dup2(reader, 0)
-        os.close(writer)
-        try:
-            allotted.main("srun", "--quiet", "python3", str(deaf))
-        finally:
-            os._exit(9)
-    os.close(reader)
+    words = ("srun", "--quiet", sys.executable, str(deaf))
+    code = f"from llmbuild.process import keeper; keeper.GRACE_S = 0.1; keeper.main(*{words})"
+    front = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE)
+    assert front.stdin is not None
     srun = int(_read(here.folder / "srun.pid"))
-    os.kill(front, 9)
-    os.waitpid(front, 0)
+    front.kill()
+    front.wait()
     assert _gone(srun)
-    os.close(writer)
+    front.stdin.close()
 
 
 def _read(path: Path) -> str:
-    for _ in range(200):
+    for _ in range(1500):
         if path.is_file() and (text := path.read_text()):
             return text
         time.sleep(0.02)
@@ -274,7 +266,7 @@ def _read(path: Path) -> str:
 
 
 def _gone(pid: int) -> bool:
-    for _ in range(200):
+    for _ in range(1500):
         try:
             os.kill(pid, 0)
         except ProcessLookupError:
