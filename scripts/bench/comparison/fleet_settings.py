@@ -1,0 +1,65 @@
+"""What the study of policies simulates: fleets, traces and their scaling, each with a made-up day in its length."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmbuild.fleet.simulate.trace import Asked, Trace, asked, read_trace
+from llmbuild.spec.fleet import Fleet
+
+CONV, CODE, MOONCAKE = "AzureLLMInferenceTrace_conv.csv", "AzureLLMInferenceTrace_code.csv", "mooncake_*.jsonl"
+"""The files by name, or by pattern, in the folder of traces."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trace of a service: the file, and by how much its rate and its lengths are scaled."""
+
+    service: str
+    """Empty: of all services without one of their own."""
+    file: str
+    rate: float
+    lengths: float
+
+
+@dataclass(frozen=True)
+class Study:
+    """A fleet under traces. Each is repeated to the length of the day, thinned or laid over itself, and bent to a day."""
+
+    name: str
+    fleet: str
+    """The recipe."""
+    repeat: int
+    """How many times each trace's hour comes: the length of the day in hours."""
+    context: int
+    """Tokens to which requests are cut."""
+    sources: tuple[Source, ...]
+
+    def traces(self, folder: Path, seed: int) -> dict[str, Trace]:
+        """Return the traces by service; another seed keeps other requests where a rate is thinned.
+
+        Raises:
+            InputError: no such file.
+        """
+        return {one.service: self._trace(folder, one, seed) for one in self.sources}
+
+    def _trace(self, folder: Path, one: Source, seed: int) -> Trace:
+        found = sorted(folder.glob(one.file))
+        whole = read_trace(found[0] if found else folder / one.file)
+        scaled = whole.lengths(one.lengths, self.context).repeated(self.repeat)
+        return scaled.at_rate(one.rate, seed).day()
+
+    def requests(self, fleet: Fleet, folder: Path, seed: int) -> list[Asked]:
+        """Return the requests of a seed, which begins at another hour of the day."""
+        return asked(fleet, self.traces(folder, seed), seed)
+
+
+STUDIES = (
+    Study("cpus-azure", "cpus", 2, 4096, (Source("chat", CONV, 0.9, 1.0), Source("code", CODE, 0.2, 0.25))),
+    Study("cpus-mooncake", "cpus", 2, 4096, (Source("", MOONCAKE, 1.5, 0.05),)),
+    Study("gpus-azure", "gpus", 4, 8192, (Source("chat", CONV, 0.6, 4.0), Source("code", CODE, 0.5, 2.0))),
+    Study("gpus-mooncake", "gpus", 4, 8192, (Source("", MOONCAKE, 1.0, 0.5),)),
+    Study("mig-azure", "mig", 4, 8192, (Source("", CONV, 0.4, 2.0), Source("code", CODE, 0.2, 2.0))),
+    Study("mig-mooncake", "mig", 4, 8192, (Source("", MOONCAKE, 0.6, 0.25),)),
+)
