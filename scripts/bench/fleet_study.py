@@ -14,9 +14,10 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 from comparison import fleet_runs, saved
+from comparison.fleet_ablation import ABLATIONS, named
 from comparison.fleet_runs import Simulated
 from comparison.fleet_settings import STUDIES, Study
 from comparison.script import end, say
@@ -69,9 +70,9 @@ def run(study, fleet, seed, args):
     for name in args.policy or POLICIES:
         if (name, seed) in there or (name == "lowest-clock" and not any(n.clocks for n in fleet.nodes)): continue
         requests = requests or study.requests(fleet, args.traces, seed)
-        made = POLICIES[name]; began = perf_counter()
+        made = named(name); began, cpu = perf_counter(), process_time()
         one = simulate(fleet, profiles, requests, name, made.make, made.router(fleet), Setting(seed, every_s=EVERY_S if not seed else 0))
-        say(f"{study.name} {seed} {name}: {len(requests)} in {perf_counter()-began:.1f} s (decide {one.decide_s:.1f}); " + " ".join(f"{c.attainment:.2%}" for c in one.classes) + f" {one.joules_per_token:.4f} J idle {one.idle_share:.0%} nh {one.node_hours:.1f} ch {one.changes}; {one.explained}")
+        say(f"{study.name} {seed} {name}: {len(requests)} in {perf_counter()-began:.1f} s, {process_time()-cpu:.1f} CPU (decide {one.decide_s:.1f}); " + " ".join(f"{c.attainment:.2%}" for c in one.classes) + f" {one.joules_per_token:.4f} J idle {one.idle_share:.0%} nh {one.node_hours:.1f} ch {one.changes}; {one.explained}")
         with path.open("a") as f: f.write(json.dumps(saved.finite(plain(one)))+"\n")
 
 if __name__ == "__main__":

@@ -8,12 +8,12 @@ back in time.
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from llmbuild.fleet.capacity import capacity
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.plan import Held, Plan, plan, worth
-from llmbuild.fleet.policies.forecast import Forecast
+from llmbuild.fleet.policies.forecast import Z, Forecast
 from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import Fleet
 
@@ -33,11 +33,33 @@ def lead_s(given: Given) -> float:
     return max(node.boot_s for node in given.fleet.nodes) + load_s
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of the policy are in use: all of them, but where a study asks what each is worth."""
+
+    headroom: bool = True
+    """Plan for more than the level of the rate, by the errors of the forecast."""
+    trend: bool = True
+    """Take a rise of the rate to go on until a new replica serves."""
+    hold: bool = True
+    """Keep what was needed within the hold time."""
+    worth: bool = True
+    """Change for a saving where it is `WORTH` times the cost of its starts; without, for any saving."""
+    urgent: bool = True
+    """Look for a shortage in each period; without, once in `SLOW_S`."""
+    clocks: bool = True
+    """Set the clocks of nodes."""
+
+
+ALL = Parts()
+
+
 class Planned:
     """What runs, by the last plan; and the rules by which a new one takes its place."""
 
-    def __init__(self, given: Given, load: Load) -> None:
+    def __init__(self, given: Given, load: Load, worth: float = WORTH) -> None:
         self._given = given
+        self._worth = worth
         self._fleet = given.fleet
         self.target: Target = {}
         self.told = ""
@@ -69,7 +91,7 @@ class Planned:
         then = worth(fleet, self._given.profiles, load, held, made)
         if then.shortage < now.shortage - 1e-9:
             self._take(self._whole(made), "capacity was short")
-        elif then.shortage <= now.shortage + 1e-9 and (now.cost - then.cost) * HORIZON_S > WORTH * then.starts:
+        elif then.shortage <= now.shortage + 1e-9 and (now.cost - then.cost) * HORIZON_S > self._worth * then.starts:
             self._take(self._whole(made), "saves")
 
     def _whole(self, made: Plan) -> Plan:
@@ -82,13 +104,16 @@ class Planned:
 class Adaptive:
     """Plans for a forecast that it makes of what it sees."""
 
-    def __init__(self, given: Given) -> None:
-        self._given = given
-        self._forecast = Forecast(given.fleet)
+    def __init__(self, given: Given, parts: Parts = ALL) -> None:
+        self._given = given if parts.clocks else replace(given, fleet=given.fleet.without_clocks())
+        self._parts = parts
+        ahead_s = lead_s(given) if parts.trend else 0.0
+        self._forecast = Forecast(given.fleet, Z if parts.headroom else 0.0, ahead_s)
         first = given.most(0.0, WINDOW_S)
         self._forecast.begin(first)
-        self._planned = Planned(given, self._forecast.load(self._forecast.rates()))
-        self._hold_s = 2 * lead_s(given)
+        load = self._forecast.load(self._forecast.rates())
+        self._planned = Planned(self._given, load, WORTH if parts.worth else 0.0)
+        self._hold_s = 2 * lead_s(given) if parts.hold else 0.0
         self._recent: deque[tuple[float, dict[tuple[int, int], float]]] = deque()
         self._slow_s = 0.0
         self._seen: Observation | None = None
@@ -113,7 +138,7 @@ class Adaptive:
         slow = now - self._slow_s >= SLOW_S - 1e-9
         if slow:
             self._slow_s = now
-        if slow or short(self._given.fleet, held, self._planned.target):
+        if slow or (self._parts.urgent and short(self._given.fleet, held, self._planned.target)):
             self._planned.change(held, urgent=not slow)
         return self._planned.target
 
