@@ -30,7 +30,7 @@ def energy(fleets: Sequence[Simulated], path: Path) -> None:
 
     figure = Figure(figsize=(4.6 * len(fleets), 4.2), layout="constrained")
     for axes, made in zip(figure.subplots(1, len(fleets), squeeze=False)[0], fleets, strict=True):
-        for name in made.policies:
+        for name in (one for one in made.policies if one in MARKS):
             _mark(axes, name, made.of(name))
         axes.axvline(_nines(made.asked), linestyle=":", color="gray", label="asked for")
         axes.set_xticks(range(len(NINES)), NINES)
