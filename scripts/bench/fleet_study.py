@@ -97,7 +97,8 @@ def benches(args: argparse.Namespace) -> list[Bench]:
     found = []
     for study in STUDIES:
         if not args.only or study.name in args.only:
-            fleet = read_fleet(RECIPES / f"{study.fleet}.yaml", tuple(POLICIES))
+            recipe = read_fleet(RECIPES / f"{study.fleet}.yaml", tuple(POLICIES))
+            fleet = study.fleet_with(recipe, study.requests(recipe, args.traces, 0))
             pieces = Pieces(args.out / f"{study.name}.jsonl")
             found.append(Bench(study, fleet, tuple(profiles_of(fleet, args.catalog)), pieces))
     return found

@@ -1,19 +1,19 @@
 """Ours: a plan for what is forecast, changed where that pays or where capacity is short; and the clairvoyant one.
 
 Both change a running plan by the same rules. Capacity that is short comes at once. A saving must, over the horizon, be
-more than twice what its starts cost, and what was needed within the hold time is not given away: it could not come
-back in time.
+more than twice what its starts cost, and what was needed lately is not given away: it could not come back in time.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass, replace
+from math import ceil
 
 from llmbuild.fleet.capacity import capacity
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.plan import Held, Plan, plan, worth
-from llmbuild.fleet.policies.forecast import Z, Forecast
+from llmbuild.fleet.policies.forecast import BIN_S, Forecast
+from llmbuild.fleet.policies.hold import HEADROOMS, Hold, choices
 from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import Fleet
 
@@ -42,7 +42,9 @@ class Parts:
     trend: bool = True
     """Take a rise of the rate to go on until a new replica serves."""
     hold: bool = True
-    """Keep what was needed within the hold time."""
+    """Keep what was needed lately: for twice the lead at least."""
+    calibrated: bool = True
+    """Choose head-room and hold by what they would have missed; without, the second head-room and twice the lead."""
     worth: bool = True
     """Change for a saving where it is `WORTH` times the cost of its starts; without, for any saving."""
     urgent: bool = True
@@ -107,25 +109,38 @@ class Adaptive:
     def __init__(self, given: Given, parts: Parts = ALL) -> None:
         self._given = given if parts.clocks else replace(given, fleet=given.fleet.without_clocks())
         self._parts = parts
-        ahead_s = lead_s(given) if parts.trend else 0.0
-        self._forecast = Forecast(given.fleet, Z if parts.headroom else 0.0, ahead_s)
-        first = given.most(0.0, WINDOW_S)
-        self._forecast.begin(first)
-        load = self._forecast.load(self._forecast.rates())
-        self._planned = Planned(self._given, load, WORTH if parts.worth else 0.0)
-        self._hold_s = 2 * lead_s(given) if parts.hold else 0.0
-        self._recent: deque[tuple[float, dict[tuple[int, int], float]]] = deque()
+        self._forecast = Forecast(given.fleet, ahead_s=lead_s(given) if parts.trend else 0.0)
+        self._forecast.begin(given.most(0.0, WINDOW_S))
+        self._headrooms = HEADROOMS if parts.headroom else (0.0,)
+        lead = ceil(lead_s(given) / BIN_S)
+        some = choices(len(self._headrooms), 2 * lead if parts.hold else 1, BIN_S, parts.calibrated and parts.hold)
+        self._holds = {
+            (s, c): Hold(some, lead, 1 - service.attainment, BIN_S)
+            for s, service in enumerate(given.fleet.services)
+            for c in range(len(service.classes))
+        }
+        self._keep(began=True)
+        self._planned = Planned(self._given, self._load(), WORTH if parts.worth else 0.0)
         self._slow_s = 0.0
         self._seen: Observation | None = None
+
+    def _keep(self, began: bool = False) -> None:
+        """Take the window that has ended into what is kept: no less than what came in it."""
+        last = self._forecast.last
+        forecasts = [self._forecast.rates(z) for z in self._headrooms]
+        for key, hold in self._holds.items():
+            came = None if began else last[key]
+            hold.close(came, [max(one[key], came or 0.0) for one in forecasts])
+
+    def _load(self) -> Load:
+        return self._forecast.load({key: hold.rate for key, hold in self._holds.items()})
 
     def observe(self, seen: Observation) -> None:
         """Take what came, and which nodes have failed."""
         self._seen = seen
-        self._forecast.observe(seen)
+        if self._forecast.observe(seen):
+            self._keep()
         self._planned.nodes_lost(dict(seen.failed))
-        self._recent.append((seen.now_s, self._forecast.rates()))
-        while self._recent[0][0] < seen.now_s - self._hold_s:
-            self._recent.popleft()
 
     def decide(self) -> Target:
         """Return the present plan, or a new one."""
@@ -133,13 +148,15 @@ class Adaptive:
         now = self._seen.now_s
         if now <= 0:
             return self._planned.target
-        rates = self._forecast.rates()
-        held = self._forecast.load({key: max(one[key] for _, one in self._recent) for key in rates})
         slow = now - self._slow_s >= SLOW_S - 1e-9
         if slow:
             self._slow_s = now
-        if slow or (self._parts.urgent and short(self._given.fleet, held, self._planned.target)):
-            self._planned.change(held, urgent=not slow)
+        if self._parts.urgent:
+            for key, rate in self._forecast.now().items():
+                self._holds[key].lift(rate)
+        load = self._load()
+        if slow or (self._parts.urgent and short(self._given.fleet, load, self._planned.target)):
+            self._planned.change(load, urgent=not slow)
         return self._planned.target
 
     def explain(self) -> str:

@@ -11,13 +11,13 @@ from llmbuild.fleet.plan.load import Demand, Load
 from llmbuild.fleet.policy import Observation
 from llmbuild.spec.fleet import Fleet
 
-BIN_S = 30.0
+BIN_S = 60.0
 """Seconds of the windows that rates are taken over."""
 KEPT = 20
 """Windows whose errors make the head-room."""
 GUESS, GUESSES = 0.25, 5
 """Relative error that is taken for granted before errors are seen, and how many windows it stands for."""
-ABOVE, MOST_KEPT = 1.3, 120
+ABOVE, MOST_KEPT = 1.3, 60
 """No forecast is more than this times the largest rate of so many windows: an hour."""
 Z = 1.64
 """Standard deviations of the errors that are head-room: errors of a normal distribution are below it in 95 % of windows."""
@@ -34,6 +34,9 @@ class Forecast:
     def __init__(self, fleet: Fleet, z: float = Z, ahead_s: float = 0.0) -> None:
         """Begin with no rates. `ahead_s` are the seconds for which a rise is taken to go on."""
         self._fleet, self._z, self._ahead_s = fleet, z, ahead_s
+        self._lately: deque[tuple[float, dict[tuple[int, int], float]]] = deque()
+        self.last: dict[tuple[int, int], float] = {}
+        """Rates of the window that ended last."""
         self._keys = [(s, c) for s, service in enumerate(fleet.services) for c in range(len(service.classes))]
         self._level: dict[tuple[int, int], float] = {}
         self._errors: dict[tuple[int, int], deque[float]] = {key: deque(maxlen=KEPT) for key in self._keys}
@@ -52,21 +55,27 @@ class Forecast:
             self._errors[key] += [GUESS * rate] * GUESSES
             self._most[key].append(rate)
 
-    def observe(self, seen: Observation) -> None:
-        """Take the arrivals of a period."""
+    def observe(self, seen: Observation) -> bool:
+        """Take the arrivals of a period; return whether a window has ended with it."""
         for one in seen.seen:
             key = one.service, one.kind
             self._open[key] += one.arrivals
             kind = self._fleet.services[one.service].classes[one.kind]
             self.kinds[key] = replace(kind, prompt=_near(one.prompt), output=max(1.0, _near(one.output)))
-        self._passed_s += seen.period_s if seen.now_s > 0 else 0.0
-        if self._passed_s >= BIN_S - 1e-9:
-            self._close()
+        if seen.now_s > 0:
+            self._passed_s += seen.period_s
+            self._lately.append((seen.period_s, {(one.service, one.kind): one.arrivals for one in seen.seen}))
+        while len(self._lately) > 1 and sum(s for s, _ in self._lately) - self._lately[0][0] >= BIN_S - 1e-9:
+            self._lately.popleft()
+        if self._passed_s < BIN_S - 1e-9:
+            return False
+        self._close()
+        return True
 
     def _close(self) -> None:
         """End a window: the level follows it, and its error is kept."""
         for key in self._keys:
-            rate = self._open[key] / self._passed_s
+            rate = self.last[key] = self._open[key] / self._passed_s
             self.windows += 1
             self.covered += rate <= self._rate(key)
             level = self._level.get(key, rate)
@@ -78,16 +87,23 @@ class Forecast:
             self._open[key] = 0.0
         self._passed_s = 0.0
 
-    def _rate(self, key: tuple[int, int]) -> float:
+    def _rate(self, key: tuple[int, int], z: float | None = None) -> float:
         errors = self._errors[key]
         spread = math.sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
         level = self._level.get(key, 0.0)
         most = max(self._most[key], default=level)
-        return max(0.0, min(level + self._rise[key] + self._z * spread, max(level, most) * ABOVE))
+        return max(0.0, min(level + self._rise[key] + (self._z if z is None else z) * spread, max(level, most) * ABOVE))
 
-    def rates(self) -> dict[tuple[int, int], float]:
-        """Return the rates that are planned for."""
-        return {key: self._rate(key) for key in self._keys}
+    def rates(self, z: float | None = None) -> dict[tuple[int, int], float]:
+        """Return the rates that are forecast, with another head-room where one is given."""
+        return {key: self._rate(key, z) for key in self._keys}
+
+    def now(self) -> dict[tuple[int, int], float]:
+        """Return the rates of the last `BIN_S` seconds, wherever a window began; those of the last period at least."""
+        seconds = sum(s for s, _ in self._lately)
+        if not seconds:
+            return dict.fromkeys(self._keys, 0.0)
+        return {key: sum(counts.get(key, 0.0) for _, counts in self._lately) / seconds for key in self._keys}
 
     def load(self, rates: dict[tuple[int, int], float]) -> Load:
         """Return a load of these rates, with the lengths that were seen."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import mean
 
 from llmbuild.fleet.simulate.trace import Asked, Trace, asked, read_trace
 from llmbuild.spec.fleet import Fleet
@@ -53,6 +55,18 @@ class Study:
     def requests(self, fleet: Fleet, folder: Path, seed: int) -> list[Asked]:
         """Return the requests of a seed, which begins at another hour of the day."""
         return asked(fleet, self.traces(folder, seed), seed)
+
+    def fleet_with(self, fleet: Fleet, requests: Sequence[Asked]) -> Fleet:
+        """Return a fleet whose file says the mean lengths of the requests, as one who knows his service writes it."""
+        services = []
+        for s, service in enumerate(fleet.services):
+            kinds = []
+            for c, kind in enumerate(service.classes):
+                those = [one for one in requests if (one.service, one.kind) == (s, c)]
+                prompt, output = mean(one.prompt for one in those), mean(one.output for one in those)
+                kinds.append(replace(kind, prompt=round(prompt), output=max(1, round(output))))
+            services.append(replace(service, classes=tuple(kinds)))
+        return replace(fleet, services=tuple(services))
 
 
 STUDIES = (
