@@ -6,14 +6,14 @@ more than twice what its starts cost, and what was needed lately is not given aw
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, replace
 from math import ceil
 
 from llmbuild.fleet.capacity import capacity
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.plan import Held, Plan, plan, worth
-from llmbuild.fleet.policies.forecast import BIN_S, Forecast
-from llmbuild.fleet.policies.hold import HEADROOMS, Hold, choices
+from llmbuild.fleet.policies.forecast import BIN_S, Forecast, Z
 from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import Fleet
 
@@ -21,7 +21,7 @@ SLOW_S = 60.0
 """Seconds between two looks for a saving."""
 HORIZON_S = 900.0
 """Seconds over which a change must pay."""
-OVER_S = 10.0
+OVER_S = 30.0
 """Seconds over which the clairvoyant policy takes rates: bursts that are longer find a place."""
 WORTH = 2.0
 """How many times its own cost a change must save."""
@@ -42,13 +42,11 @@ class Parts:
     trend: bool = True
     """Take a rise of the rate to go on until a new replica serves."""
     hold: bool = True
-    """Keep what was needed lately: for twice the lead at least."""
-    calibrated: bool = True
-    """Choose head-room and hold by what they would have missed; without, the second head-room and twice the lead."""
+    """Keep what was needed within twice the time that a start takes."""
     worth: bool = True
     """Change for a saving where it is `WORTH` times the cost of its starts; without, for any saving."""
     urgent: bool = True
-    """Look for a shortage in each period; without, once in `SLOW_S`."""
+    """Look for a shortage in each period, at the rate of the last window; without, once in `SLOW_S`."""
     clocks: bool = True
     """Set the clocks of nodes."""
 
@@ -107,39 +105,30 @@ class Adaptive:
     """Plans for a forecast that it makes of what it sees."""
 
     def __init__(self, given: Given, parts: Parts = ALL) -> None:
-        self._given = given if parts.clocks else replace(given, fleet=given.fleet.without_clocks())
         self._parts = parts
-        self._forecast = Forecast(given.fleet, ahead_s=lead_s(given) if parts.trend else 0.0)
+        lead = lead_s(given)
+        self._forecast = Forecast(given.fleet, Z if parts.headroom else 0.0, lead if parts.trend else 0.0)
         self._forecast.begin(given.most(0.0, WINDOW_S))
-        self._headrooms = HEADROOMS if parts.headroom else (0.0,)
-        lead = ceil(lead_s(given) / BIN_S)
-        some = choices(len(self._headrooms), 2 * lead if parts.hold else 1, BIN_S, parts.calibrated and parts.hold)
-        self._holds = {
-            (s, c): Hold(some, lead, 1 - service.attainment, BIN_S)
-            for s, service in enumerate(given.fleet.services)
-            for c in range(len(service.classes))
-        }
-        self._keep(began=True)
+        windows = ceil(2 * lead / BIN_S) if parts.hold else 1
+        self._kept = {key: deque([rate], windows) for key, rate in self._forecast.rates().items()}
+        self._given = given if parts.clocks else replace(given, fleet=given.fleet.without_clocks())
         self._planned = Planned(self._given, self._load(), WORTH if parts.worth else 0.0)
         self._slow_s = 0.0
         self._seen: Observation | None = None
 
-    def _keep(self, began: bool = False) -> None:
-        """Take the window that has ended into what is kept: no less than what came in it."""
-        last = self._forecast.last
-        forecasts = [self._forecast.rates(z) for z in self._headrooms]
-        for key, hold in self._holds.items():
-            came = None if began else last[key]
-            hold.close(came, [max(one[key], came or 0.0) for one in forecasts])
-
     def _load(self) -> Load:
-        return self._forecast.load({key: hold.rate for key, hold in self._holds.items()})
+        """Return the load that is planned for: the largest of what is kept."""
+        return self._forecast.load({key: max(kept) for key, kept in self._kept.items()})
 
     def observe(self, seen: Observation) -> None:
         """Take what came, and which nodes have failed."""
         self._seen = seen
         if self._forecast.observe(seen):
-            self._keep()
+            for key, rate in self._forecast.rates().items():
+                self._kept[key].append(max(rate, self._forecast.last[key]))
+        if self._parts.urgent:  # a burst is seen before its window ends
+            for key, rate in self._forecast.now().items():
+                self._kept[key][-1] = max(self._kept[key][-1], rate)
         self._planned.nodes_lost(dict(seen.failed))
 
     def decide(self) -> Target:
@@ -151,9 +140,6 @@ class Adaptive:
         slow = now - self._slow_s >= SLOW_S - 1e-9
         if slow:
             self._slow_s = now
-        if self._parts.urgent:
-            for key, rate in self._forecast.now().items():
-                self._holds[key].lift(rate)
         load = self._load()
         if slow or (self._parts.urgent and short(self._given.fleet, load, self._planned.target)):
             self._planned.change(load, urgent=not slow)

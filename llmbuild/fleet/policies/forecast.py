@@ -8,11 +8,11 @@ from collections.abc import Collection
 from dataclasses import replace
 
 from llmbuild.fleet.plan.load import Demand, Load
-from llmbuild.fleet.policy import Observation
+from llmbuild.fleet.policy import WINDOW_S, Observation
 from llmbuild.spec.fleet import Fleet
 
-BIN_S = 60.0
-"""Seconds of the windows that rates are taken over."""
+BIN_S = WINDOW_S
+"""Seconds of the windows that rates are taken over: a shorter one takes the chance of arrivals for a change."""
 KEPT = 20
 """Windows whose errors make the head-room."""
 GUESS, GUESSES = 0.25, 5
@@ -20,7 +20,7 @@ GUESS, GUESSES = 0.25, 5
 ABOVE, MOST_KEPT = 1.3, 60
 """No forecast is more than this times the largest rate of so many windows: an hour."""
 Z = 1.64
-"""Standard deviations of the errors that are head-room: errors of a normal distribution are below it in 95 % of windows."""
+"""Standard deviations of the errors that are head-room: normal errors are below it in 95 % of the windows."""
 FEWEST = 6
 """Windows without which no line is drawn through them."""
 _LEVEL = 0.4
@@ -87,22 +87,20 @@ class Forecast:
             self._open[key] = 0.0
         self._passed_s = 0.0
 
-    def _rate(self, key: tuple[int, int], z: float | None = None) -> float:
+    def _rate(self, key: tuple[int, int]) -> float:
         errors = self._errors[key]
         spread = math.sqrt(sum(e * e for e in errors) / len(errors)) if errors else 0.0
         level = self._level.get(key, 0.0)
         most = max(self._most[key], default=level)
-        return max(0.0, min(level + self._rise[key] + (self._z if z is None else z) * spread, max(level, most) * ABOVE))
+        return max(0.0, min(level + self._rise[key] + self._z * spread, max(level, most) * ABOVE))
 
-    def rates(self, z: float | None = None) -> dict[tuple[int, int], float]:
-        """Return the rates that are forecast, with another head-room where one is given."""
-        return {key: self._rate(key, z) for key in self._keys}
+    def rates(self) -> dict[tuple[int, int], float]:
+        """Return the rates that are forecast."""
+        return {key: self._rate(key) for key in self._keys}
 
     def now(self) -> dict[tuple[int, int], float]:
-        """Return the rates of the last `BIN_S` seconds, wherever a window began; those of the last period at least."""
-        seconds = sum(s for s, _ in self._lately)
-        if not seconds:
-            return dict.fromkeys(self._keys, 0.0)
+        """Return the rates of the last `BIN_S` seconds, wherever a window began."""
+        seconds = max(BIN_S, sum(s for s, _ in self._lately))
         return {key: sum(counts.get(key, 0.0) for _, counts in self._lately) / seconds for key in self._keys}
 
     def load(self, rates: dict[tuple[int, int], float]) -> Load:

@@ -63,11 +63,11 @@ def by_slack(fleet: Fleet) -> Choose:
 
     @cache
     def held(service: int, kind: int, point: OperatingPoint, takes: float) -> float:
-        """Return how many sequences are on a replica at that rate: the mean and a standard deviation, one at least."""
+        """Return how many sequences are on a replica at that rate: in the mean, one at least."""
         asked = fleet.services[service].classes[kind]
         state = steady(point, asked, takes)
         mean = state.rows + takes * point.step.prompt_s * asked.prompt
-        return min(ROWS * point.batch, max(1.0, mean + math.sqrt(mean)))
+        return min(ROWS * point.batch, max(1.0, mean))
 
     def choose(ready: Sequence[C], job: Waiting, now: float) -> C:
         service, kind = job.ask.service, job.ask.kind

@@ -30,7 +30,6 @@ ABLATIONS = {
     "without head-room": _without("headroom"),
     "without trend": _without("trend"),
     "without hold": _without("hold"),
-    "without calibration": _without("calibrated"),
     "without worth": _without("worth"),
     "without urgency": _without("urgent"),
     "without clocks": _without("clocks"),
@@ -49,4 +48,4 @@ def named(name: str) -> Named:
     return ABLATIONS[name] if name in ABLATIONS else policy(name)
 
 
-assert set(Parts.__dataclass_fields__) == {"headroom", "trend", "hold", "calibrated", "worth", "urgent", "clocks"}
+assert set(Parts.__dataclass_fields__) == {"headroom", "trend", "hold", "worth", "urgent", "clocks"}
