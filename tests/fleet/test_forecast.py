@@ -1,4 +1,4 @@
-"""The forecast: a level, a rise that goes on until a new replica serves, and a head-room; and the policy without each."""
+"""The forecast: a level, its rise until a new replica serves, and a head-room; and the policy without each part."""
 
 from __future__ import annotations
 

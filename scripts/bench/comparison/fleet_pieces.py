@@ -1,4 +1,4 @@
-"""Outcomes kept one by one, a line each, so that an interruption loses none; and what one policy takes against another."""
+"""Outcomes kept one by one, so that an interruption loses none; and what one policy takes against another."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Study:
-    """A fleet under traces. Each is repeated to the length of the day, thinned or laid over itself, and bent to a day."""
+    """A fleet under traces: each is repeated to the length of the day, thinned or laid over itself, and bent to it."""
 
     name: str
     fleet: str
