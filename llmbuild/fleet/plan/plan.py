@@ -123,15 +123,20 @@ def plan(
     held: Held | None = None,
     small: int = SMALL,
     moves: int = MOVES,
+    keep: bool = False,
 ) -> Plan:
     """Return a plan for a load; with `held` one that pays for starting what does not run yet.
 
-    A fleet's share of requests that find no place is least by priority, whatever it costs; then the objective is least.
+    With `keep` all that is held stays as it is, and only what is missing is added to it. A fleet's share of requests that find no place is least by priority, whatever it costs; then the objective is least.
     """
     began = monotonic()
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
-    replicas, bound, method = _whole(asked, least, held, small, moves)
+    if keep and held is not None:
+        kept = _searched(asked, _current(asked, held), _current(asked, held), held, 0)
+        replicas, bound, method = kept.replicas, least.bound, "what is held, and what is missing"
+    else:
+        replicas, bound, method = _whole(asked, least, held, small, moves)
     found = _Found(replicas, bound, least.shortage, method, held)
     return _made(asked, profiles, load, found, monotonic() - began)
 

@@ -87,6 +87,11 @@ class Planned:
         now = worth(fleet, self._given.profiles, load, held)
         if urgent and now.shortage <= 0:
             return
+        if now.shortage > 0:  # what runs goes on: what takes its place would come late
+            more = plan(fleet, self._given.profiles, load, held=held, keep=True)
+            if more.shortage <= more.least_shortage + 1e-9:
+                self._take(self._whole(more), "capacity was short")
+                return
         made = plan(fleet, self._given.profiles, load, held=held)
         then = worth(fleet, self._given.profiles, load, held, made)
         if then.shortage < now.shortage - 1e-9:

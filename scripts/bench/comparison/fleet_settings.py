@@ -72,9 +72,9 @@ class Study:
 STUDIES = (
     Study("cpus-azure", "cpus", 1, 4096, (Source("chat", CONV, 0.5, 1.0), Source("code", CODE, 0.15, 0.25))),
     Study("cpus-mooncake", "cpus", 1, 4096, (Source("", MOONCAKE, 0.8, 0.05),)),
-    Study("gpus-azure", "gpus", 2, 8192, (Source("chat", CONV, 0.4, 4.0), Source("code", CODE, 0.3, 0.75))),
-    Study("gpus-mooncake", "gpus", 2, 6144, (Source("", MOONCAKE, 1.5, 0.5),)),
-    Study("mig-azure", "mig", 2, 8192, (Source("", CONV, 0.3, 4.0), Source("code", CODE, 0.15, 1.0))),
-    Study("mig-mooncake", "mig", 2, 8192, (Source("", MOONCAKE, 0.8, 0.5),)),
+    Study("gpus-azure", "gpus", 4, 8192, (Source("chat", CONV, 0.4, 4.0), Source("code", CODE, 0.3, 0.75))),
+    Study("gpus-mooncake", "gpus", 4, 6144, (Source("", MOONCAKE, 1.2, 0.5),)),
+    Study("mig-azure", "mig", 4, 8192, (Source("", CONV, 0.25, 4.0), Source("code", CODE, 0.15, 1.0))),
+    Study("mig-mooncake", "mig", 4, 8192, (Source("", MOONCAKE, 0.6, 0.5),)),
 )
 """Lengths are such that each class can meet its SLO on some node; rates, such that peaks take several replicas."""
