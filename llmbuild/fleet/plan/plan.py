@@ -133,7 +133,7 @@ def plan(
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
     if keep and held is not None:
-        kept = _searched(asked, _current(asked, held), _current(asked, held), held, 0)
+        kept = _searched(asked, _current(asked, held), _current(asked, held), held, moves, keep)
         replicas, bound, method = kept.replicas, least.bound, "what is held, and what is missing"
     else:
         replicas, bound, method = _whole(asked, least, held, small, moves)
@@ -201,9 +201,9 @@ def _starts(least: Relaxed, current: list[int] | None) -> list[list[int]]:
 
 
 def _searched(
-    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int
+    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int, keep: bool = False
 ) -> Rounding:
-    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held)) if held else Rounding(asked)
+    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held), keep) if held else Rounding(asked)
     rounding.place(_allowed(asked, start))
     rounding.fill()
     rounding.improve(moves // 3)
