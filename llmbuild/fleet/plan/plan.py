@@ -127,7 +127,8 @@ def plan(
 ) -> Plan:
     """Return a plan for a load; with `held` one that pays for starting what does not run yet.
 
-    With `keep` all that is held stays as it is, and only what is missing is added to it. A fleet's share of requests that find no place is least by priority, whatever it costs; then the objective is least.
+    With `keep` all that is held stays, but for its clock, and only what is missing is added. A fleet's share of
+    requests that find no place is least by priority, whatever it costs; then the objective is least.
     """
     began = monotonic()
     asked = program(fleet, profiles, load, max_nodes)
