@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 
 from llmbuild.errors import InputError
+from llmbuild.fleet.policies.adaptive import Parts
 from llmbuild.fleet.policies.named import POLICIES
 from llmbuild.fleet.simulate.trace import Arrival, Trace
 from tests.fleet.test_policies_bench import outcome, saved
@@ -100,6 +101,7 @@ def test_ours_is_held_against_the_static_plan_the_best_in_use_and_the_oracle_see
 
 
 def test_every_part_that_is_left_out_has_a_name_and_no_policy_has_it() -> None:
+    assert set(fleet_ablation.PARTS.values()) == {field.name for field in fields(Parts)}
     assert not set(fleet_ablation.ABLATIONS) & set(POLICIES)
     assert fleet_ablation.named("adaptive") is POLICIES["adaptive"]
     with pytest.raises(InputError, match="no policy"):

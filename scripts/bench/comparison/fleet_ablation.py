@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmbuild.fleet.policies.adaptive import ALL, Adaptive, Parts
+from llmbuild.fleet.policies.adaptive import ALL, Adaptive
 from llmbuild.fleet.policies.named import POLICIES, Named, policy
 from llmbuild.fleet.policies.routing import Choose, least_loaded
 from llmbuild.fleet.policy import Given
@@ -26,13 +26,16 @@ def _least(fleet: Fleet) -> Choose:
     return least_loaded
 
 
+PARTS = {
+    "without head-room": "headroom",
+    "without trend": "trend",
+    "without hold": "hold",
+    "without worth": "worth",
+    "without urgency": "urgent",
+    "without clocks": "clocks",
+}
 ABLATIONS = {
-    "without head-room": _without("headroom"),
-    "without trend": _without("trend"),
-    "without hold": _without("hold"),
-    "without worth": _without("worth"),
-    "without urgency": _without("urgent"),
-    "without clocks": _without("clocks"),
+    **{name: _without(part) for name, part in PARTS.items()},
     "without slack routing": replace(WHOLE, router=_least),
     "static, slack routing": replace(POLICIES["static-peak"], router=WHOLE.router),
 }
@@ -46,6 +49,3 @@ def named(name: str) -> Named:
         InputError: neither.
     """
     return ABLATIONS[name] if name in ABLATIONS else policy(name)
-
-
-assert set(Parts.__dataclass_fields__) == {"headroom", "trend", "hold", "worth", "urgent", "clocks"}
