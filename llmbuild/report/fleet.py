@@ -247,6 +247,7 @@ def outcome_json(one: Outcome) -> dict[str, object]:
         "joules": dict(one.joules),
         "joules_per_output_token": one.joules_per_token,
         "idle_share": one.idle_share,
+        "switching_share": one.switching_share,
         "co2e_g": one.grams,
         "electricity_price": one.money,
         "tariff_basis": one.tariff_basis,
@@ -285,7 +286,8 @@ def outcomes_table(outcomes: Sequence[Outcome], oracle: str) -> str:
     for one in outcomes:
         by_policy.setdefault(one.policy, []).append(one)
     names = [f"{c.service}/{c.kind}" for c in outcomes[0].classes]
-    header = ["policy", *(f"met {name}" for name in names), "J/token", "idle", "node-h", "changes", "regret", "basis"]
+    figures = ["J/token", "idle", "switching", "node-h", "changes", "regret", "basis"]
+    header = ["policy", *(f"met {name}" for name in names), *figures]
     factors = [name for name in FACTORS if getattr(outcomes[0], name) is not None]
     header[len(names) + 2 : len(names) + 2] = [f"{FACTORS[name]} ({outcomes[0].tariff_basis})" for name in factors]
     lines = [_line(policy, those, by_policy.get(oracle, ()), factors) for policy, those in by_policy.items()]
@@ -305,6 +307,7 @@ def _line(policy: str, those: Sequence[Outcome], best: Sequence[Outcome], factor
         _interval([one.joules_per_token for one in those], ".3f"),
         *(_interval([getattr(one, name) for one in those], ".4g", False) for name in factors),
         _interval([one.idle_share for one in those], ".0%", False),
+        _interval([one.switching_share for one in those], ".1%", False),
         _interval([one.node_hours for one in those], ".2f", False),
         _interval([float(one.changes) for one in those], ".0f", False),
         regret,

@@ -281,6 +281,10 @@ class Fleet:
         """Return the fleet without partitions: each device is one slot."""
         return replace(self, nodes=tuple(replace(n, partitions=None) for n in self.nodes))
 
+    def without_clocks(self) -> Fleet:
+        """Return the fleet whose nodes run at the clock that they have."""
+        return replace(self, nodes=tuple(replace(n, clocks=()) for n in self.nodes))
+
     def at_rate(self, factor: float) -> Fleet:
         """Return the fleet with every rate scaled."""
         return replace(self, services=tuple(replace(s, rate=s.rate * factor) for s in self.services))

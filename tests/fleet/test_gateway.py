@@ -230,7 +230,8 @@ def test_the_router_of_the_simulator_fills_live_replicas_while_they_are_in_time(
     made = fleet(service(ttft_s=0.2))
     kind, choose = made.nodes[0], by_slack(made)
     at = OperatingPoint(profile(kind.device), kind, 4)
-    places = [Place(Live(f"r{i}", 0, at, Slot(kind.name, kind.nodes[i], 0), "ready"), at, (1.0,)) for i in range(2)]
+    many = (60.0,)  # at so many requests a second all four rows are taken
+    places = [Place(Live(f"r{i}", 0, at, Slot(kind.name, kind.nodes[i], 0), "ready"), at, many) for i in range(2)]
 
     def chosen(prompt: int) -> int:
         job = Job(Asked(0, 0.0, 0, 0, prompt, 50))
@@ -243,6 +244,21 @@ def test_the_router_of_the_simulator_fills_live_replicas_while_they_are_in_time(
     assert places[0].expected_ttft_s(100, 0.0) > 0.06
     assert [chosen(500), chosen(100)] == [1, 0]  # a long prompt behind three others would be late; 80 % of 4 are 3
     assert places[0].load == 4
+
+
+def test_the_router_puts_no_more_on_a_replica_than_it_holds_at_the_rate_that_it_takes() -> None:
+    made = fleet(service())
+    kind, choose = made.nodes[0], by_slack(made)
+    at = OperatingPoint(profile(kind.device), kind, 16)
+    rate = 5.0  # answers of 50 tokens: some three at a time
+    places = [Place(Live(f"r{i}", 0, at, Slot(kind.name, kind.nodes[i], 0), "ready"), at, (rate,)) for i in range(2)]
+    chosen = []
+    for number in range(8):
+        job = Job(Asked(number, 0.0, 0, 0, 100, 50))
+        place = choose(places, job, 0.0)
+        place.jobs.add(job)
+        chosen.append(places.index(place))
+    assert chosen == [0, 0, 0, 0, 1, 1, 1, 1]
 
 
 def test_tokens_that_take_longer_than_their_profile_make_the_load_larger() -> None:

@@ -196,7 +196,7 @@ def test_the_adaptive_policy_follows_the_load_live() -> None:
     loop = Loop(made, POLICIES["adaptive"].make(given), backend, lines.append)
     now, most = 0.0, 0
     for _ in range(4 * 400):
-        rate = EACH * 2.5 if 100 <= now < 200 else 1.0
+        rate = EACH * 3.5 if 100 <= now < 200 else 1.0
         backend.now = now
         traffic = Traffic((Seen(0, 0, round(rate * 10), 100.0, 50.0),), {}, {(0, 0): rate})
         live = loop.beat(now, traffic)

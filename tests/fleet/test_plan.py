@@ -152,6 +152,32 @@ def test_what_runs_is_kept_where_a_change_would_not_pay() -> None:
     assert long.cost == pytest.approx(best.cost, rel=0.05)
 
 
+def test_with_what_is_held_kept_a_plan_adds_what_is_missing_and_takes_nothing_away() -> None:
+    made, profiles = two_kinds(30.0)
+    wasteful = (("a", point(made, profiles[1], 16), 3), ("b", point(made, profiles[0], 16), 1))
+    held = Held(wasteful, 1e9)
+    kept = plan(made, profiles, stated(made), held=held, keep=True)
+    running = {(one.service, one.point): one.replicas for one in kept.assignments}
+    assert all(running[service, at] >= count for service, at, count in wasteful)
+    assert kept.feasible and sum(running.values()) > 4
+
+
+def test_what_is_held_and_kept_is_there_still_where_the_load_is_small() -> None:
+    made, profiles = two_kinds(0.5)
+    held = Held((("a", point(made, profiles[0], 16), 2), ("b", point(made, profiles[0], 16), 1)), 1e9)
+    kept, free = (plan(made, profiles, stated(made), held=held, keep=keep) for keep in (True, False))
+    assert (sum(one.replicas for one in kept.assignments), sum(one.replicas for one in free.assignments)) == (3, 2)
+    assert free.cost < kept.cost
+
+
+def test_with_what_is_held_kept_another_clock_takes_nothing_away() -> None:
+    clock = Clock(800, 1.02, 1.2, 0.6, "measured", "made up")
+    made, which = fleet(service("s", 3.0), nodes=(node("fast", 4, 1, (clock,)),)), profile()
+    held = Held((("s", point(made, which), 1),), 1e9)
+    (only,) = plan(made, (which,), stated(made), held=held, keep=True).assignments
+    assert (only.point.clock, only.replicas) == (clock, 1)
+
+
 def test_a_lower_clock_is_chosen_where_it_saves_and_is_fast_enough() -> None:
     slow = Clock(800, 1.05, 1.3, 0.6, "estimated", "made up")
     made = fleet(service("s", 3.0), nodes=(node(clocks=(slow,)),))

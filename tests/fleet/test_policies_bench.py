@@ -55,6 +55,13 @@ def test_attainment_is_the_mean_over_seeds_of_the_worst_class() -> None:
     assert fleet_runs.attained([outcome("x", 1.0, 900), outcome("x", 1.0, 950, seed=1)]) == pytest.approx(0.925)
 
 
+def test_switching_is_the_share_of_boots_layouts_and_loads() -> None:
+    uses = {"decode": 60.0, "prompt": 20.0, "parked": 10.0, "boot": 5.0, "change": 3.0, "load": 2.0}
+    one = replace(outcome("adaptive", 1.0, 990), joules=uses)
+    assert (one.switching_share, one.idle_share) == pytest.approx((0.1, 0.2))
+    assert "10.0%" in bench.text(saved(one))
+
+
 def test_what_a_simulation_gives_is_read_back_as_it_was(tmp_path: Path) -> None:
     made = fleet(service("a", 4.0), nodes=(node("fast", 4, 2),))
     requests, named = steady_trace(made, 100, 1), bench.policy("adaptive")

@@ -123,15 +123,21 @@ def plan(
     held: Held | None = None,
     small: int = SMALL,
     moves: int = MOVES,
+    keep: bool = False,
 ) -> Plan:
     """Return a plan for a load; with `held` one that pays for starting what does not run yet.
 
-    A fleet's share of requests that find no place is least by priority, whatever it costs; then the objective is least.
+    With `keep` all that is held stays, but for its clock, and only what is missing is added. A fleet's share of
+    requests that find no place is least by priority, whatever it costs; then the objective is least.
     """
     began = monotonic()
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
-    replicas, bound, method = _whole(asked, least, held, small, moves)
+    if keep and held is not None:
+        kept = _searched(asked, _current(asked, held), _current(asked, held), held, moves, keep)
+        replicas, bound, method = kept.replicas, least.bound, "what is held, and what is missing"
+    else:
+        replicas, bound, method = _whole(asked, least, held, small, moves)
     found = _Found(replicas, bound, least.shortage, method, held)
     return _made(asked, profiles, load, found, monotonic() - began)
 
@@ -196,9 +202,9 @@ def _starts(least: Relaxed, current: list[int] | None) -> list[list[int]]:
 
 
 def _searched(
-    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int
+    asked: Program, start: Sequence[int], current: list[int] | None, held: Held | None, moves: int, keep: bool = False
 ) -> Rounding:
-    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held)) if held else Rounding(asked)
+    rounding = Rounding(asked, current, held.horizon_s, _layouts(asked, held), keep) if held else Rounding(asked)
     rounding.place(_allowed(asked, start))
     rounding.fill()
     rounding.improve(moves // 3)

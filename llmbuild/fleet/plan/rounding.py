@@ -35,8 +35,11 @@ class Rounding:
         current: Sequence[int] | None = None,
         horizon_s: float = 0.0,
         layouts: Sequence[Nodes | None] | None = None,
+        keep: bool = False,
     ) -> None:
         """Begin with nothing; starts of replicas that are not in `current` are paid for over the horizon.
+
+        With `keep` no move takes a replica of `current` away; another clock takes none.
 
         `layouts` are those of the nodes that are on, by class of nodes; where they are not known, the fewest for
         `current`.
@@ -53,7 +56,7 @@ class Rounding:
         used = self._uses(self._current)
         known = layouts if layouts is not None else [None] * len(self._on)
         self._on = [self._settled(k, used) if on is None else on for k, on in enumerate(known)]
-        self._left = 0
+        self._left, self._keep = 0, keep
         self._known: dict[tuple[int, tuple[int, ...]], Fit] = {}
         self.replicas = [0] * len(program.options)
         self._used = [0] * len(program.places)
@@ -210,9 +213,9 @@ class Rounding:
             for s in range(len(self.program.demands)):
                 while self._step(s):
                     moved = True
-                while self._yield_slot(s):
+                while not self._keep and self._yield_slot(s):
                     moved = True
-            while self._pack():
+            while not self._keep and self._pack():
                 moved = True
 
     def _step(self, service: int) -> bool:
@@ -223,7 +226,7 @@ class Rounding:
             if self._left < 0:
                 return False
             used = self._with(changes)
-            if not self.program.fits(used):
+            if not self.program.fits(used) or (self._keep and not self._keeps(changes)):
                 continue
             after = self._worth(service, self._counts_with(service, changes), used)
             if after < (before[0] - _SLACK, float("inf")) or (
@@ -232,6 +235,17 @@ class Rounding:
                 self._apply(changes)
                 return True
         return False
+
+    def _keeps(self, changes: Sequence[tuple[int, int]]) -> bool:
+        """Return whether as many replicas as are held are there after changes, of each kind but for its clock."""
+        by_kind: dict[int, int] = {}
+        for option, by in changes:
+            by_kind[self._alike[option]] = by_kind.get(self._alike[option], 0) + by
+        for kind, by in by_kind.items():
+            there = sum(n for of, n in zip(self._alike, self.replicas, strict=True) if of == kind)
+            if by < 0 and there + by < self._held[kind]:
+                return False
+        return True
 
     def _yield_slot(self, service: int) -> bool:
         """Give a service that lacks a place a slot of another one, where that places more by priority."""

@@ -1,19 +1,19 @@
 """Ours: a plan for what is forecast, changed where that pays or where capacity is short; and the clairvoyant one.
 
 Both change a running plan by the same rules. Capacity that is short comes at once. A saving must, over the horizon, be
-more than twice what its starts cost, and what was needed within the hold time is not given away: it could not come
-back in time.
+more than twice what its starts cost, and what was needed lately is not given away: it could not come back in time.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from math import ceil
 
 from llmbuild.fleet.capacity import capacity
 from llmbuild.fleet.plan.load import Load
 from llmbuild.fleet.plan.plan import Held, Plan, plan, worth
-from llmbuild.fleet.policies.forecast import Forecast
+from llmbuild.fleet.policies.forecast import BIN_S, Forecast, Z
 from llmbuild.fleet.policy import WINDOW_S, Given, Observation, Target, target_of
 from llmbuild.spec.fleet import Fleet
 
@@ -21,7 +21,7 @@ SLOW_S = 60.0
 """Seconds between two looks for a saving."""
 HORIZON_S = 900.0
 """Seconds over which a change must pay."""
-OVER_S = 10.0
+OVER_S = 30.0
 """Seconds over which the clairvoyant policy takes rates: bursts that are longer find a place."""
 WORTH = 2.0
 """How many times its own cost a change must save."""
@@ -33,11 +33,33 @@ def lead_s(given: Given) -> float:
     return max(node.boot_s for node in given.fleet.nodes) + load_s
 
 
+@dataclass(frozen=True)
+class Parts:
+    """Which parts of the policy are in use: all of them, but where a study asks what each is worth."""
+
+    headroom: bool = True
+    """Plan for more than the level of the rate, by the errors of the forecast."""
+    trend: bool = True
+    """Take a rise of the rate to go on until a new replica serves."""
+    hold: bool = True
+    """Keep what was needed within twice the time that a start takes."""
+    worth: bool = True
+    """Change for a saving where it is `WORTH` times the cost of its starts; without, for any saving."""
+    urgent: bool = True
+    """Look for a shortage in each period, at the rate of the last window; without, once in `SLOW_S`."""
+    clocks: bool = True
+    """Set the clocks of nodes."""
+
+
+ALL = Parts()
+
+
 class Planned:
     """What runs, by the last plan; and the rules by which a new one takes its place."""
 
-    def __init__(self, given: Given, load: Load) -> None:
+    def __init__(self, given: Given, load: Load, worth: float = WORTH) -> None:
         self._given = given
+        self._worth = worth
         self._fleet = given.fleet
         self.target: Target = {}
         self.told = ""
@@ -65,11 +87,16 @@ class Planned:
         now = worth(fleet, self._given.profiles, load, held)
         if urgent and now.shortage <= 0:
             return
+        if now.shortage > 0:  # what runs goes on: what takes its place would come late
+            more = plan(fleet, self._given.profiles, load, held=held, keep=True)
+            if more.shortage <= more.least_shortage + 1e-9:
+                self._take(self._whole(more), "capacity was short")
+                return
         made = plan(fleet, self._given.profiles, load, held=held)
         then = worth(fleet, self._given.profiles, load, held, made)
         if then.shortage < now.shortage - 1e-9:
             self._take(self._whole(made), "capacity was short")
-        elif then.shortage <= now.shortage + 1e-9 and (now.cost - then.cost) * HORIZON_S > WORTH * then.starts:
+        elif then.shortage <= now.shortage + 1e-9 and (now.cost - then.cost) * HORIZON_S > self._worth * then.starts:
             self._take(self._whole(made), "saves")
 
     def _whole(self, made: Plan) -> Plan:
@@ -82,25 +109,32 @@ class Planned:
 class Adaptive:
     """Plans for a forecast that it makes of what it sees."""
 
-    def __init__(self, given: Given) -> None:
-        self._given = given
-        self._forecast = Forecast(given.fleet)
-        first = given.most(0.0, WINDOW_S)
-        self._forecast.begin(first)
-        self._planned = Planned(given, self._forecast.load(self._forecast.rates()))
-        self._hold_s = 2 * lead_s(given)
-        self._recent: deque[tuple[float, dict[tuple[int, int], float]]] = deque()
+    def __init__(self, given: Given, parts: Parts = ALL) -> None:
+        self._parts = parts
+        lead = lead_s(given)
+        self._forecast = Forecast(given.fleet, Z if parts.headroom else 0.0, lead if parts.trend else 0.0)
+        self._forecast.begin(given.most(0.0, WINDOW_S))
+        windows = ceil(2 * lead / BIN_S) if parts.hold else 1
+        self._kept = {key: deque([rate], windows) for key, rate in self._forecast.rates().items()}
+        self._given = given if parts.clocks else replace(given, fleet=given.fleet.without_clocks())
+        self._planned = Planned(self._given, self._load(), WORTH if parts.worth else 0.0)
         self._slow_s = 0.0
         self._seen: Observation | None = None
+
+    def _load(self) -> Load:
+        """Return the load that is planned for: the largest of what is kept."""
+        return self._forecast.load({key: max(kept) for key, kept in self._kept.items()})
 
     def observe(self, seen: Observation) -> None:
         """Take what came, and which nodes have failed."""
         self._seen = seen
-        self._forecast.observe(seen)
+        if self._forecast.observe(seen):
+            for key, rate in self._forecast.rates().items():
+                self._kept[key].append(max(rate, self._forecast.last[key]))
+        if self._parts.urgent:  # a burst is seen before its window ends
+            for key, rate in self._forecast.now().items():
+                self._kept[key][-1] = max(self._kept[key][-1], rate)
         self._planned.nodes_lost(dict(seen.failed))
-        self._recent.append((seen.now_s, self._forecast.rates()))
-        while self._recent[0][0] < seen.now_s - self._hold_s:
-            self._recent.popleft()
 
     def decide(self) -> Target:
         """Return the present plan, or a new one."""
@@ -108,13 +142,12 @@ class Adaptive:
         now = self._seen.now_s
         if now <= 0:
             return self._planned.target
-        rates = self._forecast.rates()
-        held = self._forecast.load({key: max(one[key] for _, one in self._recent) for key in rates})
         slow = now - self._slow_s >= SLOW_S - 1e-9
         if slow:
             self._slow_s = now
-        if slow or short(self._given.fleet, held, self._planned.target):
-            self._planned.change(held, urgent=not slow)
+        load = self._load()
+        if slow or (self._parts.urgent and short(self._given.fleet, load, self._planned.target)):
+            self._planned.change(load, urgent=not slow)
         return self._planned.target
 
     def explain(self) -> str:

@@ -62,8 +62,7 @@ class Reactive:
     def _order(self, s: int) -> list[OperatingPoint]:
         """Return one point of each class of nodes for a service, the cheapest by request first; clocks are not set."""
         fleet = self._given.fleet
-        bare = replace(fleet, nodes=tuple(replace(node, clocks=()) for node in fleet.nodes))
-        points = cheapest(bare, self._given.profiles, self._load, s)
+        points = cheapest(fleet.without_clocks(), self._given.profiles, self._load, s)
         nodes = {node.name: node for node in fleet.nodes}
         return [replace(point, node=nodes[point.node.name]) for point in points]
 
@@ -136,8 +135,7 @@ class LowestClock:
     def __init__(self, given: Given) -> None:
         self._given, self._rates = given, _Rates(given)
         fleet = given.fleet
-        bare = replace(fleet, nodes=tuple(replace(node, clocks=()) for node in fleet.nodes))
-        made = plan(bare, given.profiles, given.load(given.most(0.0, float("inf"))))
+        made = plan(fleet.without_clocks(), given.profiles, given.load(given.most(0.0, float("inf"))))
         nodes = {node.name: node for node in fleet.nodes}
         self._full = {(s, replace(point, node=nodes[point.node.name])): n for (s, point), n in target_of(made).items()}
         self._load = given.load({})

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Protocol, TypeVar
 
-from llmbuild.fleet.capacity import OperatingPoint
+from llmbuild.fleet.capacity import OperatingPoint, steady
 from llmbuild.fleet.simulate.trace import Asked
 from llmbuild.spec.fleet import Fleet
 
@@ -55,16 +56,27 @@ def least_loaded(ready: Sequence[C], job: Waiting, now: float) -> C:
 def by_slack(fleet: Fleet) -> Choose:
     """Return a router that takes the busiest replica that still answers in time, so that others may rest.
 
-    After PolyServe (arXiv 2507.17769): the most loaded server that meets the deadline; the batch limit bounds TPOT.
+    After PolyServe (arXiv 2507.17769): the most loaded server that meets the deadline. Prompts that are put on top of
+    each other make the answers beside them slow, so no replica gets more than it holds at the rate that it takes.
     """
-    limits = {(s, c): kind.ttft_s for s, one in enumerate(fleet.services) for c, kind in enumerate(one.classes)}
+
+    @cache
+    def held(service: int, kind: int, point: OperatingPoint, takes: float) -> float:
+        """Return how many sequences are on a replica at that rate: in the mean, one at least."""
+        asked = fleet.services[service].classes[kind]
+        state = steady(point, asked, takes)
+        mean = state.rows + takes * point.step.prompt_s * asked.prompt
+        return min(ROWS * point.batch, max(1.0, mean))
 
     def choose(ready: Sequence[C], job: Waiting, now: float) -> C:
-        limit = SLACK * limits[job.ask.service, job.ask.kind]
+        service, kind = job.ask.service, job.ask.kind
+        limit = SLACK * fleet.services[service].classes[kind].ttft_s
         best, most = None, -1
         for replica in ready:
             load = replica.load
-            if most < load < ROWS * replica.point.batch and replica.expected_ttft_s(job.ask.prompt, now) <= limit:
+            if load <= most or load >= held(service, kind, replica.point, replica.takes[kind]):
+                continue
+            if replica.expected_ttft_s(job.ask.prompt, now) <= limit:
                 best, most = replica, load
         return best or least_loaded(ready, job, now)
 

@@ -116,6 +116,12 @@ class Outcome:
         return 1 - (self.joules["decode"] + self.joules["prompt"]) / self.total_j if self.total_j else 0.0
 
     @property
+    def switching_share(self) -> float:
+        """Return the share of the joules of boots, new layouts and loads; `idle_share` has it too."""
+        switching = self.joules.get("boot", 0.0) + self.joules.get("change", 0.0) + self.joules.get("load", 0.0)
+        return switching / self.total_j if self.total_j else 0.0
+
+    @property
     def changes(self) -> int:
         """Return starts, stops, and changes of clocks and layouts."""
         return sum(self.switches.get(name, 0) for name in ("start", "stop", "clock", "partition"))

@@ -99,6 +99,15 @@ class Trace:
         told = f"rate x{factor:g}, {how}: CV of gaps {self.variation:.1f} before, {made.variation:.1f} after"
         return replace(made, told=(*self.told, told))
 
+    def repeated(self, times: int) -> Trace:
+        """Return the trace so many times, one after another."""
+        if times == 1:
+            return self
+        passes = range(times)
+        arrivals = tuple(a._replace(at_s=a.at_s + i * self.seconds) for i in passes for a in self.arrivals)
+        told = f"{times} times, one after another"
+        return replace(self, arrivals=arrivals, seconds=times * self.seconds, told=(*self.told, told))
+
     def day(self) -> Trace:
         """Return the trace with a made-up day in its length: all its requests in their order, closer where the day's
         rate is higher, at the same mean rate.

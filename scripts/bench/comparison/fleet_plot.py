@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import log10
+from math import ceil, log10
 from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKS = dict(zip(POLICIES, "sDv^o*", strict=False))
+ACROSS = 3
+"""Panels beside each other."""
 NINES = ("0 %", "90 %", "99 %", "99.9 %", "≥ 99.99 %")
 """Attainment by the number of nines."""
 COLORS = {name: f"C{number}" for number, name in enumerate(POLICIES)}
@@ -28,9 +30,14 @@ def energy(fleets: Sequence[Simulated], path: Path) -> None:
     """Write energy for each token against attainment, a panel for each fleet, a mark for each policy."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.6 * len(fleets), 4.2), layout="constrained")
-    for axes, made in zip(figure.subplots(1, len(fleets), squeeze=False)[0], fleets, strict=True):
-        for name in made.policies:
+    across = min(len(fleets), ACROSS)
+    down = ceil(len(fleets) / across)
+    figure = Figure(figsize=(4.6 * across, 4.2 * down), layout="constrained")
+    panels = figure.subplots(down, across, squeeze=False).flatten()
+    for empty in panels[len(fleets) :]:
+        empty.remove()
+    for axes, made in zip(panels, fleets, strict=False):
+        for name in (one for one in made.policies if one in MARKS):
             _mark(axes, name, made.of(name))
         axes.axvline(_nines(made.asked), linestyle=":", color="gray", label="asked for")
         axes.set_xticks(range(len(NINES)), NINES)

@@ -83,10 +83,11 @@ def read(path: Path) -> Simulated:
 def _simulated(body: Mapping[str, Any]) -> Simulated:
     known = {name: value for name, value in body.items() if name != "format"}
     made = Simulated(**{**known, "traces": tuple(body["traces"]), "outcomes": ()})
-    return replace(made, outcomes=tuple(map(_outcome, body["outcomes"])))
+    return replace(made, outcomes=tuple(map(outcome_of, body["outcomes"])))
 
 
-def _outcome(body: Mapping[str, Any]) -> Outcome:
+def outcome_of(body: Mapping[str, Any]) -> Outcome:
+    """Return an outcome from plain data."""
     classes = tuple(
         ClassOutcome(**{**one, "ttft_s": _numbers(one["ttft_s"]), "tpot_s": _numbers(one["tpot_s"])})
         for one in body["classes"]
