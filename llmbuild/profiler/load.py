@@ -34,8 +34,9 @@ STRETCH = 12
 """Visits one after another in which the machine is taken to have one speed: some fewer tell less of it."""
 HELD_OUT, LEAST_JUDGES = 20, 5
 """Cells that judge the fit; and how many at least, of these and of the others."""
-DECODES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128)
-PROMPTS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+DECODES = (1, 2, 3, 4, 5, 8, 9, 12, 13, 16, 17, 24, 25, 32, 33, 48, 64, 96, 128)
+PROMPTS = (8, 16, 17, 24, 32, 33, 48, 64, 65, 96, 128, 129, 192, 256, 512)
+"""Kernels compute some rows together, 4 or more: one row more than these is a stair, so it has a place of its own."""
 _MIXED = ((2, 16), (4, 48), (8, 24), (8, 88), (16, 80), (12, 160))
 """Sequences that decode and tokens of a prompt beside them."""
 
@@ -96,7 +97,7 @@ def planned(bounds: Bounds, seed: int = 0) -> list[Planned]:
     prompts = _upto(PROMPTS, bounds.prompt)
     found = {Planned(((start, 1),) * count) for count in decodes for start in (low, high)}
     found |= {Planned(((0, count),)) for count in prompts}
-    found |= {Planned((((context - count) // 2, count),)) for count in prompts[1::3]}
+    found |= {Planned((((context - count) // 2, count),)) for count in prompts[2::4]}
     for count, tokens in _MIXED:
         if count <= bounds.decodes and tokens <= bounds.prompt:
             found.add(Planned((*((high if i % 2 else low, 1) for i in range(count)), (0, tokens))))
