@@ -11,9 +11,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
-from transformers import AutoTokenizer
-
 FORMATS = {"int8": {"bits": 8}, "int4": {"bits": 4, "group_size": 64, "ratio": 1.0}}
 
 
@@ -24,6 +21,9 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--format", choices=list(FORMATS), default="int8")
     asked = parser.parse_args()
+    from optimum.intel import OVModelForCausalLM, OVWeightQuantizationConfig
+    from transformers import AutoTokenizer
+
     compressed = OVWeightQuantizationConfig(**FORMATS[asked.format])
     made = OVModelForCausalLM.from_pretrained(asked.folder, export=True, quantization_config=compressed, compile=False)
     made.save_pretrained(asked.target)

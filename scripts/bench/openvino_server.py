@@ -21,8 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import openvino as ov
-import openvino_genai as genai
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -52,6 +50,8 @@ class Pipeline:
     """The pipeline, which one thread owns."""
 
     def __init__(self, folder: Path, sequences: int, context: int, threads: int) -> None:
+        import openvino_genai as genai
+
         plan = genai.SchedulerConfig()
         plan.num_kv_blocks = sequences * -(-context // BLOCK)
         plan.max_num_seqs, plan.max_num_batched_tokens = sequences, BATCHED
@@ -81,6 +81,9 @@ class Pipeline:
             running = [one for one in running if not self._told(one)]
 
     def _begun(self, one: Asked) -> Any:
+        import openvino as ov
+        import openvino_genai as genai
+
         wanted = genai.GenerationConfig()
         wanted.max_new_tokens = wanted.min_new_tokens = one.count
         wanted.do_sample, wanted.ignore_eos, wanted.eos_token_id = False, True, -1
