@@ -15,13 +15,13 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import process_time
 
 from comparison import fleet_runs
 from comparison.fleet_ablation import ABLATIONS, named
-from comparison.fleet_pieces import Pieces, against
+from comparison.fleet_pieces import Pieces, against, with_all
 from comparison.fleet_runs import OURS, Simulated
 from comparison.fleet_settings import STUDIES, Study
 from comparison.script import end, say
@@ -112,16 +112,22 @@ def asked(args: argparse.Namespace, fleet: Fleet) -> list[str]:
 
 
 def text(made: Simulated) -> str:
-    """Return the tables of a study: the policies, ours against others, and ours without its parts."""
-    policies = [one for one in made.outcomes if one.policy in POLICIES]
-    parts = [one for one in made.outcomes if one.policy in ABLATIONS or one.policy in (OURS, ORACLE)]
-    seeds = len({one.seed for one in made.outcomes})
-    lines = [f"{made.fleet}, {seeds} seeds", *made.traces, outcomes_table(policies, ORACLE)]
-    rows = [[a.other, f"{a.attained:.2%}", f"{a.less:.1%} [{a.low:.1%}, {a.high:.1%}]"] for a in against(made)]
+    """Return the tables of a study: the policies, ours against others, and ours without its parts.
+
+    A table has the seeds with which all its policies were run.
+    """
+    whole = replace(made, outcomes=with_all([one for one in made.outcomes if one.policy in POLICIES]))
+    lines = [made.fleet, *made.traces, _seeds(whole.outcomes), outcomes_table(whole.outcomes, ORACLE)]
+    rows = [[a.other, f"{a.attained:.2%}", f"{a.less:.1%} [{a.low:.1%}, {a.high:.1%}]"] for a in against(whole)]
     lines += ["", table([f"{OURS} against", "met, worst class", "less J/token"], rows, (0,))]
-    if any(one.policy in ABLATIONS for one in parts):
-        lines += ["", outcomes_table(parts, ORACLE)]
+    if any(one.policy in ABLATIONS for one in made.outcomes):
+        parts = with_all([one for one in made.outcomes if one.policy in (OURS, ORACLE, *ABLATIONS)])
+        lines += ["", f"{OURS} without its parts, {_seeds(parts)}", outcomes_table(parts, ORACLE)]
     return "\n".join(lines)
+
+
+def _seeds(outcomes: Sequence[Outcome]) -> str:
+    return f"{len({one.seed for one in outcomes})} seeds"
 
 
 def main() -> int:

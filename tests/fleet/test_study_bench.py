@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 
 import fleet_study as bench
 from comparison import fleet_ablation
-from comparison.fleet_pieces import Pieces, against
+from comparison.fleet_pieces import Pieces, against, with_all
 from comparison.fleet_settings import STUDIES, Source, Study
 
 HEADER = "TIMESTAMP,ContextTokens,GeneratedTokens"
@@ -98,6 +98,12 @@ def test_ours_is_held_against_the_static_plan_the_best_in_use_and_the_oracle_see
         "oracle": pytest.approx(-0.25),
     }
     assert all(one.low == pytest.approx(one.high) for one in against(made))
+
+
+def test_a_table_has_the_seeds_of_all_its_policies() -> None:
+    some = [outcome("static-peak", 2.0, 1000, seed) for seed in range(3)] + [outcome("adaptive", 1.0, 1000, 1)]
+    assert [(one.policy, one.seed) for one in with_all(some)] == [("static-peak", 1), ("adaptive", 1)]
+    assert "1 seeds" in bench.text(saved(*some))
 
 
 def test_every_part_that_is_left_out_has_a_name_and_no_policy_has_it() -> None:

@@ -55,6 +55,13 @@ class Pieces:
         return tuple(one for name in policies for one in those if one.policy == name)
 
 
+def with_all(outcomes: Sequence[Outcome]) -> tuple[Outcome, ...]:
+    """Return the outcomes of the seeds with which every policy of them was run."""
+    policies = {one.policy for one in outcomes}
+    ran = {(one.policy, one.seed) for one in outcomes}
+    return tuple(one for one in outcomes if all((name, one.seed) in ran for name in policies))
+
+
 @dataclass(frozen=True)
 class Against:
     """How much less energy for each token ours takes than another policy, seed by seed: the mean and its interval."""
