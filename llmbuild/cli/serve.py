@@ -36,6 +36,8 @@ SPECULATIONS = ("none", "ngram", "draft")
 """As `serve/speculate.py` has them."""
 ADMISSIONS = ("worst-case", "expected")
 """As `serve/admission.py` has them."""
+STREAM_INTERVAL_S = 0.02
+"""As `serve/served.py` has it."""
 VERDICTS = 4
 """Variants of each model whose verdict is told."""
 
@@ -109,7 +111,7 @@ VERDICTS = 4
 @click.option(
     "--stream-interval",
     type=click.FloatRange(0, 1),
-    default=0.02,
+    default=STREAM_INTERVAL_S,
     show_default=True,
     metavar="SECONDS",
     help="Tokens of a stream that come within so long after others are one chunk with them. First tokens never wait.",

@@ -32,6 +32,7 @@ from pathlib import Path
 from time import monotonic, perf_counter, thread_time
 from typing import Any, Protocol
 
+from comparison import saved
 from comparison.recited import Recited
 from comparison.script import end, say
 
@@ -91,7 +92,7 @@ def _value(of: random.Random, depth: int) -> dict[str, Any]:
         "boolean": lambda: {"type": "boolean"},
         "pattern": lambda: {
             "type": "string",
-            "pattern": of.choice(["^[A-Z]{2}-[0-9]{3}$", "^(a|b)+c?$", "^[0-9a-f]{8}$"]),
+            "pattern": of.choice(PATTERNS),
         },
         "format": lambda: {"type": "string", "format": of.choice(["date", "time", "uuid", "ipv4"])},
         "const": lambda: {"const": of.choice(["fixed", 7, False])},
@@ -228,13 +229,9 @@ class Kept:
         if path is None:
             return
         try:
-            said = path.read_text() if path.exists() else ""
-            whole = said[: said.rfind("\n") + 1]  # a run that was killed may have left half a line
-            first, *others = [json.loads(line) for line in whole.splitlines()] or [None]
-            if whole != said:
-                path.write_text(whole)
+            first, *others = [json.loads(line) for line in saved.lines(path)] or [None]
             if first is None:
-                path.write_text(json.dumps(of) + "\n")
+                saved.add(path, of)
             elif first != of:
                 raise InputError(f"{path}: has outcomes of {first}, and {of} is asked for: name another file")
             self.outcomes = [Outcome(**one) for one in others]
@@ -245,8 +242,7 @@ class Kept:
         """Take an outcome."""
         self.outcomes.append(one)
         if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(json.dumps(asdict(one)) + "\n")
+            saved.add(self._path, asdict(one))
 
 
 class Progress:

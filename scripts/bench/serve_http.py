@@ -326,7 +326,7 @@ def document(asked: argparse.Namespace) -> dict[str, Any]:
     made: dict[str, Any] = {
         "machine": host.machine().describe(),
         "file": (asked.openvino or asked.vllm or real_model.gguf_of(asked)).name,
-        "peer": OPENVINO if asked.openvino else VLLM if asked.vllm else PEER,
+        "peer": entering[0].name,
         **{name: getattr(asked, name) for name in ("threads", "rounds", "requests", "output", "prefix", "seed")},
         "lengths": f"{asked.trace.name} / {asked.scale}" if asked.trace else "drawn",
         "context": context,

@@ -6,8 +6,10 @@ import asyncio
 from types import SimpleNamespace
 from typing import Any
 
+from llmbuild.cli import serve as cli
 from llmbuild.serve.api.bridge import Answers, Bridge, Numbered
 from llmbuild.serve.events import Delta, Ended, Event, Finish
+from llmbuild.serve.served import STREAM_INTERVAL_S
 
 
 def test_a_reader_gets_what_came_together_and_nothing_where_it_takes_too_long() -> None:
@@ -93,3 +95,7 @@ def test_nothing_that_was_held_is_left_behind_and_its_timer_ends() -> None:
 
     assert asyncio.run(read()) == (list(range(41)), 1)
     assert len(posted) < 40
+
+
+def test_the_command_holds_tokens_as_long_as_a_server_does() -> None:
+    assert cli.STREAM_INTERVAL_S == STREAM_INTERVAL_S

@@ -134,7 +134,8 @@ def plan(
     asked = program(fleet, profiles, load, max_nodes)
     least = relaxed(asked)
     if keep and held is not None:
-        kept = _searched(asked, _current(asked, held), _current(asked, held), held, moves, keep)
+        current = _current(asked, held)
+        kept = _searched(asked, current, current, held, moves, keep)
         replicas, bound, method = kept.replicas, least.bound, "what is held, and what is missing"
     else:
         replicas, bound, method = _whole(asked, least, held, small, moves)

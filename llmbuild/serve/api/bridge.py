@@ -84,11 +84,11 @@ class Bridge:
         self._post, self._interval_s = post, interval_s
         self._waiting: dict[str, Answers] = {}
         self._lock = Lock()
-        """Of all below."""
+        """Of the events that are held, and of whether the timer goes; the rest is the event loop's."""
         self._held: list[Event] = []
-        self._handed_s = -math.inf
         self._timed = not interval_s
         """Whether the timer goes. Without an interval there is none, and everything is handed on at once."""
+        self._handed_s = -math.inf
         self._idle = 0
         """Times that the timer found nothing since it found something."""
 
@@ -113,7 +113,7 @@ class Bridge:
         """Deliver what is held, in the event loop."""
         with self._lock:
             events, self._held = self._held, []
-            self._handed_s = monotonic()
+        self._handed_s = monotonic()
         self._deliver(events)
 
     def _begin(self) -> None:

@@ -27,11 +27,7 @@ class Pieces:
             InputError: a line other than the last is no outcome.
         """
         self._path = path
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        if lines and not lines[-1].endswith("\n"):
-            path.write_text("".join(lines[:-1]))
-            lines.pop()
-        self.outcomes = [self._read(number, line) for number, line in enumerate(lines, 1)]
+        self.outcomes = [self._read(number, line) for number, line in enumerate(saved.lines(path), 1)]
 
     def _read(self, number: int, line: str) -> Outcome:
         try:
@@ -45,8 +41,7 @@ class Pieces:
 
     def add(self, one: Outcome) -> None:
         """Keep an outcome."""
-        with self._path.open("a") as file:
-            file.write(json.dumps(saved.finite(plain(one))) + "\n")
+        saved.add(self._path, plain(one))
         self.outcomes.append(one)
 
     def of(self, policies: Sequence[str]) -> tuple[Outcome, ...]:

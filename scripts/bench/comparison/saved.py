@@ -22,6 +22,24 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not isfinite(value) else value
 
 
+def lines(path: Path) -> list[str]:
+    """Return the lines of a file to which `add` has added, none where there is no file.
+
+    A run that was killed may have left half a line: it is taken out of the file.
+    """
+    said = path.read_text() if path.exists() else ""
+    whole = said[: said.rfind("\n") + 1]
+    if whole != said:
+        path.write_text(whole)
+    return whole.splitlines()
+
+
+def add(path: Path, body: object) -> None:
+    """Add plain data to a file as a line."""
+    with path.open("a") as file:
+        file.write(json.dumps(finite(body)) + "\n")
+
+
 def read(path: Path, form: str, made_of: Callable[[dict[str, Any]], T]) -> T:
     """Return what a file of a format has, as `made_of` makes it.
 
